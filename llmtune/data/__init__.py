@@ -1,0 +1,1 @@
+"""Rows to messages to tokenized examples with exact loss masks."""

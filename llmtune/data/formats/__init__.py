@@ -1,0 +1,1 @@
+"""One file per dataset format: a row becomes messages."""

@@ -1,0 +1,19 @@
+"""The errors a user can cause or ask for; each carries the exit code its message ends with."""
+
+
+class LlmtuneError(Exception):
+    """The input is wrong: the message says what was given, what was expected and what to do."""
+
+    exit_code = 2
+
+
+class CheckFailed(LlmtuneError):
+    """A check or a budget that the user asked for did not hold."""
+
+    exit_code = 1
+
+
+class RunInterrupted(LlmtuneError):
+    """The run was stopped from outside; what was done is saved and the same command continues it."""
+
+    exit_code = 3

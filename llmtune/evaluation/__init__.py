@@ -1,0 +1,1 @@
+"""Suites, metrics and the statistics of a paired comparison."""

@@ -1,0 +1,34 @@
+"""Content hashes: the same bytes give the same name on every machine."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+READ_BYTES = 1 << 20
+
+JsonValue = Mapping | Sequence | str | int | float | bool | None
+
+
+def hash_text(text: str) -> str:
+    """Return the SHA-256 of `text` in UTF-8, as 64 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_json(value: JsonValue) -> str:
+    """Return the SHA-256 of `value` as canonical JSON: keys sorted, no spaces, no NaN.
+
+    Raises:
+        TypeError: `value` holds something JSON cannot hold.
+        ValueError: `value` holds a NaN or an infinity.
+    """
+    return hash_text(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False))
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

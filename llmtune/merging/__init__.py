@@ -1,0 +1,1 @@
+"""Adding an adapter into its base, tile by tile."""

@@ -1,0 +1,1 @@
+"""Base models: naming, loading, quantizing, and their tokenizers."""

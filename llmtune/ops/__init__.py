@@ -1,0 +1,1 @@
+"""Tensor operations in plain torch; nothing here imports the rest of the project."""

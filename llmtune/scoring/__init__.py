@@ -1,0 +1,1 @@
+"""A live model's answers: likelihoods, generations and divergences."""

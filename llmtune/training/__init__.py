@@ -1,0 +1,1 @@
+"""Fitting the adapter and nothing else."""
