@@ -14,6 +14,6 @@ class CheckFailed(LlmtuneError):
 
 
 class RunInterrupted(LlmtuneError):
-    """The run was stopped from outside; what was done is saved and the same command continues it."""
+    """The run was stopped from outside; what was done is saved, and rerunning continues it."""
 
     exit_code = 3

@@ -1,4 +1,4 @@
-"""From a sourced tree to a section, or to one error that names every problem, its place and its mend."""
+"""From a sourced tree to a section, or to one error naming every problem, its place and mend."""
 
 import difflib
 import types
@@ -73,28 +73,24 @@ def _describe(section: type[Section], tree: SourcedTree, error: ErrorDetails) ->
         return start + "unknown key; " + _nearest(section, path)
     if error["type"] == "missing":
         return start + "required, and not given"
-    message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return start + message
-    message = message.removeprefix("Input should be ").removeprefix("Input should ")
-    tag_problem = error["type"].startswith("union_tag")
-    found = "" if tag_problem else f", found {_short(error['input'])}"
-    return start + (message if tag_problem else f"expected {message}{found}")
+        return start + error["msg"].removeprefix("Value error, ")
+    context = error.get("ctx", {})
+    if error["type"] == "union_tag_invalid":
+        choices = context["expected_tags"]
+        return f"{start}{context['discriminator']} is one of {choices}; found {context['tag']!r}"
+    if error["type"] == "union_tag_not_found":
+        return f"{start}expected a mapping with the key {context['discriminator']}"
+    expected = error["msg"].removeprefix("Input should be ").partition(", unable to parse")[0]
+    return f"{start}expected {expected}, found {_short(error['input'])}"
 
 
 def _written_path(tree: SourcedTree, error: ErrorDetails) -> KeyPath:
     """Drop from pydantic's location what the user did not write: union tags and type names."""
-    path: list[str | int] = []
-    here: Any = tree.values
-    for index, part in enumerate(error["loc"]):
-        is_last = index == len(error["loc"]) - 1
-        if isinstance(here, dict) and (part in here or (is_last and error["type"] == "missing")):
-            path.append(part)
-            here = here.get(part)
-        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
-            path.append(part)
-            here = here[part]
-    return tuple(path)
+    written = tree.written(error["loc"])
+    if error["type"] == "missing":
+        return (*tree.written(error["loc"][:-1]), error["loc"][-1])
+    return written
 
 
 def _nearest(section: type[Section], path: KeyPath) -> str:

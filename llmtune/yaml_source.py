@@ -27,17 +27,26 @@ class SourcedTree:
                 return place
         return None
 
+    def written(self, path: KeyPath) -> KeyPath:
+        """Return the part of `path` that stands in the values, skipping steps that do not."""
+        found: list[str | int] = []
+        here: Any = self.values
+        for part in path:
+            is_key = isinstance(here, dict) and part in here
+            is_index = isinstance(here, list) and isinstance(part, int) and part < len(here)
+            if is_key or is_index:
+                found.append(part)
+                here = here[part]
+        return tuple(found)
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: `1e-4` is a number, and `yes`, `no`, `on`, `off` are words."""
 
 
+_REPLACED_TAGS = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"}
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        pair
-        for pair in pairs
-        if pair[0] not in {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"}
-    ]
+    first: [pair for pair in pairs if pair[0] not in _REPLACED_TAGS]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -87,7 +96,7 @@ def apply_overrides(tree: SourcedTree, overrides: Sequence[str]) -> SourcedTree:
     """Return the tree with `key.path=value` overrides laid over it; values are YAML.
 
     Raises:
-        LlmtuneError: an override has no `=`, an empty key, or reaches into a value that has no keys.
+        LlmtuneError: an override has no `=`, an empty key, or reaches into a value without keys.
     """
     values, origins = _copy(tree.values), dict(tree.origins)
     for override in overrides:

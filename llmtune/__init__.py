@@ -1,0 +1,24 @@
+"""llmtune: adapt a pretrained LLM to your task on one GPU, and know whether it worked."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from llmtune.config import load_config
+    from llmtune.pipeline import evaluate, merge, report, run, train
+
+__all__ = ["__version__", "evaluate", "load_config", "merge", "report", "run", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public function when it is first asked for: `import llmtune` costs nothing."""
+    if name == "load_config":
+        from llmtune.config import load_config
+
+        return load_config
+    if name in __all__:
+        from llmtune import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'llmtune' has no attribute {name!r}")

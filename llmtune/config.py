@@ -1,0 +1,90 @@
+"""The whole config of a run: one section a stage, from a YAML file and dotted overrides."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from llmtune.adapters.config import AdapterConfig
+from llmtune.adapters.lora import LoraAdapter
+from llmtune.data.config import DataConfig
+from llmtune.evaluation.config import EvaluateConfig
+from llmtune.merging.config import MergeConfig
+from llmtune.models.config import ModelConfig
+from llmtune.run_dir import RunDir
+from llmtune.schema import Section
+from llmtune.training.config import TrainConfig
+from llmtune.validation import validate_section
+from llmtune.yaml_source import KeyPath, SourcedTree, apply_overrides, read_yaml
+
+
+class RunConfig(Section):
+    """Everything one run needs; only the command line and the pipeline see all of it."""
+
+    run_dir: Path
+    """Where the run keeps adapter, merged model, checkpoints, evaluations and report."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Decides data order, adapter initialisation, dropout and bootstrap samples."""
+    model: ModelConfig
+    adapter: AdapterConfig = Field(default_factory=LoraAdapter)
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    merge: MergeConfig = Field(default_factory=MergeConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.run_dir)
+
+
+@dataclass(frozen=True)
+class EffectiveKey:
+    """One key of the effective config: its dotted path, its value, and where the value is from."""
+
+    path: str
+    value: Any
+    origin: str
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config and lay `key.path=value` overrides over it.
+
+    Raises:
+        LlmtuneError: all problems at once, each with file, line, key, what was expected and the
+            nearest valid key.
+    """
+    return validate_section(RunConfig, read_config_tree(path, overrides))
+
+
+def read_config_tree(path: str | Path, overrides: Sequence[str] = ()) -> SourcedTree:
+    """Read config and overrides without checking them."""
+    return apply_overrides(read_yaml(Path(path)), overrides)
+
+
+def effective_keys(config: RunConfig, tree: SourcedTree) -> list[EffectiveKey]:
+    """List every key with its value and its origin: a file's line, an override, or `default`."""
+    values = config.model_dump(mode="json")
+    return [
+        EffectiveKey(".".join(map(str, path)), value, _exact_origin(tree, path))
+        for path, value in _leaves(values, ())
+    ]
+
+
+def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    if isinstance(value, dict) and value:
+        for key, child in value.items():
+            yield from _leaves(child, (*path, key))
+    elif isinstance(value, list) and any(isinstance(child, dict) for child in value):
+        for index, child in enumerate(value):
+            yield from _leaves(child, (*path, index))
+    else:
+        yield path, value
+
+
+def _exact_origin(tree: SourcedTree, path: KeyPath) -> str:
+    """Return where `path` was written, itself or as part of an override's value."""
+    if tree.written(path) != path:
+        return "default"
+    return tree.origin(path) or "default"
