@@ -1,0 +1,79 @@
+"""The `model` section: which base, in which numbers, on which device."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmtune.schema import Section
+
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+ComputeDtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class Nf4Quantization(Section):
+    """4-bit NormalFloat weights (QLoRA, arXiv:2305.14314) by bitsandbytes, on CUDA and CPU."""
+
+    method: Literal["nf4"] = "nf4"
+    double_quant: bool = True
+    """Quantize the per-block scales too: about 0.4 bits per weight less memory."""
+    compute_dtype: ComputeDtypeName = "auto"
+    """Precision of the matrix products; auto is the model's dtype (bfloat16 where possible)."""
+
+
+class Fp4Quantization(Section):
+    """4-bit float weights by bitsandbytes; NF4 is the better choice for normally spread weights."""
+
+    method: Literal["fp4"] = "fp4"
+    double_quant: bool = True
+    """Quantize the per-block scales too: about 0.4 bits per weight less memory."""
+    compute_dtype: ComputeDtypeName = "auto"
+    """Precision of the matrix products; auto is the model's dtype (bfloat16 where possible)."""
+
+
+class Int8Quantization(Section):
+    """8-bit weights (LLM.int8, arXiv:2208.07339) by bitsandbytes, outlier columns in 16 bits."""
+
+    method: Literal["int8"] = "int8"
+    outlier_threshold: Annotated[float, Field(ge=0.0)] = 6.0
+    """Activation magnitude above which a column is computed in 16 bits; 0 turns that off."""
+
+
+class NoQuantization(Section):
+    """Weights stay in the model's dtype; the same as writing `quantization: null`."""
+
+    method: Literal["none"] = "none"
+
+
+QuantizationConfig = Annotated[
+    Nf4Quantization | Fp4Quantization | Int8Quantization | NoQuantization,
+    Field(discriminator="method"),
+]
+
+
+class ModelConfig(Section):
+    """The base model and how it is loaded."""
+
+    base: str
+    """A checkpoint directory, a `.gguf` file, or a hub id `org/name`; a path wins if it exists."""
+    revision: str | None = None
+    """Hub branch, tag or commit; the commit it stands for is recorded. Only for hub ids."""
+    quantization: QuantizationConfig | None = None
+    """How the frozen base weights are kept while training; null keeps them in `dtype`."""
+    dtype: DtypeName = "auto"
+    """Precision of the base; auto is bfloat16, or float16 on a GPU that has no bfloat16."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """auto (the first GPU, else the CPU), cpu, cuda, or one GPU such as cuda:1."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel; auto is sdpa, or eager for models whose formula sdpa does not compute."""
+    trust_remote_code: bool = False
+    """Run Python code shipped with the model; a hub id then needs a pinned revision."""
+    chat_template: Path | None = None
+    """A Jinja chat template file to use instead of the tokenizer's own."""
+    weights: Literal["safetensors", "any"] = "safetensors"
+    """`any` also reads pickled .bin weights, through PyTorch's restricted unpickler."""
+
+    @property
+    def quantization_method(self) -> str:
+        """nf4, fp4, int8, or none."""
+        return "none" if self.quantization is None else self.quantization.method

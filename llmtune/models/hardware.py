@@ -1,0 +1,90 @@
+"""What this machine can do: the device, the precision and the attention a base is loaded with."""
+
+import importlib.util
+
+import torch
+
+from llmtune.errors import LlmtuneError
+from llmtune.models.config import ModelConfig
+
+# Trained in bfloat16 with activations beyond float16's 65504: float16 gives inf, then NaN.
+UNSAFE_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "gemma3n", "t5gemma")
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the one device to use; `auto` is the current GPU, or the CPU where there is none.
+
+    Raises:
+        LlmtuneError: a GPU was asked for and there is none, or not that many.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        why = (
+            f"PyTorch {torch.__version__} was built without CUDA"
+            if torch.version.cuda is None and torch.version.hip is None
+            else "PyTorch finds no usable GPU or driver"
+        )
+        raise LlmtuneError(
+            f"model.device={wanted}: {why}. Use model.device=auto or cpu; "
+            "`llmtune doctor` says more."
+        )
+    device = torch.device(wanted)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise LlmtuneError(
+            f"model.device={wanted}: this machine has {torch.cuda.device_count()} GPU(s), "
+            "numbered from 0."
+        )
+    return torch.device("cuda", index)
+
+
+def choose_dtype(wanted: str, device: torch.device, model_type: str) -> torch.dtype:
+    """Return the base's precision; `auto` is bfloat16, or float16 on a GPU without it.
+
+    Raises:
+        LlmtuneError: bfloat16 was asked for and the GPU has none, or the precision is float16 and
+            the model is known to overflow in it.
+    """
+    has_bfloat16 = device.type != "cuda" or _gpu_has_bfloat16(device)
+    if wanted == "auto":
+        wanted = "bfloat16" if has_bfloat16 else "float16"
+    if wanted == "bfloat16" and not has_bfloat16:
+        raise LlmtuneError(
+            f"model.dtype=bfloat16: {torch.cuda.get_device_name(device)} has no bfloat16. "
+            "Use model.dtype=auto (float16 there) or float32."
+        )
+    if wanted == "float16" and model_type in UNSAFE_IN_FLOAT16:
+        raise LlmtuneError(
+            f"model.dtype=float16: {model_type} models overflow in float16 and give NaN. "
+            "Use model.dtype=bfloat16 where the hardware has it, else float32."
+        )
+    return getattr(torch, wanted)
+
+
+def choose_attention(config: ModelConfig, device: torch.device, model_config: dict) -> str | None:
+    """Return the attention to ask transformers for; None leaves the choice to it.
+
+    Raises:
+        LlmtuneError: flash_attention_2 was asked for and cannot run here.
+    """
+    text_config = model_config.get("text_config", model_config)
+    if config.attention == "auto":
+        # sdpa leaves the soft cap out, silently in some versions
+        return "eager" if text_config.get("attn_logit_softcapping") else None
+    if config.attention == "flash_attention_2":
+        if device.type != "cuda":
+            raise LlmtuneError("model.attention=flash_attention_2 needs a GPU. Use auto or sdpa.")
+        if importlib.util.find_spec("flash_attn") is None:
+            raise LlmtuneError(
+                "model.attention=flash_attention_2: the package flash_attn is not installed. "
+                "Install it, or use model.attention=auto."
+            )
+    return config.attention
+
+
+def _gpu_has_bfloat16(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,0 +1,142 @@
+"""A base by its hub id: pinned to a commit, read from the local cache, fetched when it must be."""
+
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from llmtune.errors import LlmtuneError
+from llmtune.models.checkpoint import check_checkpoint
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# The whole look-up, name resolution included, so that an unreachable hub is an error within 5 s.
+LOOKUP_SECONDS = 4.0
+FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
+PICKLES = ["pytorch_model*.bin"]
+CODE = ["*.py"]
+
+
+class HubUnreachable(Exception):
+    """The hub did not answer; the message says why."""
+
+
+def reads_as_hub_id(name: str) -> bool:
+    """Whether `name` has the form org/name (and is not meant as a file)."""
+    return HUB_ID.fullmatch(name) is not None and not name.endswith((".gguf", ".safetensors"))
+
+
+def fetch_snapshot(
+    repo: str, revision: str | None, *, allow_pickle: bool, allow_code: bool
+) -> tuple[Path, str]:
+    """Return the local directory of `repo` at `revision`, and the commit it is.
+
+    A pinned commit that is cached whole needs no network. Otherwise the hub is asked for the
+    commit; where it cannot be reached, or offline mode is set, the commit that the cache last saw
+    for `revision` is used.
+
+    Raises:
+        HubUnreachable: the hub does not answer within LOOKUP_SECONDS, and nothing is cached.
+        LlmtuneError: the hub answered: no such model or revision, or no access to it.
+    """
+    cached = _cached_snapshot(repo, revision, allow_pickle=allow_pickle)
+    if cached is not None and COMMIT.fullmatch(revision or ""):
+        return cached
+    try:
+        commit = _look_up_commit(repo, revision)
+    except HubUnreachable:
+        if cached is not None:
+            return cached
+        raise
+    if cached is not None and cached[1] == commit:
+        return cached
+    return _download(repo, commit, allow_pickle=allow_pickle, allow_code=allow_code), commit
+
+
+def _cached_snapshot(
+    repo: str, revision: str | None, *, allow_pickle: bool
+) -> tuple[Path, str] | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    # .../models--org--name/snapshots/<commit>/config.json
+    snapshot = Path(config).parent
+    try:
+        check_checkpoint(snapshot, allow_pickle=allow_pickle)
+    except LlmtuneError:
+        return None  # an unfinished download; the hub is asked for the rest
+    return snapshot, snapshot.name
+
+
+def _look_up_commit(repo: str, revision: str | None) -> str:
+    from httpx import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def ask() -> str:
+        return HfApi().model_info(repo, revision=revision, timeout=LOOKUP_SECONDS).sha or ""
+
+    try:
+        return _within(LOOKUP_SECONDS, ask)
+    except GatedRepoError as error:
+        raise LlmtuneError(
+            f"model.base={repo}: access to this model is restricted. Accept its licence on the hub "
+            "and set HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise LlmtuneError(f"model.revision={revision}: {repo} has no such revision.") from error
+    except RepositoryNotFoundError as error:
+        raise LlmtuneError(
+            f"model.base={repo}: no such local path, and the hub has no such model (or it is "
+            "private: set HF_TOKEN)."
+        ) from error
+    except HFValidationError as error:
+        raise LlmtuneError(f"model.base={repo}: not a hub id: {error}") from error
+    except (HTTPError, OSError) as error:
+        raise HubUnreachable(_first_line(error)) from error
+
+
+def _download(repo: str, commit: str, *, allow_pickle: bool, allow_code: bool) -> Path:
+    from httpx import HTTPError
+    from huggingface_hub import snapshot_download
+
+    patterns = FILES + (PICKLES if allow_pickle else []) + (CODE if allow_code else [])
+    try:
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=patterns))
+    except (HTTPError, OSError) as error:
+        raise LlmtuneError(
+            f"model.base={repo}: the download broke off: {_first_line(error)}. "
+            "The same command continues it."
+        ) from error
+
+
+def _within(seconds: float, call: Callable[[], str]) -> str:
+    """Return `call()`, or raise HubUnreachable after `seconds`: name look-ups know no timeout."""
+    outcome: list[str] = []
+    problem: list[Exception] = []
+
+    def work() -> None:
+        try:
+            outcome.append(call())
+        except Exception as error:  # noqa: BLE001  (raised again by the caller's thread)
+            problem.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if problem:
+        raise problem[0]
+    if not outcome:
+        raise HubUnreachable(f"no answer within {seconds:g} s")
+    return outcome[0]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,187 @@
+"""Load a base model onto one device, quantized as asked, and check that it is what was asked."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from llmtune.errors import LlmtuneError
+from llmtune.models.checkpoint import read_model_config
+from llmtune.models.config import ModelConfig
+from llmtune.models.generation import repair_generation_config
+from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
+from llmtune.models.identity import base_fingerprint
+from llmtune.models.quantization import (
+    QuantizationTable,
+    bitsandbytes_config,
+    check_quantization,
+    describe_quantization,
+)
+from llmtune.models.quiet import quiet_loading
+from llmtune.models.resolve import BaseSource
+from llmtune.models.tokenizer import load_tokenizer, stop_token_ids
+
+EXPERT_DIMENSIONS = 3  # fused experts are one parameter [expert, out, in]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model ready for an adapter, and what is known about it."""
+
+    model: PreTrainedModel
+    """In eval mode, whole on `device`, its generation config valid."""
+    tokenizer: PreTrainedTokenizerFast
+    source: BaseSource
+    device: torch.device
+    dtype: torch.dtype
+    """Of everything that is not quantized, and of the activations."""
+    attention: str
+    """sdpa, eager or flash_attention_2: what transformers in fact uses."""
+    quantized: QuantizationTable
+    fingerprint: str
+    """Of the checkpoint's weights, as `models.identity.base_fingerprint` gives it."""
+    stop_token_ids: tuple[int, ...]
+    """Every token that ends an answer; also in the model's generation config."""
+    notices: tuple[str, ...]
+    """What the user should know: choices made by `auto`, repairs."""
+
+
+def load_model(config: ModelConfig, source: BaseSource) -> LoadedModel:
+    """Load the checkpoint in `source` as `config` says.
+
+    The whole model goes onto one device; nothing is offloaded, and no precision is lowered or
+    raised unasked.
+
+    Raises:
+        LlmtuneError: this machine cannot do what was asked, the architecture is unknown, weights
+            are missing or have other shapes, or the model does not fit into memory.
+    """
+    model_config = read_model_config(source.dir)
+    _check_architecture(config, model_config)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device, model_config["model_type"])
+    attention = choose_attention(config, device, model_config)
+    tokenizer = load_tokenizer(source.dir, chat_template=config.chat_template)
+    fingerprint = base_fingerprint(source.dir)
+    model = _load_weights(config, source, device=device, dtype=dtype, attention=attention)
+    check_quantization(model, config.quantization, dtype)
+    _check_placement(model, device)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    stops = stop_token_ids(tokenizer, model.generation_config)
+    notices = repair_generation_config(model, stops, tokenizer.pad_token_id)
+    quantized = describe_quantization(model, config.quantization_method)
+    return LoadedModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        source=source,
+        device=device,
+        dtype=dtype,
+        attention=model.config._attn_implementation,
+        quantized=quantized,
+        fingerprint=fingerprint,
+        stop_token_ids=stops,
+        notices=notices + _device_notices(config, device) + _expert_notices(model, quantized),
+    )
+
+
+def _check_architecture(config: ModelConfig, model_config: dict) -> None:
+    model_type = model_config["model_type"]
+    if model_type in CONFIG_MAPPING:
+        return
+    if "auto_map" not in model_config:
+        raise LlmtuneError(
+            f"model.base={config.base}: model type {model_type!r} is unknown to the installed "
+            "transformers. Upgrade it, or choose another base."
+        )
+    if not config.trust_remote_code:
+        raise LlmtuneError(
+            f"model.base={config.base}: model type {model_type!r} needs the Python code that comes "
+            "with the model. If you have read it and trust it, set model.trust_remote_code=true."
+        )
+
+
+def _load_weights(
+    config: ModelConfig,
+    source: BaseSource,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None,
+) -> PreTrainedModel:
+    keywords = {
+        "dtype": dtype,
+        "device_map": {"": str(device)},
+        "trust_remote_code": config.trust_remote_code,
+        "use_safetensors": config.weights == "safetensors",
+        "weights_only": True,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    if attention is not None:
+        keywords["attn_implementation"] = attention
+    quantization = bitsandbytes_config(config.quantization, dtype)
+    if quantization is not None:
+        keywords["quantization_config"] = quantization
+    try:
+        with quiet_loading():
+            model, info = AutoModelForCausalLM.from_pretrained(str(source.dir), **keywords)
+    except torch.OutOfMemoryError as error:
+        raise LlmtuneError(
+            f"{source.origin}: the base does not fit into the memory of {device} "
+            f"({config.quantization_method}, {dtype}). Set model.quantization='{{method: nf4}}', "
+            "choose a smaller base, or free the GPU."
+        ) from error
+    except (ValueError, ImportError, RuntimeError, OSError) as error:
+        asked = f"model.quantization.method={config.quantization_method}, " if quantization else ""
+        raise LlmtuneError(
+            f"{source.origin}: cannot be loaded ({asked}{dtype}, {device}): {error}"
+        ) from error
+    _check_loading_info(info, source)
+    return model
+
+
+def _check_loading_info(info: dict, source: BaseSource) -> None:
+    """Refuse a model of which parts were filled with random numbers: transformers only warns."""
+    mismatched = [str(item[0]) for item in info.get("mismatched_keys", ())]
+    for kind, keys in (("missing", info["missing_keys"]), ("of another shape", mismatched)):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3])
+            raise LlmtuneError(
+                f"{source.dir}: {len(keys)} weights are {kind} in the checkpoint, such as {shown}. "
+                "They would be random numbers; download or convert the base again."
+            )
+
+
+def _check_placement(model: PreTrainedModel, device: torch.device) -> None:
+    elsewhere = sorted({str(p.device) for p in model.parameters() if p.device != device})
+    if elsewhere:
+        raise LlmtuneError(
+            f"part of the base was put on {', '.join(elsewhere)} and not on {device}: it does not "
+            "fit. Set model.quantization='{method: nf4}' or choose a smaller base."
+        )
+
+
+def _expert_notices(model: PreTrainedModel, quantized: QuantizationTable) -> tuple[str, ...]:
+    """Say that fused expert weights, which are no linear layers, stay unquantized."""
+    experts = sum(p.numel() for p in model.parameters() if p.dim() == EXPERT_DIMENSIONS)
+    if quantized.method == "none" or not experts:
+        return ()
+    share = experts / quantized.num_parameters
+    return (
+        f"expert weights ({share:.0%} of the model) stay in {model.dtype}: {quantized.method} "
+        "covers linear layers only",
+    )
+
+
+def _device_notices(config: ModelConfig, device: torch.device) -> tuple[str, ...]:
+    if config.device == "auto" and device.type == "cpu":
+        return ("no GPU was found: the CPU is used",)
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        idle = torch.cuda.device_count() - 1
+        return (f"one process uses one GPU: {device}; {idle} more stay idle",)
+    return ()

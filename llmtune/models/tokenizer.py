@@ -1,0 +1,201 @@
+"""Load a base's tokenizer, check it against the model, and know where a turn ends."""
+
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from llmtune.errors import LlmtuneError
+from llmtune.models.checkpoint import embedding_rows, read_generation_config, read_model_config
+
+TOKENIZER_NAME = "tokenizer.json"
+SLOW_NAMES = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+NEW_PAD_TOKEN = "<|pad|>"
+# Tokens that model makers set aside, best first; none of them occurs in a text or a turn.
+SPARE_TOKENS = (
+    r"<\|?pad\|?>|\[PAD\]",
+    r"<\|[a-z_]*_pad(_id)?\|>",
+    r"<\|?(reserved|unused|dummy)[\w ]*\|?>|\[(unused|control)_?\d+\]|<extra_id_\d+>",
+    r"<\|endoftext\|>",
+    r"<\|?unk\|?>|\[UNK\]",
+)
+PROBE = "llmtuneprobe"
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(base_dir: Path, *, chat_template: Path | None = None) -> PreTrainedTokenizerFast:
+    """Load the fast tokenizer of a checkpoint, with a pad token that is not EOS. Needs no torch.
+
+    Where the checkpoint's pad token is missing or is EOS, a token that the vocabulary already
+    holds in reserve takes its place, else a new one in a row the embedding already has; EOS and
+    the embedding stay as they are. Only where there is neither, EOS pads (as in GPT-2): llmtune
+    masks padding by position, so EOS is still learned.
+
+    Args:
+        base_dir: a checkpoint directory.
+        chat_template: a Jinja file that replaces the checkpoint's own chat template.
+
+    Raises:
+        LlmtuneError: there is no tokenizer.json, no EOS token, or a token id without a row in the
+            embedding.
+    """
+    _check_files(base_dir)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(base_dir), local_files_only=True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise LlmtuneError(f"{base_dir / TOKENIZER_NAME}: cannot be read: {error}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+    rows = embedding_rows(base_dir)
+    _check_ids(tokenizer, rows, base_dir)
+    _set_eos(tokenizer, base_dir)
+    _set_pad(tokenizer, rows, base_dir)
+    return tokenizer
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Check that conversations can be rendered; call it where the data has messages.
+
+    Raises:
+        LlmtuneError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise LlmtuneError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template, and the data holds "
+            "conversations. Set model.chat_template=<file.jinja>, or give the data as "
+            "`completion` or `text`."
+        )
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerFast, generation_config=None) -> tuple[int, ...]:
+    """Return every id that ends an answer, ascending: EOS, generation config, end of turn.
+
+    Args:
+        tokenizer: as `load_tokenizer` returns it.
+        generation_config: a transformers GenerationConfig, its dict, or None.
+    """
+    if generation_config is None:
+        configured = None
+    elif isinstance(generation_config, dict):
+        configured = generation_config.get("eos_token_id")
+    else:
+        configured = generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *_as_ids(configured)}
+    end_of_turn = _end_of_turn_id(tokenizer)
+    if end_of_turn is not None:
+        stops.add(end_of_turn)
+    return tuple(sorted(stops))
+
+
+def _check_files(base_dir: Path) -> None:
+    if (base_dir / TOKENIZER_NAME).is_file():
+        return
+    slow = [name for name in SLOW_NAMES if (base_dir / name).is_file()]
+    if slow:
+        raise LlmtuneError(
+            f"{base_dir}: only a slow tokenizer ({slow[0]}), no {TOKENIZER_NAME}. Convert it once: "
+            f"AutoTokenizer.from_pretrained('{base_dir}').save_pretrained('{base_dir}')"
+        )
+    raise LlmtuneError(f"{base_dir}: no tokenizer: expected {TOKENIZER_NAME}.")
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LlmtuneError(
+            f"model.chat_template={path}: cannot be read: {error}. Give a Jinja file."
+        ) from error
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerFast, rows: int, base_dir: Path) -> None:
+    beyond = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= rows)
+    if beyond:
+        id, token = beyond[0]
+        raise LlmtuneError(
+            f"{base_dir}: the tokenizer knows {len(beyond)} tokens for which the model has no "
+            f"embedding row ({rows} rows); the first is {token!r} with id {id}. Use the tokenizer "
+            "the model was trained with."
+        )
+
+
+def _set_eos(tokenizer: PreTrainedTokenizerFast, base_dir: Path) -> None:
+    if tokenizer.eos_token_id is not None:
+        return
+    named = _as_ids(read_model_config(base_dir).get("eos_token_id"))
+    if not named:
+        raise LlmtuneError(
+            f"{base_dir}: the tokenizer has no EOS token and config.json names none, so a tuned "
+            "model would never learn to stop. Set `eos_token` in tokenizer_config.json."
+        )
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(named[0])
+
+
+def _set_pad(tokenizer: PreTrainedTokenizerFast, rows: int, base_dir: Path) -> None:
+    if tokenizer.pad_token_id not in {None, tokenizer.eos_token_id}:
+        return
+    stops = stop_token_ids(tokenizer, read_generation_config(base_dir))
+    spare = _spare_token(tokenizer, {*stops, tokenizer.bos_token_id})
+    if spare is not None:
+        tokenizer.pad_token = spare
+    elif len(tokenizer) < rows and max(tokenizer.get_vocab().values()) < len(tokenizer):
+        tokenizer.add_special_tokens({"pad_token": NEW_PAD_TOKEN})
+    else:
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info(
+            "%s: no token to spare for padding, EOS %r pads; it is masked by position, so EOS is "
+            "still learned",
+            base_dir,
+            tokenizer.eos_token,
+        )
+
+
+def _spare_token(tokenizer: PreTrainedTokenizerFast, taken: set[int | None]) -> str | None:
+    template = str(tokenizer.chat_template or "")
+    special = [
+        added.content
+        for id, added in sorted(tokenizer.added_tokens_decoder.items())
+        if id not in taken and added.content not in template
+    ]
+    for pattern in SPARE_TOKENS:
+        for token in special:
+            if re.fullmatch(pattern, token, re.IGNORECASE):
+                return token
+    return None
+
+
+def _end_of_turn_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """Return the special token that the chat template puts after an assistant's words, if any.
+
+    Some templates (GLM) end a turn with the marker of the next one, so a user's turn follows.
+    """
+    if not tokenizer.chat_template:
+        return None
+    conversation = [
+        {"role": "user", "content": "question"},
+        {"role": "assistant", "content": PROBE},
+        {"role": "user", "content": "question"},
+    ]
+    for messages in (conversation[:2], conversation):
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, ValueError, TypeError):
+            return None  # the renderer of the data reports what is wrong with the template
+        after = text.rpartition(PROBE)[2]
+        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+        special = set(tokenizer.added_tokens_decoder)
+        if ids and ids[0] in special:
+            return ids[0]
+        if after.strip():
+            return None
+    return None
+
+
+def _as_ids(value: int | Iterable[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else list(value)
