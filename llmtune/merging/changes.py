@@ -1,0 +1,141 @@
+"""What a merge does to each tensor: the plan's vocabulary, plain data without any weights."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmtune.safetensors_io import SafetensorsFile, TensorEntry, tensor_bytes
+
+ADAPTER_PREFIX = "base_model.model."  # what the names of an adapter's tensors begin with
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """scaling * B @ A, or its transpose where the base stores its weight as [in, out]."""
+
+    a: TensorEntry  # [rank, in]; [num_experts * rank, in] for a stack of experts
+    b: TensorEntry  # [out, rank]; [out, rank * num_experts]
+    scaling: float
+    is_transposed: bool = False
+    expert: int = 0
+    num_experts: int = 1
+    first_out: int = 0  # the first of B's rows that this tensor takes
+    num_out: int = 0  # how many of them
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a tensor, seen as a table [rows, columns], and the delta they get."""
+
+    first_row: int
+    num_rows: int
+    delta: LowRankDelta | None = None
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the merged model: where its bytes come from and what is done to them."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorEntry
+    blocks: tuple[Block, ...] = ()
+    magnitude: TensorEntry | None = None  # DoRA: [out]
+    added_bias: TensorEntry | None = None  # LoRA's own bias, times `bias_scaling`
+    bias_scaling: float = 0.0
+    token_rows: TensorEntry | None = None  # rows that replace those at `token_indices`
+    token_indices: tuple[int, ...] = ()
+    blend_base: TensorEntry | None = None  # strength != 1: base + strength * (trained - base)
+
+    @property
+    def num_columns(self) -> int:
+        """The width of the tensor seen as a table; a vector is one row."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def num_rows(self) -> int:
+        """The height of the tensor seen as a table."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def change(self) -> str:
+        """What happens to the tensor, in one word for the plan's table."""
+        if self.magnitude is not None:
+            return "dora"
+        if self.blocks:
+            return "lora"
+        if self.added_bias is not None:
+            return "bias"
+        if self.token_rows is not None:
+            return "rows"
+        if self.source.name == self.name:
+            return "none"
+        return "replace" if self.source.name.startswith(ADAPTER_PREFIX) else "untie"
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the source's bytes go into the merged file as they are."""
+        is_changed = self.change not in {"none", "replace", "untie"}
+        return not (is_changed or self.blend_base or self.source.dtype != self.dtype)
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """One file of the merged model."""
+
+    file_name: str
+    source: SafetensorsFile
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def keeps_header(self) -> bool:
+        """Whether the merged file has the same tensors at the same offsets as the base's."""
+        planned = [(tensor.name, tensor.dtype, tensor.shape) for tensor in self.tensors]
+        return planned == [(entry.name, entry.dtype, entry.shape) for entry in self.source.tensors]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Every tensor of the merged model, and what changes in its config."""
+
+    base_dir: Path
+    adapter_dir: Path
+    strength: float
+    shards: tuple[PlannedShard, ...]
+    has_index: bool
+    config_changes: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> tuple[PlannedTensor, ...]:
+        """The merged model's tensors, in the order of the shards and of their bytes."""
+        return tuple(tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all tensors together, headers not counted."""
+        return sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in self.tensors)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the plan as JSON: each changed tensor, its shard, its change and its size."""
+        return {
+            "base": str(self.base_dir),
+            "adapter": str(self.adapter_dir),
+            "strength": self.strength,
+            "bytes": self.num_bytes,
+            "tensors": len(self.tensors),
+            "config_changes": self.config_changes,
+            "changed": [
+                {
+                    "tensor": tensor.name,
+                    "shard": shard.file_name,
+                    "change": tensor.change,
+                    "shape": list(tensor.shape),
+                    "dtype": tensor.dtype,
+                    "scaling": sorted({b.delta.scaling for b in tensor.blocks if b.delta}),
+                }
+                for shard in self.shards
+                for tensor in shard.tensors
+                if tensor.change != "none"
+            ],
+        }

@@ -1,0 +1,18 @@
+"""The knobs of the merge."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmtune.schema import Section
+
+
+class MergeConfig(Section):
+    """How the adapter is added into its base model."""
+
+    base: Literal["original"] = "original"
+    """The weights the adapter is added to: `original` is the base checkpoint as it lies on disk,
+    in 16 or 32 bits, whatever the adapter was trained on."""
+
+    strength: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """How much of the adapter is added: 1 is all of it, 0 gives the base back."""

@@ -1,0 +1,92 @@
+"""The small files of a merged model: config, tokenizer, chat template, index, provenance."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from llmtune.merging.changes import MergePlan
+from llmtune.safetensors_io import INDEX_FILE, CheckpointIndex, tensor_bytes
+
+DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+GENERATION_FILE = "generation_config.json"
+
+# The adapter's own win over the base's: it may have been trained with another template.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+)
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+
+
+def sidecar_sources(plan: MergePlan) -> dict[str, Path]:
+    """Return the files that are copied as they are, by name, and where each comes from."""
+    sources = _present(plan.base_dir, (GENERATION_FILE, *TOKENIZER_FILES))
+    sources |= _present(plan.adapter_dir, TOKENIZER_FILES)
+    template_dir = plan.adapter_dir if _has_template(plan.adapter_dir) else plan.base_dir
+    sources |= _present(template_dir, TEMPLATE_FILES)
+    if "auto_map" in _read_json(plan.base_dir / "config.json"):
+        sources |= {path.name: path for path in plan.base_dir.glob("*.py")}
+    return sources
+
+
+def write_sidecar(plan: MergePlan, base: CheckpointIndex, directory: Path) -> None:
+    """Write everything but the shards and the provenance into `directory`."""
+    for name, source in sidecar_sources(plan).items():
+        if source.is_dir():
+            shutil.copytree(source, directory / name)
+        else:
+            shutil.copyfile(source, directory / name)
+    _write_json(directory / "config.json", merged_config(plan))
+    if plan.has_index:
+        _write_json(directory / INDEX_FILE, _index(plan, base))
+
+
+def merged_config(plan: MergePlan) -> dict[str, Any]:
+    """Return the base's config.json as the merged model needs it."""
+    config = _read_json(plan.base_dir / "config.json")
+    config.pop("quantization_config", None)
+    sizes: Counter[str] = Counter()
+    for tensor in plan.tensors:
+        sizes[tensor.dtype] += tensor_bytes(tensor.dtype, tensor.shape)
+    ((stored, _),) = sizes.most_common(1)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPE_NAMES[stored]
+    config |= plan.config_changes
+    text_config = config.get("text_config")
+    if isinstance(text_config, dict):
+        text_config |= plan.config_changes
+    return config
+
+
+def _present(directory: Path, names: tuple[str, ...]) -> dict[str, Path]:
+    return {name: directory / name for name in names if (directory / name).exists()}
+
+
+def _has_template(directory: Path) -> bool:
+    if _present(directory, TEMPLATE_FILES):
+        return True
+    path = directory / "tokenizer_config.json"
+    return path.is_file() and bool(_read_json(path).get("chat_template"))
+
+
+def _index(plan: MergePlan, base: CheckpointIndex) -> dict[str, Any]:
+    weight_map = {tensor.name: shard.file_name for shard in plan.shards for tensor in shard.tensors}
+    metadata = {**(base.index_metadata or {}), "total_size": plan.num_bytes}
+    return {"metadata": metadata, "weight_map": weight_map}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
