@@ -1,0 +1,158 @@
+"""Reading a suite's items: every line checked, prompts rendered, all problems told at once."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.suite_config import (
+    AnySuiteConfig,
+    ChoiceSuite,
+    ExactSuite,
+    PerplexitySuite,
+    PromptedSuite,
+)
+
+MAX_PROBLEMS = 10
+
+
+@dataclass(frozen=True)
+class SuiteItem:
+    """One question, rendered. What a task does not use is empty.
+
+    `answer` is the index of the right choice; `references` are the accepted texts (exact).
+    """
+
+    id: str
+    line: int
+    prompt: str = ""
+    choices: tuple[str, ...] = ()
+    answer: int | None = None
+    references: tuple[str, ...] = ()
+    text: str = ""
+    cluster: str | None = None
+    slices: tuple[tuple[str, str], ...] = ()
+
+
+class _BadItem(ValueError):
+    """What is wrong with one line; the reader adds the place."""
+
+
+def read_items(config: AnySuiteConfig, path: Path) -> tuple[SuiteItem, ...]:
+    """Read and check every line of a suite's items.
+
+    Raises:
+        LlmtuneError: the file is missing or empty, or lines are wrong (`file:line: what`, up to
+            ten of them and how many more).
+    """
+    if not path.is_file():
+        raise LlmtuneError(f"{path}: the suite's items are not there")
+    template = _compile_prompt(config, path)
+    items: list[SuiteItem] = []
+    problems: list[str] = []
+    with path.open(encoding="utf-8") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                items.append(_read_item(config, template, text, line))
+            except (_BadItem, json.JSONDecodeError) as error:
+                problems.append(f"{path}:{line}: {error}")
+    names = Counter(item.id for item in items)
+    for item in items:
+        if names[item.id] > 1:
+            problems.append(f"{path}:{item.line}: the id {item.id!r} is not unique")
+    if problems:
+        more = len(problems) - MAX_PROBLEMS
+        tail = [f"... and {more} more"] if more > 0 else []
+        raise LlmtuneError("\n".join(problems[:MAX_PROBLEMS] + tail))
+    if not items:
+        raise LlmtuneError(f"{path}: the suite has no items")
+    return tuple(items)
+
+
+def _compile_prompt(config: AnySuiteConfig, path: Path) -> jinja2.Template | None:
+    if not isinstance(config, PromptedSuite):
+        return None
+    environment = ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    try:
+        return environment.from_string(config.prompt)
+    except jinja2.TemplateSyntaxError as error:
+        raise LlmtuneError(f"prompt of the suite over {path}: {error}") from None
+
+
+def _read_item(
+    config: AnySuiteConfig, template: jinja2.Template | None, text: str, line: int
+) -> SuiteItem:
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
+        raise _BadItem(f"expected a JSON object, found {type(fields).__name__}")
+    common = {
+        "id": str(fields.get(config.id, line)),
+        "line": line,
+        "cluster": None if config.cluster is None else str(_field(fields, config.cluster)),
+        "slices": tuple((name, str(_field(fields, name))) for name in config.slices),
+    }
+    if isinstance(config, PerplexitySuite):
+        passage = _field(fields, config.text)
+        if not isinstance(passage, str) or not passage.strip():
+            raise _BadItem(f"field {config.text!r} must be a text that is not empty")
+        return SuiteItem(text=passage, **common)
+    prompt = _render_prompt(template, fields)
+    if isinstance(config, ExactSuite):
+        references = _read_references(config, fields)
+        return SuiteItem(prompt=prompt, references=references, **common)
+    choices, answer = _read_choices(config, fields)
+    return SuiteItem(prompt=prompt, choices=choices, answer=answer, **common)
+
+
+def _field(fields: dict, name: str) -> object:
+    if fields.get(name) is None:
+        raise _BadItem(f"field {name!r} is missing; the item has {', '.join(sorted(fields))}")
+    return fields[name]
+
+
+def _render_prompt(template: jinja2.Template, fields: dict) -> str:
+    try:
+        prompt = template.render(fields)
+    except jinja2.TemplateError as error:
+        raise _BadItem(f"the prompt cannot be rendered: {error}") from None
+    if not prompt.strip():
+        raise _BadItem("the prompt is empty")
+    return prompt
+
+
+def _read_references(config: ExactSuite, fields: dict) -> tuple[str, ...]:
+    answer = _field(fields, config.answer)
+    references = answer if isinstance(answer, list) else [answer]
+    plain = all(isinstance(ref, str | int | float) for ref in references)
+    if not references or not plain or not all(str(ref).strip() for ref in references):
+        raise _BadItem(f"field {config.answer!r} must be a text, a number or a list of those")
+    return tuple(str(reference) for reference in references)
+
+
+def _read_choices(config: ChoiceSuite, fields: dict) -> tuple[tuple[str, ...], int]:
+    choices = config.choices
+    if choices is None:
+        listed = _field(fields, config.choices_field)
+        if not isinstance(listed, list) or not all(
+            isinstance(c, str | int | float) for c in listed
+        ):
+            raise _BadItem(f"field {config.choices_field!r} must be a list of texts")
+        choices = tuple(str(choice) for choice in listed)
+    if len(choices) < 2 or len(set(choices)) < len(choices) or not all(choices):
+        raise _BadItem(f"choices must be at least two different texts, not {list(choices)}")
+    answer = _field(fields, config.answer)
+    if isinstance(answer, str) and answer in choices:
+        return choices, choices.index(answer)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return choices, answer
+    raise _BadItem(
+        f"the answer {answer!r} is neither one of the choices {list(choices)} nor an index of them"
+    )

@@ -1,0 +1,158 @@
+"""From a suite's items to token ids: the chat template's, or raw text split as lm-eval does."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from llmtune.data.render import render_messages
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.items import SuiteItem
+from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.suite_config import ChoiceSuite
+from llmtune.scoring.generate import find_end_of_turn
+from llmtune.scoring.likelihood import ContinuationRequest
+from llmtune.scoring.perplexity import leading_special_ids
+
+RAW_SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A worked example shown before the question (few-shot): a prompt and its right answer."""
+
+    prompt: str
+    answer: str
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerFast,
+    suite: Suite,
+    demonstrations: Sequence[Demonstration] = (),
+) -> list[tuple[int, ...]]:
+    """Return each item's prompt as token ids, after the demonstrations.
+
+    Raises:
+        LlmtuneError: the suite is a chat and the tokenizer has no chat template.
+    """
+    if not suite.config.chat:
+        lead = leading_special_ids(tokenizer)
+        texts = [_raw_context(suite, item, demonstrations) for item in suite.items]
+        return [(*lead, *_encode(tokenizer, text)) for text in texts]
+    if not tokenizer.chat_template:
+        raise LlmtuneError(
+            f"{suite.path}: the suite is a chat, but the model's tokenizer has no chat template; "
+            "give one (model.chat_template) or set chat: false"
+        )
+    opening = [{"role": "system", "content": suite.config.system}] if suite.config.system else []
+    for shown in demonstrations:
+        opening.append({"role": "user", "content": shown.prompt})
+        opening.append({"role": "assistant", "content": shown.answer})
+    return [
+        tuple(
+            render_messages(
+                tokenizer,
+                [*opening, {"role": "user", "content": item.prompt}],
+                add_generation_prompt=True,
+            )
+        )
+        for item in suite.items
+    ]
+
+
+def build_choice_requests(
+    tokenizer: PreTrainedTokenizerFast,
+    suite: Suite,
+    demonstrations: Sequence[Demonstration] = (),
+) -> list[ContinuationRequest]:
+    """Return each item's prompt and choices as token ids.
+
+    Raises:
+        LlmtuneError: the tokens of one choice begin another's, so that it could never score lower.
+    """
+    config = suite.config
+    assert isinstance(config, ChoiceSuite)
+    if config.chat:
+        requests = _chat_requests(tokenizer, suite, demonstrations)
+    else:
+        lead = leading_special_ids(tokenizer)
+        requests = []
+        for item in suite.items:
+            context = _raw_context(suite, item, demonstrations)
+            pairs = [
+                split_continuation(tokenizer, context, config.delimiter + choice)
+                for choice in item.choices
+            ]
+            requests.append(_one_context(suite, item, lead, pairs))
+    if config.normalize == "none":
+        for item, request in zip(suite.items, requests, strict=True):
+            _require_no_head_start(suite, item, request)
+    return requests
+
+
+def split_continuation(
+    tokenizer: PreTrainedTokenizerFast, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
+    """Encode a context and its continuation as one text and split the ids between them.
+
+    Spaces at the context's end move to the continuation, and the whole is cut after as many tokens
+    as the context alone has: the rule of lm-evaluation-harness (api/model.py, `_encode_pair`).
+    """
+    bare = context.rstrip()
+    continuation = context[len(bare) :] + continuation
+    whole = _encode(tokenizer, bare + continuation)
+    head = _encode(tokenizer, bare)
+    return head, whole[len(head) :]
+
+
+def _chat_requests(
+    tokenizer: PreTrainedTokenizerFast, suite: Suite, demonstrations: Sequence[Demonstration]
+) -> list[ContinuationRequest]:
+    end = find_end_of_turn(tokenizer) if suite.config.end_of_answer else None
+    if suite.config.end_of_answer and end is None:
+        raise LlmtuneError(f"{suite.path}: end_of_answer, but the template ends a turn by no token")
+    tail = () if end is None else (end,)
+    prompts = encode_prompts(tokenizer, suite, demonstrations)
+    return [
+        ContinuationRequest(
+            prompt, tuple((*_encode(tokenizer, choice), *tail) for choice in item.choices)
+        )
+        for item, prompt in zip(suite.items, prompts, strict=True)
+    ]
+
+
+def _one_context(
+    suite: Suite,
+    item: SuiteItem,
+    lead: tuple[int, ...],
+    pairs: Sequence[tuple[list[int], list[int]]],
+) -> ContinuationRequest:
+    heads = {tuple(head) for head, _ in pairs}
+    assert len(heads) == 1, "the context's ids do not depend on the continuation"
+    prompt = (*lead, *heads.pop())
+    if not prompt or not all(tail for _, tail in pairs):
+        raise LlmtuneError(
+            f"{suite.items_path}:{item.line}: prompt or a choice is empty after tokenization"
+        )
+    return ContinuationRequest(prompt, tuple(tuple(tail) for _, tail in pairs))
+
+
+def _raw_context(suite: Suite, item: SuiteItem, demonstrations: Sequence[Demonstration]) -> str:
+    between = suite.config.delimiter if isinstance(suite.config, ChoiceSuite) else " "
+    shown = [demo.prompt + between + demo.answer for demo in demonstrations]
+    return RAW_SEPARATOR.join([*shown, item.prompt])
+
+
+def _require_no_head_start(suite: Suite, item: SuiteItem, request: ContinuationRequest) -> None:
+    for text, ids in zip(item.choices, request.choice_ids, strict=True):
+        for other, longer in zip(item.choices, request.choice_ids, strict=True):
+            if other != text and longer[: len(ids)] == ids:
+                raise LlmtuneError(
+                    f"{suite.items_path}:{item.line}: the choice {text!r} begins {other!r}, so the "
+                    "longer one can never be more likely; set end_of_answer: true (chat), or "
+                    "normalize: length, or reword the choices"
+                )
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

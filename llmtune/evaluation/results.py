@@ -1,0 +1,103 @@
+"""An arm's result on one suite, with every item's score, in memory and on disk."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from llmtune.errors import LlmtuneError
+from llmtune.run_dir import atomic_write_json
+
+
+@dataclass(frozen=True)
+class ItemScore:
+    """One item's score.
+
+    `parsed` is false where no answer could be read from what was generated. `weight` is what the
+    item counts in a mean (perplexity: tokens or bytes; else 1). `details` holds what the score was
+    computed from: log-likelihoods of the choices, or sums and counts.
+    """
+
+    id: str
+    score: float
+    prediction: str | None
+    answer: str | None
+    cluster: str | None = None
+    weight: float = 1.0
+    parsed: bool = True
+    slices: dict[str, str] = field(default_factory=dict)
+    details: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One model's scores on one suite.
+
+    `mean` is weighted by the items' weights; `standard_error` is clustered where the suite is, and
+    None for a single item. `majority` is the accuracy of always giving the commonest answer,
+    `chance` that of guessing; None where a task has no such thing. `recipe` is everything that must
+    be the same for two results to be comparable, `model` the identity of what was scored.
+    """
+
+    suite: str
+    task: str
+    role: str
+    description: str
+    arm: str
+    metric: str
+    higher_is_better: bool
+    n: int
+    mean: float
+    standard_error: float | None
+    unparseable: int
+    majority: float | None
+    chance: float | None
+    recipe: dict
+    recipe_hash: str
+    model: dict
+    seconds: float
+    items: tuple[ItemScore, ...]
+
+
+def arm_result_path(results_dir: Path, suite: str, arm: str) -> Path:
+    """Return where an arm's result on a suite is kept."""
+    return results_dir / f"{suite}.{arm}.json"
+
+
+def save_arm_result(result: ArmResult, results_dir: Path) -> Path:
+    """Write a result whole or not at all and return its path."""
+    path = arm_result_path(results_dir, result.suite, result.arm)
+    atomic_write_json(path, asdict(result))
+    return path
+
+
+def read_arm_result(path: Path) -> ArmResult:
+    """Read a result that `save_arm_result` wrote.
+
+    Raises:
+        LlmtuneError: the file is missing, is not JSON, or lacks a key.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LlmtuneError(f"{path}: no such result; run `llmtune eval` first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LlmtuneError(f"{path}: not a result of an evaluation: {error}") from None
+    _require_keys(path, values, ArmResult)
+    for item in values["items"]:
+        _require_keys(path, item, ItemScore)
+    items = tuple(ItemScore(**item) for item in values["items"])
+    return ArmResult(**{**values, "items": items})
+
+
+def _require_keys(path: Path, values: object, kind: type) -> None:
+    expected = {entry.name for entry in fields(kind)}
+    if not isinstance(values, Mapping) or set(values) != expected:
+        found = sorted(values) if isinstance(values, Mapping) else type(values).__name__
+        raise LlmtuneError(f"{path}: expected the keys {sorted(expected)}, found {found}")
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return None for a NaN or an infinity, which JSON cannot hold."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,211 @@
+"""One forward pass for every scorer: padding, positions, batches by length, two switches."""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from llmtune.errors import LlmtuneError
+
+CPU_TOKEN_BUDGET = 2048
+GPU_TOKEN_BUDGET = 16384
+LOGITS_BYTES = 256 * 2**20
+"""A batch that needs logits at every position is cut so that they take about this many bytes."""
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Token ids and attention mask, both [B, T], on the model's device."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """Logits [B, kept, V] as the model gave them, and the cache where it was asked for."""
+
+    logits: torch.Tensor
+    cache: Cache | None
+
+
+def choose_token_budget(model: nn.Module) -> int:
+    """Return how many padded tokens one batch may hold on the model's device."""
+    return CPU_TOKEN_BUDGET if model_device(model).type == "cpu" else GPU_TOKEN_BUDGET
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Score without dropout and without gradients; every module's training flag is put back."""
+    with evaluation_mode(model), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off; every module's training flag is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """Make a PeftModel its base; the adapter is back on when the block ends.
+
+    Raises:
+        LlmtuneError: `model` has no adapter, or one whose initialisation rewrote the base weights
+            (PiSSA, OLoRA, CorDA, LoftQ), so that the model without it is not the base.
+    """
+    if not has_adapter(model):
+        raise LlmtuneError(
+            "the base arm needs a model with an adapter to switch off; this has none"
+        )
+    for name, config in model.peft_config.items():
+        start = getattr(config, "init_lora_weights", True)
+        if isinstance(start, str) and start.startswith(
+            ("pissa", "olora", "corda", "loftq", "lora_ga")
+        ):
+            raise LlmtuneError(
+                f"adapter {name!r} was initialised with {start!r}, which changes the base weights: "
+                "switching it off does not give the base. Load the base by itself for its arm."
+            )
+    with model.disable_adapter():
+        yield
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Return whether `model` is a PeftModel."""
+    return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device that token ids must be on."""
+    return next(model.parameters()).device
+
+
+def batch_by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Group indices into batches, longest first, with rows x longest <= `token_budget`.
+
+    A single row longer than the budget is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], device: torch.device, *, left: bool, known: int = 0
+) -> PaddedBatch:
+    """Stack rows of ids into [B, T]; the mask also covers `known` cached tokens before them."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), known + width, dtype=torch.long)
+    mask[:, :known] = 1
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[index, place] = torch.tensor(row, dtype=torch.long)
+        mask[index, known:][place] = 1
+    return PaddedBatch(ids.to(device), mask.to(device))
+
+
+def run_forward(
+    model: nn.Module,
+    batch: PaddedBatch,
+    *,
+    logits_to_keep: int = 0,
+    cache: Cache | None = None,
+    keep_cache: bool = False,
+) -> ForwardResult:
+    """Run the model on a padded batch, after the tokens in `cache` where one is given.
+
+    Args:
+        logits_to_keep: logits of the last so many positions; 0 means all.
+        cache: past keys and values; `batch.attention_mask` covers them too. It grows in place.
+
+    Returns:
+        Logits [B, kept, V]. Positions count the tokens that are not padding.
+    """
+    accepted = inspect.signature(_base_model(model).forward).parameters
+    positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    arguments = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "use_cache": keep_cache or cache is not None,
+    }
+    if cache is not None:
+        arguments["past_key_values"] = cache
+    if "position_ids" in accepted:
+        arguments["position_ids"] = positions[:, -batch.input_ids.shape[1] :]
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = logits_to_keep
+    outputs = model(**arguments)
+    assert outputs.logits is not None, "the model was patched to return no logits"
+    kept = outputs.logits[:, -logits_to_keep:] if logits_to_keep else outputs.logits
+    return ForwardResult(kept, outputs.past_key_values if keep_cache else None)
+
+
+def select_rows(cache: Cache, rows: torch.Tensor) -> Cache:
+    """Return a cache of the given rows (an index may repeat); the original stays as it was."""
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(rows)
+    return selected
+
+
+def is_plain_cache(cache: Cache | None) -> bool:
+    """Return whether every layer caches keys and values only, so that its rows can be reused."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return isinstance(cache, Cache) and all(type(layer) in plain for layer in cache.layers)
+
+
+def attention_window(cache: Cache) -> int | None:
+    """Return the smallest sliding window in tokens; None where every layer sees everything."""
+    windows = [
+        layer.sliding_window
+        for layer in cache.layers
+        if isinstance(layer, DynamicSlidingWindowLayer)
+    ]
+    return min(windows, default=None)
+
+
+def require_positions(model: nn.Module, num_tokens: int) -> None:
+    """Refuse a sequence longer than the model has positions.
+
+    Raises:
+        LlmtuneError: names the length that was asked for and the model's limit.
+    """
+    limit = getattr(_base_model(model).config, "max_position_embeddings", None)
+    if limit is not None and num_tokens > limit:
+        raise LlmtuneError(
+            f"a sequence of {num_tokens} tokens was given to a model of {limit} positions: "
+            "shorten the prompts, max_new_tokens or max_length"
+        )
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Return the number of logits at one position."""
+    return _base_model(model).config.get_text_config().vocab_size
+
+
+def rows_budget(model: nn.Module, token_budget: int) -> int:
+    """Return the token budget for batches that need the logits of every position."""
+    tokens = LOGITS_BYTES // (vocabulary_size(model) * 4)
+    return max(1, min(token_budget, tokens))
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

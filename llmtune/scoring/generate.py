@@ -1,0 +1,187 @@
+"""Greedy and sampled text, in batches or as a stream, with no setting but the ones given."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from llmtune.data.render import render_messages
+from llmtune.scoring.batches import (
+    PaddedBatch,
+    batch_by_length,
+    evaluation_mode,
+    model_device,
+    pad_rows,
+    require_positions,
+    run_forward,
+    select_rows,
+)
+
+UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+PROBE_ANSWER = "answer"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How text is generated: greedy at temperature 0, else sampled from the top `top_p` mass."""
+
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model wrote: the ids without the stop token, and whether it stopped by itself."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    stopped: bool
+
+
+def find_stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Return the EOS and the token with which the chat template ends an assistant's turn."""
+    found = [tokenizer.eos_token_id, find_end_of_turn(tokenizer)]
+    return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
+def find_end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """Return the special token that the chat template puts after an assistant's content, if any."""
+    if not tokenizer.chat_template:
+        return None
+    messages = [
+        {"role": "user", "content": "question"},
+        {"role": "assistant", "content": PROBE_ANSWER},
+    ]
+    ids = render_messages(tokenizer, messages)
+    starts = range(len(ids) - 1, -1, -1)
+    last = next(start for start in starts if PROBE_ANSWER in tokenizer.decode(ids[start:]))
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((token for token in ids[last + 1 :] if token in special), None)
+
+
+def generate_texts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    token_budget: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Generation]:
+    """Continue every prompt; rows that stop leave their batch, so nothing waits for the longest.
+
+    The model's generation_config is not read. Sampling draws from one generator per prompt, seeded
+    by `decoding.seed` and the prompt's place, so texts do not depend on the batches.
+
+    Args:
+        prompts: token ids, none empty.
+        token_budget: padded tokens in one batch, new tokens included.
+        on_progress: called with the number of prompts finished so far.
+
+    Raises:
+        LlmtuneError: a prompt and its new tokens exceed the model's positions.
+    """
+    if not prompts:
+        return []
+    longest = max(len(prompt) for prompt in prompts)
+    require_positions(model, longest + decoding.max_new_tokens)
+    written: list[list[int]] = [[] for _ in prompts]
+    stopped = [False] * len(prompts)
+    lengths = [len(prompt) + decoding.max_new_tokens for prompt in prompts]
+    done = 0
+    with evaluation_mode(model):
+        for batch in batch_by_length(lengths, token_budget):
+            for row, token in _decode(model, [prompts[i] for i in batch], decoding, batch):
+                if token in decoding.stop_token_ids:
+                    stopped[batch[row]] = True
+                else:
+                    written[batch[row]].append(token)
+            done += len(batch)
+            if on_progress is not None:
+                on_progress(done)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+    return [
+        Generation(tuple(ids), text, end)
+        for ids, text, end in zip(written, texts, stopped, strict=True)
+    ]
+
+
+def stream_text(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: Sequence[int],
+    decoding: Decoding,
+) -> Iterator[str]:
+    """Yield a prompt's continuation piece by piece, never half a character.
+
+    Raises:
+        LlmtuneError: the prompt and the new tokens exceed the model's positions.
+    """
+    require_positions(model, len(prompt) + decoding.max_new_tokens)
+    written: list[int] = []
+    shown = ""
+    with evaluation_mode(model):
+        for _, token in _decode(model, [prompt], decoding, [0]):
+            if token in decoding.stop_token_ids:
+                break
+            written.append(token)
+            text = tokenizer.decode(written, skip_special_tokens=True)
+            if not text.endswith(UNFINISHED_CHARACTER) and len(text) > len(shown):
+                yield text[len(shown) :]
+                shown = text
+    text = tokenizer.decode(written, skip_special_tokens=True)
+    if len(text) > len(shown):
+        yield text[len(shown) :]
+
+
+@torch.no_grad()
+def _decode(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    places: Sequence[int],
+) -> Iterator[tuple[int, int]]:
+    """Yield (row, token) as they are chosen, stop tokens included."""
+    device = model_device(model)
+    generators = [_make_generator(decoding.seed, place) for place in places]
+    batch = pad_rows(prompts, device, left=True)
+    rows = list(range(len(prompts)))
+    cache = None
+    for step in range(decoding.max_new_tokens):
+        result = run_forward(model, batch, logits_to_keep=1, cache=cache, keep_cache=True)
+        cache, logits = result.cache, result.logits[:, -1].float()
+        tokens = _choose_tokens(logits, decoding, [generators[row] for row in rows])
+        yield from zip(rows, tokens, strict=True)
+        going = [i for i, token in enumerate(tokens) if token not in decoding.stop_token_ids]
+        if not going or step + 1 == decoding.max_new_tokens:
+            return
+        mask = batch.attention_mask
+        if len(going) < len(rows):
+            index = torch.tensor(going, device=device)
+            cache, mask = select_rows(cache, index), mask[index]
+        rows = [rows[i] for i in going]
+        new = torch.tensor([[tokens[i]] for i in going], device=device)
+        batch = PaddedBatch(new, torch.cat([mask, torch.ones_like(new)], dim=1))
+
+
+def _make_generator(seed: int, place: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
+
+
+def _choose_tokens(
+    logits: torch.Tensor, decoding: Decoding, generators: Sequence[torch.Generator]
+) -> list[int]:
+    if decoding.temperature == 0:
+        return logits.argmax(-1).tolist()
+    probs = (logits / decoding.temperature).softmax(-1).cpu()
+    if decoding.top_p < 1:
+        ordered, order = probs.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(before >= decoding.top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+    return [int(row.multinomial(1, generator=g)) for row, g in zip(probs, generators, strict=True)]

@@ -1,0 +1,123 @@
+"""Negative log-likelihood of passages in fixed windows, summed so that averages weigh by token."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from llmtune.scoring.batches import (
+    batch_by_length,
+    inference,
+    model_device,
+    pad_rows,
+    require_positions,
+    rows_budget,
+    run_forward,
+)
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Sum of -log p in nats over `num_tokens` predicted tokens, `num_bytes` of UTF-8."""
+
+    negative_log_likelihood: float
+    num_tokens: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text as token ids, the first only context; `num_bytes` counts the predicted tokens."""
+
+    token_ids: tuple[int, ...]
+    has_bos: bool
+    num_bytes: int
+
+
+def score_texts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    *,
+    max_length: int,
+    token_budget: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[TextScore]:
+    """Score whole texts; every token is predicted exactly once.
+
+    A text is cut into windows of `max_length` tokens. Where the tokenizer puts a BOS before a text
+    (as in pretraining), every window begins with it; where it does not, the first token of a text
+    is context only and later windows begin with the last token of the window before.
+
+    Args:
+        max_length: tokens in one window, context token included; at least 2.
+        token_budget: padded tokens in one batch; cut further so that all logits fit in memory.
+        on_progress: called with the number of windows' texts finished so far.
+
+    Raises:
+        LlmtuneError: `max_length` exceeds the model's positions.
+    """
+    assert max_length >= 2
+    passages = [encode_passage(tokenizer, text) for text in texts]
+    windows = [
+        (index, window)
+        for index, passage in enumerate(passages)
+        for window in cut_windows(passage, max_length)
+    ]
+    require_positions(model, max((len(ids) for _, ids in windows), default=0))
+    sums = [0.0] * len(texts)
+    waiting = [sum(1 for i, _ in windows if i == index) for index in range(len(texts))]
+    with inference(model):
+        budget = rows_budget(model, token_budget)
+        for batch in batch_by_length([len(ids) for _, ids in windows], budget):
+            losses = _window_losses(model, [windows[place][1] for place in batch])
+            for place, loss in zip(batch, losses, strict=True):
+                sums[windows[place][0]] += loss
+                waiting[windows[place][0]] -= 1
+            if on_progress is not None:
+                on_progress(waiting.count(0))
+    return [
+        TextScore(total, max(0, len(passage.token_ids) - 1), passage.num_bytes)
+        for total, passage in zip(sums, passages, strict=True)
+    ]
+
+
+def encode_passage(tokenizer: PreTrainedTokenizerFast, text: str) -> Passage:
+    """Return a text's token ids after the BOS that the tokenizer itself would put there, if any."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = tuple(encoded["input_ids"])
+    bos = leading_special_ids(tokenizer)
+    if bos or not ids:
+        return Passage((*bos, *ids), bool(bos), len(text.encode()))
+    first_end = encoded["offset_mapping"][0][1]
+    return Passage(ids, False, len(text[first_end:].encode()))
+
+
+def leading_special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Return the ids that the tokenizer puts before a text by itself: the BOS, or nothing."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    starts = [s for s in range(len(full) - len(plain) + 1) if full[s : s + len(plain)] == plain]
+    return tuple(full[: starts[0]]) if starts else ()
+
+
+def cut_windows(passage: Passage, max_length: int) -> list[tuple[int, ...]]:
+    """Cut a passage into windows whose first token is context and whose others are predicted."""
+    ids, step = passage.token_ids, max_length - 1
+    starts = range(0, len(ids) - 1, step)
+    if not passage.has_bos:
+        return [ids[start : start + max_length] for start in starts]
+    return [(ids[0], *ids[start + 1 : start + max_length]) for start in starts]
+
+
+def _window_losses(model: nn.Module, windows: Sequence[tuple[int, ...]]) -> list[float]:
+    batch = pad_rows(windows, model_device(model), left=False)
+    logits = run_forward(model, batch).logits
+    losses = []
+    for row, ids in enumerate(windows):
+        targets = torch.tensor(ids[1:], device=logits.device)
+        row_logits = logits[row, : len(targets)].float()
+        losses.append(nn.functional.cross_entropy(row_logits, targets, reduction="sum").item())
+    return losses

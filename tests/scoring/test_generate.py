@@ -1,0 +1,108 @@
+"""Batched, streamed and plain decoding write the same text, and only the given settings count."""
+
+import pytest
+import torch
+
+from llmtune.errors import LlmtuneError
+from llmtune.scoring.generate import (
+    Decoding,
+    find_end_of_turn,
+    find_stop_token_ids,
+    generate_texts,
+    stream_text,
+)
+from tests.tiny import FAMILIES, make_model, make_tokenizer
+
+PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14, 15, 16], [40], [300, 200, 100, 50]]
+
+
+def continue_plainly(model, prompt, num_tokens):
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_equals_plain_decoding_in_every_family(family, tokenizer):
+    model = make_model(family)
+    decoding = Decoding(max_new_tokens=8, stop_token_ids=())
+    found = generate_texts(model, tokenizer, PROMPTS, decoding, token_budget=40)
+    for prompt, generation in zip(PROMPTS, found, strict=True):
+        assert list(generation.token_ids) == continue_plainly(model, prompt, 8)
+        assert generation.text == tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+        assert not generation.stopped
+
+
+def test_rows_stop_at_a_stop_token_and_the_others_go_on(llama, tokenizer):
+    plain = [continue_plainly(llama, prompt, 8) for prompt in PROMPTS]
+    stop = plain[0][3]
+    decoding = Decoding(max_new_tokens=8, stop_token_ids=(stop,))
+    found = generate_texts(llama, tokenizer, PROMPTS, decoding, token_budget=1000)
+    for generation, ids in zip(found, plain, strict=True):
+        cut = ids.index(stop) if stop in ids else len(ids)
+        assert list(generation.token_ids) == ids[:cut]
+        assert generation.stopped == (stop in ids)
+
+
+def test_sampling_is_repeatable_and_independent_of_the_batches(llama, tokenizer):
+    decoding = Decoding(max_new_tokens=6, stop_token_ids=(), temperature=1.0, seed=3)
+    together = generate_texts(llama, tokenizer, PROMPTS, decoding, token_budget=1000)
+    apart = generate_texts(llama, tokenizer, PROMPTS, decoding, token_budget=1)
+    other = Decoding(max_new_tokens=6, stop_token_ids=(), temperature=1.0, seed=4)
+    assert together == apart
+    assert together != generate_texts(llama, tokenizer, PROMPTS, other, token_budget=1000)
+
+
+def test_a_tiny_nucleus_is_greedy(llama, tokenizer):
+    greedy = Decoding(max_new_tokens=6, stop_token_ids=())
+    nucleus = Decoding(max_new_tokens=6, stop_token_ids=(), temperature=2.0, top_p=1e-6)
+    settings = {"token_budget": 1000}
+    assert generate_texts(llama, tokenizer, PROMPTS, greedy, **settings) == generate_texts(
+        llama, tokenizer, PROMPTS, nucleus, **settings
+    )
+
+
+def test_the_generation_config_of_the_model_is_not_read(llama, tokenizer, recwarn):
+    decoding = Decoding(max_new_tokens=6, stop_token_ids=())
+    plain = generate_texts(llama, tokenizer, PROMPTS, decoding, token_budget=1000)
+    llama.generation_config.update(
+        do_sample=True, temperature=9.0, repetition_penalty=5.0, max_length=2, eos_token_id=1
+    )
+    assert generate_texts(llama, tokenizer, PROMPTS, decoding, token_budget=1000) == plain
+    assert not recwarn.list
+
+
+def test_the_stream_is_the_generation_in_pieces(llama, tokenizer):
+    decoding = Decoding(max_new_tokens=40, stop_token_ids=(3,), temperature=1.5, seed=1)
+    [whole] = generate_texts(llama, tokenizer, PROMPTS[:1], decoding, token_budget=1000)
+    pieces = list(stream_text(llama, tokenizer, PROMPTS[0], decoding))
+    assert "".join(pieces) == whole.text
+    assert len(pieces) > 5
+
+
+def test_the_stream_leaves_gradients_on_between_its_pieces(llama, tokenizer):
+    for _ in stream_text(llama, tokenizer, PROMPTS[0], Decoding(4, ())):
+        assert torch.is_grad_enabled()
+
+
+def test_stop_tokens_are_eos_and_the_end_of_turn(tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert find_stop_token_ids(tokenizer) == (end,)
+    assert find_end_of_turn(tokenizer) == end
+    other = make_tokenizer()
+    other.eos_token = "<|unk|>"
+    assert find_stop_token_ids(other) == (other.eos_token_id, end)
+
+
+def test_a_template_without_turn_ends_stops_at_eos_only():
+    plain = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    tokenizer = make_tokenizer(chat_template=plain)
+    assert find_end_of_turn(tokenizer) is None
+    assert find_stop_token_ids(tokenizer) == (tokenizer.eos_token_id,)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(llama, tokenizer):
+    with pytest.raises(LlmtuneError, match="positions"):
+        generate_texts(llama, tokenizer, [[5] * 510], Decoding(8, ()), token_budget=1000)
