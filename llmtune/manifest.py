@@ -10,7 +10,7 @@ from llmtune.environment import machine, versions
 from llmtune.errors import LlmtuneError
 from llmtune.run_dir import RunDir, atomic_write_json
 
-STAGES = ("train", "merge", "evaluate", "report")
+STAGES = ("train", "merge", "evaluate")
 
 
 @dataclass(frozen=True)

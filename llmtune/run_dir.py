@@ -40,6 +40,14 @@ class RunDir:
         return self.path / "manifest.json"
 
     @property
+    def lock_path(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def generations_path(self) -> Path:
+        return self.path / "generations.json"
+
+    @property
     def report_html_path(self) -> Path:
         return self.path / "report.html"
 

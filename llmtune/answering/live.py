@@ -1,0 +1,92 @@
+"""One loaded model that answers as base or as tuned, or the merged model of a run."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llmtune.adapters.manifest import adapter_fingerprint, read_template_identity
+from llmtune.adapters.saved import load_adapter
+from llmtune.data.template import require_same_template
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.run import ModelIdentity
+from llmtune.models.config import ModelConfig
+from llmtune.models.load import LoadedModel, load_model
+from llmtune.models.resolve import resolve_base
+from llmtune.scoring.batches import adapter_disabled
+from llmtune.targets import Target
+
+log = logging.getLogger("llmtune")
+
+
+@dataclass(frozen=True)
+class LiveTarget:
+    """A target in memory. `arms` are those it can answer as without loading anything more."""
+
+    model: Any
+    loaded: LoadedModel
+    identity: ModelIdentity
+    arms: tuple[str, ...]
+
+    @contextlib.contextmanager
+    def answering_as(self, arm: str) -> Iterator[Any]:
+        """Yield the model as `arm`: `base` is the adapter switched off."""
+        if arm not in self.arms:
+            raise LlmtuneError(f"no {arm} model here; there is: {', '.join(self.arms)}")
+        if arm == "base" and "tuned" in self.arms:
+            with adapter_disabled(self.model):
+                yield self.model
+        else:
+            yield self.model
+
+
+def load_live(target: Target, arm: str | None = None) -> LiveTarget:
+    """Load what `target` names so that it can answer as `arm` (default: its first).
+
+    Raises:
+        LlmtuneError: the target has no such arm, or its adapter was made for another base or
+            another chat template.
+    """
+    wanted = arm or target.arms[0]
+    if wanted not in target.arms:
+        raise LlmtuneError(
+            f"{target.name}: has no {wanted} model; there is: {', '.join(target.arms)}"
+        )
+    if wanted == "merged":
+        return _load_merged(target)
+    loaded = load_model(target.model, resolve_base(target.model))
+    log.info("%s", loaded.summary())
+    if target.adapter_dir is None:
+        return LiveTarget(loaded.model, loaded, _identity(target.model, loaded), ("base",))
+    template = read_template_identity(target.adapter_dir)
+    if template is not None:
+        require_same_template(loaded.tokenizer, template)
+    model = load_adapter(loaded.model, target.adapter_dir, base_fingerprint=loaded.fingerprint)
+    adapter = adapter_fingerprint(target.adapter_dir)
+    return LiveTarget(model, loaded, _identity(target.model, loaded, adapter), ("tuned", "base"))
+
+
+def merged_model_config(target: Target) -> ModelConfig:
+    """Return how the merged model of a run is loaded: as the run's base, but never quantized."""
+    return target.model.model_copy(
+        update={"base": str(target.merged_dir), "revision": None, "quantization": None}
+    )
+
+
+def _load_merged(target: Target) -> LiveTarget:
+    config = merged_model_config(target)
+    loaded = load_model(config, resolve_base(config))
+    log.info("%s", loaded.summary())
+    return LiveTarget(loaded.model, loaded, _identity(config, loaded), ("merged",))
+
+
+def _identity(
+    config: ModelConfig, loaded: LoadedModel, adapter: str | None = None
+) -> ModelIdentity:
+    return ModelIdentity(
+        base=loaded.fingerprint,
+        adapter=adapter,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        quantization=config.quantization_method,
+    )

@@ -1,0 +1,129 @@
+"""Answers to a file of prompts, in batches, in the order of the file."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtune.answering.live import LiveTarget, load_live
+from llmtune.data.render import encode_plain, render_messages
+from llmtune.errors import LlmtuneError
+from llmtune.models.tokenizer import require_chat_template
+from llmtune.run_dir import atomic_write_text
+from llmtune.scoring.batches import choose_token_budget
+from llmtune.scoring.generate import Decoding, generate_texts
+from llmtune.targets import resolve_target
+
+log = logging.getLogger("llmtune")
+
+SHOWN_PROBLEMS = 10
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """What to answer and how; `arm` None takes the target's first."""
+
+    input_path: Path
+    output_path: Path
+    arm: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+
+
+def run_predict(name: str, overrides: Sequence[str], settings: PredictSettings) -> dict[str, Any]:
+    """Answer every row and write the output whole at the end; return counts.
+
+    A row holds `messages` (a list), or `prompt` (text: one user message, or raw text for a model
+    without a chat template). The output row is the input row with `answer` and `stopped`.
+
+    Raises:
+        LlmtuneError: rows that are not prompts (all of them by file and line), or an output that
+            exists already.
+    """
+    rows = read_prompts(settings.input_path)
+    if settings.output_path.exists():
+        raise LlmtuneError(f"{settings.output_path}: exists already; remove it or choose another")
+    if not settings.output_path.absolute().parent.is_dir():
+        raise LlmtuneError(f"{settings.output_path}: its directory does not exist; make it first")
+    target = resolve_target(name, overrides)
+    live = load_live(target, settings.arm)
+    arm = settings.arm or live.arms[0]
+    prompts = [_render(live, row) for row in rows]
+    decoding = Decoding(
+        settings.max_new_tokens, live.loaded.stop_token_ids, temperature=settings.temperature
+    )
+    with live.answering_as(arm) as model:
+        generations = generate_texts(
+            model,
+            live.loaded.tokenizer,
+            prompts,
+            decoding,
+            token_budget=choose_token_budget(model),
+            on_progress=lambda done: log.info("%d of %d answered", done, len(rows)),
+        )
+    lines = [
+        json.dumps({**row, "answer": each.text, "stopped": each.stopped}, ensure_ascii=False)
+        for row, each in zip(rows, generations, strict=True)
+    ]
+    atomic_write_text(settings.output_path, "\n".join(lines) + "\n")
+    stopped = sum(each.stopped for each in generations)
+    return {"rows": len(rows), "arm": arm, "stopped": stopped, "output": str(settings.output_path)}
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Read a JSONL of prompts; every bad row is named by file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise LlmtuneError(f"{path}: no such file; expected a JSONL of prompts") from None
+    except UnicodeDecodeError as error:
+        raise LlmtuneError(f"{path}: not UTF-8 text: {error}") from None
+    rows, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"{path}:{number}: not JSON: {error.msg}")
+            continue
+        if problem := _problem(row):
+            problems.append(f"{path}:{number}: {problem}")
+        rows.append(row)
+    if problems:
+        more = len(problems) - SHOWN_PROBLEMS
+        tail = [f"and {more} more rows"] if more > 0 else []
+        raise LlmtuneError("\n".join(problems[:SHOWN_PROBLEMS] + tail))
+    if not rows:
+        raise LlmtuneError(f"{path}: holds no rows; expected one JSON object a line")
+    return rows
+
+
+def _problem(row: Any) -> str | None:
+    if not isinstance(row, dict):
+        return f"expected a JSON object, found {type(row).__name__}"
+    if isinstance(row.get("prompt"), str) and row["prompt"].strip():
+        return None
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages:
+        is_message = all(
+            isinstance(each, dict) and isinstance(each.get("content"), str) and each.get("role")
+            for each in messages
+        )
+        if is_message and messages[-1]["role"] != "assistant":
+            return None
+        return "`messages` must be objects with role and content, the last not by the assistant"
+    return f"expected `prompt` (text) or `messages` (a list), found keys {sorted(row)}"
+
+
+def _render(live: LiveTarget, row: dict[str, Any]) -> list[int]:
+    tokenizer = live.loaded.tokenizer
+    if "messages" in row and row["messages"]:
+        require_chat_template(tokenizer)
+        return render_messages(tokenizer, row["messages"], add_generation_prompt=True)
+    if tokenizer.chat_template is None:
+        return encode_plain(tokenizer, row["prompt"])
+    messages = [{"role": "user", "content": row["prompt"]}]
+    return render_messages(tokenizer, messages, add_generation_prompt=True)

@@ -1,0 +1,169 @@
+"""An open run: locked against other processes, and knowing which stages are finished."""
+
+import contextlib
+import fcntl
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from llmtune.environment import peak_memory_bytes
+from llmtune.errors import LlmtuneError
+from llmtune.fingerprint import hash_json
+from llmtune.manifest import Manifest, read_manifest
+from llmtune.run_dir import RunDir
+
+log = logging.getLogger("llmtune")
+
+SHOWN_DIFFERENCES = 5
+
+
+class Ledger:
+    """Runs the stages of one run directory and writes down what each was made from.
+
+    Use `open_ledger`; one process at a time holds a run.
+    """
+
+    def __init__(self, run: RunDir, manifest: Manifest) -> None:
+        self.run = run
+        self.manifest = manifest
+
+    def describe(self, **sections: Mapping[str, Any]) -> None:
+        """Write what the run stands on (`base`, `data`) into the manifest."""
+        self._save(replace(self.manifest, **sections))
+
+    def stage(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        work: Callable[[], Mapping[str, Any]],
+        *,
+        force: bool = False,
+    ) -> Mapping[str, Any]:
+        """Return the stage's recorded result, or do `work` and record it.
+
+        `inputs` is everything that decides the result; only its hash is kept. A stage that raises
+        stays unfinished in the manifest, and so does every stage after it.
+        """
+        fingerprint = hash_json(inputs)
+        if self.manifest.is_finished(name, fingerprint) and not force:
+            log.info("%s: finished before on the same inputs, skipped", name)
+            return self.manifest.stages[name]["result"]
+        self._save(self.manifest.start(name, fingerprint))
+        started = time.perf_counter()
+        result = work()
+        self._save(
+            self.manifest.finish(
+                name,
+                seconds=round(time.perf_counter() - started, 3),
+                peak_bytes=peak_memory_bytes(),
+                result=result,
+            )
+        )
+        return result
+
+    def _save(self, manifest: Manifest) -> None:
+        manifest.save(self.run)
+        self.manifest = manifest
+
+
+@contextlib.contextmanager
+def open_ledger(
+    run: RunDir,
+    config: Mapping[str, Any],
+    *,
+    deciding: Mapping[str, Any],
+    force: bool = False,
+) -> Iterator[Ledger]:
+    """Hold the run directory, making it where there is none.
+
+    `config` is the whole config as JSON values; `deciding` are those of them that may not differ
+    from what the directory was made with, once training has left something there.
+    With `force` what earlier stages left is removed.
+
+    Raises:
+        LlmtuneError: another process holds the run, the directory is not a run, or it holds a run
+            of another config.
+    """
+    _refuse_foreign(run)
+    run.path.mkdir(parents=True, exist_ok=True)
+    with run.lock_path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LlmtuneError(
+                f"{run.path}: another llmtune process is working in this run; "
+                "wait for it or choose another run_dir"
+            ) from None
+        if force:
+            _clear(run)
+        manifest = Manifest(config=config)
+        if run.manifest_path.exists():
+            known = read_manifest(run)
+            if _has_training(run):
+                _refuse_other_config(run, known.config, deciding)
+            manifest = replace(known, config=config)
+        ledger = Ledger(run, manifest)
+        ledger.describe()
+        yield ledger
+
+
+def _refuse_foreign(run: RunDir) -> None:
+    if run.path.exists() and not run.path.is_dir():
+        raise LlmtuneError(f"{run.path}: is a file; run_dir must be a directory to make or reuse")
+    if run.path.is_dir() and not run.manifest_path.exists():
+        found = sorted(child.name for child in run.path.iterdir() if not child.name.startswith("."))
+        if found:
+            raise LlmtuneError(
+                f"{run.path}: holds {found[0]!r} and no manifest.json, so it is not a run; "
+                "choose another run_dir"
+            )
+
+
+def _has_training(run: RunDir) -> bool:
+    return run.adapter_dir.exists() or (
+        run.checkpoints_dir.is_dir() and any(run.checkpoints_dir.iterdir())
+    )
+
+
+def _refuse_other_config(
+    run: RunDir, known: Mapping[str, Any], deciding: Mapping[str, Any]
+) -> None:
+    lines = [
+        f"{key}: was {old!r}, is {new!r}" for key, old, new in _differences("", known, deciding)
+    ]
+    if lines:
+        more = f" and {len(lines) - SHOWN_DIFFERENCES} more" * (len(lines) > SHOWN_DIFFERENCES)
+        raise LlmtuneError(
+            f"{run.path}: holds a run of another config ({'; '.join(lines[:SHOWN_DIFFERENCES])}"
+            f"{more}); choose another run_dir, or redo this one with --force"
+        )
+
+
+def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in new:
+            yield from _differences(f"{key}.{name}".lstrip("."), old.get(name), new[name])
+    elif old != new:
+        yield key, old, new
+
+
+def _clear(run: RunDir) -> None:
+    for directory in (
+        run.adapter_dir,
+        run.merged_dir,
+        run.checkpoints_dir,
+        run.evaluations_dir,
+    ):
+        if directory.exists():
+            shutil.rmtree(directory)
+    for file in (
+        run.manifest_path,
+        run.metrics_path,
+        run.generations_path,
+        run.report_html_path,
+        run.report_json_path,
+    ):
+        file.unlink(missing_ok=True)

@@ -1,0 +1,210 @@
+"""The stages of a run in order; each leaves an artifact on disk and can be rerun alone."""
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.adapters.manifest import adapter_fingerprint
+from llmtune.config import RunConfig
+from llmtune.data.prepare import PreparedData, prepare_examples
+from llmtune.errors import LlmtuneError
+from llmtune.fingerprint import hash_json
+from llmtune.ledger import Ledger, open_ledger
+from llmtune.models.identity import base_fingerprint
+from llmtune.models.resolve import BaseSource, resolve_base
+from llmtune.models.tokenizer import load_tokenizer
+from llmtune.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from llmtune.evaluation.compare import Comparison
+    from llmtune.evaluation.suite import Suite
+    from llmtune.reporting.transfer import Report
+
+log = logging.getLogger("llmtune")
+
+TRAIN_SECTIONS = ("seed", "model", "adapter", "data", "train")
+"""The parts of a config that decide the adapter; with others it is another run."""
+
+FREE_KEYS = {"train": ("report_to", "resume", "log_every")}
+"""Keys in those parts that do not change the adapter and may differ between two calls."""
+
+
+def run(config: RunConfig, *, force: bool = False) -> "Report":
+    """Train, merge, evaluate and report; what is finished on unchanged inputs is skipped.
+
+    With `force` everything is done again. After a failure the same call continues where it failed.
+
+    Raises:
+        LlmtuneError: the input is wrong; nothing was lost.
+        RunInterrupted: stopped by Ctrl-C or SIGTERM after saving a checkpoint.
+    """
+    load_suites(config)
+    train(config, force=force)
+    merge(config)
+    evaluate(config)
+    return report(config.run_dir)
+
+
+def train(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
+    """Fit an adapter and save it in `run_dir/adapter`; go on from a checkpoint if there is one.
+
+    Everything that can be wrong with the input is found before the base model is loaded.
+
+    Returns:
+        What the manifest records of the stage: steps, tokens, trained_tokens, seconds, peak_bytes,
+        final_loss, adapter_bytes, choices and more.
+    """
+    from llmtune.training.reporters import check_reporters
+
+    check_reporters(config.train.report_to)
+    source = resolve_base(config.model)
+    data = _prepare_data(config, source)
+    identity = _identity(config, source, data)
+
+    def work() -> Mapping[str, Any]:
+        from llmtune.stages.train import TrainInputs, run_train_stage
+
+        return run_train_stage(
+            config, TrainInputs(source, data["train"], data["evaluation"], identity)
+        )
+
+    with _open(config, force=force) as ledger:
+        ledger.describe(
+            base={**source.as_dict(), "fingerprint": identity["base"]},
+            data={name: prepared.report.to_json() for name, prepared in data.items()},
+        )
+        return ledger.stage("train", identity, work)
+
+
+def merge(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
+    """Add the run's adapter into its 16-bit base, and check it against the live adapter.
+
+    Raises:
+        CheckFailed: the merged model differs from base + adapter; nothing is left in `merged/`.
+    """
+    source = resolve_base(config.model)
+    adapter = _trained_adapter(config)
+
+    def work() -> Mapping[str, Any]:
+        from llmtune.stages.merge import run_merge_stage
+
+        return run_merge_stage(config, source)
+
+    with _open(config) as ledger:
+        inputs = {
+            "adapter": adapter,
+            "base": base_fingerprint(source.dir),
+            "merge": config.merge.model_dump(mode="json"),
+        }
+        is_gone = not config.run.merged_dir.is_dir()
+        return ledger.stage("merge", inputs, work, force=force or is_gone)
+
+
+def evaluate(config: RunConfig, *, force: bool = False) -> "dict[str, Comparison]":
+    """Score base and tuned model on every suite, and the merged model on the target suites.
+
+    The base is the same loaded model with its adapter switched off. Suites that are finished for
+    the same model and recipe are read, not scored again.
+
+    Returns:
+        For each suite by name the paired comparison of tuned against base.
+    """
+    from llmtune.evaluation.compare import compare_saved_arms
+
+    suites = load_suites(config)
+    source = resolve_base(config.model)
+    adapter = _trained_adapter(config)
+
+    def work() -> Mapping[str, Any]:
+        from llmtune.stages.evaluate import run_evaluate_stage
+
+        return run_evaluate_stage(config, suites)
+
+    with _open(config) as ledger:
+        inputs = {
+            "adapter": adapter,
+            "base": base_fingerprint(source.dir),
+            "merge": ledger.manifest.stages.get("merge", {}).get("fingerprint"),
+            "evaluate": config.evaluate.model_dump(mode="json"),
+            "suites": {suite.name: suite.fingerprint for suite in suites},
+        }
+        ledger.stage("evaluate", inputs, work, force=force)
+    return compare_saved_arms(config.run.evaluations_dir, suites, config.evaluate)
+
+
+def report(run_dir: str | Path) -> "Report":
+    """Build `report.json` and `report.html` from what the run left on disk."""
+    from llmtune.reporting.transfer import build_report, write_report
+
+    run = RunDir(Path(run_dir))
+    built = build_report(run)
+    write_report(built, run)
+    return built
+
+
+def load_suites(config: RunConfig) -> "list[Suite]":
+    """Read the run's suites with all their items; what is wrong in them is found here."""
+    from llmtune.evaluation.suite import load_suite
+
+    return [
+        load_suite(name, seed=config.evaluate.seed, limit=config.evaluate.limit)
+        for name in config.evaluate.suites
+    ]
+
+
+def _prepare_data(config: RunConfig, source: BaseSource) -> dict[str, PreparedData]:
+    tokenizer = load_tokenizer(source.dir, chat_template=config.model.chat_template)
+    prepared = {
+        "train": prepare_examples(config.data, tokenizer, split="train", seed=config.seed),
+        "evaluation": prepare_examples(
+            config.data, tokenizer, split="evaluation", seed=config.seed
+        ),
+    }
+    for name, data in prepared.items():
+        for line in data.report.lines():
+            log.info("%s data: %s", name, line)
+    return prepared
+
+
+def _identity(
+    config: RunConfig, source: BaseSource, data: Mapping[str, PreparedData]
+) -> dict[str, str]:
+    """Return the hashes of what decides the adapter: base, rows and order, and the knobs."""
+    return {
+        "base": base_fingerprint(source.dir),
+        "data": hash_json({name: prepared.fingerprint for name, prepared in data.items()}),
+        "config": hash_json(_deciding_sections(config)),
+    }
+
+
+def _deciding_sections(config: RunConfig) -> dict[str, Any]:
+    values = config.model_dump(mode="json")
+    return {
+        section: {
+            key: value
+            for key, value in values[section].items()
+            if key not in FREE_KEYS.get(section, ())
+        }
+        if isinstance(values[section], dict)
+        else values[section]
+        for section in TRAIN_SECTIONS
+    }
+
+
+def _open(config: RunConfig, *, force: bool = False) -> AbstractContextManager[Ledger]:
+    return open_ledger(
+        config.run,
+        config.model_dump(mode="json"),
+        deciding=_deciding_sections(config),
+        force=force,
+    )
+
+
+def _trained_adapter(config: RunConfig) -> str:
+    if not config.run.adapter_dir.is_dir():
+        raise LlmtuneError(
+            f"{config.run.path}: has no trained adapter yet; make it with: llmtune train CONFIG"
+        )
+    return adapter_fingerprint(config.run.adapter_dir)

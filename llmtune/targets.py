@@ -1,0 +1,105 @@
+"""What a path on the command line names: a config, a run, an adapter, or a whole model."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtune.adapters.manifest import MANIFEST_FILE
+from llmtune.config import RunConfig, load_config
+from llmtune.errors import LlmtuneError
+from llmtune.manifest import read_manifest
+from llmtune.models.config import ModelConfig
+from llmtune.run_dir import RunDir
+from llmtune.schema import Section
+from llmtune.validation import validate_section
+from llmtune.yaml_source import SourcedTree, apply_overrides
+
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+class ModelOnly(Section):
+    """The keys that can be overridden where the target is an adapter or a model."""
+
+    model: ModelConfig
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to load: a base, the adapter on it if any, the merged model of a run if any."""
+
+    name: str
+    model: ModelConfig
+    adapter_dir: Path | None = None
+    merged_dir: Path | None = None
+    config: RunConfig | None = None
+    """The run's config, where the target is a run."""
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Who can answer, the default first."""
+        arms = ["tuned"] if self.adapter_dir else []
+        arms.append("base")
+        return tuple(arms + (["merged"] if self.merged_dir else []))
+
+
+def resolve_target(name: str, overrides: Sequence[str] = ()) -> Target:
+    """Say what `name` is: a YAML config, a run, an adapter directory, a checkpoint or a hub id.
+
+    Raises:
+        LlmtuneError: it is none of these, or an override does not fit it.
+    """
+    path = Path(name)
+    if path.suffix in YAML_SUFFIXES:
+        return _run_target(name, load_config(path, overrides))
+    if (path / "manifest.json").is_file():
+        return _run_target(name, load_run_config(path, overrides))
+    if (path / "adapter_config.json").is_file():
+        return Target(name, _model(adapter_base(path), overrides), adapter_dir=path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise LlmtuneError(
+            f"{name}: neither a run (manifest.json), nor an adapter (adapter_config.json), "
+            "nor a model (config.json)"
+        )
+    return Target(name, _model({"base": name}, overrides))
+
+
+def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the config a run was made with; `run_dir` is where the run lies now."""
+    recorded = {**read_manifest(RunDir(run_dir)).config, "run_dir": str(run_dir)}
+    tree = apply_overrides(SourcedTree(recorded, {(): str(run_dir)}), overrides)
+    return validate_section(RunConfig, tree)
+
+
+def adapter_base(adapter_dir: Path) -> dict[str, Any]:
+    """Return `base` (and `revision`) of the model an adapter was made for, as it recorded them."""
+    own = adapter_dir / MANIFEST_FILE
+    if own.is_file():
+        base = json.loads(own.read_text(encoding="utf-8"))["base"]
+        is_local = Path(base["path"]).is_dir() and not base.get("revision")
+        recorded = {"base": base["path"] if is_local else base["origin"]}
+        return recorded | ({"revision": base["revision"]} if base.get("revision") else {})
+    config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise LlmtuneError(
+            f"{adapter_dir}: adapter_config.json names no base model; give it: model.base=PATH"
+        )
+    return {"base": base, "revision": config.get("revision")}
+
+
+def _run_target(name: str, config: RunConfig) -> Target:
+    run = config.run
+    return Target(
+        name,
+        config.model,
+        adapter_dir=run.adapter_dir if run.adapter_dir.is_dir() else None,
+        merged_dir=run.merged_dir if run.merged_dir.is_dir() else None,
+        config=config,
+    )
+
+
+def _model(values: dict[str, Any], overrides: Sequence[str]) -> ModelConfig:
+    tree = apply_overrides(SourcedTree({"model": values}), overrides)
+    return validate_section(ModelOnly, tree).model
