@@ -2,11 +2,16 @@
 
 import logging
 
+# On import it names a CPU kernel package it does without; with int8 it says once per layer and
+# step that inputs become float16 (`load_model` says so once).
+UNWANTED = ("kernels-community", "MatMul8bitLt: inputs will be cast")
+LOGGERS = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
+
 
 def _is_worth_showing(record: logging.LogRecord) -> bool:
-    """Drop one line: on importing, bitsandbytes names a CPU kernel package it does not need."""
-    return "kernels-community" not in record.getMessage()
+    return not any(part in record.getMessage() for part in UNWANTED)
 
 
 # peft and trl import bitsandbytes too, so this stands where every engine passes before them.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_showing)
+for _name in LOGGERS:
+    logging.getLogger(_name).addFilter(_is_worth_showing)

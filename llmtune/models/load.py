@@ -1,5 +1,6 @@
 """Load a base model onto one device, quantized as asked, and check that it is what was asked."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +86,11 @@ def load_model(config: ModelConfig, source: BaseSource) -> LoadedModel:
         quantized=quantized,
         fingerprint=fingerprint,
         stop_token_ids=stops,
-        notices=notices + _device_notices(config, device) + _expert_notices(model, quantized),
+        notices=(
+            *notices,
+            *_device_notices(config, device),
+            *_quantization_notices(model, quantized),
+        ),
     )
 
 
@@ -166,16 +171,17 @@ def _check_placement(model: PreTrainedModel, device: torch.device) -> None:
         )
 
 
-def _expert_notices(model: PreTrainedModel, quantized: QuantizationTable) -> tuple[str, ...]:
-    """Say that fused expert weights, which are no linear layers, stay unquantized."""
+def _quantization_notices(model: PreTrainedModel, quantized: QuantizationTable) -> Iterator[str]:
+    if quantized.method == "none":
+        return
     experts = sum(p.numel() for p in model.parameters() if p.dim() == EXPERT_DIMENSIONS)
-    if quantized.method == "none" or not experts:
-        return ()
-    share = experts / quantized.num_parameters
-    return (
-        f"expert weights ({share:.0%} of the model) stay in {model.dtype}: {quantized.method} "
-        "covers linear layers only",
-    )
+    if experts:
+        yield (
+            f"expert weights ({experts / quantized.num_parameters:.0%} of the model) stay in "
+            f"{model.dtype}: {quantized.method} covers linear layers only"
+        )
+    if quantized.method == "int8" and model.dtype != torch.float16:
+        yield f"int8 layers round their inputs from {model.dtype} to float16"
 
 
 def _device_notices(config: ModelConfig, device: torch.device) -> tuple[str, ...]:

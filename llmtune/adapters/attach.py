@@ -1,0 +1,22 @@
+"""Wrap a base in peft's model class, the one place where peft changes it."""
+
+import warnings
+
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM
+from transformers import PreTrainedModel
+
+# peft reads a property that transformers renamed, and corrects fan_in_fan_out itself where
+# Linear and Conv1D are both targets.
+UNWANTED = (r".is_gradient_checkpointing. is deprecated", r"fan_in_fan_out is set to")
+
+
+def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Return `model` (changed in place) with freshly initialized adapter layers, in float32.
+
+    Raises:
+        ValueError: the config's modules are not in the model.
+    """
+    with warnings.catch_warnings():
+        for message in UNWANTED:
+            warnings.filterwarnings("ignore", message=message)
+        return PeftModelForCausalLM(model, config, autocast_adapter_dtype=True)

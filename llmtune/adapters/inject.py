@@ -1,0 +1,196 @@
+"""Attach an adapter to a loaded base: it alone is trained, and a table says where it sits."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llmtune.adapters.attach import attach
+from llmtune.adapters.base import LowRankAdapter
+from llmtune.adapters.saved import start_from_adapter
+from llmtune.adapters.targets import ModuleNames, choose_targets, shorten_targets
+from llmtune.errors import LlmtuneError
+from llmtune.models.quantization import LAYER_NUMBER, logical_size
+
+EXPERT_DIMENSIONS = 3  # fused experts are one parameter [expert, out, in]
+
+
+@dataclass(frozen=True)
+class InjectionRow:
+    """Like-named modules that got the same adapter."""
+
+    pattern: str
+    """Module name with layer numbers as `*`."""
+    count: int
+    rank: int
+    alpha: float
+    scaling: float
+    num_parameters: int
+    """Trainable ones, over all `count` modules."""
+
+
+@dataclass(frozen=True)
+class InjectionTable:
+    """What was adapted, and how much of the model that is."""
+
+    method: str
+    rows: tuple[InjectionRow, ...]
+    saved_modules: tuple[str, ...]
+    """Modules trained whole."""
+    trainable_parameters: int
+    total_parameters: int
+    """Of the base; a 4-bit weight counts one."""
+    adapted_ratio: float
+    """Share of the linear layers' weights that have an adapter, 0 to 1."""
+    notices: tuple[str, ...]
+
+    @property
+    def trainable_ratio(self) -> float:
+        """Trainable parameters per base parameter."""
+        return self.trainable_parameters / self.total_parameters
+
+
+class Injected(NamedTuple):
+    """A model with its adapter; unpacks as (model, table)."""
+
+    model: PeftModel
+    table: InjectionTable
+
+
+def inject_adapter(
+    model: PreTrainedModel, config: LowRankAdapter, *, base_fingerprint: str | None = None
+) -> Injected:
+    """Attach the adapter that `config` describes; the base is frozen, the adapter is float32.
+
+    The model is changed in place. With `config.init_from` the saved adapter's weights are the
+    start, loaded strictly.
+
+    Args:
+        model: a base as `models.load` returns it, quantized or not.
+        config: a member of the adapter union.
+        base_fingerprint: of the base; the adapter in `init_from` must be one of this base.
+
+    Raises:
+        LlmtuneError: a name, layer or pattern matches nothing (with the nearest names), the LM
+            head is a target, or the adapter in `init_from` is of another shape or base.
+    """
+    names = list_modules(model)
+    chosen = choose_targets(config, names)
+    total_parameters = sum(logical_size(parameter) for parameter in model.parameters())
+    peft_config = config.to_peft(
+        shorten_targets(
+            chosen, [*names.linear, *names.others, *([names.head] if names.head else [])]
+        ),
+        fan_in_fan_out=isinstance(model.get_submodule(chosen[0]), Conv1D),
+    )
+    adapted = attach(model, peft_config)
+    _check_layers(adapted, config, chosen)
+    _check_trainable(adapted)
+    if config.init_from is not None:
+        start_from_adapter(adapted, config.init_from, base_fingerprint=base_fingerprint)
+    table = InjectionTable(
+        method=config.method,
+        rows=_group_rows(adapted),
+        saved_modules=tuple(config.modules_to_save),
+        trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        total_parameters=total_parameters,
+        adapted_ratio=_weights(names, chosen) / max(1, _weights(names, names.linear)),
+        notices=_notices(names, model, total_parameters),
+    )
+    return Injected(adapted, table)
+
+
+def list_modules(model: PreTrainedModel) -> ModuleNames:
+    """Return what the model offers to adapt: linear layers by shape, the head, the rest by type."""
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    linear: dict[str, tuple[int, int]] = {}
+    others: dict[str, str] = {}
+    head_name = None
+    for name, module in model.named_modules():
+        if module is head:
+            head_name = name
+        elif isinstance(module, nn.Linear):
+            linear[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            linear[name] = (module.weight.shape[1], module.weight.shape[0])
+        elif name:
+            others[name] = type(module).__name__
+    return ModuleNames(
+        linear=linear,
+        head=head_name,
+        is_head_tied=head is not None and head.weight is embedding.weight,
+        others=others,
+        experts=[n for n, p in model.named_parameters() if p.dim() == EXPERT_DIMENSIONS],
+    )
+
+
+def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """Return the adapted layers by the base's own module names."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def _check_layers(model: PeftModel, config: LowRankAdapter, chosen: list[str]) -> None:
+    """Check that peft adapted just the chosen modules, each with its rank and scaling.
+
+    Some mixture-of-experts families make peft reinterpret names.
+    """
+    layers = lora_layers(model)
+    wrong = sorted(set(layers) ^ set(chosen))
+    if wrong:
+        raise LlmtuneError(
+            f"adapter.target_modules: peft adapted other modules than asked for: {wrong[0]} "
+            f"({len(wrong)} differ). Name the modules, e.g. target_modules=[q_proj, v_proj]."
+        )
+    for name, layer in layers.items():
+        rank, alpha = config.rank_of(name), config.alpha_of(name)
+        assert layer.r["default"] == rank, name
+        assert abs(layer.scaling["default"] - config.scaling(rank, alpha)) < 1e-6, name
+
+
+def _check_trainable(model: PeftModel) -> None:
+    for name, parameter in model.named_parameters():
+        is_lora = ".lora_" in name
+        is_adapter = is_lora or ".modules_to_save." in name
+        assert parameter.requires_grad == is_adapter, name
+        assert not is_lora or parameter.dtype == torch.float32, name
+
+
+def _group_rows(model: PeftModel) -> tuple[InjectionRow, ...]:
+    groups: dict[tuple[str, int, float, float], list[int]] = defaultdict(list)
+    for name, layer in lora_layers(model).items():
+        key = (
+            LAYER_NUMBER.sub("*", name),
+            layer.r["default"],
+            layer.lora_alpha["default"],
+            layer.scaling["default"],
+        )
+        groups[key].append(sum(p.numel() for p in layer.parameters() if p.requires_grad))
+    return tuple(
+        InjectionRow(pattern, len(sizes), rank, alpha, scaling, sum(sizes))
+        for (pattern, rank, alpha, scaling), sizes in groups.items()
+    )
+
+
+def _weights(names: ModuleNames, modules) -> int:
+    return sum(names.linear[name][0] * names.linear[name][1] for name in modules)
+
+
+def _notices(names: ModuleNames, model: PreTrainedModel, total_parameters: int) -> tuple[str, ...]:
+    if not names.experts:
+        return ()
+    experts = sum(model.get_parameter(name).numel() for name in names.experts)
+    return (
+        f"expert weights are not adapted: {len(names.experts)} fused parameters, "
+        f"{experts / total_parameters:.0%} of the model",
+    )

@@ -1,0 +1,116 @@
+"""What stands beside a saved adapter: its manifest, and checks that need no torch."""
+
+import json
+from pathlib import Path
+
+from llmtune.errors import LlmtuneError
+from llmtune.safetensors_io import read_header
+
+MANIFEST_NAME = "llmtune_adapter.json"
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+MANIFEST_FORMAT = 1
+
+
+def read_adapter_manifest(directory: Path) -> dict:
+    """Return the manifest that llmtune wrote beside the adapter.
+
+    Raises:
+        LlmtuneError: there is none, or it cannot be read.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise LlmtuneError(
+            f"{directory}: no {MANIFEST_NAME}: "
+            + (
+                "an adapter, but not written by llmtune."
+                if _is_adapter(directory)
+                else "no adapter."
+            )
+        )
+    manifest = _read_json(path)
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise LlmtuneError(
+            f"{path}: format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}."
+        )
+    return manifest
+
+
+def read_adapter_config(directory: Path) -> dict:
+    """Return adapter_config.json of a LoRA adapter kept as safetensors.
+
+    Raises:
+        LlmtuneError: it is no adapter, of a method other than LoRA, or its weights are pickled.
+    """
+    if not _is_adapter(directory):
+        raise LlmtuneError(f"{directory}: no adapter here: expected {CONFIG_NAME}.")
+    config = _read_json(directory / CONFIG_NAME)
+    if config.get("peft_type") != "LORA":
+        raise LlmtuneError(
+            f"{directory}: an adapter of type {config.get('peft_type')}; llmtune reads LORA."
+        )
+    if not (directory / WEIGHTS_NAME).is_file():
+        is_pickled = (directory / PICKLE_NAME).is_file()
+        raise LlmtuneError(
+            f"{directory}: no {WEIGHTS_NAME}"
+            + (", only pickled weights, which are not read." if is_pickled else ".")
+        )
+    return config
+
+
+def check_adapter(directory: Path, *, base_fingerprint: str | None) -> tuple[str, ...]:
+    """Check that the adapter belongs to the base with this fingerprint; return notices.
+
+    An adapter without our manifest cannot be checked here; its notice says so.
+
+    Raises:
+        LlmtuneError: it is no usable adapter, or one of another base.
+    """
+    read_adapter_config(directory)
+    if not (directory / MANIFEST_NAME).is_file():
+        return (
+            f"{directory}: not written by llmtune, so its base cannot be verified; shapes are "
+            "checked",
+        )
+    base = read_adapter_manifest(directory).get("base", {})
+    trained_on = base.get("fingerprint")
+    if base_fingerprint is not None and trained_on != base_fingerprint:
+        raise LlmtuneError(
+            f"{directory}: this adapter was trained on another base: {base.get('origin')} "
+            f"(fingerprint {str(trained_on)[:16]}), the base given has fingerprint "
+            f"{base_fingerprint[:16]}. Give model.base={base.get('origin')}."
+        )
+    return ()
+
+
+def has_effect(directory: Path) -> bool:
+    """Whether the adapter changes the model: a lora_B that is not all zero, or a saved module.
+
+    Raises:
+        LlmtuneError: there are no readable weights.
+    """
+    weights = read_header(directory / WEIGHTS_NAME)
+    if any("lora_" not in entry.name for entry in weights.tensors):
+        return True
+    with weights.path.open("rb") as file:
+        for entry in weights.tensors:
+            if "lora_B" in entry.name or "lora_embedding_B" in entry.name:
+                file.seek(entry.start)
+                if any(file.read(entry.stop - entry.start)):
+                    return True
+    return False
+
+
+def _is_adapter(directory: Path) -> bool:
+    return (directory / CONFIG_NAME).is_file()
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LlmtuneError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise LlmtuneError(f"{path}: expected a JSON object.")
+    return value

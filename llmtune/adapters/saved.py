@@ -1,0 +1,193 @@
+"""An adapter on disk: stock peft format plus our manifest, written whole, read strictly."""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from llmtune.adapters.attach import attach
+from llmtune.adapters.manifest import (
+    CONFIG_NAME,
+    MANIFEST_FORMAT,
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    check_adapter,
+    read_adapter_config,
+)
+from llmtune.errors import LlmtuneError
+from llmtune.fingerprint import JsonValue
+from llmtune.run_dir import atomic_write_json
+
+# What must be equal for an adapter to be a start: {peft's name: the config's}.
+SHAPE_KNOBS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "use_rslora": "method",
+    "use_dora": "method",
+}
+NUM_NAMED = 3
+
+logger = logging.getLogger(__name__)
+
+
+def save_adapter(model: PeftModel, directory: Path, manifest: Mapping[str, JsonValue]) -> Path:
+    """Write the adapter in stock peft format, with `manifest`, and return the directory.
+
+    It is written beside the target and renamed, so a reader never meets half an adapter; an
+    adapter already in `directory` is replaced. What it records as its base is manifest["base"]:
+    the hub id (`origin`) with its commit (`revision`), or else the absolute `path`.
+
+    Raises:
+        LlmtuneError: the adapter cannot be written, or `directory` holds something else.
+    """
+    if directory.exists() and any(directory.iterdir()) and not (directory / CONFIG_NAME).is_file():
+        raise LlmtuneError(f"{directory}: holds other files and no adapter; it is not overwritten.")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    except OSError as error:
+        raise LlmtuneError(f"{directory}: the adapter cannot be saved: {error}") from error
+    try:
+        # False: llmtune never resizes embeddings, and "auto" would ask the hub for the base
+        model.save_pretrained(str(temporary), save_embedding_layers=False)
+        _record_base(temporary / CONFIG_NAME, manifest.get("base", {}))
+        atomic_write_json(temporary / MANIFEST_NAME, {"format": MANIFEST_FORMAT, **manifest})
+        for path in temporary.iterdir():  # some writers leave files that only their owner can read
+            path.chmod(0o644)
+        temporary.chmod(0o755)
+        _swap(temporary, directory)
+    except (OSError, SafetensorError) as error:
+        raise LlmtuneError(f"{directory}: the adapter cannot be saved: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def load_adapter(
+    model: PreTrainedModel, directory: Path, *, base_fingerprint: str, trainable: bool = False
+) -> PeftModel:
+    """Attach the adapter in `directory` to its base, every tensor accounted for.
+
+    The model is changed in place. An adapter without our manifest (stock peft or trl) is loaded
+    with its names and shapes checked, and a notice is logged (`check_adapter` returns it).
+
+    Raises:
+        LlmtuneError: the adapter is one of another base, or its tensors' names or shapes are not
+            those the model needs.
+    """
+    for notice in check_adapter(directory, base_fingerprint=base_fingerprint):
+        logger.warning(notice)
+    config = _read_peft_config(directory)
+    config.inference_mode = not trainable
+    try:
+        adapted = attach(model, config)
+    except ValueError as error:
+        raise LlmtuneError(f"{directory}: does not fit this model: {error}") from error
+    _load_weights(adapted, directory)
+    return adapted if trainable else adapted.eval()
+
+
+def start_from_adapter(model: PeftModel, directory: Path, *, base_fingerprint: str | None) -> None:
+    """Set a freshly injected adapter to the saved one, which must have the same knobs.
+
+    Raises:
+        LlmtuneError: another base, rank, alpha, method or set of modules.
+    """
+    for notice in check_adapter(directory, base_fingerprint=base_fingerprint):
+        logger.warning(notice)
+    saved, wanted = _read_peft_config(directory), model.peft_config["default"]
+    differing = [
+        f"adapter.{knob}: the config says {getattr(wanted, name)}, the adapter has "
+        f"{getattr(saved, name)} ({name})"
+        for name, knob in SHAPE_KNOBS.items()
+        if getattr(wanted, name) != getattr(saved, name)
+    ]
+    if differing:
+        raise LlmtuneError(
+            f"adapter.init_from={directory}: the adapter there is of another shape.\n"
+            + "\n".join(differing)
+        )
+    _load_weights(model, directory)
+
+
+def _load_weights(model: PeftModel, directory: Path) -> None:
+    path = directory / WEIGHTS_NAME
+    try:
+        saved = load_file(path)
+    except SafetensorError as error:
+        raise LlmtuneError(f"{path}: cannot be read: {error}") from error
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    problems = _differences(saved, expected)
+    if problems:
+        raise LlmtuneError(f"{path}: does not fit this model.\n" + "\n".join(problems))
+    result = set_peft_model_state_dict(model, saved)
+    assert not result.unexpected_keys, result.unexpected_keys
+
+
+def _differences(
+    saved: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> list[str]:
+    shapes = [
+        f"{name} {tuple(saved[name].shape)} (the model needs {tuple(expected[name].shape)})"
+        for name in sorted(saved.keys() & expected.keys())
+        if saved[name].shape != expected[name].shape
+    ]
+    groups = {
+        "missing": sorted(expected.keys() - saved.keys()),
+        "unexpected": sorted(saved.keys() - expected.keys()),
+        "of another shape": shapes,
+    }
+    return [
+        f"{len(names)} tensors {kind}: {', '.join(names[:NUM_NAMED])}"
+        + (", ..." if len(names) > NUM_NAMED else "")
+        for kind, names in groups.items()
+        if names
+    ]
+
+
+def _read_peft_config(directory: Path) -> LoraConfig:
+    read_adapter_config(directory)
+    try:
+        return PeftConfig.from_pretrained(str(directory))
+    except (TypeError, ValueError) as error:
+        raise LlmtuneError(f"{directory / CONFIG_NAME}: peft cannot read it: {error}") from error
+
+
+def _record_base(path: Path, base: Mapping[str, JsonValue]) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    revision = base.get("revision")
+    config["base_model_name_or_path"] = base.get("origin") if revision else base.get("path")
+    config["revision"] = revision
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` where `target` is; the old directory is only deleted afterwards."""
+    if not target.exists():
+        new.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+    target.rename(old / target.name)
+    try:
+        new.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
