@@ -1,6 +1,5 @@
 """Which tensor of the base gets which part of the adapter, from headers and configs alone."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from llmtune.merging.compare import agree
 from llmtune.merging.experts import plan_experts
 from llmtune.merging.names import find_tensor, is_embedding, is_head, near_misses
 from llmtune.merging.ties import settle_ties
+from llmtune.models.checkpoint import check_checkpoint, read_model_config
 from llmtune.safetensors_io import INDEX_FILE, CheckpointIndex, TensorEntry
 
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
@@ -33,6 +33,7 @@ def plan_merge(base_dir: Path, adapter_dir: Path, *, strength: float = 1.0) -> M
         LlmtuneError: a file is missing or malformed, the base is quantized, or some tensor of the
             adapter has no place in the base or would have to be dropped.
     """
+    check_checkpoint(base_dir, allow_pickle=False)
     config = read_model_config(base_dir)
     base = CheckpointIndex.open(base_dir)
     adapter = AdapterFiles.open(adapter_dir)
@@ -54,23 +55,6 @@ def plan_merge(base_dir: Path, adapter_dir: Path, *, strength: float = 1.0) -> M
         has_index=(base_dir / INDEX_FILE).is_file() and base.index_metadata is not None,
         config_changes=config_changes,
     )
-
-
-def read_model_config(base_dir: Path) -> dict[str, Any]:
-    """Return the base's `config.json`; refuse a base that is quantized on disk."""
-    path = base_dir / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LlmtuneError(f"{base_dir} holds no config.json; expected a model directory") from None
-    except ValueError as error:
-        raise LlmtuneError(f"{path} is not JSON ({error})") from None
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
-        raise LlmtuneError(
-            f"{base_dir} is stored quantized ({method}); an adapter is merged into 16- or 32-bit "
-            "weights: give the original model"
-        )
-    return config
 
 
 class Planner:

@@ -1,0 +1,222 @@
+"""Comparing a merged directory, loaded from disk, with the live adapter model it came from."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from llmtune.errors import LlmtuneError
+from llmtune.scoring.batches import (
+    choose_token_budget,
+    inference,
+    model_device,
+    pad_rows,
+    run_forward,
+)
+from llmtune.scoring.divergence import compare_distributions
+from llmtune.scoring.generate import Decoding, Generation, generate_texts
+from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
+
+
+@dataclass(frozen=True)
+class VerifyPrompts:
+    """What the two models are compared on, all as token ids; any of the three may be empty."""
+
+    sequences: tuple[tuple[int, ...], ...] = ()  # logits and KL at every position
+    labels: tuple[ContinuationRequest, ...] = ()  # the likelier continuation must be the same
+    open_prompts: tuple[tuple[int, ...], ...] = ()  # greedy answers
+
+
+@dataclass(frozen=True)
+class GreedyDivergence:
+    """Where the greedy answers to one open prompt part, and how sure either model was there."""
+
+    prompt: int  # place in `open_prompts`
+    position: int  # tokens that both answers begin with
+    live_token: int | None  # None: the answer ended
+    merged_token: int | None
+    live_margin: float  # the likeliest token's logit less the second's
+    merged_margin: float
+    live_text: str
+    merged_text: str
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """How far the merged model's answers are from the adapter model's."""
+
+    dtype: str
+    num_tokens: int
+    max_logit_difference: float
+    kl: float  # KL(adapter || merged), nats per token
+    top1_agreement: float
+    num_labels: int
+    num_same_labels: int
+    num_open_prompts: int
+    num_same_texts: int
+    divergences: tuple[GreedyDivergence, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the result as JSON."""
+        return asdict(self)
+
+
+def verify_merge(
+    live: nn.Module,
+    merged_dir: Path,
+    prompts: VerifyPrompts,
+    *,
+    decoding: Decoding,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> VerifyResult:
+    """Load `merged_dir` with stock transformers and compare it with the live adapter model.
+
+    Args:
+        live: the adapter model (or any causal LM) in the dtype it is to be compared in.
+        merged_dir: the merged directory, with its tokenizer.
+        prompts: token ids within the vocabulary.
+        decoding: how many tokens of the open prompts' answers, and what stops them; greedy.
+        dtype: what the merged model is computed in; None is its own on disk.
+        device: where the merged model runs; None is where the live one is.
+
+    Raises:
+        LlmtuneError: the merged directory cannot be loaded, or its vocabulary is another one.
+    """
+    assert decoding.temperature == 0, "answers are compared greedily"
+    merged = load_merged(merged_dir, dtype=dtype, device=device or model_device(live))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(merged_dir), local_files_only=True)
+    distributions = _compare_sequences(live, merged, prompts.sequences)
+    same_labels = _count_same_labels(live, merged, prompts.labels)
+    divergences = _compare_answers(live, merged, tokenizer, prompts.open_prompts, decoding)
+    return VerifyResult(
+        dtype=str(next(merged.parameters()).dtype).removeprefix("torch."),
+        **distributions,
+        num_labels=len(prompts.labels),
+        num_same_labels=same_labels,
+        num_open_prompts=len(prompts.open_prompts),
+        num_same_texts=len(prompts.open_prompts) - len(divergences),
+        divergences=tuple(divergences),
+    )
+
+
+def load_merged(
+    merged_dir: Path, *, dtype: torch.dtype | None, device: torch.device | str
+) -> nn.Module:
+    """Load a merged directory with stock transformers, from local files only.
+
+    Raises:
+        LlmtuneError: transformers cannot load it, or leaves some of its weights uninitialised.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            merged_dir, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise LlmtuneError(f"{merged_dir} cannot be loaded: {error}") from error
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise LlmtuneError(
+            f"{merged_dir} does not fit its config: "
+            + "; ".join(
+                f"{kind}: {sorted(map(str, keys))[:4]}" for kind, keys in info.items() if keys
+            )
+        )
+    return model.to(device).eval()
+
+
+def _compare_sequences(
+    live: nn.Module, merged: nn.Module, sequences: Sequence[Sequence[int]]
+) -> dict[str, float | int]:
+    largest, kl, agreements, tokens = 0.0, 0.0, 0, 0
+    with inference(live), inference(merged):
+        for ids in sequences:
+            live_logits = _logits(live, ids).to(model_device(merged))
+            merged_logits = _logits(merged, ids)
+            if live_logits.shape != merged_logits.shape:
+                raise LlmtuneError(
+                    f"the merged model has {merged_logits.shape[-1]} tokens in its vocabulary and "
+                    f"the adapter model {live_logits.shape[-1]}; it was merged from another base"
+                )
+            difference = (live_logits.float() - merged_logits.float()).abs().max().item()
+            largest = max(largest, difference)
+            mask = torch.ones(live_logits.shape[:2], dtype=torch.bool, device=live_logits.device)
+            part = compare_distributions(live_logits, merged_logits, mask)
+            kl, agreements, tokens = kl + part[0], agreements + part[1], tokens + part[2]
+    return {
+        "num_tokens": tokens,
+        "max_logit_difference": largest,
+        "kl": kl / tokens if tokens else 0.0,
+        "top1_agreement": agreements / tokens if tokens else 1.0,
+    }
+
+
+def _count_same_labels(
+    live: nn.Module, merged: nn.Module, requests: Sequence[ContinuationRequest]
+) -> int:
+    chosen = []
+    for model in (live, merged):
+        scores = score_continuations(model, requests, token_budget=choose_token_budget(model))
+        chosen.append([_likeliest([one.log_likelihood for one in choices]) for choices in scores])
+    return sum(one == other for one, other in zip(*chosen, strict=True))
+
+
+def _likeliest(log_likelihoods: Sequence[float]) -> int:
+    return max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
+
+
+def _compare_answers(
+    live: nn.Module,
+    merged: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+) -> list[GreedyDivergence]:
+    answers: list[list[Generation]] = []
+    for model in (live, merged):
+        budget = choose_token_budget(model)
+        answers.append(generate_texts(model, tokenizer, prompts, decoding, token_budget=budget))
+    divergences = []
+    for place, (prompt, one, other) in enumerate(zip(prompts, *answers, strict=True)):
+        position = _first_difference(one, other)
+        if position is None:
+            continue
+        shared = [*prompt, *one.token_ids[:position]]
+        divergences.append(
+            GreedyDivergence(
+                prompt=place,
+                position=position,
+                live_token=_token_at(one, position),
+                merged_token=_token_at(other, position),
+                live_margin=_margin(live, shared),
+                merged_margin=_margin(merged, shared),
+                live_text=one.text,
+                merged_text=other.text,
+            )
+        )
+    return divergences
+
+
+def _first_difference(one: Generation, other: Generation) -> int | None:
+    if (one.token_ids, one.stopped) == (other.token_ids, other.stopped):
+        return None
+    pairs = zip(one.token_ids, other.token_ids, strict=False)
+    shorter = min(len(one.token_ids), len(other.token_ids))
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), shorter)
+
+
+def _token_at(answer: Generation, position: int) -> int | None:
+    return answer.token_ids[position] if position < len(answer.token_ids) else None
+
+
+def _margin(model: nn.Module, ids: Sequence[int]) -> float:
+    with inference(model):
+        first, second = _logits(model, ids)[0, -1].float().topk(2).values.tolist()
+    return first - second
+
+
+def _logits(model: nn.Module, ids: Sequence[int]) -> torch.Tensor:
+    """Return the logits of every position, [1, T, V], in the model's dtype."""
+    return run_forward(model, pad_rows([ids], model_device(model), left=False)).logits
