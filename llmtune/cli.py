@@ -93,7 +93,7 @@ FORCE_OPTION = click.option("--force", is_flag=True, help="Do again what is fini
 def run_all(
     config: Path, overrides: tuple[str, ...], force: bool, quiet: bool, as_json: bool
 ) -> None:
-    """Train, merge, evaluate and report; skip what is finished on unchanged inputs.
+    """Train, merge, evaluate, report; skip what is finished.
 
     \b
       llmtune run configs/quickstart.yaml
@@ -116,7 +116,7 @@ def run_all(
 def train(
     config: Path, overrides: tuple[str, ...], force: bool, quiet: bool, as_json: bool
 ) -> None:
-    """Fit the adapter and save it in RUN_DIR/adapter; goes on from a checkpoint.
+    """Fit the adapter; goes on from a checkpoint.
 
     \b
       llmtune train configs/quickstart.yaml
@@ -154,16 +154,27 @@ def merge(  # noqa: PLR0913 (one argument an option)
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Add an adapter into its 16-bit base and check the result. TARGET: config, run or adapter.
+    """Add an adapter into its base and check the result.
+
+    TARGET is a config, a run or an adapter directory.
 
     \b
       llmtune merge runs/quickstart
       llmtune merge runs/quickstart/adapter --out merged --strength 0.7
     """
     from llmtune import pipeline
+    from llmtune.targets import require_run, resolve_target
 
     _show_progress(quiet)
-    result = pipeline.merge_target(target, overrides, strength=strength, out_dir=out, force=force)
+    named = resolve_target(target, overrides)
+    if out is None and named.config is None:
+        raise LlmtuneError(f"{target}: is not a run; say where the merged model goes with --out")
+    if out is not None:
+        chosen = 1.0 if strength is None else strength
+        result = pipeline.merge_adapter_dir(named, out, strength=chosen, force=force)
+    else:
+        more = () if strength is None else (f"merge.strength={strength}",)
+        result = pipeline.merge(require_run(target, (*overrides, *more)), force=force)
     _print_result(result, as_json, lambda: f"merged model saved in {result['out_dir']}")
 
 
@@ -181,18 +192,27 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Score on suites: a run's own, or --suite. TARGET: config, run, adapter or model.
+    """Score on the suites of a run, or on --suite.
+
+    TARGET is a config, a run, an adapter directory or a model.
 
     \b
       llmtune eval runs/quickstart
       llmtune eval runs/quickstart --suite general
       llmtune eval path/to/model --suite general --json
     """
-    from llmtune import pipeline
-    from llmtune.reporting.terminal import render_scores
+    from llmtune.reporting.scores import render_scores
 
     _show_progress(quiet)
-    scores = pipeline.evaluate_target(target, overrides, suites=suites, force=force)
+    if suites:
+        from llmtune.answering.score import score_target
+
+        scores = score_target(target, overrides, suites)
+    else:
+        from llmtune import pipeline
+        from llmtune.targets import require_run
+
+        scores = pipeline.evaluate(require_run(target, overrides), force=force)
     _print_result(scores, as_json, lambda: render_scores(scores))
 
 
@@ -200,7 +220,7 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @with_output_options
 def report(run_dir: Path, quiet: bool, as_json: bool) -> None:
-    """Rebuild report.html and report.json of a run and print the table.
+    """Rebuild the report of a run and print its table.
 
     \b
       llmtune report runs/quickstart
@@ -231,7 +251,9 @@ def chat(  # noqa: PLR0913 (one argument an option)
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Talk to a model in the terminal. TARGET: config, run, adapter or model.
+    """Talk to a model in the terminal.
+
+    TARGET is a config, a run, an adapter directory or a model.
 
     /base and /tuned switch who answers, /clear starts over, /quit ends.
 
@@ -333,7 +355,7 @@ def config_schema(quiet: bool, as_json: bool) -> None:
 @click.argument("directory", type=click.Path(path_type=Path), default=Path("runs"))
 @with_output_options
 def runs(directory: Path, quiet: bool, as_json: bool) -> None:
-    """List the runs in DIRECTORY (default: runs) with state and verdict.
+    """List runs with their state and verdict (default: runs).
 
     \b
       llmtune runs
@@ -354,7 +376,7 @@ def runs(directory: Path, quiet: bool, as_json: bool) -> None:
 @cli.command()
 @with_output_options
 def doctor(quiet: bool, as_json: bool) -> None:
-    """Check this machine: versions, GPU, precision, quantization, memory, disk; say each fix.
+    """Check this machine and say how to mend what is broken.
 
     \b
       llmtune doctor

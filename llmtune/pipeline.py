@@ -18,9 +18,10 @@ from llmtune.models.tokenizer import load_tokenizer
 from llmtune.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from llmtune.evaluation.compare import Comparison
+    from llmtune.evaluation.scores import Scores
     from llmtune.evaluation.suite import Suite
-    from llmtune.reporting.transfer import Report
+    from llmtune.reporting.report import Report
+    from llmtune.targets import Target
 
 log = logging.getLogger("llmtune")
 
@@ -88,9 +89,20 @@ def merge(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
     adapter = _trained_adapter(config)
 
     def work() -> Mapping[str, Any]:
-        from llmtune.stages.merge import run_merge_stage
+        from llmtune.stages.merge import MergeRequest, run_merge_stage
 
-        return run_merge_stage(config, source)
+        return run_merge_stage(
+            MergeRequest(
+                model=config.model,
+                source=source,
+                adapter_dir=config.run.adapter_dir,
+                out_dir=config.run.merged_dir,
+                strength=config.merge.strength,
+                max_kl=config.merge.max_kl,
+                sequences=_held_out(config, source),
+                suites=load_suites(config),
+            )
+        )
 
     with _open(config) as ledger:
         inputs = {
@@ -102,16 +114,48 @@ def merge(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
         return ledger.stage("merge", inputs, work, force=force or is_gone)
 
 
-def evaluate(config: RunConfig, *, force: bool = False) -> "dict[str, Comparison]":
+def merge_adapter_dir(
+    target: "Target", out_dir: Path, *, strength: float = 1.0, force: bool = False
+) -> Mapping[str, Any]:
+    """Merge an adapter that belongs to no run, or a run's into another place, and check it.
+
+    Raises:
+        LlmtuneError: there is no adapter, or `out_dir` exists and `force` is not given.
+        CheckFailed: the merged model differs from base + adapter; `out_dir` is not made.
+    """
+    from llmtune.merging.config import MergeConfig
+
+    if target.adapter_dir is None:
+        raise LlmtuneError(f"{target.name}: has no adapter to merge")
+    if out_dir.exists() and not force:
+        raise LlmtuneError(f"{out_dir}: exists already; choose another --out, or give --force")
+    from llmtune.stages.merge import MergeRequest, run_merge_stage
+
+    knobs = target.config.merge if target.config else MergeConfig()
+    return run_merge_stage(
+        MergeRequest(
+            model=target.model,
+            source=resolve_base(target.model),
+            adapter_dir=target.adapter_dir,
+            out_dir=out_dir,
+            strength=strength,
+            max_kl=knobs.max_kl,
+        )
+    )
+
+
+def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
     """Score base and tuned model on every suite, and the merged model on the target suites.
 
     The base is the same loaded model with its adapter switched off. Suites that are finished for
     the same model and recipe are read, not scored again.
 
     Returns:
-        For each suite by name the paired comparison of tuned against base.
+        For each suite by name: n, metric, majority, the arms' means, and under `comparison` the
+        difference of tuned and base with its interval.
     """
-    from llmtune.evaluation.compare import compare_saved_arms
+    from llmtune.evaluation.compare import Resampling
+    from llmtune.evaluation.scores import read_scores
 
     suites = load_suites(config)
     source = resolve_base(config.model)
@@ -131,7 +175,12 @@ def evaluate(config: RunConfig, *, force: bool = False) -> "dict[str, Comparison
             "suites": {suite.name: suite.fingerprint for suite in suites},
         }
         ledger.stage("evaluate", inputs, work, force=force)
-    return compare_saved_arms(config.run.evaluations_dir, suites, config.evaluate)
+    chosen = config.evaluate
+    return read_scores(
+        config.run.evaluations_dir,
+        [suite.name for suite in suites],
+        Resampling(chosen.confidence, chosen.bootstrap_samples, chosen.seed),
+    )
 
 
 def report(run_dir: str | Path) -> "Report":
@@ -152,6 +201,12 @@ def load_suites(config: RunConfig) -> "list[Suite]":
         load_suite(name, seed=config.evaluate.seed, limit=config.evaluate.limit)
         for name in config.evaluate.suites
     ]
+
+
+def _held_out(config: RunConfig, source: BaseSource) -> list[list[int]]:
+    tokenizer = load_tokenizer(source.dir, chat_template=config.model.chat_template)
+    held_out = prepare_examples(config.data, tokenizer, split="evaluation", seed=config.seed)
+    return [list(held_out.examples[i].input_ids) for i in range(len(held_out.examples))]
 
 
 def _prepare_data(config: RunConfig, source: BaseSource) -> dict[str, PreparedData]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.adapters.manifest import MANIFEST_FILE
+from llmtune.adapters.manifest import MANIFEST_NAME
 from llmtune.config import RunConfig, load_config
 from llmtune.errors import LlmtuneError
 from llmtune.manifest import read_manifest
@@ -65,6 +65,18 @@ def resolve_target(name: str, overrides: Sequence[str] = ()) -> Target:
     return Target(name, _model({"base": name}, overrides))
 
 
+def require_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the config of the run that `name` is: its directory or its YAML file.
+
+    Raises:
+        LlmtuneError: it is something else.
+    """
+    target = resolve_target(name, overrides)
+    if target.config is None:
+        raise LlmtuneError(f"{name}: not a run; expected a run directory or a config")
+    return target.config
+
+
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the config a run was made with; `run_dir` is where the run lies now."""
     recorded = {**read_manifest(RunDir(run_dir)).config, "run_dir": str(run_dir)}
@@ -74,7 +86,7 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def adapter_base(adapter_dir: Path) -> dict[str, Any]:
     """Return `base` (and `revision`) of the model an adapter was made for, as it recorded them."""
-    own = adapter_dir / MANIFEST_FILE
+    own = adapter_dir / MANIFEST_NAME
     if own.is_file():
         base = json.loads(own.read_text(encoding="utf-8"))["base"]
         is_local = Path(base["path"]).is_dir() and not base.get("revision")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
+from llmtune.fingerprint import hash_file, hash_json
 from llmtune.safetensors_io import read_header
 
 MANIFEST_NAME = "llmtune_adapter.json"
@@ -82,6 +83,16 @@ def check_adapter(directory: Path, *, base_fingerprint: str | None) -> tuple[str
             f"{base_fingerprint[:16]}. Give model.base={base.get('origin')}."
         )
     return ()
+
+
+def adapter_fingerprint(directory: Path) -> str:
+    """Return a hash of the adapter's config and weights.
+
+    Raises:
+        LlmtuneError: it is no usable adapter.
+    """
+    read_adapter_config(directory)
+    return hash_json([hash_file(directory / name) for name in (CONFIG_NAME, WEIGHTS_NAME)])
 
 
 def has_effect(directory: Path) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llmtune.adapters.manifest import adapter_fingerprint, read_template_identity
+from llmtune.adapters.manifest import MANIFEST_NAME, adapter_fingerprint, read_adapter_manifest
 from llmtune.adapters.saved import load_adapter
-from llmtune.data.template import require_same_template
+from llmtune.data.template import TemplateIdentity, require_same_template
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.run import ModelIdentity
 from llmtune.models.config import ModelConfig
@@ -56,12 +56,12 @@ def load_live(target: Target, arm: str | None = None) -> LiveTarget:
     if wanted == "merged":
         return _load_merged(target)
     loaded = load_model(target.model, resolve_base(target.model))
-    log.info("%s", loaded.summary())
+    _say_loaded(loaded)
     if target.adapter_dir is None:
         return LiveTarget(loaded.model, loaded, _identity(target.model, loaded), ("base",))
-    template = read_template_identity(target.adapter_dir)
-    if template is not None:
-        require_same_template(loaded.tokenizer, template)
+    if (target.adapter_dir / MANIFEST_NAME).is_file():
+        recorded = read_adapter_manifest(target.adapter_dir)["template"]
+        require_same_template(loaded.tokenizer, TemplateIdentity.from_json(recorded))
     model = load_adapter(loaded.model, target.adapter_dir, base_fingerprint=loaded.fingerprint)
     adapter = adapter_fingerprint(target.adapter_dir)
     return LiveTarget(model, loaded, _identity(target.model, loaded, adapter), ("tuned", "base"))
@@ -77,8 +77,13 @@ def merged_model_config(target: Target) -> ModelConfig:
 def _load_merged(target: Target) -> LiveTarget:
     config = merged_model_config(target)
     loaded = load_model(config, resolve_base(config))
-    log.info("%s", loaded.summary())
+    _say_loaded(loaded)
     return LiveTarget(loaded.model, loaded, _identity(config, loaded), ("merged",))
+
+
+def _say_loaded(loaded: LoadedModel) -> None:
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    log.info("model: %s on %s, %s", loaded.source.origin, loaded.device, dtype)
 
 
 def _identity(

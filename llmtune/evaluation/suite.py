@@ -28,6 +28,11 @@ class Suite:
     items_fingerprint: str
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of the declaration and of every item."""
+        return hash_json([self.config.model_dump(mode="json"), self.items_fingerprint])
+
+    @property
     def task(self) -> str:
         return self.config.task
 

@@ -28,6 +28,15 @@ class BaseSource:
         """What an adapter records as its base: the hub id, or the checkpoint's absolute path."""
         return self.origin if self.revision is not None else str(self.dir)
 
+    def as_dict(self) -> dict[str, str | None]:
+        """Return the source as manifests record it."""
+        return {
+            "path": str(self.dir),
+            "origin": self.origin,
+            "revision": self.revision,
+            "gguf_sha256": self.gguf_sha256,
+        }
+
 
 def resolve_base(config: ModelConfig) -> BaseSource:
     """Find the checkpoint that `config.base` names: a path if it exists, else a hub id.

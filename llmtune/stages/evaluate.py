@@ -70,11 +70,11 @@ def scoring_settings(config: RunConfig) -> ScoringSettings:
     """Return how this run's items are scored, with progress to the log."""
     budget = config.evaluate.token_budget
     return ScoringSettings(
-        token_budget=None if budget == "auto" else budget, on_progress=ProgressLog()
+        token_budget=None if budget == "auto" else budget, on_progress=_ProgressLog()
     )
 
 
-class ProgressLog:
+class _ProgressLog:
     """Says how far a suite is when it begins, every few seconds, and when it ends."""
 
     interval_seconds = 10.0
@@ -93,6 +93,10 @@ class ProgressLog:
                 progress.done,
                 progress.total,
             )
+
+
+PROGRESS = ScoringSettings(on_progress=_ProgressLog())
+"""Default scoring, with progress to the log."""
 
 
 def _means(by_arm: dict[str, ArmResult]) -> dict[str, float]:

@@ -2,9 +2,12 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from llmtune.adapters.inject import inject_adapter
 from llmtune.adapters.saved import save_adapter
@@ -14,6 +17,7 @@ from llmtune.data.template import template_fingerprint
 from llmtune.environment import versions
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import BaseSource
+from llmtune.stages.describe import describe_injected, describe_loaded
 from llmtune.training.sft import TrainRequest, train_adapter
 
 log = logging.getLogger("llmtune")
@@ -33,12 +37,10 @@ class TrainInputs:
 def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
     """Train and save the adapter in `run_dir/adapter`; return the result as JSON values."""
     loaded = load_model(config.model, inputs.source)
-    log_loaded(loaded)
-    injected = inject_adapter(
-        loaded.model, config.adapter, base_fingerprint=loaded.fingerprint, seed=config.seed
-    )
-    for line in injected.table.lines():
-        log.info("%s", line)
+    log_lines(describe_loaded(loaded))
+    torch.manual_seed(config.seed)
+    injected = inject_adapter(loaded.model, config.adapter, base_fingerprint=loaded.fingerprint)
+    log_lines(describe_injected(injected.table))
     result = train_adapter(
         config.train,
         TrainRequest(
@@ -64,16 +66,9 @@ def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
     }
 
 
-def log_loaded(loaded: LoadedModel) -> None:
-    """Say what was loaded: device, precision, attention, what was quantized and what not."""
-    log.info(
-        "base %s on %s, %s, attention %s",
-        loaded.source.origin,
-        loaded.device,
-        str(loaded.dtype).removeprefix("torch."),
-        loaded.attention,
-    )
-    for line in (*loaded.quantized.lines(), *loaded.notices):
+def log_lines(lines: Iterable[str]) -> None:
+    """Send lines to the log."""
+    for line in lines:
         log.info("%s", line)
 
 
@@ -82,11 +77,8 @@ def _adapter_manifest(
 ) -> dict[str, Any]:
     return {
         "base": {
+            **inputs.source.as_dict(),
             "fingerprint": loaded.fingerprint,
-            "origin": inputs.source.origin,
-            "revision": inputs.source.revision,
-            "path": str(inputs.source.dir),
-            "gguf_sha256": inputs.source.gguf_sha256,
         },
         "template": template_fingerprint(loaded.tokenizer).to_json(),
         "data_fingerprint": inputs.train.fingerprint,
@@ -96,5 +88,5 @@ def _adapter_manifest(
     }
 
 
-def _directory_bytes(directory: Any) -> int:
+def _directory_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

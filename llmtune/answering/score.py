@@ -1,0 +1,35 @@
+"""Scoring any target on any suites: a run's arms, an adapter, or a model alone."""
+
+from collections.abc import Sequence
+
+from llmtune.answering.live import load_live
+from llmtune.evaluation.compare import Resampling
+from llmtune.evaluation.run import evaluate_arms
+from llmtune.evaluation.scores import Scores, summarize_scores
+from llmtune.evaluation.suite import load_suite
+from llmtune.stages.evaluate import PROGRESS
+from llmtune.targets import resolve_target
+
+
+def score_target(name: str, overrides: Sequence[str], suites: Sequence[str]) -> Scores:
+    """Score the target's arms on `suites`: base and tuned with an adapter, else the model alone.
+
+    A run keeps the results among its own, so that its report has them too.
+
+    Raises:
+        LlmtuneError: a suite or the target cannot be read or does not fit the other.
+    """
+    target = resolve_target(name, overrides)
+    chosen = target.config.evaluate if target.config else None
+    loaded_suites = [load_suite(suite, limit=chosen.limit if chosen else None) for suite in suites]
+    live = load_live(target)
+    results = evaluate_arms(
+        live.model,
+        live.loaded.tokenizer,
+        loaded_suites,
+        identity=live.identity,
+        arms=tuple(reversed(live.arms)),
+        results_dir=target.config.run.evaluations_dir if target.config else None,
+        settings=PROGRESS,
+    )
+    return summarize_scores(results, Resampling())

@@ -1,0 +1,53 @@
+"""The scores of several arms on several suites as JSON values, with tuned compared to base."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmtune.evaluation.compare import Resampling, compare_arms
+from llmtune.evaluation.results import ArmResult, arm_result_path, read_arm_result
+
+ARMS = ("base", "tuned", "merged")
+
+Scores = dict[str, dict[str, Any]]
+
+
+def summarize_scores(
+    results: Mapping[str, Mapping[str, ArmResult]], resampling: Resampling
+) -> Scores:
+    """Return for each suite `n`, `metric`, `majority`, `arms` (means) and `comparison`.
+
+    `comparison` is tuned against base, or null where one of them was not scored.
+    """
+    return {name: _summarize(by_arm, resampling) for name, by_arm in results.items() if by_arm}
+
+
+def read_scores(results_dir: Path, suites: Iterable[str], resampling: Resampling) -> Scores:
+    """Summarize what is on disk for the named suites."""
+    results: dict[str, dict[str, ArmResult]] = {}
+    for name in suites:
+        paths = {arm: arm_result_path(results_dir, name, arm) for arm in ARMS}
+        results[name] = {
+            arm: read_arm_result(path) for arm, path in paths.items() if path.is_file()
+        }
+    return summarize_scores(results, resampling)
+
+
+def _summarize(by_arm: Mapping[str, ArmResult], resampling: Resampling) -> dict[str, Any]:
+    first = next(iter(by_arm.values()))
+    comparison = None
+    if "base" in by_arm and "tuned" in by_arm:
+        comparison = compare_arms(by_arm["base"], by_arm["tuned"], resampling=resampling).as_dict()
+    return {
+        "task": first.task,
+        "role": first.role,
+        "metric": first.metric,
+        "n": first.n,
+        "majority": first.majority,
+        "chance": first.chance,
+        "arms": {
+            arm: {"mean": result.mean, "standard_error": result.standard_error}
+            for arm, result in by_arm.items()
+        },
+        "comparison": comparison,
+    }

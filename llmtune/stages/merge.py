@@ -1,0 +1,147 @@
+"""The merge stage: stream the adapter into its base, then compare it with the live adapter."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft.helpers import rescale_adapter_scale
+from transformers import PreTrainedTokenizerFast
+
+from llmtune.adapters.saved import load_adapter
+from llmtune.data.render import encode_plain, render_messages
+from llmtune.errors import CheckFailed
+from llmtune.evaluation.requests import build_choice_requests
+from llmtune.evaluation.suite import Suite
+from llmtune.merging.merge import merge_adapter
+from llmtune.merging.verify import VerifyPrompts, VerifyResult, verify_merge
+from llmtune.models.config import ModelConfig
+from llmtune.models.load import LoadedModel, load_model
+from llmtune.models.resolve import BaseSource
+from llmtune.open_prompts import OPEN_PROMPTS
+from llmtune.safetensors_io import CheckpointIndex
+from llmtune.scoring.generate import Decoding
+from llmtune.scoring.likelihood import ContinuationRequest
+
+log = logging.getLogger("llmtune")
+
+NUM_CHECKED = 20
+CHECKED_NEW_TOKENS = 32
+FLOAT32_BYTES = 4
+MEMORY_SHARE = 0.5
+"""Of the free memory, what two float32 copies of the model may take for an exact check."""
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What is merged into what, and what the result is checked on."""
+
+    model: ModelConfig
+    source: BaseSource
+    adapter_dir: Path
+    out_dir: Path
+    strength: float
+    max_kl: float
+    sequences: Sequence[Sequence[int]] = ()
+    """Held-out rows as token ids; without any the open prompts are compared."""
+    suites: Sequence[Suite] = ()
+    """The first target suite of choices among these gives the labels to compare."""
+
+
+def run_merge_stage(request: MergeRequest) -> dict[str, Any]:
+    """Merge, check, and only then let the directory appear; return both results as JSON values.
+
+    Raises:
+        CheckFailed: the merged model's KL to the live adapter is above `max_kl`.
+    """
+    unchecked = request.out_dir.with_name(f".{request.out_dir.name}.unchecked")
+    result = merge_adapter(
+        request.source.dir,
+        request.adapter_dir,
+        unchecked,
+        strength=request.strength,
+        overwrite=True,
+    )
+    log.info(
+        "merge: %d of %d tensors changed, %.1f s; checking against the live adapter",
+        sum(result.changes.values()),
+        result.num_tensors,
+        result.seconds,
+    )
+    try:
+        check = _check(request, unchecked)
+        if check.kl > request.max_kl:
+            raise CheckFailed(
+                f"merged model and live adapter differ by {check.kl:.4f} nats/token (KL), more "
+                f"than merge.max_kl={request.max_kl:g}; nothing was left in {request.out_dir}"
+            )
+        if request.out_dir.exists():
+            shutil.rmtree(request.out_dir)
+        unchecked.rename(request.out_dir)
+    finally:
+        shutil.rmtree(unchecked, ignore_errors=True)
+    return {**result.to_dict(), "out_dir": str(request.out_dir), "check": check.to_dict()}
+
+
+def _check(request: MergeRequest, merged_dir: Path) -> VerifyResult:
+    """Compare base + adapter, never quantized, with the merged directory as read from disk."""
+    dtype = _comparison_dtype(merged_dir)
+    config = request.model.model_copy(update={"quantization": None, "dtype": dtype})
+    loaded = load_model(config, request.source)
+    live = load_adapter(loaded.model, request.adapter_dir, base_fingerprint=loaded.fingerprint)
+    decoding = Decoding(CHECKED_NEW_TOKENS, loaded.stop_token_ids)
+    prompts = _prompts(request, loaded)
+    with rescale_adapter_scale(live, request.strength):
+        check = verify_merge(
+            live, merged_dir, prompts, decoding=decoding, dtype=getattr(torch, dtype)
+        )
+    log.info("merge: %s", describe_check(check))
+    return check
+
+
+def describe_check(check: VerifyResult) -> str:
+    """Say in one line how close merged model and adapter are."""
+    return (
+        f"merged against adapter in {check.dtype}: KL {check.kl:.2e} nats/token, largest logit "
+        f"difference {check.max_logit_difference:.3f}, top-1 agreement {check.top1_agreement:.2%}, "
+        f"{check.num_same_labels} of {check.num_labels} labels and "
+        f"{check.num_same_texts} of {check.num_open_prompts} greedy texts the same"
+    )
+
+
+def _comparison_dtype(merged_dir: Path) -> str:
+    """Return float32 where two such copies fit, so that only the merge's rounding shows."""
+    tensors = CheckpointIndex.open(merged_dir).tensors.values()
+    needed = 2 * FLOAT32_BYTES * sum(tensor.num_elements for tensor in tensors)
+    free = psutil.virtual_memory().available
+    if torch.cuda.is_available():
+        free = min(free, torch.cuda.mem_get_info()[0])
+    return "float32" if needed <= MEMORY_SHARE * free else "bfloat16"
+
+
+def _prompts(request: MergeRequest, loaded: LoadedModel) -> VerifyPrompts:
+    open_prompts = [_render_open(loaded.tokenizer, question) for question in OPEN_PROMPTS]
+    sequences = [tuple(ids) for ids in request.sequences[:NUM_CHECKED]] or open_prompts
+    return VerifyPrompts(
+        sequences=tuple(sequences),
+        labels=tuple(_labels(request.suites, loaded.tokenizer)),
+        open_prompts=tuple(open_prompts[:NUM_CHECKED]),
+    )
+
+
+def _labels(
+    suites: Sequence[Suite], tokenizer: PreTrainedTokenizerFast
+) -> list[ContinuationRequest]:
+    choices = [suite for suite in suites if suite.task == "choice" and suite.role == "target"]
+    return build_choice_requests(tokenizer, choices[0])[:NUM_CHECKED] if choices else []
+
+
+def _render_open(tokenizer: PreTrainedTokenizerFast, question: str) -> tuple[int, ...]:
+    if not tokenizer.chat_template:
+        return tuple(encode_plain(tokenizer, question))
+    messages = [{"role": "user", "content": question}]
+    return tuple(render_messages(tokenizer, messages, add_generation_prompt=True))
