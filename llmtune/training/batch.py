@@ -1,0 +1,209 @@
+"""From rows to micro-batches: which rows go together, in which order, and as which tensors."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Sampler
+
+from llmtune.data.example import IGNORE_INDEX, Example
+
+LARGEST_SEED = 2**63 - 1
+SMALLEST_WEIGHT = 1e-30
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """What one micro-batch may hold: at most `rows` rows (None: any) and `tokens` tokens.
+
+    Padding counts as tokens. A single row longer than `tokens` is a micro-batch of its own.
+    """
+
+    rows: int | None
+    tokens: int
+
+
+class EpochSampler(Sampler[int]):
+    """The order of the rows in every epoch: a function of the seed and the epoch alone."""
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self.num_rows = num_rows
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next pass has."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        mixed = (self.seed * 1_000_003 + self.epoch) % LARGEST_SEED
+        generator = torch.Generator().manual_seed(mixed)
+        return iter(torch.randperm(self.num_rows, generator=generator).tolist())
+
+
+def plan_micro_batches(
+    lengths: Sequence[int], limits: BatchLimits, *, packed: bool
+) -> list[list[int]]:
+    """Split the rows of one optimizer step into micro-batches.
+
+    Args:
+        lengths: tokens of each row.
+        limits: what a micro-batch may hold.
+        packed: rows are laid end to end; otherwise they are padded to the longest one.
+
+    Returns:
+        Lists of indices into `lengths`; every index occurs exactly once.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    if not packed:
+        return _plan_padded(order, lengths, limits)
+    rows = limits.rows or len(lengths)
+    fewest = max(math.ceil(sum(lengths) / limits.tokens), math.ceil(len(lengths) / rows), 1)
+    for count in range(fewest, len(lengths) + 1):
+        bins = _fill_evenly(order, lengths, count, rows)
+        if all(len(one) == 1 or sum(lengths[i] for i in one) <= limits.tokens for one in bins):
+            return bins
+    return [[index] for index in order]
+
+
+def _plan_padded(order: list[int], lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
+    """Cut the rows, longest first, into runs of neighbours in length: the least padding."""
+    batches: list[list[int]] = []
+    for index in order:
+        current = batches[-1] if batches else None
+        if (
+            current is None
+            or len(current) == limits.rows
+            or (len(current) + 1) * lengths[current[0]] > limits.tokens
+        ):
+            batches.append([index])
+        else:
+            current.append(index)
+    return batches
+
+
+def _fill_evenly(
+    order: list[int], lengths: Sequence[int], count: int, rows: int
+) -> list[list[int]]:
+    """Deal the rows, longest first, to the emptiest of `count` bins that still takes a row."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for index in order:
+        emptiest = min(
+            (position for position in range(count) if len(bins[position]) < rows),
+            key=totals.__getitem__,
+        )
+        bins[emptiest].append(index)
+        totals[emptiest] += lengths[index]
+    return [one for one in bins if one]
+
+
+class StepCollator:
+    """Turns the rows of one optimizer step into micro-batches of tensors.
+
+    The result of a call holds `micro_batches` (see `pack_rows` and `pad_rows`), `rows` (indices of
+    the examples, one list a micro-batch), `tokens` (without padding), `trained_tokens`, and
+    `target_weight`, the weights of the trained tokens summed. `target_weights` of the micro-batches
+    are already divided by that sum: the step's loss is the plain sum of theirs.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], limits: BatchLimits, *, packed: bool, pad_token_id: int
+    ) -> None:
+        self.examples = examples
+        self.limits = limits
+        self.packed = packed
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[dict[str, int]]) -> dict:
+        return self.collate([row["row"] for row in rows])
+
+    def collate(self, indices: Sequence[int]) -> dict:
+        """Build the step that holds the examples `indices`."""
+        examples = [self.examples[index] for index in indices]
+        lengths = [len(example.input_ids) for example in examples]
+        plan = plan_micro_batches(lengths, self.limits, packed=self.packed)
+        micro_batches = [self._build([examples[position] for position in one]) for one in plan]
+        target_weight = sum(float(one["target_weights"].sum()) for one in micro_batches)
+        for micro_batch in micro_batches:
+            micro_batch["target_weights"] /= max(target_weight, SMALLEST_WEIGHT)
+        return {
+            "micro_batches": micro_batches,
+            "rows": [[indices[position] for position in one] for one in plan],
+            "tokens": sum(lengths),
+            "trained_tokens": sum(one["targets"].numel() for one in micro_batches),
+            "target_weight": target_weight,
+        }
+
+    def _build(self, examples: Sequence[Example]) -> dict:
+        return pack_rows(examples) if self.packed else pad_rows(examples, self.pad_token_id)
+
+
+def pack_rows(examples: Sequence[Example]) -> dict:
+    """Lay rows end to end, without padding.
+
+    Returns:
+        `input_ids` and `position_ids` [1, T] (positions restart with every row), the keyword
+        arguments of transformers' variable-length attention (`cu_seq_lens_q` [rows + 1], ...), and
+        the targets: see `_targets`.
+    """
+    lengths = [len(example.input_ids) for example in examples]
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    input_ids = torch.tensor([token for example in examples for token in example.input_ids])
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return {
+        "input_ids": input_ids[None],
+        "position_ids": positions[None],
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        **_targets(examples, starts.tolist()),
+    }
+
+
+def pad_rows(examples: Sequence[Example], pad_token_id: int) -> dict:
+    """Pad rows on the right to the longest one; what is padding is known by position, not by id.
+
+    Returns:
+        `input_ids`, `attention_mask` and `position_ids` [rows, longest], and the targets: see
+        `_targets`.
+    """
+    lengths = torch.tensor([len(example.input_ids) for example in examples])
+    longest = int(lengths.max())
+    input_ids = torch.full((len(examples), longest), pad_token_id)
+    for row, example in enumerate(examples):
+        input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
+    positions = torch.arange(longest)[None].expand(len(examples), -1)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (positions < lengths[:, None]).long(),
+        "position_ids": positions.contiguous(),
+        **_targets(examples, [row * longest for row in range(len(examples))]),
+    }
+
+
+def _targets(examples: Sequence[Example], starts: Sequence[int]) -> dict:
+    """Return where a token is trained and which one.
+
+    `target_positions` [N] index the flattened batch at the position *before* the trained token,
+    `targets` [N] are the token ids, `target_weights` [N] (float32) the weights of their rows.
+    """
+    positions: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    for example, start in zip(examples, starts, strict=False):
+        for index, label in enumerate(example.labels[1:]):
+            if label != IGNORE_INDEX:
+                positions.append(start + index)
+                targets.append(label)
+                weights.append(example.weight)
+    return {
+        "target_positions": torch.tensor(positions, dtype=torch.int64),
+        "targets": torch.tensor(targets, dtype=torch.int64),
+        "target_weights": torch.tensor(weights, dtype=torch.float32),
+    }

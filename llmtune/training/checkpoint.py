@@ -1,0 +1,197 @@
+"""Checkpoints that are whole or absent, carry what they belong to, and are checked before use."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from llmtune.errors import LlmtuneError
+from llmtune.fingerprint import hash_file
+
+PREFIX = "checkpoint-"
+WRITING_PREFIX = ".writing-"
+CHECKSUMS_NAME = "checksums.json"
+PROGRESS_NAME = "llmtune.json"
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint's files are not the ones that were written; the message says how."""
+
+
+def checkpoint_dir(checkpoints_dir: Path, step: int) -> Path:
+    """Return where the checkpoint of `step` is."""
+    return checkpoints_dir / f"{PREFIX}{step}"
+
+
+def write_checkpoint(target_dir: Path, write_files: Callable[[Path], None]) -> None:
+    """Write a checkpoint that appears under its name only when every byte of it is on disk.
+
+    Args:
+        target_dir: the checkpoint's directory; an older one of that name is replaced.
+        write_files: writes the files into the directory it is given.
+
+    Raises:
+        LlmtuneError: the disk is full or not writable. Earlier checkpoints are untouched.
+    """
+    parent = target_dir.parent
+    temporary: Path | None = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=WRITING_PREFIX, dir=parent))
+        write_files(temporary)
+        _write_checksums(temporary)
+        if target_dir.exists():
+            replaced = temporary.with_name(f"{temporary.name}-replaced")
+            target_dir.rename(replaced)
+            temporary.rename(target_dir)
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(target_dir)
+        _sync(parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports I/O so
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(_existing_parent(parent)).free
+        raise LlmtuneError(
+            f"could not write the checkpoint {target_dir}: {error}. {free / 1e6:,.0f} MB are free "
+            "there. Earlier checkpoints are kept: make room (or choose another run_dir) and run "
+            "the same command again to continue from the newest one."
+        ) from error
+
+
+def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run, newest step first, whether whole or damaged."""
+    if not checkpoints_dir.is_dir():
+        return []
+    found = [
+        path
+        for path in checkpoints_dir.iterdir()
+        if path.name.startswith(PREFIX) and path.name.removeprefix(PREFIX).isdigit()
+    ]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step a checkpoint was saved after."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def check_files(checkpoint: Path) -> None:
+    """Check that every file has the size and hash it was written with, and that none was added.
+
+    Raises:
+        DamagedCheckpointError: says which file differs and how.
+    """
+    try:
+        expected = json.loads((checkpoint / CHECKSUMS_NAME).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{CHECKSUMS_NAME} cannot be read") from error
+    present = {path.name for path in checkpoint.iterdir()} - {CHECKSUMS_NAME}
+    if present != set(expected):
+        missing = ", ".join(sorted(set(expected) - present))
+        raise DamagedCheckpointError(
+            f"{missing} missing" if missing else f"unknown files {sorted(present - set(expected))}"
+        )
+    for name, record in expected.items():
+        size = (checkpoint / name).stat().st_size
+        if size != record["bytes"]:
+            raise DamagedCheckpointError(f"{name} has {size} bytes of {record['bytes']}")
+        if hash_file(checkpoint / name) != record["sha256"]:
+            raise DamagedCheckpointError(f"{name} differs from what was written")
+
+
+def find_checkpoint(
+    checkpoints_dir: Path, identity: Mapping[str, str], say: Callable[[str], None]
+) -> Path | None:
+    """Return the newest whole checkpoint, or None if there is none.
+
+    Args:
+        checkpoints_dir: where the run keeps its checkpoints.
+        identity: what the run is made of, name to hash; must equal what the checkpoint recorded.
+        say: is told of every damaged checkpoint that is passed over.
+
+    Raises:
+        LlmtuneError: the checkpoint belongs to other data, another base or another config.
+    """
+    remove_unfinished(checkpoints_dir)
+    for checkpoint in list_checkpoints(checkpoints_dir):
+        try:
+            check_files(checkpoint)
+        except DamagedCheckpointError as error:
+            say(f"{checkpoint} is damaged ({error}): falling back to the one before it")
+            continue
+        _check_identity(checkpoint, identity)
+        return checkpoint
+    return None
+
+
+def read_progress(checkpoint: Path) -> dict:
+    """Return what a checkpoint recorded of the run: identity, totals, best evaluation."""
+    return json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))
+
+
+def remove_old_checkpoints(checkpoints_dir: Path, *, keep: int, best_step: int | None) -> None:
+    """Delete all but the `keep` newest checkpoints and the best one."""
+    for checkpoint in list_checkpoints(checkpoints_dir)[keep:]:
+        if step_of(checkpoint) != best_step:
+            shutil.rmtree(checkpoint)
+
+
+def remove_all_checkpoints(checkpoints_dir: Path) -> None:
+    """Delete every checkpoint: the run starts anew."""
+    remove_unfinished(checkpoints_dir)
+    for checkpoint in list_checkpoints(checkpoints_dir):
+        shutil.rmtree(checkpoint)
+
+
+def remove_unfinished(checkpoints_dir: Path) -> None:
+    """Delete what a killed run left half-written."""
+    if checkpoints_dir.is_dir():
+        for path in checkpoints_dir.glob(f"{WRITING_PREFIX}*"):
+            shutil.rmtree(path)
+
+
+def _check_identity(checkpoint: Path, identity: Mapping[str, str]) -> None:
+    recorded = read_progress(checkpoint)["identity"]
+    different = sorted(
+        name for name in {*recorded, *identity} if recorded.get(name) != identity.get(name)
+    )
+    if different:
+        raise LlmtuneError(
+            f"{checkpoint} was made with another {' and another '.join(different)} than this run "
+            "has, so it cannot be continued. Give the run another run_dir, restore what was "
+            "changed, or start anew with train.resume=never (which deletes its checkpoints)."
+        )
+
+
+def _write_checksums(directory: Path) -> None:
+    files = {}
+    for path in sorted(directory.iterdir()):
+        _sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    checksums = directory / CHECKSUMS_NAME
+    checksums.write_text(json.dumps({"files": files}, indent=2), encoding="utf-8")
+    _sync(checksums)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file, or a directory's names, before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some filesystems refuse to sync a directory; its files are synced all the same.
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _existing_parent(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,131 @@
+"""From hidden states to the loss: the frozen head on trained positions, or the library's way."""
+
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmtune.ops.linear_cross_entropy import linear_cross_entropy, select_labelled
+
+MODEL_INPUTS = (
+    "input_ids",
+    "position_ids",
+    "attention_mask",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
+# Largest accepted difference between the library's logits and ours, relative to the largest.
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+class HeadChoice(NamedTuple):
+    """How the loss is computed: `frozen` (our path) with its constants, or the library's path."""
+
+    is_frozen: bool
+    reason: str
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def decoder_hidden(model: PeftModel, micro_batch: dict) -> Tensor:
+    """Return the last hidden states [rows, T, width]: the decoder alone, without the LM head."""
+    decoder = model.get_base_model().base_model
+    return decoder(**_model_inputs(micro_batch), use_cache=False).last_hidden_state
+
+
+def summed_loss(model: PeftModel, micro_batch: dict, choice: HeadChoice) -> Tensor:
+    """Return the weighted sum of the cross-entropies of a micro-batch's trained tokens (nats)."""
+    if not choice.is_frozen:
+        return _library_loss(model, micro_batch)
+    head = model.get_base_model().get_output_embeddings()
+    hidden = decoder_hidden(model, micro_batch)
+    return linear_cross_entropy(
+        select_labelled(hidden, micro_batch["target_positions"]),
+        head.weight,
+        micro_batch["targets"],
+        weights_T=micro_batch["target_weights"],
+        bias_V=head.bias,
+        logit_softcap=choice.softcap,
+        logit_scale=choice.scale,
+    )
+
+
+def choose_head(model: PeftModel) -> HeadChoice:
+    """Decide how the loss is computed, by comparing our logits with the library's.
+
+    The frozen path needs a plain linear head that is not trained. What the architecture does to
+    the logits (soft cap, scale) is read from the config, and a short forward pass shows that
+    nothing else happens to them; otherwise the library computes the logits.
+    """
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return HeadChoice(False, f"the LM head is a {type(head).__name__}")
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return HeadChoice(False, "the LM head is trained")
+    if not head.weight.is_floating_point():
+        return HeadChoice(False, f"the LM head holds {head.weight.dtype}")
+    config = base.config.get_text_config()
+    choice = HeadChoice(
+        True,
+        "frozen, on trained positions only",
+        _logit_scale(config),
+        getattr(config, "final_logit_softcapping", None),
+    )
+    difference = _difference_to_library(model, choice)
+    if not difference <= TOLERANCES.get(head.weight.dtype, 1e-3):
+        return HeadChoice(
+            False, f"the model's logits differ from a linear head's by {difference:.2g}"
+        )
+    return choice
+
+
+def _logit_scale(config) -> float:
+    """Return what the architecture multiplies its logits by (names as in transformers' configs)."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    if (
+        getattr(config, "logits_scaling", None) is not None
+    ):  # Granite divides, HyperCLOVA X does not
+        scaling = config.logits_scaling
+        return scaling if config.model_type == "hyperclovax" else 1 / scaling
+    return 1.0
+
+
+@torch.no_grad()
+def _difference_to_library(model: PeftModel, choice: HeadChoice) -> float:
+    """Return the largest difference between both ways' logits, relative to the largest logit."""
+    base: PreTrainedModel = model.get_base_model()
+    head = base.get_output_embeddings()
+    was_training = model.training
+    model.eval()
+    try:
+        input_ids = torch.arange(1, 9, device=head.weight.device)[None] % head.out_features
+        theirs = base(input_ids=input_ids, use_cache=False).logits.float()
+        hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        ours = head(hidden.to(head.weight.dtype)).float() * choice.scale
+    finally:
+        model.train(was_training)
+    if choice.softcap is not None:
+        ours = torch.tanh(ours / choice.softcap) * choice.softcap
+    if ours.shape != theirs.shape:
+        return float("inf")
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)).item()
+
+
+def _library_loss(model: PeftModel, micro_batch: dict) -> Tensor:
+    """Return the loss by the model's own forward pass, its logits in float32."""
+    positions = micro_batch["target_positions"]
+    logits = model(**_model_inputs(micro_batch), use_cache=False).logits
+    trained = logits.flatten(0, 1).index_select(0, positions).float()
+    losses = nn.functional.cross_entropy(trained, micro_batch["targets"], reduction="none")
+    return (losses * micro_batch["target_weights"]).sum()
+
+
+def _model_inputs(micro_batch: dict) -> dict:
+    return {name: micro_batch[name] for name in MODEL_INPUTS if name in micro_batch}

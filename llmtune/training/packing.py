@@ -1,0 +1,233 @@
+"""Packed batches: attention within each row, and the probe that shows neighbours stay apart."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from llmtune.data.example import Example
+from llmtune.errors import LlmtuneError
+from llmtune.training.batch import pack_rows, pad_rows
+from llmtune.training.head import decoder_hidden
+
+ATTENTION_NAME = "llmtune_varlen"
+PROBE_TOKENS = 24
+# Largest accepted difference, relative to the largest hidden value, between a row packed and the
+# same row alone: rounding is far below, a lost mask, window or cap far above.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+logger = logging.getLogger(__name__)
+
+
+class PackingChoice(NamedTuple):
+    """Whether rows are packed, and why or why not."""
+
+    packed: bool
+    reason: str
+
+
+def choose_packing(
+    model: PeftModel, wanted: Literal["auto", "on", "off"], examples: Sequence[Example]
+) -> PackingChoice:
+    """Decide by a probe on the loaded model whether rows may share a batch without padding.
+
+    The probe runs the very call that training uses on pieces of the first rows and asks three
+    things: does anything flow from a neighbour (a gradient that is not exactly zero, a hidden
+    state that changes with the neighbour), and does a packed row equal the row alone.
+
+    Raises:
+        LlmtuneError: `wanted` is "on" and the model mixes packed rows.
+    """
+    if wanted == "off":
+        return PackingChoice(False, "data.packing is off")
+    reason = _find_obstacle(model, examples)
+    if reason is None:
+        return PackingChoice(True, "the probe found no influence between neighbours")
+    if wanted == "on":
+        raise LlmtuneError(
+            f"data.packing is on, but {type(model.get_base_model()).__name__} cannot be packed: "
+            f"{reason}. Set data.packing to auto or off: rows are then padded."
+        )
+    return PackingChoice(False, reason)
+
+
+@contextlib.contextmanager
+def packed_attention(model: PeftModel) -> Iterator[bool]:
+    """Run the model's attention row by row inside; yields False where the model does not allow it.
+
+    The implementation that was chosen before is put back on leaving.
+    """
+    base: PreTrainedModel = model.get_base_model()
+    previous = base.config._attn_implementation
+    with _silenced("transformers.modeling_utils"):
+        base.set_attn_implementation(ATTENTION_NAME)
+    try:
+        yield base.config._attn_implementation == ATTENTION_NAME
+    finally:
+        with _silenced("transformers.modeling_utils"):
+            base.set_attn_implementation(previous)
+
+
+def varlen_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options,
+) -> tuple[Tensor, None]:
+    """Attend within each packed row; the signature is transformers' `AttentionInterface`.
+
+    Args:
+        module: the attention layer, asked only for `is_causal`.
+        query: [1, heads, T, head_dim].
+        key: [1, kv_heads, T, head_dim].
+        value: like `key`.
+        attention_mask: always None, see `no_mask`.
+        options: `cu_seq_lens_q` (required), `scaling`, `dropout`, `sliding_window`, `softcap`.
+
+    Returns:
+        [1, T, heads, head_dim] and no attention weights.
+
+    Raises:
+        UnpackableError: the layer asks for something that packed attention does not have.
+    """
+    starts = options.get("cu_seq_lens_q")
+    if starts is None or attention_mask is not None or query.shape[0] != 1:
+        raise UnpackableError("its attention layers do not receive the row lengths")
+    unknown = [name for name in UNSUPPORTED_OPTIONS if options.get(name) is not None]
+    if unknown or not getattr(module, "is_causal", True):
+        raise UnpackableError(f"its attention uses {', '.join(unknown) or 'no causal order'}")
+    attended = _attend_rows(query, key, value, starts, options)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+UNSUPPORTED_OPTIONS = ("s_aux", "position_bias", "head_mask")
+
+
+class UnpackableError(Exception):
+    """The model's attention needs something that packed attention does not offer."""
+
+
+def no_mask(*_args, **_kwargs) -> None:
+    """Build no mask: rows are told apart by their lengths."""
+
+
+AttentionInterface.register(ATTENTION_NAME, varlen_attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, no_mask)
+
+
+def _attend_rows(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, options) -> Tensor:
+    if options.get("sliding_window") or options.get("softcap"):
+        raise UnpackableError("sliding windows and soft caps are not supported yet")
+    bounds = starts.tolist()
+    pieces = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        pieces.append(
+            nn.functional.scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, start:end],
+                value[:, :, start:end],
+                dropout_p=options.get("dropout", 0.0),
+                scale=options.get("scaling"),
+                is_causal=True,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
+    return torch.cat(pieces, dim=2)
+
+
+@contextlib.contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """Keep a library's warning away: what it says is checked and said by the caller."""
+    library = logging.getLogger(name)
+    level = library.level
+    library.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
+
+
+def _find_obstacle(model: PeftModel, examples: Sequence[Example]) -> str | None:
+    """Return why the model's rows cannot be packed, or None."""
+    device = model.get_input_embeddings().weight.device
+    left, right, other = _probe_rows(examples)
+    was_training = model.training
+    model.eval()
+    try:
+        alone = _hidden(model, pad_rows([right], pad_token_id=0), device)[0]
+        with packed_attention(model) as is_applied:
+            if not is_applied:
+                return "its attention does not go through transformers' AttentionInterface"
+            packed = _hidden(model, pack_rows([left, right]), device)[0, PROBE_TOKENS:]
+            changed = _hidden(model, pack_rows([other, right]), device)[0, PROBE_TOKENS:]
+            gradient = _neighbour_gradient(model, pack_rows([left, right]), device)
+    except UnpackableError as error:
+        return str(error)
+    finally:
+        model.train(was_training)
+    if gradient != 0.0:
+        return f"a gradient of {gradient:.2g} flows from a row to its neighbour"
+    scale = alone.abs().max().item() * TOLERANCES.get(alone.dtype, 1e-4)
+    influence = (packed - changed).abs().max().item()
+    if not influence <= scale:
+        return f"a row changes by {influence:.2g} with its neighbour"
+    difference = (packed - alone).abs().max().item()
+    if not difference <= scale:
+        return f"a packed row differs by {difference:.2g} from the row alone"
+    return None
+
+
+def _probe_rows(examples: Sequence[Example]) -> tuple[Example, Example, Example]:
+    """Return two neighbours and a third row as long as the first, made of real tokens."""
+    tokens: list[int] = []
+    for example in examples:
+        tokens += example.input_ids
+        if len(tokens) >= 3 * PROBE_TOKENS:
+            break
+    while len(tokens) < 3 * PROBE_TOKENS:
+        tokens += tokens
+    rows = [tokens[start : start + PROBE_TOKENS] for start in (0, PROBE_TOKENS, 2 * PROBE_TOKENS)]
+    # The third row must differ from the first, or changing the neighbour would change nothing.
+    rows[2] = [
+        token if token != first else rows[1][0] for token, first in zip(*rows[::2], strict=True)
+    ]
+    return tuple(Example(row, row, "probe", 1) for row in rows)
+
+
+def _hidden(model: PeftModel, micro_batch: dict, device: torch.device) -> Tensor:
+    with torch.no_grad():
+        return decoder_hidden(model, move_to(micro_batch, device))
+
+
+def _neighbour_gradient(model: PeftModel, micro_batch: dict, device: torch.device) -> float:
+    """Return the largest gradient that the second row's hidden states send to the first row."""
+    embedded: list[Tensor] = []
+
+    def catch(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(catch)
+    try:
+        with torch.enable_grad():
+            hidden = decoder_hidden(model, move_to(micro_batch, device))
+            second = hidden[0, PROBE_TOKENS:].float()
+            (gradient,) = torch.autograd.grad((second * second).sum(), embedded[0])
+    finally:
+        handle.remove()
+    return gradient[0, :PROBE_TOKENS].abs().max().item()
+
+
+def move_to(micro_batch: dict, device: torch.device) -> dict:
+    """Return a micro-batch with its tensors on `device`."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in micro_batch.items()
+    }

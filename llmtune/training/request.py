@@ -1,0 +1,81 @@
+"""What training is given and what it gives back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from llmtune.data.example import Example, ExampleTable
+from llmtune.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What is trained on what.
+
+    `identity` names what the run is made of (data, base, config: name to hash). It is recorded in
+    every checkpoint, and a run is only ever continued from one with the same identity.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Sequence[Example]
+    evaluation: Sequence[Example]
+    run: RunDir
+    seed: int
+    identity: Mapping[str, str]
+    packing: Literal["auto", "on", "off"] = "auto"
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out: totals over the whole run, resumed parts included.
+
+    `final_loss` is the last logged training loss and `final_eval_loss` the last evaluation's
+    (nats a trained token); `peak_bytes` is allocated memory on a GPU and resident memory, loading
+    included, on a CPU; `choices` says in words what was chosen for this model and machine.
+    """
+
+    steps: int
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    peak_bytes: int
+    final_loss: float
+    final_eval_loss: float | None
+    best_checkpoint: Path | None
+    stopped_by: Literal["max_steps", "early_stopping"]
+    choices: dict[str, str] = field(default_factory=dict)
+
+
+class JoinedExamples(Sequence[Example]):
+    """The training rows followed by the evaluation rows, under one numbering."""
+
+    def __init__(self, train: Sequence[Example], evaluation: Sequence[Example]) -> None:
+        self.train = train
+        self.evaluation = evaluation
+
+    def __len__(self) -> int:
+        return len(self.train) + len(self.evaluation)
+
+    def __getitem__(self, index: int) -> Example:
+        if index < len(self.train):
+            return self.train[index]
+        return self.evaluation[index - len(self.train)]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, int64 [rows]."""
+        return np.concatenate([row_lengths(self.train), row_lengths(self.evaluation)])
+
+
+def row_lengths(examples: Sequence[Example]) -> np.ndarray:
+    """Return the tokens of every row, int64 [rows]."""
+    if isinstance(examples, ExampleTable):
+        return examples.lengths
+    return np.array([len(example.input_ids) for example in examples], dtype=np.int64)

@@ -1,0 +1,157 @@
+"""The choices before the first step: precision, packing, loss, micro-batches, recomputation."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from llmtune.errors import LlmtuneError
+from llmtune.training.batch import StepCollator
+from llmtune.training.config import TrainConfig
+from llmtune.training.head import HeadChoice, choose_head, summed_loss
+from llmtune.training.memory_plan import (
+    UNLIMITED,
+    USEFUL_TOKENS,
+    ActivationCost,
+    MemoryPlan,
+    RowSizes,
+    available_bytes,
+    measure_activations,
+    plan_memory,
+)
+from llmtune.training.neftune import noisy_embeddings
+from llmtune.training.packing import choose_packing, move_to, packed_attention
+from llmtune.training.recompute import recomputable_layers, recomputing
+from llmtune.training.rehearsal import rehearse_step
+from llmtune.training.request import JoinedExamples, TrainRequest
+
+MEASURED_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What was decided; `choices` says it in words."""
+
+    collator: StepCollator
+    head: HeadChoice
+    autocast_dtype: torch.dtype | None
+    choices: dict[str, str]
+
+
+def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setup:
+    """Make every choice that needs the loaded model, and rehearse the largest micro-batch.
+
+    What must be undone after training is left on `stack`.
+
+    Raises:
+        LlmtuneError: float16 on a CPU, packing demanded where it mixes rows, or out of memory.
+    """
+    model = request.model
+    embedding = model.get_input_embeddings().weight
+    device, dtype = embedding.device, embedding.dtype
+    if device.type == "cpu" and dtype == torch.float16:
+        raise LlmtuneError("a CPU cannot train in float16: set model.dtype=bfloat16 or float32")
+    autocast_dtype = None if dtype == torch.float32 else dtype
+    autocast = torch.autocast(device.type, dtype=autocast_dtype, enabled=dtype != torch.float32)
+    with autocast:
+        packing = choose_packing(model, request.packing, request.train)
+        head = choose_head(model)
+    stack.enter_context(packed_attention(model) if packing.packed else nullcontext())
+    stack.enter_context(noisy_embeddings(model, config.neftune_alpha))
+
+    rows = JoinedExamples(request.train, request.evaluation)
+    collator = StepCollator(
+        rows, UNLIMITED, packed=packing.packed, pad_token_id=request.tokenizer.pad_token_id
+    )
+    trial = _Trial(model, head, collator, autocast)
+    longest_first = np.argsort(-rows.lengths, kind="stable")[: config.batch_size].tolist()
+    plan = _plan(config, trial, [int(rows.lengths[index]) for index in longest_first])
+    collator.limits = plan.limits
+    stack.enter_context(recomputing(model, plan.recomputed_layers))
+    longest = int(rows.lengths[longest_first[0]])
+    rehearse_step(lambda: trial.run_largest(longest_first), longest=longest, plan=plan)
+    return Setup(
+        collator,
+        head,
+        autocast_dtype,
+        {
+            "precision": f"{_name(dtype)} base, float32 adapter",
+            "rows": f"{'packed' if packing.packed else 'padded'}: {packing.reason}",
+            "LM head": ("" if head.is_frozen else "the library's path: ") + head.reason,
+            "micro-batch": _describe_limits(plan),
+            "recomputed layers": f"{plan.recomputed_layers} of {len(recomputable_layers(model))}",
+        },
+    )
+
+
+def _plan(config: TrainConfig, trial: "_Trial", longest: Sequence[int]) -> MemoryPlan:
+    device_type = trial.device.type
+    padded_step = longest[0] * len(longest)
+    return plan_memory(
+        trial.measure(),
+        available_bytes(trial.device),
+        RowSizes(longest[0], sum(longest) if trial.collator.packed else padded_step),
+        useful_tokens=USEFUL_TOKENS.get(device_type, USEFUL_TOKENS["cuda"]),
+        micro_batch_size=config.micro_batch_size,
+        checkpointing=config.gradient_checkpointing,
+    )
+
+
+def _describe_limits(plan: MemoryPlan) -> str:
+    if plan.limits.rows is not None:
+        return f"at most {plan.limits.rows} rows"
+    return f"at most {plan.limits.tokens} tokens"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _Trial:
+    """Runs the training call on chosen rows outside of the run."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        head: HeadChoice,
+        collator: StepCollator,
+        autocast: torch.autocast,
+    ) -> None:
+        self.model = model
+        self.head = head
+        self.collator = collator
+        self.autocast = autocast
+        self.device = model.get_input_embeddings().weight.device
+
+    def measure(self) -> ActivationCost:
+        """Measure what a token's activations cost, on the first rows."""
+        chosen: list[int] = []
+        tokens = 0
+        for index, example in enumerate(self.collator.examples):
+            chosen.append(index)
+            tokens += len(example.input_ids)
+            if tokens >= MEASURED_TOKENS:
+                break
+        (micro_batch,) = self.collator.collate(chosen)["micro_batches"]
+        self.model.train()
+        return measure_activations(
+            self.model,
+            recomputable_layers(self.model),
+            lambda: self._loss(micro_batch),
+            micro_batch["input_ids"].numel(),
+        )
+
+    def run_largest(self, rows: Sequence[int]) -> None:
+        """Run the largest micro-batch of a step of `rows` forward and backward."""
+        step = self.collator.collate(rows)
+        largest = max(step["micro_batches"], key=lambda one: one["input_ids"].numel())
+        self.model.train()
+        self._loss(largest).backward()
+        self.model.zero_grad(set_to_none=True)
+
+    def _loss(self, micro_batch: dict) -> torch.Tensor:
+        with self.autocast:
+            return summed_loss(self.model, move_to(micro_batch, self.device), self.head)

@@ -1,0 +1,274 @@
+"""trl's SFTTrainer with our batches, our loss and our checkpoints."""
+
+import math
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
+
+from llmtune.run_dir import RunDir, atomic_write_json
+from llmtune.training.adapter_state import check_finite, load_weights, save_weights
+from llmtune.training.batch import EpochSampler
+from llmtune.training.checkpoint import (
+    PROGRESS_NAME,
+    checkpoint_dir,
+    read_progress,
+    remove_old_checkpoints,
+    write_checkpoint,
+)
+from llmtune.training.config import TrainConfig
+from llmtune.training.head import HeadChoice, summed_loss
+from llmtune.training.interrupt import Interruption
+from llmtune.training.metrics import MetricsLog
+from llmtune.training.progress import ProgressLine
+from llmtune.training.schedule import learning_rate_factor
+
+REMEMBERED_STEPS = 4
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step that was just done: its rows and losses, one entry a micro-batch."""
+
+    step: int
+    rows: list[list[int]]
+    losses: list[Tensor]
+
+
+@dataclass
+class RunTotals:
+    """What the run has done so far; it survives a resume."""
+
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_eval_loss: float | None = None
+    stale_evaluations: int = 0
+    has_stopped_early: bool = False
+    final_loss: float | None = None
+    final_eval_loss: float | None = None
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over what a checkpoint recorded."""
+        for name, value in read_progress(checkpoint)["totals"].items():
+            setattr(self, name, value)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What the trainer needs besides trl's arguments."""
+
+    config: TrainConfig
+    run: RunDir
+    identity: Mapping[str, str]
+    head: HeadChoice
+    autocast_dtype: torch.dtype | None
+    progress: ProgressLine
+    interruption: Interruption
+    seed: int
+    totals: RunTotals = field(default_factory=RunTotals)
+
+
+class AdapterTrainer(SFTTrainer):
+    """Trains the adapter; one item of the data loader is one whole optimizer step.
+
+    The collator splits a step into micro-batches and divides by the step's trained tokens, so the
+    result does not depend on how it was split (see `StepCollator`).
+    """
+
+    def __init__(self, context: RunContext, metrics: MetricsLog, **trl_arguments) -> None:
+        self.context = context
+        self.metrics = metrics
+        self.recent: deque[StepRecord] = deque(maxlen=REMEMBERED_STEPS)
+        self._seconds_a_step = 0.0
+        super().__init__(**trl_arguments)
+        self._restart_clock()
+
+    def _send_telemetry(self) -> None:
+        """Send nothing: nothing leaves the machine unasked."""
+
+    # Order of the rows, learning rate, precision
+
+    def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
+        return EpochSampler(len(train_dataset or self.train_dataset), self.context.seed)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
+        """Build the schedule of `learning_rate_factor`, which starts above zero."""
+        config = self.context.config
+        warmup_steps = math.ceil(config.warmup_ratio * num_training_steps)
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer,
+            lambda step: learning_rate_factor(
+                config.schedule, step, warmup_steps, num_training_steps
+            ),
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss_context_manager(self) -> torch.autocast:
+        """Run the forward pass in the base model's 16-bit dtype; adapters stay float32."""
+        dtype = self.context.autocast_dtype
+        return torch.autocast(self.args.device.type, dtype=dtype, enabled=dtype is not None)
+
+    # One step
+
+    def training_step(self, model, inputs: dict, num_items_in_batch=None) -> Tensor:
+        """Run every micro-batch of a step forward and backward; returns the step's mean loss."""
+        if not model.training:
+            model.train()
+        rows = inputs["rows"]
+        totals = self.context.totals
+        totals.tokens += inputs["tokens"]
+        totals.trained_tokens += inputs["trained_tokens"]
+        losses = []
+        for micro_batch in self._prepare_inputs(inputs["micro_batches"]):
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, micro_batch)
+            self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        self.recent.append(StepRecord(self.state.global_step + 1, rows, losses))
+        return torch.stack(losses).sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
+        """Return a micro-batch's share of the step's loss; nothing here waits for the device."""
+        assert not return_outputs, "no logits are kept: there are no outputs to return"
+        return summed_loss(self.model, inputs, self.context.head)
+
+    def floating_point_ops(self, inputs) -> int:
+        """Count nothing: tokens are what the metrics report."""
+        return 0
+
+    # Evaluation and metrics
+
+    def evaluation_loop(
+        self,
+        dataloader,
+        description,
+        prediction_loss_only=None,
+        ignore_keys=None,
+        metric_key_prefix="eval",
+    ) -> EvalLoopOutput:
+        """Return the mean loss of a trained token over the evaluation rows."""
+        self.model.eval()
+        weighted = torch.zeros((), device=self.args.device, dtype=torch.float64)
+        weight, tokens, rows = 0.0, 0, 0
+        started = time.perf_counter()
+        with self._aside(), torch.no_grad():
+            for inputs in dataloader:
+                if self.context.interruption.signal_name:
+                    return EvalLoopOutput(None, None, {}, rows)
+                for micro_batch in self._prepare_inputs(inputs["micro_batches"]):
+                    with self.compute_loss_context_manager():
+                        loss = self.compute_loss(self.model, micro_batch)
+                    weighted += loss.double() * inputs["target_weight"]
+                weight += inputs["target_weight"]
+                tokens += inputs["trained_tokens"]
+                rows += sum(len(group) for group in inputs["rows"])
+            mean = weighted.item() / weight
+        metrics = {
+            f"{metric_key_prefix}_loss": mean,
+            f"{metric_key_prefix}_tokens": tokens,
+            f"{metric_key_prefix}_seconds": time.perf_counter() - started,
+        }
+        return EvalLoopOutput(None, None, metrics, rows)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write one line of metrics and pass it on to the trackers."""
+        step = self.state.global_step
+        if "loss" in logs:
+            logs |= self._measure_speed()
+            self.context.totals.final_loss = logs["loss"]
+            self._write({"step": step, "epoch": self.state.epoch, **logs})
+        elif "eval_loss" in logs:
+            self.context.totals.final_eval_loss = logs["eval_loss"]
+            kept = {name: logs[name] for name in ("eval_loss", "eval_tokens", "eval_seconds")}
+            self._write({"step": step, "epoch": self.state.epoch, **kept})
+        super().log(logs, start_time)
+
+    def _write(self, line: dict[str, float]) -> None:
+        self.metrics.write(line)
+        steps_left = self.state.max_steps - line["step"]
+        seconds_left = steps_left * self._seconds_a_step
+        self.context.progress.update({**line, "seconds_left": seconds_left}, self.state.max_steps)
+
+    def _measure_speed(self) -> dict[str, float]:
+        """Return the totals, and the speed since the last line without evaluations and saves."""
+        now = time.perf_counter()
+        totals = self.context.totals
+        seconds = now - self._clock - self._aside_seconds
+        totals.seconds += now - self._clock
+        self._seconds_a_step = seconds / max(self.state.global_step - self._clock_step, 1)
+        measured = {
+            "tokens": totals.tokens,
+            "trained_tokens": totals.trained_tokens,
+            "tokens_per_second": (totals.tokens - self._clock_tokens) / max(seconds, 1e-9),
+            "seconds": totals.seconds,
+            "peak_bytes": peak_bytes(self.args.device),
+        }
+        self._restart_clock()
+        return measured
+
+    def stop_clock(self) -> None:
+        """Add the time since the last line of metrics to the total."""
+        self.context.totals.seconds += time.perf_counter() - self._clock
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._clock = time.perf_counter()
+        self._clock_step = self.state.global_step
+        self._clock_tokens = self.context.totals.tokens
+        self._aside_seconds = 0.0
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Keep what is not training out of the speed."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._aside_seconds += time.perf_counter() - started
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model, trial) -> None:
+        context = self.context
+        target = checkpoint_dir(context.run.checkpoints_dir, self.state.global_step)
+        with self._aside():
+            check_finite(self.model, self.state.global_step)
+            write_checkpoint(target, self._write_files)
+            remove_old_checkpoints(
+                context.run.checkpoints_dir,
+                keep=context.config.keep_checkpoints,
+                best_step=context.totals.best_step,
+            )
+
+    def _write_files(self, directory: Path) -> None:
+        save_weights(self.model, directory)
+        self._save_optimizer_and_scheduler(str(directory))
+        self._save_scaler(str(directory))
+        self._save_rng_state(str(directory))
+        self.state.save_to_json(str(directory / "trainer_state.json"))
+        progress = {"identity": dict(self.context.identity), "totals": vars(self.context.totals)}
+        atomic_write_json(directory / PROGRESS_NAME, progress)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak memory so far: allocated on a GPU, resident (with loading) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,161 @@
+"""Watchers that stop a run which learns nothing, breaks, or no longer improves."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import TrainerCallback
+
+from llmtune.data.example import Example
+from llmtune.errors import LlmtuneError
+from llmtune.training.config import EarlyStopping
+from llmtune.training.interrupt import Interruption
+from llmtune.training.trainer import AdapterTrainer, StepRecord
+
+CHECKED_STEPS = 2
+CHECK_EVERY = 2
+TOLERATED_STEPS_FP16 = 3
+MAX_NAMES = 8
+
+
+def build_watches(trainer: AdapterTrainer, examples: Sequence[Example]) -> list[TrainerCallback]:
+    """Return the watchers of a run; the one that reads what others decided comes last."""
+    context = trainer.context
+    stopping = context.config.early_stopping
+    return [
+        KeepIntervals(),
+        LearningWatch(),
+        *([BestWatch(trainer, stopping)] if stopping else []),
+        InterruptionWatch(context.interruption),
+        FiniteWatch(trainer, examples),
+    ]
+
+
+class KeepIntervals(TrainerCallback):
+    """Lets a continued run log, evaluate and save as its config says, not as the checkpoint did."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
+        state.eval_steps = args.eval_steps
+
+
+class LearningWatch(TrainerCallback):
+    """Stops by step 2 if a trained tensor got no gradient: B's must come at step 1, A's at 2.
+
+    lora_B starts at zero, so lora_A gets its first gradient once B has moved.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: set[str] | None = None
+        self._steps = 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        # The float16 scaler skips the first steps, so there the check is left to the loss.
+        if args.fp16 or self._steps == CHECKED_STEPS:
+            return
+        self._steps += 1
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if self._waiting is None:
+            self._waiting = set(trained)
+        graded = [name for name in sorted(self._waiting) if trained[name].grad is not None]
+        if graded:
+            norms = torch.stack([trained[name].grad.abs().max() for name in graded]).tolist()
+            self._waiting -= {name for name, norm in zip(graded, norms, strict=True) if norm != 0}
+        must_learn = {
+            name for name in self._waiting if self._steps == CHECKED_STEPS or ".lora_B." in name
+        }
+        if must_learn:
+            names = ", ".join(sorted(must_learn)[:MAX_NAMES])
+            raise LlmtuneError(
+                f"{len(must_learn)} of {len(trained)} trained tensors have had no gradient by step "
+                f"{self._steps}: {names}{' ...' if len(must_learn) > MAX_NAMES else ''}. They are "
+                "frozen or cut off from the loss and would be saved unchanged. Take these modules "
+                "out of adapter.target_modules."
+            )
+
+
+class FiniteWatch(TrainerCallback):
+    """Stops within three steps of a loss or gradient that is not finite, and names the rows.
+
+    With float16 the gradient scaler skips single bad steps; there, three in a row stop the run.
+    """
+
+    def __init__(self, trainer: AdapterTrainer, examples: Sequence[Example]) -> None:
+        self._trainer = trainer
+        self._examples = examples
+        self._bad_steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        last = state.global_step >= state.max_steps
+        if state.global_step % CHECK_EVERY == 0 or last or control.should_save:
+            self._check_losses()
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        norm = (logs or {}).get("grad_norm")
+        if norm is None or not self._trainer.recent:
+            return
+        is_finite = norm == norm and abs(norm) != float("inf")
+        self._bad_steps = 0 if is_finite else self._bad_steps + 1
+        if self._bad_steps >= (TOLERATED_STEPS_FP16 if args.fp16 else 1):
+            self._stop(self._trainer.recent[-1], "gradient norm", range(1_000_000))
+
+    def _check_losses(self) -> None:
+        records = list(self._trainer.recent)
+        if not records:
+            return
+        flat = torch.stack([loss for record in records for loss in record.losses])
+        finite = iter(flat.isfinite().tolist())
+        for record in records:
+            bad = [index for index, _ in enumerate(record.losses) if not next(finite)]
+            if bad:
+                self._stop(record, "loss", bad)
+
+    def _stop(self, record: StepRecord, what: str, micro_batches: Sequence[int]) -> None:
+        rows = [
+            row
+            for index, group in enumerate(record.rows)
+            if index in micro_batches
+            for row in group
+        ]
+        examples = [self._examples[row] for row in rows[: 2 * MAX_NAMES]]
+        places = ", ".join(f"{example.source}:{example.line}" for example in examples)
+        raise LlmtuneError(
+            f"the {what} of step {record.step} is not finite, so the run stops; earlier "
+            f"checkpoints are kept. Its rows: {places}{' ...' if len(rows) > len(examples) else ''}"
+            ". Look at these rows, lower train.learning_rate, or use model.dtype=bfloat16 or "
+            "float32 if it is float16."
+        )
+
+
+class BestWatch(TrainerCallback):
+    """Remembers the best evaluation, saves it, and stops when it is not beaten any more."""
+
+    def __init__(self, trainer: AdapterTrainer, stopping: EarlyStopping) -> None:
+        self._trainer = trainer
+        self._stopping = stopping
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        loss = (metrics or {}).get(self._stopping.metric)
+        if loss is None:
+            return
+        totals = self._trainer.context.totals
+        if totals.best_eval_loss is None or loss < totals.best_eval_loss - self._stopping.min_delta:
+            totals.best_eval_loss, totals.best_step = loss, state.global_step
+            totals.stale_evaluations = 0
+            control.should_save = True
+            return
+        totals.stale_evaluations += 1
+        if totals.stale_evaluations >= self._stopping.patience and not control.should_training_stop:
+            totals.has_stopped_early = True
+            control.should_training_stop = control.should_save = True
+
+
+class InterruptionWatch(TrainerCallback):
+    """Ends the run after the current step, with a checkpoint, once someone asked for it."""
+
+    def __init__(self, interruption: Interruption) -> None:
+        self._interruption = interruption
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self._interruption.signal_name:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
