@@ -1,1 +1,122 @@
-"""One file per dataset format: a row becomes messages."""
+"""One file per dataset format: a row becomes a conversation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llmtune.data.config import SourceConfig
+from llmtune.data.formats.base import DatasetFormat, Row
+from llmtune.data.formats.completion import CompletionFormat
+from llmtune.data.formats.instruction import InstructionFormat
+from llmtune.data.formats.messages import MessagesFormat
+from llmtune.data.formats.sharegpt import ShareGptFormat
+from llmtune.data.formats.text import TextFormat
+from llmtune.data.problems import did_you_mean
+from llmtune.errors import LlmtuneError
+
+FORMATS: dict[str, type] = {
+    member.name: member
+    for member in (
+        MessagesFormat,
+        ShareGptFormat,
+        InstructionFormat,
+        CompletionFormat,
+        TextFormat,
+    )
+}
+
+
+@dataclass(frozen=True)
+class FormatChoice:
+    """Which format a source has, and why, in words for the terminal."""
+
+    format: DatasetFormat
+    reason: str
+
+
+def choose_format(source: SourceConfig, rows: Sequence[Row]) -> FormatChoice:
+    """Return the format of `source`: the one it names, or the one its first `rows` have.
+
+    Raises:
+        LlmtuneError: no format fits, or more than one does (all candidates are named).
+    """
+    if source.format != "auto":
+        return FormatChoice(_build(source.format, source), f"{source.format} (set in the config)")
+    renamed = [rename_columns(row, source.columns) for row in rows]
+    # A bad row must not hide the format of the others, so the most frequent answer is taken.
+    votes = {name: sum(_build(name, source).recognises(row) for row in renamed) for name in FORMATS}
+    most = max(votes.values(), default=0)
+    found = [name for name, count in votes.items() if count == most]
+    if most == 0:
+        raise LlmtuneError(_nothing_fits(source, renamed))
+    if len(found) > 1:
+        candidates = ", ".join(found)
+        raise LlmtuneError(
+            f"{source.path}: the rows fit more than one format: {candidates}. "
+            f"Say which in the config, for example format: {found[0]}"
+        )
+    name = found[0]
+    needed = ", ".join(FORMATS[name].required)
+    return FormatChoice(
+        _build(name, source),
+        f"{name} (found in the rows: {needed}; {most} of {len(rows)} looked at)",
+    )
+
+
+def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return `row` with each source column under the format's name for it."""
+    if not columns:
+        return row
+    moved = set(columns.values())
+    renamed = {key: value for key, value in row.items() if key not in moved}
+    renamed |= {name: row[column] for name, column in columns.items() if column in row}
+    return renamed
+
+
+def check_columns(source: SourceConfig, choice: FormatChoice) -> None:
+    """Refuse a `columns` entry that the format does not have."""
+    for name in source.columns:
+        if name not in choice.format.columns:
+            known = choice.format.columns
+            raise LlmtuneError(
+                f"{source.path}: columns names {name!r}, which the format "
+                f"{choice.format.name} does not have{did_you_mean(name, known)}; it reads "
+                f"{', '.join(known)}"
+            )
+
+
+def missing_column(choice: FormatChoice, row: Row, source: SourceConfig) -> str | None:
+    """Return what to say when `row` (columns renamed) lacks one that the format needs."""
+    for name in choice.format.required:
+        if name not in row:
+            column = source.columns.get(name, name)
+            found = ", ".join(map(str, row)) or "no columns"
+            return (
+                f"no column {column!r}; found {found}; format {choice.format.name} needs "
+                f"{', '.join(choice.format.required)}{did_you_mean(column, map(str, row))}"
+            )
+    return None
+
+
+def _build(name: str, source: SourceConfig) -> DatasetFormat:
+    if name == "completion":
+        return CompletionFormat(is_plain=source.render == "plain")
+    return FORMATS[name]()
+
+
+def _nothing_fits(source: SourceConfig, rows: Sequence[Row]) -> str:
+    found = list(dict.fromkeys(str(key) for row in rows for key in row))
+    lines = [
+        f"{source.path}: no format fits its columns ({', '.join(found) or 'none'}).",
+        "Expected one of:",
+    ]
+    lines += [f"  {name}: {', '.join(member.required)}" for name, member in FORMATS.items()]
+    hints = [
+        f"{name}: {column}"
+        for member in FORMATS.values()
+        for name in member.required
+        for column in found
+        if did_you_mean(column, [name])
+    ]
+    example = hints[0] if hints else "instruction: your_column"
+    lines.append(f"Say which column is which, for example columns: {{{example}}} and format: ...")
+    return "\n".join(lines)

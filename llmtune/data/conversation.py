@@ -1,0 +1,261 @@
+"""One row's content before it is tokenized, and the rules that a chat has to meet."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llmtune.data.problems import RowError, did_you_mean, shorten
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLE_HINTS = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "ipython": "tool",
+    "observation": "tool",
+}
+MESSAGE_KEYS = frozenset(
+    {
+        "role",
+        "content",
+        "name",
+        "tool_calls",
+        "tool_call_id",
+        "reasoning_content",
+        "train",
+        "weight",
+    }
+)
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a row says. `chat` goes through the template; `plain` and `text` do not."""
+
+    kind: Literal["chat", "plain", "text"]
+    messages: list[Message] = field(default_factory=list)
+    tools: list[dict] | None = None
+    prompt: str = ""
+    """`plain`: the text that is not trained."""
+    text: str = ""
+    """`plain`: the completion; `text`: the document."""
+    trained_from: int = 0
+    """Assistant turns before this message index are context only."""
+    weight: float = 1.0
+
+
+def chat(messages: Any, tools: Any = None, *, trained_from: int = 0, weight: Any = 1.0):
+    """Return a checked chat `Conversation`.
+
+    Raises:
+        RowError: naming the message, what was found in it and what was expected.
+    """
+    checked = read_messages(messages)
+    if not any(message["role"] == "assistant" for message in checked[trained_from:]):
+        roles = ", ".join(message["role"] for message in checked)
+        raise RowError(
+            f"no assistant turn to train on; found the roles {roles}; expected at least one "
+            "assistant message",
+            "no-assistant",
+        )
+    return Conversation(
+        kind="chat",
+        messages=checked,
+        tools=read_tools(tools),
+        trained_from=trained_from,
+        weight=read_weight(weight),
+    )
+
+
+def read_messages(value: Any) -> list[Message]:
+    """Return the messages of one chat with known roles, text contents and parsed tool calls."""
+    value = parse_json_text(value, "messages")
+    if not isinstance(value, list):
+        raise RowError(
+            f"messages is {shorten(value)}; expected a list of "
+            '{"role": ..., "content": ...} objects',
+            "messages",
+        )
+    if not value:
+        raise RowError("messages is empty; expected at least a user and an assistant turn", "empty")
+    return [_read_message(message, f"message {index}") for index, message in enumerate(value, 1)]
+
+
+def _read_message(value: Any, where: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise RowError(f"{where} is {shorten(value)}; expected an object with role and content")
+    message = {key: item for key, item in value.items() if item is not None and key in MESSAGE_KEYS}
+    role = value.get("role")
+    if role not in ROLES:
+        raise _unknown_role(value, role, where)
+    message["role"] = str(role)
+    reasoning = [value[key] for key in REASONING_KEYS if value.get(key)]
+    if reasoning:
+        message["reasoning_content"] = check_text(reasoning[0], f"{where} ({role}): reasoning")
+    if value.get("tool_calls"):
+        message["tool_calls"] = _read_tool_calls(value["tool_calls"], where)
+    else:
+        message.pop("tool_calls", None)
+    where = f"{where} ({role})"
+    message["content"] = _read_content(value, where, has_calls="tool_calls" in message)
+    _check_training_marks(message, where)
+    return message
+
+
+def _unknown_role(value: Mapping, role: Any, where: str) -> RowError:
+    if role is None and "from" in value:
+        return RowError(
+            f'{where} has "from" and no "role"; expected role and content, or set '
+            "format: sharegpt for from/value rows",
+            "role",
+        )
+    found = f"role {shorten(role)} is not known" if role is not None else 'has no "role"'
+    lowered = str(role).lower()
+    hint = did_you_mean(lowered, ROLES)
+    if lowered in ROLE_HINTS:
+        hint = f' (did you mean "{ROLE_HINTS[lowered]}"?)'
+    elif lowered in ("usr", "me"):
+        hint = ' (did you mean "user"?)'
+    return RowError(f"{where}: {found}; expected one of {', '.join(ROLES)}{hint}", "role")
+
+
+def _read_content(value: Mapping, where: str, *, has_calls: bool) -> str:
+    content = value.get("content")
+    if isinstance(content, list):
+        content = _join_parts(content, where)
+    if content is None:
+        if has_calls:
+            return ""
+        if "content" not in value:
+            others = ", ".join(str(key) for key in value if key != "role") or "nothing else"
+            raise RowError(f'{where} has no "content"; found {others}', "content")
+        raise RowError(f"{where}: content is null; expected text", "content")
+    content = check_text(content, f"{where}: content")
+    if not content.strip() and not has_calls and value["role"] in ("user", "assistant"):
+        raise RowError(f"{where}: content is empty; expected text", "empty")
+    return content
+
+
+def _join_parts(parts: list, where: str) -> str:
+    texts = []
+    for part in parts:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise RowError(
+                f"{where}: content holds a {shorten(kind)} part; expected text parts only",
+                "content",
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _check_training_marks(message: Message, where: str) -> None:
+    train = message.get("train")
+    if train is not None and not isinstance(train, bool):
+        raise RowError(f"{where}: train is {shorten(train)}; expected true or false", "train")
+    if train and message["role"] != "assistant":
+        raise RowError(f"{where}: train is true; only assistant messages are trained", "train")
+    if "weight" in message:
+        message["weight"] = read_weight(message["weight"], where)
+
+
+def read_weight(value: Any, where: str = "weight") -> float:
+    """Return a loss weight: a number that is not negative."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise RowError(f"{where}: weight is {shorten(value)}; expected a number") from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
+        raise RowError(
+            f"{where}: weight is {shorten(value)}; expected a number from 0 up", "weight"
+        )
+    return float(value)
+
+
+def _read_tool_calls(value: Any, where: str) -> list[dict]:
+    value = parse_json_text(value, f"{where}: tool_calls")
+    if not isinstance(value, list):
+        raise RowError(f"{where}: tool_calls is {shorten(value)}; expected a list", "tool-call")
+    return [_read_tool_call(call, where) for call in value]
+
+
+def _read_tool_call(call: Any, where: str) -> dict:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RowError(
+            f"{where}: tool call {shorten(call)} has no function name; expected "
+            '{"function": {"name": ..., "arguments": {...}}}',
+            "tool-call",
+        )
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise RowError(
+                f"{where}: the arguments of {function['name']} are not JSON ({error}): "
+                f"{shorten(function['arguments'])}",
+                "tool-call",
+            ) from None
+    if not isinstance(arguments, Mapping):
+        raise RowError(
+            f"{where}: the arguments of {function['name']} are {shorten(arguments)}; expected an "
+            "object",
+            "tool-call",
+        )
+    function = {"name": function["name"], "arguments": dict(arguments)}
+    check_text(json.dumps(function, ensure_ascii=False), f"{where}: tool call")
+    call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {"type": "function", **call_id, "function": function}
+
+
+def read_tools(value: Any) -> list[dict] | None:
+    """Return the tool schemas of a row, or None where it has none."""
+    value = parse_json_text(value, "tools")
+    if value is None or value == [] or value == "":
+        return None
+    if not isinstance(value, list):
+        raise RowError(f"tools is {shorten(value)}; expected a list of JSON schemas", "tools")
+    for tool in value:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RowError(
+                f"tools holds {shorten(tool)}; expected "
+                '{"type": "function", "function": {"name": ..., "parameters": ...}}',
+                "tools",
+            )
+    return [dict(tool) for tool in value]
+
+
+def parse_json_text(value: Any, where: str) -> Any:
+    """Return `value`, parsed where it is JSON text (CSV and Parquet often hold lists so)."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RowError(
+                f"{where} is text that is not JSON ({error}): {shorten(value)}"
+            ) from None
+    return value
+
+
+def check_text(value: Any, where: str) -> str:
+    """Return `value` where it is text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise RowError(f"{where} is {shorten(value)}; expected text", "content")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"{where} holds half of a character pair at position {error.start} "
+            f"({shorten(value[error.start])}); expected valid Unicode",
+            "unicode",
+        ) from None
+    return value

@@ -1,0 +1,29 @@
+"""What every dataset format is: the columns it reads, how it is recognised, and its conversion."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from llmtune.data.conversation import Conversation
+
+Row = Mapping[str, Any]
+
+
+class DatasetFormat(Protocol):
+    """One dataset format. A new one is a file in this folder and an entry in `FORMATS`."""
+
+    name: ClassVar[str]
+    columns: ClassVar[dict[str, str]]
+    """Every column it reads, with what it holds (for messages and the docs)."""
+    required: ClassVar[tuple[str, ...]]
+
+    def recognises(self, row: Row) -> bool:
+        """Say whether `row`, its columns already renamed, looks like this format."""
+        ...
+
+    def to_conversation(self, row: Row) -> Conversation:
+        """Convert one row.
+
+        Raises:
+            RowError: what was found in the row and what was expected.
+        """
+        ...

@@ -1,0 +1,66 @@
+"""The `instruction` format (alpaca): an instruction, an optional input, and the output."""
+
+from typing import Any, ClassVar
+
+from llmtune.data.conversation import Conversation, chat, check_text, parse_json_text
+from llmtune.data.formats.base import Row
+from llmtune.data.problems import RowError, shorten
+
+
+class InstructionFormat:
+    """`{"instruction": ..., "input": ..., "output": ...}`, rendered as one user turn.
+
+    The input stands below the instruction, after an empty line.
+    """
+
+    name: ClassVar[str] = "instruction"
+    columns: ClassVar[dict[str, str]] = {
+        "instruction": "what to do",
+        "input": "what to do it on",
+        "output": "the answer that is trained",
+        "system": "the system message",
+        "history": "earlier turns, a list of [question, answer] pairs; context only",
+        "weight": "what the row's loss is multiplied by",
+    }
+    required: ClassVar[tuple[str, ...]] = ("instruction", "output")
+
+    def recognises(self, row: Row) -> bool:
+        return "instruction" in row and "output" in row
+
+    def to_conversation(self, row: Row) -> Conversation:
+        question = check_text(row["instruction"], "instruction")
+        extra = row.get("input")
+        if not question.strip():
+            raise RowError("instruction is empty; expected text", "empty")
+        if extra is not None and check_text(extra, "input").strip():
+            question = f"{question}\n\n{extra}"
+        output = check_text(row["output"], "output")
+        if not output.strip():
+            raise RowError("output is empty; expected the answer to train on", "empty")
+        messages = []
+        if row.get("system"):
+            messages.append({"role": "system", "content": row["system"]})
+        for pair in _read_history(row.get("history")):
+            messages += [
+                {"role": "user", "content": pair[0]},
+                {"role": "assistant", "content": pair[1]},
+            ]
+        context = len(messages)
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": output},
+        ]
+        weight = row.get("weight")
+        return chat(messages, trained_from=context, weight=1.0 if weight in (None, "") else weight)
+
+
+def _read_history(value: Any) -> list:
+    history = parse_json_text(value, "history")
+    if history is None or history == "":
+        return []
+    pairs = isinstance(history, list) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
+    )
+    if not pairs:
+        raise RowError(f"history is {shorten(history)}; expected [question, answer] pairs")
+    return history

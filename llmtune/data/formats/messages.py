@@ -1,0 +1,41 @@
+"""The `messages` format: a list of role/content turns, as chat services take them."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from llmtune.data.conversation import Conversation, chat
+from llmtune.data.formats.base import Row
+
+
+class MessagesFormat:
+    """`{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}`."""
+
+    name: ClassVar[str] = "messages"
+    columns: ClassVar[dict[str, str]] = {
+        "messages": "a list of turns, each with role and content",
+        "tools": "a list of tool schemas",
+        "weight": "what the row's loss is multiplied by",
+    }
+    required: ClassVar[tuple[str, ...]] = ("messages",)
+
+    def recognises(self, row: Row) -> bool:
+        value = row.get("messages")
+        if isinstance(value, str):
+            return '"role"' in value or value.lstrip().startswith("[")
+        return "messages" in row and not _has_from_turns(value)
+
+    def to_conversation(self, row: Row) -> Conversation:
+        weight = row.get("weight")
+        return chat(
+            row["messages"], row.get("tools"), weight=1.0 if weight in (None, "") else weight
+        )
+
+
+def _has_from_turns(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], Mapping)
+        and "from" in value[0]
+        and "role" not in value[0]
+    )

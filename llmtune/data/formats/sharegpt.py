@@ -1,0 +1,79 @@
+"""The `sharegpt` format: a list of from/value turns with human/gpt roles and their variants."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from llmtune.data.conversation import Conversation, chat, parse_json_text
+from llmtune.data.formats.base import Row
+from llmtune.data.problems import RowError, did_you_mean, shorten
+
+SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+class ShareGptFormat:
+    """`{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}`."""
+
+    name: ClassVar[str] = "sharegpt"
+    columns: ClassVar[dict[str, str]] = {
+        "conversations": "a list of turns, each with from and value",
+        "system": "the system message",
+        "tools": "a list of tool schemas",
+        "weight": "what the row's loss is multiplied by",
+    }
+    required: ClassVar[tuple[str, ...]] = ("conversations",)
+
+    def recognises(self, row: Row) -> bool:
+        return "conversations" in row
+
+    def to_conversation(self, row: Row) -> Conversation:
+        turns = parse_json_text(row["conversations"], "conversations")
+        if not isinstance(turns, list):
+            raise RowError(
+                f"conversations is {shorten(turns)}; expected a list of "
+                '{"from": ..., "value": ...} objects'
+            )
+        messages = [_to_message(turn, f"turn {index}") for index, turn in enumerate(turns, 1)]
+        if row.get("system"):
+            messages.insert(0, {"role": "system", "content": row["system"]})
+        weight = row.get("weight")
+        return chat(messages, row.get("tools"), weight=1.0 if weight in (None, "") else weight)
+
+
+def _to_message(turn: Any, where: str) -> dict:
+    if not isinstance(turn, Mapping):
+        raise RowError(f"{where} is {shorten(turn)}; expected an object with from and value")
+    if "from" not in turn and "role" in turn:
+        return dict(turn)  # role/content turns under a `conversations` column
+    speaker = turn.get("from")
+    if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
+        raise RowError(
+            f"{where}: from is {shorten(speaker)}; expected one of {', '.join(SPEAKERS)}"
+            f"{did_you_mean(speaker, SPEAKERS)}",
+            "role",
+        )
+    if "value" not in turn:
+        others = ", ".join(str(key) for key in turn if key != "from") or "nothing else"
+        raise RowError(f'{where} ({speaker}) has no "value"; found {others}', "content")
+    kept = {key: turn[key] for key in ("train", "weight", "reasoning_content") if key in turn}
+    role = SPEAKERS[speaker.lower()]
+    if speaker.lower() == "function_call":
+        call = parse_json_text(turn["value"], where)
+        calls = call if isinstance(call, list) else [call]
+        return {"role": role, "content": None, "tool_calls": calls, **kept}
+    return {"role": role, "content": turn["value"], **kept}

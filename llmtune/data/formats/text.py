@@ -1,0 +1,30 @@
+"""The `text` format: documents for continued pretraining, every token trained."""
+
+from typing import ClassVar
+
+from llmtune.data.conversation import Conversation, check_text, read_weight
+from llmtune.data.formats.base import Row
+from llmtune.data.problems import RowError
+
+
+class TextFormat:
+    """`{"text": ...}`: no template; the tokenizer's own start and end of text are added."""
+
+    name: ClassVar[str] = "text"
+    columns: ClassVar[dict[str, str]] = {
+        "text": "one document",
+        "weight": "what the row's loss is multiplied by",
+    }
+    required: ClassVar[tuple[str, ...]] = ("text",)
+
+    def recognises(self, row: Row) -> bool:
+        return isinstance(row.get("text"), str)
+
+    def to_conversation(self, row: Row) -> Conversation:
+        text = check_text(row["text"], "text")
+        if not text.strip():
+            raise RowError("text is empty; expected a document", "empty")
+        weight = row.get("weight")
+        return Conversation(
+            kind="text", text=text, weight=read_weight(1.0 if weight in (None, "") else weight)
+        )

@@ -1,0 +1,180 @@
+"""What happens to a sequence that is longer than `max_length`, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmtune.data.masks import LabelledRow, LabelledSequence
+from llmtune.errors import LlmtuneError
+
+MAX_LOST_RATIO = 0.01
+LISTED_ROWS = 10
+
+
+@dataclass
+class LengthCount:
+    """Counts over all rows; filled while rows pass through `fit_row`."""
+
+    lengths: list[int] = field(default_factory=list)
+    rows_too_long: int = 0
+    rows_dropped: int = 0
+    rows_truncated: int = 0
+    rows_split: int = 0
+    trained_tokens: int = 0
+    trained_tokens_lost: int = 0
+    longest: list[tuple[int, str]] = field(default_factory=list)
+    """Length and place of the first rows that are too long."""
+
+    def percentile(self, share: float) -> int:
+        """Return the length that `share` (0..1) of the sequences do not exceed."""
+        if not self.lengths:
+            return 0
+        return int(np.quantile(np.asarray(self.lengths), share, method="higher"))
+
+
+@dataclass(frozen=True)
+class LengthRule:
+    """What to do with a sequence over `max_length`; `special_ids` bound the runs of text."""
+
+    max_length: int | None
+    policy: str
+    special_ids: Collection[int]
+
+
+def fit_row(
+    row: LabelledRow, place: str, count: LengthCount, rule: LengthRule, *, is_text: bool
+) -> list[LabelledSequence]:
+    """Return the row's sequences with the rule applied to those that are too long; count them."""
+    kept: list[LabelledSequence] = []
+    is_long = False
+    for sequence in row.sequences:
+        length = len(sequence.input_ids)
+        count.lengths.append(length)
+        count.trained_tokens += sequence.num_trained
+        if rule.max_length is None or length <= rule.max_length:
+            kept.append(sequence)
+            continue
+        if not is_long and len(count.longest) < LISTED_ROWS:
+            count.longest.append((length, place))
+        is_long = True
+        fitted = _fit(sequence, rule, is_text=is_text)
+        if fitted is None:
+            count.trained_tokens_lost += sequence.num_trained
+        else:
+            kept += fitted
+            count.rows_split += len(fitted) > 1
+            count.rows_truncated += len(fitted) == 1
+    count.rows_too_long += is_long
+    count.rows_dropped += is_long and not kept
+    return kept
+
+
+def refuse_loss(count: LengthCount, max_length: int | None, policy: str, name: str) -> None:
+    """Stop where too much of the training signal would be lost to `max_length`.
+
+    Raises:
+        LlmtuneError: no row fits, or more than 1 % of the trained tokens would be lost with any
+            policy but `drop` (what `truncate-prompt` and `split` can save is not lost). It names the lengths, the rows and the setting to change.
+    """
+    if max_length is None or not count.rows_too_long:
+        return
+    rows = "\n".join(f"  {place} ({length} tokens)" for length, place in count.longest)
+    if count.rows_too_long > len(count.longest):
+        rows += f"\n  ... and {count.rows_too_long - len(count.longest)} more"
+    sizes = (
+        f"lengths: p50 {count.percentile(0.5)}, p95 {count.percentile(0.95)}, "
+        f"max {max(count.lengths)} tokens"
+    )
+    advice = (
+        f"Set data.max_length={max(count.lengths)} to keep every row, or choose "
+        "data.length_policy=drop or truncate-prompt (text rows: split)."
+    )
+    if count.trained_tokens_lost == count.trained_tokens:
+        raise LlmtuneError(
+            f"{name}: every row is longer than data.max_length={max_length}, so nothing is left "
+            f"({sizes}).\n{rows}\n{advice}"
+        )
+    lost = count.trained_tokens_lost / count.trained_tokens
+    if policy != "drop" and lost > MAX_LOST_RATIO:
+        num_rows = len(count.lengths)
+        raise LlmtuneError(
+            f"{name}: {count.rows_too_long} of {num_rows} rows are longer than "
+            f"data.max_length={max_length}; leaving them out would lose {lost:.1%} of the trained "
+            f"tokens, more than {MAX_LOST_RATIO:.0%} ({sizes}).\n{rows}\n{advice}"
+        )
+
+
+def _fit(
+    sequence: LabelledSequence, rule: LengthRule, *, is_text: bool
+) -> list[LabelledSequence] | None:
+    if rule.policy == "split" and is_text:
+        return _split(sequence, rule.max_length)
+    if rule.policy == "truncate-prompt" and not is_text:
+        shorter = truncate_prompt(sequence, rule.max_length, rule.special_ids)
+        return None if shorter is None else [shorter]
+    return None
+
+
+def _split(sequence: LabelledSequence, max_length: int) -> list[LabelledSequence]:
+    pieces = []
+    for start in range(0, len(sequence.input_ids), max_length):
+        ids = sequence.input_ids[start : start + max_length]
+        pieces.append(LabelledSequence(ids, [(0, len(ids))], sequence.weight))
+    return pieces
+
+
+def truncate_prompt(
+    sequence: LabelledSequence, max_length: int, special_ids: Collection[int]
+) -> LabelledSequence | None:
+    """Take the middle out of the longest untrained runs of text until the sequence fits.
+
+    A run lies between control tokens, so the turns keep their form; its first and last quarters
+    stay (what was asked stands at either end). None where that is not enough.
+    """
+    ids = sequence.input_ids
+    excess = len(ids) - max_length
+    removed: list[tuple[int, int]] = []
+    for start, end in sorted(_prompt_runs(sequence, special_ids), key=lambda r: r[0] - r[1]):
+        if excess <= 0:
+            break
+        keep = -(-(end - start) // 2)
+        cut = min(excess, end - start - keep)
+        middle = start + keep // 2
+        removed.append((middle, middle + cut))
+        excess -= cut
+    if excess > 0:
+        return None
+    removed.sort()
+    kept_ids: list[int] = []
+    position = 0
+    for start, end in [*removed, (len(ids), len(ids))]:
+        kept_ids += ids[position:start]
+        position = end
+    spans = [
+        tuple(edge - sum(min(e, edge) - s for s, e in removed if s < edge) for edge in span)
+        for span in sequence.spans
+    ]
+    return LabelledSequence(kept_ids, spans, sequence.weight)
+
+
+def _prompt_runs(
+    sequence: LabelledSequence, special_ids: Collection[int]
+) -> Sequence[tuple[int, int]]:
+    """Return the untrained runs without control tokens that lie before the last trained token."""
+    trained = [False] * len(sequence.input_ids)
+    for start, end in sequence.spans:
+        trained[start:end] = [True] * (end - start)
+    runs, start = [], None
+    for index, token in enumerate(sequence.input_ids):
+        if trained[index] or token in special_ids:
+            if start is not None:
+                runs.append((start, index))
+            start = None
+        elif start is None:
+            start = index
+    if start is not None:
+        runs.append((start, len(trained)))
+    return runs

@@ -1,0 +1,55 @@
+"""What is wrong with a row, said so that the user can find it and mend it."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from llmtune.errors import LlmtuneError
+
+LISTED_PROBLEMS = 10
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """A row that cannot be used: where it is, and what was found and expected there."""
+
+    source: str
+    line: int
+    message: str
+    kind: str = "row"
+    """A short name of the fault, for grouping: `role`, `content`, `json`, ..."""
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}: {self.message}"
+
+
+class RowError(Exception):
+    """Raised while one row is converted; the reader turns it into a `RowProblem`."""
+
+    def __init__(self, message: str, kind: str = "row") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Return ` (did you mean "user"?)` for a near miss, else an empty string."""
+    near = difflib.get_close_matches(str(word).lower(), list(known), n=1, cutoff=0.6)
+    return f' (did you mean "{near[0]}"?)' if near else ""
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """Return `value` as short one-line text for a message."""
+    text = repr(value) if not isinstance(value, str) else f'"{value}"'
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def bad_rows_error(problems: Sequence[RowProblem], num_bad: int, num_read: int) -> LlmtuneError:
+    """Return the error that names the first bad rows and counts the rest."""
+    lines = [str(problem) for problem in problems[:LISTED_PROBLEMS]]
+    if num_bad > LISTED_PROBLEMS:
+        lines.append(f"... and {num_bad - LISTED_PROBLEMS} more")
+    advice = "Mend them, or leave them out with data.on_bad_row=drop (they are counted and listed)."
+    return LlmtuneError(
+        "\n".join([f"{num_bad} of {num_read} rows cannot be used:", *lines, advice])
+    )

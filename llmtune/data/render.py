@@ -1,0 +1,137 @@
+"""The one renderer: messages become token ids through the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jinja2.exceptions import TemplateError
+
+from llmtune.data.problems import RowError
+from llmtune.errors import LlmtuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from llmtune.data.conversation import Message
+
+TRAINING_KEYS = ("train", "weight")
+"""Message keys that speak to the trainer: the template never sees them."""
+
+
+def render_messages(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: list[dict] | None = None,
+    add_generation_prompt: bool = False,
+) -> list[int]:
+    """Return the token ids of a chat, as training, evaluation, chat and export all use them.
+
+    The tokenizer adds no special tokens of its own, so a beginning-of-text token stands once or
+    not at all, exactly as the template writes it.
+
+    Raises:
+        LlmtuneError: the tokenizer has no chat template, or the template refuses this chat.
+    """
+    require_template(tokenizer)
+    try:
+        ids = tokenizer.apply_chat_template(
+            [strip_training_keys(message) for message in messages],
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=False,
+        )
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        raise LlmtuneError(f"the chat template cannot render these messages: {error}") from error
+    return list(ids)
+
+
+def render_text(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: list[dict] | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Return the text that `render_messages` tokenizes.
+
+    Raises:
+        RowError: the template refuses this chat; the message is the template's own.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            [strip_training_keys(message) for message in messages],
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise RowError(
+            f"the chat template refuses this chat ({error}); its roles are {roles}", "template"
+        ) from error
+
+
+def render_texts(
+    tokenizer: PreTrainedTokenizerFast,
+    chats: Sequence[tuple[list[Message], list[dict] | None]],
+    *,
+    add_generation_prompt: bool,
+) -> list[str | RowError]:
+    """Return `render_text` of many `(messages, tools)`; a refused one gives its error."""
+    plain = [index for index, (_, tools) in enumerate(chats) if tools is None]
+    texts: dict[int, str | RowError] = {}
+    if plain:
+        try:
+            together = tokenizer.apply_chat_template(
+                [[strip_training_keys(message) for message in chats[index][0]] for index in plain],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+            texts = dict(zip(plain, together, strict=True))
+        except (TemplateError, TypeError, KeyError, ValueError):
+            pass  # one of them is refused: the loop below finds out which
+    for index, (messages, tools) in enumerate(chats):
+        if index not in texts:
+            try:
+                texts[index] = render_text(
+                    tokenizer, messages, tools=tools, add_generation_prompt=add_generation_prompt
+                )
+            except RowError as error:
+                texts[index] = error
+    return [texts[index] for index in range(len(chats))]
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Return the ids of text that goes through no template.
+
+    The tokenizer's own beginning-of-text token is added where it adds one, never a second time.
+    """
+    ids = list(tokenizer(text, add_special_tokens=True, return_attention_mask=False)["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    # Some post-processors also close the text; whoever continues it must not see an end.
+    bare = tokenizer(text[-1:], add_special_tokens=False)["input_ids"]
+    if len(ids) > 1 and eos is not None and ids[-1] == eos and bare[-1:] != [eos]:
+        ids = ids[:-1]
+    return ids
+
+
+def require_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer without a chat template: which one to use is the user's choice."""
+    if not tokenizer.chat_template:
+        raise LlmtuneError(
+            "this base model's tokenizer has no chat template, so a chat has no defined form. "
+            "Choose one: model.chat_template=FILE.jinja, or rows that need none (format: text, or "
+            "format: completion with render: plain)"
+        )
+
+
+def strip_training_keys(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return `message` without the keys that only the trainer reads."""
+    if any(key in message for key in TRAINING_KEYS):
+        return {key: value for key, value in message.items() if key not in TRAINING_KEYS}
+    return message

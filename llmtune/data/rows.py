@@ -1,0 +1,160 @@
+"""From a source in the config to checked conversations, each with its file and line."""
+
+import difflib
+import glob
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtune.data.config import SourceConfig
+from llmtune.data.conversation import Conversation
+from llmtune.data.files import Parsed, drop_nulls, file_kind, iter_file
+from llmtune.data.formats import (
+    FormatChoice,
+    check_columns,
+    choose_format,
+    missing_column,
+    rename_columns,
+)
+from llmtune.data.problems import RowError, RowProblem
+from llmtune.errors import LlmtuneError
+
+DETECTION_ROWS = 100
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class LoadedRow:
+    """One usable row."""
+
+    conversation: Conversation
+    source: str
+    line: int
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """The rows of one source: `format` was chosen, `rows` are still to be read."""
+
+    format: FormatChoice
+    rows: Iterator[LoadedRow | RowProblem]
+
+
+def open_source(source: SourceConfig) -> SourceRows:
+    """Choose the source's format and return its rows as conversations or problems, lazily.
+
+    Raises:
+        LlmtuneError: the source is missing or empty, or its format cannot be told.
+    """
+    raw = iter_raw_rows(source)
+    first = list(itertools.islice(raw, DETECTION_ROWS))
+    if not first:
+        raise LlmtuneError(f"{source.path}: holds no rows; expected at least one")
+    objects = [entry[1][1] for entry in first if not isinstance(entry[1], RowProblem)]
+    if not objects and source.format == "auto":
+        problems = [entry[1] for entry in first]
+        listed = "\n".join(str(problem) for problem in problems[:3])
+        raise LlmtuneError(f"{source.path}: no row can be read:\n{listed}")
+    choice = choose_format(source, objects)
+    check_columns(source, choice)
+    return SourceRows(choice, _convert(itertools.chain(first, raw), source, choice))
+
+
+def iter_raw_rows(source: SourceConfig) -> Iterator[tuple[str, Parsed]]:
+    """Yield `(file as shown, (line, row) or RowProblem)` over a source's files, up to its limit."""
+    return itertools.islice(_iter_all(source), source.limit)
+
+
+def find_files(path: str) -> list[Path]:
+    """Return the files that a path, a directory or a glob names, sorted.
+
+    Raises:
+        LlmtuneError: nothing is there, or nothing that can be read.
+    """
+    here = Path(path).expanduser()
+    if here.is_file():
+        return [here]
+    if here.is_dir():
+        files = sorted(file for file in here.rglob("*") if file.is_file() and file_kind(file))
+        if not files:
+            raise LlmtuneError(f"{path}: the directory holds no data file (.jsonl, .csv, ...)")
+        return files
+    if glob.has_magic(path):
+        base = Path(here.anchor) if here.is_absolute() else Path()
+        files = sorted(base.glob(str(here.relative_to(here.anchor) if here.anchor else here)))
+        files = [file for file in files if file.is_file()]
+        if not files:
+            raise LlmtuneError(f"{path}: no file matches this pattern")
+        return files
+    raise LlmtuneError(_missing(path, here))
+
+
+def is_hub_id(path: str) -> bool:
+    """Say whether `path` reads as `org/name` and no such file exists."""
+    return (
+        HUB_ID.fullmatch(path) is not None
+        and file_kind(Path(path)) is None
+        and not Path(path).exists()
+    )
+
+
+def _iter_all(source: SourceConfig) -> Iterator[tuple[str, Parsed]]:
+    if is_hub_id(source.path):
+        for parsed in _iter_hub(source):
+            yield source.path, parsed
+        return
+    for file in find_files(source.path):
+        for parsed in iter_file(file, str(file)):
+            yield str(file), parsed
+
+
+def _iter_hub(source: SourceConfig) -> Iterator[Parsed]:
+    """Stream a data set from the hub row by row, without holding it in memory."""
+    import datasets  # the only place it is needed, and it takes a second to import
+
+    try:
+        rows = datasets.load_dataset(
+            source.path,
+            source.subset,
+            split=source.split,
+            revision=source.revision,
+            streaming=True,
+        )
+        for number, row in enumerate(rows, 1):
+            yield number, drop_nulls(row)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise LlmtuneError(
+            f"{source.path}: there is no such file here, and the data set of this name could not "
+            f"be read from the hub (split {source.split!r}): {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _convert(
+    entries: Iterator[tuple[str, Parsed]], source: SourceConfig, choice: FormatChoice
+) -> Iterator[LoadedRow | RowProblem]:
+    for file, parsed in entries:
+        if isinstance(parsed, RowProblem):
+            yield parsed
+            continue
+        line, row = parsed
+        row = rename_columns(row, source.columns)
+        missing = missing_column(choice, row, source)
+        if missing is not None:
+            yield RowProblem(file, line, missing, "column")
+            continue
+        try:
+            yield LoadedRow(choice.format.to_conversation(row), file, line)
+        except RowError as error:
+            yield RowProblem(file, line, str(error), error.kind)
+
+
+def _missing(path: str, here: Path) -> str:
+    folder = here.parent
+    if not folder.is_dir():
+        return f"{path}: no such file; the directory {folder} does not exist"
+    names = [entry.name for entry in folder.iterdir()]
+    near = difflib.get_close_matches(here.name, names, n=1, cutoff=0.6)
+    hint = f" (did you mean {folder / near[0]}?)" if near else ""
+    return f"{path}: no such file{hint}; expected a file, a directory, a glob or a hub id org/name"
