@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from llmtune.reporting.numbers import unit_of_metric, write_count
+from llmtune.reporting.numbers import Unit, unit_of_metric, write_count
 
 ARMS = ("base", "tuned", "merged")
 
@@ -28,10 +28,11 @@ def render_scores(scores: Mapping[str, Mapping[str, Any]]) -> Table:
         cells.append(unit.score(suite["majority"]))
         if is_compared:
             change = suite["comparison"]
-            cells.append(
-                f"{unit.change(change['difference'])} {unit.interval(change['low'], change['high'])}"
-                if change
-                else ""
-            )
+            cells.append(_write_change(unit, change) if change else "")
         table.add_row(*cells)
     return table
+
+
+def _write_change(unit: Unit, change: Mapping[str, Any]) -> str:
+    interval = unit.interval(change["low"], change["high"])
+    return f"{unit.change(change['difference'])} {interval}"

@@ -1,0 +1,110 @@
+"""What a reader must know beside the verdict: sentences made from the numbers, worst first."""
+
+from collections.abc import Iterator
+
+from llmtune.evaluation.stats import holm
+from llmtune.reporting.numbers import FRACTION
+from llmtune.reporting.suites import SuiteReport
+from llmtune.reporting.verdict import Evidence, describe_change, gain_of, is_above_majority
+
+UNPARSEABLE_RATIO = 0.05
+MAX_SLICES = 5
+
+
+def find_caveats(evidence: Evidence) -> tuple[str, ...]:
+    """Return the sentences that hold for these numbers; none where nothing is amiss."""
+    checks = (
+        _transfer_worse,
+        _general_worse,
+        _general_not_measured,
+        _below_majority,
+        _merged_worse,
+        _slices_worse,
+        _unparseable,
+        _general_could_be_broken,
+    )
+    return tuple(sentence for check in checks for sentence in check(evidence))
+
+
+def worse_slices(suite: SuiteReport, significance: float) -> list[str]:
+    """Return the slices that lost, clear of 0 after Holm's correction, worst first."""
+    lost = [
+        (suite.gain(each.change)[0], f"{each.column} = {each.value}")
+        for each in suite.slices
+        if suite.gain(each.change)[2] < 0 and each.holm_p <= significance
+    ]
+    return [name for _, name in sorted(lost)]
+
+
+def _transfer_worse(evidence: Evidence) -> Iterator[str]:
+    for suite in evidence.worse("transfer"):
+        sentence = describe_change(suite, evidence.confidence)
+        yield f"A domain outside the training data lost. {sentence}"
+
+
+def _general_worse(evidence: Evidence) -> Iterator[str]:
+    broken = evidence.broken()
+    for suite in evidence.worse("general"):
+        if suite not in broken:
+            bound = suite.unit.bound(evidence.thresholds.general_bound(suite.unit))
+            lost = suite.unit.size(gain_of(suite)[0])
+            yield f"{suite.name}: general ability fell by {lost}, within the bound of {bound}."
+
+
+def _general_not_measured(evidence: Evidence) -> Iterator[str]:
+    if evidence.with_role("target") and not evidence.with_role("general"):
+        yield "General ability was not measured: no suite with role `general` was evaluated."
+
+
+def _below_majority(evidence: Evidence) -> Iterator[str]:
+    for suite in evidence.suites:
+        if suite.change is not None and not is_above_majority(suite):
+            tuned, majority = suite.score("tuned"), suite.majority
+            yield (
+                f"{suite.name}: the tuned model ({suite.unit.score(tuned)}) is not above always "
+                f"giving the most frequent answer ({suite.unit.score(majority)})."
+            )
+
+
+def _merged_worse(evidence: Evidence) -> Iterator[str]:
+    compared = [s for s in evidence.suites if s.merged_change is not None]
+    adjusted = holm([s.merged_change.p_value for s in compared if s.merged_change])
+    for suite, p_value in zip(compared, adjusted, strict=True):
+        assert suite.merged_change is not None
+        gain, _, high = suite.gain(suite.merged_change)
+        if high < 0 and p_value <= evidence.significance:
+            yield (
+                f"{suite.name}: the merged model is worse than base + adapter by "
+                f"{suite.unit.size(gain)}, clear of 0; what you would ship is not what was tuned."
+            )
+
+
+def _slices_worse(evidence: Evidence) -> Iterator[str]:
+    for suite in evidence.suites:
+        names = worse_slices(suite, evidence.significance)
+        if names:
+            more = f" and {len(names) - MAX_SLICES} more" if len(names) > MAX_SLICES else ""
+            yield f"{suite.name}: these slices lost: {', '.join(names[:MAX_SLICES])}{more}."
+
+
+def _unparseable(evidence: Evidence) -> Iterator[str]:
+    for suite in evidence.suites:
+        for name, arm in suite.arms.items():
+            if suite.n and arm.unparseable / suite.n > UNPARSEABLE_RATIO:
+                share = FRACTION.score(arm.unparseable / suite.n)
+                yield (
+                    f"{suite.name}: {share} of the {name} model's answers could not be parsed and "
+                    "score 0, so part of the difference may be format alone."
+                )
+
+
+def _general_could_be_broken(evidence: Evidence) -> Iterator[str]:
+    broken = evidence.broken()
+    for suite in evidence.with_role("general"):
+        bound = evidence.thresholds.general_bound(suite.unit)
+        _, low, _ = gain_of(suite)
+        if suite not in broken and -low > bound:
+            yield (
+                f"{suite.name}: its {suite.n} items cannot rule out a loss beyond the bound of "
+                f"{suite.unit.bound(bound)}; it may be as large as {suite.unit.size(low)}."
+            )

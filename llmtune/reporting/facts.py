@@ -1,0 +1,104 @@
+"""Nested results of other stages as flat rows of a label and a value, made readable."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmtune.reporting.numbers import FRACTION, write_bytes, write_number, write_seconds
+
+HASH_ENDINGS = ("fingerprint", "hash", "sha256")
+MAX_LISTED = 6
+ABBREVIATIONS = {"kl": "KL", "id": "ID", "sha256": "SHA-256", "top1": "top-1", "p50": "median"}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One row: a label in words and a value as written."""
+
+    label: str
+    value: str
+
+
+def list_facts(value: Mapping[str, Any], *, without: Sequence[str] = ()) -> tuple[Fact, ...]:
+    """Return every single value of a nested mapping, labelled by its path of keys.
+
+    Lists of single values become one row; lists of mappings are left to the caller, as are keys
+    in `without`, and so are absent (None) values. Hashes are left out: they have their own table.
+    """
+    facts: list[Fact] = []
+    for key, inner in value.items():
+        if key in without or inner is None or str(key).endswith(HASH_ENDINGS):
+            continue
+        if isinstance(inner, Mapping):
+            nested = list_facts(inner, without=without)
+            facts += [Fact(f"{write_label(key)}: {f.label}", f.value) for f in nested]
+        elif isinstance(inner, list | tuple):
+            if inner and not any(isinstance(each, Mapping | list | tuple) for each in inner):
+                facts.append(Fact(write_label(key), _write_list(inner)))
+        else:
+            facts.append(Fact(write_label(key, inner), write_value(key, inner)))
+    return tuple(facts)
+
+
+def find_fingerprints(value: Any, path: str = "") -> dict[str, str]:
+    """Return every text under a key that ends like a hash's name, by its dotted path."""
+    found: dict[str, str] = {}
+    if not isinstance(value, Mapping):
+        return found
+    for key, inner in value.items():
+        place = f"{path}.{key}" if path else str(key)
+        if isinstance(inner, str) and str(key).endswith(HASH_ENDINGS):
+            found[place] = inner
+        found |= find_fingerprints(inner, place)
+    return found
+
+
+def find_table(value: Any, key_part: str) -> tuple[Mapping[str, Any], ...]:
+    """Return the first list of mappings under a key that contains `key_part`, at any depth."""
+    if not isinstance(value, Mapping):
+        return ()
+    for key, inner in value.items():
+        is_list = isinstance(inner, list | tuple) and inner
+        if key_part in key and is_list and all(isinstance(row, Mapping) for row in inner):
+            return tuple(inner)
+        if found := find_table(inner, key_part):
+            return found
+    return ()
+
+
+def write_label(key: str, value: Any = None) -> str:
+    """Turn a key into words: `top1_agreement` becomes `top-1 agreement`; a unit's suffix goes."""
+    words = str(key).removeprefix("num_").split("_")
+    if len(words) > 1 and _unit(key, value) in ("bytes", "seconds"):
+        words = words[:-1]
+    return " ".join(ABBREVIATIONS.get(word, word) for word in words)
+
+
+def write_value(key: str, value: Any) -> str:
+    """Write a single value by what its key says of its unit (`_bytes`, `_seconds`, `agreement`)."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float):
+        return str(value)
+    unit = _unit(key, value)
+    if unit == "bytes":
+        return write_bytes(value)
+    if unit == "seconds":
+        return write_seconds(value)
+    if unit == "share":
+        return FRACTION.score(value)
+    return write_number(value)
+
+
+def _unit(key: str, value: Any) -> str | None:
+    last = str(key).rpartition("_")[2]
+    if last in ("bytes", "seconds"):
+        return last
+    is_share = last in ("agreement", "ratio", "share") and isinstance(value, float)
+    return "share" if is_share and 0 <= value <= 1 else None
+
+
+def _write_list(values: Sequence[Any]) -> str:
+    shown = ", ".join(write_value("", each) for each in values[:MAX_LISTED])
+    more = len(values) - MAX_LISTED
+    return f"{shown} and {more} more" if more > 0 else shown

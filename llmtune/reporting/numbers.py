@@ -1,0 +1,130 @@
+"""How the report writes numbers: percent and points, nats, seconds, bytes, probabilities."""
+
+import math
+from dataclasses import dataclass
+
+MINUS = "\N{MINUS SIGN}"
+NO_VALUE = "\N{EN DASH}"
+SECONDS_PER_MINUTE = 60
+SECONDS_PER_HOUR = 3600
+BYTES_PER_STEP = 1024
+SMALLEST_P = 0.001
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How one kind of score is written: `scale` times the raw value, with `decimals` digits."""
+
+    name: str
+    scale: float
+    decimals: int
+    score_suffix: str
+    difference_suffix: str
+
+    def score(self, value: float | None) -> str:
+        """Write a score, as `89.7 %` or `3.412`; a dash where there is none."""
+        if value is None:
+            return NO_VALUE
+        return _signed(value * self.scale, self.decimals) + self.score_suffix
+
+    def difference(self, value: float | None) -> str:
+        """Write a difference with its sign and its unit, as `+16.4 points`."""
+        if value is None:
+            return NO_VALUE
+        return self.change(value) + self.difference_suffix
+
+    def change(self, value: float) -> str:
+        """Write a difference with its sign and without its unit, as `+16.4`."""
+        return _signed(value * self.scale, self.decimals, plus=True)
+
+    def interval(self, low: float, high: float) -> str:
+        """Write an interval of a difference without its unit, as `[+13.6, +19.2]`."""
+        return f"[{self.change(low)}, {self.change(high)}]"
+
+    def size(self, value: float) -> str:
+        """Write how large a difference is, without its sign, as `16.4 points`."""
+        return self.bare_size(value) + self.difference_suffix
+
+    def bare_size(self, value: float) -> str:
+        """Write how large a difference is, without sign and unit, as `16.4`."""
+        return f"{abs(value) * self.scale:.{self.decimals}f}"
+
+    def bound(self, value: float) -> str:
+        """Write a chosen size, with the digits it was chosen with, as `5 points`."""
+        return f"{abs(value) * self.scale:g}{self.difference_suffix}"
+
+
+FRACTION = Unit("fraction", 100.0, 1, " %", " points")
+NATS = Unit("nats/token", 1.0, 3, "", " nats/token")
+BITS = Unit("bits/byte", 1.0, 3, "", " bits/byte")
+LOSS_UNITS = {"nats_per_token": NATS, "bits_per_byte": BITS}
+
+
+def unit_of_metric(metric: str) -> Unit:
+    """Return how a metric's values are written: a loss in its own unit, a score as percent."""
+    return LOSS_UNITS.get(metric, FRACTION)
+
+
+def write_count(value: float | None) -> str:
+    """Write a whole number with thin groups of three digits, as `12 345`."""
+    if value is None:
+        return NO_VALUE
+    return f"{round(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def write_seconds(seconds: float | None) -> str:
+    """Write a duration in at most two units, as `3 min 29 s`."""
+    if seconds is None:
+        return NO_VALUE
+    if seconds < SECONDS_PER_MINUTE:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    whole = round(seconds)
+    if whole < SECONDS_PER_HOUR:
+        minutes, rest = divmod(whole, SECONDS_PER_MINUTE)
+        return f"{minutes} min {rest} s"
+    hours, rest = divmod(whole, SECONDS_PER_HOUR)
+    return f"{hours} h {rest // SECONDS_PER_MINUTE} min"
+
+
+def write_bytes(size: float | None) -> str:
+    """Write a number of bytes with a binary unit, as `3.7 GiB`."""
+    if size is None:
+        return NO_VALUE
+    value, units = float(size), ("B", "KiB", "MiB", "GiB", "TiB")
+    for unit in units:
+        if value < BYTES_PER_STEP or unit == units[-1]:
+            break
+        value /= BYTES_PER_STEP
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def write_p(p_value: float | None) -> str:
+    """Write a p-value, as `0.031` or `< 0.001`."""
+    if p_value is None:
+        return NO_VALUE
+    return f"< {SMALLEST_P}" if p_value < SMALLEST_P else f"{p_value:.3f}"
+
+
+def write_number(value: float | None, digits: int = 4) -> str:
+    """Write a number with `digits` significant digits, as `0.0003` or `2.1e-07`."""
+    if value is None:
+        return NO_VALUE
+    if isinstance(value, int) and abs(value) >= 10**digits:
+        return write_count(value)
+    return f"{value:.{digits}g}".replace("-", MINUS, 1) if value < 0 else f"{value:.{digits}g}"
+
+
+def finite(value: object) -> float | None:
+    """Return `value` as a float, or None where it is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _signed(value: float, decimals: int, *, plus: bool = False) -> str:
+    text = f"{abs(value):.{decimals}f}"
+    if float(text) == 0:
+        return text
+    if value < 0:
+        return MINUS + text
+    return "+" + text if plus else text

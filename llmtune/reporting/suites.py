@@ -1,0 +1,134 @@
+"""What the report says about one suite: its arms, the change from base to tuned, its slices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmtune.reporting.numbers import Unit, unit_of_metric
+
+ROLES = ("target", "transfer", "general")
+
+
+@dataclass(frozen=True)
+class ArmScore:
+    """One arm's outcome on a suite; `mean` and `standard_error` in the metric's raw unit."""
+
+    mean: float
+    standard_error: float | None = None
+    unparseable: int = 0
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """A paired difference between two arms on the same items, with its interval, raw unit."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    standard_error: float | None = None
+
+
+@dataclass(frozen=True)
+class SliceReport:
+    """The change on the items that share one value of a metadata column."""
+
+    column: str
+    value: str
+    n: int
+    base: float
+    tuned: float
+    change: Change
+    holm_p: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the slice as report.json holds it."""
+        return {
+            "column": self.column,
+            "value": self.value,
+            "n": self.n,
+            "base": self.base,
+            "tuned": self.tuned,
+            "difference": self.change.difference,
+            "interval": [self.change.low, self.change.high],
+            "p_value": self.change.p_value,
+            "holm_p": self.holm_p,
+        }
+
+
+@dataclass(frozen=True)
+class SuiteReport:
+    """One suite: `change` is tuned minus base, `merged_change` is merged minus tuned.
+
+    `majority` is the score of always answering the most frequent right answer, `chance` that of
+    guessing; `mde` is the smallest difference that n items show with 80 % power at 5 %.
+    """
+
+    name: str
+    role: str
+    task: str
+    metric: str
+    higher_is_better: bool
+    n: int
+    description: str = ""
+    clusters: int | None = None
+    arms: Mapping[str, ArmScore] = field(default_factory=dict)
+    majority: float | None = None
+    chance: float | None = None
+    change: Change | None = None
+    merged_change: Change | None = None
+    mde: float | None = None
+    needed_items: int | None = None
+    mcnemar_p: float | None = None
+    gained: int | None = None
+    lost: int | None = None
+    slices: tuple[SliceReport, ...] = ()
+
+    @property
+    def unit(self) -> Unit:
+        """Return how this suite's scores are written."""
+        return unit_of_metric(self.metric)
+
+    def score(self, arm: str) -> float | None:
+        """Return an arm's mean, or None where the arm was not evaluated."""
+        return self.arms[arm].mean if arm in self.arms else None
+
+    def gain(self, change: Change) -> tuple[float, float, float]:
+        """Return a change and its interval turned so that positive is better."""
+        if self.higher_is_better:
+            return change.difference, change.low, change.high
+        return -change.difference, -change.high, -change.low
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the suite as report.json holds it; what was not measured is null."""
+        change, merged = self.change, self.merged_change
+        return {
+            "role": self.role,
+            "task": self.task,
+            "metric": self.metric,
+            "unit": self.unit.name,
+            "higher_is_better": self.higher_is_better,
+            "description": self.description,
+            "n": self.n,
+            "clusters": self.clusters,
+            "base": self.score("base"),
+            "tuned": self.score("tuned"),
+            "merged": self.score("merged"),
+            "majority": self.majority,
+            "chance": self.chance,
+            "difference": change.difference if change else None,
+            "interval": [change.low, change.high] if change else None,
+            "standard_error": change.standard_error if change else None,
+            "p_value": change.p_value if change else None,
+            "mcnemar_p": self.mcnemar_p,
+            "mde": self.mde,
+            "needed_items": self.needed_items,
+            "gained": self.gained,
+            "lost": self.lost,
+            "merged_difference": merged.difference if merged else None,
+            "merged_interval": [merged.low, merged.high] if merged else None,
+            "unparseable": {name: arm.unparseable for name, arm in self.arms.items()},
+            "seconds": {name: arm.seconds for name, arm in self.arms.items()},
+            "slices": [each.as_json() for each in self.slices],
+        }

@@ -1,0 +1,82 @@
+"""The report in the terminal: verdict, reasons, one table, caveats, cost; fits 80 columns."""
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from llmtune.reporting.numbers import write_bytes, write_count, write_seconds
+from llmtune.reporting.report import Report
+from llmtune.reporting.suites import Change, SuiteReport
+from llmtune.reporting.verdict import MEANINGS
+
+STYLES = {"SHIP": "bold green", "NEGATIVE": "bold red", "BROKE-GENERAL": "bold red"}
+OPEN_STYLE = "bold yellow"
+
+
+def render_terminal(report: Report) -> RenderableType:
+    """Return what to print; colour is the console's choice, so NO_COLOR works."""
+    name = report.verdict.name
+    verdict = Text.assemble((name, STYLES.get(name, OPEN_STYLE)), "  ", MEANINGS[name])
+    parts: list[RenderableType] = [verdict]
+    parts += [Padding(Text(reason), (0, 0, 0, 2)) for reason in report.verdict.reasons]
+    if report.suites:
+        parts += [Text(), suites_table(report)]
+    if report.caveats:
+        parts += [Text("Read this too:", style="bold")]
+        parts += [Padding(Text(f"- {caveat}"), (0, 0, 0, 2)) for caveat in report.caveats]
+    if report.missing:
+        parts.append(Text(f"Not in this report: {', '.join(report.missing)}."))
+    if cost := write_cost(report):
+        parts.append(Text(cost))
+    return Group(*parts)
+
+
+def suites_table(report: Report) -> Table:
+    """Return the table of base, tuned and merged per suite, grouped by role."""
+    percent = f"{report.resampling.confidence * 100:g} %"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column("suite", overflow="fold")
+    table.add_column("n", justify="right", no_wrap=True)
+    for arm in ("base", "tuned", "merged", "majority"):
+        table.add_column(arm, justify="right", no_wrap=True)
+    table.add_column(f"change, {percent}", justify="right", no_wrap=True)
+    previous = None
+    for suite in report.suites:
+        if previous is not None and suite.role != previous:
+            table.add_section()
+        previous = suite.role
+        unit = suite.unit
+        table.add_row(
+            Text(suite.name),
+            write_count(suite.n),
+            unit.score(suite.score("base")),
+            unit.score(suite.score("tuned")),
+            unit.score(suite.score("merged")),
+            unit.score(suite.majority),
+            _write_change(suite, suite.change),
+        )
+    return table
+
+
+def write_cost(report: Report) -> str:
+    """Write time, peak memory, trained tokens and adapter size in one line; what is known."""
+    cost = report.cost
+    parts = [f"{stage} {write_seconds(spent)}" for stage, spent in cost.seconds.items()]
+    if cost.largest_peak_bytes is not None:
+        parts.append(f"peak {write_bytes(cost.largest_peak_bytes)}")
+    if cost.trained_tokens is not None:
+        parts.append(f"{write_count(cost.trained_tokens)} tokens trained on")
+    if cost.adapter_bytes is not None:
+        parts.append(f"adapter {write_bytes(cost.adapter_bytes)}")
+    return ", ".join(parts)
+
+
+def _write_change(suite: SuiteReport, change: Change | None) -> Text:
+    if change is None:
+        return Text("–")
+    _, low, high = suite.gain(change)
+    style = "green" if low > 0 else "red" if high < 0 else ""
+    interval = suite.unit.interval(change.low, change.high)
+    return Text.assemble((suite.unit.change(change.difference), style), " ", interval)

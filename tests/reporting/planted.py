@@ -1,0 +1,115 @@
+"""Run directories with planted numbers, written by the very functions that a real run uses."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtune.evaluation.results import ArmResult, ItemScore, save_arm_result
+from llmtune.manifest import Manifest
+from llmtune.run_dir import RunDir, atomic_write_json, atomic_write_text
+
+SAMPLES = 400
+
+
+@dataclass(frozen=True)
+class PlantedSuite:
+    """Scores item by item for each arm; `clusters` and `slices` name a group per item."""
+
+    name: str
+    role: str
+    arms: dict[str, Sequence[float]]
+    metric: str = "accuracy"
+    majority: float | None = None
+    weights: Sequence[float] | None = None
+    clusters: Sequence[str] | None = None
+    slices: Sequence[dict[str, str]] | None = None
+    unparsed: dict[str, int] | None = None
+
+
+def plant_run(
+    path: Path, suites: Sequence[PlantedSuite] = (), *, manifest: Manifest | None = None
+) -> RunDir:
+    """Write a run directory: the manifest and every suite's results."""
+    run = RunDir(path)
+    config = {"run_dir": str(path), "evaluate": {"bootstrap_samples": SAMPLES}}
+    (manifest or Manifest(config=config)).save(run)
+    for suite in suites:
+        for arm in suite.arms:
+            save_arm_result(_result(suite, arm), run.evaluations_dir)
+    return run
+
+
+def right_wrong(n: int, right: float, seed: int) -> list[float]:
+    """Return n scores of 0 and 1 of which a share `right` (rounded) are 1, in a seeded order."""
+    ones = round(n * right)
+    scores = [1.0] * ones + [0.0] * (n - ones)
+    random.Random(seed).shuffle(scores)
+    return scores
+
+
+def improve(scores: Sequence[float], share: float, seed: int) -> list[float]:
+    """Return the scores with a share of all items turned from wrong to right, if there are any."""
+    wrong = [index for index, score in enumerate(scores) if score == 0]
+    chosen = set(random.Random(seed).sample(wrong, min(len(wrong), round(len(scores) * share))))
+    return [1.0 if index in chosen else score for index, score in enumerate(scores)]
+
+
+def worsen(scores: Sequence[float], share: float, seed: int) -> list[float]:
+    """Return the scores with a share of all items turned from right to wrong."""
+    return [1.0 - score for score in improve([1.0 - score for score in scores], share, seed)]
+
+
+def plant_log(run: RunDir, losses: Sequence[float], evaluated: dict[int, float]) -> None:
+    """Write metrics.jsonl with one training line a step and lines of evaluation between them."""
+    lines = []
+    for step, loss in enumerate(losses, start=1):
+        lines.append({"step": step, "loss": loss, "learning_rate": 3e-4})
+        if step in evaluated:
+            lines.append({"step": step, "eval_loss": evaluated[step], "eval_tokens": 100})
+    atomic_write_text(run.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def plant_generations(run: RunDir, rows: Sequence[dict]) -> None:
+    """Write generations.json."""
+    atomic_write_json(run.generations_path, list(rows))
+
+
+def _result(suite: PlantedSuite, arm: str) -> ArmResult:
+    scores = suite.arms[arm]
+    weights = suite.weights or [1.0] * len(scores)
+    unparsed = (suite.unparsed or {}).get(arm, 0)
+    items = tuple(
+        ItemScore(
+            id=f"{suite.name}-{index}",
+            score=float(score),
+            prediction=None,
+            answer=None,
+            cluster=suite.clusters[index] if suite.clusters else None,
+            weight=weights[index],
+            parsed=index >= unparsed,
+            slices=suite.slices[index] if suite.slices else {},
+        )
+        for index, score in enumerate(scores)
+    )
+    return ArmResult(
+        suite=suite.name,
+        task="perplexity" if suite.metric.endswith(("token", "byte")) else "choice",
+        role=suite.role,
+        description=f"planted {suite.name}",
+        arm=arm,
+        metric=suite.metric,
+        higher_is_better=not suite.metric.endswith(("token", "byte")),
+        n=len(items),
+        mean=sum(w * s for w, s in zip(weights, scores, strict=True)) / sum(weights),
+        standard_error=None,
+        unparseable=unparsed,
+        majority=suite.majority,
+        chance=None,
+        recipe={"precision": "bfloat16" if arm == "merged" else "nf4"},
+        recipe_hash="0" * 64,
+        model={"arm": arm},
+        seconds=1.5,
+        items=items,
+    )

@@ -1,0 +1,159 @@
+"""Planted numbers give the verdict they stand for, with the numbers that decided it."""
+
+import dataclasses
+
+import pytest
+
+from llmtune.reporting.caveats import find_caveats
+from llmtune.reporting.suites import ArmScore, Change, SliceReport, SuiteReport
+from llmtune.reporting.verdict import MEANINGS, Evidence, Thresholds, Verdict, decide
+
+
+def suite(
+    difference: float,
+    half_width: float,
+    *,
+    name: str = "movies",
+    role: str = "target",
+    base: float = 0.7,
+    **fields: object,
+) -> SuiteReport:
+    """Return a suite of 200 items whose interval is symmetric around the difference."""
+    is_loss = fields.get("metric") == "nats_per_token"
+    p_value = 0.001 if abs(difference) > half_width else 0.4
+    low, high = difference - half_width, difference + half_width
+    values = {
+        "name": name,
+        "role": role,
+        "task": "perplexity" if is_loss else "choice",
+        "metric": "accuracy",
+        "higher_is_better": not is_loss,
+        "n": 200,
+        "arms": {"base": ArmScore(base), "tuned": ArmScore(base + difference)},
+        "change": Change(difference, low, high, p_value, half_width / 1.96),
+        "mde": half_width / 1.96 * 2.8,
+        "gained": 10,
+        "lost": 5,
+    }
+    return SuiteReport(**(values | fields))
+
+
+def prose(rise: float, half_width: float = 0.01) -> SuiteReport:
+    return suite(rise, half_width, name="prose", role="general", base=3.0, metric="nats_per_token")
+
+
+def verdict_on(*suites: SuiteReport, **fields: object) -> Verdict:
+    return decide(Evidence(suites, **fields))
+
+
+def test_gain_clear_of_zero_with_general_intact_ships():
+    verdict = verdict_on(suite(0.16, 0.03), suite(0.0, 0.02, name="general", role="general"))
+    assert verdict.name == "SHIP"
+    assert verdict.numbers["movies"]["difference"] == 0.16
+    assert "+16.0 points" in verdict.reasons[0]
+    assert "[+13.0, +19.0]" in verdict.reasons[0]
+
+
+def test_loss_on_the_target_is_negative_whatever_else_holds():
+    verdict = verdict_on(suite(-0.1, 0.03), prose(0.9))
+    assert verdict.name == "NEGATIVE"
+    assert verdict.also == ("BROKE-GENERAL",)
+
+
+def test_one_target_lost_and_one_gained_is_negative():
+    assert verdict_on(suite(0.2, 0.03), suite(-0.1, 0.03, name="second")).name == "NEGATIVE"
+
+
+def test_general_drop_beyond_the_bound_is_broke_general():
+    verdict = verdict_on(suite(0.16, 0.03), suite(-0.08, 0.03, name="general", role="general"))
+    assert verdict.name == "BROKE-GENERAL"
+    assert list(verdict.numbers) == ["general"]
+    assert "5 points" in verdict.reasons[-1]
+
+
+def test_general_drop_beyond_the_bound_but_not_clear_of_zero_is_no_break():
+    noisy = suite(-0.08, 0.09, name="general", role="general")
+    assert verdict_on(suite(0.16, 0.03), noisy).name == "SHIP"
+    caveats = find_caveats(Evidence((suite(0.16, 0.03), noisy)))
+    assert any("cannot rule out" in caveat and "17.0 points" in caveat for caveat in caveats)
+
+
+def test_loss_rise_beyond_a_fifth_of_a_nat_is_broke_general():
+    assert verdict_on(suite(0.16, 0.03), prose(0.21)).name == "BROKE-GENERAL"
+    assert verdict_on(suite(0.16, 0.03), prose(0.19)).name == "SHIP"
+    assert verdict_on(suite(0.16, 0.03), prose(-0.5)).name == "SHIP"
+
+
+def test_the_bound_is_the_callers():
+    strict = Thresholds(general_loss_rise=0.1)
+    assert verdict_on(suite(0.16, 0.03), prose(0.19), thresholds=strict).name == "BROKE-GENERAL"
+
+
+def test_interval_that_spans_zero_is_inconclusive_and_says_how_many_items_would_decide():
+    verdict = verdict_on(suite(0.02, 0.05, needed_items=2551))
+    assert verdict.name == "INCONCLUSIVE"
+    assert verdict.numbers["movies"]["needed_items"] == 2551
+    assert "2\N{NARROW NO-BREAK SPACE}551 items would decide" in verdict.reasons[1]
+
+
+def test_identical_models_are_inconclusive_and_no_number_of_items_is_named():
+    same = suite(0.0, 0.0, gained=0, lost=0, needed_items=None)
+    verdict = verdict_on(same)
+    assert verdict.name == "INCONCLUSIVE"
+    assert "No item of movies changed its score." in verdict.reasons
+
+
+def test_gain_that_stays_below_the_majority_class_does_not_ship():
+    verdict = verdict_on(suite(0.16, 0.03, base=0.5, majority=0.75))
+    assert verdict.name == "INCONCLUSIVE"
+    assert "75.0 %" in verdict.reasons[1]
+
+
+def test_barely_clear_gain_does_not_survive_holm_over_many_targets():
+    barely = Change(0.05, 0.001, 0.099, 0.04, 0.025)
+    targets = [suite(0.05, 0.05, name="first", change=barely)]
+    assert verdict_on(*targets).name == "SHIP"
+    targets += [suite(0.0, 0.05, name=f"other-{index}") for index in range(3)]
+    verdict = verdict_on(*targets)
+    assert verdict.name == "INCONCLUSIVE"
+    assert any("after Holm" in reason for reason in verdict.reasons)
+
+
+@pytest.mark.parametrize("suites", [(), (suite(0.1, 0.01, role="transfer"),)])
+def test_without_a_compared_target_nothing_is_claimed(suites):
+    verdict = verdict_on(*suites)
+    assert verdict.name == "NOT-MEASURED"
+    assert verdict.numbers == {}
+
+
+def test_every_verdict_has_a_meaning():
+    names = {
+        verdict_on(*suites).name
+        for suites in (
+            (suite(0.16, 0.03),),
+            (suite(-0.16, 0.03),),
+            (suite(0.16, 0.03), prose(1.0)),
+            (suite(0.0, 0.03),),
+            (),
+        )
+    }
+    assert names == set(MEANINGS)
+
+
+def test_caveats_name_what_the_verdict_does_not():
+    lost = SliceReport("topic", "war", 40, 0.8, 0.6, Change(-0.2, -0.3, -0.1, 0.001, 0.05), 0.004)
+    target = suite(0.16, 0.03, slices=(lost,))
+    target = dataclasses.replace(
+        target,
+        arms={**target.arms, "merged": ArmScore(0.8, unparseable=20)},
+        merged_change=Change(-0.06, -0.08, -0.04, 0.001, 0.01),
+    )
+    worse_domain = suite(-0.1, 0.03, name="tweets", role="transfer")
+    caveats = " ".join(find_caveats(Evidence((target, worse_domain))))
+    for part in ("topic = war", "merged model is worse", "tweets", "not measured", "10.0 % of"):
+        assert part in caveats
+
+
+def test_no_caveats_where_nothing_is_amiss():
+    fine = suite(0.01, 0.02, name="general", role="general")
+    assert find_caveats(Evidence((suite(0.16, 0.03), fine))) == ()
