@@ -1,15 +1,35 @@
 """Read a GGUF file with transformers and save it as a dense bfloat16 checkpoint."""
 
 import io
+import json
+import struct
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
 from llmtune.models.quiet import quiet_loading
+
+PRE_TOKENIZER_KEY = "tokenizer.ggml.pre"
+# llama.cpp splits single digits off first for these; transformers 5.23 overlooks that.
+DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+READ_ERRORS = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    NotImplementedError,
+    RuntimeError,
+    ImportError,
+    EOFError,
+    OSError,
+    struct.error,
+)
 
 
 def convert_gguf(gguf_path: Path, directory: Path) -> None:
@@ -17,6 +37,7 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
 
     Raises:
         LlmtuneError: transformers cannot read this file, or is too old to read GGUF files dense.
+        OSError: `directory` cannot be written.
     """
     gguf_config = getattr(transformers, "GgufConfig", None)
     if gguf_config is None:
@@ -28,6 +49,7 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
     try:
         # one progress bar of transformers' GGUF reader has no switch
         with quiet_loading(), redirect_stderr(io.StringIO()):
+            pre_tokenizer = _read_pre_tokenizer(gguf_path)
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf_path.name)
             model = AutoModelForCausalLM.from_pretrained(
                 where,
@@ -35,11 +57,38 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
                 quantization_config=gguf_config(dequantize=True),
                 dtype=torch.bfloat16,
             )
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, ImportError) as error:
+    except READ_ERRORS as error:
         raise LlmtuneError(
             f"{gguf_path}: transformers {transformers.__version__} cannot read this GGUF file: "
-            f"{error}"
+            f"{type(error).__name__}: {error}"
         ) from error
+    if pre_tokenizer in DIGITS_FIRST:
+        _split_digits_first(tokenizer)
     with quiet_loading():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+    _drop_invented_tokens(directory / "tokenizer.json", model.config.vocab_size)
+
+
+def _read_pre_tokenizer(gguf_path: Path) -> str | None:
+    field = GGUFReader(gguf_path).get_field(PRE_TOKENIZER_KEY)
+    return None if field is None else field.contents()
+
+
+def _split_digits_first(tokenizer: PreTrainedTokenizerFast) -> None:
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+
+
+def _drop_invented_tokens(path: Path, rows: int) -> None:
+    """Take out added tokens past the embedding: a tokenizer class's own, and not in the file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kept = [token for token in content["added_tokens"] if token["id"] < rows]
+    if len(kept) < len(content["added_tokens"]):
+        content["added_tokens"] = kept
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")

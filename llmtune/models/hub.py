@@ -71,11 +71,11 @@ def _cached_snapshot(
 
 
 def _look_up_commit(repo: str, revision: str | None) -> str:
-    from httpx import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
+        HTTPError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -104,8 +104,8 @@ def _look_up_commit(repo: str, revision: str | None) -> str:
 
 
 def _download(repo: str, commit: str, *, allow_pickle: bool, allow_code: bool) -> Path:
-    from httpx import HTTPError
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
 
     patterns = FILES + (PICKLES if allow_pickle else []) + (CODE if allow_code else [])
     try:
