@@ -126,6 +126,7 @@ def _load_weights(
         "weights_only": True,
         "local_files_only": True,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # reported there, and refused below by name
     }
     if attention is not None:
         keywords["attn_implementation"] = attention

@@ -1,0 +1,265 @@
+"""A base is loaded as asked, on one device, and says how it is kept; what cannot be is an error."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from llmtune.errors import LlmtuneError
+from llmtune.models.config import ModelConfig
+from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
+from llmtune.models.load import load_model
+from llmtune.models.resolve import resolve_base
+from tests.tiny import FAMILIES
+
+IDS = torch.arange(4, 24)[None]
+
+
+def load(directory: Path, **knobs):
+    config = ModelConfig(base=str(directory), device="cpu", **knobs)
+    return load_model(config, resolve_base(config))
+
+
+@pytest.fixture
+def editable(checkpoint, tmp_path):
+    return Path(shutil.copytree(checkpoint("llama"), tmp_path / "base"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_family_loads_in_the_precision_asked_for(checkpoint, family, dtype):
+    loaded = load(checkpoint(family), dtype=dtype)
+
+    assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, dtype)}
+    assert loaded.quantized.quantized_ratio == 0
+    assert not loaded.model.training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_every_family_loads_quantized_close_to_its_full_precision(checkpoint, family, method):
+    full = load(checkpoint(family), dtype="float32")
+    quantized = load(checkpoint(family), quantization={"method": method})
+    with torch.no_grad():
+        expected, found = full.model(IDS).logits, quantized.model(IDS).logits.float()
+
+    assert torch.nn.functional.cosine_similarity(expected, found, dim=-1).mean() > 0.9
+    assert quantized.quantized.num_parameters == full.quantized.num_parameters
+    assert quantized.quantized.bytes < full.quantized.bytes / 2
+    head = full.model.get_output_embeddings().weight
+    assert quantized.model.get_output_embeddings().weight.shape == head.shape
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("method", ["nf4", "fp4"])
+def test_four_bit_knobs_reach_every_layer(checkpoint, method, double_quant):
+    knobs = {"method": method, "double_quant": double_quant, "compute_dtype": "float32"}
+    layer = load(checkpoint(), quantization=knobs).model.model.layers[0].mlp.up_proj
+
+    assert layer.weight.quant_state.quant_type == method
+    assert layer.weight.quant_state.nested is double_quant
+    assert layer.compute_dtype == torch.float32
+
+
+def test_four_bit_computes_in_bfloat16_by_default(checkpoint):
+    loaded = load(checkpoint(), quantization={"method": "nf4"})
+
+    assert loaded.model.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_int8_threshold_reaches_every_layer(checkpoint):
+    knobs = {"method": "int8", "outlier_threshold": 3.0}
+    loaded = load(checkpoint(), quantization=knobs)
+
+    assert loaded.model.model.layers[0].mlp.up_proj.state.threshold == 3.0
+
+
+def test_table_says_what_was_quantized_and_what_was_not(checkpoint):
+    rows = {r.pattern: r for r in load(checkpoint(), quantization={"method": "nf4"}).quantized.rows}
+
+    up = rows["model.layers.*.mlp.up_proj"]
+    assert (up.kind, up.count, up.num_parameters) == ("nf4", 2, 2 * 64 * 128)
+    # 4 bits a weight, one byte per 64 for the scale, and one float per 256 scales
+    assert up.bytes == 2 * (64 * 128 // 2 + 64 * 128 // 64 + 4)
+    assert rows["lm_head"].kind == "bfloat16"
+    assert rows["model.embed_tokens"].bytes == 512 * 64 * 2
+
+
+def test_experts_that_stay_unquantized_are_reported(checkpoint):
+    notices = load(checkpoint("mixtral"), quantization={"method": "nf4"}).notices
+
+    assert any("expert weights (68% of the model) stay in torch.bfloat16" in n for n in notices)
+
+
+def test_attention_in_use_is_reported(checkpoint):
+    assert load(checkpoint()).attention == "sdpa"
+    assert load(checkpoint(), attention="eager").attention == "eager"
+
+
+def test_soft_capped_attention_is_computed_by_eager(checkpoint):
+    """sdpa leaves the cap out, so a Gemma 2 would compute something else."""
+    assert load(checkpoint("gemma2")).attention == "eager"
+    capped = {"attn_logit_softcapping": 50.0}
+    config = ModelConfig(base="any")
+    assert choose_attention(config, torch.device("cpu"), capped) == "eager"
+    assert choose_attention(config, torch.device("cpu"), {}) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_gpu_that_is_not_there_is_an_error_and_not_the_cpu(device):
+    with pytest.raises(LlmtuneError, match=f"model.device={device}"):
+        choose_device(device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cpu_chosen_by_auto_is_said(checkpoint):
+    config = ModelConfig(base=str(checkpoint()))
+    loaded = load_model(config, resolve_base(config))
+
+    assert loaded.device == torch.device("cpu")
+    assert "no GPU was found: the CPU is used" in loaded.notices
+
+
+def test_auto_precision_is_bfloat16_whatever_the_file_holds():
+    assert choose_dtype("auto", torch.device("cpu"), "llama") == torch.bfloat16
+
+
+def test_float16_is_refused_for_models_that_overflow_in_it():
+    with pytest.raises(LlmtuneError, match="overflow"):
+        choose_dtype("float16", torch.device("cpu"), "gemma2")
+
+
+def test_flash_attention_without_a_gpu_is_refused(checkpoint):
+    with pytest.raises(LlmtuneError, match="flash_attention_2 needs a GPU"):
+        load(checkpoint(), attention="flash_attention_2")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "mps", "cuda:0,1"])
+def test_device_of_unknown_form_is_refused_by_the_config(device):
+    with pytest.raises(ValidationError):
+        ModelConfig(base="any", device=device)
+
+
+def test_missing_weight_is_an_error_and_not_random_numbers(editable):
+    weights = load_file(editable / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, editable / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LlmtuneError, match="missing.*layers.1.mlp.up_proj"):
+        load(editable)
+
+
+@pytest.mark.parametrize("quantization", [None, {"method": "nf4"}])
+def test_weight_of_another_shape_is_an_error(editable, quantization):
+    weights = load_file(editable / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(64, 64)
+    save_file(weights, editable / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LlmtuneError, match="layers.0.mlp.up_proj"):
+        load(editable, quantization=quantization)
+
+
+def test_unknown_architecture_is_named(editable):
+    config = json.loads((editable / "config.json").read_text())
+    (editable / "config.json").write_text(json.dumps({**config, "model_type": "future"}))
+    with pytest.raises(LlmtuneError, match="'future' is unknown"):
+        load(editable)
+
+
+def test_remote_code_is_not_run_unasked(editable):
+    config = json.loads((editable / "config.json").read_text())
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "evil.Config"}}
+    (editable / "config.json").write_text(json.dumps(config))
+    (editable / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(LlmtuneError, match="trust_remote_code=true"):
+        load(editable)
+
+
+def test_pickled_weights_load_when_asked_for(editable):
+    torch.save(load_file(editable / "model.safetensors"), editable / "pytorch_model.bin")
+    with torch.no_grad():
+        expected = load(editable).model(IDS).logits
+    (editable / "model.safetensors").unlink()
+    loaded = load(editable, weights="any")
+
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(IDS).logits, expected)
+    assert len(loaded.fingerprint) == 64
+
+
+def test_generation_config_that_cannot_be_saved_is_repaired(editable, tmp_path):
+    (editable / "generation_config.json").write_text(
+        json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 3})
+    )
+    loaded = load(editable)
+    loaded.model.save_pretrained(tmp_path / "saved")
+
+    assert any("temperature, top_p dropped" in notice for notice in loaded.notices)
+    assert (tmp_path / "saved" / "generation_config.json").is_file()
+
+
+def test_sampling_knobs_of_a_sampling_config_are_kept(editable):
+    (editable / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 0.6, "eos_token_id": 3})
+    )
+    loaded = load(editable)
+
+    assert loaded.model.generation_config.temperature == 0.6
+    assert loaded.model.generation_config.do_sample is True
+
+
+def test_generation_config_stops_at_every_stop_token(editable):
+    (editable / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
+    loaded = load(editable)
+
+    assert loaded.stop_token_ids == (1, 3)
+    assert loaded.model.generation_config.eos_token_id == [1, 3]
+    assert loaded.model.generation_config.pad_token_id == loaded.tokenizer.pad_token_id
+    assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id
+
+
+def test_fingerprint_tells_bases_of_one_shape_apart(checkpoint, editable):
+    weights = load_file(editable / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    same = load(editable).fingerprint
+    save_file(weights, editable / "model.safetensors", metadata={"format": "pt"})
+
+    assert same == load(checkpoint()).fingerprint
+    assert same != load(editable).fingerprint
+
+
+def test_loading_prints_nothing_of_the_libraries(checkpoint):
+    program = (
+        "from llmtune.models.config import ModelConfig\n"
+        "from llmtune.models.load import load_model\n"
+        "from llmtune.models.resolve import resolve_base\n"
+        "import torch\n"
+        f"for method in ('nf4', 'int8'):\n"
+        f"    config = ModelConfig(base={str(checkpoint())!r}, quantization={{'method': method}})\n"
+        "    load_model(config, resolve_base(config)).model(torch.arange(4, 24)[None])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+
+    assert result.stdout + result.stderr == ""
+
+
+def test_verbosity_of_transformers_is_restored(checkpoint):
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    load(checkpoint())
+
+    assert before == (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    assert logging.getLogger("bitsandbytes.backends.cpu.ops").filters
