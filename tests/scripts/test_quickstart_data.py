@@ -42,17 +42,16 @@ def small_ratings() -> dict[str, str]:
     return {
         "movies": "\r\n".join(movie_lines(400)) + "\r\n",
         "products": "1_1\t1.5\tit works.\r\n1_2\t-1.2\tit broke.\r\n2_1\t0.3\ta box.\r\n",
-        "tweets": "1\t2.0\tLove it &amp; you &lt;3\r\n2\t-1\tFilm number 7 is one of a KIND!\r\n",
+        "tweets": "1\t2.0\tLove it &amp; you &lt;3\r\n2\t-1\tIt rains again\r\n",
         "editorials": "".join(f"1_{n}\t-1.5\tSentence{n} {words}.\r\n" for n in range(1, 21)),
     }
 
 
-def all_prompts(rows: list[dict]) -> set[str]:
-    prompts = (
-        row["messages"][0]["content"] if "messages" in row else row["prompt"] for row in rows
-    )
-    suffix = data.PROMPT.format(text="")
-    return {data.normalize_text(prompt.removesuffix(suffix)) for prompt in prompts}
+def sentences(rows: list[dict]) -> set[str]:
+    """The normalised sentences inside the rows' prompts."""
+    prompts = [r["messages"][0]["content"] if "messages" in r else r["prompt"] for r in rows]
+    before, after = data.PROMPT.split("{text}")
+    return {data.normalize_text(p.removeprefix(before).removesuffix(after)) for p in prompts}
 
 
 @pytest.fixture
@@ -78,17 +77,22 @@ def test_label_needs_a_rating_of_one_or_more_either_way(rating, label):
     assert data.RatedSentence("x", "text", rating, None).label == label
 
 
-def test_training_and_test_rows_share_no_sentence_even_across_domains(files):
-    train = all_prompts(files["movies_train.jsonl"])
-    validation = all_prompts(files["movies_validation.jsonl"])
-    assert "film number 8 is one of a kind" in train | validation | all_prompts(
-        files["movies_test.jsonl"]
-    )
-    assert "film number 7 is one of a kind" not in train | validation
-    for name in ("movies", "products", "tweets", "editorials"):
-        tested = all_prompts(files[f"{name}_test.jsonl"])
-        assert tested and not tested & (train | validation)
+def test_training_validation_and_test_rows_share_no_sentence(files):
+    train = sentences(files["movies_train.jsonl"])
+    validation = sentences(files["movies_validation.jsonl"])
     assert train and validation and not train & validation
+    for name in ("movies", "products", "tweets", "editorials"):
+        tested = sentences(files[f"{name}_test.jsonl"])
+        assert tested and not tested & (train | validation)
+
+
+def test_a_movie_sentence_found_in_another_domain_is_not_trained_on(files):
+    shared = sorted(sentences(files["movies_train.jsonl"]))[0]
+    ratings = small_ratings()
+    ratings["tweets"] += f"3\t0.1\t{shared.upper()}!\r\n"
+    domains = {name: data.parse_ratings(text, name) for name, text in ratings.items()}
+    without = sentences(data.build_files(domains)["movies_train.jsonl"])
+    assert sentences(files["movies_train.jsonl"]) - without == {shared}
 
 
 def test_copies_of_a_sentence_count_once_and_disagreeing_copies_not_at_all():
