@@ -50,7 +50,8 @@ def build_arguments(
         use_cpu=device.type == "cpu",
         bf16=False,
         fp16=uses_fp16,
-        gradient_checkpointing=False,
+        # None is off for every version, and does not name the deprecated alias.
+        gradient_checkpointing=None,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},

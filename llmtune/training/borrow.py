@@ -5,34 +5,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peft import PeftModel
-from torch import nn
 
 
 @contextmanager
 def borrowed(model: PeftModel) -> Iterator[None]:
-    """Give the model back as it came: forward methods, configs and mode, but not the weights.
+    """Give the model back as it came: forward methods, configs, tags and mode, not the weights.
 
-    trl replaces the base model's `forward` on the instance, accelerate may wrap the outer one, and
-    transformers writes `use_cache` and special tokens into the configs.
+    trl replaces the base model's `forward` on the instance and tags it, accelerate may wrap the
+    outer one, and transformers writes `use_cache` and special tokens into the configs.
     """
     base = model.get_base_model()
-    instances: tuple[nn.Module, ...] = (model, base)
-    forwards = [instance.__dict__.get("forward") for instance in instances]
-    configs = (base.config, base.config.get_text_config())
-    settings = [dict(config.__dict__) for config in configs]
+    holders = (model, base, base.config, base.config.get_text_config())
+    attributes = [_copy_attributes(holder) for holder in holders]
     generation_config = copy.deepcopy(base.generation_config)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        for instance, forward in zip(instances, forwards, strict=True):
-            instance.__dict__.pop("forward", None)
-            instance.__dict__.pop("_original_forward", None)
-            if forward is not None:
-                instance.__dict__["forward"] = forward
-        for config, setting in zip(configs, settings, strict=True):
-            config.__dict__.clear()
-            config.__dict__.update(setting)
+        for holder, saved in zip(holders, attributes, strict=True):
+            holder.__dict__.clear()
+            holder.__dict__.update(saved)
         base.generation_config = generation_config
-        model.train(was_training)
+        for module, is_training in modes:
+            module.training = is_training
         model.zero_grad(set_to_none=True)
+
+
+def _copy_attributes(holder: object) -> dict:
+    """Return an object's attributes; lists are copied, because trl appends to them."""
+    return {
+        name: list(value) if type(value) is list else value
+        for name, value in holder.__dict__.items()
+    }

@@ -194,11 +194,10 @@ def _probe_rows(examples: Sequence[Example]) -> tuple[Example, Example, Example]
     while len(tokens) < 3 * PROBE_TOKENS:
         tokens += tokens
     rows = [tokens[start : start + PROBE_TOKENS] for start in (0, PROBE_TOKENS, 2 * PROBE_TOKENS)]
-    # The third row must differ from the first, or changing the neighbour would change nothing.
-    rows[2] = [
-        token if token != first else rows[1][0] for token, first in zip(*rows[::2], strict=True)
-    ]
-    return tuple(Example(row, row, "probe", 1) for row in rows)
+    if rows[2] == rows[0]:
+        rows[2] = rows[0][::-1] if rows[0] != rows[0][::-1] else [rows[0][0] ^ 1] * PROBE_TOKENS
+    first, second, third = (Example(row, row, "probe", 1) for row in rows)
+    return first, second, third
 
 
 def _hidden(model: PeftModel, micro_batch: dict, device: torch.device) -> Tensor:

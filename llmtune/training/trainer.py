@@ -93,7 +93,7 @@ class AdapterTrainer(SFTTrainer):
         self.recent: deque[StepRecord] = deque(maxlen=REMEMBERED_STEPS)
         self._seconds_a_step = 0.0
         super().__init__(**trl_arguments)
-        self._restart_clock()
+        self.start_clock()
 
     def _send_telemetry(self) -> None:
         """Send nothing: nothing leaves the machine unasked."""
@@ -216,15 +216,16 @@ class AdapterTrainer(SFTTrainer):
             "seconds": totals.seconds,
             "peak_bytes": peak_bytes(self.args.device),
         }
-        self._restart_clock()
+        self.start_clock()
         return measured
 
     def stop_clock(self) -> None:
         """Add the time since the last line of metrics to the total."""
         self.context.totals.seconds += time.perf_counter() - self._clock
-        self._restart_clock()
+        self.start_clock()
 
-    def _restart_clock(self) -> None:
+    def start_clock(self) -> None:
+        """Start counting time and speed here."""
         self._clock = time.perf_counter()
         self._clock_step = self.state.global_step
         self._clock_tokens = self.context.totals.tokens

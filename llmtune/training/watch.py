@@ -22,7 +22,7 @@ def build_watches(trainer: AdapterTrainer, examples: Sequence[Example]) -> list[
     context = trainer.context
     stopping = context.config.early_stopping
     return [
-        KeepIntervals(),
+        FreshStart(trainer),
         LearningWatch(),
         *([BestWatch(trainer, stopping)] if stopping else []),
         InterruptionWatch(context.interruption),
@@ -30,10 +30,17 @@ def build_watches(trainer: AdapterTrainer, examples: Sequence[Example]) -> list[
     ]
 
 
-class KeepIntervals(TrainerCallback):
-    """Lets a continued run log, evaluate and save as its config says, not as the checkpoint did."""
+class FreshStart(TrainerCallback):
+    """Starts the clock at the first step, not at the start-up before it.
+
+    A continued run logs, evaluates and saves as its config says, not as the checkpoint did.
+    """
+
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._trainer.start_clock()
         state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
         state.eval_steps = args.eval_steps
 

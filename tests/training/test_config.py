@@ -1,0 +1,45 @@
+"""The training section: how long a run is, and which combinations are refused."""
+
+import pytest
+from pydantic import ValidationError
+
+from llmtune.errors import LlmtuneError
+from llmtune.training.config import TrainConfig
+from llmtune.training.reporters import check_reporters
+
+
+def test_giving_both_lengths_is_refused():
+    with pytest.raises(ValidationError, match="max_steps .10. and num_epochs .2. both"):
+        TrainConfig(max_steps=10, num_epochs=2)
+
+
+def test_a_run_without_a_length_is_one_epoch():
+    assert TrainConfig(batch_size=8).total_steps(17) == 3
+
+
+def test_epochs_count_their_short_last_step():
+    assert TrainConfig(batch_size=8, num_epochs=2).total_steps(17) == 6
+    assert TrainConfig(batch_size=8, num_epochs=0.5).total_steps(32) == 2
+
+
+def test_max_steps_decides_alone():
+    assert TrainConfig(max_steps=60).total_steps(10) == 60
+
+
+def test_early_stopping_without_evaluations_is_refused():
+    with pytest.raises(ValidationError, match="eval_every"):
+        TrainConfig(early_stopping={"patience": 2})
+
+
+def test_a_missing_tracker_is_named_with_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("llmtune.training.reporters.find_spec", lambda name: None)
+    with pytest.raises(LlmtuneError, match="trackio.*pip install trackio"):
+        check_reporters(["trackio"])
+
+
+def test_importing_the_section_loads_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, llmtune.training.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

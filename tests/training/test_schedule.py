@@ -1,0 +1,22 @@
+"""The learning rate rises from above zero to its peak once and then takes its course."""
+
+import pytest
+
+from llmtune.training.schedule import learning_rate_factor
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_peak_is_reached_exactly_after_the_warm_up(schedule):
+    factors = [learning_rate_factor(schedule, step, 4, 20) for step in range(20)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert max(factors) == 1.0
+    assert min(factors) > 0
+
+
+def test_cosine_and_linear_are_at_half_in_the_middle():
+    assert learning_rate_factor("cosine", 10, 0, 20) == pytest.approx(0.5)
+    assert learning_rate_factor("linear", 10, 0, 20) == pytest.approx(0.5)
+
+
+def test_constant_stays_at_the_peak():
+    assert learning_rate_factor("constant", 19, 4, 20) == 1.0

@@ -1,0 +1,180 @@
+"""Training gives the same weights however a step is split, and leaves the model as it came."""
+
+import json
+import socket
+
+import pytest
+import torch
+
+from llmtune.data.example import Example
+from llmtune.errors import LlmtuneError
+from llmtune.training.sft import train_adapter
+from tests.tiny import FAMILIES
+from tests.training.tiny_runs import (
+    adapter_weights,
+    largest_difference,
+    make_adapter,
+    make_config,
+    make_request,
+    make_rows,
+)
+
+
+def train(run, *, family="llama", model=None, packing="auto", rows=None, evaluation=(), **knobs):
+    model = model or make_adapter(family)
+    request = make_request(
+        model, run, packing=packing, train=rows or make_rows(20), evaluation=list(evaluation)
+    )
+    return train_adapter(make_config(**knobs), request), model
+
+
+def read_metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_split_of_a_step_changes_nothing(tmp_path):
+    # 20 rows in steps of 8: the third step holds 4, and its split differs most.
+    weights = {}
+    for size in (8, 4, 1, "auto"):
+        _, model = train(tmp_path / str(size), micro_batch_size=size, max_steps=4)
+        weights[size] = adapter_weights(model)
+    for size in (4, 1, "auto"):
+        assert largest_difference(weights[8], weights[size]) < 1e-4
+
+
+def test_packed_and_padded_losses_agree(tmp_path):
+    losses = {}
+    for packing in ("on", "off"):
+        train(tmp_path / packing, packing=packing)
+        losses[packing] = [line["loss"] for line in read_metrics(tmp_path / packing)]
+    assert losses["on"] == pytest.approx(losses["off"], abs=1e-5)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens(tmp_path):
+    rows = make_rows(8)
+    model = make_adapter()
+    expected = []
+    with torch.no_grad():
+        for row in rows:
+            ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
+            logits = model(input_ids=ids).logits[0, :-1]
+            expected.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+    trained = [(torch.tensor(row.labels[1:]) != -100).sum().item() for row in rows]
+    mean = sum(one.sum().item() for one in expected) / sum(trained)
+    train(tmp_path, model=model, rows=rows, max_steps=1)
+    assert read_metrics(tmp_path)[0]["loss"] == pytest.approx(mean, abs=1e-5)
+
+
+def test_a_row_of_double_weight_counts_like_two_rows(tmp_path):
+    rows = make_rows(4)
+    heavy = [Example(rows[0].input_ids, rows[0].labels, "f", 1, weight=2.0), *rows[1:]]
+    _, weighted = train(tmp_path / "w", rows=heavy, max_steps=2, batch_size=4)
+    _, doubled = train(tmp_path / "d", rows=[rows[0], *rows], max_steps=2, batch_size=5)
+    assert largest_difference(adapter_weights(weighted), adapter_weights(doubled)) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_a_pattern(family, tmp_path):
+    rows = make_rows(8)
+    _, model = train(tmp_path, family=family, rows=rows, max_steps=12, learning_rate=2e-2)
+    lines = read_metrics(tmp_path)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_model_comes_back_as_it_was_except_its_weights(tmp_path):
+    model = make_adapter("mixtral")
+    base = model.get_base_model()
+    before = (
+        base.config.to_dict(),
+        base.generation_config.to_dict(),
+        {name for name in base.__dict__},
+        {name for name in model.__dict__},
+        base.config._attn_implementation,
+        model.training,
+        [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+    )
+    train(tmp_path, model=model, neftune_alpha=5, gradient_checkpointing=True)
+    after = (
+        base.config.to_dict(),
+        base.generation_config.to_dict(),
+        {name for name in base.__dict__},
+        {name for name in model.__dict__},
+        base.config._attn_implementation,
+        model.training,
+        [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+    )
+    assert after == before
+    assert not base.is_activation_checkpointing
+
+
+def test_recomputing_activations_changes_nothing(tmp_path):
+    _, kept = train(tmp_path / "kept", gradient_checkpointing=False)
+    _, recomputed = train(tmp_path / "recomputed", gradient_checkpointing=True)
+    assert largest_difference(adapter_weights(kept), adapter_weights(recomputed)) < 1e-6
+
+
+def test_metrics_have_a_line_for_every_step_and_evaluation(tmp_path):
+    result, _ = train(tmp_path, evaluation=make_rows(5, seed=7), eval_every=2)
+    lines = read_metrics(tmp_path)
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
+    last = [line for line in lines if "loss" in line][-1]
+    assert last["tokens"] == result.tokens
+    assert last["trained_tokens"] == result.trained_tokens
+    for name in ("epoch", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes"):
+        assert name in last
+
+
+def test_evaluation_without_an_interval_happens_once_at_the_end(tmp_path):
+    result, _ = train(tmp_path, evaluation=make_rows(5, seed=7))
+    assert [line["step"] for line in read_metrics(tmp_path) if "eval_loss" in line] == [4]
+    assert result.final_eval_loss > 0
+
+
+def test_early_stopping_keeps_the_weights_of_the_best_evaluation(tmp_path):
+    # Trained on one pattern at a wild rate, the loss on other rows soon rises.
+    knobs = {"max_steps": 40, "eval_every": 2, "learning_rate": 0.3, "save_every": 40}
+    stopping = {"patience": 2}
+    evaluation = make_rows(6, seed=7)
+    result, model = train(tmp_path, evaluation=evaluation, early_stopping=stopping, **knobs)
+    evaluations = [line for line in read_metrics(tmp_path) if "eval_loss" in line]
+    best = min(evaluations, key=lambda line: line["eval_loss"])
+    assert result.stopped_by == "early_stopping"
+    assert result.steps < 40
+    assert result.best_checkpoint.name == f"checkpoint-{best['step']}"
+    again, _ = train(
+        tmp_path / "again", model=model, evaluation=evaluation, max_steps=1, learning_rate=1e-12
+    )
+    assert again.final_eval_loss == pytest.approx(best["eval_loss"], abs=1e-4)
+
+
+def test_bfloat16_bases_train_float32_adapters(tmp_path):
+    model = make_adapter(dtype=torch.bfloat16)
+    train(tmp_path, model=model)
+    assert {weight.dtype for weight in adapter_weights(model).values()} == {torch.float32}
+
+
+def test_nothing_reaches_for_the_network(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.delenv("CI", raising=False)
+    train(tmp_path, max_steps=2)
+
+
+def test_no_rows_and_untrained_rows_are_refused_by_name(tmp_path):
+    with pytest.raises(LlmtuneError, match="no training rows"):
+        train_adapter(make_config(), make_request(make_adapter(), tmp_path, train=[]))
+    bad = Example([5, 6, 7], [5, -100, -100], "rows.jsonl", 18)
+    with pytest.raises(LlmtuneError, match="rows.jsonl:18"):
+        train(tmp_path, rows=[*make_rows(3), bad])
+
+
+def test_tensorboard_gets_the_metrics(tmp_path):
+    pytest.importorskip("tensorboard")
+    train(tmp_path, report_to=["tensorboard"])
+    assert list((tmp_path / "tensorboard").iterdir())
