@@ -99,6 +99,7 @@ def check_quantization(
             "layer that bitsandbytes can quantize. Set model.quantization=null."
         )
     for name, layer in layers.items():
+        _check_shape(name, layer)
         found = (_kind(layer),)
         wanted = (config.method,)
         if not isinstance(config, Int8Quantization):
@@ -109,6 +110,17 @@ def check_quantization(
                 f"model.quantization: {name} was loaded as {found}, asked for was {wanted} "
                 "(format, double quantization, compute dtype)."
             )
+
+
+def _check_shape(name: str, layer: nn.Linear) -> None:
+    """Compare a quantized weight with its layer; transformers does not."""
+    state = getattr(layer.weight, "quant_state", None)
+    found = tuple(layer.weight.shape if state is None else state.shape)
+    if found != (layer.out_features, layer.in_features):
+        raise LlmtuneError(
+            f"{name}.weight is of another shape in the checkpoint, {found}, than config.json "
+            f"says, {(layer.out_features, layer.in_features)}. Download or convert the base again."
+        )
 
 
 def describe_quantization(model: PreTrainedModel, method: str) -> QuantizationTable:

@@ -157,7 +157,7 @@ def test_missing_weight_is_an_error_and_not_random_numbers(editable):
         load(editable)
 
 
-@pytest.mark.parametrize("quantization", [None, {"method": "nf4"}])
+@pytest.mark.parametrize("quantization", [None, {"method": "nf4"}, {"method": "int8"}])
 def test_weight_of_another_shape_is_an_error(editable, quantization):
     weights = load_file(editable / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(64, 64)
