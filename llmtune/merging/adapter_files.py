@@ -10,6 +10,7 @@ from typing import Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.merging.changes import ADAPTER_PREFIX
+from llmtune.merging.compare import have_same_bytes
 from llmtune.safetensors_io import ADAPTER_FILE, TensorEntry, read_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -33,6 +34,9 @@ INERT_SETTINGS = frozenset(
         "layers_pattern",
         "megatron_core",
         "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "loftq_config",
         "qalora_group_size",
         "runtime_config",
         "ensure_weight_tying",
@@ -66,7 +70,6 @@ REFUSED_SETTINGS = {
     "layer_replication": "it builds a model with more layers than the base has",
     "use_qalora": "QALoRA pools its inputs, which no weight of the base's shape can express",
     "use_bdlora": "block-diagonal LoRA is not laid out as one low-rank product",
-    "loftq_config": "LoftQ replaced the base weights the adapter stands on",
 }
 
 # Initialisations that leave the base as it is on disk, so that W + B A means what was trained.
@@ -78,6 +81,10 @@ LORA_KEY = re.compile(
 )
 TOKENS_KEY = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
 SAVED_KEY = re.compile(r"\.modules_to_save(?:\.(?!weight$|bias$)[^.]+)?(?=\.(?:weight|bias)$)")
+# PEFT saves an untrained table along where it stands under an adapter or has grown.
+BASE_COPY_KEY = re.compile(
+    r"(?:\.token_adapter)?\.base_layer(?=\.weight$)|\.original_module(?=\.(?:weight|bias)$)"
+)
 
 
 @dataclass
@@ -152,14 +159,22 @@ class AdapterFiles:
             self._sort_in_lora(match, entry)
         elif match := TOKENS_KEY.match(name):
             self.tokens[match["module"]] = entry
-        elif ".lora_" in name or "token_adapter" in name:
+        elif BASE_COPY_KEY.search(name):
+            self.base_copies[BASE_COPY_KEY.sub("", name)] = entry
+        elif ".lora_" in name or ".token_adapter." in name:
             raise LlmtuneError(
                 f"{self.directory}: tensor {entry.name!r} is of a kind that merging does not know"
             )
-        elif name.endswith(".base_layer.weight"):
-            self.base_copies[name.replace(".base_layer.", ".")] = entry
         else:
-            self.replaced[name.replace(".base_layer.", ".")] = entry
+            self._sort_in_replaced(name.replace(".base_layer.", "."), entry)
+
+    def _sort_in_replaced(self, name: str, entry: TensorEntry) -> None:
+        other = self.replaced.setdefault(name, entry)
+        if other is not entry and not have_same_bytes(other, entry):
+            raise LlmtuneError(
+                f"{self.directory} holds {name!r} twice, and the two differ: {other.name!r} and "
+                f"{entry.name!r}"
+            )
 
     def _sort_in_lora(self, match: re.Match[str], entry: TensorEntry) -> None:
         group = self.lora.setdefault(match["module"], LoraGroup(match["module"]))
@@ -207,8 +222,6 @@ def _refuse_unknown_settings(directory: Path, config: Mapping[str, Any]) -> None
         raise LlmtuneError(f"{directory} is an adapter of type {kind!r}; only LORA can be merged")
     for setting, value in config.items():
         if setting in INERT_SETTINGS | USED_SETTINGS or not value:
-            continue
-        if setting == "loftq_config" and config.get("init_lora_weights") != "loftq":
             continue
         reason = REFUSED_SETTINGS.get(setting, "merging does not know this setting")
         raise LlmtuneError(f"{directory} cannot be merged: it sets {setting}, and {reason}")

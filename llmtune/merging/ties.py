@@ -84,14 +84,21 @@ def _settle_tied(
         return False
     if head is None:
         entry = base.tensors[vocabulary.embedding]
-        head = PlannedTensor(vocabulary.head, entry.dtype, entry.shape, entry)
+        if embedding is not None and (embedding.blocks or embedding.token_rows):
+            entry = embedding.source  # the base's own, or its grown copy that PEFT saved
+        dtype = base.tensors[vocabulary.embedding].dtype
+        head = PlannedTensor(vocabulary.head, dtype, entry.shape, entry)
     planned[vocabulary.head] = replace(head, name=vocabulary.head)
     return True
 
 
 def _are_one(head: PlannedTensor, embedding: PlannedTensor) -> bool:
-    is_whole = not (head.blocks or embedding.blocks or head.token_rows or embedding.token_rows)
-    return is_whole and have_same_bytes(head.source, embedding.source)
+    if head.blocks or embedding.blocks or head.token_indices != embedding.token_indices:
+        return False
+    pairs = [(head.source, embedding.source)]
+    if head.token_rows is not None and embedding.token_rows is not None:
+        pairs.append((head.token_rows, embedding.token_rows))
+    return all(have_same_bytes(one, other) for one, other in pairs)
 
 
 def _grown_vocabulary(

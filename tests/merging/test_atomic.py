@@ -1,0 +1,219 @@
+"""A merged directory appears whole or not at all, whatever happens on the way."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmtune.errors import LlmtuneError
+from llmtune.merging.merge import PROVENANCE_FILE, merge_adapter, remove_leftovers
+from llmtune.safetensors_io import fingerprint_checkpoint
+from tests.merging.adapters import load_base, make_adapter, make_base
+from tests.tiny import make_tokenizer
+
+SLOW_MERGE = """
+import sys, time
+from pathlib import Path
+from llmtune.merging import merge, shards, tiles
+real = tiles.TensorMerger.merge_tile
+def slow(self, *tile):
+    time.sleep(0.08)
+    return real(self, *tile)
+shards.TensorMerger.merge_tile = slow
+merge.merge_adapter(*map(Path, sys.argv[1:]))
+"""
+
+SMALL_FILES = """
+import resource, sys
+from pathlib import Path
+from llmtune.errors import LlmtuneError
+from llmtune.merging.merge import merge_adapter
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    merge_adapter(*map(Path, sys.argv[1:]))
+except LlmtuneError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("made")
+    make_adapter(make_base(directory / "base"), directory / "adapter")
+    return directory
+
+
+def merge(made: Path, out_dir: Path, **options):
+    return merge_adapter(made / "base", made / "adapter", out_dir, **options)
+
+
+def start(code: str, made: Path, out_dir: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", code, made / "base", made / "adapter", out_dir]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(place: Path, pattern: str) -> Path:
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        if found := list(place.glob(pattern)):
+            return found[0]
+        time.sleep(0.02)
+    raise AssertionError(f"no {pattern} in {place}")
+
+
+def test_provenance_names_base_adapter_and_changes(made, tmp_path):
+    result = merge(made, tmp_path / "out")
+    provenance = json.loads((tmp_path / "out" / PROVENANCE_FILE).read_text())
+    assert provenance["base_fingerprint"] == fingerprint_checkpoint(made / "base")
+    assert provenance["base"] == str(made / "base")
+    assert provenance["strength"] == 1.0
+    assert provenance["changes"] == {"lora": 14} == result.changes
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert json.loads(json.dumps(result.to_dict()))["num_tensors"] == 21
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_existing_directory_is_refused_and_kept(made, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(LlmtuneError, match="exists"):
+        merge(made, tmp_path / "out")
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
+
+
+def test_existing_directory_is_replaced_when_asked(made, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("gone")
+    merge(made, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "mine").exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    load_base(tmp_path / "out")
+
+
+def test_failed_overwrite_keeps_the_old_directory(made, tmp_path, monkeypatch):
+    merge(made, tmp_path / "out")
+    before = fingerprint_checkpoint(tmp_path / "out")
+    monkeypatch.setattr("llmtune.merging.merge.write_sidecar", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        merge(made, tmp_path / "out", overwrite=True, strength=0.5)
+    assert fingerprint_checkpoint(tmp_path / "out") == before
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_full_disk_is_seen_before_anything_is_written(made, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 5000, 5000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(LlmtuneError, match=r"needs [\d,]+ bytes and its disk has 5,000 free"):
+        merge(made, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_that_runs_full_leaves_nothing(made, tmp_path):
+    output, _ = start(SMALL_FILES, made, tmp_path / "out").communicate(timeout=60)
+    assert "ran full" in output
+    assert "nothing was left" in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_killed_merge_leaves_no_finished_directory_and_restarts_clean(made, tmp_path):
+    for _ in range(2):
+        process = start(SLOW_MERGE, made, tmp_path / "out")
+        shard = wait_for(tmp_path, "out.tmp-*/model.safetensors")
+        time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=10)
+        assert shard.exists()
+        assert not (tmp_path / "out").exists()
+    merge(made, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    load_base(tmp_path / "out")
+
+
+def test_running_merge_is_not_taken_for_a_leftover(made, tmp_path):
+    process = start(SLOW_MERGE, made, tmp_path / "out")
+    shard = wait_for(tmp_path, "out.tmp-*/model.safetensors")
+    remove_leftovers(tmp_path / "out")
+    assert shard.exists()
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "out" / PROVENANCE_FILE).exists()
+
+
+def test_directory_moved_aside_by_a_killed_overwrite_comes_back(tmp_path):
+    (tmp_path / "out.old-x").mkdir()
+    (tmp_path / "out.old-x" / "model").write_text("mine")
+    remove_leftovers(tmp_path / "out")
+    assert (tmp_path / "out" / "model").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float32, float("nan")), (torch.float16, 60_000.0)]
+)
+def test_number_that_is_not_finite_is_an_error(tmp_path, dtype, value):
+    base = make_base(tmp_path / "base", dtype=dtype)
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    tensors[name][3, 2] = value
+    tensors[name.replace("lora_B", "lora_A")][2] = 1.0
+    save_file(tensors, path)
+    with pytest.raises(LlmtuneError, match=r"layers\.1\.self_attn\.q_proj.*not finite"):
+        merge_adapter(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapter_that_changes_nothing_is_an_error(tmp_path):
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", scale=0.0)
+    with pytest.raises(LlmtuneError, match="no effect"):
+        merge_adapter(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_says_what_the_merged_files_hold(tmp_path):
+    base = make_base(tmp_path / "base", dtype=torch.bfloat16)
+    config = json.loads((base / "config.json").read_text())
+    config.pop("dtype")
+    (base / "config.json").write_text(json.dumps(config))
+    adapter = make_adapter(base, tmp_path / "adapter")
+    merge_adapter(base, adapter, tmp_path / "out")
+    merged = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert merged == config | {"dtype": "bfloat16"}
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_tokenizer_and_template_of_the_adapter_win(tmp_path):
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    (base / "tokenizer.model").write_text("the base's own")
+    tokenizer = make_tokenizer(chat_template="{{ messages[0]['content'] }}")
+    tokenizer.save_pretrained(adapter)
+    merge_adapter(base, adapter, tmp_path / "out")
+    out = tmp_path / "out"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (adapter / name).read_bytes()
+    assert (out / "tokenizer.model").read_text() == "the base's own"
+
+
+def test_template_inside_the_adapters_tokenizer_config_is_not_overruled(tmp_path):
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    assert (base / "chat_template.jinja").exists()
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"chat_template": "mine"}))
+    merge_adapter(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+def test_files_are_readable_by_others(made, tmp_path):
+    merge(made, tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o444 == 0o444
