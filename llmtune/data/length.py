@@ -12,6 +12,8 @@ from llmtune.errors import LlmtuneError
 
 MAX_LOST_RATIO = 0.01
 LISTED_ROWS = 10
+KEPT_ENDS = 16
+"""Tokens kept at each end of a prompt text that is cut."""
 
 
 @dataclass
@@ -19,6 +21,7 @@ class LengthCount:
     """Counts over all rows; filled while rows pass through `fit_row`."""
 
     lengths: list[int] = field(default_factory=list)
+    rows: int = 0
     rows_too_long: int = 0
     rows_dropped: int = 0
     rows_truncated: int = 0
@@ -50,6 +53,7 @@ def fit_row(
     """Return the row's sequences with the rule applied to those that are too long; count them."""
     kept: list[LabelledSequence] = []
     is_long = False
+    count.rows += 1
     for sequence in row.sequences:
         length = len(sequence.input_ids)
         count.lengths.append(length)
@@ -77,7 +81,8 @@ def refuse_loss(count: LengthCount, max_length: int | None, policy: str, name: s
 
     Raises:
         LlmtuneError: no row fits, or more than 1 % of the trained tokens would be lost with any
-            policy but `drop` (what `truncate-prompt` and `split` can save is not lost). It names the lengths, the rows and the setting to change.
+            policy but `drop` (what `truncate-prompt` and `split` can save is not lost). It names
+            the lengths, the rows and the setting to change.
     """
     if max_length is None or not count.rows_too_long:
         return
@@ -99,9 +104,8 @@ def refuse_loss(count: LengthCount, max_length: int | None, policy: str, name: s
         )
     lost = count.trained_tokens_lost / count.trained_tokens
     if policy != "drop" and lost > MAX_LOST_RATIO:
-        num_rows = len(count.lengths)
         raise LlmtuneError(
-            f"{name}: {count.rows_too_long} of {num_rows} rows are longer than "
+            f"{name}: {count.rows_too_long} of {count.rows} rows are longer than "
             f"data.max_length={max_length}; leaving them out would lose {lost:.1%} of the trained "
             f"tokens, more than {MAX_LOST_RATIO:.0%} ({sizes}).\n{rows}\n{advice}"
         )
@@ -131,8 +135,8 @@ def truncate_prompt(
 ) -> LabelledSequence | None:
     """Take the middle out of the longest untrained runs of text until the sequence fits.
 
-    A run lies between control tokens, so the turns keep their form; its first and last quarters
-    stay (what was asked stands at either end). None where that is not enough.
+    A run lies between control tokens, so the turns keep their form, and both its ends stay
+    (what was asked stands at either end). None where that is not enough.
     """
     ids = sequence.input_ids
     excess = len(ids) - max_length
@@ -140,9 +144,10 @@ def truncate_prompt(
     for start, end in sorted(_prompt_runs(sequence, special_ids), key=lambda r: r[0] - r[1]):
         if excess <= 0:
             break
-        keep = -(-(end - start) // 2)
-        cut = min(excess, end - start - keep)
-        middle = start + keep // 2
+        cut = min(excess, end - start - 2 * KEPT_ENDS)
+        if cut <= 0:
+            continue
+        middle = start + (end - start - cut) // 2
         removed.append((middle, middle + cut))
         excess -= cut
     if excess > 0:

@@ -1,0 +1,231 @@
+"""Tiny tokenizers with chat templates of many shapes; nothing here imports torch."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. user assistant system tool model",
+    "Is the opinion in this sentence positive or negative? yes no one two three four five",
+    "Paris is the capital of France, and 12 + 30 = 42.\n\nA list:\n- one\n- two\n",
+    *["\n\n\n\nParagraphs and    spaces\n\n\n  follow\n\n\n  here"] * 3,
+    'think reasoning name arguments {"name": "look_up", "arguments": {"city": "Paris"}}',
+]
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}"
+    "{% set c = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
+    "+ m['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set c = bos_token + c %}{% endif %}{{ c }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}"
+    "{% elif m['role'] == 'user' %}{{ '[INST] ' + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
+    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}"
+    "{% else %}{{ eos_token }}{% endif %}"
+)
+QWEN3 = (
+    "{%- set ns = namespace(last=-1) %}"
+    "{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if tools %}{{- '<|im_start|>system\n# Tools\n' }}"
+    "{%- for tool in tools %}{{- tool | tojson + '\n' }}{%- endfor %}{{- '<|im_end|>\n' }}"
+    "{%- endif %}"
+    "{%- for m in messages %}"
+    "{%- if m.role == 'tool' %}"
+    "{{- '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}"
+    "{%- elif m.role != 'assistant' %}"
+    "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{%- else %}"
+    "{%- set content = m.content %}{%- set reasoning = m.reasoning_content or '' %}"
+    "{%- if '</think>' in content %}"
+    "{%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1]"
+    ".lstrip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{{- '<|im_start|>assistant\n' }}"
+    "{%- if loop.index0 > ns.last and (loop.last or reasoning) %}"
+    "{{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' }}{%- endif %}"
+    "{{- content }}"
+    "{%- for call in m.tool_calls or [] %}"
+    "{{- '\n<tool_call>\n' + call.function | tojson + '\n</tool_call>' }}{%- endfor %}"
+    "{{- '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+GLM = (
+    "[gMASK]<sop>{% for m in messages %}"
+    "{% if m['role'] == 'tool' %}{{ '<|observation|>\n' + m['content'] }}"
+    "{% else %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] | capitalize + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] | trim + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+)
+# Strips an answer's spaces only once it is history.
+STRIPPING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{{ m['content'] if loop.last else m['content'] | trim }}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Opens the thinking block in the prompt, as some reasoning models do.
+OPENED_THINK = CHATML.replace(
+    "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One template with the control tokens its tokenizer has."""
+
+    template: str
+    specials: tuple[str, ...]
+    bos: str | None
+    eos: str
+    terminator: str
+    """What ends an answer."""
+    has_post_processor: bool = False
+    split_pattern: str | None = None
+    """How text is cut before merging; None: GPT-2's way, which keeps no line breaks together."""
+
+
+SHAPES = {
+    "chatml": Shape(CHATML, ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>", "<|im_end|>"),
+    "chatml-other-eos": Shape(
+        CHATML, ("<|im_start|>", "<|im_end|>", "<|endoftext|>"), None, "<|endoftext|>", "<|im_end|>"
+    ),
+    "llama3": Shape(
+        LLAMA3,
+        ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        "<|eot_id|>",
+        has_post_processor=True,
+        split_pattern=r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "mistral": Shape(MISTRAL, ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", "</s>", True),
+    "gemma": Shape(
+        GEMMA,
+        ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+        "<bos>",
+        "<eos>",
+        "<end_of_turn>",
+        True,
+    ),
+    "phi": Shape(
+        PHI,
+        ("<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
+        None,
+        "<|endoftext|>",
+        "<|end|>",
+    ),
+    "qwen3": Shape(
+        QWEN3,
+        ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+        None,
+        "<|im_end|>",
+        "<|im_end|>",
+    ),
+    "glm": Shape(
+        GLM,
+        ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>")
+        + ("<|endoftext|>",),
+        None,
+        "<|endoftext|>",
+        "<|user|>",
+    ),
+    "plain": Shape(PLAIN, ("<|endoftext|>",), None, "<|endoftext|>", "<|endoftext|>"),
+    "llama2": Shape(LLAMA2, ("<s>", "</s>"), "<s>", "</s>", "</s>", True),
+    "stripping": Shape(STRIPPING, ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>", "<|im_end|>"),
+}
+
+THINK_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+@lru_cache
+def make_shape(name: str) -> PreTrainedTokenizerFast:
+    """Train a small byte-level tokenizer with the shape's control tokens and template."""
+    return make_shape_tokenizer(SHAPES[name])
+
+
+def make_shape_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=shape.split_pattern is None)
+    if shape.split_pattern is not None:
+        split = pre_tokenizers.Split(Regex(shape.split_pattern), behavior="isolated")
+        cut = pre_tokenizers.Sequence([split, cut])
+    tokenizer.pre_tokenizer = cut
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=480,
+        special_tokens=["<|pad|>", *shape.specials],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in THINK_TOKENS])
+    if shape.has_post_processor:
+        bos = shape.bos
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=shape.bos, eos_token=shape.eos, pad_token="<|pad|>"
+    )
+    fast.chat_template = shape.template
+    return fast
+
+
+def write_jsonl(path, rows) -> str:
+    """Write rows as JSON lines; a str is written as it is (for malformed lines)."""
+    import json
+
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def turns(*contents: str, system: str | None = None) -> list[dict]:
+    """Return alternating user/assistant messages."""
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    for index, content in enumerate(contents):
+        messages.append({"role": ("user", "assistant")[index % 2], "content": content})
+    return messages

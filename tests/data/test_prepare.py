@@ -1,0 +1,299 @@
+"""Sources to examples: bad rows, lengths, mixtures, splits and what is reported."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from llmtune.data.config import DataConfig
+from llmtune.data.example import IGNORE_INDEX, ExampleTable
+from llmtune.data.prepare import prepare_examples
+from llmtune.errors import LlmtuneError
+from tests.data.shapes import make_shape, turns, write_jsonl
+
+
+def row(question: str, answer: str) -> dict:
+    return {"messages": turns(question, answer)}
+
+
+def rows(count: int, prefix: str = "q") -> list[dict]:
+    return [row(f"{prefix} {index}?", f"answer {index}") for index in range(count)]
+
+
+def prepare(tokenizer=None, split="train", seed=0, **data):
+    config = DataConfig.model_validate(data)
+    return prepare_examples(config, tokenizer or make_shape("chatml"), split=split, seed=seed)
+
+
+def refusal(tmp_path, bad: list, **data) -> str:
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows(17), *bad])
+    with pytest.raises(LlmtuneError) as error:
+        prepare(train=[{"path": path, **data.pop("source", {})}], **data)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"messages": [{"role": "usr", "content": "a"}, {"role": "assistant", "content": "b"}]},
+         ['role "usr"', 'did you mean "user"']),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]},
+         ['role "asistant"', 'did you mean "assistant"']),
+        ({"messages": [{"role": "user", "text": "a"}, {"role": "assistant", "text": "b"}]},
+         ['no "content"', "text"]),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
+         ["content is null"]),
+        ({"messages": [{"role": "user", "content": "a"}]}, ["no assistant turn"]),
+        ({"messages": []}, ["messages is empty"]),
+        ({"messages": turns("a", "  ")}, ["content is empty"]),
+        ({"text": "hello"}, ["no column 'messages'", "found text"]),
+        ('{"messages": [', ["not JSON"]),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
+            {"type": "image", "url": "x"}]}]}, ["image", "text parts"]),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": "{not json"}}]}]}, ["not JSON"]),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", '
+         '"content": "b"}]}', ["half of a character pair"]),
+    ],
+)  # fmt: skip
+def test_bad_row_is_refused_with_file_and_line(tmp_path, bad, words):
+    message = refusal(tmp_path, [bad])
+    assert "rows.jsonl:18: " in message
+    assert all(word in message for word in words), message
+    assert "1 of 18 rows" in message
+
+
+def test_empty_completion_is_refused(tmp_path):
+    path = write_jsonl(
+        tmp_path / "rows.jsonl",
+        [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}],
+    )
+    with pytest.raises(LlmtuneError, match=r"rows.jsonl:2: completion is empty"):
+        prepare(train=[{"path": path}])
+
+
+def test_all_bad_rows_are_reported_at_once(tmp_path):
+    message = refusal(tmp_path, [{"messages": []}] * 14)
+    assert "14 of 31 rows" in message
+    assert message.count("rows.jsonl:") == 10
+    assert "... and 4 more" in message
+
+
+def test_dropped_rows_are_counted_and_listed(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows(5), {"messages": []}, *rows(2, "z")])
+    data = prepare(train=[{"path": path}], on_bad_row="drop")
+    assert (data.report.rows_read, data.report.rows_kept, data.report.num_bad_rows) == (8, 7, 1)
+    assert data.report.bad_rows[0].line == 6
+    assert any("rows.jsonl:6" in line for line in data.report.lines())
+    json.dumps(data.report.to_json())
+
+
+def test_nothing_left_after_dropping_is_an_error(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": []}] * 3)
+    with pytest.raises(LlmtuneError, match="no row is left"):
+        prepare(train=[{"path": path}], on_bad_row="drop")
+
+
+def test_rows_too_long_stop_the_run_and_are_named(tmp_path):
+    long = [row(f"long {i} " + "word " * 60, "answer " * 9) for i in range(4)]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows(4), *long])
+    with pytest.raises(LlmtuneError) as error:
+        prepare(train=[{"path": path}], max_length=64)
+    message = str(error.value)
+    assert "4 of 8 rows" in message and "p95" in message and "max_length" in message
+    assert all(f"rows.jsonl:{line} " in message for line in (5, 6, 7, 8))
+    data = prepare(train=[{"path": path}], max_length=64, length_policy="drop")
+    assert len(data.examples) == 4
+    assert data.report.rows_dropped_for_length == 4
+    assert data.report.trained_tokens_lost > 0
+
+
+def test_all_rows_too_long_is_a_sentence_about_length(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows(3))
+    for policy in ("error", "drop"):
+        with pytest.raises(LlmtuneError, match=r"every row is longer than data.max_length=4"):
+            prepare(train=[{"path": path}], max_length=4, length_policy=policy)
+
+
+def test_truncated_prompt_keeps_the_answer_and_the_turns(tmp_path):
+    tokenizer = make_shape("chatml")
+    path = write_jsonl(tmp_path / "rows.jsonl", [row("first " + "w " * 90 + "last", "the answer")])
+    (example,) = prepare(
+        train=[{"path": path}], max_length=60, length_policy="truncate-prompt"
+    ).examples
+    assert len(example.input_ids) == 60
+    text = tokenizer.decode(example.input_ids)
+    assert text.startswith("<|im_start|>user\nfirst") and "last<|im_end|>" in text
+    trained = [token for token in example.labels if token != IGNORE_INDEX]
+    assert tokenizer.decode(trained) == "the answer<|im_end|>"
+    places = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
+    assert [example.input_ids[i] for i in places] == trained
+
+
+def test_split_text_loses_no_token(tmp_path):
+    tokenizer = make_shape("chatml")
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "the lazy dog " * 40}])
+    whole = prepare(train=[{"path": path}]).examples[0]
+    data = prepare(train=[{"path": path}], max_length=16, length_policy="split")
+    pieces = sorted(data.examples, key=len_of_ids, reverse=True)
+    assert sum(len(piece.input_ids) for piece in pieces) == len(whole.input_ids)
+    assert whole.input_ids[-1] == tokenizer.eos_token_id == pieces[-1].input_ids[-1]
+    assert data.report.stop_row_ratio == 1.0
+
+
+def len_of_ids(example) -> int:
+    return len(example.input_ids)
+
+
+def test_order_depends_on_the_seed_alone(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows(50))
+    first = prepare(train=[{"path": path}], seed=1)
+    again = prepare(train=[{"path": path}], seed=1)
+    other = prepare(train=[{"path": path}], seed=2)
+    assert first.order_hash == again.order_hash != other.order_hash
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert sorted(e.line for e in first.examples) == list(range(1, 51))
+
+
+def test_order_hash_is_pinned(tmp_path):
+    """Another value here would change the order of every run: a resumed run would differ."""
+    path = write_jsonl(tmp_path / "rows.jsonl", rows(8))
+    lines = [example.line for example in prepare(train=[{"path": path}], seed=0).examples]
+    assert lines == PINNED_ORDER
+
+
+PINNED_ORDER = [2, 4, 3, 5, 6, 1, 7, 8]
+
+
+def test_weights_repeats_and_replay_share_the_epoch(tmp_path):
+    big = write_jsonl(tmp_path / "big.jsonl", rows(90))
+    small = write_jsonl(tmp_path / "small.jsonl", rows(10, "s"))
+
+    def counts(*sources, **mixture):
+        data = prepare(train=list(sources), mixture=mixture)
+        return np.bincount(data.examples.source_indices, minlength=len(sources)).tolist()
+
+    assert counts({"path": big}, {"path": small}) == [90, 10]
+    assert counts({"path": big, "weight": 0.5}, {"path": small, "weight": 2}) == [45, 20]
+    assert counts({"path": big}, {"path": small, "weight": 9}) == [90, 40]
+    assert counts({"path": big}, {"path": small, "weight": 9}, max_repeats=9) == [90, 90]
+    assert counts({"path": big, "rows": 30}, {"path": small}) == [30, 10]
+    assert counts({"path": big}, {"path": small}, temperature=2) == [75, 25]
+    assert counts({"path": big}, {"path": small, "replay": True}, replay_share=0.1) == [90, 10]
+    assert counts({"path": small}, {"path": big, "replay": True}, replay_share=0.5) == [10, 10]
+
+
+def test_repeats_cut_off_are_reported(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows(10))
+    data = prepare(train=[{"path": path, "weight": 9}])
+    assert any("max_repeats" in line for line in data.report.lines())
+
+
+def test_row_shared_with_evaluation_is_refused_and_counted(tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", rows(9))
+    held = write_jsonl(tmp_path / "held.jsonl", [row("Q  3?", "Answer 3"), row("new", "one")])
+    with pytest.raises(LlmtuneError, match=r"1 train rows are also") as error:
+        prepare(train=[{"path": train}], evaluation=[{"path": held}])
+    assert "train.jsonl:4" in str(error.value) and "held.jsonl:1" in str(error.value)
+
+
+def test_evaluation_share_is_stable_when_rows_are_added(tmp_path):
+    few = write_jsonl(tmp_path / "few.jsonl", rows(100))
+    many = write_jsonl(tmp_path / "many.jsonl", [*rows(40, "z"), *rows(100)])
+
+    def texts(path, split):
+        tokenizer = make_shape("chatml")
+        data = prepare(train=[{"path": path}], evaluation_share=0.2, split=split)
+        return {tokenizer.decode(example.input_ids) for example in data.examples}
+
+    held = texts(few, "evaluation")
+    assert 8 <= len(held) <= 35
+    assert held <= texts(many, "evaluation")
+    assert not held & texts(many, "train")
+    assert len(held | texts(few, "train")) == 100
+
+
+def test_three_rows_never_put_a_copied_row_into_both_splits(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [row("same", "row")] * 3)
+    train = prepare(train=[{"path": path}], evaluation_share=0.01)
+    assert len(train.examples) == 3
+    with pytest.raises(LlmtuneError, match="no row is left"):
+        prepare(train=[{"path": path}], evaluation_share=0.01, split="evaluation")
+
+
+def test_without_evaluation_the_split_is_empty(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows(3))
+    data = prepare(train=[{"path": path}], split="evaluation")
+    assert len(data.examples) == 0 and data.report.lines() == []
+
+
+def test_base_model_without_a_template_gets_a_choice_and_plain_rows_work(tmp_path):
+    tokenizer = make_shape("chatml").__class__(
+        tokenizer_object=make_shape("chatml").backend_tokenizer, eos_token="<|im_end|>"
+    )
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Q: a\nA:", "completion": " b"}])
+    with pytest.raises(LlmtuneError, match="chat_template"):
+        prepare(tokenizer, train=[{"path": path}])
+    (example,) = prepare(tokenizer, train=[{"path": path, "render": "plain"}]).examples
+    assert tokenizer.decode([t for t in example.labels if t != IGNORE_INDEX]) == " b<|im_end|>"
+
+
+def test_table_is_a_sequence_of_examples():
+    table = ExampleTable(
+        {
+            "tokens": np.array([5, 6, 7, 8], np.int32),
+            "trained": np.array([False, True, False, True]),
+            "offsets": np.array([0, 2, 4]),
+            "files": np.array([0, 0], np.int32),
+            "lines": np.array([1, 2]),
+            "weights": np.array([1, 0.5], np.float32),
+            "sources": np.array([0, 0], np.int32),
+        },
+        ["a.jsonl"],
+    )
+    assert [e.labels for e in table] == [[-100, 6], [-100, 8]]
+    assert table[-1].weight == 0.5 and table[1:].num_tokens == 2
+    assert [e.line for e in table.take(np.array([1, 1, 0]))] == [2, 2, 1]
+    with pytest.raises(IndexError):
+        table[2]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"train": []}, "at least 1"),
+        ({"train": [{"path": "a", "replay": True}]}, "every train source"),
+        ({"train": [{"path": "a"}], "length_policy": "drop"}, "needs max_length"),
+        ({"train": [{"path": "a", "rows": 3, "weight": 2}]}, "not both"),
+        ({"train": [{"path": "a"}], "evaluation": [{"path": "b", "weight": 2}]}, "read once"),
+        ({"train": [{"path": "a", "format": "text", "render": "plain"}]}, "completion"),
+        ({"train": [{"path": "a"}], "loss": "all"}, "loss"),
+    ],
+)
+def test_impossible_config_is_refused(data, words):
+    with pytest.raises(ValidationError, match=words):
+        DataConfig.model_validate(data)
+
+
+def test_packing_reads_yaml_words():
+    assert DataConfig(train=[{"path": "a"}], packing=True).packing == "on"
+    assert DataConfig(train=[{"path": "a"}], packing=False).packing == "off"
+
+
+def test_preparing_never_imports_torch(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows(3))
+    code = f"""
+        import sys
+        from tests.data.shapes import make_shape
+        from llmtune.data.config import DataConfig
+        from llmtune.data.prepare import prepare_examples
+        config = DataConfig(train=[{{"path": {path!r}}}])
+        prepare_examples(config, make_shape("chatml"), split="train", seed=0)
+        heavy = {{"torch", "datasets", "peft", "trl", "pandas"}} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
