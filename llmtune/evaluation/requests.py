@@ -1,16 +1,17 @@
 """From a suite's items to token ids: the chat template's, or raw text split as lm-eval does."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.render import render_messages
+from llmtune.data.template import find_turn_ending
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.items import SuiteItem
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.suite_config import ChoiceSuite
-from llmtune.scoring.generate import find_end_of_turn
 from llmtune.scoring.likelihood import ContinuationRequest
 from llmtune.scoring.perplexity import leading_special_ids
 
@@ -39,11 +40,6 @@ def encode_prompts(
         lead = leading_special_ids(tokenizer)
         texts = [_raw_context(suite, item, demonstrations) for item in suite.items]
         return [(*lead, *_encode(tokenizer, text)) for text in texts]
-    if not tokenizer.chat_template:
-        raise LlmtuneError(
-            f"{suite.path}: the suite is a chat, but the model's tokenizer has no chat template; "
-            "give one (model.chat_template) or set chat: false"
-        )
     opening = [{"role": "system", "content": suite.config.system}] if suite.config.system else []
     for shown in demonstrations:
         opening.append({"role": "user", "content": shown.prompt})
@@ -108,17 +104,25 @@ def split_continuation(
 def _chat_requests(
     tokenizer: PreTrainedTokenizerFast, suite: Suite, demonstrations: Sequence[Demonstration]
 ) -> list[ContinuationRequest]:
-    end = find_end_of_turn(tokenizer) if suite.config.end_of_answer else None
-    if suite.config.end_of_answer and end is None:
-        raise LlmtuneError(f"{suite.path}: end_of_answer, but the template ends a turn by no token")
-    tail = () if end is None else (end,)
+    """Put each choice where the template puts an answer, after what it writes before one.
+
+    Some templates write an empty thinking block or a space between the generation prompt and the
+    answer; its tokens belong to the prompt, except where they merge with the choice's first.
+    """
     prompts = encode_prompts(tokenizer, suite, demonstrations)
-    return [
-        ContinuationRequest(
-            prompt, tuple((*_encode(tokenizer, choice), *tail) for choice in item.choices)
+    ending = find_turn_ending(tokenizer)
+    tail = [ending.terminator_id] if suite.config.end_of_answer else []
+    lead = _encode(tokenizer, ending.lead)
+    requests = []
+    for item, prompt in zip(suite.items, prompts, strict=True):
+        choices = [_encode(tokenizer, ending.lead + choice) + tail for choice in item.choices]
+        shared = len(os.path.commonprefix([lead, *choices]))
+        requests.append(
+            ContinuationRequest(
+                (*prompt, *lead[:shared]), tuple(tuple(ids[shared:]) for ids in choices)
+            )
         )
-        for item, prompt in zip(suite.items, prompts, strict=True)
-    ]
+    return requests
 
 
 def _one_context(

@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.metrics import METRICS
 from llmtune.evaluation.requests import Demonstration
@@ -24,7 +25,7 @@ from llmtune.evaluation.results import (
 from llmtune.evaluation.stats import standard_error
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.tasks import chance_accuracy, majority_accuracy, score_items
-from llmtune.fingerprint import hash_json, hash_text
+from llmtune.fingerprint import hash_json
 from llmtune.scoring.batches import adapter_disabled, choose_token_budget, has_adapter
 
 BASE_ARM = "base"
@@ -184,13 +185,13 @@ def build_recipe(
 ) -> dict:
     """Return everything that must be the same for two results to be comparable."""
     config = suite.config.model_dump(mode="json", exclude=NOT_SCORING)
-    template = scored.tokenizer.chat_template if config.get("chat") else None
+    template = template_fingerprint(scored.tokenizer).to_json() if config.get("chat") else None
     identity = scored.identity
     return {
         "items": suite.items_fingerprint,
         "num_items": len(suite.items),
         "scoring": config,
-        "template": hash_text(template) if template else None,
+        "template": hash_json(template),
         "demonstrations": hash_json([asdict(shown) for shown in settings.demonstrations]),
         "base": identity.base,
         "precision": {"dtype": identity.dtype, "quantization": identity.quantization},

@@ -7,9 +7,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.render import render_messages
-from llmtune.errors import LlmtuneError
+from llmtune.data.template import stop_token_ids
 from llmtune.scoring.batches import adapter_disabled, choose_token_budget
-from llmtune.scoring.generate import Decoding, find_stop_token_ids, generate_texts
+from llmtune.scoring.generate import Decoding, generate_texts
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,9 @@ def sample_generations(
     Raises:
         LlmtuneError: no adapter, no chat template, or a prompt too long for the model.
     """
-    if not tokenizer.chat_template:
-        raise LlmtuneError("side-by-side generations need a chat template; the tokenizer has none")
     talks = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
     ids = [render_messages(tokenizer, talk, add_generation_prompt=True) for talk in talks]
-    decoding = Decoding(max_new_tokens, find_stop_token_ids(tokenizer))
+    decoding = Decoding(max_new_tokens, tuple(stop_token_ids(tokenizer)))
     budget = token_budget or choose_token_budget(model)
     with adapter_disabled(model):
         base = generate_texts(model, tokenizer, ids, decoding, token_budget=budget)

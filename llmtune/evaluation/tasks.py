@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.data.template import stop_token_ids
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.items import SuiteItem
 from llmtune.evaluation.metrics import (
@@ -19,7 +20,7 @@ from llmtune.evaluation.requests import Demonstration, build_choice_requests, en
 from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.suite_config import ExactSuite, PerplexitySuite
-from llmtune.scoring.generate import Decoding, Generation, find_stop_token_ids, generate_texts
+from llmtune.scoring.generate import Decoding, Generation, generate_texts
 from llmtune.scoring.likelihood import ContinuationScore, score_continuations
 from llmtune.scoring.perplexity import TextScore, score_texts
 
@@ -39,7 +40,7 @@ def score_items(
         return _score_perplexity(model, tokenizer, suite, token_budget, on_items)
     if isinstance(suite.config, ExactSuite):
         prompts = encode_prompts(tokenizer, suite, demonstrations)
-        decoding = Decoding(suite.config.max_new_tokens, find_stop_token_ids(tokenizer))
+        decoding = Decoding(suite.config.max_new_tokens, tuple(stop_token_ids(tokenizer)))
         written = generate_texts(
             model, tokenizer, prompts, decoding, token_budget=token_budget, on_progress=on_items
         )

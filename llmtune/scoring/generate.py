@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from llmtune.data.render import render_messages
 from llmtune.scoring.batches import (
     PaddedBatch,
     batch_by_length,
@@ -20,12 +19,14 @@ from llmtune.scoring.batches import (
 )
 
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-PROBE_ANSWER = "answer"
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How text is generated: greedy at temperature 0, else sampled from the top `top_p` mass."""
+    """How text is generated: greedy at temperature 0, else sampled from the top `top_p` mass.
+
+    `stop_token_ids` end a text: those of `llmtune.data.template.stop_token_ids(tokenizer)`.
+    """
 
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
@@ -41,27 +42,6 @@ class Generation:
     token_ids: tuple[int, ...]
     text: str
     stopped: bool
-
-
-def find_stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Return the EOS and the token with which the chat template ends an assistant's turn."""
-    found = [tokenizer.eos_token_id, find_end_of_turn(tokenizer)]
-    return tuple(dict.fromkeys(token for token in found if token is not None))
-
-
-def find_end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Return the special token that the chat template puts after an assistant's content, if any."""
-    if not tokenizer.chat_template:
-        return None
-    messages = [
-        {"role": "user", "content": "question"},
-        {"role": "assistant", "content": PROBE_ANSWER},
-    ]
-    ids = render_messages(tokenizer, messages)
-    starts = range(len(ids) - 1, -1, -1)
-    last = next(start for start in starts if PROBE_ANSWER in tokenizer.decode(ids[start:]))
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((token for token in ids[last + 1 :] if token in special), None)
 
 
 def generate_texts(

@@ -11,6 +11,7 @@ from llmtune.scoring.batches import (
     PaddedBatch,
     attention_window,
     batch_by_length,
+    float32_head,
     inference,
     is_plain_cache,
     model_device,
@@ -75,7 +76,7 @@ def score_continuations(
     require_positions(model, max(len(r.prompt_ids) for r in requests) + longest_choice)
     scores: list[list[ContinuationScore]] = [[] for _ in requests]
     done = 0
-    with inference(model):
+    with inference(model), float32_head(model):
         prefix = _share_prefix(model, [request.prompt_ids for request in requests], longest_choice)
         lengths = [len(request.prompt_ids) - prefix.length for request in requests]
         for batch in batch_by_length(lengths, token_budget):

@@ -6,12 +6,10 @@ import torch
 from llmtune.errors import LlmtuneError
 from llmtune.scoring.generate import (
     Decoding,
-    find_end_of_turn,
-    find_stop_token_ids,
     generate_texts,
     stream_text,
 )
-from tests.tiny import FAMILIES, make_model, make_tokenizer
+from tests.tiny import FAMILIES, make_model
 
 PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14, 15, 16], [40], [300, 200, 100, 50]]
 
@@ -85,22 +83,6 @@ def test_the_stream_is_the_generation_in_pieces(llama, tokenizer):
 def test_the_stream_leaves_gradients_on_between_its_pieces(llama, tokenizer):
     for _ in stream_text(llama, tokenizer, PROMPTS[0], Decoding(4, ())):
         assert torch.is_grad_enabled()
-
-
-def test_stop_tokens_are_eos_and_the_end_of_turn(tokenizer):
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert find_stop_token_ids(tokenizer) == (end,)
-    assert find_end_of_turn(tokenizer) == end
-    other = make_tokenizer()
-    other.eos_token = "<|unk|>"
-    assert find_stop_token_ids(other) == (other.eos_token_id, end)
-
-
-def test_a_template_without_turn_ends_stops_at_eos_only():
-    plain = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    tokenizer = make_tokenizer(chat_template=plain)
-    assert find_end_of_turn(tokenizer) is None
-    assert find_stop_token_ids(tokenizer) == (tokenizer.eos_token_id,)
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(llama, tokenizer):

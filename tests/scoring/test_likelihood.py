@@ -135,3 +135,19 @@ def test_a_prompt_longer_than_the_model_is_refused(llama):
 
 def test_no_requests_give_no_scores(llama):
     assert score_continuations(llama, [], token_budget=100) == []
+
+
+def test_a_bfloat16_head_gives_float32_logits_and_is_put_back():
+    model = make_model("gemma2", dtype=torch.bfloat16)
+    requests = make_requests(num=6, longest_choice=1)
+    ids = torch.tensor([requests[0].prompt_ids])
+    before = model(ids).logits
+    scores = score_continuations(model, requests, token_budget=1)
+    assert torch.equal(model(ids).logits, before)
+    assert not model.lm_head._forward_hooks
+    with torch.no_grad():
+        logits = model.model(ids).last_hidden_state[0, -1].float() @ model.lm_head.weight.float().T
+    cap = model.config.final_logit_softcapping
+    log_probs = (cap * (logits / cap).tanh()).log_softmax(-1)
+    for score, choice in zip(scores[0], requests[0].choice_ids, strict=True):
+        assert score.log_likelihood == pytest.approx(log_probs[choice[0]].item(), abs=1e-5)
