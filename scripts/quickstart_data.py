@@ -14,7 +14,8 @@ from pathlib import Path
 
 from llmtune.errors import LlmtuneError
 
-PROMPT = "Sentence: {text}\nSentiment:"  # of 20 wordings the one the untuned model does best with
+# Of 21 wordings tried zero-shot on held-out movies, the one the untuned model does best with.
+PROMPT = "Sentence: {text}\nSentiment:"
 LABELS = ("positive", "negative")
 LABEL_THRESHOLD = 1.0  # mean human rating on a scale of -4 .. 4; what lies between is left out
 INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
