@@ -89,10 +89,11 @@ def missing_column(choice: FormatChoice, row: Row, source: SourceConfig) -> str 
     for name in choice.format.required:
         if name not in row:
             column = source.columns.get(name, name)
-            found = ", ".join(map(str, row)) or "no columns"
+            given = [source.columns.get(str(key), str(key)) for key in row]
+            found = ", ".join(given) or "no columns"
             return (
                 f"no column {column!r}; found {found}; format {choice.format.name} needs "
-                f"{', '.join(choice.format.required)}{did_you_mean(column, map(str, row))}"
+                f"{', '.join(choice.format.required)}{did_you_mean(column, given)}"
             )
     return None
 
