@@ -24,10 +24,8 @@ def score_target(name: str, overrides: Sequence[str], suites: Sequence[str]) -> 
     loaded_suites = [load_suite(suite, limit=chosen.limit if chosen else None) for suite in suites]
     live = load_live(target)
     results = evaluate_arms(
-        live.model,
-        live.loaded.tokenizer,
+        live.scored,
         loaded_suites,
-        identity=live.identity,
         arms=tuple(reversed(live.arms)),
         results_dir=target.config.run.evaluations_dir if target.config else None,
         settings=PROGRESS,

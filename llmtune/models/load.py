@@ -22,6 +22,7 @@ from llmtune.models.quantization import (
     bitsandbytes_config,
     check_quantization,
     describe_quantization,
+    keep_differentiable,
 )
 from llmtune.models.quiet import quiet_loading
 from llmtune.models.resolve import BaseSource
@@ -70,6 +71,7 @@ def load_model(config: ModelConfig, source: BaseSource) -> LoadedModel:
     tokenizer = load_tokenizer(source.dir, chat_template=config.chat_template)
     fingerprint = base_fingerprint(source.dir)
     model = _load_weights(config, source, device=device, dtype=dtype, attention=attention)
+    keep_differentiable(model)
     check_quantization(model, config.quantization, dtype)
     _check_placement(model, device)
     model.config.pad_token_id = tokenizer.pad_token_id

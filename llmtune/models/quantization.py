@@ -76,6 +76,17 @@ def bitsandbytes_config(
     return None
 
 
+def keep_differentiable(model: PreTrainedModel) -> None:
+    """Keep 4-bit weights in the layout that gradients pass through, on the CPU too.
+
+    In eval mode bitsandbytes 0.50 repacks a 4-bit weight for AVX-512 at the first CPU forward,
+    for good: that kernel has no backward, so a base that was evaluated once would train nothing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def compute_dtype(config: Nf4Quantization | Fp4Quantization, dtype: torch.dtype) -> torch.dtype:
     """Return the precision of the 4-bit layers' products; auto is the model's own dtype."""
     return dtype if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)

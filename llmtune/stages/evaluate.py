@@ -38,10 +38,8 @@ def run_evaluate_stage(config: RunConfig, suites: Sequence[Suite]) -> dict[str, 
     settings = scoring_settings(config)
     arms = [arm for arm in ("base", "tuned") if arm in config.evaluate.arms]
     scores = evaluate_arms(
-        live.model,
-        live.loaded.tokenizer,
+        live.scored,
         suites,
-        identity=live.identity,
         arms=arms,
         results_dir=run.evaluations_dir,
         settings=settings,
@@ -53,10 +51,8 @@ def run_evaluate_stage(config: RunConfig, suites: Sequence[Suite]) -> dict[str, 
         targets = [suite for suite in suites if suite.role == "target"]
         merged = load_live(target, "merged")
         merged_scores = evaluate_arms(
-            merged.model,
-            merged.loaded.tokenizer,
+            merged.scored,
             targets,
-            identity=merged.identity,
             arms=("merged",),
             results_dir=run.evaluations_dir,
             settings=settings,

@@ -1,6 +1,7 @@
 """The merge stage: stream the adapter into its base, then compare it with the live adapter."""
 
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def describe_check(check: VerifyResult) -> str:
 def _comparison_dtype(merged_dir: Path) -> str:
     """Return float32 where two such copies fit, so that only the merge's rounding shows."""
     tensors = CheckpointIndex.open(merged_dir).tensors.values()
-    needed = 2 * FLOAT32_BYTES * sum(tensor.num_elements for tensor in tensors)
+    needed = 2 * FLOAT32_BYTES * sum(math.prod(tensor.shape) for tensor in tensors)
     free = psutil.virtual_memory().available
     if torch.cuda.is_available():
         free = min(free, torch.cuda.mem_get_info()[0])
