@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-# Queries of a tile: rows are merged up to the first, and cut above the second.
-MERGED_QUERIES = 128
-CUT_QUERIES = 192
+# Samples are merged up to this many queries and cut above it. Measured on AVX-512 cores (9 heads in
+# 3 groups of width 64, bf16, forward and backward) as a share of the time of one
+# `scaled_dot_product_attention` a sample: 0.46 on rows of 30-100 tokens, 0.57 at 170, 0.57 at 480,
+# 0.79 at 950, 0.93 at 2048. Tiles of 64 or 192 are level or slower, 256 loses up to 70 % to 128.
+TILE_QUERIES = 128
 
 
 class Tile(NamedTuple):
@@ -63,10 +65,10 @@ def plan_tiles(lengths: tuple[int, ...], sliding_window: int | None) -> tuple[Ti
     merged: list[int] = []
     start = 0  # of the next tile
     for length in lengths:
-        if merged and sum(merged) + length > MERGED_QUERIES:
+        if merged and sum(merged) + length > TILE_QUERIES:
             tiles.append(_merged_tile(start, merged, sliding_window))
             start, merged = tiles[-1].queries.stop, []
-        if length <= MERGED_QUERIES:
+        if length <= TILE_QUERIES:
             merged.append(length)
         else:
             tiles.extend(_iter_cut_tiles(start, length, sliding_window))
@@ -85,7 +87,7 @@ def _merged_tile(start: int, lengths: list[int], sliding_window: int | None) -> 
 
 
 def _iter_cut_tiles(start: int, length: int, sliding_window: int | None) -> Iterator[Tile]:
-    num_tiles = -(-length // CUT_QUERIES)
+    num_tiles = -(-length // TILE_QUERIES)
     bounds = [start + length * i // num_tiles for i in range(num_tiles + 1)]
     for first, stop in zip(bounds, bounds[1:], strict=False):
         first_key = start if sliding_window is None else max(start, first - sliding_window + 1)

@@ -28,8 +28,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Rows of these tests are then both merged and cut."""
-    monkeypatch.setattr(tiled, "MERGED_QUERIES", 4)
-    monkeypatch.setattr(tiled, "CUT_QUERIES", 3)
+    monkeypatch.setattr(tiled, "TILE_QUERIES", 4)
     plan_tiles.cache_clear()
     yield
     plan_tiles.cache_clear()
@@ -164,13 +163,13 @@ def test_tiles_cover_every_query_once_and_stay_small():
     covered = [token for tile in tiles for token in range(tile.queries.start, tile.queries.stop)]
     assert covered == list(range(sum(lengths)))
     largest = max(tile.queries.stop - tile.queries.start for tile in tiles)
-    assert largest <= max(tiled.MERGED_QUERIES, tiled.CUT_QUERIES)
+    assert largest <= tiled.TILE_QUERIES
 
 
 def test_a_window_bounds_the_keys_of_a_tile():
     tiles = plan_tiles((2000,), 64)
     spans = [tile.keys.stop - tile.keys.start for tile in tiles]
-    assert max(spans) <= tiled.CUT_QUERIES + 63
+    assert max(spans) <= tiled.TILE_QUERIES + 63
 
 
 def test_lengths_that_do_not_fit_the_batch_are_refused():
