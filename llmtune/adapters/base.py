@@ -1,5 +1,6 @@
 """The knobs that all low-rank adapters share, and the arithmetic a planner needs of them."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,8 +26,8 @@ class LowRankAdapter(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs dropped while training."""
     target_modules: str | list[str] = "all-linear"
-    """all-linear (every linear layer but the head), names ([q_proj, v_proj]), or one regex that
-    matches whole module names."""
+    """all-linear (every linear layer but the head, and fused experts), names ([q_proj, v_proj];
+    `experts` for fused expert weights), or one regex that matches whole names."""
     layers: Annotated[str, Field(pattern=r"^(all|last-[1-9]\d*)$")] | list[int] = "all"
     """all, the last N as last-N, or layer numbers counted from 0."""
     rank_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
@@ -50,16 +51,33 @@ class LowRankAdapter(Section):
         """Return alpha for the module of this full name."""
         return _first_match(self.alpha_pattern, module, self.alpha)
 
-    def num_parameters(self, shapes: Mapping[str, tuple[int, int]]) -> int:
-        """Return the trainable parameters for adapted modules {name: (out, in)}."""
-        return sum(self.rank_of(name) * sum(shape) for name, shape in shapes.items())
+    def why_no_experts(self) -> str | None:
+        """Say why fused expert weights cannot be adapted with these knobs; None if they can."""
+        return "they cannot have dropout (adapter.dropout=0)" if self.dropout > 0 else None
 
-    def to_peft(self, target_modules: Sequence[str], *, fan_in_fan_out: bool) -> "LoraConfig":
-        """Return peft's config for exactly these modules (full names or shared endings).
+    def num_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Return the trainable parameters for adapted weights {name: shape}.
+
+        A shape is (out, in), or (experts, out, in) for fused experts.
+        """
+        return sum(
+            math.prod(shape[:-2]) * self._parameters_of(self.rank_of(name), *shape[-2:])
+            for name, shape in shapes.items()
+        )
+
+    def to_peft(
+        self,
+        target_modules: Sequence[str],
+        target_parameters: Sequence[str] = (),
+        *,
+        fan_in_fan_out: bool = False,
+    ) -> "LoraConfig":
+        """Return peft's config for exactly these targets (full names or shared endings).
 
         Args:
-            target_modules: what `adapters.targets` chose.
-            fan_in_fan_out: the targets keep their weight as [in, out] (GPT-2's Conv1D).
+            target_modules: the linear layers that `adapters.targets` chose.
+            target_parameters: the fused expert weights it chose.
+            fan_in_fan_out: the layers keep their weight as [in, out] (GPT-2's Conv1D).
         """
         from peft import LoraConfig
 
@@ -69,6 +87,7 @@ class LowRankAdapter(Section):
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=list(target_modules),
+            target_parameters=list(target_parameters) or None,
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=dict(self.alpha_pattern),
             modules_to_save=list(self.modules_to_save) or None,
@@ -76,6 +95,9 @@ class LowRankAdapter(Section):
             bias="none",
             **self._peft_method(),
         )
+
+    def _parameters_of(self, rank: int, num_out: int, num_in: int) -> int:
+        return rank * (num_out + num_in)
 
     def _peft_method(self) -> dict[str, bool]:
         return {}

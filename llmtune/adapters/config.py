@@ -4,7 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from llmtune.adapters.dora import DoraAdapter
 from llmtune.adapters.lora import LoraAdapter
 from llmtune.adapters.rslora import RsLoraAdapter
 
-AdapterConfig = Annotated[LoraAdapter | RsLoraAdapter, Field(discriminator="method")]
+AdapterConfig = Annotated[LoraAdapter | RsLoraAdapter | DoraAdapter, Field(discriminator="method")]

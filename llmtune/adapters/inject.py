@@ -1,12 +1,14 @@
 """Attach an adapter to a loaded base: it alone is trained, and a table says where it sits."""
 
+import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +28,7 @@ class InjectionRow:
     """Like-named modules that got the same adapter."""
 
     pattern: str
-    """Module name with layer numbers as `*`."""
+    """Name of the module (of the parameter, for fused experts) with layer numbers as `*`."""
     count: int
     rank: int
     alpha: float
@@ -47,7 +49,7 @@ class InjectionTable:
     total_parameters: int
     """Of the base; a 4-bit weight counts one."""
     adapted_ratio: float
-    """Share of the linear layers' weights that have an adapter, 0 to 1."""
+    """Share of the weights of linear layers and experts that have an adapter, 0 to 1."""
     notices: tuple[str, ...]
 
     @property
@@ -83,13 +85,7 @@ def inject_adapter(
     names = list_modules(model)
     chosen = choose_targets(config, names)
     total_parameters = sum(logical_size(parameter) for parameter in model.parameters())
-    peft_config = config.to_peft(
-        shorten_targets(
-            chosen, [*names.linear, *names.others, *([names.head] if names.head else [])]
-        ),
-        fan_in_fan_out=isinstance(model.get_submodule(chosen[0]), Conv1D),
-    )
-    adapted = attach(model, peft_config)
+    adapted = attach(model, _peft_config(model, config, names, chosen))
     _check_layers(adapted, config, chosen)
     _check_trainable(adapted)
     if config.init_from is not None:
@@ -100,16 +96,15 @@ def inject_adapter(
         saved_modules=tuple(config.modules_to_save),
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         total_parameters=total_parameters,
-        adapted_ratio=_weights(names, chosen) / max(1, _weights(names, names.linear)),
-        notices=_notices(names, model, total_parameters),
+        adapted_ratio=_num_weights(names, chosen) / _num_weights(names, names.adaptable),
+        notices=_notices(names, config, chosen),
     )
     return Injected(adapted, table)
 
 
 def list_modules(model: PreTrainedModel) -> ModuleNames:
-    """Return what the model offers to adapt: linear layers by shape, the head, the rest by type."""
+    """Return what the model offers to adapt: linear layers and experts by shape, and the rest."""
     head = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
     linear: dict[str, tuple[int, int]] = {}
     others: dict[str, str] = {}
     head_name = None
@@ -124,20 +119,39 @@ def list_modules(model: PreTrainedModel) -> ModuleNames:
             others[name] = type(module).__name__
     return ModuleNames(
         linear=linear,
+        experts={
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+            if parameter.dim() == EXPERT_DIMENSIONS
+        },
         head=head_name,
-        is_head_tied=head is not None and head.weight is embedding.weight,
+        is_head_tied=head is not None and head.weight is model.get_input_embeddings().weight,
         others=others,
-        experts=[n for n, p in model.named_parameters() if p.dim() == EXPERT_DIMENSIONS],
     )
 
 
 def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
-    """Return the adapted layers by the base's own module names."""
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
+    """Return the adapted layers by the base's own names: of modules, or of expert parameters."""
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper):
+            # wrappers of one module's parameters are nested, each the `base_layer` of the next
+            name = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+        if isinstance(module, LoraLayer):
+            layers[name.removeprefix("base_model.model.")] = module
+    return layers
+
+
+def _peft_config(
+    model: PreTrainedModel, config: LowRankAdapter, names: ModuleNames, chosen: list[str]
+) -> LoraConfig:
+    modules = [name for name in chosen if name in names.linear]
+    experts = [name for name in chosen if name in names.experts]
+    return config.to_peft(
+        shorten_targets(modules, names.modules),
+        shorten_targets(experts, [name for name, _ in model.named_parameters()], num_parts=2),
+        fan_in_fan_out=bool(modules) and isinstance(model.get_submodule(modules[0]), Conv1D),
+    )
 
 
 def _check_layers(model: PeftModel, config: LowRankAdapter, chosen: list[str]) -> None:
@@ -175,22 +189,33 @@ def _group_rows(model: PeftModel) -> tuple[InjectionRow, ...]:
             layer.lora_alpha["default"],
             layer.scaling["default"],
         )
-        groups[key].append(sum(p.numel() for p in layer.parameters() if p.requires_grad))
+        groups[key].append(_own_parameters(layer))
     return tuple(
         InjectionRow(pattern, len(sizes), rank, alpha, scaling, sum(sizes))
         for (pattern, rank, alpha, scaling), sizes in groups.items()
     )
 
 
-def _weights(names: ModuleNames, modules) -> int:
-    return sum(names.linear[name][0] * names.linear[name][1] for name in modules)
+def _own_parameters(layer: LoraLayer) -> int:
+    """Count a layer's adapter weights, without those of a wrapper nested in it."""
+    return sum(
+        parameter.numel()
+        for name, parameter in layer.named_parameters()
+        if parameter.requires_grad and not name.startswith("base_layer.")
+    )
 
 
-def _notices(names: ModuleNames, model: PreTrainedModel, total_parameters: int) -> tuple[str, ...]:
-    if not names.experts:
+def _num_weights(names: ModuleNames, chosen: Iterable[str]) -> int:
+    return sum(math.prod(names.adaptable[name]) for name in chosen)
+
+
+def _notices(names: ModuleNames, config: LowRankAdapter, chosen: list[str]) -> tuple[str, ...]:
+    left_out = [name for name in names.experts if name not in chosen]
+    if not left_out:
         return ()
-    experts = sum(model.get_parameter(name).numel() for name in names.experts)
+    share = _num_weights(names, left_out) / _num_weights(names, names.adaptable)
+    why = config.why_no_experts() or "they are not among the targets"
     return (
-        f"expert weights are not adapted: {len(names.experts)} fused parameters, "
-        f"{experts / total_parameters:.0%} of the model",
+        f"expert weights are not adapted ({len(left_out)} fused parameters, {share:.0%} of all "
+        f"linear weights): {why}",
     )

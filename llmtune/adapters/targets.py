@@ -1,7 +1,7 @@
-"""Which modules an adapter config means, by their names; what matches none is an error."""
+"""Which weights an adapter config means, by their names; what matches none is an error."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -19,32 +19,41 @@ class ModuleNames:
 
     linear: Mapping[str, tuple[int, int]]
     """Linear layers that can be adapted, {name: (out, in)}; the LM head is not among them."""
+    experts: Mapping[str, tuple[int, int, int]]
+    """Fused expert weights, {parameter's name: its shape}; they are no modules."""
     head: str | None
     """The LM head, which is not adapted."""
     is_head_tied: bool
     """Whether the head shares its weight with the input embedding."""
     others: Mapping[str, str]
     """Every other module, {name: type}."""
-    experts: Sequence[str]
-    """Fused expert weights, which are parameters and no modules."""
+
+    @property
+    def adaptable(self) -> dict[str, tuple[int, ...]]:
+        """Everything that can be adapted, {name: shape}."""
+        return {**self.linear, **self.experts}
+
+    @property
+    def modules(self) -> list[str]:
+        """The name of every module."""
+        return [*self.others, *self.linear, *([self.head] if self.head else [])]
 
 
 def choose_targets(config: LowRankAdapter, names: ModuleNames) -> list[str]:
-    """Return the full names of the modules to adapt, in the model's order.
+    """Return the full names of the linear layers and expert weights to adapt.
 
     Raises:
         LlmtuneError: lists every name, regex, layer and pattern of the config that matches
             nothing, each with the nearest names.
     """
     problems: list[str] = []
-    chosen = _by_name(config.target_modules, names, problems)
+    chosen = _by_name(config, names, problems)
     chosen = _by_layer(config, chosen, problems)
     for key in ("rank_pattern", "alpha_pattern"):
         problems += _unmatched_patterns(f"adapter.{key}", getattr(config, key), chosen)
-    everything = [*names.others, *names.linear, *([names.head] if names.head else [])]
     for name in config.modules_to_save:
-        if not any(_ends_with(module, name) for module in everything):
-            problems.append(f"adapter.modules_to_save: {name!r} {_nearest(name, everything)}")
+        if not any(_ends_with(module, name) for module in names.modules):
+            problems.append(f"adapter.modules_to_save: {name!r} {_nearest(name, names.modules)}")
     if not chosen and not problems:
         problems.append("adapter.target_modules: this model has no linear layer to adapt.")
     if problems:
@@ -52,36 +61,52 @@ def choose_targets(config: LowRankAdapter, names: ModuleNames) -> list[str]:
     return chosen
 
 
-def shorten_targets(chosen: Sequence[str], all_names: Iterable[str]) -> list[str]:
-    """Return the last name parts of `chosen` if they mean just those modules, else the full names.
+def shorten_targets(
+    chosen: Sequence[str], all_names: Iterable[str], *, num_parts: int = 1
+) -> list[str]:
+    """Return the last name parts of `chosen` if they mean just those, else the full names.
 
     Short names keep adapter_config.json readable, and other tools expect them.
     """
-    endings = sorted({name.rpartition(".")[2] for name in chosen})
-    meant = {name for name in all_names if name.rpartition(".")[2] in endings}
+    endings = sorted({_ending(name, num_parts) for name in chosen})
+    meant = {name for name in all_names if _ending(name, num_parts) in endings}
     return endings if meant == set(chosen) else sorted(chosen)
 
 
-def layer_number(module: str) -> int | None:
+def layer_number(name: str) -> int | None:
     """Return the number of the layer that a module is in: the first number in its name."""
-    match = LAYER_NUMBER.search(module)
+    match = LAYER_NUMBER.search(name)
     return None if match is None else int(match.group(1))
 
 
-def _by_name(wanted: str | list[str], names: ModuleNames, problems: list[str]) -> list[str]:
+def _by_name(config: LowRankAdapter, names: ModuleNames, problems: list[str]) -> list[str]:
+    wanted = config.target_modules
+    refusal = config.why_no_experts()
     if wanted == ALL_LINEAR:
-        return list(names.linear)
+        return list(names.linear if refusal else names.adaptable)
     if isinstance(wanted, str):
-        return _by_regex(wanted, names, problems)
+        chosen = _by_regex(wanted, names, problems)
+    else:
+        chosen = _by_list(wanted, names, problems)
+    if refusal is not None:
+        problems += [
+            f"adapter.target_modules: {name} is a fused expert weight: {refusal}."
+            for name in chosen
+            if name in names.experts
+        ][:1]
+    return chosen
+
+
+def _by_list(wanted: Sequence[str], names: ModuleNames, problems: list[str]) -> list[str]:
     if not wanted:
         problems.append("adapter.target_modules: the list is empty; give names, or all-linear.")
     found: set[str] = set()
     for name in wanted:
-        matching = [module for module in names.linear if _ends_with(module, name)]
+        matching = _matching(name, names.adaptable)
         if not matching:
             problems.append(_why_not(name, names))
         found.update(matching)
-    return [module for module in names.linear if module in found]
+    return [name for name in names.adaptable if name in found]
 
 
 def _by_regex(pattern: str, names: ModuleNames, problems: list[str]) -> list[str]:
@@ -92,7 +117,7 @@ def _by_regex(pattern: str, names: ModuleNames, problems: list[str]) -> list[str
         return []
     if names.head is not None and regex.fullmatch(names.head):
         problems.append(_why_not(names.head, names))
-    found = [module for module in names.linear if regex.fullmatch(module)]
+    found = [name for name in names.adaptable if regex.fullmatch(name)]
     if not found:
         example = next(iter(names.linear), "none")
         problems.append(
@@ -106,7 +131,7 @@ def _by_layer(config: LowRankAdapter, chosen: list[str], problems: list[str]) ->
     if config.layers == "all" or not chosen:
         return chosen
     numbers = {name: layer_number(name) for name in chosen}
-    present = sorted({number for number in numbers.values() if number is not None})
+    present = {number for number in numbers.values() if number is not None}
     num_layers = max(present, default=-1) + 1
     if isinstance(config.layers, str):
         count = int(config.layers.removeprefix("last-"))
@@ -115,7 +140,7 @@ def _by_layer(config: LowRankAdapter, chosen: list[str], problems: list[str]) ->
         wanted = set(range(num_layers - count, num_layers))
     else:
         wanted = set(config.layers)
-        missing = sorted(wanted - set(present))
+        missing = sorted(wanted - present)
         if missing or not wanted:
             problems.append(
                 f"adapter.layers: {missing or 'the empty list'} names no layer with a target "
@@ -126,18 +151,17 @@ def _by_layer(config: LowRankAdapter, chosen: list[str], problems: list[str]) ->
         problems += [
             f"adapter.target_modules: {name!r} is in none of the chosen layers ({config.layers})."
             for name in config.target_modules
-            if any(_ends_with(module, name) for module in chosen)
-            and not any(_ends_with(module, name) for module in kept)
+            if _matching(name, chosen) and not _matching(name, kept)
         ]
     return kept
 
 
 def _unmatched_patterns(
     key: str, patterns: Mapping[str, float], chosen: Sequence[str]
-) -> Iterable[str]:
+) -> Iterator[str]:
     for pattern in patterns:
         try:
-            is_matched = any(matches_pattern(pattern, module) for module in chosen)
+            is_matched = any(matches_pattern(pattern, name) for name in chosen)
         except re.error as error:
             yield f"{key}: {pattern!r} is not a regex: {error}"
             continue
@@ -162,18 +186,30 @@ def _why_not(name: str, names: ModuleNames) -> str:
     kinds = {kind for module, kind in names.others.items() if _ends_with(module, name)}
     if kinds:
         return f"{start} is {', '.join(sorted(kinds))}; only linear layers are adapted."
-    if any(_ends_with(parameter, name) for parameter in names.experts):
-        return f"{start} is a fused expert weight; these are not adapted."
-    return f"{start} {_nearest(name, names.linear, of='linear layer')}"
+    return f"{start} {_nearest(name, names.adaptable, of='linear layer')}"
 
 
 def _nearest(name: str, known: Iterable[str], *, of: str = "module") -> str:
-    endings = list(dict.fromkeys(module.rpartition(".")[2] for module in known))
+    endings = list(dict.fromkeys(_ending(known_name, 1) for known_name in known))
     pool = endings if "." not in name else list(known)
     close = get_close_matches(name, pool, NUM_SUGGESTIONS, cutoff=0.6)
     hint = f"did you mean {', '.join(close)}?" if close else f"there are: {', '.join(endings)}."
     return f"matches no {of}; {hint}"
 
 
-def _ends_with(module: str, name: str) -> bool:
-    return module == name or module.endswith(f".{name}")
+def _matching(wanted: str, names: Iterable[str]) -> list[str]:
+    """Return the names that end in `wanted`, or in `wanted` and a parameter of fused experts."""
+    is_module = wanted.rpartition(".")[2] == "experts"
+    return [
+        name
+        for name in names
+        if _ends_with(name, wanted) or (is_module and _ends_with(name.rpartition(".")[0], wanted))
+    ]
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _ending(name: str, num_parts: int) -> str:
+    return ".".join(name.split(".")[-num_parts:])
