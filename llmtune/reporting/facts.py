@@ -53,19 +53,6 @@ def find_fingerprints(value: Any, path: str = "") -> dict[str, str]:
     return found
 
 
-def find_table(value: Any, key_part: str) -> tuple[Mapping[str, Any], ...]:
-    """Return the first list of mappings under a key that contains `key_part`, at any depth."""
-    if not isinstance(value, Mapping):
-        return ()
-    for key, inner in value.items():
-        is_list = isinstance(inner, list | tuple) and inner
-        if key_part in key and is_list and all(isinstance(row, Mapping) for row in inner):
-            return tuple(inner)
-        if found := find_table(inner, key_part):
-            return found
-    return ()
-
-
 def write_label(key: str, value: Any = None) -> str:
     """Turn a key into words: `top1_agreement` becomes `top-1 agreement`; a unit's suffix goes."""
     words = str(key).removeprefix("num_").split("_")

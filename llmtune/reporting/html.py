@@ -13,10 +13,11 @@ from markupsafe import Markup
 
 from llmtune.reporting import numbers
 from llmtune.reporting.changed_words import mark_changes
-from llmtune.reporting.facts import find_table, list_facts, write_label, write_value
+from llmtune.reporting.facts import Fact, list_facts, write_label, write_value
 from llmtune.reporting.figures import draw_interval, draw_loss_curve, interval_limit
+from llmtune.reporting.merge_check import describe_check
 from llmtune.reporting.numbers import Unit
-from llmtune.reporting.report import Report
+from llmtune.reporting.report import Cost, Report
 from llmtune.reporting.sources import Generation
 from llmtune.reporting.suites import Change, SliceReport, SuiteReport
 from llmtune.reporting.verdict import MEANINGS, Thresholds
@@ -65,7 +66,6 @@ def render_html(report: Report) -> str:
         p=numbers.write_p,
         number=numbers.write_number,
         facts=list_facts,
-        table=find_table,
         label=write_label,
         yaml=_write_yaml,
     )
@@ -81,13 +81,9 @@ def _context(report: Report) -> dict[str, Any]:
         "tone": TONES.get(report.verdict.name, "open"),
         "meaning": MEANINGS[report.verdict.name],
         "groups": group_rows(report.suites, report.thresholds),
-        "broken": [
-            (suite, slice_rows(suite)) for suite in report.suites if suite.role == "general"
-        ],
+        "broken": [(s, slice_tables(s)) for s in report.suites if s.role == "general"],
         "other_slices": [
-            (suite, slice_rows(suite))
-            for suite in report.suites
-            if suite.role != "general" and suite.slices
+            (s, slice_tables(s)) for s in report.suites if s.role != "general" and s.slices
         ],
         "limits": _limits(report.suites, report.thresholds),
         "names": {suite.name for suite in report.suites},
@@ -95,6 +91,8 @@ def _context(report: Report) -> dict[str, Any]:
         "generations": [
             (each, *mark_changes(each.base, each.tuned)) for each in report.generations
         ],
+        "costs": _cost_facts(report.cost),
+        "check": describe_check(report.merge.get("check")),
         "perplexity": math.exp,
         "write_value": write_value,
     }
@@ -112,6 +110,19 @@ def _headline(report: Report) -> list[str]:
         manifest.created.partition("T")[0],
     ]
     return [part for part in parts if part]
+
+
+def _cost_facts(cost: Cost) -> tuple[Fact, ...]:
+    """Return what is known of tokens and sizes; time and memory have their own table."""
+    known = (
+        ("optimizer steps", cost.steps, numbers.write_count),
+        ("tokens read in training", cost.tokens, numbers.write_count),
+        ("tokens trained on", cost.trained_tokens, numbers.write_count),
+        ("tokens per second", cost.tokens_per_second, numbers.write_count),
+        ("adapter on disk", cost.adapter_bytes, numbers.write_bytes),
+        ("merged model on disk", cost.merged_bytes, numbers.write_bytes),
+    )
+    return tuple(Fact(name, write(value)) for name, value, write in known if value is not None)
 
 
 def _count_stops(generations: Sequence[Generation]) -> dict[str, int]:
@@ -138,13 +149,15 @@ def group_rows(suites: Sequence[SuiteReport], thresholds: Thresholds) -> tuple[G
     return tuple(groups)
 
 
-def slice_rows(suite: SuiteReport) -> tuple[Row, ...]:
-    """Return a suite's slices, worst first, on an axis of their own."""
+def slice_tables(suite: SuiteReport) -> tuple[tuple[Row, ...], ...]:
+    """Return a suite's slices, a table for each column, worst first, on one axis of their own."""
     ends = [end for each in suite.slices for end in suite.gain(each.change)]
     draw = partial(draw_interval, limit=interval_limit(ends))
-    return tuple(
-        Row(suite, each.change, draw(*suite.gain(each.change)), each) for each in suite.slices
-    )
+    tables: dict[str, list[Row]] = {}
+    for each in suite.slices:
+        row = Row(suite, each.change, draw(*suite.gain(each.change)), each)
+        tables.setdefault(each.column, []).append(row)
+    return tuple(tuple(rows) for rows in tables.values())
 
 
 def _plot(suite: SuiteReport, limits: dict[Unit, float], thresholds: Thresholds) -> Markup | None:

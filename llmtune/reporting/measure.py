@@ -1,6 +1,6 @@
 """From the stored per-item scores of a run's arms to what the report says about each suite."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +15,22 @@ from llmtune.evaluation.results import ArmResult, read_arm_result
 from llmtune.evaluation.stats import needed_items
 from llmtune.reporting.suites import ROLES, ArmScore, Change, SliceReport, SuiteReport
 
-PRECISION_MAY_DIFFER = ("precision",)
+MERGED_MAY_DIFFER = ("base", "precision")
+"""A merged model is its own base, and is never quantized."""
 MAX_SLICE_VALUES = 50
 
 
-def measure_suites(evaluations_dir: Path, resampling: Resampling) -> tuple[SuiteReport, ...]:
+def measure_suites(
+    evaluations_dir: Path,
+    resampling: Resampling,
+    *,
+    wanted: Mapping[str, Collection[str]] | None = None,
+) -> tuple[SuiteReport, ...]:
     """Compare the arms of every suite whose results lie in a directory; targets come first.
+
+    Args:
+        wanted: the arms by suite that the last evaluation made; other files are left from earlier
+            ones and not shown. None takes all there are.
 
     Raises:
         LlmtuneError: a file is not a result, or two arms were not made by the same recipe.
@@ -28,6 +38,8 @@ def measure_suites(evaluations_dir: Path, resampling: Resampling) -> tuple[Suite
     results: dict[str, dict[str, ArmResult]] = {}
     for path in sorted(evaluations_dir.glob("*.json")):
         result = read_arm_result(path)
+        if wanted is not None and result.arm not in wanted.get(result.suite, ()):
+            continue
         results.setdefault(result.suite, {})[result.arm] = result
     suites = [measure_suite(arms, resampling) for arms in results.values()]
     return tuple(sorted(suites, key=_order))
@@ -51,7 +63,7 @@ def measure_suite(arms: Mapping[str, ArmResult], resampling: Resampling) -> Suit
     )
     base, tuned, merged = (arms.get(name) for name in ("base", "tuned", "merged"))
     if tuned and merged:
-        across = compare_arms(tuned, merged, resampling=resampling, across=PRECISION_MAY_DIFFER)
+        across = compare_arms(tuned, merged, resampling=resampling, across=MERGED_MAY_DIFFER)
         suite = replace(suite, merged_change=_change(across))
     if not base or not tuned:
         return suite

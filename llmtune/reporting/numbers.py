@@ -106,10 +106,10 @@ def write_p(p_value: float | None) -> str:
 
 
 def write_number(value: float | None, digits: int = 4) -> str:
-    """Write a number with `digits` significant digits, as `0.0003` or `2.1e-07`."""
+    """Write a whole number as a count, another with `digits` significant digits."""
     if value is None:
         return NO_VALUE
-    if isinstance(value, int) and abs(value) >= 10**digits:
+    if isinstance(value, int):
         return write_count(value)
     return f"{value:.{digits}g}".replace("-", MINUS, 1) if value < 0 else f"{value:.{digits}g}"
 

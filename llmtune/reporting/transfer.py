@@ -36,7 +36,8 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
     manifest = read_manifest(run)
     resampling = _resampling(manifest.config)
     thresholds = thresholds or Thresholds()
-    suites = measure_suites(run.evaluations_dir, resampling)
+    wanted = _result(manifest, "evaluate") if _is_finished(manifest, "evaluate") else None
+    suites = measure_suites(run.evaluations_dir, resampling, wanted=wanted)
     evidence = Evidence(suites, thresholds, resampling.confidence)
     curve, generations = read_loss_curve(run.metrics_path), read_generations(run)
     merge = _result(manifest, "merge")
@@ -51,7 +52,10 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
         cost=_measure_cost(run, manifest),
         merge=merge,
         fingerprints=_fingerprints(manifest),
-        missing=_find_missing(suites, curve, merge=bool(merge), generations=bool(generations)),
+        missing=(
+            *_find_missing(suites, curve, merge=bool(merge), generations=bool(generations)),
+            *_find_unfinished(manifest),
+        ),
         resampling=resampling,
         thresholds=thresholds,
     )
@@ -75,6 +79,15 @@ def _resampling(config: Mapping[str, Any]) -> Resampling:
 
 def _result(manifest: Manifest, stage: str) -> Mapping[str, Any]:
     return manifest.stages.get(stage, {}).get("result") or {}
+
+
+def _is_finished(manifest: Manifest, stage: str) -> bool:
+    return bool(manifest.stages.get(stage, {}).get("finished"))
+
+
+def _find_unfinished(manifest: Manifest) -> tuple[str, ...]:
+    begun = [stage for stage in TIMED_STAGES if stage in manifest.stages]
+    return tuple(f"the end of {stage}" for stage in begun if not _is_finished(manifest, stage))
 
 
 def _measure_cost(run: RunDir, manifest: Manifest) -> Cost:

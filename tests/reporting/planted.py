@@ -107,7 +107,10 @@ def _result(suite: PlantedSuite, arm: str) -> ArmResult:
         unparseable=unparsed,
         majority=suite.majority,
         chance=None,
-        recipe={"precision": "bfloat16" if arm == "merged" else "nf4"},
+        recipe={
+            "base": "merged" if arm == "merged" else "original",
+            "precision": "bfloat16" if arm == "merged" else "nf4",
+        },
         recipe_hash="0" * 64,
         model={"arm": arm},
         seconds=1.5,

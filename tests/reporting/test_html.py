@@ -9,6 +9,7 @@ import pytest
 from llmtune.manifest import Manifest
 from llmtune.reporting.figures import draw_interval, draw_loss_curve, interval_limit, thin_points
 from llmtune.reporting.html import render_html
+from llmtune.reporting.merge_check import describe_check
 from llmtune.reporting.transfer import build_report
 from tests.reporting.planted import (
     PlantedSuite,
@@ -51,11 +52,13 @@ def hostile_page(tmp_path):
         {"base": BASE, "tuned": improve(BASE, 0.3, seed=1)},
         slices=[{"who": HOSTILE if index % 2 else "other"} for index in range(120)],
     )
-    merge = {"kl": 1e-6, HOSTILE: HOSTILE, "divergences": [{"prompt": HOSTILE, "margin": 0.1}]}
+    parted = {"prompt": 3, "position": 1, "live_text": HOSTILE, "merged_text": f"x{HOSTILE}"}
+    check = {"dtype": HOSTILE, "kl": 1e-6, "divergences": [parted]}
+    merge = {HOSTILE: HOSTILE, "check": check}
     manifest = Manifest(
         config={"run_dir": HOSTILE, "evaluate": {"bootstrap_samples": 200}},
         base={"origin": HOSTILE},
-        data={HOSTILE: {"notes": [HOSTILE], "bad_rows": [{"reason": HOSTILE}]}},
+        data={HOSTILE: {"notes": [[HOSTILE, 3]], "bad_rows": [{HOSTILE: HOSTILE}]}},
         stages={"merge": {"seconds": 1.0, "result": merge}},
     )
     run = plant_run(tmp_path, [suite], manifest=manifest)
@@ -150,3 +153,30 @@ def test_thinned_points_keep_the_mean():
     assert len(thinned) == 300
     mean = sum(y for _, y in thinned) / 300
     assert mean == pytest.approx(sum(y for _, y in points) / 1200)
+
+
+def test_the_merge_check_is_a_sentence_and_shows_where_answers_part():
+    check = {
+        "dtype": "float32",
+        "num_tokens": 1204,
+        "kl": 2.3e-6,
+        "num_labels": 20,
+        "num_same_labels": 20,
+        "divergences": [
+            {
+                "prompt": 7,
+                "position": 17,
+                "live_margin": 0.0031,
+                "merged_margin": 0.0012,
+                "live_text": "made of rust",
+                "merged_text": "made of dust",
+            }
+        ],
+    }
+    shown = describe_check(check)
+    assert shown.sentence.endswith("both computed in float32, gave the same 20 of 20 labels.")
+    assert [fact.value for fact in shown.facts] == ["1\N{NARROW NO-BREAK SPACE}204", "2.3e-06"]
+    assert "Open prompt 8" in shown.divergences[0].title
+    assert "0.0031" in shown.divergences[0].title and "0.0012" in shown.divergences[0].title
+    assert shown.divergences[0].merged[-1].text == "dust"
+    assert describe_check(None) is None

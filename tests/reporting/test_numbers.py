@@ -5,7 +5,7 @@ import math
 import pytest
 
 from llmtune.evaluation.metrics import METRICS
-from llmtune.reporting.facts import find_fingerprints, find_table, list_facts
+from llmtune.reporting.facts import find_fingerprints, list_facts
 from llmtune.reporting.numbers import (
     BITS,
     FRACTION,
@@ -79,8 +79,6 @@ def test_facts_are_flat_and_read_as_words():
     }
 
 
-def test_tables_and_fingerprints_are_found_at_any_depth():
+def test_fingerprints_are_found_at_any_depth():
     value = {"check": {"divergences": [{"margin": 0.1}], "data_hash": "abc"}, "empty": []}
-    assert find_table(value, "divergence") == ({"margin": 0.1},)
-    assert find_table(value, "nothing") == ()
     assert find_fingerprints(value, "merge") == {"merge.check.data_hash": "abc"}

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from llmtune.errors import LlmtuneError
-from llmtune.manifest import Manifest
+from llmtune.manifest import Manifest, read_manifest
 from llmtune.reporting.transfer import build_report, write_report
 from llmtune.run_dir import RunDir, atomic_write_text
 from tests.reporting.planted import (
@@ -37,8 +37,22 @@ def full_run(tmp_path):
             "peak_bytes": 3_000,
             "result": {"steps": 30, "tokens": 5000, "trained_tokens": 900, "seconds": 50.0},
         },
-        "merge": {"seconds": 5.0, "peak_bytes": 2_000, "result": {"kl": 1e-7}},
-        "evaluate": {"seconds": 20.0, "peak_bytes": 4_000, "result": {}},
+        "merge": {
+            "finished": "now",
+            "seconds": 5.0,
+            "peak_bytes": 2_000,
+            "result": {"check": {"kl": 1e-7}},
+        },
+        "evaluate": {
+            "finished": "now",
+            "seconds": 20.0,
+            "peak_bytes": 4_000,
+            "result": {
+                "movies": {"base": 0.6, "tuned": 0.8, "merged": 0.8},
+                "general": {"base": 0.5, "tuned": 0.4},
+                "prose": {"base": 3.0, "tuned": 3.1},
+            },
+        },
     }
     manifest = Manifest(
         config={"seed": 0, "evaluate": {"bootstrap_samples": 400, "confidence": 0.9}},
@@ -196,3 +210,17 @@ def test_damaged_files_and_foreign_directories_are_one_clear_error(full_run, tmp
     atomic_write_text(full_run.generations_path, '[{"prompt": "only"}]')
     with pytest.raises(LlmtuneError, match=r"generations\.json"):
         build_report(full_run)
+
+
+def test_results_left_by_an_earlier_evaluation_are_not_shown(full_run):
+    stale = PlantedSuite("old", "target", {"base": BASE, "tuned": worsen(BASE, 0.3, seed=5)})
+    plant_run(full_run.path, [stale], manifest=read_manifest(full_run))
+    assert [suite.name for suite in build_report(full_run).suites] == ["movies", "general", "prose"]
+
+
+def test_a_stage_that_did_not_end_is_named(full_run):
+    manifest = read_manifest(full_run).start("evaluate", "f" * 64)
+    manifest.save(full_run)
+    report = build_report(full_run)
+    assert "the end of evaluate" in report.missing
+    assert len(report.suites) == 3

@@ -1,0 +1,78 @@
+"""How the page shows the check of the merged model against base + adapter."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmtune.reporting.changed_words import Passage, mark_changes
+from llmtune.reporting.facts import Fact
+from llmtune.reporting.numbers import FRACTION, write_count, write_number
+
+
+@dataclass(frozen=True)
+class ShownDivergence:
+    """One open prompt whose two greedy answers part, with what differs marked."""
+
+    title: str
+    live: tuple[Passage, ...]
+    merged: tuple[Passage, ...]
+
+
+@dataclass(frozen=True)
+class ShownCheck:
+    """The check in a sentence, in rows, and prompt by prompt."""
+
+    sentence: str
+    facts: tuple[Fact, ...]
+    divergences: tuple[ShownDivergence, ...]
+
+
+def describe_check(check: Mapping[str, Any] | None) -> ShownCheck | None:
+    """Return what to show of the merge stage's check, or None where it was not made.
+
+    A number that the check does not hold is left out.
+    """
+    if not check:
+        return None
+    counted = (
+        ("labels", "num_same_labels", "num_labels"),
+        ("greedy answers", "num_same_texts", "num_open_prompts"),
+    )
+    same = [
+        f"{check[part]} of {check[whole]} {name}"
+        for name, part, whole in counted
+        if check.get(whole)
+    ]
+    sentence = f"Merged model and base + adapter, both computed in {check.get('dtype', 'one type')}"
+    sentence += f", gave the same {' and '.join(same)}." if same else " and compared."
+    values = (
+        ("tokens compared", write_count(check.get("num_tokens"))),
+        ("KL to base + adapter, nats/token", write_number(check.get("kl"), 3)),
+        ("largest logit difference", write_number(check.get("max_logit_difference"), 3)),
+        ("positions with the same likeliest token", FRACTION.score(check.get("top1_agreement"))),
+    )
+    keys = ("num_tokens", "kl", "max_logit_difference", "top1_agreement")
+    facts = (
+        Fact(*row) for row, key in zip(values, keys, strict=True) if check.get(key) is not None
+    )
+    return ShownCheck(sentence, tuple(facts), _divergences(check.get("divergences") or ()))
+
+
+def _divergences(rows: Sequence[Mapping[str, Any]]) -> tuple[ShownDivergence, ...]:
+    return tuple(
+        ShownDivergence(
+            _title(row),
+            *mark_changes(str(row.get("live_text", "")), str(row.get("merged_text", ""))),
+        )
+        for row in rows
+    )
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    place = row.get("prompt")
+    prompt = f"Open prompt {place + 1}" if isinstance(place, int) else str(place)
+    live, merged = (write_number(row.get(f"{arm}_margin"), 3) for arm in ("live", "merged"))
+    return (
+        f"{prompt}: they part after {row.get('position')} tokens, where the likeliest token led "
+        f"the second by {live} in logits (base + adapter) and {merged} (merged)"
+    )
