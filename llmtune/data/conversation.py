@@ -50,7 +50,9 @@ class Conversation:
     weight: float = 1.0
 
 
-def chat(messages: Any, tools: Any = None, *, trained_from: int = 0, weight: Any = 1.0):
+def chat(
+    messages: Any, tools: Any = None, *, trained_from: int = 0, weight: Any = 1.0
+) -> Conversation:
     """Return a checked chat `Conversation`.
 
     Raises:

@@ -65,7 +65,7 @@ class ExampleTable(Sequence[Example]):
     def __getitem__(self, index: int) -> Example: ...
     @overload
     def __getitem__(self, index: slice) -> "ExampleTable": ...
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> "Example | ExampleTable":
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
         if not -len(self) <= index < len(self):
@@ -144,7 +144,7 @@ class ExampleTableBuilder:
         columns = list(zip(*(row[2:] for row in rows), strict=True)) or [(), (), (), ()]
         types = (np.int32, np.int64, np.float32, np.int32)
         names = ExampleTable.ARRAYS[3:]
-        self._pieces.append(
-            {"lengths": lengths, "tokens": tokens, "trained": trained}
-            | {n: np.array(c, dtype=t) for n, c, t in zip(names, columns, types, strict=True)}
-        )
+        piece: dict[str, np.ndarray] = {"lengths": lengths, "tokens": tokens, "trained": trained}
+        for name, column, dtype in zip(names, columns, types, strict=True):
+            piece[name] = np.array(column, dtype=dtype)
+        self._pieces.append(piece)

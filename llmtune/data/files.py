@@ -54,10 +54,12 @@ def _open(path: Path) -> IO[bytes]:
         import pyarrow  # only for what needs it
 
         return io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"))
-    opener: Callable[..., IO[bytes]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(
-        suffix, open
-    )
-    return opener(path, "rb")
+    openers: dict[str, Callable[..., Any]] = {
+        ".gz": gzip.open,
+        ".bz2": bz2.open,
+        ".xz": lzma.open,
+    }
+    return openers.get(suffix, open)(path, "rb")
 
 
 def _iter_jsonl(file: IO[bytes], shown: str) -> Iterator[Parsed]:

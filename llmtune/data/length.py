@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmtune.data.masks import LabelledRow, LabelledSequence
+from llmtune.data.align import LabelledSequence
+from llmtune.data.masks import LabelledRow
 from llmtune.errors import LlmtuneError
 
 MAX_LOST_RATIO = 0.01
@@ -64,7 +65,7 @@ def fit_row(
         if not is_long and len(count.longest) < LISTED_ROWS:
             count.longest.append((length, place))
         is_long = True
-        fitted = _fit(sequence, rule, is_text=is_text)
+        fitted = _fit(sequence, rule.max_length, rule, is_text=is_text)
         if fitted is None:
             count.trained_tokens_lost += sequence.num_trained
         else:
@@ -112,12 +113,12 @@ def refuse_loss(count: LengthCount, max_length: int | None, policy: str, name: s
 
 
 def _fit(
-    sequence: LabelledSequence, rule: LengthRule, *, is_text: bool
+    sequence: LabelledSequence, max_length: int, rule: LengthRule, *, is_text: bool
 ) -> list[LabelledSequence] | None:
     if rule.policy == "split" and is_text:
-        return _split(sequence, rule.max_length)
+        return _split(sequence, max_length)
     if rule.policy == "truncate-prompt" and not is_text:
-        shorter = truncate_prompt(sequence, rule.max_length, rule.special_ids)
+        shorter = truncate_prompt(sequence, max_length, rule.special_ids)
         return None if shorter is None else [shorter]
     return None
 
@@ -158,28 +159,26 @@ def truncate_prompt(
     for start, end in [*removed, (len(ids), len(ids))]:
         kept_ids += ids[position:start]
         position = end
-    spans = [
-        tuple(edge - sum(min(e, edge) - s for s, e in removed if s < edge) for edge in span)
-        for span in sequence.spans
-    ]
+
+    def moved(edge: int) -> int:
+        return edge - sum(end - start for start, end in removed if end <= edge)
+
+    spans = [(moved(start), moved(end)) for start, end in sequence.spans]
     return LabelledSequence(kept_ids, spans, sequence.weight)
 
 
 def _prompt_runs(
     sequence: LabelledSequence, special_ids: Collection[int]
 ) -> Sequence[tuple[int, int]]:
-    """Return the untrained runs without control tokens that lie before the last trained token."""
+    """Return the untrained runs between control tokens."""
     trained = [False] * len(sequence.input_ids)
     for start, end in sequence.spans:
         trained[start:end] = [True] * (end - start)
-    runs, start = [], None
-    for index, token in enumerate(sequence.input_ids):
-        if trained[index] or token in special_ids:
-            if start is not None:
-                runs.append((start, index))
-            start = None
-        elif start is None:
-            start = index
-    if start is not None:
-        runs.append((start, len(trained)))
+    runs: list[tuple[int, int]] = []
+    begin = 0
+    for index, token in enumerate([*sequence.input_ids, None]):
+        if token is None or trained[index] or token in special_ids:
+            if index > begin:
+                runs.append((begin, index))
+            begin = index + 1
     return runs

@@ -6,35 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmtune.data.align import NOTE_APART, LabelledSequence, SpanAligner
 from llmtune.data.conversation import Conversation
 from llmtune.data.problems import RowError, shorten
 from llmtune.data.render import encode_plain, render_texts
-from llmtune.data.spans import RowSamples, TextSample, TextSpan, Turn, plan_samples, trained_turns
+from llmtune.data.spans import RowSamples, TextSample, Turn, plan_samples, trained_turns
 from llmtune.data.template import TurnEnding, find_turn_ending, special_pattern
 from llmtune.errors import LlmtuneError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
-
-MAX_CACHED_TAILS = 100_000
-NOTE_APART = (
-    "answers whose first characters would merge with the prompt's last token; tokenized apart from "
-    "it, one example a turn, as at inference"
-)
-
-
-@dataclass(frozen=True)
-class LabelledSequence:
-    """Token ids and the half-open token ranges that are trained."""
-
-    input_ids: list[int]
-    spans: list[tuple[int, int]]
-    weight: float = 1.0
-
-    @property
-    def num_trained(self) -> int:
-        return sum(end - start for start, end in self.spans)
 
 
 @dataclass(frozen=True)
@@ -57,15 +38,9 @@ class Labeller:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         self._specials = special_pattern(tokenizer)
-        self.added_ids = frozenset(tokenizer.added_tokens_decoder)
-        self._tails: dict[str, list[int]] = {}
-        self.extra_stop_ids: set[int] = set()
+        self._aligner = SpanAligner(tokenizer)
         self._ending: TurnEnding | None = None
-
-    @property
-    def all_stop_ids(self) -> frozenset[int]:
-        """`stop_ids` and the tokens that were found to end a tool call's turn."""
-        return frozenset(self.stop_ids) | self.extra_stop_ids
+        self._tool_stop_ids: set[int] = set()
 
     @property
     def ending(self) -> TurnEnding:
@@ -75,12 +50,17 @@ class Labeller:
         return self._ending
 
     @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Every token that ends generation."""
+    def added_ids(self) -> frozenset[int]:
+        """The ids of all control tokens."""
+        return self._aligner.added_ids
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every token that ends generation, those that were found to end tool calls too."""
         if self.tokenizer.chat_template:
-            return self.ending.stop_ids
+            return frozenset(self.ending.stop_ids) | self._tool_stop_ids
         eos = self.tokenizer.eos_token_id
-        return () if eos is None else (eos,)
+        return frozenset(() if eos is None else (eos,))
 
     def label(self, conversations: Sequence[Conversation]) -> list[LabelledRow | RowError]:
         """Return each conversation's sequences, or why it is refused.
@@ -88,78 +68,107 @@ class Labeller:
         Raises:
             LlmtuneError: the tokenizer as a whole cannot serve (no template, no end of text).
         """
-        results: list[LabelledRow | RowError | None] = [None] * len(conversations)
-        chats = [i for i, row in enumerate(conversations) if row.kind == "chat"]
-        planned = self._plan([conversations[i] for i in chats])
-        for index, rows in zip(chats, self._label_chats(planned), strict=True):
-            results[index] = rows
-        for index, row in enumerate(conversations):
-            if row.kind != "chat":
-                try:
-                    results[index] = self._label_plain(row)
-                except RowError as error:
-                    results[index] = error
-        return results
+        chats = [row for row in conversations if row.kind == "chat"]
+        labelled = iter(self._label_chats(chats))
+        return [
+            next(labelled) if row.kind == "chat" else self._label_plain(row)
+            for row in conversations
+        ]
 
-    def _plan(self, conversations: list[Conversation]) -> list[RowSamples | RowError]:
-        """Render every prompt and turn of the chats in three batches and find the spans."""
-        plans: list[RowSamples | RowError | None] = [None] * len(conversations)
-        chosen: dict[int, list[tuple[int, float]]] = {}
-        for index, row in enumerate(conversations):
-            try:
-                self._refuse_control_text(row)
-                chosen[index] = trained_turns(row, self.loss_on)
-            except RowError as error:
-                plans[index] = error
-        prompts, uptos = [], []
-        for index, turns in chosen.items():
-            messages, tools = conversations[index].messages, conversations[index].tools
-            uptos.append((messages, tools))
-            if self.loss_on == "all":
-                continue
-            prompts += [(messages[:turn], tools) for turn, _ in turns]
-            last = len(messages) - 1
-            uptos += [(messages[: turn + 1], tools) for turn, _ in turns if turn != last]
-        if not chosen:
-            return plans
+    def _label_chats(self, chats: list[Conversation]) -> list[LabelledRow | RowError]:
+        plans = self._plan(chats)
+        samples = [s for plan in plans if isinstance(plan, RowSamples) for s in plan.samples]
+        aligned = iter(self._aligner.align(samples))
+        return [
+            self._collect(plan, [next(aligned) for _ in plan.samples])
+            if isinstance(plan, RowSamples)
+            else plan
+            for plan in plans
+        ]
+
+    def _collect(
+        self, plan: RowSamples, aligned: list[list[LabelledSequence] | RowError]
+    ) -> LabelledRow | RowError:
+        sequences: list[LabelledSequence] = []
+        notes = plan.notes
+        for sample, result in zip(plan.samples, aligned, strict=True):
+            if isinstance(result, RowError):
+                return result
+            if sample.is_all_trained:
+                if not self.stop_ids & set(result[0].input_ids):
+                    return RowError("no token that ends generation would be trained", "stop-token")
+            else:
+                ends = {s.input_ids[end - 1] for s in result for _, end in s.spans}
+                self._tool_stop_ids |= ends - self.stop_ids
+                if any(sequence.is_joined for sequence in result):
+                    notes = (*notes, NOTE_APART)
+            sequences += result
+        return LabelledRow(tuple(sequences), notes)
+
+    def _plan(self, chats: list[Conversation]) -> list[RowSamples | RowError]:
+        """Render every prompt and turn of the chats in two batches and find the spans."""
+        chosen = [self._choose_turns(row) for row in chats]
+        if not any(isinstance(turns, list) for turns in chosen):
+            return [turns for turns in chosen if isinstance(turns, RowError)]
         ending = self.ending
+        prompts, uptos = [], []
+        for row, turns in zip(chats, chosen, strict=True):
+            if isinstance(turns, RowError):
+                continue
+            uptos.append((row.messages, row.tools))
+            if self.loss_on != "all":
+                last = len(row.messages) - 1
+                prompts += [(row.messages[:turn], row.tools) for turn, _ in turns]
+                uptos += [(row.messages[: t + 1], row.tools) for t, _ in turns if t != last]
         prompt_texts = iter(render_texts(self.tokenizer, prompts, add_generation_prompt=True))
         upto_texts = iter(render_texts(self.tokenizer, uptos, add_generation_prompt=False))
-        for index, turns in chosen.items():
-            row = conversations[index]
-            full = next(upto_texts)
-            if self.loss_on == "all":
-                plans[index] = self._all_trained(row, full, ending)
+        plans: list[RowSamples | RowError] = []
+        for row, turns in zip(chats, chosen, strict=True):
+            if isinstance(turns, RowError):
+                plans.append(turns)
                 continue
+            full = next(upto_texts)
             last = len(row.messages) - 1
-            rendered = [
-                (turn, weight, next(prompt_texts), full if turn == last else next(upto_texts))
-                for turn, weight in turns
-            ]
-            errors = [
-                t for t in (full, *(t for r in rendered for t in r[2:])) if isinstance(t, RowError)
-            ]
-            try:
-                if errors:
-                    raise errors[0]
-                plans[index] = plan_samples(
-                    row, full, [Turn(*parts) for parts in rendered], ending, self._specials
-                )
-            except RowError as error:
-                plans[index] = error
+            rendered = (
+                []
+                if self.loss_on == "all"
+                else [
+                    (t, weight, next(prompt_texts), full if t == last else next(upto_texts))
+                    for t, weight in turns
+                ]
+            )
+            plans.append(self._plan_row(row, full, rendered, ending))
         return plans
 
-    def _all_trained(
-        self, row: Conversation, full: str | RowError, ending: TurnEnding
+    def _choose_turns(self, row: Conversation) -> list[tuple[int, float]] | RowError:
+        try:
+            self._refuse_control_text(row)
+            return trained_turns(row, self.loss_on)
+        except RowError as error:
+            return error
+
+    def _plan_row(
+        self,
+        row: Conversation,
+        full: str | RowError,
+        rendered: list[tuple[int, float, str | RowError, str | RowError]],
+        ending: TurnEnding,
     ) -> RowSamples | RowError:
         if isinstance(full, RowError):
             return full
-        if any("train" in message for message in row.messages):
-            return RowError("train marks single turns; loss_on: all trains everything", "train")
-        if ending.kind != "closed" and row.messages[-1]["role"] == "assistant":
-            full = full + ending.terminator
-        sample = TextSample(full, (), row.weight, is_all_trained=True)
-        return RowSamples((sample,))
+        turns = []
+        for index, weight, prompt, upto in rendered:
+            if isinstance(prompt, RowError):
+                return prompt
+            if isinstance(upto, RowError):
+                return upto
+            turns.append(Turn(index, weight, prompt, upto))
+        try:
+            if self.loss_on == "all":
+                return _train_everything(row, full, ending)
+            return plan_samples(row, full, turns, ending, self._specials)
+        except RowError as error:
+            return error
 
     def _refuse_control_text(self, row: Conversation) -> None:
         for index, message in enumerate(row.messages, 1):
@@ -172,119 +181,7 @@ class Labeller:
                         "control-token",
                     )
 
-    def _label_chats(self, planned: list[RowSamples | RowError]) -> list[LabelledRow | RowError]:
-        samples = [s for plan in planned if isinstance(plan, RowSamples) for s in plan.samples]
-        encodings = iter(self._encode([sample.text for sample in samples]))
-        rows: list[tuple[RowSamples, list[Encoding]] | RowError] = [
-            (plan, [next(encodings) for _ in plan.samples])
-            if isinstance(plan, RowSamples)
-            else plan
-            for plan in planned
-        ]
-        anchored = [self._anchor_rows(row) for row in rows]
-        self._encode_tails(anchored)
-        return [self._finish(row, anchors) for row, anchors in zip(rows, anchored, strict=True)]
-
-    def _encode(self, texts: list[str]) -> list[Encoding]:
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        return backend.encode_batch(texts, add_special_tokens=False)
-
-    def _anchor_rows(self, row) -> list[list[tuple[int, str]]]:
-        """Return, for every span, the token of the last control token before it and the text
-        from there to the span: the only part of the prompt whose ids the answer could change."""
-        if isinstance(row, RowError):
-            return []
-        plan, encodings = row
-        return [
-            [self._anchor(sample, span, encoding) for span in sample.spans]
-            for sample, encoding in zip(plan.samples, encodings, strict=True)
-        ]
-
-    def _anchor(self, sample: TextSample, span: TextSpan, encoding: Encoding) -> tuple[int, str]:
-        ids = encoding.ids
-        char = span.start - 1
-        token = None
-        while char >= 0 and token is None:  # trimmed spaces belong to no token
-            token = encoding.char_to_token(char)
-            char -= 1
-        token = -1 if token is None else token
-        while token >= 0 and ids[token] not in self.added_ids:
-            token -= 1
-        if token < 0:
-            return 0, sample.text[: span.start]
-        return token, sample.text[encoding.token_to_chars(token)[0] : span.start]
-
-    def _encode_tails(self, anchored: list[list[list[tuple[int, str]]]]) -> None:
-        if len(self._tails) > MAX_CACHED_TAILS:
-            self._tails.clear()
-        tails = {
-            tail for row in anchored for sample in row for _, tail in sample
-        } - self._tails.keys()
-        ordered = sorted(tails)
-        for tail, encoding in zip(ordered, self._encode(ordered), strict=True):
-            self._tails[tail] = encoding.ids
-
-    def _finish(self, row, anchors: list[list[tuple[int, str]]]) -> LabelledRow | RowError:
-        if isinstance(row, RowError):
-            return row
-        plan, encodings = row
-        sequences: list[LabelledSequence] = []
-        notes = plan.notes
-        try:
-            for sample, encoding, places in zip(plan.samples, encodings, anchors, strict=True):
-                ids = encoding.ids
-                if sample.is_all_trained:
-                    spans = [(0, len(ids))]
-                else:
-                    spans = [
-                        self._token_span(span, encoding, ids, anchor)
-                        for span, anchor in zip(sample.spans, places, strict=True)
-                    ]
-                if None in spans:
-                    sequences += [self._join(sample, span) for span in sample.spans]
-                    notes = (*notes, NOTE_APART)
-                else:
-                    sequences.append(LabelledSequence(ids, spans, sample.weight))
-                if sample.is_all_trained and not set(self.stop_ids) & set(ids):
-                    raise RowError("no token that ends generation would be trained", "stop-token")
-        except RowError as error:
-            return error
-        return LabelledRow(tuple(sequences), notes)
-
-    def _token_span(
-        self, span: TextSpan, encoding: Encoding, ids: list[int], anchor: tuple[int, str]
-    ) -> tuple[int, int] | None:
-        """Return the trained token range, or None where the answer merges into the prompt."""
-        position, tail = anchor
-        prompt_ids = self._tails[tail]
-        start = position + len(prompt_ids)
-        last = encoding.char_to_token(span.terminator)
-        is_one_token = last is not None and encoding.token_to_chars(last)[1] >= span.end
-        if not is_one_token or ids[last] not in self.added_ids:
-            raise RowError("the answer's end is not one token of its own", "stop-token")
-        if ids[last] not in self.stop_ids:
-            self.extra_stop_ids.add(ids[last])
-        return (start, last + 1) if ids[position:start] == prompt_ids and start <= last else None
-
-    def _join(self, sample: TextSample, span: TextSpan) -> LabelledSequence:
-        """Tokenize prompt and answer apart: the prompt's ids are then those of inference."""
-        texts = [sample.text[: span.start], sample.text[span.start : span.end]]
-        prompt, answer = (encoding.ids for encoding in self._encode(texts))
-        ids = prompt + answer
-        decoded = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if answer[-1:] != self._encode([sample.text[span.terminator : span.end]])[0].ids or (
-            decoded != "".join(texts)
-        ):
-            raise RowError(
-                f"the prompt's last tokens ({shorten(texts[0][-20:])}) merge with the answer's "
-                "first; the model would be asked with other tokens than it was trained on",
-                "template",
-            )
-        return LabelledSequence(ids, [(len(prompt), len(ids))], sample.weight)
-
-    def _label_plain(self, row: Conversation) -> LabelledRow:
+    def _label_plain(self, row: Conversation) -> LabelledRow | RowError:
         """Label a row that goes through no template; the tokenizer's end of text closes it."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
@@ -298,7 +195,7 @@ class Labeller:
             ids = prompt + self.tokenizer(row.text, add_special_tokens=False)["input_ids"]
             whole = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
             if not whole.endswith(row.prompt + row.text):
-                raise RowError(
+                return RowError(
                     "the prompt's last tokens change when the completion follows; end the prompt "
                     "before the space or line break and start the completion with it",
                     "template",
@@ -306,3 +203,11 @@ class Labeller:
         if ids[-1:] != [eos]:
             ids = [*ids, eos]
         return LabelledRow((LabelledSequence(ids, [(len(prompt), len(ids))], row.weight),))
+
+
+def _train_everything(row: Conversation, full: str, ending: TurnEnding) -> RowSamples:
+    if any("train" in message for message in row.messages):
+        raise RowError("train marks single turns; loss_on: all trains everything", "train")
+    if ending.kind != "closed" and row.messages[-1]["role"] == "assistant":
+        full = full + ending.terminator
+    return RowSamples((TextSample(full, (), row.weight, is_all_trained=True),))

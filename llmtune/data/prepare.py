@@ -244,7 +244,7 @@ class _Pass:
             rows_truncated=count.rows_truncated,
             rows_split=count.rows_split,
             trained_tokens_lost=count.trained_tokens_lost,
-            stop_row_ratio=stop_row_ratio(mixed, self.labeller.all_stop_ids),
+            stop_row_ratio=stop_row_ratio(mixed, self.labeller.stop_ids),
             num_bad_rows=self.num_bad,
             bad_rows=tuple(self.problems),
             notes=tuple(sorted(self.notes.items())),
@@ -268,7 +268,7 @@ def _evaluation_keys(config: DataConfig, split: Split) -> dict[bytes, str]:
     """Return the keys of the evaluation sources' rows, for train to be held against."""
     if split != "train":
         return {}
-    keys = {}
+    keys: dict[bytes, str] = {}
     for source in config.evaluation:
         for row in open_source(source).rows:
             if isinstance(row, LoadedRow):

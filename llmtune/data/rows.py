@@ -138,8 +138,8 @@ def _convert(
         if isinstance(parsed, RowProblem):
             yield parsed
             continue
-        line, row = parsed
-        row = rename_columns(row, source.columns)
+        line, given = parsed
+        row = rename_columns(given, source.columns)
         missing = missing_column(choice, row, source)
         if missing is not None:
             yield RowProblem(file, line, missing, "column")

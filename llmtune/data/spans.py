@@ -113,14 +113,14 @@ def plan_samples(
     reason = NOTE_NO_END if ending.kind == "none" else NOTE_PER_TURN
     notes.append(reason if together is None else NOTE_WEIGHTS)
     samples = []
-    for turn, (start, content_end, span) in zip(turns, found, strict=True):
-        text, span = _close(turn.upto, start, content_end, span, ending)
+    for turn, (start, content_end, closed) in zip(turns, found, strict=True):
+        text, trained = _close(turn.upto, start, content_end, closed, ending)
         check_context(text, conversation, turn.index)
-        samples.append(TextSample(text, (span,), turn.weight))
+        samples.append(TextSample(text, (trained,), turn.weight))
     return RowSamples(tuple(samples), tuple(dict.fromkeys(notes)))
 
 
-ContentSpan = tuple[int, int, "TextSpan | None"]
+ContentSpan = tuple[int, int, TextSpan | None]
 """Start of the trained text, end of the content, and the whole span where the turn is closed."""
 
 
@@ -259,7 +259,8 @@ def _spans_in_full(
     num_messages: int,
 ) -> tuple[str, tuple[TextSpan, ...]] | None:
     """Return one text with all spans, or None where `full` shows a turn differently."""
-    text, spans = full, []
+    text = full
+    spans: list[TextSpan] = []
     for turn, (start, content_end, span) in zip(turns, found, strict=True):
         if span is not None:
             if not full.startswith(turn.upto[: span.end]):
@@ -271,9 +272,10 @@ def _spans_in_full(
         if turn.index == num_messages - 1 or ending.kind == "none":
             text, span = _close(full, start, content_end, None, ending)
         else:
-            span = _next_opening(full, start, content_end, ending)
-            if span is None:
+            opening = _next_opening(full, start, content_end, ending)
+            if opening is None:
                 return None
+            span = opening
         spans.append(span)
     return text, tuple(spans)
 

@@ -155,6 +155,7 @@ def find_turn_ending(tokenizer: PreTrainedTokenizerFast) -> TurnEnding:
     specials = special_pattern(tokenizer)
     closing = specials.search(tail)
     opening = specials.search(longer[longer.index(ANSWER) + len(ANSWER) :])
+    kind: Literal["closed", "next-turn", "none"]
     if closing:
         kind, terminator = "closed", closing.group()
     elif opening:

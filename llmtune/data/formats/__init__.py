@@ -13,7 +13,7 @@ from llmtune.data.formats.text import TextFormat
 from llmtune.data.problems import did_you_mean
 from llmtune.errors import LlmtuneError
 
-FORMATS: dict[str, type] = {
+FORMATS: dict[str, type[DatasetFormat]] = {
     member.name: member
     for member in (
         MessagesFormat,

@@ -1,0 +1,143 @@
+"""From character spans to token spans: the prompt's own ids, then the answer's, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmtune.data.problems import RowError, shorten
+from llmtune.data.spans import TextSample, TextSpan
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerFast
+
+MAX_CACHED_TAILS = 100_000
+
+NOTE_APART = (
+    "answers whose first characters would merge with the prompt's last token; tokenized apart from "
+    "it, one example a turn, as at inference"
+)
+
+
+@dataclass(frozen=True)
+class LabelledSequence:
+    """Token ids and the half-open token ranges that are trained."""
+
+    input_ids: list[int]
+    spans: list[tuple[int, int]]
+    weight: float = 1.0
+    is_joined: bool = False
+    """Prompt and answer were tokenized apart, because together they would merge."""
+
+    @property
+    def num_trained(self) -> int:
+        return sum(end - start for start, end in self.spans)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The last control token before a trained span, and the text from there to the span.
+
+    Control tokens cut a text into parts that are tokenized apart, so this text is the only part
+    of the prompt whose ids the answer could change: comparing it compares the whole prompt.
+    """
+
+    token: int
+    tail: str
+
+
+class SpanAligner:
+    """Tokenizes text samples and maps their character spans to token spans, strictly."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.added_ids = frozenset(tokenizer.added_tokens_decoder)
+        self._tails: dict[str, list[int]] = {}
+
+    def align(self, samples: Sequence[TextSample]) -> list[list[LabelledSequence] | RowError]:
+        """Return the sequences of each sample: one, or one a span where a prompt would change."""
+        encoded = [(e, e.ids) for e in self._encode([sample.text for sample in samples])]
+        anchors = [
+            [self._find_anchor(sample, span, encoding, ids) for span in sample.spans]
+            for sample, (encoding, ids) in zip(samples, encoded, strict=True)
+        ]
+        self._encode_tails({anchor.tail for row in anchors for anchor in row})
+        results: list[list[LabelledSequence] | RowError] = []
+        for sample, (encoding, ids), row in zip(samples, encoded, anchors, strict=True):
+            try:
+                results.append(self._align_one(sample, encoding, ids, row))
+            except RowError as error:
+                results.append(error)
+        return results
+
+    def _encode(self, texts: list[str]) -> list[Encoding]:
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return backend.encode_batch(texts, add_special_tokens=False)
+
+    def _find_anchor(
+        self, sample: TextSample, span: TextSpan, encoding: Encoding, ids: list[int]
+    ) -> Anchor:
+        char = span.start - 1
+        token = None
+        while char >= 0 and token is None:  # trimmed spaces belong to no token
+            token = encoding.char_to_token(char)
+            char -= 1
+        place = -1 if token is None else token
+        while place >= 0 and ids[place] not in self.added_ids:
+            place -= 1
+        if place < 0:
+            return Anchor(0, sample.text[: span.start])
+        return Anchor(place, sample.text[_chars(encoding, place)[0] : span.start])
+
+    def _encode_tails(self, tails: Collection[str]) -> None:
+        if len(self._tails) > MAX_CACHED_TAILS:
+            self._tails.clear()
+        missing = sorted(tail for tail in tails if tail not in self._tails)
+        for tail, encoding in zip(missing, self._encode(missing), strict=True):
+            self._tails[tail] = encoding.ids
+
+    def _align_one(
+        self, sample: TextSample, encoding: Encoding, ids: list[int], anchors: list[Anchor]
+    ) -> list[LabelledSequence]:
+        if sample.is_all_trained:
+            return [LabelledSequence(ids, [(0, len(ids))], sample.weight)]
+        spans = []
+        for span, anchor in zip(sample.spans, anchors, strict=True):
+            last = self._terminator_token(span, encoding, ids)
+            prompt_ids = self._tails[anchor.tail]
+            start = anchor.token + len(prompt_ids)
+            if ids[anchor.token : start] != prompt_ids or start > last:
+                return [self._join(sample, span) for span in sample.spans]
+            spans.append((start, last + 1))
+        return [LabelledSequence(ids, spans, sample.weight)]
+
+    def _terminator_token(self, span: TextSpan, encoding: Encoding, ids: list[int]) -> int:
+        last = encoding.char_to_token(span.terminator)
+        if last is None or ids[last] not in self.added_ids or _chars(encoding, last)[1] < span.end:
+            raise RowError("the answer's end is not one token of its own", "stop-token")
+        return last
+
+    def _join(self, sample: TextSample, span: TextSpan) -> LabelledSequence:
+        """Tokenize prompt and answer apart: the prompt's ids are then those of inference."""
+        texts = [sample.text[: span.start], sample.text[span.start : span.end]]
+        terminator = sample.text[span.terminator : span.end]
+        prompt, answer, end = (encoding.ids for encoding in self._encode([*texts, terminator]))
+        ids = prompt + answer
+        decoded = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if answer[-1:] != end or decoded != "".join(texts):
+            raise RowError(
+                f"the prompt's last tokens ({shorten(texts[0][-20:])}) merge with the answer's "
+                "first; the model would be asked with other tokens than it was trained on",
+                "template",
+            )
+        return LabelledSequence(ids, [(len(prompt), len(ids))], sample.weight, is_joined=True)
+
+
+def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
+    chars = encoding.token_to_chars(token)
+    assert chars is not None, "every token of a single text has its characters"
+    return chars
