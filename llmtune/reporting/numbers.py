@@ -1,7 +1,9 @@
 """How the report writes numbers: percent and points, nats, seconds, bytes, probabilities."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
 NO_VALUE = "\N{EN DASH}"
@@ -119,6 +121,17 @@ def finite(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def without_nan(value: Any) -> Any:
+    """Return JSON values with every NaN and infinity as None, which is what JSON has for them."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _signed(value: float, decimals: int, *, plus: bool = False) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmtune.evaluation.compare import Resampling
 from llmtune.manifest import Manifest
+from llmtune.reporting.numbers import without_nan
 from llmtune.reporting.sources import Generation, LossCurve
 from llmtune.reporting.suites import SuiteReport
 from llmtune.reporting.verdict import Thresholds, Verdict
@@ -58,7 +59,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Return what report.json holds; what was not measured is null or absent, never 0."""
         seconds = dict.fromkeys(("train", "merge", "evaluate")) | dict(self.cost.seconds)
-        return {
+        values = {
             "format": FORMAT,
             "run": self.name,
             "created": self.manifest.created,
@@ -92,3 +93,4 @@ class Report:
             "machine": self.manifest.machine,
             "versions": self.manifest.versions,
         }
+        return without_nan(values)

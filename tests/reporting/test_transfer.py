@@ -1,6 +1,8 @@
 """A report read from a run directory: its numbers, its JSON, and what it says is missing."""
 
+import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -190,8 +192,14 @@ def test_the_same_run_gives_the_same_report(full_run):
 
 def test_report_json_is_json_without_nan(full_run):
     plant_log(full_run, [2.0, float("nan"), 1.0], {})
+    manifest = read_manifest(full_run)
+    stages = {**manifest.stages, "merge": {"result": {"check": {"kl": math.nan}}}}
+    dataclasses.replace(manifest, stages=stages).save(full_run)
+    assert "NaN" in full_run.manifest_path.read_text()
     write_report(build_report(full_run), full_run)
-    assert not re.search(r"NaN|Infinity", full_run.report_json_path.read_text())
+    written = full_run.report_json_path.read_text()
+    assert not re.search(r"NaN|Infinity", written)
+    assert json.loads(written)["merge"] == {"check": {"kl": None}}
 
 
 def test_a_log_cut_off_by_a_crash_is_read_up_to_there(full_run):

@@ -1,6 +1,7 @@
 """Planted numbers give the verdict they stand for, with the numbers that decided it."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +139,12 @@ def test_every_verdict_has_a_meaning():
         )
     }
     assert names == set(MEANINGS)
+
+
+def test_every_verdict_is_explained_in_the_documentation():
+    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    for name in MEANINGS:
+        assert f"| `{name}` |" in page
 
 
 def test_caveats_name_what_the_verdict_does_not():
