@@ -85,7 +85,10 @@ def inject_adapter(
     names = list_modules(model)
     chosen = choose_targets(config, names)
     total_parameters = sum(logical_size(parameter) for parameter in model.parameters())
-    adapted = attach(model, _peft_config(model, config, names, chosen))
+    try:
+        adapted = attach(model, _peft_config(model, config, names, chosen))
+    except ValueError as error:
+        raise LlmtuneError(f"adapter: peft cannot adapt this model as asked: {error}") from error
     _check_layers(adapted, config, chosen)
     _check_trainable(adapted)
     if config.init_from is not None:
@@ -160,11 +163,13 @@ def _check_layers(model: PeftModel, config: LowRankAdapter, chosen: list[str]) -
     Some mixture-of-experts families make peft reinterpret names.
     """
     layers = lora_layers(model)
-    wrong = sorted(set(layers) ^ set(chosen))
+    wrong = set(layers) ^ set(chosen)
     if wrong:
+        endings = {name.rpartition(".")[2] for name in wrong}
+        others = sorted({name.rpartition(".")[2] for name in chosen} - endings)
         raise LlmtuneError(
-            f"adapter.target_modules: peft adapted other modules than asked for: {wrong[0]} "
-            f"({len(wrong)} differ). Name the modules, e.g. target_modules=[q_proj, v_proj]."
+            "adapter.target_modules: in this kind of model peft takes "
+            f"{', '.join(sorted(endings))} for other weights than meant. Leave them out: target_modules=[{', '.join(others)}]"
         )
     for name, layer in layers.items():
         rank, alpha = config.rank_of(name), config.alpha_of(name)

@@ -1,0 +1,168 @@
+"""Injecting: the chosen weights alone are trained, on every family, and the table says so."""
+
+import pytest
+import torch
+
+from llmtune.adapters.dora import DoraAdapter
+from llmtune.adapters.inject import inject_adapter, lora_layers
+from llmtune.adapters.lora import LoraAdapter
+from llmtune.adapters.saved import save_adapter
+from llmtune.errors import LlmtuneError
+from tests.adapters.conftest import IDS, load, logits, manifest_of, train_a_little
+from tests.tiny import FAMILIES, make_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quantization", [None, {"method": "nf4"}, {"method": "int8"}])
+def test_every_adapter_weight_gets_a_gradient_and_nothing_else(checkpoint, family, quantization):
+    loaded = load(checkpoint(family), quantization=quantization, dtype="bfloat16")
+    model, _ = inject_adapter(loaded.model, LoraAdapter(rank=4))
+    train_a_little(model)
+    model(IDS, labels=IDS).loss.backward()
+
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name), name
+        if parameter.grad is not None:
+            assert parameter.dtype == torch.float32, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_table_counts_modules_parameters_and_shares():
+    model = make_model("llama")
+    num_base = sum(parameter.numel() for parameter in model.parameters())
+    _, table = inject_adapter(model, LoraAdapter(rank=4, alpha=8, target_modules=["up_proj"]))
+
+    (row,) = table.rows
+    assert (row.pattern, row.count) == ("model.layers.*.mlp.up_proj", 2)
+    assert (row.rank, row.alpha, row.scaling) == (4, 8, 2)
+    assert row.num_parameters == table.trainable_parameters == 2 * 4 * (64 + 128)
+    assert table.total_parameters == num_base
+    assert table.trainable_ratio == pytest.approx(table.trainable_parameters / num_base)
+    linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    assert table.adapted_ratio == pytest.approx(2 * 64 * 128 / linear)
+
+
+def test_total_counts_a_four_bit_weight_as_one(checkpoint):
+    full = inject_adapter(load(checkpoint()).model, LoraAdapter()).table
+    four_bit = load(checkpoint(), quantization={"method": "nf4"}, dtype="auto")
+
+    assert inject_adapter(four_bit.model, LoraAdapter()).table.total_parameters == (
+        full.total_parameters
+    )
+
+
+def test_misspelt_target_is_an_error_before_the_model_is_touched():
+    model = make_model("llama")
+    with pytest.raises(LlmtuneError, match="did you mean v_proj"):
+        inject_adapter(model, LoraAdapter(target_modules=["q_proj", "v_prj"]))
+
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize(("family", "tied"), [("gemma2", True), ("gpt2", True), ("llama", False)])
+def test_head_is_never_adapted_and_its_tie_is_seen(family, tied):
+    model = make_model(family)
+    with pytest.raises(LlmtuneError, match="tied" if tied else "modules_to_save"):
+        inject_adapter(model, LoraAdapter(target_modules=["lm_head"]))
+    injected = inject_adapter(model, LoraAdapter())
+
+    assert "lm_head" not in lora_layers(injected.model)
+
+
+def test_chosen_layers_alone_are_adapted():
+    injected = inject_adapter(make_model("llama"), LoraAdapter(layers="last-1"))
+
+    assert {name.split(".")[2] for name in lora_layers(injected.model)} == {"1"}
+
+
+def test_saved_module_is_trained_whole():
+    model, table = inject_adapter(
+        make_model("llama"), LoraAdapter(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    model(IDS, labels=IDS).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+
+    assert any("lm_head.modules_to_save" in name for name in trained)
+    assert table.saved_modules == ("lm_head",)
+    assert table.trainable_parameters == 2 * 16 * (64 + 64) + 512 * 64
+
+
+def test_experts_are_adapted_or_the_table_says_why_not():
+    adapted = inject_adapter(make_model("mixtral"), LoraAdapter(rank=4)).table
+    dropped = inject_adapter(make_model("mixtral"), LoraAdapter(rank=4, dropout=0.1)).table
+    dora = inject_adapter(make_model("mixtral"), DoraAdapter(rank=4)).table
+    named = inject_adapter(make_model("mixtral"), LoraAdapter(target_modules=["q_proj"])).table
+
+    assert adapted.adapted_ratio == 1 and adapted.notices == ()
+    assert "adapter.dropout=0" in dropped.notices[0]
+    assert "DoRA cannot adapt them" in dora.notices[0]
+    assert "not among the targets" in named.notices[0]
+
+
+def test_family_whose_names_peft_reinterprets_is_refused_with_names_that_work():
+    knobs = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+    }
+    with pytest.raises(LlmtuneError, match="Leave them out") as caught:
+        inject_adapter(make_model("deepseek_v3", **knobs), LoraAdapter())
+    advised = str(caught.value).rpartition("[")[2].rstrip("]").split(", ")
+    injected = inject_adapter(
+        make_model("deepseek_v3", **knobs), LoraAdapter(target_modules=advised)
+    )
+
+    assert injected.table.rows
+
+
+def test_model_that_peft_refuses_is_one_clear_error():
+    with pytest.raises(LlmtuneError, match="peft cannot adapt this model as asked"):
+        inject_adapter(make_model("mamba", state_size=8), LoraAdapter())
+
+
+def test_saved_adapter_is_the_start(checkpoint, tmp_path):
+    first = load(checkpoint())
+    model, _ = inject_adapter(first.model, LoraAdapter(rank=4))
+    train_a_little(model)
+    save_adapter(model, tmp_path / "adapter", manifest_of(first))
+    config = LoraAdapter(rank=4, init_from=tmp_path / "adapter")
+    again, _ = inject_adapter(load(checkpoint()).model, config, base_fingerprint=first.fingerprint)
+
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+    assert any(parameter.requires_grad for parameter in again.parameters())
+
+
+@pytest.mark.parametrize(
+    ("knobs", "named"),
+    [
+        ({"rank": 8}, "adapter.rank: the config says 8, the adapter has 4"),
+        ({"rank": 4, "alpha": 8}, "adapter.alpha"),
+        ({"rank": 4, "rank_pattern": {"q_proj": 2}}, "adapter.rank_pattern"),
+        ({"rank": 4, "target_modules": ["q_proj"]}, "unexpected"),
+    ],
+)
+def test_start_of_another_shape_is_refused_by_knob(checkpoint, tmp_path, knobs, named):
+    first = load(checkpoint())
+    model, _ = inject_adapter(first.model, LoraAdapter(rank=4))
+    save_adapter(model, tmp_path / "adapter", manifest_of(first))
+    with pytest.raises(LlmtuneError, match=named):
+        inject_adapter(make_model("llama"), LoraAdapter(init_from=tmp_path / "adapter", **knobs))
+
+
+def test_start_of_another_base_is_refused(checkpoint, tmp_path):
+    first = load(checkpoint())
+    model, _ = inject_adapter(first.model, LoraAdapter(rank=4))
+    save_adapter(model, tmp_path / "adapter", manifest_of(first))
+    other = load(checkpoint(seed=1))
+    config = LoraAdapter(rank=4, init_from=tmp_path / "adapter")
+    with pytest.raises(LlmtuneError, match="another base"):
+        inject_adapter(other.model, config, base_fingerprint=other.fingerprint)
