@@ -9,11 +9,11 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-import llmtune
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.items import SuiteItem, read_items
 from llmtune.evaluation.suite_config import TASKS, AnySuiteConfig, Role
 from llmtune.fingerprint import hash_json
+from llmtune.shipped import shipped_files
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def find_suite(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    shipped = shipped_suites()
+    shipped = shipped_files("evals")
     if str(name_or_path) in shipped:
         return shipped[str(name_or_path)]
     near = difflib.get_close_matches(str(name_or_path), shipped, n=1)
@@ -63,15 +63,6 @@ def find_suite(name_or_path: str | Path) -> Path:
         f"suite {str(name_or_path)!r}: no such file, and no shipped suite of that name "
         f"(shipped: {', '.join(sorted(shipped)) or 'none'}).{hint}"
     )
-
-
-def shipped_suites() -> dict[str, Path]:
-    """Return name -> file of the suites inside the wheel, or beside the package in a clone."""
-    package_dir = Path(llmtune.__file__).parent
-    found: dict[str, Path] = {}
-    for folder in (package_dir.parent / "evals", package_dir / "evals"):
-        found |= {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    return found
 
 
 def load_suite(name_or_path: str | Path, *, seed: int = 0, limit: int | None = None) -> Suite:

@@ -1,0 +1,164 @@
+"""A comparison is of the same items under the same recipe, and says what it could not show."""
+
+from dataclasses import replace
+
+import pytest
+
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.compare import Resampling, compare_arms, compare_slices
+from llmtune.evaluation.results import ArmResult, ItemScore, read_arm_result, save_arm_result
+from llmtune.fingerprint import hash_json
+
+FAST = Resampling(samples=1000)
+RECIPE = {"items": "i", "scoring": {"chat": True}, "template": "t", "precision": "bf16"}
+
+
+def make_arm(arm, scores, *, clusters=None, weights=None, columns=None, **changes):
+    items = tuple(
+        ItemScore(
+            id=str(place),
+            score=score,
+            prediction="p",
+            answer="a",
+            cluster=clusters[place] if clusters else None,
+            weight=weights[place] if weights else 1.0,
+            slices={"kind": columns[place]} if columns else {},
+        )
+        for place, score in enumerate(scores)
+    )
+    recipe = changes.pop("recipe", RECIPE)
+    values = {
+        "suite": "movies",
+        "task": "choice",
+        "role": "target",
+        "description": "",
+        "arm": arm,
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "n": len(items),
+        "mean": sum(scores) / len(scores),
+        "standard_error": 0.0,
+        "unparseable": 0,
+        "majority": 0.5,
+        "chance": 0.5,
+        "recipe": recipe,
+        "recipe_hash": hash_json(recipe),
+        "model": {},
+        "seconds": 1.0,
+        "items": items,
+    }
+    return ArmResult(**(values | changes))
+
+
+BASE = [1.0, 0.0] * 50
+BETTER = [1.0] * 90 + [0.0] * 10
+
+
+def test_identical_arms_differ_by_nothing_with_p_one():
+    found = compare_arms(make_arm("base", BASE), make_arm("tuned", BASE), resampling=FAST)
+    assert (found.difference, found.interval, found.p_value) == (0.0, (0.0, 0.0), 1.0)
+    assert found.mcnemar_p == 1.0 and found.verdict == "no difference shown"
+    assert (found.gained, found.lost) == (0, 0)
+
+
+def test_a_gain_is_counted_and_clear_of_zero():
+    found = compare_arms(make_arm("base", BASE), make_arm("tuned", BETTER), resampling=FAST)
+    assert (found.base, found.tuned, found.difference) == (0.5, 0.9, pytest.approx(0.4))
+    assert (found.gained, found.lost, found.n) == (45, 5, 100)
+    assert found.low > 0 and found.verdict == "better" and found.p_value < 0.01
+    assert found.mcnemar_p < 1e-6
+    assert found.as_dict()["interval"] == [found.low, found.high]
+
+
+def test_a_loss_that_rises_is_worse():
+    sides = [[3.0 + n % 7 / 10 for n in range(60)], [3.5 + n % 5 / 10 for n in range(60)]]
+    arms = [
+        make_arm(arm, side, metric="nats_per_token", higher_is_better=False)
+        for arm, side in zip(("base", "tuned"), sides, strict=True)
+    ]
+    found = compare_arms(*arms, resampling=FAST)
+    assert found.difference > 0 > found.gain and found.verdict == "worse"
+    assert found.mcnemar_p is None
+
+
+def test_eight_items_show_nothing_and_say_what_they_could_have_shown():
+    arms = make_arm("base", [0, 1] * 4), make_arm("tuned", [1, 1, 0, 1, 1, 0, 0, 1])
+    found = compare_arms(*arms, resampling=FAST)
+    assert found.verdict == "no difference shown"
+    assert found.mde > abs(found.difference)
+
+
+def test_weights_make_the_means_and_the_difference():
+    arms = [
+        make_arm("base", [2.0, 4.0], weights=[3.0, 1.0]),
+        make_arm("tuned", [2.0, 2.0], weights=[3.0, 1.0]),
+    ]
+    found = compare_arms(*arms, resampling=FAST)
+    assert (found.base, found.tuned, found.difference) == (2.5, 2.0, -0.5)
+
+
+def test_clusters_widen_the_interval():
+    clusters = [str(place // 10) for place in range(100)]
+    moved = [1.0] * 20 + BASE[20:]
+    plain = compare_arms(make_arm("base", BASE), make_arm("tuned", moved), resampling=FAST)
+    arms = [
+        make_arm(arm, side, clusters=clusters) for arm, side in (("base", BASE), ("tuned", moved))
+    ]
+    clustered = compare_arms(*arms, resampling=FAST)
+    assert clustered.num_clusters == 10
+    assert clustered.high - clustered.low > 1.3 * (plain.high - plain.low)
+    assert clustered.difference == plain.difference
+
+
+def test_another_recipe_is_refused_by_the_name_of_what_differs():
+    other = make_arm("tuned", BASE, recipe={**RECIPE, "template": "u"})
+    with pytest.raises(LlmtuneError, match="template: 't' / 'u'"):
+        compare_arms(make_arm("base", BASE), other, resampling=FAST)
+
+
+def test_other_items_and_other_suites_are_refused():
+    base = make_arm("base", BASE)
+    with pytest.raises(LlmtuneError, match="other items"):
+        compare_arms(base, make_arm("tuned", BASE[:-1]), resampling=FAST)
+    with pytest.raises(LlmtuneError, match="suite: 'movies' / 'tweets'"):
+        compare_arms(base, make_arm("tuned", BASE, suite="tweets"), resampling=FAST)
+
+
+def test_what_may_differ_is_allowed_and_listed():
+    merged = make_arm("merged", BASE, recipe={**RECIPE, "precision": "nf4"})
+    base = make_arm("base", BASE)
+    with pytest.raises(LlmtuneError, match="precision"):
+        compare_arms(base, merged, resampling=FAST)
+    found = compare_arms(base, merged, resampling=FAST, across=("precision",))
+    assert found.recipe_differences == ("precision",)
+
+
+def test_the_slice_that_regresses_comes_first():
+    columns = ["good"] * 50 + ["bad"] * 50
+    after = [1.0] * 50 + [0.0] * 50
+    arms = [make_arm(a, s, columns=columns) for a, s in (("base", BASE), ("tuned", after))]
+    worst, best = compare_slices(*arms, "kind", resampling=FAST)
+    assert (worst.value, worst.comparison.verdict) == ("bad", "worse")
+    assert (best.value, best.comparison.verdict) == ("good", "better")
+    assert worst.comparison.p_value <= worst.holm_p <= 2 * worst.comparison.p_value
+    with pytest.raises(LlmtuneError, match="no slice column 'color'"):
+        compare_slices(*arms, "color", resampling=FAST)
+
+
+def test_results_come_back_from_disk_as_they_were(tmp_path):
+    result = make_arm("base", BASE, columns=["x"] * 100)
+    path = save_arm_result(result, tmp_path)
+    assert path.name == "movies.base.json"
+    assert read_arm_result(path) == result
+
+
+def test_a_broken_result_is_refused(tmp_path):
+    path = save_arm_result(replace(make_arm("base", BASE), suite="x"), tmp_path)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(LlmtuneError, match="not a result"):
+        read_arm_result(path)
+    path.write_text('{"suite": "x"}')
+    with pytest.raises(LlmtuneError, match="expected the keys"):
+        read_arm_result(path)
+    with pytest.raises(LlmtuneError, match="no such result"):
+        read_arm_result(tmp_path / "y.base.json")

@@ -1,0 +1,139 @@
+"""Items become token ids as training renders them, or as lm-evaluation-harness splits them."""
+
+import json
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from llmtune.data.render import render_messages
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.requests import (
+    Demonstration,
+    build_choice_requests,
+    encode_prompts,
+    split_continuation,
+)
+from llmtune.evaluation.suite import load_suite
+from tests.tiny import CHATML, make_tokenizer
+
+THINKING = CHATML.replace(
+    "message['content'] +",
+    "('<think>\n\n</think>\n\n' if message['role'] == 'assistant' else '') + message['content'] +",
+)
+
+
+@pytest.fixture
+def make_suite(tmp_path):
+    def make(*, choices=("yes", "no"), **keys):
+        item = {"question": "is 12 more than 3?", "options": list(choices), "answer": 0}
+        (tmp_path / "items.jsonl").write_text(json.dumps(item) + "\n")
+        declared = {
+            "task": "choice",
+            "items": "items.jsonl",
+            "prompt": "{{ question }}",
+            "choices_field": "options",
+        } | keys
+        (tmp_path / "suite.yaml").write_text(json.dumps(declared))
+        return load_suite(tmp_path / "suite.yaml")
+
+    return make
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_chat_prompt_and_its_choice_are_the_rendered_conversation(make_suite):
+    tokenizer = make_tokenizer()
+    [request] = build_choice_requests(tokenizer, make_suite(system="Be brief."))
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "is 12 more than 3?"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    whole = render_messages(tokenizer, talk)
+    begun = [*request.prompt_ids, *request.choice_ids[0]]
+    assert whole[: len(begun)] == begun
+
+
+def test_what_a_template_writes_before_an_answer_belongs_to_the_prompt(make_suite):
+    tokenizer = make_tokenizer(chat_template=THINKING)
+    [request] = build_choice_requests(tokenizer, make_suite())
+    talk = [
+        {"role": "user", "content": "is 12 more than 3?"},
+        {"role": "assistant", "content": "no"},
+    ]
+    whole = render_messages(tokenizer, talk)
+    begun = [*request.prompt_ids, *request.choice_ids[1]]
+    assert whole[: len(begun)] == begun
+    assert "</think>" in tokenizer.decode(request.prompt_ids)
+    assert "think" not in tokenizer.decode(request.choice_ids[1])
+
+
+def test_demonstrations_are_earlier_turns_of_the_chat(make_suite):
+    tokenizer = make_tokenizer()
+    shown = Demonstration("is 1 more than 3?", "no")
+    [prompt] = encode_prompts(tokenizer, make_suite(), [shown])
+    talk = [
+        {"role": "user", "content": shown.prompt},
+        {"role": "assistant", "content": shown.answer},
+        {"role": "user", "content": "is 12 more than 3?"},
+    ]
+    assert list(prompt) == render_messages(tokenizer, talk, add_generation_prompt=True)
+
+
+def test_demonstrations_precede_a_raw_prompt(make_suite):
+    tokenizer = make_tokenizer()
+    [prompt] = encode_prompts(tokenizer, make_suite(chat=False), [Demonstration("Q", "A")])
+    assert tokenizer.decode(prompt) == "Q A\n\nis 12 more than 3?"
+
+
+def test_the_end_of_an_answer_is_scored_where_asked(make_suite):
+    tokenizer = make_tokenizer()
+    [request] = build_choice_requests(tokenizer, make_suite(end_of_answer=True))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [ids[-1] for ids in request.choice_ids] == [end, end]
+    assert [ids[:-1] for ids in request.choice_ids] == [
+        tuple(ids_of(tokenizer, text)) for text in ("yes", "no")
+    ]
+
+
+def test_a_choice_that_begins_another_is_refused_unless_its_end_counts(make_suite):
+    tokenizer = make_tokenizer()
+    with pytest.raises(LlmtuneError, match="items.jsonl:1: the choice '4' begins '44'"):
+        build_choice_requests(tokenizer, make_suite(choices=("44", "4")))
+    for keys in ({"end_of_answer": True}, {"normalize": "length"}):
+        build_choice_requests(tokenizer, make_suite(choices=("44", "4"), **keys))
+
+
+def test_a_chat_without_template_is_refused(make_suite):
+    with pytest.raises(LlmtuneError, match="no chat template"):
+        build_choice_requests(make_tokenizer(chat_template=None), make_suite())
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation"),
+    [("The answer is", " yes"), ("The answer is ", "yes"), ("Q:\n", "no"), ("dog", "s are lazy")],
+)
+def test_raw_text_is_split_as_lm_eval_splits_it(context, continuation):
+    tokenizer = make_tokenizer()
+    head, tail = split_continuation(tokenizer, context, continuation)
+    assert head + tail == ids_of(tokenizer, context + continuation)
+    assert head == ids_of(tokenizer, context.rstrip())
+    assert not tokenizer.decode(head).endswith((" ", "\n"))
+
+
+def test_a_raw_prompt_begins_with_the_bos_that_the_tokenizer_adds(make_suite):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    [request] = build_choice_requests(tokenizer, make_suite(chat=False))
+    assert request.prompt_ids[0] == tokenizer.bos_token_id
+    assert request.prompt_ids.count(tokenizer.bos_token_id) == 1
+    assert request.choice_ids[0] == tuple(ids_of(tokenizer, " yes"))
+
+
+def test_the_delimiter_stands_before_a_raw_choice(make_suite):
+    [request] = build_choice_requests(make_tokenizer(), make_suite(chat=False, delimiter=""))
+    assert request.choice_ids[0] == tuple(ids_of(make_tokenizer(), "yes"))

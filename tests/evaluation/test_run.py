@@ -1,0 +1,202 @@
+"""Suites scored on the arms of one tiny model, resumed, and compared."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from llmtune.data.render import render_messages
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.compare import Resampling, compare_arms
+from llmtune.evaluation.requests import Demonstration
+from llmtune.evaluation.run import (
+    ModelIdentity,
+    ScoredModel,
+    ScoringSettings,
+    evaluate_arms,
+    evaluate_suite,
+)
+from llmtune.evaluation.samples import sample_generations
+from llmtune.evaluation.suite import load_suite
+from tests.tiny import CHATML, make_model, make_tokenizer
+
+WORDS = ["dog", "fox", "film", "plot", "quick", "lazy", "warm", "funny"]
+IDENTITY = ModelIdentity(base="b", adapter="a", dtype="float32", quantization="none")
+
+
+@pytest.fixture(scope="module")
+def scored():
+    lora = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear")
+    model = get_peft_model(make_model("llama"), lora).eval()
+    return ScoredModel(model, make_tokenizer(), IDENTITY)
+
+
+@pytest.fixture
+def suites(tmp_path):
+    items = [
+        {"q": f"{a} or {b}", "answer": a if n % 3 else b, "text": f"The {a} and the {b}. " * 4}
+        for n, (a, b) in enumerate((x, y) for x in WORDS for y in WORDS if x < y)
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n")
+    common = {"items": "items.jsonl", "prompt": "{{ q }}"}
+    declared = {
+        "pick": common | {"task": "choice", "choices": WORDS},
+        "say": common | {"task": "exact", "max_new_tokens": 4, "extract": "([a-z]+)"},
+        "prose": {"task": "perplexity", "items": "items.jsonl", "max_length": 16},
+    }
+    found = {}
+    for name, values in declared.items():
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(values))
+        found[name] = load_suite(tmp_path / f"{name}.yaml")
+    return found
+
+
+def test_every_task_gives_items_and_a_mean_on_both_arms(scored, suites, tmp_path):
+    results = evaluate_arms(scored, list(suites.values()), results_dir=tmp_path / "out")
+    for name, suite in suites.items():
+        base, tuned = results[name]["base"], results[name]["tuned"]
+        assert base.n == len(base.items) == len(suite.items) == 28
+        weights = [item.weight for item in base.items]
+        total = sum(i.score * w for i, w in zip(base.items, weights, strict=True))
+        assert base.mean == pytest.approx(total / sum(weights))
+        assert base.items != tuned.items
+        assert (base.model["adapter"], tuned.model["adapter"]) == (None, "a")
+        assert (tmp_path / "out" / f"{name}.tuned.json").is_file()
+        compare_arms(base, tuned, resampling=Resampling(samples=200))
+    assert results["pick"]["base"].chance == pytest.approx(1 / 8)
+    assert results["prose"]["base"].majority is None
+
+
+def test_the_base_arm_is_the_model_without_adapter(scored, suites):
+    plain = ScoredModel(make_model("llama"), scored.tokenizer, replace(IDENTITY, adapter=None))
+    for suite in suites.values():
+        [base] = evaluate_arms(scored, [suite], arms=("base",))[suite.name].values()
+        alone = evaluate_suite(plain, suite, arm="base")
+        assert base.recipe_hash == alone.recipe_hash
+        for item, other in zip(base.items, alone.items, strict=True):
+            assert item.prediction == other.prediction
+            assert item.score == pytest.approx(other.score, rel=1e-5)
+
+
+def test_choice_scores_are_the_likelihoods_of_the_rendered_answers(scored, suites):
+    result = evaluate_suite(scored, suites["pick"], arm="tuned")
+    item, score = suites["pick"].items[5], result.items[5]
+    expected = []
+    for choice in item.choices:
+        talk = [{"role": "user", "content": item.prompt}]
+        prompt = render_messages(scored.tokenizer, talk, add_generation_prompt=True)
+        ids = scored.tokenizer(choice, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = scored.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(ids) - 1)
+        expected.append(sum(logits[p, t].item() for p, t in zip(places, ids, strict=True)))
+    assert score.details["log_likelihoods"] == pytest.approx(expected, abs=1e-4)
+    assert score.prediction == item.choices[expected.index(max(expected))]
+    assert score.score == float(score.prediction == score.answer)
+
+
+def test_an_answer_that_cannot_be_read_is_counted_apart(scored, suites, tmp_path):
+    (tmp_path / "never.yaml").write_text(
+        json.dumps(
+            {
+                "task": "exact",
+                "items": "items.jsonl",
+                "prompt": "{{ q }}",
+                "extract": "ANSWER: (.*)",
+                "max_new_tokens": 2,
+            }
+        )
+    )
+    result = evaluate_suite(scored, load_suite(tmp_path / "never.yaml"), arm="tuned")
+    assert (result.unparseable, result.mean) == (28, 0.0)
+    assert not any(item.parsed for item in result.items)
+
+
+def test_bits_per_byte_and_nats_per_token_are_the_same_loss(scored, suites, tmp_path):
+    (tmp_path / "bits.yaml").write_text(
+        json.dumps(
+            {
+                "task": "perplexity",
+                "items": "items.jsonl",
+                "max_length": 16,
+                "metric": "bits_per_byte",
+            }
+        )
+    )
+    bits = evaluate_suite(scored, load_suite(tmp_path / "bits.yaml"), arm="tuned")
+    nats = evaluate_suite(scored, suites["prose"], arm="tuned")
+    for result, per_unit in ((bits, 0.6931471805599453), (nats, 1.0)):
+        total = sum(item.score * item.weight * per_unit for item in result.items)
+        loss = sum(item.details["negative_log_likelihood"] for item in result.items)
+        assert total == pytest.approx(loss)
+    assert bits.mean != pytest.approx(nats.mean)
+
+
+def test_a_finished_result_is_read_and_not_computed_again(scored, suites, tmp_path):
+    out = tmp_path / "out"
+    seen = []
+    settings = ScoringSettings(on_progress=seen.append)
+    first = evaluate_arms(scored, [suites["pick"]], results_dir=out, settings=settings)
+    count = len(seen)
+    assert count > 0 and (seen[-1].done, seen[-1].total, seen[-1].arm) == (28, 28, "tuned")
+    second = evaluate_arms(scored, [suites["pick"]], results_dir=out, settings=settings)
+    assert second == first and len(seen) == count
+
+
+@pytest.mark.parametrize(
+    ("change", "recomputed"),
+    [
+        ({"identity": replace(IDENTITY, adapter="other")}, {"tuned"}),
+        ({"identity": replace(IDENTITY, base="other")}, {"base", "tuned"}),
+        ({"identity": replace(IDENTITY, dtype="bfloat16")}, {"base", "tuned"}),
+        ({"tokenizer": make_tokenizer(chat_template=CHATML.replace("user", "human") + " ")}, None),
+    ],
+)
+def test_another_model_or_recipe_is_computed_again(scored, suites, tmp_path, change, recomputed):
+    out, suite = tmp_path / "out", suites["pick"]
+    evaluate_arms(scored, [suite], results_dir=out)
+    seen = []
+    settings = ScoringSettings(on_progress=seen.append)
+    evaluate_arms(replace(scored, **change), [suite], results_dir=out, settings=settings)
+    assert {progress.arm for progress in seen} == (recomputed or {"base", "tuned"})
+
+
+def test_half_a_result_is_computed_again(scored, suites, tmp_path):
+    evaluate_arms(scored, [suites["pick"]], arms=("base",), results_dir=tmp_path)
+    path = tmp_path / "pick.base.json"
+    path.write_text(path.read_text()[:50])
+    evaluate_arms(scored, [suites["pick"]], arms=("base",), results_dir=tmp_path)
+    assert json.loads(path.read_text())["n"] == 28
+
+
+def test_demonstrations_are_another_recipe(scored, suites):
+    shown = ScoringSettings(demonstrations=(Demonstration("dog or fox", "fox"),))
+    plain = evaluate_suite(scored, suites["pick"], arm="base")
+    few = evaluate_suite(scored, suites["pick"], arm="few_shot", settings=shown)
+    with pytest.raises(LlmtuneError, match="demonstrations"):
+        compare_arms(plain, few)
+    found = compare_arms(plain, few, resampling=Resampling(samples=200), across=("demonstrations",))
+    assert found.tuned_arm == "few_shot"
+
+
+def test_two_suites_of_one_name_are_refused(scored, suites):
+    with pytest.raises(LlmtuneError, match="two suites are named 'pick'"):
+        evaluate_arms(scored, [suites["pick"], suites["pick"]])
+
+
+def test_samples_show_base_and_tuned_side_by_side(scored):
+    pairs = sample_generations(
+        scored.model,
+        scored.tokenizer,
+        ["the quick fox", [{"role": "user", "content": "a warm film"}]],
+        max_new_tokens=6,
+    )
+    assert [pair.prompt for pair in pairs] == ["the quick fox", "a warm film"]
+    assert any(pair.base != pair.tuned for pair in pairs)
+    with scored.model.disable_adapter():
+        again = sample_generations(
+            scored.model, scored.tokenizer, ["the quick fox"], max_new_tokens=6
+        )
+    assert again[0].base == pairs[0].base

@@ -1,0 +1,159 @@
+"""A suite file is read whole or refused with file, line and what was expected."""
+
+import json
+
+import pytest
+
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.suite import find_suite, load_suite, shipped_suites
+
+ITEMS = [
+    {"id": "a", "question": "2 + 2", "answer": "4", "options": ["3", "4"], "source": "x"},
+    {"id": "b", "question": "1 + 2", "answer": "3", "options": ["3", "4"], "source": "y"},
+]
+CHOICE = """\
+task: choice
+items: items.jsonl
+prompt: "What is {{ question }}?"
+choices_field: options
+"""
+
+
+def write_suite(folder, text=CHOICE, items=ITEMS):
+    (folder / "sums.yaml").write_text(text)
+    lines = [item if isinstance(item, str) else json.dumps(item) for item in items]
+    (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "sums.yaml"
+
+
+def message_of(path):
+    with pytest.raises(LlmtuneError) as error:
+        load_suite(path)
+    return str(error.value)
+
+
+def test_a_choice_suite_is_read_with_rendered_prompts(tmp_path):
+    suite = load_suite(write_suite(tmp_path))
+    assert (suite.name, suite.task, suite.role) == ("sums", "choice", "target")
+    assert [item.prompt for item in suite.items] == ["What is 2 + 2?", "What is 1 + 2?"]
+    assert [item.answer for item in suite.items] == [1, 0]
+    assert suite.items[0].choices == ("3", "4")
+
+
+def test_an_answer_may_be_an_index(tmp_path):
+    items = [{**ITEMS[0], "answer": 0}]
+    assert load_suite(write_suite(tmp_path, items=items)).items[0].answer == 0
+
+
+def test_an_exact_suite_accepts_several_references(tmp_path):
+    text = 'task: exact\nitems: items.jsonl\nprompt: "{{ question }}"\n'
+    items = [{"question": "2 + 2", "answer": ["4", "four"]}, {"question": "1", "answer": 1}]
+    suite = load_suite(write_suite(tmp_path, text, items))
+    assert [item.references for item in suite.items] == [("4", "four"), ("1",)]
+    assert [item.id for item in suite.items] == ["1", "2"]
+
+
+def test_a_perplexity_suite_is_read_with_clusters_and_slices(tmp_path):
+    text = "task: perplexity\nitems: items.jsonl\ntext: body\ncluster: doc\nslices: [kind]\n"
+    items = [{"body": "Some prose.", "doc": 7, "kind": "news"}]
+    [item] = load_suite(write_suite(tmp_path, text, items)).items
+    assert (item.text, item.cluster, item.slices) == ("Some prose.", "7", (("kind", "news"),))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("choises: [a, b]", "sums.yaml:5: unknown key 'choises'; did you mean 'choices'?"),
+        ("limit: many", "sums.yaml:5: limit: .*integer.*'many'"),
+        ("role: other", "sums.yaml:5: role: .*'target', 'transfer' or 'general'"),
+        ("choices: [a, b]", "either choices"),
+        ("system: hi\nchat: false", "system needs chat: true"),
+        ("end_of_answer: true\nchat: false", "end_of_answer needs chat"),
+        ("max_length: 5", "unknown key 'max_length'"),
+    ],
+)
+def test_a_wrong_key_is_named_with_its_line(tmp_path, line, expected):
+    path = write_suite(tmp_path, CHOICE + line + "\n")
+    with pytest.raises(LlmtuneError, match=expected):
+        load_suite(path)
+
+
+def test_all_wrong_keys_are_told_at_once(tmp_path):
+    message = message_of(write_suite(tmp_path, CHOICE + "limit: 0\nrolle: target\n"))
+    assert "limit" in message and "'rolle'; did you mean 'role'?" in message
+
+
+def test_an_unknown_task_lists_the_tasks(tmp_path):
+    text = CHOICE.replace("task: choice", "task: ranking")
+    assert "choice, exact, perplexity, not 'ranking'" in message_of(write_suite(tmp_path, text))
+
+
+def test_yes_and_no_must_be_quoted(tmp_path):
+    text = CHOICE.replace("choices_field: options", "choices: [yes, no]")
+    assert "sums.yaml:4: choices: " in message_of(write_suite(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ({**ITEMS[1], "answer": "5"}, "neither one of the choices"),
+        ({**ITEMS[1], "answer": 2}, "neither one of the choices"),
+        ({**ITEMS[1], "answer": True}, "neither one of the choices"),
+        ({**ITEMS[1], "options": ["3", "3"]}, "two different texts"),
+        ({**ITEMS[1], "options": "34"}, "list of texts"),
+        ({"id": "b", "answer": "3", "options": ["3", "4"]}, "'question' is undefined"),
+        ({"id": "b", "question": "x", "options": ["3", "4"]}, "field 'answer' is missing"),
+        ({**ITEMS[1], "id": "a"}, "id 'a' is not unique"),
+        ("{not json}", "Expecting"),
+        ("[1, 2]", "expected a JSON object"),
+    ],
+)
+def test_a_wrong_item_is_named_with_its_line(tmp_path, item, expected):
+    message = message_of(write_suite(tmp_path, items=[ITEMS[0], item]))
+    assert "items.jsonl:2: " in message and expected in message
+
+
+def test_many_wrong_items_are_counted(tmp_path):
+    message = message_of(write_suite(tmp_path, items=["{}"] * 25))
+    assert message.count("items.jsonl:") == 10 and "and 15 more" in message
+
+
+def test_a_missing_or_empty_items_file_is_an_error(tmp_path):
+    path = write_suite(tmp_path, items=[""])
+    assert "no items" in message_of(path)
+    (tmp_path / "items.jsonl").unlink()
+    assert "not there" in message_of(path)
+
+
+def test_a_prompt_with_bad_jinja_is_an_error(tmp_path):
+    assert "prompt" in message_of(write_suite(tmp_path, CHOICE.replace("}}", "")))
+
+
+def test_a_prompt_cannot_run_python(tmp_path):
+    text = CHOICE.replace("{{ question }}", "{{ question.__class__.__mro__ }}")
+    assert "cannot be rendered" in message_of(write_suite(tmp_path, text))
+
+
+def test_limits_are_nested_and_keep_file_order(tmp_path):
+    items = [{**ITEMS[0], "id": f"i{n}"} for n in range(50)]
+    path = write_suite(tmp_path, CHOICE + "limit: 40\n", items)
+    ids = {n: [i.id for i in load_suite(path, limit=n).items] for n in (10, 20, 45)}
+    assert [len(ids[n]) for n in (10, 20, 45)] == [10, 20, 40]
+    assert set(ids[10]) < set(ids[20]) < set(ids[45])
+    assert ids[20] == sorted(ids[20], key=lambda name: int(name[1:]))
+    assert [i.id for i in load_suite(path, limit=10, seed=1).items] != ids[10]
+
+
+def test_the_fingerprint_follows_what_is_asked(tmp_path):
+    path = write_suite(tmp_path)
+    before = load_suite(path).items_fingerprint
+    write_suite(tmp_path, items=[ITEMS[0], {**ITEMS[1], "unused": 1}])
+    assert load_suite(path).items_fingerprint == before
+    write_suite(tmp_path, items=[ITEMS[0], {**ITEMS[1], "question": "3 + 0"}])
+    assert load_suite(path).items_fingerprint != before
+
+
+def test_shipped_suites_are_found_by_name():
+    assert find_suite("general") == shipped_suites()["general"]
+    with pytest.raises(LlmtuneError, match="Did you mean 'general'"):
+        find_suite("genral")
