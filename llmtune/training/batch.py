@@ -148,8 +148,8 @@ def pack_rows(examples: Sequence[Example]) -> dict:
 
     Returns:
         `input_ids` and `position_ids` [1, T] (positions restart with every row), the keyword
-        arguments of transformers' variable-length attention (`cu_seq_lens_q` [rows + 1], ...), and
-        the targets: see `_targets`.
+        arguments of transformers' variable-length attention (`cu_seq_lens_q` [rows + 1], ...),
+        `row_lengths` as ints for our own, and the targets: see `_targets`.
     """
     lengths = [len(example.input_ids) for example in examples]
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -162,6 +162,7 @@ def pack_rows(examples: Sequence[Example]) -> dict:
         "cu_seq_lens_k": starts,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
+        "row_lengths": tuple(lengths),
         **_targets(examples, starts.tolist()),
     }
 

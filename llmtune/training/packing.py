@@ -1,6 +1,7 @@
 """Packed batches: attention within each row, and the probe that shows neighbours stay apart."""
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -12,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
+from llmtune.ops.varlen_attention import choose_varlen_backend, varlen_attention
 from llmtune.training.batch import pack_rows, pad_rows
 from llmtune.training.head import decoder_hidden
 
@@ -21,7 +23,12 @@ PROBE_TOKENS = 24
 # same row alone: rounding is far below, a lost mask, window or cap far above.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
-logger = logging.getLogger(__name__)
+
+UNSUPPORTED_OPTIONS = ("dropout", "s_aux", "position_bias", "head_mask")
+
+
+class UnpackableError(Exception):
+    """The model's attention needs something that packed attention does not offer."""
 
 
 class PackingChoice(NamedTuple):
@@ -47,7 +54,8 @@ def choose_packing(
         return PackingChoice(False, "data.packing is off")
     reason = _find_obstacle(model, examples)
     if reason is None:
-        return PackingChoice(True, "the probe found no influence between neighbours")
+        backend = _describe_backend(model)
+        return PackingChoice(True, f"the probe found no influence of neighbours ({backend})")
     if wanted == "on":
         raise LlmtuneError(
             f"data.packing is on, but {type(model.get_base_model()).__name__} cannot be packed: "
@@ -89,7 +97,7 @@ def varlen_attention_forward(
         key: [1, kv_heads, T, head_dim].
         value: like `key`.
         attention_mask: always None, see `no_mask`.
-        options: `cu_seq_lens_q` (required), `scaling`, `dropout`, `sliding_window`, `softcap`.
+        options: `row_lengths` (required), `scaling`, `sliding_window`, `softcap`.
 
     Returns:
         [1, T, heads, head_dim] and no attention weights.
@@ -97,21 +105,24 @@ def varlen_attention_forward(
     Raises:
         UnpackableError: the layer asks for something that packed attention does not have.
     """
-    starts = options.get("cu_seq_lens_q")
-    if starts is None or attention_mask is not None or query.shape[0] != 1:
+    lengths = options.get("row_lengths")
+    if lengths is None or attention_mask is not None:
         raise UnpackableError("its attention layers do not receive the row lengths")
-    unknown = [name for name in UNSUPPORTED_OPTIONS if options.get(name) is not None]
+    unknown = [name for name in UNSUPPORTED_OPTIONS if options.get(name)]
     if unknown or not getattr(module, "is_causal", True):
         raise UnpackableError(f"its attention uses {', '.join(unknown) or 'no causal order'}")
-    attended = _attend_rows(query, key, value, starts, options)
-    return attended.transpose(1, 2).contiguous(), None
-
-
-UNSUPPORTED_OPTIONS = ("s_aux", "position_bias", "head_mask")
-
-
-class UnpackableError(Exception):
-    """The model's attention needs something that packed attention does not offer."""
+    scale = options.get("scaling")
+    attended = varlen_attention(
+        # Rotary embeddings may leave the queries in float32 under autocast.
+        query.to(value.dtype),
+        key.to(value.dtype),
+        value,
+        lengths,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        sliding_window=options.get("sliding_window"),
+        softcap=options.get("softcap"),
+    )
+    return attended.transpose(1, 2), None
 
 
 def no_mask(*_args, **_kwargs) -> None:
@@ -120,26 +131,6 @@ def no_mask(*_args, **_kwargs) -> None:
 
 AttentionInterface.register(ATTENTION_NAME, varlen_attention_forward)
 AttentionMaskInterface.register(ATTENTION_NAME, no_mask)
-
-
-def _attend_rows(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, options) -> Tensor:
-    if options.get("sliding_window") or options.get("softcap"):
-        raise UnpackableError("sliding windows and soft caps are not supported yet")
-    bounds = starts.tolist()
-    pieces = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        pieces.append(
-            nn.functional.scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, start:end],
-                value[:, :, start:end],
-                dropout_p=options.get("dropout", 0.0),
-                scale=options.get("scaling"),
-                is_causal=True,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )
-    return torch.cat(pieces, dim=2)
 
 
 @contextlib.contextmanager
@@ -154,32 +145,55 @@ def _silenced(name: str) -> Iterator[None]:
         library.setLevel(level)
 
 
+def _describe_backend(model: PeftModel) -> str:
+    embedding = model.get_input_embeddings().weight
+    config = model.get_base_model().config.get_text_config()
+    head_width = getattr(config, "head_dim", None)
+    backend = choose_varlen_backend(
+        embedding.device,
+        dtype=embedding.dtype,
+        head_width=head_width or config.hidden_size // config.num_attention_heads,
+        has_softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+    )
+    return f"{backend} attention"
+
+
 def _find_obstacle(model: PeftModel, examples: Sequence[Example]) -> str | None:
     """Return why the model's rows cannot be packed, or None."""
-    device = model.get_input_embeddings().weight.device
-    left, right, other = _probe_rows(examples)
+    decoder = model.get_base_model().base_model
+    parameters = inspect.signature(decoder.forward).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return "its forward method takes no row lengths"
     was_training = model.training
-    model.eval()
     try:
-        alone = _hidden(model, pad_rows([right], pad_token_id=0), device)[0]
-        with packed_attention(model) as is_applied:
-            if not is_applied:
-                return "its attention does not go through transformers' AttentionInterface"
-            packed = _hidden(model, pack_rows([left, right]), device)[0, PROBE_TOKENS:]
-            changed = _hidden(model, pack_rows([other, right]), device)[0, PROBE_TOKENS:]
-            gradient = _neighbour_gradient(model, pack_rows([left, right]), device)
+        return _probe(model, examples)
     except UnpackableError as error:
         return str(error)
     finally:
         model.train(was_training)
+
+
+def _probe(model: PeftModel, examples: Sequence[Example]) -> str | None:
+    """Measure the influence of a neighbour; return what is wrong, or None."""
+    device = model.get_input_embeddings().weight.device
+    left, right, other = _probe_rows(examples)
+    model.eval()
+    alone = _hidden(model, pad_rows([right], pad_token_id=0), device)[0]
+    with packed_attention(model) as is_applied:
+        if not is_applied:
+            return "its attention does not go through transformers' AttentionInterface"
+        packed = _hidden(model, pack_rows([left, right]), device)[0, PROBE_TOKENS:]
+        changed = _hidden(model, pack_rows([other, right]), device)[0, PROBE_TOKENS:]
+        model.train()
+        gradient = _neighbour_gradient(model, pack_rows([left, right]), device)
     if gradient != 0.0:
         return f"a gradient of {gradient:.2g} flows from a row to its neighbour"
-    scale = alone.abs().max().item() * TOLERANCES.get(alone.dtype, 1e-4)
+    tolerated = alone.abs().max().item() * TOLERANCES.get(alone.dtype, 1e-4)
     influence = (packed - changed).abs().max().item()
-    if not influence <= scale:
+    if not influence <= tolerated:
         return f"a row changes by {influence:.2g} with its neighbour"
     difference = (packed - alone).abs().max().item()
-    if not difference <= scale:
+    if not difference <= tolerated:
         return f"a packed row differs by {difference:.2g} from the row alone"
     return None
 

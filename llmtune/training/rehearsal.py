@@ -44,7 +44,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tell an allocation that failed, on a GPU or on the CPU, from other errors."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return "not enough memory" in str(error) or "out of memory" in str(error)
+    return "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
 
 
 def rehearse_save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: RunDir) -> None:

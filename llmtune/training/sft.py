@@ -26,7 +26,7 @@ from llmtune.training.config import TrainConfig
 from llmtune.training.interrupt import catch_interruption
 from llmtune.training.metrics import MetricsLog
 from llmtune.training.progress import ProgressLine
-from llmtune.training.rehearsal import rehearse_save
+from llmtune.training.rehearsal import is_out_of_memory, rehearse_save
 from llmtune.training.reporters import check_reporters
 from llmtune.training.request import TrainRequest, TrainResult, row_lengths
 from llmtune.training.setup import Setup, set_up
@@ -126,7 +126,16 @@ def _run(request: TrainRequest, setup: Setup, context: RunContext, stack: ExitSt
         metrics = MetricsLog(run.metrics_path, resumed_step=steps)
         stack.callback(metrics.close)
         trainer = _build_trainer(request, setup, context, metrics)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise LlmtuneError(
+                f"out of memory after step {trainer.state.global_step} of {total_steps}; earlier "
+                "checkpoints are kept. Set train.micro_batch_size to a smaller number, or "
+                "train.gradient_checkpointing=true, and run the same command to continue."
+            ) from error
         trainer.stop_clock()
         steps = trainer.state.global_step
     if context.interruption.signal_name and steps < total_steps and not totals.has_stopped_early:

@@ -88,8 +88,8 @@ def test_the_model_comes_back_as_it_was_except_its_weights(tmp_path):
     before = (
         base.config.to_dict(),
         base.generation_config.to_dict(),
-        {name for name in base.__dict__},
-        {name for name in model.__dict__},
+        set(base.__dict__),
+        set(model.__dict__),
         base.config._attn_implementation,
         model.training,
         [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
@@ -98,8 +98,8 @@ def test_the_model_comes_back_as_it_was_except_its_weights(tmp_path):
     after = (
         base.config.to_dict(),
         base.generation_config.to_dict(),
-        {name for name in base.__dict__},
-        {name for name in model.__dict__},
+        set(base.__dict__),
+        set(model.__dict__),
         base.config._attn_implementation,
         model.training,
         [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],

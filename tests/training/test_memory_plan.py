@@ -1,0 +1,127 @@
+"""Micro-batches fill the memory that is there; layers are recomputed only when they must be."""
+
+import pytest
+import torch
+
+from llmtune.errors import LlmtuneError
+from llmtune.training.batch import BatchLimits
+from llmtune.training.memory_plan import (
+    UNLIMITED_TOKENS,
+    ActivationCost,
+    RowSizes,
+    measure_activations,
+    plan_memory,
+)
+from llmtune.training.recompute import recomputable_layers, recomputing
+from llmtune.training.rehearsal import rehearse_save, rehearse_step
+from llmtune.training.sft import train_adapter
+from tests.training.tiny_runs import make_adapter, make_config, make_request
+
+COST = ActivationCost(layers=10, layer_bytes=1000, recomputed_layer_bytes=100, other_bytes=0)
+
+
+def plan(available, *, micro_batch_size="auto", checkpointing="auto"):
+    return plan_memory(
+        COST,
+        available,
+        RowSizes(longest=500, step=8000),
+        useful_tokens=4096,
+        micro_batch_size=micro_batch_size,
+        checkpointing=checkpointing,
+    )
+
+
+def test_with_memory_to_spare_nothing_is_recomputed():
+    roomy = plan(1e12)
+    assert roomy.recomputed_layers == 0
+    assert roomy.limits == BatchLimits(None, 4096)
+
+
+def test_micro_batches_shrink_before_layers_are_recomputed():
+    tight = plan(2000 * COST.bytes_a_token(0))
+    assert tight.recomputed_layers == 0
+    assert 1990 <= tight.limits.tokens <= 2000
+
+
+def test_as_few_layers_as_needed_are_recomputed():
+    tighter = plan(1024 * COST.bytes_a_token(4))
+    assert tighter.recomputed_layers == 4
+    assert tighter.needed_bytes <= 1024 * COST.bytes_a_token(4)
+
+
+def test_what_never_fits_is_left_to_the_rehearsal():
+    hopeless = plan(1)
+    assert hopeless.recomputed_layers == 10
+    assert hopeless.limits.tokens == 500
+
+
+def test_explicit_settings_are_followed():
+    explicit = plan(1e12, micro_batch_size=3, checkpointing=True)
+    assert explicit.limits == BatchLimits(3, UNLIMITED_TOKENS)
+    assert explicit.recomputed_layers == 10
+    assert plan(1, checkpointing=False).recomputed_layers == 0
+
+
+def forward(model):
+    ids = torch.arange(4, 68)[None]
+    return model.get_base_model().base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def test_the_measured_cost_is_what_recomputation_saves():
+    model = make_adapter().train()
+    layers = recomputable_layers(model)
+    cost = measure_activations(model, layers, lambda: forward(model), 64)
+    assert cost.layers == 2
+    with recomputing(model, 2):
+        kept = measure_activations(model, layers, lambda: forward(model), 64)
+    saved = kept.layer_bytes * 2 + kept.other_bytes
+    predicted = 2 * cost.recomputed_layer_bytes + cost.other_bytes
+    # The cosines of the rotary embedding are shared inputs that recomputation keeps too.
+    assert predicted <= saved <= 1.5 * predicted
+    assert cost.layer_bytes > 10 * cost.recomputed_layer_bytes
+
+
+def test_out_of_memory_names_the_length_and_two_settings(tmp_path):
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(LlmtuneError, match="500 tokens.*max_length=250.*micro_batch_size=1"):
+        rehearse_step(run_out, longest=500, plan=plan(1))
+
+
+def test_other_errors_of_the_rehearsal_are_not_hidden():
+    def fail():
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        rehearse_step(fail, longest=5, plan=plan(1))
+
+
+def test_a_cpu_that_cannot_allocate_is_out_of_memory():
+    def allocate():
+        torch.empty(2**60, dtype=torch.float32)
+
+    with pytest.raises(LlmtuneError, match="does not fit the memory"):
+        rehearse_step(allocate, longest=5, plan=plan(1))
+
+
+def test_a_generation_config_that_cannot_be_saved_is_found_before_step_one(tmp_path):
+    model = make_adapter()
+    model.get_base_model().generation_config.do_sample = False
+    model.get_base_model().generation_config.temperature = 0.3
+    with pytest.raises(LlmtuneError, match="generation_config.json"):
+        train_adapter(make_config(), make_request(model, tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_found_before_step_one(tmp_path):
+    (tmp_path / "run").write_text("a file where the run should be")
+    request = make_request(make_adapter(), tmp_path / "run")
+    with pytest.raises(LlmtuneError, match="cannot write into"):
+        rehearse_save(request.model, request.tokenizer, request.run)
+
+
+def test_the_save_rehearsal_leaves_nothing_behind(tmp_path):
+    request = make_request(make_adapter(), tmp_path / "run")
+    rehearse_save(request.model, request.tokenizer, request.run)
+    assert list((tmp_path / "run").iterdir()) == []

@@ -1,0 +1,38 @@
+"""NEFTune's noise has the paper's size for every row, packed or padded, and only in training."""
+
+import torch
+
+from llmtune.training.batch import pack_rows, pad_rows
+from llmtune.training.head import decoder_hidden
+from llmtune.training.neftune import noisy_embeddings
+from llmtune.training.packing import packed_attention
+from tests.training.tiny_runs import make_adapter, make_rows
+
+
+def catch_noise(model, batch):
+    embedding = model.get_input_embeddings()
+    clean = torch.nn.functional.embedding(batch["input_ids"], embedding.weight)
+    seen = []
+    with noisy_embeddings(model, 5.0):
+        handle = embedding.register_forward_hook(lambda *call: seen.append(call[2].detach()))
+        decoder_hidden(model, batch)
+        handle.remove()
+    return seen[0] - clean
+
+
+def test_the_noise_of_a_row_is_bounded_by_its_own_length():
+    rows = make_rows(4, longest=60)
+    bounds = [5.0 / (len(row.input_ids) * 64) ** 0.5 for row in rows]
+    model = make_adapter().train()
+    padded = catch_noise(model, pad_rows(rows, 0))
+    with packed_attention(model):
+        packed = catch_noise(model, pack_rows(rows))[0].split([len(r.input_ids) for r in rows])
+    for bound, one, other, row in zip(bounds, padded, packed, rows, strict=True):
+        for noise in (one[: len(row.input_ids)], other):
+            assert 0.9 * bound < noise.abs().max() <= bound * 1.0001
+
+
+def test_there_is_no_noise_in_evaluation_nor_afterwards():
+    model = make_adapter().eval()
+    assert catch_noise(model, pad_rows(make_rows(2), 0)).abs().max() == 0
+    assert not model.get_input_embeddings()._forward_hooks

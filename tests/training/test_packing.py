@@ -1,0 +1,87 @@
+"""Rows are packed only where the probe shows that they stay apart."""
+
+import pytest
+import torch
+
+from llmtune.errors import LlmtuneError
+from llmtune.training.batch import pack_rows, pad_rows
+from llmtune.training.head import decoder_hidden
+from llmtune.training.packing import choose_packing, packed_attention
+from tests.training.tiny_runs import make_adapter, make_rows
+
+PACKABLE = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi", "gpt_neox", "mixtral")
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_packed_rows_equal_the_rows_alone(family):
+    model = make_adapter(family).eval()
+    rows = make_rows(4, longest=90)  # longer than gemma2's sliding window of 64
+    with torch.no_grad():
+        alone = [decoder_hidden(model, pad_rows([row], 0))[0] for row in rows]
+        with packed_attention(model) as is_applied:
+            assert is_applied
+            packed = decoder_hidden(model, pack_rows(rows))[0]
+    for expected, row in zip(alone, packed.split([len(one) for one in alone]), strict=True):
+        assert torch.allclose(row, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_the_probe_lets_real_families_pack(family):
+    assert choose_packing(make_adapter(family), "auto", make_rows(3)).packed
+
+
+def test_the_probe_works_in_bfloat16():
+    assert choose_packing(make_adapter(dtype=torch.bfloat16), "on", make_rows(3)).packed
+
+
+def leak_into_later_tokens(model):
+    """Let every token see the running sum of all tokens before it, across rows."""
+
+    def leak(_module, _inputs, output):
+        return output + 1e-6 * output.cumsum(1)
+
+    model.get_base_model().model.layers[0].mlp.register_forward_hook(leak)
+
+
+def test_a_model_that_mixes_neighbours_is_padded():
+    model = make_adapter()
+    leak_into_later_tokens(model)
+    choice = choose_packing(model, "auto", make_rows(3))
+    assert not choice.packed
+    assert "neighbour" in choice.reason
+
+
+def test_demanding_packing_of_a_model_that_mixes_is_an_error():
+    model = make_adapter()
+    leak_into_later_tokens(model)
+    with pytest.raises(LlmtuneError, match="data.packing.*auto or off"):
+        choose_packing(model, "on", make_rows(3))
+
+
+def test_an_attention_that_ignores_the_window_is_found(monkeypatch):
+    from llmtune.training import packing
+
+    model = make_adapter("gemma2", sliding_window=8)
+    real = packing.varlen_attention
+    monkeypatch.setattr(
+        packing,
+        "varlen_attention",
+        lambda *inputs, **options: real(*inputs, **(options | {"sliding_window": None})),
+    )
+    choice = choose_packing(model, "auto", make_rows(3))
+    assert not choice.packed
+    assert "differs" in choice.reason
+
+
+def test_attention_dropout_is_not_packed():
+    choice = choose_packing(make_adapter("gpt2"), "auto", make_rows(3))
+    assert choice == (False, "its attention uses dropout")
+
+
+def test_the_models_own_attention_is_back_afterwards():
+    model = make_adapter()
+    base = model.get_base_model()
+    before = base.config._attn_implementation
+    with packed_attention(model):
+        assert base.config._attn_implementation != before
+    assert base.config._attn_implementation == before
