@@ -19,6 +19,7 @@ Number = TypeVar("Number", int, float)
 class LowRankAdapter(Section):
     """W + scaling * B A, with A [rank, in] and B [out, rank]; W stays frozen (arXiv:2106.09685)."""
 
+    method: str  # each method narrows it to its own name
     rank: Annotated[int, Field(gt=0)] = 16
     """Rows of A: the width of the update."""
     alpha: Annotated[float, Field(gt=0)] = 32

@@ -169,7 +169,8 @@ def _check_layers(model: PeftModel, config: LowRankAdapter, chosen: list[str]) -
         others = sorted({name.rpartition(".")[2] for name in chosen} - endings)
         raise LlmtuneError(
             "adapter.target_modules: in this kind of model peft takes "
-            f"{', '.join(sorted(endings))} for other weights than meant. Leave them out: target_modules=[{', '.join(others)}]"
+            f"{', '.join(sorted(endings))} for other weights than meant. Leave them out: "
+            f"target_modules=[{', '.join(others)}]"
         )
     for name, layer in layers.items():
         rank, alpha = config.rank_of(name), config.alpha_of(name)

@@ -66,7 +66,7 @@ def save_adapter(model: PeftModel, directory: Path, manifest: Mapping[str, JsonV
     try:
         # False: llmtune never resizes embeddings, and "auto" would ask the hub for the base
         model.save_pretrained(str(temporary), save_embedding_layers=False)
-        _record_base(temporary / CONFIG_NAME, manifest.get("base", {}))
+        _record_base(temporary / CONFIG_NAME, manifest.get("base"))
         atomic_write_json(temporary / MANIFEST_NAME, {"format": MANIFEST_FORMAT, **manifest})
         for path in temporary.iterdir():  # some writers leave files that only their owner can read
             path.chmod(0o644)
@@ -169,7 +169,8 @@ def _read_peft_config(directory: Path) -> LoraConfig:
         raise LlmtuneError(f"{directory / CONFIG_NAME}: peft cannot read it: {error}") from error
 
 
-def _record_base(path: Path, base: Mapping[str, JsonValue]) -> None:
+def _record_base(path: Path, base: JsonValue) -> None:
+    base = base if isinstance(base, Mapping) else {}
     config = json.loads(path.read_text(encoding="utf-8"))
     revision = base.get("revision")
     config["base_model_name_or_path"] = base.get("origin") if revision else base.get("path")

@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -111,8 +112,8 @@ def check_quantization(
         )
     for name, layer in layers.items():
         _check_shape(name, layer)
-        found = (_kind(layer),)
-        wanted = (config.method,)
+        found: tuple[Any, ...] = (_kind(layer),)
+        wanted: tuple[Any, ...] = (config.method,)
         if not isinstance(config, Int8Quantization):
             found += (layer.weight.quant_state.nested, layer.compute_dtype)
             wanted += (config.double_quant, compute_dtype(config, dtype))
@@ -174,7 +175,7 @@ def _stored_bytes(parameter: nn.Parameter) -> int:
     return stored
 
 
-def _state_bytes(state) -> int:
+def _state_bytes(state: Any) -> int:
     tensors = [state.absmax]
     if state.nested:
         tensors.append(state.state2.absmax)
@@ -183,7 +184,7 @@ def _state_bytes(state) -> int:
 
 def _kind(module: nn.Module) -> str | None:
     """Name bitsandbytes' format of a layer, read from the weight itself, not from a config."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if type(weight).__name__ == "Params4bit":
         return weight.quant_type
     if type(weight).__name__ == "Int8Params":

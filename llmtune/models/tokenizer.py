@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
@@ -71,7 +72,9 @@ def require_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
         )
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerFast, generation_config=None) -> tuple[int, ...]:
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerFast, generation_config: Any = None
+) -> tuple[int, ...]:
     """Return every id that ends an answer, ascending: EOS, generation config, end of turn.
 
     Args:
