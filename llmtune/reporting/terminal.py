@@ -18,18 +18,18 @@ OPEN_STYLE = "bold yellow"
 def render_terminal(report: Report) -> RenderableType:
     """Return what to print; colour is the console's choice, so NO_COLOR works."""
     name = report.verdict.name
-    verdict = Text.assemble((name, STYLES.get(name, OPEN_STYLE)), "  ", MEANINGS[name])
+    verdict = _sentence((name, STYLES.get(name, OPEN_STYLE)), "  ", MEANINGS[name])
     parts: list[RenderableType] = [verdict]
-    parts += [Padding(Text(reason), (0, 0, 0, 2)) for reason in report.verdict.reasons]
+    parts += [_indented(reason) for reason in report.verdict.reasons]
     if report.suites:
         parts += [Text(), suites_table(report)]
     if report.caveats:
         parts += [Text("Read this too:", style="bold")]
-        parts += [Padding(Text(f"- {caveat}"), (0, 0, 0, 2)) for caveat in report.caveats]
+        parts += [_indented(f"- {caveat}") for caveat in report.caveats]
     if report.missing:
-        parts.append(Text(f"Not in this report: {', '.join(report.missing)}."))
+        parts.append(_sentence(f"Not in this report: {', '.join(report.missing)}."))
     if cost := write_cost(report):
-        parts.append(Text(cost))
+        parts.append(_sentence(cost))
     return Group(*parts)
 
 
@@ -71,6 +71,15 @@ def write_cost(report: Report) -> str:
     if cost.adapter_bytes is not None:
         parts.append(f"adapter {write_bytes(cost.adapter_bytes)}")
     return ", ".join(parts)
+
+
+def _sentence(*parts: str | tuple[str, str]) -> Text:
+    """Return text that wraps at words, also on a console that is told not to wrap."""
+    return Text.assemble(*parts, no_wrap=False, overflow="fold")
+
+
+def _indented(text: str) -> Padding:
+    return Padding(_sentence(text), (0, 0, 0, 2))
 
 
 def _write_change(suite: SuiteReport, change: Change | None) -> Text:

@@ -40,18 +40,23 @@ def report(tmp_path):
     )
 
 
-def printed(report, **options) -> str:
+def printed(report, *, soft_wrap: bool = False, **options) -> str:
     console = Console(width=80, force_terminal=True, **options)
     with console.capture() as capture:
-        console.print(render_terminal(report))
+        console.print(render_terminal(report), soft_wrap=soft_wrap)
     return capture.get()
 
 
-def test_every_number_is_whole_at_80_columns(report):
-    text = printed(report, no_color=True, color_system=None)
+@pytest.mark.parametrize("soft_wrap", [False, True])
+def test_every_number_and_sentence_is_whole_at_80_columns(report, soft_wrap):
+    text = printed(report, color_system=None, soft_wrap=soft_wrap)
     assert max(len(line) for line in text.splitlines()) <= 80
-    for part in ("BROKE-GENERAL", "70.0 %", "90.0 %", "52.5 %", "+20.0 [", "+0.300", "…"):
-        assert (part in text) == (part != "…")
+    for part in ("BROKE-GENERAL", "70.0 %", "90.0 %", "52.5 %", "+20.0 [", "+0.300"):
+        assert part in text
+    assert "…" not in text
+    words = " ".join(text.split())
+    for sentence in (*report.verdict.reasons, *report.caveats):
+        assert " ".join(sentence.split()) in words
 
 
 def test_markup_in_a_suite_name_is_text(report):
