@@ -5,7 +5,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -77,8 +77,8 @@ class CheckpointIndex:
                 short, a header cannot be read, or the index and the shards disagree.
         """
         if (directory / SINGLE_FILE).is_file():
-            shards = (read_header(directory / SINGLE_FILE),)
-            return cls(directory, shards, _tensors_by_name(shards), None)
+            single = (read_header(directory / SINGLE_FILE),)
+            return cls(directory, single, _tensors_by_name(single), None)
         if (directory / INDEX_FILE).is_file():
             weight_map, metadata = _read_index(directory / INDEX_FILE)
             shards = tuple(read_header(directory / name) for name in _shards(directory, weight_map))
@@ -162,7 +162,9 @@ def fingerprint_checkpoint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_preamble(path: Path, length_field: bytes, read, file_bytes: int) -> bytes:
+def _read_preamble(
+    path: Path, length_field: bytes, read: Callable[[int], bytes], file_bytes: int
+) -> bytes:
     if len(length_field) < 8:
         raise LlmtuneError(f"{path} holds {file_bytes} bytes, too few for a safetensors file")
     (length,) = struct.unpack("<Q", length_field)

@@ -18,14 +18,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 RANK = 16
+VOCABULARY, HIDDEN, INNER = 8192, 2048, 5632
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 8192,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
     "max_position_embeddings": 2048,
@@ -46,7 +48,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(arguments.child[0], Path(arguments.child[1]))))
         return
-    results = []
+    results: list[dict[str, Any]] = []
     for size in arguments.sizes.split(","):
         with tempfile.TemporaryDirectory(dir=arguments.dir) as place:
             results += bench(float(size) * 1e9, Path(place), arguments.rounds)
@@ -61,7 +63,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def bench(num_bytes: float, place: Path, rounds: int) -> list[dict[str, object]]:
+def bench(num_bytes: float, place: Path, rounds: int) -> list[dict[str, Any]]:
     """Return one result a method: medians over the rounds."""
     model_bytes = make_base(num_bytes, place / "base")
     make_adapter(place / "base", place / "adapter")
@@ -143,18 +145,20 @@ def make_base(num_bytes: float, directory: Path) -> int:
 
     from llmtune.safetensors_io import SINGLE_FILE, build_preamble
 
-    hidden, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
-    attention = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
-    mlp = {f"mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")}
-    linears = attention | mlp | {"mlp.down_proj": (hidden, inner)}
-    norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    attention = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
+    mlp = {f"mlp.{name}_proj": (INNER, HIDDEN) for name in ("gate", "up")}
+    linears = attention | mlp | {"mlp.down_proj": (HIDDEN, INNER)}
     layer_bytes = 2 * sum(rows * columns for rows, columns in linears.values())
-    embedding = (CONFIG["vocab_size"], hidden)
-    num_layers = max(1, round((num_bytes - 2 * embedding[0] * hidden) / layer_bytes))
-    shapes = {"model.embed_tokens.weight": embedding, "model.norm.weight": (hidden,)}
+    num_layers = max(1, round((num_bytes - 2 * VOCABULARY * HIDDEN) / layer_bytes))
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
     for layer in range(num_layers):
-        for name, shape in (linears | norms).items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+        prefix = f"model.layers.{layer}"
+        shapes |= {f"{prefix}.{name}.weight": shape for name, shape in linears.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}.{norm}.weight"] = (HIDDEN,)
     directory.mkdir(parents=True)
     config = CONFIG | {"num_hidden_layers": num_layers}
     (directory / "config.json").write_text(json.dumps(config))

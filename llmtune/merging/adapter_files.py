@@ -1,6 +1,5 @@
 """What an adapter directory holds, read from its config and its header; no tensor is loaded."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -8,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmtune.adapters.manifest import WEIGHTS_NAME, read_adapter_config
 from llmtune.errors import LlmtuneError
 from llmtune.merging.changes import ADAPTER_PREFIX
 from llmtune.merging.compare import have_same_bytes
-from llmtune.safetensors_io import ADAPTER_FILE, TensorEntry, read_header
-
-CONFIG_FILE = "adapter_config.json"
+from llmtune.safetensors_io import TensorEntry, read_header
 
 # Settings that change nothing about how the saved tensors are added into a base.
 INERT_SETTINGS = frozenset(
@@ -119,9 +117,9 @@ class AdapterFiles:
             LlmtuneError: a file is missing or malformed, the adapter is of a kind that cannot be
                 added into one set of weights, or a tensor is not one that PEFT writes.
         """
-        config = _read_config(directory)
+        config = read_adapter_config(directory)
         _refuse_unknown_settings(directory, config)
-        tensors = {entry.name: entry for entry in read_header(_weights(directory)).tensors}
+        tensors = {entry.name: entry for entry in read_header(directory / WEIGHTS_NAME).tensors}
         files = cls(directory, config, tensors)
         for name, entry in tensors.items():
             files._sort_in(name, entry)
@@ -192,34 +190,7 @@ class AdapterFiles:
         setattr(group, slot, entry)
 
 
-def _weights(directory: Path) -> Path:
-    if (directory / ADAPTER_FILE).is_file():
-        return directory / ADAPTER_FILE
-    if (directory / "adapter_model.bin").is_file():
-        raise LlmtuneError(
-            f"{directory} holds its weights as a pickle (adapter_model.bin), which is not read "
-            "because loading one can run code; load it once with peft and `save_pretrained` it"
-        )
-    raise LlmtuneError(f"{directory} holds no {ADAPTER_FILE}; expected a PEFT adapter")
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LlmtuneError(f"{directory} holds no {CONFIG_FILE}; expected a PEFT adapter") from None
-    except ValueError as error:
-        raise LlmtuneError(f"{path} is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise LlmtuneError(f"{path} is not a PEFT config: expected a JSON object")
-    return config
-
-
 def _refuse_unknown_settings(directory: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise LlmtuneError(f"{directory} is an adapter of type {kind!r}; only LORA can be merged")
     for setting, value in config.items():
         if setting in INERT_SETTINGS | USED_SETTINGS or not value:
             continue

@@ -104,6 +104,8 @@ class MergePlan:
     strength: float
     shards: tuple[PlannedShard, ...]
     has_index: bool
+    base_fingerprint: str
+    notices: tuple[str, ...]  # what could not be checked
     config_changes: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -120,6 +122,7 @@ class MergePlan:
         """Return the plan as JSON: each changed tensor, its shard, its change and its size."""
         return {
             "base": str(self.base_dir),
+            "base_fingerprint": self.base_fingerprint,
             "adapter": str(self.adapter_dir),
             "strength": self.strength,
             "bytes": self.num_bytes,

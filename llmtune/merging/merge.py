@@ -13,15 +13,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.environment import versions
 from llmtune.errors import LlmtuneError
-from llmtune.fingerprint import hash_file
-from llmtune.merging.adapter_files import CONFIG_FILE
 from llmtune.merging.changes import MergePlan
 from llmtune.merging.plan import plan_merge
 from llmtune.merging.shards import merged_bytes, write_shards
 from llmtune.merging.sidecar import sidecar_sources, write_sidecar
-from llmtune.safetensors_io import ADAPTER_FILE, CheckpointIndex, fingerprint_checkpoint
+from llmtune.safetensors_io import CheckpointIndex
 
 PROVENANCE_FILE = "llmtune_merge.json"
 
@@ -73,8 +72,8 @@ def merge_adapter(
         overwrite: replace an existing `out_dir`, which stays until the new one is complete.
 
     Raises:
-        LlmtuneError: as `plan_merge`; `out_dir` exists; the disk is too small; a merged weight is
-            not finite; or the adapter changes nothing.
+        LlmtuneError: as `plan_merge`; `out_dir` exists; the disk is too small; or a merged weight
+            is not finite.
     """
     plan = plan_merge(base_dir, adapter_dir, strength=strength)
     return write_merge(plan, out_dir, num_threads=num_threads, overwrite=overwrite)
@@ -92,12 +91,7 @@ def write_merge(
     remove_leftovers(out_dir)
     _check_free_space(plan, out_dir)
     with _unfinished_dir(out_dir) as directory:
-        has_effect = write_shards(plan, directory, num_threads=num_threads)
-        if plan.strength and not has_effect:
-            raise LlmtuneError(
-                f"{plan.adapter_dir} has no effect: every lora_B is zero, so the merged model "
-                "would be the base; was the adapter trained?"
-            )
+        write_shards(plan, directory, num_threads=num_threads)
         write_sidecar(plan, CheckpointIndex.open(plan.base_dir), directory)
         result = _result(plan, out_dir, time.monotonic() - start)
         provenance = json.dumps(_provenance(plan, result), indent=2) + "\n"
@@ -163,8 +157,8 @@ def _result(plan: MergePlan, out_dir: Path, seconds: float) -> MergeResult:
     changes = Counter(tensor.change for tensor in plan.tensors if tensor.change != "none")
     return MergeResult(
         out_dir=out_dir,
-        base_fingerprint=fingerprint_checkpoint(plan.base_dir),
-        adapter_hash=hash_file(plan.adapter_dir / ADAPTER_FILE),
+        base_fingerprint=plan.base_fingerprint,
+        adapter_hash=adapter_fingerprint(plan.adapter_dir),
         strength=plan.strength,
         num_tensors=len(plan.tensors),
         changes=dict(changes),
@@ -178,7 +172,6 @@ def _provenance(plan: MergePlan, result: MergeResult) -> dict[str, object]:
     return {
         "base": str(plan.base_dir.absolute()),
         "adapter": str(plan.adapter_dir.absolute()),
-        "adapter_config_hash": hash_file(plan.adapter_dir / CONFIG_FILE),
         **{key: value for key, value in result.to_dict().items() if key != "out_dir"},
         "versions": versions(),
     }

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llmtune.adapters.manifest import check_adapter, has_effect
 from llmtune.errors import LlmtuneError
 from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
 from llmtune.merging.changes import Block, LowRankDelta, MergePlan, PlannedShard, PlannedTensor
@@ -13,7 +14,7 @@ from llmtune.merging.experts import plan_experts
 from llmtune.merging.names import find_tensor, is_embedding, is_head, near_misses
 from llmtune.merging.ties import settle_ties
 from llmtune.models.checkpoint import check_checkpoint, read_model_config
-from llmtune.safetensors_io import INDEX_FILE, CheckpointIndex, TensorEntry
+from llmtune.safetensors_io import INDEX_FILE, CheckpointIndex, TensorEntry, fingerprint_checkpoint
 
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
 
@@ -30,13 +31,21 @@ def plan_merge(base_dir: Path, adapter_dir: Path, *, strength: float = 1.0) -> M
         strength: how much of the adapter is added; 1 is all of it.
 
     Raises:
-        LlmtuneError: a file is missing or malformed, the base is quantized, or some tensor of the
-            adapter has no place in the base or would have to be dropped.
+        LlmtuneError: a file is missing or malformed, the base is quantized or is not the one the
+            adapter was trained on, the adapter is all zero, or some tensor of it has no place in
+            the base.
     """
     check_checkpoint(base_dir, allow_pickle=False)
     config = read_model_config(base_dir)
     base = CheckpointIndex.open(base_dir)
+    base_fingerprint = fingerprint_checkpoint(base_dir)
+    notices = check_adapter(adapter_dir, base_fingerprint=base_fingerprint)
     adapter = AdapterFiles.open(adapter_dir)
+    if strength and not has_effect(adapter_dir):
+        raise LlmtuneError(
+            f"{adapter_dir} has no effect: every lora_B is zero, so the merged model would be the "
+            "base; was the adapter trained?"
+        )
     planner = Planner(base, config, adapter, strength)
     for name, entry in adapter.base_copies.items():
         planner.take_base_copy(name, entry)
@@ -53,6 +62,8 @@ def plan_merge(base_dir: Path, adapter_dir: Path, *, strength: float = 1.0) -> M
         strength=strength,
         shards=_shards(base, planned),
         has_index=(base_dir / INDEX_FILE).is_file() and base.index_metadata is not None,
+        base_fingerprint=base_fingerprint,
+        notices=notices,
         config_changes=config_changes,
     )
 
@@ -278,7 +289,9 @@ def _shards(
     left = dict(planned)
     for shard in base.shards:
         tensors = [
-            left.pop(entry.name, None) or PlannedTensor(entry.name, entry.dtype, entry.shape, entry)
+            left.pop(entry.name)
+            if entry.name in left
+            else PlannedTensor(entry.name, entry.dtype, entry.shape, entry)
             for entry in shard.tensors
         ]
         if shard is base.shards[-1]:

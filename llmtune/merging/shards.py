@@ -46,29 +46,24 @@ def merged_bytes(shard: PlannedShard) -> int:
     return _lay_out(shard).num_bytes
 
 
-def write_shards(plan: MergePlan, directory: Path, *, num_threads: int) -> bool:
+def write_shards(plan: MergePlan, directory: Path, *, num_threads: int) -> None:
     """Write every shard of the plan into `directory` and flush it to the disk.
 
     Memory: about 25 MiB a thread and the adapter's part of the tensors in work, whatever the size
     of the model.
-
-    Returns:
-        Whether the adapter changed anything: false where every low-rank delta is zero.
 
     Raises:
         LlmtuneError: a merged number is not finite.
         OSError: the disk is full or failed.
     """
     threads_before = torch.get_num_threads()
-    has_effect = False
     try:
         with ThreadPoolExecutor(num_threads, initializer=partial(torch.set_num_threads, 1)) as pool:
             for shard in plan.shards:
                 writer = _ShardWriter(shard, directory / shard.file_name, plan.strength)
-                has_effect |= writer.write(pool, max_pending=2 * num_threads)
+                writer.write(pool, max_pending=2 * num_threads)
     finally:
         torch.set_num_threads(threads_before)
-    return has_effect
 
 
 class _ShardWriter:
@@ -79,10 +74,9 @@ class _ShardWriter:
         self.layout = _lay_out(shard)
         self.descriptor = -1
 
-    def write(self, pool: ThreadPoolExecutor, *, max_pending: int) -> bool:
+    def write(self, pool: ThreadPoolExecutor, *, max_pending: int) -> None:
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         pending: set[Future[None]] = set()
-        has_effect = False
         try:
             os.posix_fallocate(self.descriptor, 0, self.layout.num_bytes)
             _write_all(self.descriptor, memoryview(self.layout.preamble), 0)
@@ -93,7 +87,6 @@ class _ShardWriter:
                 if tensor.is_copied:
                     continue
                 merger = TensorMerger(tensor, self.strength)
-                has_effect |= merger.has_effect
                 row_bytes = tensor_bytes(tensor.dtype, (tensor.num_columns,))
                 for block, first_row, num_rows in iter_tiles(tensor):
                     target = offset + first_row * row_bytes
@@ -108,7 +101,6 @@ class _ShardWriter:
                 future.cancel()
             wait(pending)
             os.close(self.descriptor)
-        return has_effect
 
     def _write_tile(self, merger: TensorMerger, tile: tuple, target: int) -> None:
         _write_all(self.descriptor, merger.merge_tile(*tile), target)

@@ -55,15 +55,6 @@ class TensorMerger:
             self._loaded[entry.name] = load_float32(entry)
         self._column_norms = self._dora_column_norms() if self._needs_column_norms() else None
 
-    @property
-    def has_effect(self) -> bool:
-        """Whether any number of the adapter's part is not zero where a zero changes nothing."""
-        tensor = self.tensor
-        deltas = [block.delta.b for block in tensor.blocks if block.delta is not None]
-        if not deltas or tensor.magnitude is not None:
-            return True
-        return any(bool(self._loaded[b.name].any()) for b in deltas)
-
     def merge_tile(self, block: Block, first_row: int, num_rows: int) -> memoryview:
         """Return the merged bytes of some rows; they are valid until the thread's next tile.
 

@@ -16,7 +16,7 @@ from llmtune.scoring.batches import (
     pad_rows,
     run_forward,
 )
-from llmtune.scoring.divergence import compare_distributions
+from llmtune.scoring.divergence import Divergence, compare_distributions
 from llmtune.scoring.generate import Decoding, Generation, generate_texts
 from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
 
@@ -89,12 +89,15 @@ def verify_merge(
     assert decoding.temperature == 0, "answers are compared greedily"
     merged = load_merged(merged_dir, dtype=dtype, device=device or model_device(live))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(merged_dir), local_files_only=True)
-    distributions = _compare_sequences(live, merged, prompts.sequences)
+    largest, divergence = _compare_sequences(live, merged, prompts.sequences)
     same_labels = _count_same_labels(live, merged, prompts.labels)
     divergences = _compare_answers(live, merged, tokenizer, prompts.open_prompts, decoding)
     return VerifyResult(
         dtype=str(next(merged.parameters()).dtype).removeprefix("torch."),
-        **distributions,
+        num_tokens=divergence.num_tokens,
+        max_logit_difference=largest,
+        kl=divergence.kl,
+        top1_agreement=divergence.top1_agreement,
         num_labels=len(prompts.labels),
         num_same_labels=same_labels,
         num_open_prompts=len(prompts.open_prompts),
@@ -129,7 +132,7 @@ def load_merged(
 
 def _compare_sequences(
     live: nn.Module, merged: nn.Module, sequences: Sequence[Sequence[int]]
-) -> dict[str, float | int]:
+) -> tuple[float, Divergence]:
     largest, kl, agreements, tokens = 0.0, 0.0, 0, 0
     with inference(live), inference(merged):
         for ids in sequences:
@@ -145,12 +148,9 @@ def _compare_sequences(
             mask = torch.ones(live_logits.shape[:2], dtype=torch.bool, device=live_logits.device)
             part = compare_distributions(live_logits, merged_logits, mask)
             kl, agreements, tokens = kl + part[0], agreements + part[1], tokens + part[2]
-    return {
-        "num_tokens": tokens,
-        "max_logit_difference": largest,
-        "kl": kl / tokens if tokens else 0.0,
-        "top1_agreement": agreements / tokens if tokens else 1.0,
-    }
+    if not tokens:
+        return largest, Divergence(0.0, 1.0, 0)
+    return largest, Divergence(kl / tokens, agreements / tokens, tokens)
 
 
 def _count_same_labels(

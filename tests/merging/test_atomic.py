@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llmtune.errors import LlmtuneError
 from llmtune.merging.merge import PROVENANCE_FILE, merge_adapter, remove_leftovers
+from llmtune.merging.sidecar import write_sidecar
 from llmtune.safetensors_io import fingerprint_checkpoint
 from tests.merging.adapters import load_base, make_adapter, make_base
 from tests.tiny import make_tokenizer
@@ -124,26 +125,26 @@ def test_disk_that_runs_full_leaves_nothing(made, tmp_path):
 
 
 def test_killed_merge_leaves_no_finished_directory_and_restarts_clean(made, tmp_path):
-    for _ in range(2):
-        process = start(SLOW_MERGE, made, tmp_path / "out")
-        shard = wait_for(tmp_path, "out.tmp-*/model.safetensors")
-        time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=10)
-        assert shard.exists()
-        assert not (tmp_path / "out").exists()
+    process = start(SLOW_MERGE, made, tmp_path / "out")
+    shard = wait_for(tmp_path, "out.tmp-*/model.safetensors")
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=10)
+    assert shard.exists()
+    assert not (tmp_path / "out").exists()
     merge(made, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
     load_base(tmp_path / "out")
 
 
-def test_running_merge_is_not_taken_for_a_leftover(made, tmp_path):
-    process = start(SLOW_MERGE, made, tmp_path / "out")
-    shard = wait_for(tmp_path, "out.tmp-*/model.safetensors")
-    remove_leftovers(tmp_path / "out")
-    assert shard.exists()
-    assert process.wait(timeout=60) == 0
-    assert (tmp_path / "out" / PROVENANCE_FILE).exists()
+def test_running_merge_is_not_taken_for_a_leftover(made, tmp_path, monkeypatch):
+    def write_sidecar_beside_another_start(*arguments):
+        remove_leftovers(tmp_path / "out")
+        return write_sidecar(*arguments)
+
+    monkeypatch.setattr("llmtune.merging.merge.write_sidecar", write_sidecar_beside_another_start)
+    merge(made, tmp_path / "out")
+    load_base(tmp_path / "out")
 
 
 def test_directory_moved_aside_by_a_killed_overwrite_comes_back(tmp_path):
@@ -166,14 +167,6 @@ def test_number_that_is_not_finite_is_an_error(tmp_path, dtype, value):
     tensors[name.replace("lora_B", "lora_A")][2] = 1.0
     save_file(tensors, path)
     with pytest.raises(LlmtuneError, match=r"layers\.1\.self_attn\.q_proj.*not finite"):
-        merge_adapter(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_adapter_that_changes_nothing_is_an_error(tmp_path):
-    base = make_base(tmp_path / "base")
-    adapter = make_adapter(base, tmp_path / "adapter", scale=0.0)
-    with pytest.raises(LlmtuneError, match="no effect"):
         merge_adapter(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from llmtune.errors import LlmtuneError
 from llmtune.merging.plan import plan_merge
+from llmtune.safetensors_io import fingerprint_checkpoint
 from tests.merging.adapters import load_adapter, load_base, make_adapter, make_base
 
 PREFIX = "base_model.model.model.layers.0.self_attn."
@@ -243,3 +244,23 @@ def test_expert_adapter_that_fits_nothing_is_refused(tmp_path):
     shutil.rmtree(base)
     make_base(base, "mixtral", num_local_experts=2)
     refuse(tmp_path, "mlp.experts.* fits none of the base's tensors")
+
+
+def test_adapter_of_another_base_of_the_same_shape_is_refused(place):
+    manifest = {"format": 1, "base": {"origin": "org/other", "fingerprint": "0" * 64}}
+    (place / "adapter" / "llmtune_adapter.json").write_text(json.dumps(manifest))
+    assert "org/other" in refuse(place, "trained on another base")
+    manifest["base"]["fingerprint"] = fingerprint_checkpoint(place / "base")
+    (place / "adapter" / "llmtune_adapter.json").write_text(json.dumps(manifest))
+    assert not plan(place).notices
+
+
+def test_adapter_that_does_not_name_its_base_is_merged_with_a_notice(place):
+    assert "cannot be verified" in plan(place).notices[0]
+
+
+def test_adapter_that_changes_nothing_is_an_error(tmp_path):
+    base = make_base(tmp_path / "base")
+    make_adapter(base, tmp_path / "adapter", scale=0.0)
+    refuse(tmp_path, "no effect")
+    assert plan(tmp_path, strength=0).strength == 0
