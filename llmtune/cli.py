@@ -14,8 +14,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-import llmtune
 from llmtune.errors import LlmtuneError, RunInterrupted
+from llmtune.version import __version__
 
 EXIT_BUG = 70
 
@@ -60,7 +60,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 @click.group(context_settings=CONTEXT)
-@click.version_option(llmtune.__version__, prog_name="llmtune")
+@click.version_option(__version__, prog_name="llmtune")
 def cli() -> None:
     """Adapt a pretrained LLM to your task on one GPU, and know whether it worked.
 
@@ -336,6 +336,48 @@ def config_show(config: Path, overrides: tuple[str, ...], quiet: bool, as_json: 
     width = max(len(f"{key.path}: {json.dumps(key.value)}") for key in keys)
     for key in keys:
         click.echo(f"{f'{key.path}: {json.dumps(key.value)}':<{min(width, 60)}}  # {key.origin}")
+
+
+@config_group.command("list")
+@with_output_options
+def config_list(quiet: bool, as_json: bool) -> None:
+    """List the recipes that ship with llmtune.
+
+    \b
+      llmtune config list
+    """
+    from llmtune.shipped import shipped_files
+
+    recipes = shipped_files("configs")
+    about = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in recipes.items()}
+    if as_json:
+        click.echo(json.dumps(about, indent=2))
+        return
+    for name, line in about.items():
+        click.echo(f"{name:<16} {line}")
+
+
+@config_group.command("copy")
+@click.argument("recipe")
+@click.argument("destination", type=click.Path(path_type=Path))
+@with_output_options
+def config_copy(recipe: str, destination: Path, quiet: bool, as_json: bool) -> None:
+    """Copy a shipped recipe to a file of your own.
+
+    \b
+      llmtune config copy qlora-8b-24gb my.yaml
+    """
+    from llmtune.shipped import shipped_files
+
+    recipes = shipped_files("configs")
+    if recipe not in recipes:
+        raise LlmtuneError(f"recipe {recipe!r}: expected one of {', '.join(recipes)}")
+    try:
+        with destination.open("x", encoding="utf-8") as file:
+            file.write(recipes[recipe].read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise LlmtuneError(f"{destination}: exists already; choose another name") from None
+    _print_result({"recipe": recipe, "path": str(destination)}, as_json, lambda: str(destination))
 
 
 @config_group.command("schema")

@@ -14,7 +14,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from llmtune.environment import machine, package_version
-from llmtune.models.resolve import cache_dir
+from llmtune.models.gguf import cache_dir
 
 GIB = 1 << 30
 LOW_DISK_BYTES = 10 * GIB
@@ -100,7 +100,7 @@ def _torch() -> Iterator[Finding]:
 
 
 def _quantization() -> Finding:
-    from llmtune.models.quantization import try_quantization
+    from llmtune.models.trial import try_quantization
 
     problem = try_quantization()
     if problem is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-import llmtune
+from llmtune.version import __version__
 
 PACKAGES = (
     "torch",
@@ -34,7 +34,7 @@ def package_version(name: str) -> str | None:
 
 def versions() -> dict[str, str | None]:
     """Return llmtune's, Python's and the main libraries' versions."""
-    found = {"llmtune": llmtune.__version__, "python": platform.python_version()}
+    found = {"llmtune": __version__, "python": platform.python_version()}
     return found | {name: package_version(name) for name in PACKAGES}
 
 

@@ -1,14 +1,17 @@
 """Scoring any target on any suites: a run's arms, an adapter, or a model alone."""
 
+import logging
+import time
 from collections.abc import Sequence
 
 from llmtune.answering.live import load_live
 from llmtune.evaluation.compare import Resampling
-from llmtune.evaluation.run import evaluate_arms
+from llmtune.evaluation.run import Progress, ScoringSettings, evaluate_arms
 from llmtune.evaluation.scores import Scores, summarize_scores
 from llmtune.evaluation.suite import load_suite
-from llmtune.stages.evaluate import PROGRESS
 from llmtune.targets import resolve_target
+
+log = logging.getLogger("llmtune")
 
 
 def score_target(name: str, overrides: Sequence[str], suites: Sequence[str]) -> Scores:
@@ -28,6 +31,27 @@ def score_target(name: str, overrides: Sequence[str], suites: Sequence[str]) -> 
         loaded_suites,
         arms=tuple(reversed(live.arms)),
         results_dir=target.config.run.evaluations_dir if target.config else None,
-        settings=PROGRESS,
+        settings=ScoringSettings(on_progress=ProgressLog()),
     )
     return summarize_scores(results, Resampling())
+
+
+class ProgressLog:
+    """Says how far a suite is when it begins, every few seconds, and when it ends."""
+
+    interval_seconds = 10.0
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.done == progress.total or now - self._last >= self.interval_seconds:
+            self._last = now
+            log.info(
+                "evaluate: %s, %s: %d of %d items",
+                progress.suite,
+                progress.arm,
+                progress.done,
+                progress.total,
+            )

@@ -1,26 +1,23 @@
 """The evaluate stage: base and tuned on one loaded model, then the merged model, same items."""
 
 import gc
-import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from llmtune.answering.live import LiveTarget, load_live
+from llmtune.answering.score import ProgressLog
 from llmtune.config import RunConfig
 from llmtune.data.example import IGNORE_INDEX, Example
 from llmtune.data.prepare import prepare_examples
 from llmtune.data.render import render_messages
 from llmtune.evaluation.results import ArmResult
-from llmtune.evaluation.run import Progress, ScoringSettings, evaluate_arms
+from llmtune.evaluation.run import ScoringSettings, evaluate_arms
 from llmtune.evaluation.suite import Suite
 from llmtune.open_prompts import OPEN_PROMPTS
 from llmtune.run_dir import atomic_write_json
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.generate import Decoding, generate_texts
 from llmtune.targets import Target
-
-log = logging.getLogger("llmtune")
 
 SHOWN_ROWS = 4
 SHOWN_OPEN_PROMPTS = 4
@@ -66,33 +63,8 @@ def scoring_settings(config: RunConfig) -> ScoringSettings:
     """Return how this run's items are scored, with progress to the log."""
     budget = config.evaluate.token_budget
     return ScoringSettings(
-        token_budget=None if budget == "auto" else budget, on_progress=_ProgressLog()
+        token_budget=None if budget == "auto" else budget, on_progress=ProgressLog()
     )
-
-
-class _ProgressLog:
-    """Says how far a suite is when it begins, every few seconds, and when it ends."""
-
-    interval_seconds = 10.0
-
-    def __init__(self) -> None:
-        self._last = 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if progress.done == progress.total or now - self._last >= self.interval_seconds:
-            self._last = now
-            log.info(
-                "evaluate: %s, %s: %d of %d items",
-                progress.suite,
-                progress.arm,
-                progress.done,
-                progress.total,
-            )
-
-
-PROGRESS = ScoringSettings(on_progress=_ProgressLog())
-"""Default scoring, with progress to the log."""
 
 
 def _means(by_arm: dict[str, ArmResult]) -> dict[str, float]:
