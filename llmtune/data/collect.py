@@ -1,0 +1,219 @@
+"""One pass over a split's sources: read, check, render, mask and fit; count everything."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from llmtune.data.align import LabelledSequence
+from llmtune.data.config import DataConfig, SourceConfig
+from llmtune.data.example import ExampleTable, ExampleTableBuilder
+from llmtune.data.length import LengthCount, LengthRule, fit_row
+from llmtune.data.masks import LabelledRow, Labeller
+from llmtune.data.overlap import conversation_key, is_held_out
+from llmtune.data.problems import RowError, RowProblem
+from llmtune.data.report import MAX_KEPT_PROBLEMS, DataReport, SourceReport
+from llmtune.data.rows import LoadedRow, open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CHUNK_ROWS = 512
+MAX_COLLECTED_PROBLEMS = 100_000
+
+Split = Literal["train", "evaluation"]
+RowObserver = Callable[[LoadedRow, Sequence[LabelledSequence]], None]
+
+
+@dataclass(frozen=True)
+class SharedRow:
+    """A row that stands in both splits."""
+
+    place: str
+    other: str
+
+
+def choose_sources(config: DataConfig, split: Split) -> tuple[list[SourceConfig], list[str]]:
+    """Return the sources of a split, and which rows of each: all, the kept or the held-out ones."""
+    has_share = config.evaluation_share > 0
+    if split == "train":
+        kinds = ["kept" if has_share and not s.replay else "all" for s in config.train]
+        return list(config.train), kinds
+    held_out = [source for source in config.train if has_share and not source.replay]
+    kinds = ["all"] * len(config.evaluation) + ["held-out"] * len(held_out)
+    return [*config.evaluation, *held_out], kinds
+
+
+def read_evaluation_keys(config: DataConfig) -> dict[bytes, str]:
+    """Return the key and place of every row of the evaluation sources."""
+    keys: dict[bytes, str] = {}
+    for source in config.evaluation:
+        for row in open_source(source).rows:
+            if isinstance(row, LoadedRow):
+                keys.setdefault(conversation_key(row.conversation), f"{row.source}:{row.line}")
+    return keys
+
+
+@dataclass
+class SplitCollector:
+    """What accumulates while the sources of one split are read. Nothing is refused here."""
+
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerFast
+    split: Split
+    other_keys: Mapping[bytes, str] = field(default_factory=dict)
+    """Rows of the other split, with their places."""
+    observe: RowObserver | None = None
+    """Sees every usable row with its sequences, before the length rule."""
+    advance: Callable[[int], None] | None = None
+    """Told how many rows were read, for a progress line."""
+    problems: list[RowProblem] = field(default_factory=list, init=False)
+    num_bad: int = field(default=0, init=False)
+    shared: list[SharedRow] = field(default_factory=list, init=False)
+    count: LengthCount = field(default_factory=LengthCount, init=False)
+
+    def __post_init__(self) -> None:
+        self.labeller = Labeller(self.tokenizer, self.config.loss_on)
+        self.sources, self._selections = choose_sources(self.config, self.split)
+        self._builder = ExampleTableBuilder()
+        self._notes: Counter[str] = Counter()
+        self._tallies: list[Counter[str]] = []
+        self._formats: list[str] = []
+
+    @property
+    def rows_read(self) -> int:
+        return sum(tally["read"] for tally in self._tallies)
+
+    def read(self) -> ExampleTable:
+        """Read every source of the split and return its examples in the order of the files."""
+        rule = LengthRule(
+            self.config.max_length, self.config.length_policy, self.labeller.added_ids
+        )
+        for index, selection in enumerate(self._selections):
+            self._read_source(index, selection, rule)
+        return self._builder.build()
+
+    def _read_source(self, index: int, selection: str, rule: LengthRule) -> None:
+        opened = open_source(self.sources[index])
+        self._formats.append(opened.format.reason)
+        tally: Counter[str] = Counter()
+        self._tallies.append(tally)
+        for chunk in _chunks(opened.rows):
+            tally["read"] += len(chunk)
+            rows = []
+            for row in chunk:
+                if isinstance(row, RowProblem):
+                    self._add_problem(row, tally)
+                elif self._is_chosen(row, selection, tally):
+                    rows.append(row)
+            labelled = self.labeller.label([row.conversation for row in rows])
+            for row, result in zip(rows, labelled, strict=True):
+                if isinstance(result, RowError):
+                    problem = RowProblem(row.source, row.line, str(result), result.kind)
+                    self._add_problem(problem, tally)
+                else:
+                    self._add_row(row, result, index, rule)
+            if self.advance is not None:
+                self.advance(len(chunk))
+
+    def _is_chosen(self, row: LoadedRow, selection: str, tally: Counter[str]) -> bool:
+        if selection == "all" and not self.other_keys:
+            return True
+        key = conversation_key(row.conversation)
+        if selection != "all":
+            held_out = is_held_out(key, self.config.evaluation_share)
+            if held_out != (selection == "held-out"):
+                tally["held-out"] += 1
+                return False
+        if key in self.other_keys:
+            self.shared.append(SharedRow(f"{row.source}:{row.line}", self.other_keys[key]))
+        return True
+
+    def _add_problem(self, problem: RowProblem, tally: Counter[str]) -> None:
+        tally["bad"] += 1
+        self.num_bad += 1
+        if len(self.problems) < MAX_COLLECTED_PROBLEMS:
+            self.problems.append(problem)
+
+    def _add_row(self, row: LoadedRow, labelled: LabelledRow, index: int, rule: LengthRule) -> None:
+        if self.observe is not None:
+            self.observe(row, labelled.sequences)
+        place = f"{row.source}:{row.line}"
+        is_text = row.conversation.kind == "text"
+        sequences = fit_row(labelled, place, self.count, rule, is_text=is_text)
+        self._notes.update(set(labelled.notes))
+        tally = self._tallies[index]
+        for sequence in sequences:
+            self._builder.add(
+                sequence.input_ids,
+                sequence.spans,
+                origin=(row.source, row.line),
+                weight=sequence.weight,
+                source_index=index,
+            )
+            tally["examples"] += 1
+            tally["trained"] += sequence.num_trained
+        tally["kept"] += bool(sequences)
+
+    def report(self, mixed: ExampleTable, taken: Sequence[tuple[int, float]]) -> DataReport:
+        """Return the counts; `mixed` is what an epoch holds, `taken` what each source gives to
+        it and would give without a repeat limit."""
+        sources = tuple(
+            SourceReport(
+                path=source.path,
+                format=decided,
+                rows_read=tally["read"],
+                rows_bad=tally["bad"],
+                rows_held_out=tally["held-out"],
+                rows_kept=tally["kept"],
+                examples=tally["examples"],
+                examples_per_epoch=epoch[0],
+                wanted_per_epoch=epoch[1],
+                trained_tokens=tally["trained"],
+            )
+            for source, decided, tally, epoch in zip(
+                self.sources, self._formats, self._tallies, taken, strict=True
+            )
+        )
+        count = self.count
+        return DataReport(
+            split=self.split,
+            sources=sources,
+            num_examples=len(mixed),
+            num_tokens=mixed.num_tokens,
+            num_trained_tokens=mixed.num_trained,
+            max_length=self.config.max_length,
+            length_p50=count.percentile(0.5),
+            length_p95=count.percentile(0.95),
+            length_max=max(count.lengths, default=0),
+            rows_too_long=count.rows_too_long,
+            rows_dropped_for_length=count.rows_dropped,
+            rows_truncated=count.rows_truncated,
+            rows_split=count.rows_split,
+            trained_tokens_lost=count.trained_tokens_lost,
+            stop_row_ratio=stop_row_ratio(mixed, self.labeller.stop_ids) if len(mixed) else 1.0,
+            num_bad_rows=self.num_bad,
+            bad_rows=tuple(self.problems[:MAX_KEPT_PROBLEMS]),
+            notes=tuple(sorted(self._notes.items())),
+        )
+
+
+def stop_row_ratio(table: ExampleTable, stop_ids: frozenset[int]) -> float:
+    """Return the share of rows with an example whose trained tokens hold one of `stop_ids`."""
+    stops = table.arrays["trained"] & np.isin(table.arrays["tokens"], list(stop_ids))
+    counts = np.add.reduceat(stops, table.arrays["offsets"][:-1], dtype=np.int64)
+    keys = table.arrays["files"].astype(np.int64) << 40 | table.arrays["lines"]
+    _, row_of = np.unique(keys, return_inverse=True)
+    has_stop = np.zeros(row_of.max() + 1, dtype=bool)
+    np.logical_or.at(has_stop, row_of, counts > 0)
+    return float(has_stop.mean())
+
+
+def _chunks(rows: Iterator[LoadedRow | RowProblem]) -> Iterator[list[LoadedRow | RowProblem]]:
+    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
+        yield chunk
