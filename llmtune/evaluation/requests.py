@@ -1,5 +1,6 @@
 """From a suite's items to token ids: the chat template's, or raw text split as lm-eval does."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.suite_config import ChoiceSuite
 from llmtune.scoring.likelihood import ContinuationRequest
 from llmtune.scoring.perplexity import leading_special_ids
+
+logger = logging.getLogger(__name__)
 
 RAW_SEPARATOR = "\n\n"
 
@@ -63,8 +66,7 @@ def build_choice_requests(
 ) -> list[ContinuationRequest]:
     """Return each item's prompt and choices as token ids.
 
-    Raises:
-        LlmtuneError: the tokens of one choice begin another's, so that it could never score lower.
+    Items where one choice begins another are warned of once: "4" is never less likely than "42".
     """
     config = suite.config
     assert isinstance(config, ChoiceSuite)
@@ -81,8 +83,7 @@ def build_choice_requests(
             ]
             requests.append(_one_context(suite, item, lead, pairs))
     if config.normalize == "none":
-        for item, request in zip(suite.items, requests, strict=True):
-            _require_no_head_start(suite, item, request)
+        _warn_of_head_starts(suite, requests)
     return requests
 
 
@@ -147,15 +148,25 @@ def _raw_context(suite: Suite, item: SuiteItem, demonstrations: Sequence[Demonst
     return RAW_SEPARATOR.join([*shown, item.prompt])
 
 
-def _require_no_head_start(suite: Suite, item: SuiteItem, request: ContinuationRequest) -> None:
-    for text, ids in zip(item.choices, request.choice_ids, strict=True):
-        for other, longer in zip(item.choices, request.choice_ids, strict=True):
-            if other != text and longer[: len(ids)] == ids:
-                raise LlmtuneError(
-                    f"{suite.items_path}:{item.line}: the choice {text!r} begins {other!r}, so the "
-                    "longer one can never be more likely; set end_of_answer: true (chat), or "
-                    "normalize: length, or reword the choices"
-                )
+def _warn_of_head_starts(suite: Suite, requests: Sequence[ContinuationRequest]) -> None:
+    """Say which items have a choice whose tokens begin another's: the longer can never win."""
+    lines = [
+        item.line
+        for item, request in zip(suite.items, requests, strict=True)
+        if any(
+            len(short) < len(long) and long[: len(short)] == short
+            for short in request.choice_ids
+            for long in request.choice_ids
+        )
+    ]
+    if lines:
+        logger.warning(
+            "%s: in %d items (first: line %d) one choice begins another, so the longer one can "
+            "never be more likely; set end_of_answer: true (chat) or normalize: length, or reword",
+            suite.items_path,
+            len(lines),
+            lines[0],
+        )
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -98,12 +98,14 @@ def test_the_end_of_an_answer_is_scored_where_asked(make_suite):
     ]
 
 
-def test_a_choice_that_begins_another_is_refused_unless_its_end_counts(make_suite):
+def test_a_choice_that_begins_another_is_warned_of_unless_its_end_counts(make_suite, caplog):
     tokenizer = make_tokenizer()
-    with pytest.raises(LlmtuneError, match="items.jsonl:1: the choice '4' begins '44'"):
-        build_choice_requests(tokenizer, make_suite(choices=("44", "4")))
-    for keys in ({"end_of_answer": True}, {"normalize": "length"}):
-        build_choice_requests(tokenizer, make_suite(choices=("44", "4"), **keys))
+    build_choice_requests(tokenizer, make_suite(choices=("44", "4")))
+    assert "items.jsonl: in 1 items (first: line 1) one choice begins another" in caplog.text
+    caplog.clear()
+    for keys in ({"end_of_answer": True}, {"normalize": "length"}, {"choices": ("44", "5")}):
+        build_choice_requests(tokenizer, make_suite(**({"choices": ("44", "4")} | keys)))
+    assert not caplog.text
 
 
 def test_a_chat_without_template_is_refused(make_suite):

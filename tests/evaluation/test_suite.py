@@ -5,7 +5,8 @@ import json
 import pytest
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.suite import find_suite, load_suite, shipped_suites
+from llmtune.evaluation.suite import find_suite, load_suite
+from llmtune.shipped import shipped_files
 
 ITEMS = [
     {"id": "a", "question": "2 + 2", "answer": "4", "options": ["3", "4"], "source": "x"},
@@ -154,6 +155,6 @@ def test_the_fingerprint_follows_what_is_asked(tmp_path):
 
 
 def test_shipped_suites_are_found_by_name():
-    assert find_suite("general") == shipped_suites()["general"]
+    assert find_suite("general") == shipped_files("evals")["general"]
     with pytest.raises(LlmtuneError, match="Did you mean 'general'"):
         find_suite("genral")
