@@ -104,8 +104,10 @@ def run_all(
     from llmtune.reporting.terminal import render_terminal
 
     _show_progress(quiet)
-    report = pipeline.run(_load(config, overrides), force=force)
+    loaded = _load(config, overrides)
+    report = pipeline.run(loaded, force=force)
     _print_result(report.as_json(), as_json, lambda: render_terminal(report))
+    logging.getLogger("llmtune").info("report: %s", loaded.run.report_html_path)
 
 
 @cli.command()

@@ -76,7 +76,10 @@ def train(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
             base={**source.as_dict(), "fingerprint": identity["base"]},
             data={name: prepared.report.to_json() for name, prepared in data.items()},
         )
-        return ledger.stage("train", identity, work)
+        result = ledger.stage("train", identity, work)
+        precision = {"dtype": result["dtype"], "quantization": config.model.quantization_method}
+        ledger.describe(base={**ledger.manifest.base, **precision})
+        return result
 
 
 def merge(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
+from llmtune.models.quiet import quiet_loading
 from llmtune.scoring.batches import (
     choose_token_budget,
     inference,
@@ -115,9 +116,10 @@ def load_merged(
         LlmtuneError: transformers cannot load it, or leaves some of its weights uninitialised.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            merged_dir, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
-        )
+        with quiet_loading():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                merged_dir, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise LlmtuneError(f"{merged_dir} cannot be loaded: {error}") from error
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:

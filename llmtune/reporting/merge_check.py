@@ -55,22 +55,26 @@ def describe_check(check: Mapping[str, Any] | None) -> ShownCheck | None:
     facts = (
         Fact(*row) for row, key in zip(values, keys, strict=True) if check.get(key) is not None
     )
-    return ShownCheck(sentence, tuple(facts), _divergences(check.get("divergences") or ()))
+    return ShownCheck(sentence, tuple(facts), _divergences(check))
 
 
-def _divergences(rows: Sequence[Mapping[str, Any]]) -> tuple[ShownDivergence, ...]:
+def _divergences(check: Mapping[str, Any]) -> tuple[ShownDivergence, ...]:
+    rows: Sequence[Mapping[str, Any]] = check.get("divergences") or ()
+    prompts: Sequence[str] = check.get("open_prompts") or ()
     return tuple(
         ShownDivergence(
-            _title(row),
+            _title(row, prompts),
             *mark_changes(str(row.get("live_text", "")), str(row.get("merged_text", ""))),
         )
         for row in rows
     )
 
 
-def _title(row: Mapping[str, Any]) -> str:
+def _title(row: Mapping[str, Any], prompts: Sequence[str]) -> str:
     place = row.get("prompt")
     prompt = f"Open prompt {place + 1}" if isinstance(place, int) else str(place)
+    if isinstance(place, int) and place < len(prompts):
+        prompt = f"“{prompts[place]}”"
     live, merged = (write_number(row.get(f"{arm}_margin"), 3) for arm in ("live", "merged"))
     return (
         f"{prompt}: they part after {row.get('position')} tokens, where the likeliest token led "

@@ -2,14 +2,18 @@
 
 import gc
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 from llmtune.answering.live import LiveTarget, load_live
 from llmtune.answering.score import ProgressLog
 from llmtune.config import RunConfig
-from llmtune.data.example import IGNORE_INDEX, Example
+from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import prepare_examples
 from llmtune.data.render import render_messages
+from llmtune.evaluation.requests import encode_prompts
 from llmtune.evaluation.results import ArmResult
 from llmtune.evaluation.run import ScoringSettings, evaluate_arms
 from llmtune.evaluation.suite import Suite
@@ -41,7 +45,7 @@ def run_evaluate_stage(config: RunConfig, suites: Sequence[Suite]) -> dict[str, 
         results_dir=run.evaluations_dir,
         settings=settings,
     )
-    atomic_write_json(run.generations_path, _side_by_side(live, config))
+    atomic_write_json(run.generations_path, _side_by_side(live, config, suites))
     if "merged" in config.evaluate.arms:
         del live
         gc.collect()
@@ -71,46 +75,77 @@ def _means(by_arm: dict[str, ArmResult]) -> dict[str, float]:
     return {arm: result.mean for arm, result in by_arm.items()}
 
 
-def _side_by_side(live: LiveTarget, config: RunConfig) -> list[dict[str, Any]]:
-    """Return held-out rows and open questions, answered by base and by tuned model."""
+@dataclass(frozen=True)
+class _Shown:
+    """One prompt for the side-by-side answers: as text, as ids, and the right answer if known."""
+
+    text: str
+    ids: Sequence[int]
+    reference: str | None = None
+
+
+def _side_by_side(
+    live: LiveTarget, config: RunConfig, suites: Sequence[Suite]
+) -> list[dict[str, Any]]:
+    """Return held-out prompts and open questions, answered by base and by tuned model."""
     tokenizer = live.loaded.tokenizer
-    held_out = prepare_examples(config.data, tokenizer, split="evaluation", seed=config.seed)
-    shown = [held_out.examples[i] for i in range(min(SHOWN_ROWS, len(held_out.examples)))]
-    prompts = [_prompt_ids(example) for example in shown]
-    references: list[str | None] = [
-        tokenizer.decode(_answer_ids(example), skip_special_tokens=True) for example in shown
-    ]
+    prompts = _suite_prompts(suites, tokenizer) or _row_prompts(config, tokenizer)
     if tokenizer.chat_template:
         for question in OPEN_PROMPTS[:SHOWN_OPEN_PROMPTS]:
             messages = [{"role": "user", "content": question}]
-            prompts.append(render_messages(tokenizer, messages, add_generation_prompt=True))
-            references.append(None)
+            ids = render_messages(tokenizer, messages, add_generation_prompt=True)
+            prompts.append(_Shown(question, ids))
     decoding = Decoding(SHOWN_NEW_TOKENS, live.loaded.stop_token_ids)
     answers = {}
     for arm in ("base", "tuned"):
         with live.answering_as(arm) as model:
             answers[arm] = generate_texts(
-                model, tokenizer, prompts, decoding, token_budget=choose_token_budget(model)
+                model,
+                tokenizer,
+                [shown.ids for shown in prompts],
+                decoding,
+                token_budget=choose_token_budget(model),
             )
     return [
         {
-            "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+            "prompt": shown.text,
             "base": base.text,
             "tuned": tuned.text,
             "base_stopped": base.stopped,
             "tuned_stopped": tuned.stopped,
-            "reference": reference,
+            "reference": shown.reference,
         }
-        for prompt, reference, base, tuned in zip(
-            prompts, references, answers["base"], answers["tuned"], strict=True
-        )
+        for shown, base, tuned in zip(prompts, answers["base"], answers["tuned"], strict=True)
     ]
 
 
-def _prompt_ids(example: Example) -> list[int]:
-    first = next(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)
-    return list(example.input_ids[:first])
+def _suite_prompts(suites: Sequence[Suite], tokenizer: PreTrainedTokenizerFast) -> list[_Shown]:
+    """Return the first items of the first target suite that asks something."""
+    asking = [s for s in suites if s.role == "target" and s.task in {"choice", "exact"}]
+    if not asking:
+        return []
+    suite = asking[0]
+    shown = []
+    for item, ids in zip(suite.items, encode_prompts(tokenizer, suite), strict=True):
+        is_choice = isinstance(item.answer, int)
+        reference = item.choices[item.answer] if is_choice else str(item.answer)
+        shown.append(_Shown(item.prompt, ids, reference))
+    return shown[:SHOWN_ROWS]
 
 
-def _answer_ids(example: Example) -> list[int]:
-    return [label for label in example.labels if label != IGNORE_INDEX]
+def _row_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[_Shown]:
+    """Return the first rows of the evaluation split, as the model reads them."""
+    held_out = prepare_examples(config.data, tokenizer, split="evaluation", seed=config.seed)
+    shown = []
+    for index in range(min(SHOWN_ROWS, len(held_out.examples))):
+        example = held_out.examples[index]
+        first = next(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)
+        answer = [label for label in example.labels if label != IGNORE_INDEX]
+        shown.append(
+            _Shown(
+                tokenizer.decode(example.input_ids[:first]),
+                list(example.input_ids[:first]),
+                tokenizer.decode(answer, skip_special_tokens=True),
+            )
+        )
+    return shown

@@ -85,7 +85,11 @@ def run_merge_stage(request: MergeRequest) -> dict[str, Any]:
         unchecked.rename(request.out_dir)
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)
-    return {**result.to_dict(), "out_dir": str(request.out_dir), "check": check.to_dict()}
+    return {
+        **result.to_dict(),
+        "out_dir": str(request.out_dir),
+        "check": {**check.to_dict(), "open_prompts": list(OPEN_PROMPTS[:NUM_CHECKED])},
+    }
 
 
 def _check(request: MergeRequest, merged_dir: Path) -> VerifyResult:
