@@ -5,6 +5,7 @@ import json
 import struct
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from llmtune.errors import LlmtuneError
 from llmtune.models.quiet import quiet_loading
 
-PRE_TOKENIZER_KEY = "tokenizer.ggml.pre"
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown"}
 # llama.cpp splits single digits off first for these; transformers 5.23 overlooks that.
 DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 READ_ERRORS = (
@@ -49,7 +50,7 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
     try:
         # one progress bar of transformers' GGUF reader has no switch
         with quiet_loading(), redirect_stderr(io.StringIO()):
-            pre_tokenizer = _read_pre_tokenizer(gguf_path)
+            reader = GGUFReader(gguf_path)
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf_path.name)
             model = AutoModelForCausalLM.from_pretrained(
                 where,
@@ -62,17 +63,26 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
             f"{gguf_path}: transformers {transformers.__version__} cannot read this GGUF file: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if pre_tokenizer in DIGITS_FIRST:
+    if _read_value(reader, "pre") in DIGITS_FIRST:
         _split_digits_first(tokenizer)
+    _set_special_tokens(tokenizer, reader)
     with quiet_loading():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     _drop_invented_tokens(directory / "tokenizer.json", model.config.vocab_size)
 
 
-def _read_pre_tokenizer(gguf_path: Path) -> str | None:
-    field = GGUFReader(gguf_path).get_field(PRE_TOKENIZER_KEY)
+def _read_value(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(f"tokenizer.ggml.{key}")
     return None if field is None else field.contents()
+
+
+def _set_special_tokens(tokenizer: PreTrainedTokenizerFast, reader: GGUFReader) -> None:
+    """Name the special tokens as the file does; transformers 5.17 may take BOS for EOS."""
+    for name, key in SPECIAL_TOKENS.items():
+        id = _read_value(reader, f"{key}_token_id")
+        if id is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(id)))
 
 
 def _split_digits_first(tokenizer: PreTrainedTokenizerFast) -> None:

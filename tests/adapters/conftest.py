@@ -33,8 +33,11 @@ def load(directory: Path, **knobs) -> LoadedModel:
     return load_model(config, resolve_base(config))
 
 
-def stock(directory: Path, dtype: torch.dtype = torch.float32):
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+def stock(directory: Path, attention: str = "sdpa"):
+    """Load with transformers alone, in float32, with the attention of the model to compare."""
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation=attention
+    )
 
 
 def train_a_little(model) -> None:

@@ -43,9 +43,9 @@ def change_weights(directory: Path, change) -> None:
 @pytest.mark.parametrize("make", [LoraAdapter, RsLoraAdapter, DoraAdapter])
 def test_stock_peft_and_llmtune_load_what_was_saved(checkpoint, saved, family, make):
     directory, loaded, live = saved(family, make(rank=4, **PATTERNS))
-    by_peft = PeftModel.from_pretrained(stock(checkpoint(family)), str(directory))
+    by_peft = PeftModel.from_pretrained(stock(checkpoint(family), loaded.attention), str(directory))
     by_llmtune = load_adapter(
-        stock(checkpoint(family)), directory, base_fingerprint=loaded.fingerprint
+        stock(checkpoint(family), loaded.attention), directory, base_fingerprint=loaded.fingerprint
     )
 
     expected = logits(live)
