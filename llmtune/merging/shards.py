@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from llmtune.merging.changes import MergePlan, PlannedShard
-from llmtune.merging.tiles import TensorMerger, iter_tiles
+from llmtune.merging.changes import MergePlan, PlannedShard, PlannedTensor
+from llmtune.merging.tiles import AdapterTensors, TensorMerger, iter_tiles
 from llmtune.safetensors_io import build_preamble, tensor_bytes
 
 COPY_BYTES = 64 << 20  # one piece of an untouched range
@@ -58,23 +58,33 @@ def write_shards(plan: MergePlan, directory: Path, *, num_threads: int) -> None:
     """
     threads_before = torch.get_num_threads()
     try:
+        adapter = AdapterTensors()
         with ThreadPoolExecutor(num_threads, initializer=partial(torch.set_num_threads, 1)) as pool:
             for shard in plan.shards:
-                writer = _ShardWriter(shard, directory / shard.file_name, plan.strength)
-                writer.write(pool, max_pending=2 * num_threads)
+                writer = _ShardWriter(shard, directory / shard.file_name)
+                writer.write(
+                    pool,
+                    lambda tensor: TensorMerger(tensor, adapter, plan.strength),
+                    max_pending=2 * num_threads,
+                )
     finally:
         torch.set_num_threads(threads_before)
 
 
 class _ShardWriter:
-    def __init__(self, shard: PlannedShard, path: Path, strength: float) -> None:
+    def __init__(self, shard: PlannedShard, path: Path) -> None:
         self.shard = shard
         self.path = path
-        self.strength = strength
         self.layout = _lay_out(shard)
         self.descriptor = -1
 
-    def write(self, pool: ThreadPoolExecutor, *, max_pending: int) -> None:
+    def write(
+        self,
+        pool: ThreadPoolExecutor,
+        make_merger: Callable[[PlannedTensor], TensorMerger],
+        *,
+        max_pending: int,
+    ) -> None:
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         pending: set[Future[None]] = set()
         try:
@@ -86,7 +96,7 @@ class _ShardWriter:
             for tensor, offset in zip(self.shard.tensors, self.layout.offsets, strict=True):
                 if tensor.is_copied:
                     continue
-                merger = TensorMerger(tensor, self.strength)
+                merger = make_merger(tensor)
                 row_bytes = tensor_bytes(tensor.dtype, (tensor.num_columns,))
                 for block, first_row, num_rows in iter_tiles(tensor):
                     target = offset + first_row * row_bytes

@@ -44,15 +44,34 @@ def iter_tiles(tensor: PlannedTensor) -> Iterator[tuple[Block, int, int]]:
             yield block, block.first_row + first, last - first
 
 
+class AdapterTensors:
+    """Loads the adapter's tensors in float32 and keeps the latest: experts share a stack."""
+
+    NUM_KEPT = 6
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def load(self, entry: TensorEntry) -> torch.Tensor:
+        """Return one tensor in float32, in its own shape."""
+        tensor = self._kept.pop(entry.name, None)
+        if tensor is None:
+            raw = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+            _read_into(entry, raw.view(-1), entry.start)
+            tensor = raw.float()
+        self._kept[entry.name] = tensor  # last in the order: the latest used
+        if len(self._kept) > self.NUM_KEPT:
+            del self._kept[next(iter(self._kept))]
+        return tensor
+
+
 class TensorMerger:
     """Computes the tiles of one changed tensor; holds the adapter's part of it in float32."""
 
-    def __init__(self, tensor: PlannedTensor, strength: float) -> None:
+    def __init__(self, tensor: PlannedTensor, adapter: AdapterTensors, strength: float) -> None:
         self.tensor = tensor
         self.strength = strength
-        self._loaded: dict[str, torch.Tensor] = {}
-        for entry in self._adapter_entries():
-            self._loaded[entry.name] = load_float32(entry)
+        self._loaded = {entry.name: adapter.load(entry) for entry in self._adapter_entries()}
         self._column_norms = self._dora_column_norms() if self._needs_column_norms() else None
 
     def merge_tile(self, block: Block, first_row: int, num_rows: int) -> memoryview:
@@ -168,20 +187,12 @@ class TensorMerger:
                 "adapter is broken"
             )
 
-    def _adapter_entries(self) -> list[TensorEntry]:
+    def _adapter_entries(self) -> set[TensorEntry]:
         tensor = self.tensor
+        deltas = [block.delta for block in tensor.blocks if block.delta is not None]
         entries = [tensor.magnitude, tensor.added_bias, tensor.token_rows]
-        for block in tensor.blocks:
-            if block.delta is not None:
-                entries += [block.delta.a, block.delta.b]
-        return [entry for entry in entries if entry is not None]
-
-
-def load_float32(entry: TensorEntry) -> torch.Tensor:
-    """Return one stored tensor in float32, in its own shape."""
-    raw = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
-    _read_into(entry, raw.view(-1), entry.start)
-    return raw.float()
+        entries += [entry for delta in deltas for entry in (delta.a, delta.b)]
+        return {entry for entry in entries if entry is not None}
 
 
 def _blend(base: torch.Tensor, trained: torch.Tensor, strength: float) -> torch.Tensor:
