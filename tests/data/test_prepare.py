@@ -39,27 +39,60 @@ def refusal(tmp_path, bad: list, **data) -> str:
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ({"messages": [{"role": "usr", "content": "a"}, {"role": "assistant", "content": "b"}]},
-         ['role "usr"', 'did you mean "user"']),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]},
-         ['role "asistant"', 'did you mean "assistant"']),
-        ({"messages": [{"role": "user", "text": "a"}, {"role": "assistant", "text": "b"}]},
-         ['no "content"', "text"]),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
-         ["content is null"]),
+        (
+            {"messages": [{"role": "usr", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            ['role "usr"', 'did you mean "user"'],
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]},
+            ['role "asistant"', 'did you mean "assistant"'],
+        ),
+        (
+            {"messages": [{"role": "user", "text": "a"}, {"role": "assistant", "text": "b"}]},
+            ['no "content"', "text"],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": None},
+                ]
+            },
+            ["content is null"],
+        ),
         ({"messages": [{"role": "user", "content": "a"}]}, ["no assistant turn"]),
         ({"messages": []}, ["messages is empty"]),
         ({"messages": turns("a", "  ")}, ["content is empty"]),
         ({"text": "hello"}, ["no column 'messages'", "found text"]),
         ('{"messages": [', ["not JSON"]),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
-            {"type": "image", "url": "x"}]}]}, ["image", "text parts"]),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [
-            {"function": {"name": "f", "arguments": "{not json"}}]}]}, ["not JSON"]),
-        ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", '
-         '"content": "b"}]}', ["half of a character pair"]),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": [{"type": "image", "url": "x"}]},
+                ]
+            },
+            ["image", "text parts"],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "f", "arguments": "{not json"}}],
+                    },
+                ]
+            },
+            ["not JSON"],
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", '
+            '"content": "b"}]}',
+            ["half of a character pair"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_row_is_refused_with_file_and_line(tmp_path, bad, words):
     message = refusal(tmp_path, [bad])
     assert "rows.jsonl:18: " in message

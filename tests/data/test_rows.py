@@ -179,17 +179,31 @@ def test_format_is_found_in_the_rows_and_reads_them(tmp_path, name):
 def test_format_never_raises_anything_but_row_problems(tmp_path_factory, name, data):
     values = st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=5),
-        lambda inner: st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["role", "content", "from", "value", "train", "weight", "tool_calls", "function",
-                 "name", "arguments", "text", "type"]
-            ),
-            inner,
-            max_size=4,
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    [
+                        "role",
+                        "content",
+                        "from",
+                        "value",
+                        "train",
+                        "weight",
+                        "tool_calls",
+                        "function",
+                        "name",
+                        "arguments",
+                        "text",
+                        "type",
+                    ]
+                ),
+                inner,
+                max_size=4,
+            )
         ),
         max_leaves=8,
-    )  # fmt: skip
+    )
     row = {column: data.draw(values) for column in FORMATS[name].columns}
     path = tmp_path_factory.getbasetemp() / f"fuzz-{name}.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -303,8 +317,13 @@ def test_damaged_files_give_only_clear_errors(tmp_path_factory, name, data):
 
 
 @settings(max_examples=150, deadline=None)
-@given(content=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda t: t.encode("utf-8", "surrogatepass"))),
-       name=st.sampled_from(["f.jsonl", "f.json", "f.csv", "f.tsv", "f.txt", "f.parquet"]))  # fmt: skip
+@given(
+    content=st.one_of(
+        st.binary(max_size=60),
+        st.text(max_size=60).map(lambda t: t.encode("utf-8", "surrogatepass")),
+    ),
+    name=st.sampled_from(["f.jsonl", "f.json", "f.csv", "f.tsv", "f.txt", "f.parquet"]),
+)
 def test_random_bytes_give_only_clear_errors(tmp_path_factory, content, name):
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(content)

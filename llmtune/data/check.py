@@ -1,0 +1,123 @@
+"""Everything about the data that would make a fine-tune silently wrong, told beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmtune.data.collect import Split, SplitCollector, read_evaluation_keys
+from llmtune.data.config import DataConfig
+from llmtune.data.findings import Finding, Notebook
+from llmtune.data.prepare import order_epoch
+from llmtune.data.problems import LISTED_PROBLEMS
+from llmtune.data.report import DataReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `data check` found."""
+
+    reports: tuple[DataReport, ...]
+    """Train, then evaluation where there is one."""
+    findings: tuple[Finding, ...]
+    roles: dict[str, int]
+    turns: dict[int, int]
+    """How many rows have how many messages."""
+    scripts: dict[str, int]
+
+    @property
+    def is_ok(self) -> bool:
+        """True when nothing would stop a run."""
+        return not any(finding.severity == "error" for finding in self.findings)
+
+    @property
+    def verdict(self) -> str:
+        """One line: may this data be trained on?"""
+        errors = [f for f in self.findings if f.severity == "error"]
+        warnings = len(self.findings) - len(errors)
+        if errors:
+            kinds = ", ".join(f"{finding.kind} ({finding.count:,})" for finding in errors)
+            return f"not ready: {kinds}"
+        if warnings:
+            return f"ready, with {warnings} kind{'s' * (warnings > 1)} of warning"
+        return "ready: nothing found"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "verdict": self.verdict,
+            "ok": self.is_ok,
+            "findings": [asdict(finding) for finding in self.findings],
+            "splits": {report.split: report.to_json() for report in self.reports},
+            "roles": self.roles,
+            "turns": {str(count): rows for count, rows in self.turns.items()},
+            "scripts": self.scripts,
+        }
+
+    def lines(self) -> list[str]:
+        """Return the report as lines for the terminal, the verdict last."""
+        return list(self._iter_lines())
+
+    def _iter_lines(self) -> Iterator[str]:
+        for report in self.reports:
+            yield from report.lines()
+        yield "roles: " + ", ".join(f"{role} {count:,}" for role, count in self.roles.items())
+        yield "scripts: " + ", ".join(f"{name} {count:,}" for name, count in self.scripts.items())
+        for finding in self.findings:
+            yield f"{finding.severity}: {finding.kind}: {finding.message}: {finding.count:,}"
+            yield from (f"  {place}" for place in finding.places[:LISTED_PROBLEMS])
+            if finding.count > LISTED_PROBLEMS:
+                yield f"  ... and {finding.count - LISTED_PROBLEMS:,} more"
+        yield self.verdict
+
+
+def check_data(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    near_duplicates: bool = True,
+    advance: Callable[[int], None] | None = None,
+) -> CheckReport:
+    """Read all data as a run would and report everything found, refusing nothing.
+
+    `advance` is told how many rows were read, for a progress line. Importing torch is never
+    needed.
+
+    Raises:
+        LlmtuneError: a source cannot be read at all, or the tokenizer cannot serve.
+    """
+    notebook = Notebook(config)
+    reports = []
+    splits: tuple[Split, ...] = ("train", "evaluation")
+    for split in splits:
+        keys = read_evaluation_keys(config) if split == "train" else {}
+        seen = notebook.splits[split]
+        collector = SplitCollector(config, tokenizer, split, keys, seen.look_at, advance)
+        if not collector.sources:
+            continue
+        table = collector.read()
+        order, taken = order_epoch(collector, table, seed=0)
+        report = collector.report(table.take(order), taken)
+        reports.append(report)
+        notebook.add_bad_rows(collector)
+        notebook.add_shared(collector)
+        notebook.add_lengths(collector)
+        notebook.add_signal(report)
+    notebook.add_suspicions()
+    notebook.add_duplicates()
+    notebook.add_conflicts()
+    if near_duplicates:
+        notebook.add_near_duplicates()
+    train, evaluation = notebook.splits["train"], notebook.splits["evaluation"]
+    findings = sorted(notebook.findings, key=lambda f: (f.severity != "error", -f.count, f.kind))
+    return CheckReport(
+        reports=tuple(reports),
+        findings=tuple(findings),
+        roles=dict((train.roles + evaluation.roles).most_common()),
+        turns=dict(sorted((train.turns + evaluation.turns).items())),
+        scripts=dict((train.scripts + evaluation.scripts).most_common()),
+    )

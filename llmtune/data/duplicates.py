@@ -1,0 +1,176 @@
+"""Near-duplicate rows by MinHash, and long word sequences that two sets share."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+NUM_HASHES = 64
+BAND_ROWS = 4
+"""Signatures are cut into 16 bands of 4: a pair of similarity 0.8 is found with 99.98 %."""
+SHINGLE_BYTES = 9
+MIN_SIMILARITY = 0.8
+MIN_SHINGLES = 24
+COMMON_SHARE = 0.1
+"""A shingle in more than this share of rows is boilerplate (a prompt's frame) and is left out."""
+COMMON_MIN_ROWS = 20
+TABLE_BITS = 22
+NGRAM_WORDS = 13
+"""As in the GPT-3 paper's contamination study (Brown et al. 2020, appendix C)."""
+FRAME_WORDS = 4
+
+Words = tuple[str, ...]
+
+_WORDS = re.compile(r"\w+")
+_GENERATOR = np.random.default_rng(20240229)
+_FACTORS = _GENERATOR.integers(1, 2**63, NUM_HASHES, dtype=np.uint64) * 2 + 1
+_SHIFTS = _GENERATOR.integers(0, 2**63, NUM_HASHES, dtype=np.uint64)
+
+
+@dataclass(frozen=True)
+class NearPair:
+    """Two row numbers whose texts are nearly equal; `similarity` is their Jaccard index."""
+
+    first: int
+    second: int
+    similarity: float
+
+
+def find_near_duplicates(texts: list[str]) -> list[NearPair]:
+    """Return the pairs of nearly equal texts, each later row with the earliest one it resembles.
+
+    Shingles are 9-byte windows of the text; those of boilerplate are not counted. Texts that are
+    equal are found too. MinHash with banded LSH (Broder 1997; Leskovec et al., ch. 3).
+    """
+    shingles = [_shingle(text) for text in texts]
+    common = _common_shingles(shingles)
+    shingles = [values[~common[_slot(values)]] for values in shingles]
+    kept = [row for row, values in enumerate(shingles) if len(values) >= MIN_SHINGLES]
+    if len(kept) < 2:
+        return []
+    best: dict[int, NearPair] = {}
+    for one, other in sorted(_candidates(np.stack([_sign(shingles[row]) for row in kept]))):
+        first, second = kept[one], kept[other]
+        similarity = _jaccard(shingles[first], shingles[second])
+        known = best.get(second)
+        if similarity >= MIN_SIMILARITY and (known is None or similarity > known.similarity):
+            best[second] = NearPair(first, second, similarity)
+    return [best[second] for second in sorted(best)]
+
+
+def find_shared_ngrams(train: list[str], evaluation: list[str]) -> list[tuple[int, int, str]]:
+    """Return `(train row, evaluation row, words)` where 13 words in a row stand in both.
+
+    Words in a row of four that stand in more than 1 % of the train rows (and more than 10) are
+    boilerplate; 13 words that are mostly such do not count. One entry for each train row.
+    """
+    places: dict[int, int] = {}
+    for row, text in enumerate(evaluation):
+        for words in _ngrams(text, NGRAM_WORDS):
+            places.setdefault(hash(words), row)
+    if not places:
+        return []
+    hits = [[w for w in _ngrams(text, NGRAM_WORDS) if hash(w) in places] for text in train]
+    frames = _count_frames(
+        train, {f for row in hits for w in row for f in _windows(w, FRAME_WORDS)}
+    )
+    limit = max(10, len(train) // 100)
+    shared = []
+    for row, found in enumerate(hits):
+        telling = [words for words in found if _own_words(words, frames, limit) > NGRAM_WORDS // 2]
+        if telling:
+            shared.append((row, places[hash(telling[0])], " ".join(telling[0])))
+    return shared
+
+
+def _count_frames(texts: list[str], wanted: set[Words]) -> Counter[Words]:
+    """Return in how many texts each of the `wanted` word sequences stands."""
+    rows_of: Counter[Words] = Counter()
+    if wanted:
+        for text in texts:
+            rows_of.update(wanted.intersection(_ngrams(text, FRAME_WORDS)))
+    return rows_of
+
+
+def _own_words(words: Words, frames: Counter[Words], limit: int) -> int:
+    """Return how many of `words` are in no frequent sequence of four."""
+    framed = {
+        start + offset
+        for start, frame in enumerate(_windows(words, FRAME_WORDS))
+        if frames[frame] > limit
+        for offset in range(FRAME_WORDS)
+    }
+    return len(words) - len(framed)
+
+
+def _shingle(text: str) -> np.ndarray:
+    """Return the distinct hashes (uint64) of every window of the text's bytes."""
+    data = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint64)
+    count = len(data) - SHINGLE_BYTES + 1
+    if count <= 0:
+        return np.empty(0, dtype=np.uint64)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for offset in range(SHINGLE_BYTES):
+        hashes *= np.uint64(0x100000001B3)
+        hashes += data[offset : offset + count]
+    hashes ^= hashes >> np.uint64(29)
+    hashes *= np.uint64(0xBF58476D1CE4E5B9)
+    hashes ^= hashes >> np.uint64(32)
+    return np.unique(hashes)
+
+
+def _slot(values: np.ndarray) -> np.ndarray:
+    return (values & np.uint64((1 << TABLE_BITS) - 1)).astype(np.int64)
+
+
+def _common_shingles(shingles: list[np.ndarray]) -> np.ndarray:
+    """Return which table slots are boilerplate, judged on up to 5,000 rows spread over all."""
+    sample = shingles[:: max(1, len(shingles) // 5000)]
+    counts = np.zeros(1 << TABLE_BITS, dtype=np.int32)
+    for values in sample:
+        counts[np.unique(_slot(values))] += 1
+    return counts > max(COMMON_MIN_ROWS, COMMON_SHARE * len(sample))
+
+
+def _sign(values: np.ndarray) -> np.ndarray:
+    """Return the MinHash signature uint64 [64] of a set of shingles."""
+    signature = np.full(NUM_HASHES, np.iinfo(np.uint64).max, dtype=np.uint64)
+    for start in range(0, len(values), 4096):
+        hashed = values[start : start + 4096, None] * _FACTORS + _SHIFTS
+        np.minimum(signature, hashed.min(axis=0), out=signature)
+    return signature
+
+
+def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
+    if min(len(one), len(other)) < MIN_SIMILARITY * max(len(one), len(other)):
+        return 0.0
+    shared = len(np.intersect1d(one, other, assume_unique=True))
+    return shared / (len(one) + len(other) - shared)
+
+
+def _candidates(matrix: np.ndarray) -> set[tuple[int, int]]:
+    """Return pairs of rows that agree in a whole band: each row with the band's first two."""
+    pairs: set[tuple[int, int]] = set()
+    for start in range(0, NUM_HASHES, BAND_ROWS):
+        band = matrix[:, start : start + BAND_ROWS]
+        key = np.zeros(len(band), dtype=np.uint64)
+        for column in range(BAND_ROWS):
+            key = key * np.uint64(0x9E3779B97F4A7C15) + band[:, column]
+        order = np.argsort(key, kind="stable")
+        edges = np.flatnonzero(np.diff(key[order])) + 1
+        for group in np.split(order, edges) if len(edges) < len(order) - 1 else ():
+            for position in range(1, len(group)):
+                pairs.add((int(group[0]), int(group[position])))
+                pairs.add((int(group[position - 1]), int(group[position])))
+    return pairs
+
+
+def _ngrams(text: str, size: int) -> list[Words]:
+    return _windows(tuple(_WORDS.findall(text)), size)
+
+
+def _windows(words: Words, size: int) -> list[Words]:
+    return [words[start : start + size] for start in range(len(words) - size + 1)]
