@@ -1,0 +1,212 @@
+"""What the model will see: each token of a row, trained or not, for eyes and for scripts."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.rule import Rule
+from rich.text import Text
+
+from llmtune.data.collect import Split, choose_sources
+from llmtune.data.config import DataConfig
+from llmtune.data.example import IGNORE_INDEX
+from llmtune.data.masks import Labeller
+from llmtune.data.problems import RowError, RowProblem
+from llmtune.data.rows import open_source
+from llmtune.errors import LlmtuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TRAINED_STYLE = "bold black on green"
+CONTEXT_STYLE = "dim"
+LINE_BREAK = "⏎"
+
+
+@dataclass(frozen=True)
+class PreviewToken:
+    """One token, or a few that only together are whole characters (then `ids` has several)."""
+
+    text: str
+    ids: tuple[int, ...]
+    is_trained: bool
+
+
+@dataclass(frozen=True)
+class RowPreview:
+    """One example of a row as it is trained on."""
+
+    source: str
+    line: int
+    input_ids: list[int]
+    labels: list[int]
+    tokens: tuple[PreviewToken, ...]
+    notes: tuple[str, ...]
+    max_length: int | None
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+    @property
+    def title(self) -> str:
+        """Where the row is and how much of it is trained, in one line."""
+        length = len(self.input_ids)
+        title = f"{self.source}:{self.line}: {length} tokens, {self.num_trained} trained"
+        if self.max_length is not None and length > self.max_length:
+            title += f" (longer than max_length {self.max_length})"
+        return title
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what scripts read: `input_ids`, `labels`, `text`, `source`, `line`."""
+        return {
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+            "text": self.text,
+            "source": self.source,
+            "line": self.line,
+        }
+
+
+def preview_rows(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    split: Split = "train",
+    row: int | None = None,
+    limit: int = 3,
+) -> list[RowPreview]:
+    """Return the first `limit` rows' examples, or those of row number `row` (from 1) alone.
+
+    Rows are counted over the split's sources, bad ones included; lengths are not cut.
+
+    Raises:
+        LlmtuneError: the row asked for cannot be used (and why), or there are fewer rows.
+    """
+    labeller = Labeller(tokenizer, config.loss_on)
+    previews: list[RowPreview] = []
+    shown = number = 0
+    for number, found in enumerate(_iter_rows(config, split), 1):
+        if row is not None and number != row:
+            continue
+        if isinstance(found, RowProblem):
+            if row is not None:
+                raise LlmtuneError(f"row {row} cannot be used: {found}")
+            continue
+        (labelled,) = labeller.label([found.conversation])
+        if isinstance(labelled, RowError):
+            if row is not None:
+                raise LlmtuneError(
+                    f"row {row} cannot be used: {found.source}:{found.line}: {labelled}"
+                )
+            continue
+        for sequence in labelled.sequences:
+            labels = [IGNORE_INDEX] * len(sequence.input_ids)
+            for start, end in sequence.spans:
+                labels[start:end] = sequence.input_ids[start:end]
+            previews.append(
+                RowPreview(
+                    source=found.source,
+                    line=found.line,
+                    input_ids=sequence.input_ids,
+                    labels=labels,
+                    tokens=tuple(split_tokens(tokenizer, sequence.input_ids, labels)),
+                    notes=labelled.notes,
+                    max_length=config.max_length,
+                )
+            )
+        shown += 1
+        if row is not None or shown >= limit:
+            return previews
+    if row is not None:
+        raise LlmtuneError(f"there is no row {row} in {split}: it has {number} rows")
+    return previews
+
+
+def split_tokens(
+    tokenizer: PreTrainedTokenizerFast, input_ids: list[int], labels: list[int]
+) -> Iterator[PreviewToken]:
+    """Yield the tokens with their text; tokens that share a character come as one."""
+    start = 0
+    for end in range(1, len(input_ids) + 1):
+        ids = input_ids[start:end]
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        is_last = end == len(input_ids)
+        # A piece of a character decodes to the replacement character: wait for the rest of it.
+        if text.endswith("\ufffd") and end - start < 8 and not is_last:
+            continue
+        yield PreviewToken(text, tuple(ids), labels[start] != IGNORE_INDEX)
+        start = end
+
+
+def render_terminal(previews: Iterable[RowPreview]) -> Group:
+    """Return the previews for the terminal: trained tokens on green, each line break shown."""
+    parts: list[Any] = []
+    for preview in previews:
+        parts.append(Rule(Text(preview.title), align="left"))
+        body = Text(overflow="fold")
+        for token in preview.tokens:
+            style = TRAINED_STYLE if token.is_trained else CONTEXT_STYLE
+            shown = token.text.replace("\n", f"{LINE_BREAK}\n") if token.is_trained else token.text
+            body.append(shown, style=style)
+        parts.append(body)
+        parts += [Text(f"note: {note}", style="yellow") for note in preview.notes]
+    legend = Text.assemble(("trained", TRAINED_STYLE), " ", ("not trained", CONTEXT_STYLE))
+    return Group(*parts, legend)
+
+
+def render_page(previews: Iterable[RowPreview], *, title: str = "Training data") -> str:
+    """Return a self-contained HTML page; hovering a token shows its ids."""
+    rows = "\n".join(_row_html(preview) for preview in previews)
+    return Template(PAGE).substitute(title=html.escape(title), rows=rows)
+
+
+def _row_html(preview: RowPreview) -> str:
+    spans = []
+    for token in preview.tokens:
+        shown = html.escape(token.text).replace("\n", f'<i class="br">{LINE_BREAK}</i>\n')
+        ids = " ".join(map(str, token.ids))
+        state = "trained" if token.is_trained else "not trained"
+        name = "t" if token.is_trained else "c"
+        spans.append(f'<span class="{name}" title="{ids} ({state})">{shown}</span>')
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in preview.notes)
+    return f"<h2>{html.escape(preview.title)}</h2>{notes}<pre>{''.join(spans)}</pre>"
+
+
+def _iter_rows(config: DataConfig, split: Split) -> Iterator[Any]:
+    for source in choose_sources(config, split)[0]:
+        yield from open_source(source).rows
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>$title</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --quiet: #6b6b6b; --on: #b7e4c1; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #eaeaea; --paper: #161616; --quiet: #9a9a9a; --on: #1f5c30; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem } h2 { font-size: 1rem; margin: 2rem 0 .5rem; font-weight: 600 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--quiet);
+  border-radius: 6px; padding: .8rem; line-height: 1.7 }
+.t { background: var(--on); border-radius: 3px } .c { color: var(--quiet) }
+.t, .c { border-right: 1px dotted transparent } span:hover { outline: 1px solid var(--ink) }
+.br { font-style: normal; opacity: .5 }
+</style></head><body>
+<h1>$title</h1>
+<p><span class="t">trained</span> <span class="c">not trained</span>; hover over a token for its
+id.</p>
+$rows
+</body></html>
+"""
