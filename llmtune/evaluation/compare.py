@@ -133,8 +133,8 @@ def compare_slices(
     comparisons = []
     for value in values:
         chosen = [i for i, item in enumerate(base.items) if item.slices.get(column) == value]
-        pairs = [[result.items[i] for i in chosen] for result in (base, tuned)]
-        comparisons.append(_compare_items(base, tuned, *pairs, resampling))
+        before, after = ([result.items[i] for i in chosen] for result in (base, tuned))
+        comparisons.append(_compare_items(base, tuned, before, after, resampling))
     adjusted = holm([comparison.p_value for comparison in comparisons])
     found = [
         SliceComparison(column, *row) for row in zip(values, comparisons, adjusted, strict=True)
@@ -169,8 +169,15 @@ def _compare_items(
     weights = np.array([item.weight for item in base_items])
     weighing = None if (weights == 1).all() else weights
     clusters = _cluster_names(base_items)
-    grouping = {"weights": weighing, "clusters": clusters}
-    interval = paired_bootstrap(differences, **grouping, **asdict(resampling))
+    interval = paired_bootstrap(
+        differences,
+        weights=weighing,
+        clusters=clusters,
+        samples=resampling.samples,
+        confidence=resampling.confidence,
+        seed=resampling.seed,
+    )
+    error = standard_error(differences, weights=weighing, clusters=clusters)
     better = differences if base.higher_is_better else -differences
     gained, lost = int((better > 0).sum()), int((better < 0).sum())
     is_binary = bool(np.isin([before, after], (0, 1)).all())
@@ -189,12 +196,12 @@ def _compare_items(
         high=interval.high,
         p_value=interval.p_value,
         mcnemar_p=mcnemar_exact(lost, gained) if is_binary else None,
-        standard_error=finite_or_none(standard_error(differences, **grouping)),
+        standard_error=finite_or_none(error),
         n=len(base_items),
         num_clusters=len(set(clusters)) if clusters else len(base_items),
         majority=base.majority,
         chance=base.chance,
-        mde=minimum_detectable_effect(differences, **grouping),
+        mde=minimum_detectable_effect(differences, weights=weighing, clusters=clusters),
         gained=gained,
         lost=lost,
         unparseable_base=sum(not item.parsed for item in base_items),
@@ -203,5 +210,5 @@ def _compare_items(
 
 
 def _cluster_names(items: Sequence[ItemScore]) -> list[str] | None:
-    names = [item.cluster for item in items]
-    return None if any(name is None for name in names) else names
+    names = [item.cluster for item in items if item.cluster is not None]
+    return names if len(names) == len(items) else None

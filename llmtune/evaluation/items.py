@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
@@ -24,14 +24,14 @@ MAX_PROBLEMS = 10
 class SuiteItem:
     """One question, rendered. What a task does not use is empty.
 
-    `answer` is the index of the right choice; `references` are the accepted texts (exact).
+    `answer` is the index of the right choice (-1: none); `references` are the accepted texts.
     """
 
     id: str
     line: int
     prompt: str = ""
     choices: tuple[str, ...] = ()
-    answer: int | None = None
+    answer: int = -1
     references: tuple[str, ...] = ()
     text: str = ""
     cluster: str | None = None
@@ -93,23 +93,28 @@ def _read_item(
     fields = json.loads(text)
     if not isinstance(fields, dict):
         raise _BadItem(f"expected a JSON object, found {type(fields).__name__}")
-    common = {
-        "id": str(fields.get(config.id, line)),
-        "line": line,
-        "cluster": None if config.cluster is None else str(_field(fields, config.cluster)),
-        "slices": tuple((name, str(_field(fields, name))) for name in config.slices),
-    }
-    if isinstance(config, PerplexitySuite):
-        passage = _field(fields, config.text)
-        if not isinstance(passage, str) or not passage.strip():
-            raise _BadItem(f"field {config.text!r} must be a text that is not empty")
-        return SuiteItem(text=passage, **common)
-    prompt = _render_prompt(template, fields)
+    item = SuiteItem(
+        id=str(fields.get(config.id, line)),
+        line=line,
+        cluster=None if config.cluster is None else str(_field(fields, config.cluster)),
+        slices=tuple((name, str(_field(fields, name))) for name in config.slices),
+    )
+    if template is None:
+        return replace(item, text=_read_passage(config, fields))
+    item = replace(item, prompt=_render_prompt(template, fields))
     if isinstance(config, ExactSuite):
-        references = _read_references(config, fields)
-        return SuiteItem(prompt=prompt, references=references, **common)
+        return replace(item, references=_read_references(config, fields))
+    assert isinstance(config, ChoiceSuite)
     choices, answer = _read_choices(config, fields)
-    return SuiteItem(prompt=prompt, choices=choices, answer=answer, **common)
+    return replace(item, choices=choices, answer=answer)
+
+
+def _read_passage(config: AnySuiteConfig, fields: dict) -> str:
+    assert isinstance(config, PerplexitySuite)
+    passage = _field(fields, config.text)
+    if not isinstance(passage, str) or not passage.strip():
+        raise _BadItem(f"field {config.text!r} must be a text that is not empty")
+    return passage
 
 
 def _field(fields: dict, name: str) -> object:
@@ -140,6 +145,7 @@ def _read_references(config: ExactSuite, fields: dict) -> tuple[str, ...]:
 def _read_choices(config: ChoiceSuite, fields: dict) -> tuple[tuple[str, ...], int]:
     choices = config.choices
     if choices is None:
+        assert config.choices_field is not None
         listed = _field(fields, config.choices_field)
         if not isinstance(listed, list) or not all(
             isinstance(c, str | int | float) for c in listed

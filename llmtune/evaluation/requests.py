@@ -12,7 +12,7 @@ from llmtune.data.template import find_turn_ending
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.items import SuiteItem
 from llmtune.evaluation.suite import Suite
-from llmtune.evaluation.suite_config import ChoiceSuite
+from llmtune.evaluation.suite_config import ChoiceSuite, PromptedSuite
 from llmtune.scoring.likelihood import ContinuationRequest
 from llmtune.scoring.perplexity import leading_special_ids
 
@@ -39,11 +39,13 @@ def encode_prompts(
     Raises:
         LlmtuneError: the suite is a chat and the tokenizer has no chat template.
     """
-    if not suite.config.chat:
+    config = suite.config
+    assert isinstance(config, PromptedSuite)
+    if not config.chat:
         lead = leading_special_ids(tokenizer)
         texts = [_raw_context(suite, item, demonstrations) for item in suite.items]
         return [(*lead, *_encode(tokenizer, text)) for text in texts]
-    opening = [{"role": "system", "content": suite.config.system}] if suite.config.system else []
+    opening = [{"role": "system", "content": config.system}] if config.system else []
     for shown in demonstrations:
         opening.append({"role": "user", "content": shown.prompt})
         opening.append({"role": "assistant", "content": shown.answer})
@@ -110,9 +112,11 @@ def _chat_requests(
     Some templates write an empty thinking block or a space between the generation prompt and the
     answer; its tokens belong to the prompt, except where they merge with the choice's first.
     """
+    config = suite.config
+    assert isinstance(config, ChoiceSuite)
     prompts = encode_prompts(tokenizer, suite, demonstrations)
     ending = find_turn_ending(tokenizer)
-    tail = [ending.terminator_id] if suite.config.end_of_answer else []
+    tail = [ending.terminator_id] if config.end_of_answer else []
     lead = _encode(tokenizer, ending.lead)
     requests = []
     for item, prompt in zip(suite.items, prompts, strict=True):

@@ -111,6 +111,7 @@ def _read_config(path: Path) -> AnySuiteConfig:
 def _key_lines(text: str) -> dict[str, int]:
     """Return the line (from 1) of every key at the top of a YAML mapping."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(node, yaml.MappingNode)
     return {key.value: key.start_mark.line + 1 for key, _ in node.value}
 
 

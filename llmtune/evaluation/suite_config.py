@@ -117,7 +117,7 @@ class PerplexitySuite(SuiteConfig):
 
 
 AnySuiteConfig = ChoiceSuite | ExactSuite | PerplexitySuite
-TASKS: dict[str, type[SuiteConfig]] = {
+TASKS: dict[str, type[AnySuiteConfig]] = {
     "choice": ChoiceSuite,
     "exact": ExactSuite,
     "perplexity": PerplexitySuite,

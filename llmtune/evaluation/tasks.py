@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -19,7 +20,7 @@ from llmtune.evaluation.metrics import (
 from llmtune.evaluation.requests import Demonstration, build_choice_requests, encode_prompts
 from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.suite import Suite
-from llmtune.evaluation.suite_config import ExactSuite, PerplexitySuite
+from llmtune.evaluation.suite_config import ChoiceSuite, ExactSuite, PerplexitySuite
 from llmtune.scoring.generate import Decoding, Generation, generate_texts
 from llmtune.scoring.likelihood import ContinuationScore, score_continuations
 from llmtune.scoring.perplexity import TextScore, score_texts
@@ -36,20 +37,30 @@ def score_items(
     on_items: OnItems | None,
 ) -> list[ItemScore]:
     """Score every item of a suite, in the suite's order."""
-    if isinstance(suite.config, PerplexitySuite):
-        return _score_perplexity(model, tokenizer, suite, token_budget, on_items)
-    if isinstance(suite.config, ExactSuite):
+    config = suite.config
+    if isinstance(config, PerplexitySuite):
+        texts = score_texts(
+            model,
+            tokenizer,
+            [item.text for item in suite.items],
+            max_length=config.max_length,
+            token_budget=token_budget,
+            on_progress=on_items,
+        )
+        passages = zip(suite.items, texts, strict=True)
+        return [_perplexity_score(suite, item, score) for item, score in passages]
+    if isinstance(config, ExactSuite):
         prompts = encode_prompts(tokenizer, suite, demonstrations)
-        decoding = Decoding(suite.config.max_new_tokens, tuple(stop_token_ids(tokenizer)))
+        decoding = Decoding(config.max_new_tokens, tuple(stop_token_ids(tokenizer)))
         written = generate_texts(
             model, tokenizer, prompts, decoding, token_budget=token_budget, on_progress=on_items
         )
-        rows = zip(suite.items, written, strict=True)
-        return [_exact_score(suite.config, item, generation) for item, generation in rows]
+        answers = zip(suite.items, written, strict=True)
+        return [_exact_score(config, item, generation) for item, generation in answers]
     requests = build_choice_requests(tokenizer, suite, demonstrations)
     scores = score_continuations(model, requests, token_budget=token_budget, on_progress=on_items)
-    rows = zip(suite.items, scores, strict=True)
-    return [_choice_score(suite, item, item_scores) for item, item_scores in rows]
+    choices = zip(suite.items, scores, strict=True)
+    return [_choice_score(config, item, item_scores) for item, item_scores in choices]
 
 
 def majority_accuracy(suite: Suite) -> float | None:
@@ -73,13 +84,15 @@ def chance_accuracy(suite: Suite) -> float | None:
     return sum(1 / len(item.choices) for item in suite.items) / len(suite.items)
 
 
-def _choice_score(suite: Suite, item: SuiteItem, scores: Sequence[ContinuationScore]) -> ItemScore:
+def _choice_score(
+    config: ChoiceSuite, item: SuiteItem, scores: Sequence[ContinuationScore]
+) -> ItemScore:
     values = [score.log_likelihood for score in scores]
-    if suite.config.normalize == "length":
+    if config.normalize == "length":
         values = [score.log_likelihood / score.num_tokens for score in scores]
     return _item_score(
         item,
-        score=CHOICE_FUNCTIONS[suite.config.metric](values, item.answer),
+        score=CHOICE_FUNCTIONS[config.metric](values, item.answer),
         prediction=item.choices[values.index(max(values))],
         answer=item.choices[item.answer],
         details={
@@ -91,7 +104,7 @@ def _choice_score(suite: Suite, item: SuiteItem, scores: Sequence[ContinuationSc
 
 
 def _exact_score(config: ExactSuite, item: SuiteItem, generation: Generation) -> ItemScore:
-    found = generation.text
+    found: str | None = generation.text
     if config.extract is not None:
         match = re.search(config.extract, generation.text)
         found = match.group(1) if match else None
@@ -108,26 +121,6 @@ def _exact_score(config: ExactSuite, item: SuiteItem, generation: Generation) ->
         parsed=bool(found and found.strip()),
         details={"stopped": generation.stopped, "num_tokens": len(generation.token_ids)},
     )
-
-
-def _score_perplexity(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
-    suite: Suite,
-    token_budget: int,
-    on_items: OnItems | None,
-) -> list[ItemScore]:
-    texts = [item.text for item in suite.items]
-    scores = score_texts(
-        model,
-        tokenizer,
-        texts,
-        max_length=suite.config.max_length,
-        token_budget=token_budget,
-        on_progress=on_items,
-    )
-    rows = zip(suite.items, scores, strict=True)
-    return [_perplexity_score(suite, item, score) for item, score in rows]
 
 
 def _perplexity_score(suite: Suite, item: SuiteItem, score: TextScore) -> ItemScore:
@@ -152,5 +145,5 @@ def _perplexity_score(suite: Suite, item: SuiteItem, score: TextScore) -> ItemSc
     )
 
 
-def _item_score(item: SuiteItem, **values) -> ItemScore:
+def _item_score(item: SuiteItem, **values: Any) -> ItemScore:
     return ItemScore(id=item.id, cluster=item.cluster, slices=dict(item.slices), **values)
