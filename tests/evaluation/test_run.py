@@ -18,7 +18,6 @@ from llmtune.evaluation.run import (
     evaluate_arms,
     evaluate_suite,
 )
-from llmtune.evaluation.samples import sample_generations
 from llmtune.evaluation.suite import load_suite
 from tests.tiny import CHATML, make_model, make_tokenizer
 
@@ -184,19 +183,3 @@ def test_demonstrations_are_another_recipe(scored, suites):
 def test_two_suites_of_one_name_are_refused(scored, suites):
     with pytest.raises(LlmtuneError, match="two suites are named 'pick'"):
         evaluate_arms(scored, [suites["pick"], suites["pick"]])
-
-
-def test_samples_show_base_and_tuned_side_by_side(scored):
-    pairs = sample_generations(
-        scored.model,
-        scored.tokenizer,
-        ["the quick fox", [{"role": "user", "content": "a warm film"}]],
-        max_new_tokens=6,
-    )
-    assert [pair.prompt for pair in pairs] == ["the quick fox", "a warm film"]
-    assert any(pair.base != pair.tuned for pair in pairs)
-    with scored.model.disable_adapter():
-        again = sample_generations(
-            scored.model, scored.tokenizer, ["the quick fox"], max_new_tokens=6
-        )
-    assert again[0].base == pairs[0].base
