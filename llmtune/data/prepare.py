@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmtune.data.cache import cache_path, load_prepared, save_prepared
 from llmtune.data.collect import Split, SplitCollector, read_evaluation_keys
 from llmtune.data.config import DataConfig
 from llmtune.data.example import ExampleTable
 from llmtune.data.length import refuse_loss
 from llmtune.data.mixture import hash_order, mix_order, share_sources
+from llmtune.data.prepared import PreparedData, fingerprint_table
 from llmtune.data.problems import LISTED_PROBLEMS, bad_rows_error
-from llmtune.data.report import DataReport
 from llmtune.errors import LlmtuneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class PreparedData:
-    """One split, ready for training."""
-
-    examples: ExampleTable
-    """Train: in the order of the seed. Evaluation: in the order of the files."""
-    source_names: tuple[str, ...]
-    report: DataReport
-    fingerprint: str
-    """SHA-256 over every token, mask, weight and their order."""
-    order_hash: str
+__all__ = ["PreparedData", "order_epoch", "prepare_examples"]
 
 
 def prepare_examples(
@@ -39,12 +30,29 @@ def prepare_examples(
 ) -> PreparedData:
     """Read, check, render, mask, fit, mix and order one split of the data.
 
+    With `data.cache` the result is kept by content and read back when nothing has changed.
     With `split="evaluation"` and no evaluation source nor share, the result is empty.
 
     Raises:
         LlmtuneError: bad rows (the first ten are named), too much lost to `max_length`, a row
             that train and evaluation share, no row left, or a tokenizer that cannot serve.
     """
+    kept_at = cache_path(config, tokenizer, split=split, seed=seed) if config.cache else None
+    kept = load_prepared(kept_at) if kept_at is not None else None
+    if kept is not None:
+        return kept
+    prepared = _prepare(config, tokenizer, split, seed)
+    if kept_at is not None and prepared.source_names:
+        try:
+            save_prepared(kept_at, prepared)
+        except OSError as error:  # the cache saves time; a run needs none
+            logger.warning("prepared data is not kept in %s: %s", kept_at.parent, error)
+    return prepared
+
+
+def _prepare(
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast, split: Split, seed: int
+) -> PreparedData:
     other_keys = read_evaluation_keys(config) if split == "train" else {}
     collector = SplitCollector(config, tokenizer, split, other_keys)
     table = collector.read()
@@ -94,16 +102,3 @@ def refuse_problems(collector: SplitCollector) -> None:
             )
         )
     refuse_loss(collector.count, config.max_length, config.length_policy, collector.split)
-
-
-def fingerprint_table(table: ExampleTable) -> str:
-    """Return the SHA-256 over a table's tokens, masks, lengths and weights, in order."""
-    digest = hashlib.sha256()
-    for name, dtype in (
-        ("tokens", "<i4"),
-        ("trained", "u1"),
-        ("offsets", "<i8"),
-        ("weights", "<f4"),
-    ):
-        digest.update(np.ascontiguousarray(table.arrays[name], dtype=dtype).tobytes())
-    return digest.hexdigest()

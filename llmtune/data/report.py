@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from llmtune.data.problems import LISTED_PROBLEMS, RowProblem
@@ -71,6 +71,19 @@ class DataReport:
             "rows_kept": self.rows_kept,
             "bad_rows": [asdict(problem) for problem in self.bad_rows],
         }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DataReport:
+        """Read what `to_json` wrote."""
+        known = {field.name: value[field.name] for field in fields(cls)}
+        return cls(
+            **known
+            | {
+                "sources": tuple(SourceReport(**source) for source in value["sources"]),
+                "bad_rows": tuple(RowProblem(**problem) for problem in value["bad_rows"]),
+                "notes": tuple((note, count) for note, count in value["notes"]),
+            }
+        )
 
     def lines(self) -> list[str]:
         """Return the report as lines for the terminal."""
