@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from gguf import GGUFReader
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -66,9 +67,12 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
     if _read_value(reader, "pre") in DIGITS_FIRST:
         _split_digits_first(tokenizer)
     _set_special_tokens(tokenizer, reader)
-    with quiet_loading():
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+    try:
+        with quiet_loading():
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error  # its only reason to fail here is the disk
     _drop_invented_tokens(directory / "tokenizer.json", model.config.vocab_size)
 
 

@@ -1,6 +1,7 @@
 """An adapter on disk: any peft loads it, and what does not belong together does not load."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,21 @@ def test_failed_save_keeps_the_adapter_that_was_there(saved, tmp_path):
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
     with pytest.raises(TypeError):
         save_adapter(model, directory, {**manifest_of(loaded), "bad": object()})
+
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_full_disk_keeps_the_adapter_that_was_there(saved, tmp_path):
+    directory, loaded, model = saved()
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(LlmtuneError, match="cannot be saved"):
+            save_adapter(model, directory, manifest_of(loaded))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 from pathlib import Path
 
 import gguf
@@ -151,6 +152,18 @@ def test_failed_conversion_leaves_nothing_behind(tiny_gguf, cache, tmp_path):
     cut.write_bytes(tiny_gguf[0].read_bytes()[:2000])
     with pytest.raises(LlmtuneError, match="cut.gguf"):
         resolve_base(ModelConfig(base=str(cut)))
+
+    assert list((cache / "bases").iterdir()) == []
+
+
+def test_full_disk_is_one_message_and_leaves_nothing_behind(tiny_gguf, cache):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(LlmtuneError, match="Set LLMTUNE_CACHE"):
+            resolve_base(ModelConfig(base=str(tiny_gguf[0])))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     assert list((cache / "bases").iterdir()) == []
 
