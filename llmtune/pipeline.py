@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig
+from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import PreparedData, prepare_examples
 from llmtune.errors import LlmtuneError
 from llmtune.fingerprint import hash_json
@@ -207,9 +208,18 @@ def load_suites(config: RunConfig) -> "list[Suite]":
 
 
 def _held_out(config: RunConfig, source: BaseSource) -> list[list[int]]:
+    """Return the evaluation rows up to the token before the last trained one.
+
+    What a template writes behind an answer's end is never generated, so it is not compared.
+    """
     tokenizer = load_tokenizer(source.dir, chat_template=config.model.chat_template)
     held_out = prepare_examples(config.data, tokenizer, split="evaluation", seed=config.seed)
-    return [list(held_out.examples[i].input_ids) for i in range(len(held_out.examples))]
+    rows = []
+    for index in range(len(held_out.examples)):
+        example = held_out.examples[index]
+        trained = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
+        rows.append(list(example.input_ids[: trained[-1]]))
+    return rows
 
 
 def _prepare_data(config: RunConfig, source: BaseSource) -> dict[str, PreparedData]:

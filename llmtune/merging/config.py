@@ -17,5 +17,6 @@ class MergeConfig(Section):
     strength: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """How much of the adapter is added: 1 is all of it, 0 gives the base back."""
 
-    max_kl: float = Field(default=0.01, gt=0, allow_inf_nan=False)
-    """Largest KL(base + adapter || merged), in nats per token, with which a merge is kept."""
+    max_kl: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    """Largest KL(base + adapter || merged), in nats per token, with which a merge is kept.
+    Rounding the sum to 16 bits alone costs about 0.01 on a 135M model and less on larger ones."""

@@ -24,7 +24,7 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import BaseSource
 from llmtune.open_prompts import OPEN_PROMPTS
-from llmtune.safetensors_io import CheckpointIndex
+from llmtune.safetensors_io import ADAPTER_FILE, CheckpointIndex, read_header
 from llmtune.scoring.generate import Decoding
 from llmtune.scoring.likelihood import ContinuationRequest
 
@@ -75,7 +75,7 @@ def run_merge_stage(request: MergeRequest) -> dict[str, Any]:
     )
     try:
         check = _check(request, unchecked)
-        if check.kl > request.max_kl:
+        if check is not None and check.kl > request.max_kl:
             raise CheckFailed(
                 f"merged model and live adapter differ by {check.kl:.4f} nats/token (KL), more "
                 f"than merge.max_kl={request.max_kl:g}; nothing was left in {request.out_dir}"
@@ -88,12 +88,27 @@ def run_merge_stage(request: MergeRequest) -> dict[str, Any]:
     return {
         **result.to_dict(),
         "out_dir": str(request.out_dir),
-        "check": {**check.to_dict(), "open_prompts": list(OPEN_PROMPTS[:NUM_CHECKED])},
+        "check": None if check is None else _check_values(check),
     }
 
 
-def _check(request: MergeRequest, merged_dir: Path) -> VerifyResult:
-    """Compare base + adapter, never quantized, with the merged directory as read from disk."""
+def _check_values(check: VerifyResult) -> dict[str, Any]:
+    return {**check.to_dict(), "open_prompts": list(OPEN_PROMPTS[:NUM_CHECKED])}
+
+
+def _check(request: MergeRequest, merged_dir: Path) -> VerifyResult | None:
+    """Compare base + adapter, never quantized, with the merged directory as read from disk.
+
+    A live adapter can be weakened only where it is all low-rank products; at another strength
+    there is nothing to compare the others with, and None is returned.
+    """
+    if request.strength != 1 and not _is_all_low_rank(request.adapter_dir):
+        log.warning(
+            "merge: not checked: at strength %g only plain LoRA has a live model to compare with, "
+            "and this adapter also has magnitudes, biases or whole tensors",
+            request.strength,
+        )
+        return None
     dtype = _comparison_dtype(merged_dir)
     config = request.model.model_copy(update={"quantization": None, "dtype": dtype})
     loaded = load_model(config, request.source)
@@ -115,6 +130,13 @@ def describe_check(check: VerifyResult) -> str:
         f"difference {check.max_logit_difference:.3f}, top-1 agreement {check.top1_agreement:.2%}, "
         f"{check.num_same_labels} of {check.num_labels} labels and "
         f"{check.num_same_texts} of {check.num_open_prompts} greedy texts the same"
+    )
+
+
+def _is_all_low_rank(adapter_dir: Path) -> bool:
+    names = [entry.name for entry in read_header(adapter_dir / ADAPTER_FILE).tensors]
+    return all("lora_A" in name or "lora_B" in name for name in names) and not any(
+        name.endswith("bias") for name in names
     )
 
 
