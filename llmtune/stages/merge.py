@@ -18,7 +18,8 @@ from llmtune.data.render import encode_plain, render_messages
 from llmtune.errors import CheckFailed
 from llmtune.evaluation.requests import build_choice_requests
 from llmtune.evaluation.suite import Suite
-from llmtune.merging.merge import merge_adapter
+from llmtune.merging.merge import write_merge
+from llmtune.merging.plan import plan_merge
 from llmtune.merging.verify import VerifyPrompts, VerifyResult, verify_merge
 from llmtune.models.config import ModelConfig
 from llmtune.models.load import LoadedModel, load_model
@@ -59,14 +60,11 @@ def run_merge_stage(request: MergeRequest) -> dict[str, Any]:
     Raises:
         CheckFailed: the merged model's KL to the live adapter is above `max_kl`.
     """
+    plan = plan_merge(request.source.dir, request.adapter_dir, strength=request.strength)
+    for notice in plan.notices:
+        log.info("merge: %s", notice)
     unchecked = request.out_dir.with_name(f".{request.out_dir.name}.unchecked")
-    result = merge_adapter(
-        request.source.dir,
-        request.adapter_dir,
-        unchecked,
-        strength=request.strength,
-        overwrite=True,
-    )
+    result = write_merge(plan, unchecked, overwrite=True)
     log.info(
         "merge: %d of %d tensors changed, %.1f s; checking against the live adapter",
         sum(result.changes.values()),
@@ -74,7 +72,10 @@ def run_merge_stage(request: MergeRequest) -> dict[str, Any]:
         result.seconds,
     )
     try:
-        check = _check(request, unchecked)
+        loaded = _load_unquantized(request, unchecked)
+        # One list of stop tokens for everything that is saved, and a config that can be saved.
+        loaded.model.generation_config.save_pretrained(unchecked)
+        check = _check(request, loaded, unchecked)
         if check is not None and check.kl > request.max_kl:
             raise CheckFailed(
                 f"merged model and live adapter differ by {check.kl:.4f} nats/token (KL), more "
@@ -96,7 +97,13 @@ def _check_values(check: VerifyResult) -> dict[str, Any]:
     return {**check.to_dict(), "open_prompts": list(OPEN_PROMPTS[:NUM_CHECKED])}
 
 
-def _check(request: MergeRequest, merged_dir: Path) -> VerifyResult | None:
+def _load_unquantized(request: MergeRequest, merged_dir: Path) -> LoadedModel:
+    dtype = _comparison_dtype(merged_dir)
+    config = request.model.model_copy(update={"quantization": None, "dtype": dtype})
+    return load_model(config, request.source)
+
+
+def _check(request: MergeRequest, loaded: LoadedModel, merged_dir: Path) -> VerifyResult | None:
     """Compare base + adapter, never quantized, with the merged directory as read from disk.
 
     A live adapter can be weakened only where it is all low-rank products; at another strength
@@ -109,16 +116,11 @@ def _check(request: MergeRequest, merged_dir: Path) -> VerifyResult | None:
             request.strength,
         )
         return None
-    dtype = _comparison_dtype(merged_dir)
-    config = request.model.model_copy(update={"quantization": None, "dtype": dtype})
-    loaded = load_model(config, request.source)
     live = load_adapter(loaded.model, request.adapter_dir, base_fingerprint=loaded.fingerprint)
     decoding = Decoding(CHECKED_NEW_TOKENS, loaded.stop_token_ids)
     prompts = _prompts(request, loaded)
     with rescale_adapter_scale(live, request.strength):
-        check = verify_merge(
-            live, merged_dir, prompts, decoding=decoding, dtype=getattr(torch, dtype)
-        )
+        check = verify_merge(live, merged_dir, prompts, decoding=decoding, dtype=loaded.dtype)
     log.info("merge: %s", describe_check(check))
     return check
 
