@@ -28,11 +28,11 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Decides data order, adapter initialisation, dropout and bootstrap samples."""
     model: ModelConfig
-    adapter: AdapterConfig = Field(default_factory=LoraAdapter)
+    adapter: AdapterConfig = LoraAdapter()
     data: DataConfig
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    merge: MergeConfig = Field(default_factory=MergeConfig)
-    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    train: TrainConfig = TrainConfig()
+    merge: MergeConfig = MergeConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @property
     def run(self) -> RunDir:

@@ -30,9 +30,18 @@ class Ledger:
         self.run = run
         self.manifest = manifest
 
-    def describe(self, **sections: Mapping[str, Any]) -> None:
-        """Write what the run stands on (`base`, `data`) into the manifest."""
-        self._save(replace(self.manifest, **sections))
+    def describe(
+        self, *, base: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write what the run stands on into the manifest; what is not given stays."""
+        now = self.manifest
+        self._save(
+            replace(
+                now,
+                base=now.base if base is None else base,
+                data=now.data if data is None else data,
+            )
+        )
 
     def stage(
         self,

@@ -1,4 +1,4 @@
-"""Every command and the script in the README are run, in order, in a directory laid out like a clone."""
+"""Every command and the script in the README are run, in a directory laid out like a clone."""
 
 import json
 import os

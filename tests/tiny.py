@@ -1,10 +1,10 @@
-"""Tiny real objects for the tests: a tokenizer trained in process and two-layer models of many families."""
+"""Tiny real objects: a tokenizer trained in process and two-layer models of many families."""
 
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
     "{% for message in messages %}"
