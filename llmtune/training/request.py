@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from llmtune.data.example import Example, ExampleTable
 from llmtune.run_dir import RunDir
 
+Technique = Literal["fused_lora", "frozen_head"]
+
 
 @dataclass(frozen=True)
 class TrainRequest:
@@ -30,6 +32,8 @@ class TrainRequest:
     identity: Mapping[str, str]
     packing: Literal["auto", "on", "off"] = "auto"
     quiet: bool = False
+    without: frozenset[Technique] = frozenset()
+    """Techniques to leave out, to measure what each gives or to find a fault."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from peft import PeftModel
 from llmtune.errors import LlmtuneError
 from llmtune.training.batch import StepCollator
 from llmtune.training.config import TrainConfig
-from llmtune.training.head import HeadChoice, choose_head, summed_loss
+from llmtune.training.fused_lora import fused_lora
+from llmtune.training.head import HeadChoice, choose_head, decoder_hidden, summed_loss
 from llmtune.training.memory_plan import (
     UNLIMITED,
     USEFUL_TOKENS,
@@ -57,8 +58,13 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
     autocast_dtype = None if dtype == torch.float32 else dtype
     autocast = torch.autocast(device.type, dtype=autocast_dtype, enabled=dtype != torch.float32)
     with autocast:
+        fused = None
+        if "fused_lora" not in request.without:
+            fused = stack.enter_context(fused_lora(model, lambda: _run_decoder(model)))
         packing = choose_packing(model, request.packing, request.train)
-        head = choose_head(model)
+        head = HeadChoice(False, "left out as asked")
+        if "frozen_head" not in request.without:
+            head = choose_head(model)
     stack.enter_context(packed_attention(model) if packing.packed else nullcontext())
     stack.enter_context(noisy_embeddings(model, config.neftune_alpha))
 
@@ -79,12 +85,18 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
         autocast_dtype,
         {
             "precision": f"{_name(dtype)} base, float32 adapter",
+            "LoRA layers": fused.describe() if fused else "stock, as asked",
             "rows": f"{'packed' if packing.packed else 'padded'}: {packing.reason}",
             "LM head": ("" if head.is_frozen else "the library's path: ") + head.reason,
             "micro-batch": _describe_limits(plan),
             "recomputed layers": f"{plan.recomputed_layers} of {len(recomputable_layers(model))}",
         },
     )
+
+
+def _run_decoder(model: PeftModel) -> None:
+    input_ids = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
+    decoder_hidden(model, {"input_ids": input_ids})
 
 
 def _plan(config: TrainConfig, trial: "_Trial", longest: Sequence[int]) -> MemoryPlan:

@@ -1,0 +1,209 @@
+"""LoRA linears computed by one autograd function a group, in place of PEFT's layers' own forward.
+
+Only the forward methods of single layers are replaced, inside a context, so weights, names and what
+is saved stay stock PEFT. Layers that read the same input (q, k, v; gate, up) are found by watching
+one forward pass; the first of them to be called computes for all.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as StockLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers.pytorch_utils import Conv1D
+
+from llmtune.ops.lora_linear import AdapterCopies, LoraLinear, lora_linears
+
+
+class FusedTable(NamedTuple):
+    """How many LoRA layers are fused, in how many groups, and why others are not."""
+
+    num_fused: int
+    num_groups: int
+    stock: dict[str, int]
+    """Reason -> number of layers that keep PEFT's forward."""
+
+    def describe(self) -> str:
+        """Return it in words, for the terminal and the manifest."""
+        parts = [f"{self.num_fused} fused in {self.num_groups} groups"] if self.num_fused else []
+        parts += [f"{count} stock ({reason})" for reason, count in sorted(self.stock.items())]
+        return ", ".join(parts) or "none"
+
+
+@contextmanager
+def fused_lora(model: PeftModel, run_forward: Callable[[], object]) -> Iterator[FusedTable]:
+    """Fuse the LoRA linears of `model` inside; outside they are PEFT's again.
+
+    Args:
+        model: the model with its adapter.
+        run_forward: runs the decoder once on anything; shows which layers share an input.
+    """
+    stock: Counter[str] = Counter()
+    fusable: list[LoraLayer] = []
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            reason = _find_obstacle(module)
+            if reason is None:
+                fusable.append(module)
+            else:
+                stock[reason] += 1
+    groups = [_Group(layers) for layers in _find_groups(fusable, run_forward)]
+    for group in groups:
+        group.attach()
+    # Fused optimizers write without advancing the tensors' version, so the copies must be told.
+    hook = register_optimizer_step_post_hook(lambda *_: [group.forget() for group in groups])
+    try:
+        yield FusedTable(len(fusable), len(groups), dict(stock))
+    finally:
+        hook.remove()
+        for group in groups:
+            group.detach()
+
+
+def _find_obstacle(layer: LoraLayer) -> str | None:
+    """Return why a layer must keep PEFT's own forward, or None."""
+    if type(layer) is not StockLinear and type(layer).__name__ != "Linear4bit":
+        return f"{type(layer).__name__} layers are not covered"
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1:
+        return f"{len(active)} active adapters"
+    (name,) = active
+    if name in layer.lora_variant:
+        return f"{type(layer.lora_variant[name]).__name__} is a variant of LoRA"
+    if not isinstance(layer.lora_dropout[name], nn.Identity):
+        return "every layer draws a dropout mask of its own"
+    if layer.lora_B[name].bias is not None:
+        return "its adapter has a bias"
+    base = layer.get_base_layer()
+    watched = (layer.lora_A[name], layer.lora_B[name], base)
+    if "forward" in layer.__dict__ or any(_has_hooks(module) for module in watched):
+        return "hooks are attached"
+    if any(parameter.requires_grad for parameter in base.parameters()):
+        return "the base layer is trained"
+    if type(base) not in (nn.Linear, Conv1D) and not _is_four_bit(base):
+        return f"{type(base).__name__} bases are not covered"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _is_four_bit(base: nn.Module) -> bool:
+    state = getattr(base.weight, "quant_state", None)
+    return state is not None and not getattr(state, "packing_format_for_cpu", False)
+
+
+def _find_groups(
+    layers: Sequence[LoraLayer], run_forward: Callable[[], object]
+) -> list[list[LoraLayer]]:
+    """Group the layers that are called with the very same tensor."""
+    calls: list[tuple[Tensor, LoraLayer]] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda module, inputs: calls.append((inputs[0], module)))
+        for layer in layers
+    ]
+    try:
+        with torch.no_grad():
+            run_forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    by_input: dict[int, list[LoraLayer]] = {}
+    for value, layer in calls:  # `calls` keeps the tensors alive, so their ids are unique
+        by_input.setdefault(id(value), []).append(layer)
+    counts = Counter(layer for _, layer in calls)
+    groups = [group for group in by_input.values() if all(counts[layer] == 1 for layer in group)]
+    grouped = {layer for group in groups for layer in group}
+    return groups + [[layer] for layer in layers if layer not in grouped]
+
+
+class _Group:
+    """Layers with one input; a call to one of them computes all, the others pick theirs up."""
+
+    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+        self._layers = tuple(layers)
+        self._linears = tuple(_describe_linear(layer) for layer in layers)
+        self._copies = AdapterCopies()
+        self._input: Tensor | None = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def attach(self) -> None:
+        for index, layer in enumerate(self._layers):
+            layer.forward = self._forward_of(index, layer)
+
+    def detach(self) -> None:
+        self._input, self._waiting = None, {}
+        for layer in self._layers:
+            del layer.forward
+
+    def forget(self) -> None:
+        """Copy the adapters anew at the next call: their masters have changed."""
+        self._copies.forget()
+
+    def _forward_of(self, index: int, layer: LoraLayer) -> Callable[..., Tensor]:
+        def forward(x: Tensor, *args, **kwargs) -> Tensor:
+            if layer.disable_adapters or layer.merged or args or kwargs:
+                return type(layer).forward(layer, x, *args, **kwargs)
+            return self._read_output(index, x)
+
+        return forward
+
+    def _read_output(self, index: int, x: Tensor) -> Tensor:
+        if self._input is not x or index not in self._waiting:
+            dtype = _compute_dtype(x)
+            outputs = lora_linears(x, self._linears, self._copies.read(self._linears, dtype))
+            self._waiting = dict(enumerate(outputs))
+            self._input = x
+        output = self._waiting.pop(index)
+        if not self._waiting:
+            self._input = None
+        return output
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
+def _describe_linear(layer: LoraLayer) -> LoraLinear:
+    (name,) = (one for one in layer.active_adapters if one in layer.lora_A)
+    base = layer.get_base_layer()
+    return LoraLinear(
+        weight_OI=_read_weight(base),
+        lora_A_RI=layer.lora_A[name].weight,
+        lora_B_OR=layer.lora_B[name].weight,
+        scaling=layer.scaling[name],
+        bias_O=base.bias,
+    )
+
+
+def _read_weight(base: nn.Module) -> Tensor | Callable[[], Tensor]:
+    if isinstance(base, Conv1D):
+        return base.weight.T
+    if _is_four_bit(base):
+        return lambda: dequantize_four_bit(base.weight)
+    return base.weight
+
+
+def dequantize_four_bit(weight: nn.Parameter) -> Tensor:
+    """Return the dense weight [out, in] of a bitsandbytes 4-bit parameter, in its stored dtype."""
+    state = weight.quant_state
+    scales = state.absmax
+    if state.nested:
+        outer = state.state2
+        scales = torch.ops.bitsandbytes.dequantize_blockwise(
+            scales, outer.absmax, outer.code, outer.blocksize, torch.float32
+        )
+        scales = scales + state.offset
+    return torch.ops.bitsandbytes.dequantize_4bit(
+        weight.data, scales, state.blocksize, state.quant_type, state.shape, state.dtype
+    )
