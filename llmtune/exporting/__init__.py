@@ -1,0 +1,1 @@
+"""A model or an adapter written for another program: GGUF, Ollama, 4 bits, the hub."""

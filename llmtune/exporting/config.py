@@ -1,0 +1,38 @@
+"""What can be exported, as which types, and the settings of one export."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+ExportKind = Literal["gguf", "ollama", "adapter-gguf", "nf4", "hub"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+
+EXPORT_KINDS: tuple[str, ...] = get_args(ExportKind)
+GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
+WITH_TYPES = frozenset({"gguf", "ollama", "adapter-gguf"})
+"""The kinds that are written in a GGUF type."""
+ADAPTER_TYPES = ("f32", "f16", "bf16")
+
+DEFAULT_TYPE = "q8_0"
+DEFAULT_ADAPTER_TYPE = "f16"
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """One export as asked for on the command line."""
+
+    to: str
+    """One of `EXPORT_KINDS`."""
+    type: str | None = None
+    """One of `GGUF_TYPES`; None is q8_0 for a model and f16 for an adapter."""
+    out: Path | None = None
+    """The file (gguf, adapter-gguf) or directory to make; None is `exports/` of the run."""
+    force: bool = False
+    """Replace what is there."""
+    runtime: bool | None = None
+    """Run the file in llama.cpp and compare with transformers; None does so where it is
+    installed."""
+    repo: str | None = None
+    """For the hub: `org/name`."""
+    public: bool = False
+    """For the hub: readable by everyone."""

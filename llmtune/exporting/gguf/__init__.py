@@ -1,0 +1,1 @@
+"""GGUF files through the official `gguf` package, the only room that writes them."""

@@ -1,0 +1,285 @@
+"""Write a merged checkpoint as one GGUF file: streamed, checked, and finished by a rename."""
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGUFReader, GGUFWriter, LlamaFileType
+
+from llmtune.errors import LlmtuneError
+from llmtune.exporting.gguf.architectures import Architecture, find_architecture, hyperparameters
+from llmtune.exporting.gguf.tensors import PlannedTensor, plan_tensors
+from llmtune.exporting.gguf.tiles import iter_tensor_bytes
+from llmtune.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
+from llmtune.models.checkpoint import read_model_config
+
+FILE_TYPES = {
+    "f32": LlamaFileType.ALL_F32,
+    "f16": LlamaFileType.MOSTLY_F16,
+    "bf16": LlamaFileType.MOSTLY_BF16,
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "q5_1": LlamaFileType.MOSTLY_Q5_1,
+    "q5_0": LlamaFileType.MOSTLY_Q5_0,
+    "q4_1": LlamaFileType.MOSTLY_Q4_1,
+    "q4_0": LlamaFileType.MOSTLY_Q4_0,
+}
+PHI3_NAME = re.compile("phi-?3", re.IGNORECASE)
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+HEAD_BYTES = 16 << 20
+"""More than any tokenizer and tensor list take."""
+
+
+@dataclass(frozen=True)
+class GgufResult:
+    """A finished GGUF file."""
+
+    path: Path
+    architecture: str
+    pre_tokenizer: str
+    type: str
+    num_tensors: int
+    tensor_types: dict[str, int]
+    """Number of tensors by type: what is not of the file's type is seen here."""
+    num_bytes: int
+    seconds: float
+    notices: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    architecture: Architecture
+    config: Mapping[str, Any]
+    vocabulary: Vocabulary
+    tensors: list[PlannedTensor]
+    type: str
+
+
+def export_gguf(
+    source_dir: Path,
+    path: Path,
+    *,
+    type: str,
+    name: str,
+    provenance: Mapping[str, str],
+    overwrite: bool = False,
+) -> GgufResult:
+    """Write the checkpoint in `source_dir` as the GGUF file `path`.
+
+    The file appears whole or not at all. Memory is about 50 MiB, whatever the model's size.
+
+    Args:
+        source_dir: a 16- or 32-bit checkpoint with its tokenizer.
+        path: the file to make.
+        type: one of `exporting.config.GGUF_TYPES`.
+        name: `general.name`.
+        provenance: further text for the file's head, by key.
+        overwrite: replace an existing file.
+
+    Raises:
+        LlmtuneError: the model cannot be exported, `path` exists, the disk is too small, or the
+            finished file does not read back as planned.
+    """
+    start = time.monotonic()
+    if path.exists() and not overwrite:
+        raise LlmtuneError(f"{path}: exists already; choose another --out, or give --force")
+    plan = _plan(source_dir, type)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_free_space(path, sum(tensor.num_bytes for tensor in plan.tensors) + HEAD_BYTES)
+    with unfinished_file(path) as unfinished:
+        _write(plan, unfinished, name, provenance)
+        check_file(unfinished, plan.tensors, plan.vocabulary)
+    return GgufResult(
+        path=path,
+        architecture=plan.architecture.name,
+        pre_tokenizer=plan.vocabulary.pre.name,
+        type=type,
+        num_tensors=len(plan.tensors),
+        tensor_types=dict(Counter(tensor.type.name.lower() for tensor in plan.tensors)),
+        num_bytes=path.stat().st_size,
+        seconds=time.monotonic() - start,
+        notices=plan.vocabulary.notices,
+    )
+
+
+def _plan(source_dir: Path, type: str) -> _Plan:
+    architecture = find_architecture(source_dir)
+    config = read_model_config(source_dir)
+    return _Plan(
+        architecture,
+        config,
+        read_vocabulary(source_dir),
+        plan_tensors(source_dir, architecture, config, type),
+        type,
+    )
+
+
+@contextmanager
+def unfinished_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` that is flushed and renamed to it at the end, or removed.
+
+    What a killed process left of an earlier one is removed first.
+    """
+    for leftover in path.parent.glob(f".{path.name}.tmp-*"):
+        leftover.unlink(missing_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-")
+    unfinished = Path(temporary)
+    try:
+        yield unfinished
+        os.fsync(descriptor)
+        unfinished.chmod(0o644)
+        unfinished.replace(path)
+        _flush_directory(path.parent)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise LlmtuneError(
+                f"the disk of {path.parent} ran full while {path.name} was written "
+                f"({os.strerror(error.errno)}); nothing was left there"
+            ) from error
+        raise
+    finally:
+        os.close(descriptor)
+        unfinished.unlink(missing_ok=True)
+
+
+def _write(plan: _Plan, path: Path, name: str, provenance: Mapping[str, str]) -> None:
+    writer = GGUFWriter(path, plan.architecture.name)
+    writer.add_type("model")
+    writer.add_name(runtime_name(name, trims_as_phi3=plan.vocabulary.trims_as_phi3))
+    for key, text in provenance.items():
+        writer.add_string(key, text)
+    for key, value in hyperparameters(plan.architecture, plan.config).items():
+        add_value(writer, key, value)
+    writer.add_file_type(FILE_TYPES[plan.type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_vocabulary(writer, plan.vocabulary)
+    write_tensors(writer, plan.tensors)
+
+
+def runtime_name(name: str, *, trims_as_phi3: bool) -> str:
+    """Return `name` so that llama.cpp treats special tokens as this tokenizer does.
+
+    It goes by the model's name: with Phi-3 in it, special tokens take the spaces after them.
+    """
+    if trims_as_phi3:
+        return name if PHI3_NAME.search(name) else f"{name} (Phi-3)"
+    return PHI3_NAME.sub("Phi 3", name)
+
+
+def add_value(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Add one number, flag or text under its key, in the type llama.cpp reads it in."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def write_tensors(writer: GGUFWriter, tensors: list[PlannedTensor]) -> None:
+    """Write head and tensors through `writer`, and flush the file to the disk."""
+    for tensor in tensors:
+        writer.add_tensor_info(
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32),
+            tensor.num_bytes,
+            raw_dtype=tensor.type,
+        )
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        file = writer.fout[0]
+        writer.write_padding(file, file.tell())
+        for tensor in tensors:
+            before = file.tell()
+            for piece in iter_tensor_bytes(tensor):
+                file.write(np.ascontiguousarray(piece).data)
+            assert file.tell() - before == tensor.num_bytes, tensor.name
+            writer.write_padding(file, tensor.num_bytes)
+        file.flush()
+        os.fsync(file.fileno())
+    finally:
+        writer.close()
+
+
+def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.pre.model)
+    writer.add_tokenizer_pre(vocabulary.pre.name)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types([int(kind) for kind in vocabulary.kinds])
+    if vocabulary.scores:
+        writer.add_token_scores(list(vocabulary.scores))
+        writer.add_add_space_prefix(vocabulary.pre.adds_space)
+    else:
+        writer.add_token_merges(list(vocabulary.merges))
+    for role, id in vocabulary.special_ids.items():
+        getattr(writer, f"add_{role}_token_id")(id)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(vocabulary.adds_eos)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def check_file(path: Path, tensors: list[PlannedTensor], vocabulary: Vocabulary | None) -> None:
+    """Read the file back with the official reader and compare its head with the plan.
+
+    Raises:
+        LlmtuneError: a tensor, a token or the chat template is not what was planned.
+    """
+    reader = GGUFReader(path)
+    found = {
+        tensor.name: (tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type)
+        for tensor in reader.tensors
+    }
+    planned = {tensor.name: (tuple(tensor.shape), tensor.type) for tensor in tensors}
+    if found != planned:
+        odd = sorted({name for name, _ in found.items() ^ planned.items()})
+        raise LlmtuneError(f"{path}: does not read back as written: {', '.join(odd[:4])}")
+    if vocabulary is None:
+        return
+    expected = {
+        gguf.Keys.Tokenizer.LIST: list(vocabulary.tokens),
+        gguf.Keys.Tokenizer.TOKEN_TYPE: [int(kind) for kind in vocabulary.kinds],
+        gguf.Keys.Tokenizer.PRE: vocabulary.pre.name,
+        gguf.Keys.Tokenizer.CHAT_TEMPLATE: vocabulary.chat_template,
+    }
+    for key, value in expected.items():
+        field = reader.get_field(key)
+        if (None if field is None else field.contents()) != value:
+            raise LlmtuneError(f"{path}: {key} does not read back as written")
+
+
+def _check_free_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise LlmtuneError(
+            f"{path} needs {needed:,} bytes and its disk has {free:,} free; free some space or "
+            "give another --out"
+        )
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

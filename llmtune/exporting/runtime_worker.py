@@ -1,0 +1,121 @@
+"""The process in which llama.cpp runs: reads questions from one JSON file, answers into another."""
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import xllamacpp
+
+GREEDY = {"temperature": 0.0, "samplers": ["top_k"], "top_k": 1, "cache_prompt": False}
+STOPPED = "eos"
+LETTER = "a"
+PREFERENCE = 1e4  # added to a logit
+
+
+class Server:
+    """llama.cpp's own server with one file loaded, asked over the loopback interface."""
+
+    def __init__(self, question: dict[str, Any]) -> None:
+        params = xllamacpp.CommonParams()
+        params.model.path = question["path"]
+        params.n_ctx = question["context_length"]
+        params.n_parallel = 1
+        params.n_gpu_layers = 0
+        params.warmup = False
+        params.hostnames = ["127.0.0.1"]
+        params.cpuparams.n_threads = question["num_threads"]
+        params.cpuparams_batch.n_threads = question["num_threads"]
+        if question["lora"]:
+            adapter = xllamacpp.CommonAdapterLoraInfo(question["lora"], 1.0)
+            params.lora_adapters = [adapter]
+        self._server = xllamacpp.Server(params)
+        # straight to the loopback address, whatever proxy the environment names
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Send one JSON request and return the JSON answer."""
+        request = urllib.request.Request(
+            self._server.listening_address + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with self._opener.open(request) as reply:
+            return json.load(reply)
+
+    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
+        """Return the ids of a text in which special tokens are recognised."""
+        body = {"content": text, "add_special": add_special, "parse_special": True}
+        return self.post("/tokenize", body)["tokens"]
+
+    def answer(self, messages: list[dict[str, str]], max_new_tokens: int) -> dict[str, Any]:
+        """Render a conversation, and answer it greedily as the chat endpoint does."""
+        prompt = self.post("/apply-template", {"messages": messages})["prompt"]
+        body = {"prompt": prompt, "n_predict": max_new_tokens, "n_probs": 2, "return_tokens": True}
+        reply = self.post("/completion", {**GREEDY, **body})
+        ids = reply["tokens"]
+        margins = _align(ids, reply.get("completion_probabilities", []))
+        stopped = reply["stop_type"] == STOPPED
+        return {
+            "prompt": prompt,
+            "prompt_ids": self.tokenize(prompt, add_special=True),
+            "token_ids": ids,
+            "stopped": stopped,
+            "margins": margins,
+        }
+
+    def next_token(self, prompt: list[int], vocabulary: int) -> dict[int, float]:
+        """Return the log-probability of every token after `prompt`.
+
+        The server sends no probabilities beside an end of text or half a character, so the token
+        it takes is a letter; the probabilities are those before that preference.
+        """
+        letter = self.tokenize(LETTER, add_special=False)[-1]
+        body = {"prompt": prompt, "n_predict": 1, "n_probs": vocabulary}
+        body["logit_bias"] = [[letter, PREFERENCE]]
+        reply = self.post("/completion", {**GREEDY, **body})
+        top = reply["completion_probabilities"][0]["top_logprobs"]
+        return {one["id"]: one["logprob"] for one in top}
+
+
+def main(question_path: str, answer_path: str) -> None:
+    """Answer the questions in one file into the other."""
+    question = json.loads(Path(question_path).read_text(encoding="utf-8"))
+    server = Server(question)
+    vocabulary = 1 << 20  # more than any; the server gives as many as there are
+    answers = {
+        "text_ids": [server.tokenize(text, add_special=False) for text in question["texts"]],
+        "answers": [
+            server.answer(messages, question["max_new_tokens"])
+            for messages in question["conversations"]
+        ],
+        "distributions": [server.next_token(ids, vocabulary) for ids in question["prompts"]],
+    }
+    Path(answer_path).write_text(json.dumps(answers), encoding="utf-8")
+
+
+def _align(ids: list[int], steps: list[dict[str, Any]]) -> list[float | None]:
+    """Return each token's margin; the server leaves out tokens that are half a character."""
+    margins: list[float | None] = []
+    left = iter(steps)
+    step = next(left, None)
+    for id in ids:
+        if step is not None and step["id"] == id:
+            margins.append(_margin(step["top_logprobs"]))
+            step = next(left, None)
+        else:
+            margins.append(None)
+    return margins
+
+
+def _margin(top: list[dict[str, Any]]) -> float:
+    return top[0]["logprob"] - top[1]["logprob"] if len(top) > 1 else 0.0
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except urllib.error.HTTPError as failed:
+        sys.exit(f"{failed.url}: {failed} {failed.read().decode(errors='replace')}")
