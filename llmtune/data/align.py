@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,17 +49,38 @@ class Anchor:
     tail: str
 
 
+@dataclass(frozen=True)
+class PendingSamples:
+    """Samples whose texts are being tokenized."""
+
+    samples: Sequence[TextSample]
+    encodings: Future[list[Encoding]]
+
+
 class SpanAligner:
     """Tokenizes text samples and maps their character spans to token spans, strictly."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
-        self.added_ids = frozenset(tokenizer.added_tokens_decoder)
+        self._added_texts = {
+            token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()
+        }
+        self.added_ids = frozenset(self._added_texts)
         self._tails: dict[str, list[int]] = {}
+        # Tokenizing releases the interpreter lock: rendering the next rows goes on beside it.
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
 
-    def align(self, samples: Sequence[TextSample]) -> list[list[LabelledSequence] | RowError]:
+    def start(self, samples: Sequence[TextSample]) -> PendingSamples:
+        """Begin to tokenize the samples on another thread, while the caller goes on."""
+        texts = [sample.text for sample in samples]
+        return PendingSamples(samples, self._background.submit(self._encode, texts))
+
+    def finish(self, pending: PendingSamples) -> list[list[LabelledSequence] | RowError]:
         """Return the sequences of each sample: one, or one a span where a prompt would change."""
-        encoded = [(e, e.ids) for e in self._encode([sample.text for sample in samples])]
+        samples = pending.samples
+        encoded = [(encoding, encoding.ids) for encoding in pending.encodings.result()]
         anchors = [
             [self._find_anchor(sample, span, encoding, ids) for span in sample.spans]
             for sample, (encoding, ids) in zip(samples, encoded, strict=True)
@@ -73,10 +95,7 @@ class SpanAligner:
         return results
 
     def _encode(self, texts: list[str]) -> list[Encoding]:
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        return backend.encode_batch(texts, add_special_tokens=False)
+        return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
 
     def _find_anchor(
         self, sample: TextSample, span: TextSpan, encoding: Encoding, ids: list[int]
@@ -87,11 +106,12 @@ class SpanAligner:
             token = encoding.char_to_token(char)
             char -= 1
         place = -1 if token is None else token
-        while place >= 0 and ids[place] not in self.added_ids:
+        while place >= 0 and ids[place] not in self._added_texts:
             place -= 1
         if place < 0:
             return Anchor(0, sample.text[: span.start])
-        return Anchor(place, sample.text[_chars(encoding, place)[0] : span.start])
+        begin = sample.text.rfind(self._added_texts[ids[place]], 0, span.start)
+        return Anchor(place, sample.text[begin : span.start])
 
     def _encode_tails(self, tails: Collection[str]) -> None:
         if len(self._tails) > MAX_CACHED_TAILS:
@@ -107,7 +127,7 @@ class SpanAligner:
             return [LabelledSequence(ids, [(0, len(ids))], sample.weight)]
         spans = []
         for span, anchor in zip(sample.spans, anchors, strict=True):
-            last = self._terminator_token(span, encoding, ids)
+            last = self._terminator_token(sample, span, encoding, ids)
             prompt_ids = self._tails[anchor.tail]
             start = anchor.token + len(prompt_ids)
             if ids[anchor.token : start] != prompt_ids or start > last:
@@ -115,9 +135,12 @@ class SpanAligner:
             spans.append((start, last + 1))
         return [LabelledSequence(ids, spans, sample.weight)]
 
-    def _terminator_token(self, span: TextSpan, encoding: Encoding, ids: list[int]) -> int:
+    def _terminator_token(
+        self, sample: TextSample, span: TextSpan, encoding: Encoding, ids: list[int]
+    ) -> int:
         last = encoding.char_to_token(span.terminator)
-        if last is None or ids[last] not in self.added_ids or _chars(encoding, last)[1] < span.end:
+        terminator = sample.text[span.terminator : span.end]
+        if last is None or self._added_texts.get(ids[last]) != terminator:
             raise RowError("the answer's end is not one token of its own", "stop-token")
         return last
 
@@ -135,9 +158,3 @@ class SpanAligner:
                 "template",
             )
         return LabelledSequence(ids, [(len(prompt), len(ids))], sample.weight, is_joined=True)
-
-
-def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
-    chars = encoding.token_to_chars(token)
-    assert chars is not None, "every token of a single text has its characters"
-    return chars

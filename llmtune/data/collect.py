@@ -14,7 +14,7 @@ from llmtune.data.align import LabelledSequence
 from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.data.example import ExampleTable, ExampleTableBuilder
 from llmtune.data.length import LengthCount, LengthRule, fit_row
-from llmtune.data.masks import LabelledRow, Labeller
+from llmtune.data.masks import LabelledRow, Labeller, PendingRows
 from llmtune.data.overlap import conversation_key, is_held_out
 from llmtune.data.problems import RowError, RowProblem
 from llmtune.data.report import MAX_KEPT_PROBLEMS, DataReport, SourceReport
@@ -103,26 +103,41 @@ class SplitCollector:
         self._formats.append(opened.format.reason)
         tally: Counter[str] = Counter()
         self._tallies.append(tally)
+        waiting: tuple[list[LoadedRow | RowProblem], PendingRows] | None = None
         for chunk in _chunks(opened.rows):
             tally["read"] += len(chunk)
-            rows = []
-            for row in chunk:
-                if isinstance(row, RowProblem):
-                    self._add_problem(row, tally)
-                elif self._is_chosen(row, selection, tally):
-                    rows.append(row)
-            labelled = self.labeller.label([row.conversation for row in rows])
-            for row, result in zip(rows, labelled, strict=True):
-                if isinstance(result, RowError):
-                    problem = RowProblem(row.source, row.line, str(result), result.kind)
-                    self._add_problem(problem, tally)
-                else:
-                    self._add_row(row, result, index, rule)
+            chosen = [row for row in chunk if self._is_chosen(row, selection, tally)]
+            rows = [row.conversation for row in chosen if isinstance(row, LoadedRow)]
+            started = (chosen, self.labeller.start(rows))
+            if waiting is not None:
+                self._add_rows(*waiting, index, rule)
+            waiting = started
             if self.advance is not None:
                 self.advance(len(chunk))
+        if waiting is not None:
+            self._add_rows(*waiting, index, rule)
 
-    def _is_chosen(self, row: LoadedRow, selection: str, tally: Counter[str]) -> bool:
-        if selection == "all" and not self.other_keys:
+    def _add_rows(
+        self,
+        rows: list[LoadedRow | RowProblem],
+        pending: PendingRows,
+        index: int,
+        rule: LengthRule,
+    ) -> None:
+        labelled = iter(self.labeller.finish(pending))
+        for row in rows:
+            if isinstance(row, RowProblem):
+                self._add_problem(row, index)
+                continue
+            result = next(labelled)
+            if isinstance(result, RowError):
+                problem = RowProblem(row.source, row.line, str(result), result.kind)
+                self._add_problem(problem, index)
+            else:
+                self._add_row(row, result, index, rule)
+
+    def _is_chosen(self, row: LoadedRow | RowProblem, selection: str, tally: Counter[str]) -> bool:
+        if isinstance(row, RowProblem) or (selection == "all" and not self.other_keys):
             return True
         key = conversation_key(row.conversation)
         if selection != "all":
@@ -134,8 +149,8 @@ class SplitCollector:
             self.shared.append(SharedRow(f"{row.source}:{row.line}", self.other_keys[key]))
         return True
 
-    def _add_problem(self, problem: RowProblem, tally: Counter[str]) -> None:
-        tally["bad"] += 1
+    def _add_problem(self, problem: RowProblem, index: int) -> None:
+        self._tallies[index]["bad"] += 1
         self.num_bad += 1
         if len(self.problems) < MAX_COLLECTED_PROBLEMS:
             self.problems.append(problem)

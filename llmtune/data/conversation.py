@@ -1,6 +1,7 @@
 """One row's content before it is tokenized, and the rules that a chat has to meet."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +18,8 @@ ROLE_HINTS = {
     "ipython": "tool",
     "observation": "tool",
 }
+PLAIN_ROLES = frozenset({"system", "user", "assistant"})
+SURROGATES = re.compile("[\ud800-\udfff]")
 MESSAGE_KEYS = frozenset(
     {
         "role",
@@ -86,10 +89,13 @@ def read_messages(value: Any) -> list[Message]:
         )
     if not value:
         raise RowError("messages is empty; expected at least a user and an assistant turn", "empty")
-    return [_read_message(message, f"message {index}") for index, message in enumerate(value, 1)]
+    return [_read_message(message, index) for index, message in enumerate(value, 1)]
 
 
-def _read_message(value: Any, where: str) -> Message:
+def _read_message(value: Any, index: int) -> Message:
+    if _is_plain(value):
+        return value
+    where = f"message {index}"
     if not isinstance(value, Mapping):
         raise RowError(f"{where} is {shorten(value)}; expected an object with role and content")
     message = {key: item for key, item in value.items() if item is not None and key in MESSAGE_KEYS}
@@ -108,6 +114,21 @@ def _read_message(value: Any, where: str) -> Message:
     message["content"] = _read_content(value, where, has_calls="tool_calls" in message)
     _check_training_marks(message, where)
     return message
+
+
+def _is_plain(value: Any) -> bool:
+    """Say whether nothing is left to check: the case of nearly every message of every file."""
+    if type(value) is not dict or len(value) != 2:
+        return False
+    role, content = value.get("role"), value.get("content")
+    return (
+        type(role) is str
+        and role in PLAIN_ROLES
+        and type(content) is str
+        and content != ""
+        and not content.isspace()
+        and (content.isascii() or not SURROGATES.search(content))
+    )
 
 
 def _unknown_role(value: Mapping, role: Any, where: str) -> RowError:

@@ -1,5 +1,6 @@
 """Tokenized examples: token ids with labels, and a compact table of many of them."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -134,7 +135,8 @@ class ExampleTableBuilder:
     def _flush(self) -> None:
         rows, self._pending = self._pending, []
         lengths = np.array([len(row[0]) for row in rows], dtype=np.int64)
-        tokens = np.array([token for row in rows for token in row[0]], dtype=np.int32)
+        every = itertools.chain.from_iterable(row[0] for row in rows)
+        tokens = np.fromiter(every, dtype=np.int32, count=int(lengths.sum()))
         trained = np.zeros(len(tokens), dtype=bool)
         start = 0
         for row, length in zip(rows, lengths.tolist(), strict=True):

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmtune.data.align import NOTE_APART, LabelledSequence, SpanAligner
+from llmtune.data.align import NOTE_APART, LabelledSequence, PendingSamples, SpanAligner
 from llmtune.data.conversation import Conversation
 from llmtune.data.problems import RowError, shorten
 from llmtune.data.render import encode_plain, render_texts
+from llmtune.data.skeleton import Skeleton, SkeletonBook
 from llmtune.data.spans import RowSamples, TextSample, Turn, plan_samples, trained_turns
 from llmtune.data.template import TurnEnding, find_turn_ending, special_pattern
+from llmtune.data.template_proof import prints_contents_only
 from llmtune.errors import LlmtuneError
 
 if TYPE_CHECKING:
@@ -24,6 +26,15 @@ class LabelledRow:
 
     sequences: tuple[LabelledSequence, ...]
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PendingRows:
+    """Conversations that are rendered and are being tokenized."""
+
+    conversations: Sequence[Conversation]
+    plans: list[RowSamples | RowError]
+    samples: PendingSamples
 
 
 class Labeller:
@@ -41,6 +52,8 @@ class Labeller:
         self._aligner = SpanAligner(tokenizer)
         self._ending: TurnEnding | None = None
         self._tool_stop_ids: set[int] = set()
+        self._skeletons: SkeletonBook | None = None
+        self._is_proven_known = False
 
     @property
     def ending(self) -> TurnEnding:
@@ -68,22 +81,28 @@ class Labeller:
         Raises:
             LlmtuneError: the tokenizer as a whole cannot serve (no template, no end of text).
         """
-        chats = [row for row in conversations if row.kind == "chat"]
-        labelled = iter(self._label_chats(chats))
-        return [
-            next(labelled) if row.kind == "chat" else self._label_plain(row)
-            for row in conversations
-        ]
+        return self.finish(self.start(conversations))
 
-    def _label_chats(self, chats: list[Conversation]) -> list[LabelledRow | RowError]:
-        plans = self._plan(chats)
+    def start(self, conversations: Sequence[Conversation]) -> PendingRows:
+        """Render the conversations and begin to tokenize them on another thread."""
+        plans = self._plan([row for row in conversations if row.kind == "chat"])
         samples = [s for plan in plans if isinstance(plan, RowSamples) for s in plan.samples]
-        aligned = iter(self._aligner.align(samples))
+        return PendingRows(conversations, plans, self._aligner.start(samples))
+
+    def finish(self, pending: PendingRows) -> list[LabelledRow | RowError]:
+        """Return what `label` returns, for what `start` began."""
+        aligned = iter(self._aligner.finish(pending.samples))
+        chats = iter(
+            [
+                self._collect(plan, [next(aligned) for _ in plan.samples])
+                if isinstance(plan, RowSamples)
+                else plan
+                for plan in pending.plans
+            ]
+        )
         return [
-            self._collect(plan, [next(aligned) for _ in plan.samples])
-            if isinstance(plan, RowSamples)
-            else plan
-            for plan in plans
+            next(chats) if row.kind == "chat" else self._label_plain(row)
+            for row in pending.conversations
         ]
 
     def _collect(
@@ -106,15 +125,60 @@ class Labeller:
         return LabelledRow(tuple(sequences), notes)
 
     def _plan(self, chats: list[Conversation]) -> list[RowSamples | RowError]:
-        """Render every prompt and turn of the chats in two batches and find the spans."""
+        """Find the spans of all chats: by a skeleton where their roles allow it."""
         chosen = [self._choose_turns(row) for row in chats]
         if not any(isinstance(turns, list) for turns in chosen):
             return [turns for turns in chosen if isinstance(turns, RowError)]
-        ending = self.ending
-        prompts, uptos = [], []
-        for row, turns in zip(chats, chosen, strict=True):
+        plans: list[RowSamples | RowError | None] = [None] * len(chats)
+        quick: list[tuple[int, Skeleton]] = []
+        for index, (row, turns) in enumerate(zip(chats, chosen, strict=True)):
             if isinstance(turns, RowError):
-                continue
+                plans[index] = turns
+            elif self.skeletons is not None:
+                skeleton = self.skeletons.find(row, turns)
+                if skeleton is not None:
+                    quick.append((index, skeleton))
+        asked = [(chats[index].messages, chats[index].tools) for index, _ in quick]
+        texts = render_texts(self.tokenizer, asked, add_generation_prompt=False)
+        for (index, skeleton), text in zip(quick, texts, strict=True):
+            if isinstance(text, str):
+                contents = [message["content"] for message in chats[index].messages]
+                plans[index] = skeleton.fill(contents, text)
+        slow = [
+            (index, turns)
+            for index, turns in enumerate(chosen)
+            if plans[index] is None and not isinstance(turns, RowError)
+        ]
+        careful = self._plan_carefully([(chats[index], turns) for index, turns in slow])
+        for (index, _), plan in zip(slow, careful, strict=True):
+            plans[index] = plan
+        return [plan for plan in plans if plan is not None]
+
+    @property
+    def skeletons(self) -> SkeletonBook | None:
+        """Skeletons, where the template is proven to print contents without looking at them."""
+        if not self._is_proven_known:
+            self._is_proven_known = True
+            template = self.tokenizer.chat_template
+            if (
+                self.loss_on != "all"
+                and self.ending.kind == "closed"
+                and isinstance(template, str)
+                and prints_contents_only(template)
+            ):
+                self._skeletons = SkeletonBook(self._plan_one)
+        return self._skeletons
+
+    def _plan_one(self, row: Conversation) -> RowSamples | RowError:
+        (plan,) = self._plan_carefully([(row, trained_turns(row, self.loss_on))])
+        return plan
+
+    def _plan_carefully(
+        self, rows: list[tuple[Conversation, list[tuple[int, float]]]]
+    ) -> list[RowSamples | RowError]:
+        """Render every prompt and turn of the chats in two batches and find the spans."""
+        prompts, uptos = [], []
+        for row, turns in rows:
             uptos.append((row.messages, row.tools))
             if self.loss_on != "all":
                 last = len(row.messages) - 1
@@ -123,21 +187,14 @@ class Labeller:
         prompt_texts = iter(render_texts(self.tokenizer, prompts, add_generation_prompt=True))
         upto_texts = iter(render_texts(self.tokenizer, uptos, add_generation_prompt=False))
         plans: list[RowSamples | RowError] = []
-        for row, turns in zip(chats, chosen, strict=True):
-            if isinstance(turns, RowError):
-                plans.append(turns)
-                continue
+        for row, turns in rows:
             full = next(upto_texts)
             last = len(row.messages) - 1
-            rendered = (
-                []
-                if self.loss_on == "all"
-                else [
-                    (t, weight, next(prompt_texts), full if t == last else next(upto_texts))
-                    for t, weight in turns
-                ]
-            )
-            plans.append(self._plan_row(row, full, rendered, ending))
+            rendered = [
+                (t, weight, next(prompt_texts), full if t == last else next(upto_texts))
+                for t, weight in (turns if self.loss_on != "all" else [])
+            ]
+            plans.append(self._plan_row(row, full, rendered, self.ending))
         return plans
 
     def _choose_turns(self, row: Conversation) -> list[tuple[int, float]] | RowError:
