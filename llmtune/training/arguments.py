@@ -6,8 +6,6 @@ from trl import SFTConfig
 from llmtune.run_dir import RunDir
 from llmtune.training.config import TrainConfig
 
-# Rows that evaluation deals with at a time; micro-batches divide them like a training step's.
-EVALUATION_ROWS = 64
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 
 
@@ -30,7 +28,6 @@ def build_arguments(
     arguments = SFTConfig(
         output_dir=str(run.checkpoints_dir),
         per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=EVALUATION_ROWS,
         gradient_accumulation_steps=1,
         max_steps=total_steps,
         learning_rate=config.learning_rate,

@@ -1,5 +1,7 @@
 """What a token's activations cost, measured, and how much may go through the model at once."""
 
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,6 +176,14 @@ def available_bytes(device: torch.device) -> float:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return USABLE_SHARE * (free + cached)
     return USABLE_SHARE * min(psutil.virtual_memory().available, _container_bytes())
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak memory so far: allocated on a GPU, resident (with loading) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _container_bytes() -> float:

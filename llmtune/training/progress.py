@@ -1,8 +1,14 @@
 """What a person sees of the training: one line that renews itself, on standard error."""
 
+import math
+import time
+
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+# Where lines cannot renew themselves (a file, a pipe).
+SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressLine:
@@ -11,6 +17,7 @@ class ProgressLine:
     def __init__(self, *, quiet: bool) -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
         self._live: Live | None = None
+        self._last = -math.inf
 
     def note(self, text: str) -> None:
         """Say something that stays on the screen."""
@@ -20,7 +27,11 @@ class ProgressLine:
         """Show the newest line of metrics."""
         text = format_metrics(line, total_steps)
         if not self._console.is_terminal:
-            self.note(text)
+            now = time.monotonic()
+            is_last = line["step"] == total_steps
+            if "eval_loss" in line or is_last or now - self._last >= SECONDS_BETWEEN_LINES:
+                self.note(text)
+                self._last = now
             return
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, transient=False)

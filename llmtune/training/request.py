@@ -9,7 +9,7 @@ import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from llmtune.data.example import Example, ExampleTable
+from llmtune.data.example import IGNORE_INDEX, Example, ExampleTable
 from llmtune.run_dir import RunDir
 
 Technique = Literal["fused_lora", "frozen_head"]
@@ -76,6 +76,40 @@ class JoinedExamples(Sequence[Example]):
     def lengths(self) -> np.ndarray:
         """Tokens of every row, int64 [rows]."""
         return np.concatenate([row_lengths(self.train), row_lengths(self.evaluation)])
+
+
+def find_untrained(examples: Sequence[Example]) -> list[int]:
+    """Return the rows without a token to train; a row's first token is never predicted."""
+    if not isinstance(examples, ExampleTable):
+        return [
+            index
+            for index, example in enumerate(examples)
+            if all(label == IGNORE_INDEX for label in example.labels[1:])
+        ]
+    if not len(examples):
+        return []
+    trained = examples.arrays["trained"].astype(np.int64)
+    starts = examples.arrays["offsets"][:-1]
+    return np.flatnonzero(np.add.reduceat(trained, starts) == trained[starts]).tolist()
+
+
+def group_by_source(examples: Sequence[Example], first_index: int) -> dict[str, list[int]]:
+    """Return the rows of every source by its name, shortest first, numbered from `first_index`.
+
+    Rows of like length together need the least padding.
+    """
+    if isinstance(examples, ExampleTable):
+        sources = examples.source_indices
+    else:
+        sources = np.array([example.source_index for example in examples], dtype=np.int64)
+    lengths = row_lengths(examples)
+    groups = {}
+    for source in np.unique(sources).tolist():
+        rows = np.flatnonzero(sources == source)
+        name = examples[int(rows[0])].source
+        ordered = rows[np.argsort(lengths[rows], kind="stable")] + first_index
+        groups[name if name not in groups else f"{name}#{source}"] = ordered.tolist()
+    return groups
 
 
 def row_lengths(examples: Sequence[Example]) -> np.ndarray:

@@ -1,16 +1,17 @@
 """Train an adapter: rehearse, choose, run, and give the model back."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
-from llmtune.data.example import IGNORE_INDEX
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.fingerprint import hash_json
 from llmtune.training.adapter_state import load_weights
@@ -19,18 +20,20 @@ from llmtune.training.borrow import borrowed
 from llmtune.training.checkpoint import (
     checkpoint_dir,
     find_checkpoint,
+    read_progress,
     remove_all_checkpoints,
     step_of,
 )
 from llmtune.training.config import TrainConfig
 from llmtune.training.interrupt import catch_interruption
+from llmtune.training.memory_plan import peak_bytes
 from llmtune.training.metrics import MetricsLog
 from llmtune.training.progress import ProgressLine
 from llmtune.training.rehearsal import is_out_of_memory, rehearse_save
 from llmtune.training.reporters import check_reporters
-from llmtune.training.request import TrainRequest, TrainResult, row_lengths
+from llmtune.training.request import TrainRequest, TrainResult, find_untrained, group_by_source
 from llmtune.training.setup import Setup, set_up
-from llmtune.training.trainer import AdapterTrainer, RunContext, peak_bytes
+from llmtune.training.trainer import AdapterTrainer, RunContext, RunTotals
 from llmtune.training.watch import build_watches
 
 __all__ = ["TrainRequest", "TrainResult", "train_adapter"]
@@ -62,41 +65,63 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
         RunInterrupted: SIGINT or SIGTERM came; a checkpoint was saved, the same call continues.
     """
     check_reporters(config.report_to)
-    _check_rows(config, request)
+    _check_request(config, request)
     progress = ProgressLine(quiet=request.quiet)
+    identity = {**request.identity, "training section or seed": _own_identity(config, request)}
     with ExitStack() as stack:
         stack.callback(progress.stop)
         interruption = stack.enter_context(catch_interruption())
         stack.enter_context(borrowed(request.model))
         rehearse_save(request.model, request.tokenizer, request.run)
+        start = _find_start(config, request, identity, progress)
+        if start.steps >= start.total_steps or start.totals.has_stopped_early:
+            choices = read_progress(start.checkpoint)["choices"]
+            return _finish(request, start.totals, start.steps, choices, progress)
         setup = set_up(config, request, stack)
         for name, choice in setup.choices.items():
             progress.note(f"{name}: {choice}")
-        own = {"training section or seed": _own_identity(config, request)}
         context = RunContext(
             config=config,
             run=request.run,
-            identity={**request.identity, **own},
+            identity=identity,
             head=setup.head,
             autocast_dtype=setup.autocast_dtype,
             progress=progress,
             interruption=interruption,
             seed=request.seed,
+            evaluation_rows=group_by_source(request.evaluation, len(request.train)),
+            choices=setup.choices,
+            totals=start.totals,
         )
-        return _run(request, setup, context, stack)
+        metrics = MetricsLog(request.run.metrics_path, resumed_step=start.steps)
+        stack.callback(metrics.close)
+        steps = _run(_build_trainer(request, setup, context, metrics), start)
+        return _finish(request, start.totals, steps, setup.choices, progress)
 
 
-def _check_rows(config: TrainConfig, request: TrainRequest) -> None:
+class _Start(NamedTuple):
+    """Where a run begins: at a checkpoint, or at step 0."""
+
+    checkpoint: Path | None
+    steps: int
+    total_steps: int
+    totals: RunTotals
+
+
+def _check_request(config: TrainConfig, request: TrainRequest) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LlmtuneError(
+            f"started as one of {os.environ['WORLD_SIZE']} processes, but training runs in one: "
+            "start llmtune without torchrun or accelerate launch"
+        )
     if not len(request.train):
         raise LlmtuneError("there are no training rows: every source under data.train is empty")
     if config.early_stopping and not len(request.evaluation):
         raise LlmtuneError("train.early_stopping needs rows under data.evaluation, and has none")
     for examples in (request.train, request.evaluation):
-        untrained = [
-            example for example in examples if all(n == IGNORE_INDEX for n in example.labels[1:])
-        ]
+        untrained = find_untrained(examples)
         if untrained:
-            first = untrained[0]
+            first = examples[untrained[0]]
             raise LlmtuneError(
                 f"{len(untrained)} rows have no token to train, the first is {first.source}:"
                 f"{first.line}. Remove them, or set data.on_bad_row=drop."
@@ -107,51 +132,55 @@ def _own_identity(config: TrainConfig, request: TrainRequest) -> str:
     return hash_json({**config.model_dump(mode="json", include=RESULT_KNOBS), "seed": request.seed})
 
 
-def _run(request: TrainRequest, setup: Setup, context: RunContext, stack: ExitStack) -> TrainResult:
-    """Train from the newest checkpoint, or from the start, to the end."""
-    config, run, totals = context.config, context.run, context.totals
-    checkpoint = None
-    if config.resume == "never":
-        remove_all_checkpoints(run.checkpoints_dir)
-    else:
-        checkpoint = find_checkpoint(run.checkpoints_dir, context.identity, context.progress.note)
-    steps = 0
-    if checkpoint:
-        steps = step_of(checkpoint)
-        totals.restore(checkpoint)
-        load_weights(request.model, checkpoint)
-        context.progress.note(f"continuing after step {steps}")
+def _find_start(
+    config: TrainConfig,
+    request: TrainRequest,
+    identity: Mapping[str, str],
+    progress: ProgressLine,
+) -> _Start:
+    """Find what an earlier call left, and load the adapter from it."""
     total_steps = config.total_steps(len(request.train))
-    if steps < total_steps and not totals.has_stopped_early:
-        metrics = MetricsLog(run.metrics_path, resumed_step=steps)
-        stack.callback(metrics.close)
-        trainer = _build_trainer(request, setup, context, metrics)
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise LlmtuneError(
-                f"out of memory after step {trainer.state.global_step} of {total_steps}; earlier "
-                "checkpoints are kept. Set train.micro_batch_size to a smaller number, or "
-                "train.gradient_checkpointing=true, and run the same command to continue."
-            ) from error
-        trainer.stop_clock()
-        steps = trainer.state.global_step
-    if context.interruption.signal_name and steps < total_steps and not totals.has_stopped_early:
+    checkpoints_dir = request.run.checkpoints_dir
+    if config.resume == "never":
+        remove_all_checkpoints(checkpoints_dir)
+    checkpoint = find_checkpoint(checkpoints_dir, identity, progress.note)
+    totals = RunTotals()
+    if checkpoint is None:
+        return _Start(None, 0, total_steps, totals)
+    load_weights(request.model, checkpoint)
+    totals.restore(checkpoint)
+    progress.note(f"continuing after step {step_of(checkpoint)} of {total_steps}")
+    return _Start(checkpoint, step_of(checkpoint), total_steps, totals)
+
+
+def _run(trainer: AdapterTrainer, start: _Start) -> int:
+    """Train to the end; returns the steps done."""
+    try:
+        trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise LlmtuneError(
+            f"out of memory after step {trainer.state.global_step} of {start.total_steps}; earlier "
+            "checkpoints are kept. Set train.micro_batch_size to a smaller number, or "
+            "train.gradient_checkpointing=true, and run the same command to continue."
+        ) from error
+    trainer.stop_clock()
+    context, steps = trainer.context, trainer.state.global_step
+    is_done = steps >= start.total_steps or context.totals.has_stopped_early
+    if context.interruption.signal_name and not is_done:
         raise RunInterrupted(
-            f"stopped by {context.interruption.signal_name} after step {steps} of {total_steps}; "
-            f"saved in {checkpoint_dir(run.checkpoints_dir, steps)}. The same command continues."
+            f"stopped by {context.interruption.signal_name} after step {steps} of "
+            f"{start.total_steps}; saved in {checkpoint_dir(context.run.checkpoints_dir, steps)}. "
+            "The same command continues."
         )
-    return _finish(request, setup, context, steps)
+    return steps
 
 
 def _build_trainer(
     request: TrainRequest, setup: Setup, context: RunContext, metrics: MetricsLog
 ) -> AdapterTrainer:
-    num_train = len(request.train)
-    # Evaluation rows by length: the least padding, and batches of one size.
-    order = np.argsort(row_lengths(request.evaluation), kind="stable") + num_train
+    num_rows = (len(request.train), len(request.evaluation))
     with _kept_precision(request.model):
         trainer = AdapterTrainer(
             context,
@@ -160,14 +189,15 @@ def _build_trainer(
             args=build_arguments(
                 context.config,
                 request.run,
-                num_rows=(num_train, len(order)),
+                num_rows=num_rows,
                 device=request.model.get_input_embeddings().weight.device,
                 uses_fp16=setup.autocast_dtype == torch.float16,
                 seed=request.seed,
             ),
             data_collator=setup.collator,
-            train_dataset=Dataset.from_dict({"row": list(range(num_train))}),
-            eval_dataset=Dataset.from_dict({"row": order.tolist()}) if len(order) else None,
+            train_dataset=Dataset.from_dict({"row": list(range(num_rows[0]))}),
+            # Only says that there is one: `AdapterTrainer.evaluation_loop` has rows of its own.
+            eval_dataset=Dataset.from_dict({"row": [0]}) if num_rows[1] else None,
             processing_class=request.tokenizer,
         )
     trainer.remove_callback(PrinterCallback)
@@ -194,14 +224,20 @@ def _kept_precision(model: PeftModel) -> Iterator[None]:
             parameter.data = value
 
 
-def _finish(request: TrainRequest, setup: Setup, context: RunContext, steps: int) -> TrainResult:
-    totals = context.totals
+def _finish(
+    request: TrainRequest,
+    totals: RunTotals,
+    steps: int,
+    choices: Mapping[str, str],
+    progress: ProgressLine,
+) -> TrainResult:
+    """Load the best weights where early stopping asks for them, and sum up."""
     best_checkpoint = None
     if totals.best_step is not None:
-        best_checkpoint = checkpoint_dir(context.run.checkpoints_dir, totals.best_step)
+        best_checkpoint = checkpoint_dir(request.run.checkpoints_dir, totals.best_step)
         if totals.best_step != steps:
             load_weights(request.model, best_checkpoint)
-            context.progress.note(
+            progress.note(
                 f"kept the weights of step {totals.best_step}, the best evaluation "
                 f"({totals.best_eval_loss:.4f})"
             )
@@ -215,5 +251,5 @@ def _finish(request: TrainRequest, setup: Setup, context: RunContext, steps: int
         final_eval_loss=totals.final_eval_loss,
         best_checkpoint=best_checkpoint,
         stopped_by="early_stopping" if totals.has_stopped_early else "max_steps",
-        choices=setup.choices,
+        choices=dict(choices),
     )

@@ -1,8 +1,7 @@
 """trl's SFTTrainer with our batches, our loss and our checkpoints."""
 
 import math
-import resource
-import sys
+import operator
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from trl import SFTTrainer
 
 from llmtune.run_dir import RunDir, atomic_write_json
 from llmtune.training.adapter_state import check_finite, load_weights, save_weights
-from llmtune.training.batch import EpochSampler
+from llmtune.training.batch import SMALLEST_WEIGHT, EpochSampler
 from llmtune.training.checkpoint import (
     PROGRESS_NAME,
     checkpoint_dir,
@@ -29,11 +28,16 @@ from llmtune.training.checkpoint import (
 from llmtune.training.config import TrainConfig
 from llmtune.training.head import HeadChoice, summed_loss
 from llmtune.training.interrupt import Interruption
+from llmtune.training.memory_plan import peak_bytes
 from llmtune.training.metrics import MetricsLog
+from llmtune.training.packing import move_to
 from llmtune.training.progress import ProgressLine
 from llmtune.training.schedule import learning_rate_factor
 
 REMEMBERED_STEPS = 4
+# Rows that evaluation deals with at a time; micro-batches divide them like a training step's.
+EVALUATION_ROWS = 64
+KEPT_METRICS = ("eval_loss", "eval_tokens", "eval_seconds")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,9 @@ class RunContext:
     progress: ProgressLine
     interruption: Interruption
     seed: int
+    evaluation_rows: Mapping[str, list[int]]
+    """Source -> its evaluation rows, as the collator numbers them."""
+    choices: Mapping[str, str]
     totals: RunTotals = field(default_factory=RunTotals)
 
 
@@ -159,29 +166,45 @@ class AdapterTrainer(SFTTrainer):
         ignore_keys=None,
         metric_key_prefix="eval",
     ) -> EvalLoopOutput:
-        """Return the mean loss of a trained token over the evaluation rows."""
+        """Return the mean loss of a trained token, over all evaluation rows and by source."""
         self.model.eval()
-        weighted = torch.zeros((), device=self.args.device, dtype=torch.float64)
-        weight, tokens, rows = 0.0, 0, 0
         started = time.perf_counter()
+        losses: list[float] = []
+        weights: list[float] = []
+        tokens = 0
         with self._aside(), torch.no_grad():
-            for inputs in dataloader:
+            for rows in self.context.evaluation_rows.values():
+                loss, weight, trained = self._evaluate_rows(rows)
+                losses.append(loss / weight)
+                weights.append(weight)
+                tokens += trained
                 if self.context.interruption.signal_name:
-                    return EvalLoopOutput(None, None, {}, rows)
-                for micro_batch in self._prepare_inputs(inputs["micro_batches"]):
-                    with self.compute_loss_context_manager():
-                        loss = self.compute_loss(self.model, micro_batch)
-                    weighted += loss.double() * inputs["target_weight"]
-                weight += inputs["target_weight"]
-                tokens += inputs["trained_tokens"]
-                rows += sum(len(group) for group in inputs["rows"])
-            mean = weighted.item() / weight
+                    return EvalLoopOutput(None, None, {}, 0)
         metrics = {
-            f"{metric_key_prefix}_loss": mean,
-            f"{metric_key_prefix}_tokens": tokens,
-            f"{metric_key_prefix}_seconds": time.perf_counter() - started,
+            "eval_loss": sum(map(operator.mul, losses, weights)) / sum(weights),
+            "eval_tokens": tokens,
+            "eval_seconds": time.perf_counter() - started,
         }
-        return EvalLoopOutput(None, None, metrics, rows)
+        names = self.context.evaluation_rows
+        if len(names) > 1:
+            metrics |= {f"eval_loss/{name}": one for name, one in zip(names, losses, strict=True)}
+        return EvalLoopOutput(None, None, metrics, sum(map(len, names.values())))
+
+    def _evaluate_rows(self, rows: list[int]) -> tuple[float, float, int]:
+        """Return the summed loss of some rows, its weight, and the tokens it is over."""
+        summed = torch.zeros((), device=self.args.device, dtype=torch.float64)
+        weight, tokens = 0.0, 0
+        for start in range(0, len(rows), EVALUATION_ROWS):
+            if self.context.interruption.signal_name:
+                break
+            inputs = self.data_collator.collate(rows[start : start + EVALUATION_ROWS])
+            for micro_batch in inputs["micro_batches"]:
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(self.model, move_to(micro_batch, self.args.device))
+                summed += loss.double() * inputs["target_weight"]
+            weight += inputs["target_weight"]
+            tokens += inputs["trained_tokens"]
+        return summed.item(), max(weight, SMALLEST_WEIGHT), tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write one line of metrics and pass it on to the trackers."""
@@ -192,7 +215,7 @@ class AdapterTrainer(SFTTrainer):
             self._write({"step": step, "epoch": self.state.epoch, **logs})
         elif "eval_loss" in logs:
             self.context.totals.final_eval_loss = logs["eval_loss"]
-            kept = {name: logs[name] for name in ("eval_loss", "eval_tokens", "eval_seconds")}
+            kept = {name: value for name, value in logs.items() if name.startswith(KEPT_METRICS)}
             self._write({"step": step, "epoch": self.state.epoch, **kept})
         super().log(logs, start_time)
 
@@ -260,16 +283,13 @@ class AdapterTrainer(SFTTrainer):
         self._save_scaler(str(directory))
         self._save_rng_state(str(directory))
         self.state.save_to_json(str(directory / "trainer_state.json"))
-        progress = {"identity": dict(self.context.identity), "totals": vars(self.context.totals)}
+        context = self.context
+        progress = {
+            "identity": dict(context.identity),
+            "totals": vars(context.totals),
+            "choices": dict(context.choices),
+        }
         atomic_write_json(directory / PROGRESS_NAME, progress)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         load_weights(self.model, Path(resume_from_checkpoint))
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Return the peak memory so far: allocated on a GPU, resident (with loading) on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -6,8 +6,9 @@ import socket
 import pytest
 import torch
 
-from llmtune.data.example import Example
+from llmtune.data.example import Example, ExampleTableBuilder
 from llmtune.errors import LlmtuneError
+from llmtune.training.request import find_untrained
 from llmtune.training.sft import train_adapter
 from tests.tiny import FAMILIES
 from tests.training.tiny_runs import (
@@ -125,6 +126,32 @@ def test_metrics_have_a_line_for_every_step_and_evaluation(tmp_path):
     assert last["trained_tokens"] == result.trained_tokens
     for name in ("epoch", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes"):
         assert name in last
+
+
+def test_several_sources_are_evaluated_apart_and_together(tmp_path):
+    rows = [
+        Example(row.input_ids, row.labels, f"{name}.jsonl", row.line, source_index=index)
+        for index, name in enumerate(("a", "b"))
+        for row in make_rows(4, seed=index)
+    ]
+    train(tmp_path / "both", evaluation=rows, learning_rate=1e-12)
+    line = read_metrics(tmp_path / "both")[-1]
+    sums = 0.0
+    for name, part in (("a", rows[:4]), ("b", rows[4:])):
+        train(tmp_path / name, evaluation=part, learning_rate=1e-12)
+        alone = read_metrics(tmp_path / name)[-1]
+        assert line[f"eval_loss/{name}.jsonl"] == pytest.approx(alone["eval_loss"], abs=1e-5)
+        sums += alone["eval_loss"] * alone["eval_tokens"]
+    assert line["eval_loss"] == pytest.approx(sums / line["eval_tokens"], abs=1e-5)
+
+
+def test_rows_of_a_table_are_checked_like_rows_of_a_list():
+    builder = ExampleTableBuilder()
+    builder.add([1, 2, 3], [(2, 3)], origin=("f", 1))
+    builder.add([1, 2, 3], [(0, 1)], origin=("f", 2))
+    builder.add([4, 5], [], origin=("f", 3))
+    table = builder.build()
+    assert find_untrained(table) == find_untrained(list(table)) == [1, 2]
 
 
 def test_evaluation_without_an_interval_happens_once_at_the_end(tmp_path):
