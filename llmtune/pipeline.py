@@ -29,7 +29,10 @@ log = logging.getLogger("llmtune")
 TRAIN_SECTIONS = ("seed", "model", "adapter", "data", "train")
 """The parts of a config that decide the adapter; with others it is another run."""
 
-FREE_KEYS = {"train": ("report_to", "resume", "log_every")}
+FREE_KEYS = {
+    "train": ("report_to", "resume", "log_every", "save_every", "keep_checkpoints"),
+    "data": ("cache",),
+}
 """Keys in those parts that do not change the adapter and may differ between two calls."""
 
 

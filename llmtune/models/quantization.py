@@ -112,6 +112,7 @@ def check_quantization(
         )
     for name, layer in layers.items():
         _check_shape(name, layer)
+        _check_width(name, layer)
         found: tuple[Any, ...] = (_kind(layer),)
         wanted: tuple[Any, ...] = (config.method,)
         if not isinstance(config, Int8Quantization):
@@ -132,6 +133,19 @@ def _check_shape(name: str, layer: nn.Linear) -> None:
         raise LlmtuneError(
             f"{name}.weight is of another shape in the checkpoint, {found}, than config.json "
             f"says, {(layer.out_features, layer.in_features)}. Download or convert the base again."
+        )
+
+
+def _check_width(name: str, layer: nn.Linear) -> None:
+    """Refuse what bitsandbytes 0.50 computes wrongly: on a CPU, a row that ends inside a block."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None or layer.weight.device.type != "cpu":
+        return
+    if layer.in_features % state.blocksize:
+        raise LlmtuneError(
+            f"model.quantization: {name} has {layer.in_features} inputs, not a multiple of "
+            f"{state.blocksize}; bitsandbytes dequantizes such 4-bit rows wrongly on a CPU. Set "
+            "model.quantization=null, or use a GPU."
         )
 
 

@@ -17,7 +17,7 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
 from llmtune.models.load import load_model
 from llmtune.models.resolve import resolve_base
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, make_model
 
 IDS = torch.arange(4, 24)[None]
 
@@ -263,3 +263,10 @@ def test_verbosity_of_transformers_is_restored(checkpoint):
         transformers_logging.is_progress_bar_enabled(),
     )
     assert logging.getLogger("bitsandbytes.backends.cpu.ops").filters
+
+
+def test_four_bit_rows_that_a_cpu_would_get_wrong_are_refused(tmp_path):
+    make_model("llama", tmp_path, hidden_size=96, intermediate_size=128, head_dim=16)
+    assert load(tmp_path).dtype == torch.bfloat16
+    with pytest.raises(LlmtuneError, match="96 inputs, not a multiple of 64"):
+        load(tmp_path, quantization={"method": "nf4"})
