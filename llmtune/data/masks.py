@@ -42,10 +42,13 @@ class Labeller:
 
     A sequence's ids are those of `render_messages`; a mask is taken only where the ids of the
     prompt alone are a prefix of the ids of the whole, and where the trained text ends with a
-    token that stops generation. Anything else is a `RowError`.
+    token that stops generation. Anything else is a `RowError`. `use_skeletons=False` renders
+    every prompt of every row, which is slower and gives the same.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, loss_on: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, loss_on: str, *, use_skeletons: bool = True
+    ) -> None:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         self._specials = special_pattern(tokenizer)
@@ -53,7 +56,7 @@ class Labeller:
         self._ending: TurnEnding | None = None
         self._tool_stop_ids: set[int] = set()
         self._skeletons: SkeletonBook | None = None
-        self._is_proven_known = False
+        self._is_proven_known = not use_skeletons
 
     @property
     def ending(self) -> TurnEnding:
