@@ -22,6 +22,7 @@ def config(tmp_path):
 
 def refused(capsys, *arguments: str) -> str:
     """Run a command line that must be refused with exit code 2; return its message."""
+    capsys.readouterr()
     code = run_command([*arguments, "--quiet"])
     captured = capsys.readouterr()
     assert code == 2, captured.err
@@ -41,7 +42,7 @@ def test_every_command_has_help_with_an_example(capsys):
     for name, command in cli.commands.items():
         assert run_command([name, "--help"]) == 0
         text = capsys.readouterr().out
-        if name != "config":
+        if name not in {"config", "data"}:
             assert f"llmtune {name}" in text.split("Usage:")[1], text
             assert "--json" in text and "--quiet" in text
         assert command.help
@@ -75,7 +76,7 @@ def test_run_prints_the_report_and_leaves_everything(config, capsys):
 
 
 def test_eval_scores_a_run_an_adapter_and_a_model_alone(config, capsys):
-    assert run_command(["train", str(config), *SHORT, "--quiet"]) == 0
+    assert run_command(["train", str(config), "train.max_steps=2", "--quiet"]) == 0
     suite = str(config.parent / "sentiment.yaml")
     run_dir = config.parent / "run"
     arms = {}
@@ -144,6 +145,37 @@ def test_config_schema_knows_every_section(capsys):
     assert run_command(["config", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert {"model", "adapter", "data", "train", "merge", "evaluate"} <= set(schema["properties"])
+
+
+def test_data_check_and_show_need_no_model(config, capsys, tmp_path):
+    assert run_command(["data", "check", str(config), "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+    assert run_command(["data", "show", str(config), "--row", "2", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["line"] == 2
+    trained = [label for label in shown["labels"] if label != -100]
+    assert trained and trained == shown["input_ids"][-len(trained) - 1 : -1]
+    page = tmp_path / "rows.html"
+    assert run_command(["data", "show", str(config), "--html", str(page)]) == 0
+    assert "http" not in page.read_text()
+
+
+def test_data_check_ends_with_one_where_a_run_would_stop(config, capsys):
+    rows = config.parent / "train.jsonl"
+    rows.write_text(rows.read_text() + '{"messages": []}\n')
+    assert run_command(["data", "check", str(config), "--quiet"]) == 1
+    assert "train.jsonl:49" in capsys.readouterr().out
+
+
+def test_init_writes_a_config_that_trains(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "mine.yaml"
+    rows = str(config.parent / "train.jsonl")
+    command = ["init", rows, "--base", str(config.parent / "base"), "--out", str(out), "--quiet"]
+    assert run_command(command) == 0
+    assert "exists already" in refused(capsys, *command[:-1])
+    overrides = ["train.max_steps=1", "train.num_epochs=null", "model.quantization=null"]
+    assert run_command(["train", str(out), *overrides, "--quiet"]) == 0
 
 
 def test_doctor_looks_at_everything(capsys):

@@ -1,0 +1,90 @@
+"""chat and predict: what a model says."""
+
+from pathlib import Path
+
+import click
+
+from llmtune.commands.options import (
+    OVERRIDES_ARGUMENT,
+    TARGET_ARGUMENT,
+    print_result,
+    show_progress,
+    with_output_options,
+)
+
+
+@click.command()
+@TARGET_ARGUMENT
+@OVERRIDES_ARGUMENT
+@click.option("--arm", type=click.Choice(["base", "tuned", "merged"]), help="Who answers first.")
+@click.option("--system", help="A system prompt.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
+@with_output_options
+def chat(  # noqa: PLR0913 (one argument an option)
+    target: str,
+    overrides: tuple[str, ...],
+    arm: str | None,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Talk to a model in the terminal.
+
+    TARGET is a config, a run, an adapter directory or a model.
+
+    /base and /tuned switch who answers, /clear starts over, /quit ends.
+
+    \b
+      llmtune chat runs/quickstart
+      llmtune chat runs/quickstart/merged --temperature 0.7
+    """
+    from llmtune.answering.chat import ChatSettings, run_chat
+
+    show_progress(quiet)
+    run_chat(target, overrides, ChatSettings(arm, system, max_new_tokens, temperature, as_json))
+
+
+@click.command()
+@TARGET_ARGUMENT
+@OVERRIDES_ARGUMENT
+@click.option("--input", "input_path", required=True, type=click.Path(path_type=Path))
+@click.option("--output", "output_path", required=True, type=click.Path(path_type=Path))
+@click.option("--arm", type=click.Choice(["base", "tuned", "merged"]), help="Who answers.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
+@with_output_options
+def predict(  # noqa: PLR0913 (one argument an option)
+    target: str,
+    overrides: tuple[str, ...],
+    input_path: Path,
+    output_path: Path,
+    arm: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Answer a JSONL of prompts in batches. A row holds `prompt` (text) or `messages`.
+
+    Each output line is the input row with `answer` and `stopped` added, in the same order.
+
+    \b
+      llmtune predict runs/quickstart --input prompts.jsonl --output answers.jsonl
+      llmtune predict runs/quickstart --arm base --input prompts.jsonl --output base.jsonl
+    """
+    from llmtune.answering.predict import PredictSettings, run_predict
+
+    show_progress(quiet)
+    result = run_predict(
+        target,
+        overrides,
+        PredictSettings(input_path, output_path, arm, max_new_tokens, temperature),
+    )
+    print_result(
+        result,
+        as_json,
+        lambda: f"{result['rows']} answers by the {result['arm']} model in {output_path}",
+    )

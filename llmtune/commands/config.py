@@ -1,0 +1,97 @@
+"""config: show what takes effect, list and copy recipes, print the schema."""
+
+import json
+from pathlib import Path
+
+import click
+
+from llmtune.commands.options import (
+    CONFIG_ARGUMENT,
+    OVERRIDES_ARGUMENT,
+    print_result,
+    with_output_options,
+)
+from llmtune.errors import LlmtuneError
+
+
+@click.group("config")
+def config_group() -> None:
+    """Show a config as it takes effect, or the JSON schema of all keys."""
+
+
+@config_group.command("show")
+@CONFIG_ARGUMENT
+@OVERRIDES_ARGUMENT
+@with_output_options
+def config_show(config: Path, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Print every key's value and where it comes from.
+
+    \b
+      llmtune config show configs/quickstart.yaml adapter.rank=8
+    """
+    from llmtune.config import RunConfig, effective_keys, read_config_tree
+    from llmtune.validation import validate_section
+
+    tree = read_config_tree(config, overrides)
+    keys = effective_keys(validate_section(RunConfig, tree), tree)
+    if as_json:
+        click.echo(json.dumps([key.__dict__ for key in keys], indent=2))
+        return
+    width = max(len(f"{key.path}: {json.dumps(key.value)}") for key in keys)
+    for key in keys:
+        click.echo(f"{f'{key.path}: {json.dumps(key.value)}':<{min(width, 60)}}  # {key.origin}")
+
+
+@config_group.command("list")
+@with_output_options
+def config_list(quiet: bool, as_json: bool) -> None:
+    """List the recipes that ship with llmtune.
+
+    \b
+      llmtune config list
+    """
+    from llmtune.shipped import shipped_files
+
+    recipes = shipped_files("configs")
+    about = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in recipes.items()}
+    if as_json:
+        click.echo(json.dumps(about, indent=2))
+        return
+    for name, line in about.items():
+        click.echo(f"{name:<16} {line}")
+
+
+@config_group.command("copy")
+@click.argument("recipe")
+@click.argument("destination", type=click.Path(path_type=Path))
+@with_output_options
+def config_copy(recipe: str, destination: Path, quiet: bool, as_json: bool) -> None:
+    """Copy a shipped recipe to a file of your own.
+
+    \b
+      llmtune config copy qlora-8b-24gb my.yaml
+    """
+    from llmtune.shipped import shipped_files
+
+    recipes = shipped_files("configs")
+    if recipe not in recipes:
+        raise LlmtuneError(f"recipe {recipe!r}: expected one of {', '.join(recipes)}")
+    try:
+        with destination.open("x", encoding="utf-8") as file:
+            file.write(recipes[recipe].read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise LlmtuneError(f"{destination}: exists already; choose another name") from None
+    print_result({"recipe": recipe, "path": str(destination)}, as_json, lambda: str(destination))
+
+
+@config_group.command("schema")
+@with_output_options
+def config_schema(quiet: bool, as_json: bool) -> None:
+    """Print the JSON schema of a config, for editors that complete and check YAML.
+
+    \b
+      llmtune config schema > llmtune.schema.json
+    """
+    from llmtune.config import RunConfig
+
+    click.echo(json.dumps(RunConfig.model_json_schema(), indent=2))

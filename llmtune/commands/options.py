@@ -1,0 +1,48 @@
+"""What every command shares: its arguments and options, and how it prints."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+CONFIG_ARGUMENT = click.argument("config", type=click.Path(path_type=Path))
+TARGET_ARGUMENT = click.argument("target")
+OVERRIDES_ARGUMENT = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+FORCE_OPTION = click.option("--force", is_flag=True, help="Do again what is finished.")
+
+
+def with_output_options(command: Command) -> Command:
+    """Add `--quiet` and `--json`, which work on every command."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON result.")(
+        command
+    )
+    return click.option("-q", "--quiet", is_flag=True, help="No progress.")(command)
+
+
+def print_result(result: Any, as_json: bool, render: Callable[[], Any]) -> None:
+    """Print a result to stdout: as JSON, or as `render` shows it to people."""
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        stdout().print(render(), soft_wrap=True)
+
+
+def stdout() -> Console:
+    """Return the console for results; long lines are never wrapped by force."""
+    return Console(highlight=False)
+
+
+def show_progress(quiet: bool) -> None:
+    """Send the package's own messages to stderr, or only its warnings with `--quiet`."""
+    logger = logging.getLogger("llmtune")
+    logger.handlers = [logging.StreamHandler(sys.stderr)]
+    logger.handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False

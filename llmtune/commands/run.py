@@ -1,0 +1,169 @@
+"""run, train, merge, eval, report: the stages of a run."""
+
+import logging
+from pathlib import Path
+
+import click
+
+from llmtune.commands.options import (
+    CONFIG_ARGUMENT,
+    FORCE_OPTION,
+    OVERRIDES_ARGUMENT,
+    TARGET_ARGUMENT,
+    print_result,
+    show_progress,
+    with_output_options,
+)
+from llmtune.errors import LlmtuneError
+
+
+@click.command("run")
+@CONFIG_ARGUMENT
+@OVERRIDES_ARGUMENT
+@FORCE_OPTION
+@with_output_options
+def run_all(
+    config: Path, overrides: tuple[str, ...], force: bool, quiet: bool, as_json: bool
+) -> None:
+    """Train, merge, evaluate, report; skip what is finished.
+
+    \b
+      llmtune run configs/quickstart.yaml
+      llmtune run configs/quickstart.yaml train.max_steps=20 run_dir=runs/short
+      llmtune run configs/quickstart.yaml --force
+    """
+    from llmtune import pipeline
+    from llmtune.config import load_config
+    from llmtune.reporting.terminal import render_terminal
+
+    show_progress(quiet)
+    loaded = load_config(config, overrides)
+    report = pipeline.run(loaded, force=force)
+    print_result(report.as_json(), as_json, lambda: render_terminal(report))
+    logging.getLogger("llmtune").info("report: %s", loaded.run.report_html_path)
+
+
+@click.command()
+@CONFIG_ARGUMENT
+@OVERRIDES_ARGUMENT
+@FORCE_OPTION
+@with_output_options
+def train(
+    config: Path, overrides: tuple[str, ...], force: bool, quiet: bool, as_json: bool
+) -> None:
+    """Fit the adapter; goes on from a checkpoint.
+
+    \b
+      llmtune train configs/quickstart.yaml
+      llmtune train configs/quickstart.yaml adapter.rank=8 train.learning_rate=1e-4 run_dir=runs/r8
+      llmtune train my.yaml data.train='[{path: mine.jsonl}]' run_dir=runs/mine
+    """
+    from llmtune import pipeline
+    from llmtune.config import load_config
+
+    show_progress(quiet)
+    loaded = load_config(config, overrides)
+    result = pipeline.train(loaded, force=force)
+    print_result(
+        result,
+        as_json,
+        lambda: (
+            f"adapter saved in {loaded.run.adapter_dir}: {result['steps']} steps, "
+            f"{result['tokens']} tokens, last loss {result['final_loss']:.4f}"
+        ),
+    )
+
+
+@click.command()
+@TARGET_ARGUMENT
+@OVERRIDES_ARGUMENT
+@click.option("--strength", type=float, help="How much of the adapter is added (default 1).")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the merged model goes.")
+@FORCE_OPTION
+@with_output_options
+def merge(  # noqa: PLR0913 (one argument an option)
+    target: str,
+    overrides: tuple[str, ...],
+    strength: float | None,
+    out: Path | None,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Add an adapter into its base and check the result.
+
+    TARGET is a config, a run or an adapter directory.
+
+    \b
+      llmtune merge runs/quickstart
+      llmtune merge runs/quickstart/adapter --out merged --strength 0.7
+    """
+    from llmtune import pipeline
+    from llmtune.targets import require_run, resolve_target
+
+    show_progress(quiet)
+    named = resolve_target(target, overrides)
+    if out is None and named.config is None:
+        raise LlmtuneError(f"{target}: is not a run; say where the merged model goes with --out")
+    if out is not None:
+        chosen = 1.0 if strength is None else strength
+        result = pipeline.merge_adapter_dir(named, out, strength=chosen, force=force)
+    else:
+        more = () if strength is None else (f"merge.strength={strength}",)
+        result = pipeline.merge(require_run(target, (*overrides, *more)), force=force)
+    print_result(result, as_json, lambda: f"merged model saved in {result['out_dir']}")
+
+
+@click.command("eval")
+@TARGET_ARGUMENT
+@OVERRIDES_ARGUMENT
+@click.option("--suite", "suites", multiple=True, help="A suite file or a shipped suite's name.")
+@FORCE_OPTION
+@with_output_options
+def evaluate(  # noqa: PLR0913 (one argument an option)
+    target: str,
+    overrides: tuple[str, ...],
+    suites: tuple[str, ...],
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Score on the suites of a run, or on --suite.
+
+    TARGET is a config, a run, an adapter directory or a model.
+
+    \b
+      llmtune eval runs/quickstart
+      llmtune eval runs/quickstart --suite general
+      llmtune eval path/to/model --suite general --json
+    """
+    from llmtune.reporting.scores import render_scores
+
+    show_progress(quiet)
+    if suites:
+        from llmtune.answering.score import score_target
+
+        scores = score_target(target, overrides, suites)
+    else:
+        from llmtune import pipeline
+        from llmtune.targets import require_run
+
+        scores = pipeline.evaluate(require_run(target, overrides), force=force)
+    print_result(scores, as_json, lambda: render_scores(scores))
+
+
+@click.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@with_output_options
+def report(run_dir: Path, quiet: bool, as_json: bool) -> None:
+    """Rebuild the report of a run and print its table.
+
+    \b
+      llmtune report runs/quickstart
+    """
+    from llmtune import pipeline
+    from llmtune.reporting.terminal import render_terminal
+
+    show_progress(quiet)
+    built = pipeline.report(run_dir)
+    print_result(built.as_json(), as_json, lambda: render_terminal(built))
