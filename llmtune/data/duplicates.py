@@ -45,16 +45,20 @@ def find_near_duplicates(texts: list[str]) -> list[NearPair]:
     Shingles are 9-byte windows of the text; those of boilerplate are not counted. Texts that are
     equal are found too. MinHash with banded LSH (Broder 1997; Leskovec et al., ch. 3).
     """
-    shingles = [_shingle(text) for text in texts]
-    common = _common_shingles(shingles)
-    shingles = [values[~common[_slot(values)]] for values in shingles]
-    kept = [row for row, values in enumerate(shingles) if len(values) >= MIN_SHINGLES]
+    common = _common_shingles(texts)
+    kept, signatures = [], []
+    for row, text in enumerate(texts):
+        values = _own_shingles(text, common)
+        if len(values) >= MIN_SHINGLES:
+            kept.append(row)
+            signatures.append(_sign(values))
     if len(kept) < 2:
         return []
     best: dict[int, NearPair] = {}
-    for one, other in sorted(_candidates(np.stack([_sign(shingles[row]) for row in kept]))):
+    for one, other in sorted(_candidates(np.stack(signatures))):
         first, second = kept[one], kept[other]
-        similarity = _jaccard(shingles[first], shingles[second])
+        # Made again, not kept: a pair is rare, and all shingles take 50 times the text's memory.
+        similarity = _jaccard(*(_own_shingles(texts[row], common) for row in (first, second)))
         known = best.get(second)
         if similarity >= MIN_SIMILARITY and (known is None or similarity > known.similarity):
             best[second] = NearPair(first, second, similarity)
@@ -119,19 +123,33 @@ def _shingle(text: str) -> np.ndarray:
     hashes ^= hashes >> np.uint64(29)
     hashes *= np.uint64(0xBF58476D1CE4E5B9)
     hashes ^= hashes >> np.uint64(32)
-    return np.unique(hashes)
+    return _distinct(hashes)
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """Return the sorted distinct values; np.unique hashes, which is several times slower here."""
+    values = np.sort(values)
+    is_first = np.empty(len(values), dtype=bool)
+    is_first[:1] = True
+    np.not_equal(values[1:], values[:-1], out=is_first[1:])
+    return values[is_first]
 
 
 def _slot(values: np.ndarray) -> np.ndarray:
     return (values & np.uint64((1 << TABLE_BITS) - 1)).astype(np.int64)
 
 
-def _common_shingles(shingles: list[np.ndarray]) -> np.ndarray:
+def _own_shingles(text: str, common: np.ndarray) -> np.ndarray:
+    values = _shingle(text)
+    return values[~common[_slot(values)]]
+
+
+def _common_shingles(texts: list[str]) -> np.ndarray:
     """Return which table slots are boilerplate, judged on up to 5,000 rows spread over all."""
-    sample = shingles[:: max(1, len(shingles) // 5000)]
+    sample = texts[:: max(1, len(texts) // 5000)]
     counts = np.zeros(1 << TABLE_BITS, dtype=np.int32)
-    for values in sample:
-        counts[np.unique(_slot(values))] += 1
+    for text in sample:
+        counts[_distinct(_slot(_shingle(text)))] += 1
     return counts > max(COMMON_MIN_ROWS, COMMON_SHARE * len(sample))
 
 

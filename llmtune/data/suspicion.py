@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,7 @@ REFUSAL = re.compile(
     r"\bas an ai (?:language )?model\b|\bi(?:'m| am) sorry, but i can(?:no|')t\b", re.I
 )
 LOOP = re.compile(r"(\b[\w' ]{2,40}?[\s.,;!?]+)\1{7,}|(\S)\2{60,}")
+MAX_LOOP_RATIO = 0.4
 
 SCRIPTS = (
     (0x0041, "latin"),
@@ -121,8 +123,13 @@ def _look_at_answer(text: str, where: str) -> Iterator[tuple[str, str]]:
         yield "spaces", f"{where}: the answer begins or ends with spaces or line breaks"
     if REFUSAL.search(text):
         yield "refusal", f"{where}: a refusal or self-description: {shorten(text)}"
-    if len(text) > 60 and LOOP.search(text):
+    if len(text) > 60 and _is_dense(text) and LOOP.search(text):
         yield "loop", f"{where}: the same words over and over"
+
+
+def _is_dense(text: str) -> bool:
+    """Say whether the text compresses as only a repeating one does; spares the slow pattern."""
+    return len(zlib.compress(text.encode(), 1)) < MAX_LOOP_RATIO * len(text)
 
 
 def _look_at_turns(messages: list[Message]) -> Iterator[tuple[str, str]]:
