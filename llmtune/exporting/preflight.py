@@ -15,7 +15,9 @@ from llmtune.exporting.gguf.architectures import find_architecture
 from llmtune.exporting.gguf.vocabulary import read_vocabulary
 
 
-def check_exportable(base_dir: Path, to: str, type: str | None = None) -> None:
+def check_exportable(
+    base_dir: Path, to: str, type: str | None = None, *, chat_template: Path | None = None
+) -> None:
     """Check that a checkpoint of this base can be exported; reads its small files only.
 
     For the GGUF kinds: the architecture and every number in its config are ones that llama.cpp
@@ -25,6 +27,7 @@ def check_exportable(base_dir: Path, to: str, type: str | None = None) -> None:
         base_dir: the 16-bit base, or a model merged from it.
         to: one of `config.EXPORT_KINDS`.
         type: one of `config.GGUF_TYPES`; None is the default.
+        chat_template: a Jinja file that replaces the checkpoint's own template.
 
     Raises:
         LlmtuneError: an unknown kind or type, or a base that cannot be exported so.
@@ -32,7 +35,7 @@ def check_exportable(base_dir: Path, to: str, type: str | None = None) -> None:
     choose_type(to, type)
     if to in WITH_TYPES:
         find_architecture(base_dir)
-        read_vocabulary(base_dir)
+        read_vocabulary(base_dir, chat_template=chat_template)
 
 
 def choose_type(to: str, type: str | None) -> str | None:

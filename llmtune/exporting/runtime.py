@@ -25,6 +25,8 @@ class RuntimeRequest:
     """Tokenized as text, special tokens recognised, none added."""
     conversations: Sequence[Sequence[Mapping[str, str]]] = ()
     """Rendered with the file's chat template for an answer, tokenized, and answered greedily."""
+    continued: Sequence[Sequence[int]] = ()
+    """Token ids that are continued greedily; their answers follow those of `conversations`."""
     prompts: Sequence[Sequence[int]] = ()
     """Token ids; the distribution of the next token is returned whole."""
     max_new_tokens: int = 32
@@ -38,7 +40,6 @@ class RuntimeRequest:
 class RuntimeAnswer:
     """What one conversation became, and the greedy answer."""
 
-    prompt: str
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     """Without the token that ended the answer."""
@@ -49,7 +50,7 @@ class RuntimeAnswer:
 
 @dataclass(frozen=True)
 class RuntimeAnswers:
-    """llmtune's questions answered by llama.cpp."""
+    """What llama.cpp answered, in the order of the questions."""
 
     text_ids: tuple[tuple[int, ...], ...] = ()
     answers: tuple[RuntimeAnswer, ...] = ()
@@ -113,7 +114,6 @@ def _read_answers(content: Mapping[str, Any]) -> RuntimeAnswers:
         text_ids=tuple(tuple(ids) for ids in content["text_ids"]),
         answers=tuple(
             RuntimeAnswer(
-                prompt=one["prompt"],
                 prompt_ids=tuple(one["prompt_ids"]),
                 token_ids=tuple(one["token_ids"]),
                 stopped=one["stopped"],

@@ -50,21 +50,21 @@ class Server:
         body = {"content": text, "add_special": add_special, "parse_special": True}
         return self.post("/tokenize", body)["tokens"]
 
-    def answer(self, messages: list[dict[str, str]], max_new_tokens: int) -> dict[str, Any]:
-        """Render a conversation, and answer it greedily as the chat endpoint does."""
+    def answer_chat(self, messages: list[dict[str, str]], max_new_tokens: int) -> dict[str, Any]:
+        """Render a conversation with the file's template, and answer it as the chat does."""
         prompt = self.post("/apply-template", {"messages": messages})["prompt"]
+        ids = self.tokenize(prompt, add_special=True)
+        return {"prompt_ids": ids, **self.answer(prompt, max_new_tokens)}
+
+    def answer(self, prompt: str | list[int], max_new_tokens: int) -> dict[str, Any]:
+        """Continue a text or token ids greedily."""
         body = {"prompt": prompt, "n_predict": max_new_tokens, "n_probs": 2, "return_tokens": True}
         reply = self.post("/completion", {**GREEDY, **body})
         ids = reply["tokens"]
         margins = _align(ids, reply.get("completion_probabilities", []))
         stopped = reply["stop_type"] == STOPPED
-        return {
-            "prompt": prompt,
-            "prompt_ids": self.tokenize(prompt, add_special=True),
-            "token_ids": ids,
-            "stopped": stopped,
-            "margins": margins,
-        }
+        kept = len(ids) - 1 if stopped else len(ids)  # the last one is the end of text
+        return {"token_ids": ids[:kept], "stopped": stopped, "margins": margins[:kept]}
 
     def next_token(self, prompt: list[int], vocabulary: int) -> dict[int, float]:
         """Return the log-probability of every token after `prompt`.
@@ -88,8 +88,12 @@ def main(question_path: str, answer_path: str) -> None:
     answers = {
         "text_ids": [server.tokenize(text, add_special=False) for text in question["texts"]],
         "answers": [
-            server.answer(messages, question["max_new_tokens"])
+            server.answer_chat(messages, question["max_new_tokens"])
             for messages in question["conversations"]
+        ]
+        + [
+            {"prompt_ids": ids, **server.answer(ids, question["max_new_tokens"])}
+            for ids in question["continued"]
         ],
         "distributions": [server.next_token(ids, vocabulary) for ids in question["prompts"]],
     }

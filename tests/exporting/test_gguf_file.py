@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf import tiles
-from llmtune.exporting.gguf.write import export_gguf, runtime_name
+from llmtune.exporting.gguf.write import GgufRequest, export_gguf, runtime_name
 from llmtune.models.tokenizer import load_tokenizer
 from tests.exporting.conftest import FAMILIES
 
 
-def export(source, path, type="f32", **keywords):
-    keywords = {"name": "tiny", "provenance": {}, **keywords}
-    return export_gguf(source, path, type=type, **keywords)
+def export(source, path, type="f32", *, overwrite=False, **keywords):
+    request = GgufRequest(source, path, type, "tiny", **keywords)
+    return export_gguf(request, overwrite=overwrite)
 
 
 def read_tensors(path):
@@ -136,6 +136,14 @@ def test_tokens_ids_and_template_are_those_of_the_tokenizer(llama_dir, tmp_path)
     merges = json.loads((llama_dir / "tokenizer.json").read_text())["model"]["merges"]
     assert field(path, keys.MERGES) == [" ".join(pair) for pair in merges]
     assert field(path, "llmtune.base") == "tiny"
+
+
+def test_a_template_given_apart_is_the_one_in_the_file(llama_dir, tmp_path):
+    template = tmp_path / "other.jinja"
+    template.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    export(llama_dir, tmp_path / "model.gguf", chat_template=template)
+    found = field(tmp_path / "model.gguf", gguf.Keys.Tokenizer.CHAT_TEMPLATE)
+    assert found == template.read_text()
 
 
 def test_stop_tokens_of_the_generation_config_are_in_the_file(llama_dir, tmp_path):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
 from llmtune.exporting import runtime
-from llmtune.exporting.gguf.write import export_gguf
+from llmtune.exporting.gguf.write import GgufRequest, export_gguf
 from llmtune.exporting.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
 from llmtune.exporting.tricky_strings import TRICKY_STRINGS
 from llmtune.models.tokenizer import load_tokenizer
@@ -47,7 +47,7 @@ ROPES = {
 
 def export(source: Path) -> Path:
     path = source / "model.gguf"
-    export_gguf(source, path, type="f32", name="tiny", provenance={}, overwrite=True)
+    export_gguf(GgufRequest(source, path, "f32", "tiny"), overwrite=True)
     return path
 
 

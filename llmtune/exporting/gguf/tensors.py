@@ -14,7 +14,6 @@ from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf.architectures import (
     Architecture,
     Config,
-    head_dimension,
     rope_factors,
 )
 from llmtune.safetensors_io import CheckpointIndex, TensorEntry
@@ -48,8 +47,9 @@ class PlannedTensor:
     sources: tuple[Rows, ...]
     rotary_heads: int = 0
     """The rows of each of this many heads go from two halves to neighbouring pairs."""
+    factor: float = 1.0
+    """Every number is multiplied by it, then `offset` is added."""
     offset: float = 0.0
-    """Added to every number."""
     values: np.ndarray | None = None
     """A computed tensor, which has no sources."""
 
@@ -79,7 +79,7 @@ def plan_tensors(
     """
     index = CheckpointIndex.open(directory)
     groups = _group(index.tensors, config)
-    names = gguf.get_tensor_name_map(_arch(architecture), config["num_hidden_layers"])
+    names = tensor_names(architecture, config)
     planned, unplaced = [], []
     for name, sources in sorted(groups.items(), key=lambda item: _order(item[0])):
         target = names.get_name(name, try_suffixes=SUFFIXES)
@@ -104,8 +104,19 @@ def _computed(name: str, values: np.ndarray) -> PlannedTensor:
     return PlannedTensor(name, values.shape, GGMLQuantizationType.F32, (), values=values)
 
 
-def _arch(architecture: Architecture) -> gguf.MODEL_ARCH:
-    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+def tensor_names(architecture: Architecture, config: Config) -> gguf.TensorNameMap:
+    """Return the official map from transformers' tensor names to those of the file."""
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    return gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+
+
+def rotary_heads(name: str, architecture: Architecture, config: Config) -> int:
+    """Return how many heads' rows must be paired in the weight `name`, or 0."""
+    rotated = ROTATED.search(name)
+    if not architecture.pairs_rotary or rotated is None:
+        return 0
+    heads = config["num_attention_heads"]
+    return (config.get("num_key_value_heads") or heads) if rotated[1] == "k" else heads
 
 
 def _group(tensors: Mapping[str, TensorEntry], config: Config) -> dict[str, list[Rows]]:
@@ -147,20 +158,13 @@ def _plan_one(
 ) -> PlannedTensor:
     architecture, config, type = model
     shape = _shape(target, sources)
-    rotary_heads = 0
-    rotated = ROTATED.search(name)
-    if architecture.pairs_rotary and rotated:
-        heads = config["num_attention_heads"]
-        is_key = rotated[1] == "k"
-        rotary_heads = (config.get("num_key_value_heads") or heads) if is_key else heads
-        assert shape[0] == rotary_heads * head_dimension(config) or len(shape) == 1
     is_norm = "norm" in target and target.endswith(".weight")
     return PlannedTensor(
         name=target,
         shape=shape,
         type=choose_tensor_type(target, shape, type),
         sources=tuple(sources),
-        rotary_heads=rotary_heads,
+        rotary_heads=rotary_heads(name, architecture, config),
         offset=architecture.norm_offset if is_norm else 0.0,
     )
 

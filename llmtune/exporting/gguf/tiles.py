@@ -75,6 +75,8 @@ def _pair_rotary(tensor: PlannedTensor, values: np.ndarray) -> np.ndarray:
 
 
 def _encode(tensor: PlannedTensor, values: np.ndarray) -> np.ndarray:
+    if tensor.factor != 1:
+        values = values * np.float32(tensor.factor)
     if tensor.offset:
         values = values + np.float32(tensor.offset)
     if tensor.type == GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:

@@ -66,8 +66,12 @@ def read_tokenizer_json(directory: Path) -> dict[str, Any]:
         raise LlmtuneError(f"{path}: not valid JSON: {error}") from error
 
 
-def read_vocabulary(directory: Path) -> Vocabulary:
+def read_vocabulary(directory: Path, *, chat_template: Path | None = None) -> Vocabulary:
     """Read a checkpoint's tokenizer, chat template and stop tokens.
+
+    Args:
+        directory: the checkpoint.
+        chat_template: a Jinja file that replaces the checkpoint's own template.
 
     Raises:
         LlmtuneError: llama.cpp has no such tokenizer, or its stop tokens do not fit in the file.
@@ -76,7 +80,7 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     content = read_tokenizer_json(directory)
     pre = recognise_pre_tokenizer(content, path)
     rows = embedding_rows(directory)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, chat_template=chat_template)
     tokens, kinds = _tokens(content, rows, is_sentencepiece=pre.model == "llama")
     merges = _merges(content["model"])
     scores: tuple[float, ...] = ()

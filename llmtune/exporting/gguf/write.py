@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,48 +66,48 @@ class _Plan:
     config: Mapping[str, Any]
     vocabulary: Vocabulary
     tensors: list[PlannedTensor]
+
+
+@dataclass(frozen=True)
+class GgufRequest:
+    """Which checkpoint becomes which file."""
+
+    source_dir: Path
+    """A 16- or 32-bit checkpoint with its tokenizer."""
+    path: Path
     type: str
+    """One of `exporting.config.GGUF_TYPES`."""
+    name: str
+    """`general.name`."""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    """Further text for the file's head, by key."""
+    chat_template: Path | None = None
+    """A Jinja file that replaces the checkpoint's own template."""
 
 
-def export_gguf(
-    source_dir: Path,
-    path: Path,
-    *,
-    type: str,
-    name: str,
-    provenance: Mapping[str, str],
-    overwrite: bool = False,
-) -> GgufResult:
-    """Write the checkpoint in `source_dir` as the GGUF file `path`.
+def export_gguf(request: GgufRequest, *, overwrite: bool = False) -> GgufResult:
+    """Write a checkpoint as one GGUF file, which appears whole or not at all.
 
-    The file appears whole or not at all. Memory is about 50 MiB, whatever the model's size.
-
-    Args:
-        source_dir: a 16- or 32-bit checkpoint with its tokenizer.
-        path: the file to make.
-        type: one of `exporting.config.GGUF_TYPES`.
-        name: `general.name`.
-        provenance: further text for the file's head, by key.
-        overwrite: replace an existing file.
+    Memory is about 50 MiB, whatever the model's size.
 
     Raises:
-        LlmtuneError: the model cannot be exported, `path` exists, the disk is too small, or the
-            finished file does not read back as planned.
+        LlmtuneError: the model cannot be exported, the file exists and `overwrite` is not given,
+            the disk is too small, or the finished file does not read back as planned.
     """
     start = time.monotonic()
-    if path.exists() and not overwrite:
-        raise LlmtuneError(f"{path}: exists already; choose another --out, or give --force")
-    plan = _plan(source_dir, type)
+    path = request.path
+    require_new(path, overwrite=overwrite)
+    plan = _plan(request)
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_free_space(path, sum(tensor.num_bytes for tensor in plan.tensors) + HEAD_BYTES)
     with unfinished_file(path) as unfinished:
-        _write(plan, unfinished, name, provenance)
+        _write(plan, unfinished, request)
         check_file(unfinished, plan.tensors, plan.vocabulary)
     return GgufResult(
         path=path,
         architecture=plan.architecture.name,
         pre_tokenizer=plan.vocabulary.pre.name,
-        type=type,
+        type=request.type,
         num_tensors=len(plan.tensors),
         tensor_types=dict(Counter(tensor.type.name.lower() for tensor in plan.tensors)),
         num_bytes=path.stat().st_size,
@@ -116,15 +116,24 @@ def export_gguf(
     )
 
 
-def _plan(source_dir: Path, type: str) -> _Plan:
-    architecture = find_architecture(source_dir)
-    config = read_model_config(source_dir)
+def require_new(path: Path, *, overwrite: bool) -> None:
+    """Check that nothing is overwritten unasked.
+
+    Raises:
+        LlmtuneError: `path` exists.
+    """
+    if path.exists() and not overwrite:
+        raise LlmtuneError(f"{path}: exists already; choose another --out, or give --force")
+
+
+def _plan(request: GgufRequest) -> _Plan:
+    architecture = find_architecture(request.source_dir)
+    config = read_model_config(request.source_dir)
     return _Plan(
         architecture,
         config,
-        read_vocabulary(source_dir),
-        plan_tensors(source_dir, architecture, config, type),
-        type,
+        read_vocabulary(request.source_dir, chat_template=request.chat_template),
+        plan_tensors(request.source_dir, architecture, config, request.type),
     )
 
 
@@ -156,15 +165,15 @@ def unfinished_file(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def _write(plan: _Plan, path: Path, name: str, provenance: Mapping[str, str]) -> None:
+def _write(plan: _Plan, path: Path, request: GgufRequest) -> None:
     writer = GGUFWriter(path, plan.architecture.name)
     writer.add_type("model")
-    writer.add_name(runtime_name(name, trims_as_phi3=plan.vocabulary.trims_as_phi3))
-    for key, text in provenance.items():
+    writer.add_name(runtime_name(request.name, trims_as_phi3=plan.vocabulary.trims_as_phi3))
+    for key, text in request.provenance.items():
         writer.add_string(key, text)
     for key, value in hyperparameters(plan.architecture, plan.config).items():
         add_value(writer, key, value)
-    writer.add_file_type(FILE_TYPES[plan.type])
+    writer.add_file_type(FILE_TYPES[request.type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_vocabulary(writer, plan.vocabulary)
     write_tensors(writer, plan.tensors)

@@ -1,0 +1,145 @@
+"""Write a LoRA adapter as a GGUF file that llama.cpp applies on a GGUF of the same base."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from llmtune.errors import LlmtuneError
+from llmtune.exporting.gguf.architectures import Architecture, Config, find_architecture
+from llmtune.exporting.gguf.tensors import (
+    SUFFIXES,
+    PlannedTensor,
+    Rows,
+    rotary_heads,
+    tensor_names,
+)
+from llmtune.exporting.gguf.write import (
+    GgufResult,
+    check_file,
+    require_new,
+    unfinished_file,
+    write_tensors,
+)
+from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
+from llmtune.models.checkpoint import read_model_config
+
+
+def export_adapter_gguf(
+    adapter_dir: Path,
+    base_dir: Path,
+    path: Path,
+    *,
+    type: str,
+    provenance: Mapping[str, str],
+    overwrite: bool = False,
+) -> GgufResult:
+    """Write the adapter in `adapter_dir` as the GGUF file `path`, whole or not at all.
+
+    llama.cpp adds `alpha / rank * B @ A` with one alpha for all modules; where a module's scaling
+    is another, its B is multiplied so that the product is the same.
+
+    Args:
+        adapter_dir: a LoRA adapter in PEFT's format.
+        base_dir: the base checkpoint, for its architecture.
+        path: the file to make.
+        type: one of `exporting.config.ADAPTER_TYPES`.
+        provenance: further text for the file's head, by key.
+        overwrite: replace an existing file.
+
+    Raises:
+        LlmtuneError: it trains something that is no plain LoRA of a linear layer, or the base has
+            no such layer, or is not supported by llama.cpp.
+    """
+    start = time.monotonic()
+    require_new(path, overwrite=overwrite)
+    architecture, config = find_architecture(base_dir), read_model_config(base_dir)
+    adapter = AdapterFiles.open(adapter_dir)
+    _refuse_more_than_lora(adapter)
+    alpha = float(adapter.config.get("lora_alpha", 8))
+    tensors = _plan(adapter, architecture, config, (type, alpha))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished_file(path) as unfinished:
+        writer = GGUFWriter(unfinished, architecture.name)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        for key, text in provenance.items():
+            writer.add_string(key, text)
+        write_tensors(writer, tensors)
+        check_file(unfinished, tensors, None)
+    return GgufResult(
+        path=path,
+        architecture=architecture.name,
+        pre_tokenizer="",
+        type=type,
+        num_tensors=len(tensors),
+        tensor_types=dict(Counter(tensor.type.name.lower() for tensor in tensors)),
+        num_bytes=path.stat().st_size,
+        seconds=time.monotonic() - start,
+        notices=(),
+    )
+
+
+def _refuse_more_than_lora(adapter: AdapterFiles) -> None:
+    groups = adapter.lora.values()
+    more = {
+        "DoRA magnitudes": [group.module for group in groups if group.magnitude],
+        "biases": [group.module for group in groups if group.bias],
+        "an embedding": [group.module for group in groups if group.is_embedding],
+        "trained tokens": list(adapter.tokens),
+        "modules_to_save": list(adapter.replaced),
+        "expert parameters": list(adapter.config.get("target_parameters") or ()),
+    }
+    found = [f"{kind} ({names[0]})" for kind, names in more.items() if names]
+    if found:
+        raise LlmtuneError(
+            f"{adapter.directory}: llama.cpp adapters hold LoRA of linear layers only, and this "
+            f"one has {', '.join(found)}. Merge it and export the model: --to gguf"
+        )
+
+
+def _plan(
+    adapter: AdapterFiles, architecture: Architecture, config: Config, how: tuple[str, float]
+) -> list[PlannedTensor]:
+    names = tensor_names(architecture, config)
+    planned = []
+    for module, group in sorted(adapter.lora.items()):
+        target = names.get_name(f"{module}.weight", try_suffixes=SUFFIXES)
+        if target is None:
+            raise LlmtuneError(
+                f"{adapter.directory}: module {module!r} has no place in llama.cpp's "
+                f"{architecture.name}"
+            )
+        if target == "output.weight" and config.get("tie_word_embeddings", False):
+            raise LlmtuneError(
+                f"{adapter.directory}: it adapts {module!r}, which this base shares with its "
+                "embedding; merge it and export the model: --to gguf"
+            )
+        heads = rotary_heads(f"{module}.weight", architecture, config)
+        factor = _factor(adapter, group, how[1])
+        planned += _pair(target, group, how[0], (heads, factor))
+    return planned
+
+
+def _factor(adapter: AdapterFiles, group: LoraGroup, alpha: float) -> float:
+    assert group.a is not None
+    return adapter.scaling(group.module) * group.a.shape[0] / alpha
+
+
+def _pair(
+    target: str, group: LoraGroup, type: str, layout: tuple[int, float]
+) -> list[PlannedTensor]:
+    assert group.a is not None and group.b is not None
+    heads, factor = layout
+    kind = GGMLQuantizationType[type.upper()]
+    rows_a, rows_b = Rows(group.a, 0, group.a.shape[0]), Rows(group.b, 0, group.b.shape[0])
+    return [
+        PlannedTensor(f"{target}.lora_a", group.a.shape, kind, (rows_a,)),
+        PlannedTensor(
+            f"{target}.lora_b", group.b.shape, kind, (rows_b,), rotary_heads=heads, factor=factor
+        ),
+    ]

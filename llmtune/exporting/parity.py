@@ -1,0 +1,213 @@
+"""A GGUF file run in llama.cpp against the same model in transformers."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from llmtune.data.render import encode_plain, render_messages
+from llmtune.exporting.runtime import (
+    RuntimeAnswer,
+    RuntimeAnswers,
+    RuntimeRequest,
+    ask_runtime,
+)
+from llmtune.exporting.tricky_strings import TRICKY_STRINGS
+from llmtune.open_prompts import OPEN_PROMPTS
+from llmtune.scoring.batches import (
+    choose_token_budget,
+    inference,
+    model_device,
+    pad_rows,
+    run_forward,
+)
+from llmtune.scoring.generate import Decoding, Generation, generate_texts
+
+NUM_SHOWN = 5
+LIKELY = 1e-3
+SPARE_TOKENS = 8
+"""Room in the context beside the prompt and its answer."""
+
+
+@dataclass(frozen=True)
+class ParityRequest:
+    """Which file is compared, and how far its answers go."""
+
+    path: Path
+    stop_token_ids: tuple[int, ...]
+    max_new_tokens: int = 32
+    num_threads: int = 2
+    lora: Path | None = None
+
+
+@dataclass(frozen=True)
+class AnswerDifference:
+    """Where two greedy answers part, and how sure each side was there."""
+
+    prompt: str
+    position: int  # tokens both begin with
+    token: str | None  # of transformers; None: the answer ended
+    file_token: str | None
+    margin: float  # log-probability of the likeliest token less the second's
+    file_margin: float | None
+    text: str
+    file_text: str
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """How far the file's answers are from those of the model it was made from."""
+
+    num_prompts: int
+    num_same_prompts: int
+    """Prompts whose template and tokenizer gave the same token ids on both sides."""
+    num_same_answers: int
+    num_same_stops: int
+    """Answers that ended by themselves on both sides, or on neither."""
+    kl: float
+    """KL(model || file) after each prompt, whole vocabulary, mean in nats."""
+    max_logprob_difference: float
+    """Among the tokens that transformers gives at least one in a thousand."""
+    top1_agreement: float
+    num_strings: int
+    num_same_strings: int
+    odd_strings: tuple[str, ...]
+    differences: tuple[AnswerDifference, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON."""
+        return asdict(self)
+
+
+def compare_with_runtime(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, request: ParityRequest
+) -> ParityResult:
+    """Tokenize, answer and score the same questions with transformers and with llama.cpp.
+
+    Args:
+        model: what the file was made from, best in float32, so that only the file rounds.
+        tokenizer: its tokenizer; without a chat template the prompts are plain text.
+        request: the file.
+
+    Raises:
+        LlmtuneError: llama.cpp is not installed, or cannot load the file.
+    """
+    has_chat = bool(tokenizer.chat_template)
+    conversations = [[{"role": "user", "content": question}] for question in OPEN_PROMPTS]
+    prompts = [
+        render_messages(tokenizer, messages, add_generation_prompt=True)
+        if has_chat
+        else encode_plain(tokenizer, messages[0]["content"])
+        for messages in conversations
+    ]
+    file = ask_runtime(
+        request.path,
+        RuntimeRequest(
+            texts=TRICKY_STRINGS,
+            conversations=conversations if has_chat else (),
+            continued=() if has_chat else prompts,
+            prompts=prompts,
+            max_new_tokens=request.max_new_tokens,
+            context_length=max(map(len, prompts)) + request.max_new_tokens + SPARE_TOKENS,
+            num_threads=request.num_threads,
+            lora=str(request.lora) if request.lora else None,
+        ),
+    )
+    decoding = Decoding(request.max_new_tokens, request.stop_token_ids)
+    answers = generate_texts(
+        model, tokenizer, prompts, decoding, token_budget=choose_token_budget(model)
+    )
+    return _compare(model, tokenizer, prompts, answers, file)
+
+
+def _compare(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Generation],
+    file: RuntimeAnswers,
+) -> ParityResult:
+    odd = [
+        text
+        for text, ids in zip(TRICKY_STRINGS, file.text_ids, strict=True)
+        if list(ids) != tokenizer(text, add_special_tokens=False)["input_ids"]
+    ]
+    differences = [
+        difference
+        for question, prompt, answer, found in zip(
+            OPEN_PROMPTS, prompts, answers, file.answers, strict=True
+        )
+        if (difference := _difference(model, tokenizer, (question, prompt, answer, found)))
+    ]
+    kl, largest, agreements = _compare_distributions(model, prompts, file)
+    pairs = list(zip(prompts, answers, file.answers, strict=True))
+    return ParityResult(
+        num_prompts=len(prompts),
+        num_same_prompts=sum(list(prompt) == list(found.prompt_ids) for prompt, _, found in pairs),
+        num_same_answers=len(prompts) - len(differences),
+        num_same_stops=sum(answer.stopped == found.stopped for _, answer, found in pairs),
+        kl=kl / len(prompts),
+        max_logprob_difference=largest,
+        top1_agreement=agreements / len(prompts),
+        num_strings=len(TRICKY_STRINGS),
+        num_same_strings=len(TRICKY_STRINGS) - len(odd),
+        odd_strings=tuple(odd[:NUM_SHOWN]),
+        differences=tuple(differences),
+    )
+
+
+def _difference(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    sides: tuple[str, Sequence[int], Generation, RuntimeAnswer],
+) -> AnswerDifference | None:
+    question, prompt, answer, found = sides
+    if (answer.token_ids, answer.stopped) == (found.token_ids, found.stopped):
+        return None
+    shared = list(zip(answer.token_ids, found.token_ids, strict=False))
+    position = next((place for place, (a, b) in enumerate(shared) if a != b), len(shared))
+    likeliest = _log_probabilities(model, [*prompt, *answer.token_ids[:position]]).topk(2).values
+    return AnswerDifference(
+        prompt=question,
+        position=position,
+        token=_token_at(tokenizer, answer.token_ids, position),
+        file_token=_token_at(tokenizer, found.token_ids, position),
+        margin=(likeliest[0] - likeliest[1]).item(),
+        file_margin=found.margins[position] if position < len(found.margins) else None,
+        text=answer.text,
+        file_text=tokenizer.decode(found.token_ids, skip_special_tokens=True),
+    )
+
+
+def _token_at(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], position: int) -> str | None:
+    return tokenizer.convert_ids_to_tokens(ids[position]) if position < len(ids) else None
+
+
+def _compare_distributions(
+    model: nn.Module, prompts: Sequence[Sequence[int]], file: RuntimeAnswers
+) -> tuple[float, float, int]:
+    """Return summed KL, the largest difference of a likely token, and how often both agree."""
+    kl, largest, agreements = 0.0, 0.0, 0
+    for prompt, distribution in zip(prompts, file.distributions, strict=True):
+        expected = _log_probabilities(model, prompt)
+        found = torch.full_like(expected, -torch.inf)
+        ids = torch.tensor(list(distribution))
+        found[ids] = torch.tensor(list(distribution.values()))
+        found = found.log_softmax(-1)  # the server's numbers are rounded
+        kl += (expected.exp() * (expected - found)).sum().item()
+        likely = expected.exp() >= LIKELY
+        largest = max(largest, (expected - found)[likely].abs().max().item())
+        agreements += int(expected.argmax() == found.argmax())
+    return kl, largest, agreements
+
+
+def _log_probabilities(model: nn.Module, ids: Sequence[int]) -> torch.Tensor:
+    """Return the log-probabilities of the next token, [V], float32 on the CPU."""
+    with inference(model):
+        batch = pad_rows([ids], model_device(model), left=False)
+        logits = run_forward(model, batch, logits_to_keep=1).logits
+    return logits[0, -1].float().cpu().log_softmax(-1)
