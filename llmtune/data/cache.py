@@ -19,9 +19,10 @@ import numpy as np
 from llmtune.data.collect import Split, choose_sources
 from llmtune.data.config import DataConfig
 from llmtune.data.example import ExampleTable
+from llmtune.data.hub import is_hub_id
 from llmtune.data.prepared import PreparedData, fingerprint_table
 from llmtune.data.report import DataReport
-from llmtune.data.rows import find_files, is_hub_id
+from llmtune.data.rows import find_files
 from llmtune.fingerprint import hash_file, hash_json, hash_text
 from llmtune.models.gguf import cache_dir
 

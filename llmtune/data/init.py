@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.data.config import SourceConfig
 from llmtune.data.formats import FORMATS, choose_format, rename_columns
+from llmtune.data.hub import is_hub_id
 from llmtune.data.masks import LabelledRow, Labeller
 from llmtune.data.problems import RowProblem
-from llmtune.data.rows import LoadedRow, find_files, is_hub_id, iter_raw_rows, open_source
+from llmtune.data.rows import LoadedRow, find_files, iter_raw_rows, open_source
 from llmtune.errors import LlmtuneError
 
 if TYPE_CHECKING:

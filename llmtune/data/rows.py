@@ -3,14 +3,13 @@
 import difflib
 import glob
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.data.config import SourceConfig
 from llmtune.data.conversation import Conversation
-from llmtune.data.files import Parsed, drop_nulls, file_kind, iter_file
+from llmtune.data.files import Parsed, file_kind, iter_file
 from llmtune.data.formats import (
     FormatChoice,
     check_columns,
@@ -18,11 +17,11 @@ from llmtune.data.formats import (
     missing_column,
     rename_columns,
 )
+from llmtune.data.hub import is_hub_id, iter_hub_rows
 from llmtune.data.problems import RowError, RowProblem
 from llmtune.errors import LlmtuneError
 
 DETECTION_ROWS = 100
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -91,44 +90,14 @@ def find_files(path: str) -> list[Path]:
     raise LlmtuneError(_missing(path, here))
 
 
-def is_hub_id(path: str) -> bool:
-    """Say whether `path` reads as `org/name` and no such file exists."""
-    return (
-        HUB_ID.fullmatch(path) is not None
-        and file_kind(Path(path)) is None
-        and not Path(path).exists()
-    )
-
-
 def _iter_all(source: SourceConfig) -> Iterator[tuple[str, Parsed]]:
     if is_hub_id(source.path):
-        for parsed in _iter_hub(source):
-            yield source.path, parsed
+        for found in iter_hub_rows(source):
+            yield source.path, found
         return
     for file in find_files(source.path):
         for parsed in iter_file(file, str(file)):
             yield str(file), parsed
-
-
-def _iter_hub(source: SourceConfig) -> Iterator[Parsed]:
-    """Stream a data set from the hub row by row, without holding it in memory."""
-    import datasets  # the only place it is needed, and it takes a second to import
-
-    try:
-        rows = datasets.load_dataset(
-            source.path,
-            source.subset,
-            split=source.split,
-            revision=source.revision,
-            streaming=True,
-        )
-        for number, row in enumerate(rows, 1):
-            yield number, drop_nulls(row)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise LlmtuneError(
-            f"{source.path}: there is no such file here, and the data set of this name could not "
-            f"be read from the hub (split {source.split!r}): {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _convert(

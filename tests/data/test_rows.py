@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 
 from llmtune.data.config import SourceConfig
 from llmtune.data.formats import FORMATS
+from llmtune.data.hub import is_hub_id
 from llmtune.data.problems import RowProblem
-from llmtune.data.rows import LoadedRow, find_files, is_hub_id, open_source
+from llmtune.data.rows import LoadedRow, find_files, open_source
 from llmtune.errors import LlmtuneError
 from tests.data.shapes import turns, write_jsonl
 
@@ -151,6 +153,13 @@ def test_hub_ids_are_told_from_files(tmp_path, monkeypatch):
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").mkdir()
     assert not is_hub_id("org/name")
+
+
+def test_hub_that_cannot_be_reached_is_an_error_with_both_readings_at_once(monkeypatch):
+    started = time.monotonic()
+    with pytest.raises(LlmtuneError, match="no such file here, and as a data set of the hub"):
+        load("org/name")
+    assert time.monotonic() - started < 5
 
 
 GOOD = {

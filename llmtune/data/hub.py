@@ -1,0 +1,103 @@
+"""Rows of a data set on the hub: pinned to a commit, streamed, an unreachable hub told at once."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llmtune.data.config import SourceConfig
+from llmtune.data.files import drop_nulls, file_kind
+from llmtune.errors import LlmtuneError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+LOOKUP_SECONDS = 4.0
+"""The whole look-up, so that an unreachable hub is an error within 5 s."""
+
+
+def is_hub_id(path: str) -> bool:
+    """Say whether `path` reads as `org/name`, is not meant as a file, and nothing lies there."""
+    return (
+        HUB_ID.fullmatch(path) is not None
+        and file_kind(Path(path)) is None
+        and not Path(path).exists()
+    )
+
+
+def iter_hub_rows(source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield `(number, row)` of a hub data set, never holding it in memory.
+
+    The branch or tag is turned into a commit first, so one pass reads one state of the data.
+
+    Raises:
+        LlmtuneError: no such data set, revision, subset or split, or the hub does not answer.
+    """
+    commit = look_up_commit(source)
+    import datasets  # the only place it is needed, and it takes a second to import
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        rows = datasets.load_dataset(
+            source.path, source.subset, split=source.split, revision=commit, streaming=True
+        )
+        for number, row in enumerate(rows, 1):
+            yield number, drop_nulls(row)
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise LlmtuneError(
+            f"{source.path}: the hub's data set cannot be read (subset {source.subset!r}, split "
+            f"{source.split!r}): {_first_line(error)}"
+        ) from error
+
+
+def look_up_commit(source: SourceConfig) -> str:
+    """Return the commit that the source's revision is now.
+
+    Raises:
+        LlmtuneError: neither a file nor a data set of this name can be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    def ask() -> str:
+        info = HfApi().dataset_info(source.path, revision=source.revision, timeout=LOOKUP_SECONDS)
+        return info.sha or ""
+
+    try:
+        return _within(LOOKUP_SECONDS, ask)
+    except HfHubHTTPError as error:
+        raise LlmtuneError(
+            f"{source.path}: no such file, and the hub has no such data set or revision "
+            f"{source.revision!r} (or it is private: set HF_TOKEN): {_first_line(error)}"
+        ) from error
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise LlmtuneError(
+            f"{source.path}: no such file here, and as a data set of the hub it cannot be reached: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _within(seconds: float, call: Callable[[], str]) -> str:
+    """Return `call()`, or raise TimeoutError after `seconds`: name look-ups know no timeout."""
+    outcome: list[str] = []
+    problem: list[Exception] = []
+
+    def work() -> None:
+        try:
+            outcome.append(call())
+        except Exception as error:  # noqa: BLE001  (raised again by the caller's thread)
+            problem.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if problem:
+        raise problem[0]
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return outcome[0]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
