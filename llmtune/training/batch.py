@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.data import Sampler
@@ -102,6 +102,39 @@ def _fill_evenly(
     return [one for one in bins if one]
 
 
+def largest_micro_batches(
+    longest_first: Sequence[Example], limits: BatchLimits, *, packed: bool
+) -> list[list[Example]]:
+    """Return the micro-batches that need the most memory under `limits`.
+
+    Rows are cut at their start where they would pass the limit, so that it is met exactly. With
+    padding the longest rows may leave a gap below the limit that shorter rows would fill: then the
+    second micro-batch is one of those.
+    """
+    if limits.rows is not None:
+        return [list(longest_first[: limits.rows])]
+    longest = len(longest_first[0].input_ids)
+    if not packed:
+        fitting = max(limits.tokens // longest, 1)
+        most = min(-(-limits.tokens // longest), len(longest_first))
+        plans = [(fitting, longest), (most, limits.tokens // most)]
+        return [
+            [_keep_end(example, length) for example in longest_first[:count]]
+            for count, length in plans[: 1 if fitting == most else 2]
+        ]
+    rows: list[Example] = []
+    left = limits.tokens
+    for example in longest_first:
+        if left > 0:
+            rows.append(_keep_end(example, left))
+            left -= len(rows[-1].input_ids)
+    return [rows]
+
+
+def _keep_end(example: Example, length: int) -> Example:
+    return replace(example, input_ids=example.input_ids[-length:], labels=example.labels[-length:])
+
+
 class StepCollator:
     """Turns the rows of one optimizer step into micro-batches of tensors.
 
@@ -127,7 +160,7 @@ class StepCollator:
         examples = [self.examples[index] for index in indices]
         lengths = [len(example.input_ids) for example in examples]
         plan = plan_micro_batches(lengths, self.limits, packed=self.packed)
-        micro_batches = [self._build([examples[position] for position in one]) for one in plan]
+        micro_batches = [self.build([examples[position] for position in one]) for one in plan]
         target_weight = sum(float(one["target_weights"].sum()) for one in micro_batches)
         for micro_batch in micro_batches:
             micro_batch["target_weights"] /= max(target_weight, SMALLEST_WEIGHT)
@@ -139,7 +172,8 @@ class StepCollator:
             "target_weight": target_weight,
         }
 
-    def _build(self, examples: Sequence[Example]) -> dict:
+    def build(self, examples: Sequence[Example]) -> dict:
+        """Build one micro-batch."""
         return pack_rows(examples) if self.packed else pad_rows(examples, self.pad_token_id)
 
 

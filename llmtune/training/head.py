@@ -1,5 +1,6 @@
 """From hidden states to the loss: the frozen head on trained positions, or the library's way."""
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -122,9 +123,14 @@ def _difference_to_library(model: PeftModel, choice: HeadChoice) -> float:
 def _library_loss(model: PeftModel, micro_batch: dict) -> Tensor:
     """Return the loss by the model's own forward pass, its logits in float32."""
     positions = micro_batch["target_positions"]
-    logits = model(**_model_inputs(micro_batch), use_cache=False).logits
-    trained = logits.flatten(0, 1).index_select(0, positions).float()
-    losses = nn.functional.cross_entropy(trained, micro_batch["targets"], reduction="none")
+    inputs = _model_inputs(micro_batch)
+    is_one_row = inputs["input_ids"].shape[0] == 1
+    accepted = inspect.signature(type(model.get_base_model()).forward).parameters
+    if is_one_row and "logits_to_keep" in accepted:
+        logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
+    else:
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, positions)
+    losses = nn.functional.cross_entropy(logits.float(), micro_batch["targets"], reduction="none")
     return (losses * micro_batch["target_weights"]).sum()
 
 

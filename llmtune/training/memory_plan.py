@@ -105,6 +105,25 @@ def plan_memory(
     return MemoryPlan(BatchLimits(None, tokens), recomputed, per_token * tokens)
 
 
+def shrink_plan(
+    plan: MemoryPlan, cost: ActivationCost, longest: int, checkpointing: Literal["auto"] | bool
+) -> MemoryPlan | None:
+    """Return the next smaller plan after one did not fit, or None if there is none.
+
+    Half the tokens, down to the longest row; then, if it is left to us, every layer recomputed.
+    """
+    tokens, recomputed = plan.limits.tokens, plan.recomputed_layers
+    if plan.limits.rows is None and tokens > longest:
+        tokens = max(longest, tokens // 2)
+    elif checkpointing == "auto" and recomputed < cost.layers:
+        recomputed = cost.layers
+    else:
+        return None
+    planned_tokens = plan.needed_bytes / cost.bytes_a_token(plan.recomputed_layers)
+    needed = cost.bytes_a_token(recomputed) * min(tokens, planned_tokens)
+    return MemoryPlan(BatchLimits(plan.limits.rows, tokens), recomputed, needed)
+
+
 def measure_activations(
     model: nn.Module, layers: list[nn.Module], run_forward: Callable[[], Tensor], tokens: int
 ) -> ActivationCost:

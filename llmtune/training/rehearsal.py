@@ -18,11 +18,15 @@ from llmtune.training.memory_plan import MemoryPlan
 SAVED_COPIES = 10
 
 
+class DoesNotFitError(LlmtuneError):
+    """The largest micro-batch runs out of memory."""
+
+
 def rehearse_step(run_step: Callable[[], None], *, longest: int, plan: MemoryPlan) -> None:
     """Run the worst micro-batch forward and backward once.
 
     Raises:
-        LlmtuneError: it does not fit; names the length, the size and two settings.
+        DoesNotFitError: names the length, the size and two settings.
     """
     try:
         run_step()
@@ -31,7 +35,7 @@ def rehearse_step(run_step: Callable[[], None], *, longest: int, plan: MemoryPla
             raise
         rows = plan.limits.rows
         size = f"{rows} such rows" if rows else f"{max(plan.limits.tokens, longest)} tokens"
-        raise LlmtuneError(
+        raise DoesNotFitError(
             f"the longest row has {longest} tokens, and a micro-batch of {size} with "
             f"{plan.recomputed_layers} layers recomputed does not fit the memory (about "
             f"{plan.needed_bytes / 2**30:.1f} GiB for activations). Set data.max_length="

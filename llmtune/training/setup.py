@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from llmtune.errors import LlmtuneError
-from llmtune.training.batch import StepCollator
+from llmtune.training.batch import StepCollator, largest_micro_batches
 from llmtune.training.config import TrainConfig
 from llmtune.training.fused_lora import fused_lora
 from llmtune.training.head import HeadChoice, choose_head, decoder_hidden, summed_loss
@@ -22,14 +22,16 @@ from llmtune.training.memory_plan import (
     available_bytes,
     measure_activations,
     plan_memory,
+    shrink_plan,
 )
 from llmtune.training.neftune import noisy_embeddings
 from llmtune.training.packing import choose_packing, move_to, packed_attention
 from llmtune.training.recompute import recomputable_layers, recomputing
-from llmtune.training.rehearsal import rehearse_step
+from llmtune.training.rehearsal import DoesNotFitError, is_out_of_memory, rehearse_step
 from llmtune.training.request import JoinedExamples, TrainRequest
 
-MEASURED_TOKENS = 256
+# Tried in this order: the fewer, the less exact.
+MEASURED_TOKENS = (256, 32)
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,8 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
     )
     trial = _Trial(model, head, collator, autocast)
     longest_first = np.argsort(-rows.lengths, kind="stable")[: config.batch_size].tolist()
-    plan = _plan(config, trial, [int(rows.lengths[index]) for index in longest_first])
-    collator.limits = plan.limits
+    plan = _find_plan(config, trial, longest_first)
     stack.enter_context(recomputing(model, plan.recomputed_layers))
-    longest = int(rows.lengths[longest_first[0]])
-    rehearse_step(lambda: trial.run_largest(longest_first), longest=longest, plan=plan)
     return Setup(
         collator,
         head,
@@ -99,23 +98,43 @@ def _run_decoder(model: PeftModel) -> None:
     decoder_hidden(model, {"input_ids": input_ids})
 
 
-def _plan(config: TrainConfig, trial: "_Trial", longest: Sequence[int]) -> MemoryPlan:
+def _find_plan(config: TrainConfig, trial: "_Trial", longest_first: Sequence[int]) -> MemoryPlan:
+    """Plan by the measured cost, try the largest micro-batch, and shrink until it fits.
+
+    `longest_first` are the rows of the largest possible step. The collator keeps the limits.
+    """
+    lengths = [len(trial.collator.examples[index].input_ids) for index in longest_first]
+    cost = trial.measure()
     device_type = trial.device.type
-    padded_step = longest[0] * len(longest)
-    return plan_memory(
-        trial.measure(),
+    plan = plan_memory(
+        cost,
         available_bytes(trial.device),
-        RowSizes(longest[0], sum(longest) if trial.collator.packed else padded_step),
+        RowSizes(lengths[0], sum(lengths) if trial.collator.packed else lengths[0] * len(lengths)),
         useful_tokens=USEFUL_TOKENS.get(device_type, USEFUL_TOKENS["cuda"]),
         micro_batch_size=config.micro_batch_size,
         checkpointing=config.gradient_checkpointing,
     )
+    while True:
+        trial.collator.limits = plan.limits
+        smaller = shrink_plan(plan, cost, lengths[0], config.gradient_checkpointing)
+        try:
+            with recomputing(trial.model, plan.recomputed_layers):
+                rehearse_step(
+                    lambda: trial.run_largest(longest_first), longest=lengths[0], plan=plan
+                )
+            return plan
+        except DoesNotFitError:
+            if smaller is None:
+                raise
+        plan = smaller
 
 
 def _describe_limits(plan: MemoryPlan) -> str:
     if plan.limits.rows is not None:
-        return f"at most {plan.limits.rows} rows"
-    return f"at most {plan.limits.tokens} tokens"
+        size = f"at most {plan.limits.rows} rows"
+    else:
+        size = f"at most {plan.limits.tokens} tokens"
+    return f"{size}, about {plan.needed_bytes / 1e9:.2f} GB of activations"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -139,13 +158,29 @@ class _Trial:
         self.device = model.get_input_embeddings().weight.device
 
     def measure(self) -> ActivationCost:
-        """Measure what a token's activations cost, on the first rows."""
+        """Measure what a token's activations cost, on the first rows.
+
+        Raises:
+            DoesNotFitError: not even a short forward pass fits.
+        """
+        for tokens in MEASURED_TOKENS:
+            try:
+                return self._measure(tokens)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+        raise DoesNotFitError(
+            f"the model is loaded, but not even {MEASURED_TOKENS[-1]} tokens fit beside it. "
+            "Quantize it (model.quantization.method=nf4), or choose a smaller base."
+        )
+
+    def _measure(self, wanted_tokens: int) -> ActivationCost:
         chosen: list[int] = []
         tokens = 0
         for index, example in enumerate(self.collator.examples):
             chosen.append(index)
             tokens += len(example.input_ids)
-            if tokens >= MEASURED_TOKENS:
+            if tokens >= wanted_tokens:
                 break
         (micro_batch,) = self.collator.collate(chosen)["micro_batches"]
         self.model.train()
@@ -157,11 +192,16 @@ class _Trial:
         )
 
     def run_largest(self, rows: Sequence[int]) -> None:
-        """Run the largest micro-batch of a step of `rows` forward and backward."""
-        step = self.collator.collate(rows)
-        largest = max(step["micro_batches"], key=lambda one: one["input_ids"].numel())
+        """Run the largest micro-batches that the limits allow forward and backward.
+
+        `rows` are those of the largest possible step, longest first.
+        """
+        examples = [self.collator.examples[row] for row in rows]
         self.model.train()
-        self._loss(largest).backward()
+        for largest in largest_micro_batches(
+            examples, self.collator.limits, packed=self.collator.packed
+        ):
+            self._loss(self.collator.build(largest)).backward()
         self.model.zero_grad(set_to_none=True)
 
     def _loss(self, micro_batch: dict) -> torch.Tensor:

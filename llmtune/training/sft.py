@@ -80,6 +80,11 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
         setup = set_up(config, request, stack)
         for name, choice in setup.choices.items():
             progress.note(f"{name}: {choice}")
+        if interruption.signal_name:
+            raise RunInterrupted(
+                f"stopped by {interruption.signal_name} before step {start.steps + 1} of "
+                f"{start.total_steps}. The same command continues."
+            )
         context = RunContext(
             config=config,
             run=request.run,

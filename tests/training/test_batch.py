@@ -10,6 +10,7 @@ from llmtune.training.batch import (
     BatchLimits,
     EpochSampler,
     StepCollator,
+    largest_micro_batches,
     pack_rows,
     pad_rows,
     plan_micro_batches,
@@ -30,6 +31,24 @@ def test_every_row_is_in_exactly_one_micro_batch_within_the_limits(lengths, limi
         tokens = sum(lengths[i] for i in one) if packed else longest * len(one)
         assert len(one) == 1 or tokens <= limits.tokens
         assert limits.rows is None or len(one) <= limits.rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths, st.integers(1, 2000), st.booleans())
+def test_the_rehearsed_micro_batches_are_as_large_as_any_planned_one(lengths, tokens, packed):
+    limits = BatchLimits(None, max(tokens, *lengths, 1))
+    rows = [Example([1] * length, [1] * length, "f", 1) for length in sorted(lengths)[::-1]]
+
+    def size(group):
+        return sum(group) if packed else max(group) * len(group)
+
+    rehearsed = largest_micro_batches(rows, limits, packed=packed)
+    largest = max(size([len(row.input_ids) for row in group]) for group in rehearsed)
+    planned = plan_micro_batches(lengths, limits, packed=packed)
+    needed = max(size([lengths[index] for index in group]) for group in planned)
+    slack = len(lengths) if not packed else 0  # whole tokens a row
+    assert needed <= largest + slack
+    assert largest <= limits.tokens
 
 
 def test_packed_micro_batches_are_of_even_size():

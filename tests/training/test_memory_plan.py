@@ -15,7 +15,7 @@ from llmtune.training.memory_plan import (
 from llmtune.training.recompute import recomputable_layers, recomputing
 from llmtune.training.rehearsal import rehearse_save, rehearse_step
 from llmtune.training.sft import train_adapter
-from tests.training.tiny_runs import make_adapter, make_config, make_request
+from tests.training.tiny_runs import make_adapter, make_config, make_request, make_rows
 
 COST = ActivationCost(layers=10, layer_bytes=1000, recomputed_layer_bytes=100, other_bytes=0)
 
@@ -87,6 +87,35 @@ def test_out_of_memory_names_the_length_and_two_settings(tmp_path):
 
     with pytest.raises(LlmtuneError, match="500 tokens.*max_length=250.*micro_batch_size=1"):
         rehearse_step(run_out, longest=500, plan=plan(1))
+
+
+def run_out_above(model, tokens):
+    """Let the model's first layer fail like a full GPU when it gets more than `tokens` tokens."""
+
+    def fail(_module, inputs, output):
+        if inputs[0].shape[0] * inputs[0].shape[1] > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.get_base_model().model.layers[0].register_forward_hook(fail)
+
+
+def test_micro_batches_are_halved_until_the_rehearsal_fits(tmp_path):
+    model = make_adapter()
+    run_out_above(model, 300)
+    request = make_request(model, tmp_path, train=make_rows(20, longest=60))
+    result = train_adapter(make_config(batch_size=16), request)
+    tokens = int(result.choices["micro-batch"].split()[2])
+    assert 60 <= tokens <= 300
+
+
+def test_a_row_that_never_fits_is_an_error_before_step_one(tmp_path):
+    model = make_adapter()
+    run_out_above(model, 300)
+    rows = make_rows(20, longest=40) + make_rows(20, longest=420)
+    request = make_request(model, tmp_path, train=rows, packing="off")
+    with pytest.raises(LlmtuneError, match=r"longest row has \d+ tokens.*max_length=\d+"):
+        train_adapter(make_config(batch_size=2), request)
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_other_errors_of_the_rehearsal_are_not_hidden():

@@ -10,9 +10,10 @@ from llmtune.data.example import Example, ExampleTableBuilder
 from llmtune.errors import LlmtuneError
 from llmtune.training.request import find_untrained
 from llmtune.training.sft import train_adapter
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, make_model
 from tests.training.tiny_runs import (
     adapter_weights,
+    add_lora,
     largest_difference,
     make_adapter,
     make_config,
@@ -181,6 +182,22 @@ def test_bfloat16_bases_train_float32_adapters(tmp_path):
     model = make_adapter(dtype=torch.bfloat16)
     train(tmp_path, model=model)
     assert {weight.dtype for weight in adapter_weights(model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+def test_a_head_that_is_trained_too_is_saved_and_continued(packing, tmp_path):
+    def run(steps):
+        model = add_lora(make_model("llama"), modules_to_save=["lm_head"])
+        result, _ = train(tmp_path / packing, model=model, packing=packing, max_steps=steps)
+        return result, adapter_weights(model)
+
+    result, weights = run(4)
+    assert "library" in result.choices["LM head"]
+    head = next(name for name in weights if "lm_head" in name)
+    start = adapter_weights(add_lora(make_model("llama"), modules_to_save=["lm_head"]))
+    assert not torch.equal(weights[head], start[head])
+    _, again = run(4)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
 def test_nothing_reaches_for_the_network(tmp_path, monkeypatch):
