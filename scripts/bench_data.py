@@ -136,10 +136,11 @@ def prepare_with_llmtune(work: Path) -> dict:
     config = DataConfig(
         train=[{"path": str(work / "rows.jsonl"), "format": "messages"}], cache=False
     )
-    before, started = peak_bytes(), time.perf_counter()
+    before, started, used = peak_bytes(), time.perf_counter(), time.process_time()
     prepared = prepare_examples(config, tokenizer, split="train", seed=0)
-    seconds = time.perf_counter() - started
-    return measured(before, seconds, len(prepared.examples), prepared.report.num_trained_tokens)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
+    trained = prepared.report.num_trained_tokens
+    return measured(before, (seconds, cpu_seconds), len(prepared.examples), trained)
 
 
 def prepare_with_trl(work: Path) -> dict:
@@ -163,12 +164,12 @@ def prepare_with_trl(work: Path) -> dict:
     trainer = SFTTrainer(
         model, options, train_dataset=Dataset.from_list([first]), processing_class=tokenizer
     )
-    before, started = peak_bytes(), time.perf_counter()
+    before, started, used = peak_bytes(), time.perf_counter(), time.process_time()
     rows = load_dataset("json", data_files=str(work / "rows.jsonl"), split="train")
     prepared = trainer._prepare_dataset(rows, tokenizer, options, False, None, "train")
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
     trained = sum(sum(label != -100 for label in labels) for labels in prepared["labels"])
-    return measured(before, seconds, len(prepared), trained)
+    return measured(before, (seconds, cpu_seconds), len(prepared), trained)
 
 
 WORKERS = {"llmtune": prepare_with_llmtune, "trl": prepare_with_trl}
@@ -179,11 +180,12 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measured(before: int, seconds: float, examples: int, trained: int) -> dict:
+def measured(before: int, seconds: tuple[float, float], examples: int, trained: int) -> dict:
     """Return one run's numbers; `growth_bytes` leaves out what importing took."""
     peak = peak_bytes()
     return {
-        "seconds": seconds,
+        "seconds": seconds[0],
+        "cpu_seconds": seconds[1],
         "peak_bytes": peak,
         "growth_bytes": peak - before,
         "examples": examples,
@@ -201,19 +203,20 @@ def summarize(method: str, runs: list[dict], rows: int) -> dict:
         "examples": runs[0]["examples"],
         "trained_tokens": runs[0]["trained_tokens"],
         "seconds": [round(run["seconds"], 3) for run in runs],
+        "cpu_seconds": [round(run["cpu_seconds"], 3) for run in runs],
     }
 
 
 def show(results: list[dict]) -> None:
     """Print the results as a table and what they mean."""
     print(
-        f"{'method':10} {'rows/s':>10} {'peak MiB':>10} {'growth MiB':>11} {'trained tokens':>15}"
+        f"{'method':10} {'rows/s':>10} {'peak MiB':>10} {'growth MiB':>11} {'CPU s':>7} {'trained tokens':>15}"
     )
     for result in results:
         print(
             f"{result['method']:10} {result['rows_per_second']:10,.0f} "
             f"{result['peak_bytes'] / 2**20:10,.0f} {result['growth_bytes'] / 2**20:11,.0f} "
-            f"{result['trained_tokens']:15,}"
+            f"{statistics.median(result['cpu_seconds']):7.2f} {result['trained_tokens']:15,}"
         )
     ours, theirs = results
     print(f"{ours['rows_per_second'] / theirs['rows_per_second']:.2f} times as fast as trl")
