@@ -210,7 +210,8 @@ def summarize(method: str, runs: list[dict], rows: int) -> dict:
 def show(results: list[dict]) -> None:
     """Print the results as a table and what they mean."""
     print(
-        f"{'method':10} {'rows/s':>10} {'peak MiB':>10} {'growth MiB':>11} {'CPU s':>7} {'trained tokens':>15}"
+        f"{'method':10} {'rows/s':>10} {'peak MiB':>10} {'growth MiB':>11} {'CPU s':>7} "
+        f"{'trained tokens':>15}"
     )
     for result in results:
         print(
