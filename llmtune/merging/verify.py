@@ -46,6 +46,17 @@ class GreedyDivergence:
 
 
 @dataclass(frozen=True)
+class LabelDifference:
+    """A labelled prompt on which the models choose differently, and how sure either was."""
+
+    prompt: int  # place in `labels`
+    live_choice: int
+    merged_choice: int
+    live_margin: float  # log-likelihood of the choice less the next best's, nats
+    merged_margin: float
+
+
+@dataclass(frozen=True)
 class VerifyResult:
     """How far the merged model's answers are from the adapter model's."""
 
@@ -56,6 +67,7 @@ class VerifyResult:
     top1_agreement: float
     num_labels: int
     num_same_labels: int
+    label_differences: tuple[LabelDifference, ...]
     num_open_prompts: int
     num_same_texts: int
     divergences: tuple[GreedyDivergence, ...]
@@ -91,7 +103,7 @@ def verify_merge(
     merged = load_merged(merged_dir, dtype=dtype, device=device or model_device(live))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(merged_dir), local_files_only=True)
     largest, divergence = _compare_sequences(live, merged, prompts.sequences)
-    same_labels = _count_same_labels(live, merged, prompts.labels)
+    label_differences = _compare_labels(live, merged, prompts.labels)
     divergences = _compare_answers(live, merged, tokenizer, prompts.open_prompts, decoding)
     return VerifyResult(
         dtype=str(next(merged.parameters()).dtype).removeprefix("torch."),
@@ -100,7 +112,8 @@ def verify_merge(
         kl=divergence.kl,
         top1_agreement=divergence.top1_agreement,
         num_labels=len(prompts.labels),
-        num_same_labels=same_labels,
+        num_same_labels=len(prompts.labels) - len(label_differences),
+        label_differences=tuple(label_differences),
         num_open_prompts=len(prompts.open_prompts),
         num_same_texts=len(prompts.open_prompts) - len(divergences),
         divergences=tuple(divergences),
@@ -155,18 +168,25 @@ def _compare_sequences(
     return largest, Divergence(kl / tokens, agreements / tokens, tokens)
 
 
-def _count_same_labels(
+def _compare_labels(
     live: nn.Module, merged: nn.Module, requests: Sequence[ContinuationRequest]
-) -> int:
-    chosen = []
+) -> list[LabelDifference]:
+    rankings = []
     for model in (live, merged):
         scores = score_continuations(model, requests, token_budget=choose_token_budget(model))
-        chosen.append([_likeliest([one.log_likelihood for one in choices]) for choices in scores])
-    return sum(one == other for one, other in zip(*chosen, strict=True))
+        rankings.append([_rank([one.log_likelihood for one in choices]) for choices in scores])
+    return [
+        LabelDifference(place, one[0], other[0], one[1], other[1])
+        for place, (one, other) in enumerate(zip(*rankings, strict=True))
+        if one[0] != other[0]
+    ]
 
 
-def _likeliest(log_likelihoods: Sequence[float]) -> int:
-    return max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
+def _rank(log_likelihoods: Sequence[float]) -> tuple[int, float]:
+    """Return the likeliest choice and its lead over the next best."""
+    best = max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
+    others = [value for place, value in enumerate(log_likelihoods) if place != best]
+    return best, log_likelihoods[best] - max(others)
 
 
 def _compare_answers(

@@ -122,6 +122,13 @@ def _check(request: MergeRequest, loaded: LoadedModel, merged_dir: Path) -> Veri
     with rescale_adapter_scale(live, request.strength):
         check = verify_merge(live, merged_dir, prompts, decoding=decoding, dtype=loaded.dtype)
     log.info("merge: %s", describe_check(check))
+    for each in check.label_differences:
+        log.info(
+            "merge: label of prompt %d differs: it led by %.3f nats (adapter) and %.3f (merged)",
+            each.prompt + 1,
+            each.live_margin,
+            each.merged_margin,
+        )
     return check
 
 

@@ -65,6 +65,16 @@ def test_corrupted_tensor_shows_in_every_number(merged):
     assert after.divergences
 
 
+def test_a_label_that_differs_is_listed_with_both_leads(merged):
+    change_merged(merged, "lm_head.weight", -1.0)
+    result = verify(merged)
+    assert result.label_differences
+    assert len(result.label_differences) == result.num_labels - result.num_same_labels
+    for each in result.label_differences:
+        assert each.live_choice != each.merged_choice
+        assert each.live_margin > 0 and each.merged_margin > 0
+
+
 def test_divergence_tells_both_tokens_and_how_sure_each_model_was(merged):
     change_merged(merged, "model.layers.1.mlp.down_proj.weight", -3.0)
     live = load_adapter(merged / "base", merged / "adapter", torch.float32)
