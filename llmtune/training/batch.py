@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch.utils.data import Sampler
@@ -11,6 +12,13 @@ from llmtune.data.example import IGNORE_INDEX, Example
 
 LARGEST_SEED = 2**63 - 1
 SMALLEST_WEIGHT = 1e-30
+
+
+class Examples(Protocol):
+    """Rows by number."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Example: ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ class StepCollator:
     """
 
     def __init__(
-        self, examples: Sequence[Example], limits: BatchLimits, *, packed: bool, pad_token_id: int
+        self, examples: Examples, limits: BatchLimits, *, packed: bool, pad_token_id: int
     ) -> None:
         self.examples = examples
         self.limits = limits

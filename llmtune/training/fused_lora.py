@@ -56,8 +56,13 @@ def fused_lora(model: PeftModel, run_forward: Callable[[], object]) -> Iterator[
     groups = [_Group(layers) for layers in _find_groups(fusable, run_forward)]
     for group in groups:
         group.attach()
+
     # Fused optimizers write without advancing the tensors' version, so the copies must be told.
-    hook = register_optimizer_step_post_hook(lambda *_: [group.forget() for group in groups])
+    def forget(*_: object) -> None:
+        for group in groups:
+            group.forget()
+
+    hook = register_optimizer_step_post_hook(forget)
     try:
         yield FusedTable(len(fusable), len(groups), dict(stock))
     finally:
@@ -148,7 +153,7 @@ class _Group:
         self._copies.forget()
 
     def _forward_of(self, index: int, layer: LoraLayer) -> Callable[..., Tensor]:
-        def forward(x: Tensor, *args, **kwargs) -> Tensor:
+        def forward(x: Tensor, *args: object, **kwargs: object) -> Tensor:
             if layer.disable_adapters or layer.merged or args or kwargs:
                 return type(layer).forward(layer, x, *args, **kwargs)
             return self._read_output(index, x)

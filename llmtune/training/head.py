@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmtune.ops.linear_cross_entropy import linear_cross_entropy, select_labelled
 
@@ -86,7 +86,7 @@ def choose_head(model: PeftModel) -> HeadChoice:
     return choice
 
 
-def _logit_scale(config) -> float:
+def _logit_scale(config: PreTrainedConfig) -> float:
     """Return what the architecture multiplies its logits by (names as in transformers' configs)."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -87,7 +87,7 @@ def varlen_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each packed row; the signature is transformers' `AttentionInterface`.
 
@@ -125,7 +125,7 @@ def varlen_attention_forward(
     return attended.transpose(1, 2), None
 
 
-def no_mask(*_args, **_kwargs) -> None:
+def no_mask(*_args: object, **_kwargs: object) -> None:
     """Build no mask: rows are told apart by their lengths."""
 
 

@@ -57,7 +57,7 @@ class TrainResult:
     choices: dict[str, str] = field(default_factory=dict)
 
 
-class JoinedExamples(Sequence[Example]):
+class JoinedExamples:
     """The training rows followed by the evaluation rows, under one numbering."""
 
     def __init__(self, train: Sequence[Example], evaluation: Sequence[Example]) -> None:

@@ -177,9 +177,9 @@ class _Trial:
     def _measure(self, wanted_tokens: int) -> ActivationCost:
         chosen: list[int] = []
         tokens = 0
-        for index, example in enumerate(self.collator.examples):
+        for index in range(len(self.collator.examples)):
             chosen.append(index)
-            tokens += len(example.input_ids)
+            tokens += len(self.collator.examples[index].input_ids)
             if tokens >= wanted_tokens:
                 break
         (micro_batch,) = self.collator.collate(chosen)["micro_batches"]

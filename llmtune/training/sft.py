@@ -25,6 +25,7 @@ from llmtune.training.checkpoint import (
     step_of,
 )
 from llmtune.training.config import TrainConfig
+from llmtune.training.context import RunContext, RunTotals
 from llmtune.training.interrupt import catch_interruption
 from llmtune.training.memory_plan import peak_bytes
 from llmtune.training.metrics import MetricsLog
@@ -33,7 +34,7 @@ from llmtune.training.rehearsal import is_out_of_memory, rehearse_save
 from llmtune.training.reporters import check_reporters
 from llmtune.training.request import TrainRequest, TrainResult, find_untrained, group_by_source
 from llmtune.training.setup import Setup, set_up
-from llmtune.training.trainer import AdapterTrainer, RunContext, RunTotals
+from llmtune.training.trainer import AdapterTrainer
 from llmtune.training.watch import build_watches
 
 __all__ = ["TrainRequest", "TrainResult", "train_adapter"]
@@ -74,7 +75,8 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
         stack.enter_context(borrowed(request.model))
         rehearse_save(request.model, request.tokenizer, request.run)
         start = _find_start(config, request, identity, progress)
-        if start.steps >= start.total_steps or start.totals.has_stopped_early:
+        is_done = start.steps >= start.total_steps or start.totals.has_stopped_early
+        if start.checkpoint and is_done:
             choices = read_progress(start.checkpoint)["choices"]
             return _finish(request, start.totals, start.steps, choices, progress)
         setup = set_up(config, request, stack)
@@ -161,7 +163,8 @@ def _find_start(
 def _run(trainer: AdapterTrainer, start: _Start) -> int:
     """Train to the end; returns the steps done."""
     try:
-        trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        resumed = str(start.checkpoint) if start.checkpoint else None
+        trainer.train(resume_from_checkpoint=resumed)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -237,6 +240,7 @@ def _finish(
     progress: ProgressLine,
 ) -> TrainResult:
     """Load the best weights where early stopping asks for them, and sum up."""
+    assert totals.final_loss is not None, "the last step is always logged"
     best_checkpoint = None
     if totals.best_step is not None:
         best_checkpoint = checkpoint_dir(request.run.checkpoints_dir, totals.best_step)

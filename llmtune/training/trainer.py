@@ -4,87 +4,39 @@ import math
 import operator
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from llmtune.run_dir import RunDir, atomic_write_json
+from llmtune.run_dir import atomic_write_json
 from llmtune.training.adapter_state import check_finite, load_weights, save_weights
 from llmtune.training.batch import SMALLEST_WEIGHT, EpochSampler
 from llmtune.training.checkpoint import (
     PROGRESS_NAME,
     checkpoint_dir,
-    read_progress,
     remove_old_checkpoints,
     write_checkpoint,
 )
-from llmtune.training.config import TrainConfig
-from llmtune.training.head import HeadChoice, summed_loss
-from llmtune.training.interrupt import Interruption
+from llmtune.training.context import RunContext, StepRecord
+from llmtune.training.head import summed_loss
 from llmtune.training.memory_plan import peak_bytes
 from llmtune.training.metrics import MetricsLog
 from llmtune.training.packing import move_to
-from llmtune.training.progress import ProgressLine
 from llmtune.training.schedule import learning_rate_factor
 
 REMEMBERED_STEPS = 4
 # Rows that evaluation deals with at a time; micro-batches divide them like a training step's.
 EVALUATION_ROWS = 64
 KEPT_METRICS = ("eval_loss", "eval_tokens", "eval_seconds")
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """A step that was just done: its rows and losses, one entry a micro-batch."""
-
-    step: int
-    rows: list[list[int]]
-    losses: list[Tensor]
-
-
-@dataclass
-class RunTotals:
-    """What the run has done so far; it survives a resume."""
-
-    tokens: int = 0
-    trained_tokens: int = 0
-    seconds: float = 0.0
-    best_step: int | None = None
-    best_eval_loss: float | None = None
-    stale_evaluations: int = 0
-    has_stopped_early: bool = False
-    final_loss: float | None = None
-    final_eval_loss: float | None = None
-
-    def restore(self, checkpoint: Path) -> None:
-        """Take over what a checkpoint recorded."""
-        for name, value in read_progress(checkpoint)["totals"].items():
-            setattr(self, name, value)
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What the trainer needs besides trl's arguments."""
-
-    config: TrainConfig
-    run: RunDir
-    identity: Mapping[str, str]
-    head: HeadChoice
-    autocast_dtype: torch.dtype | None
-    progress: ProgressLine
-    interruption: Interruption
-    seed: int
-    evaluation_rows: Mapping[str, list[int]]
-    """Source -> its evaluation rows, as the collator numbers them."""
-    choices: Mapping[str, str]
-    totals: RunTotals = field(default_factory=RunTotals)
 
 
 class AdapterTrainer(SFTTrainer):
@@ -94,7 +46,7 @@ class AdapterTrainer(SFTTrainer):
     result does not depend on how it was split (see `StepCollator`).
     """
 
-    def __init__(self, context: RunContext, metrics: MetricsLog, **trl_arguments) -> None:
+    def __init__(self, context: RunContext, metrics: MetricsLog, **trl_arguments: Any) -> None:
         self.context = context
         self.metrics = metrics
         self.recent: deque[StepRecord] = deque(maxlen=REMEMBERED_STEPS)
@@ -107,10 +59,12 @@ class AdapterTrainer(SFTTrainer):
 
     # Order of the rows, learning rate, precision
 
-    def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         return EpochSampler(len(train_dataset or self.train_dataset), self.context.seed)
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LambdaLR:
         """Build the schedule of `learning_rate_factor`, which starts above zero."""
         config = self.context.config
         warmup_steps = math.ceil(config.warmup_ratio * num_training_steps)
@@ -130,7 +84,9 @@ class AdapterTrainer(SFTTrainer):
 
     # One step
 
-    def training_step(self, model, inputs: dict, num_items_in_batch=None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict, num_items_in_batch: object = None
+    ) -> Tensor:
         """Run every micro-batch of a step forward and backward; returns the step's mean loss."""
         if not model.training:
             model.train()
@@ -147,12 +103,18 @@ class AdapterTrainer(SFTTrainer):
         self.recent.append(StepRecord(self.state.global_step + 1, rows, losses))
         return torch.stack(losses).sum()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: object = None,
+    ) -> Tensor:
         """Return a micro-batch's share of the step's loss; nothing here waits for the device."""
         assert not return_outputs, "no logits are kept: there are no outputs to return"
         return summed_loss(self.model, inputs, self.context.head)
 
-    def floating_point_ops(self, inputs) -> int:
+    def floating_point_ops(self, inputs: dict) -> int:
         """Count nothing: tokens are what the metrics report."""
         return 0
 
@@ -160,11 +122,11 @@ class AdapterTrainer(SFTTrainer):
 
     def evaluation_loop(
         self,
-        dataloader,
-        description,
-        prediction_loss_only=None,
-        ignore_keys=None,
-        metric_key_prefix="eval",
+        dataloader: object,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Return the mean loss of a trained token, over all evaluation rows and by source."""
         self.model.eval()
@@ -265,7 +227,7 @@ class AdapterTrainer(SFTTrainer):
 
     # Checkpoints
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         context = self.context
         target = checkpoint_dir(context.run.checkpoints_dir, self.state.global_step)
         with self._aside():
@@ -291,5 +253,7 @@ class AdapterTrainer(SFTTrainer):
         }
         atomic_write_json(directory / PROGRESS_NAME, progress)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         load_weights(self.model, Path(resume_from_checkpoint))

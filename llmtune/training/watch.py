@@ -1,15 +1,18 @@
 """Watchers that stop a run which learns nothing, breaks, or no longer improves."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
+from llmtune.training.batch import Examples
 from llmtune.training.config import EarlyStopping
+from llmtune.training.context import StepRecord
 from llmtune.training.interrupt import Interruption
-from llmtune.training.trainer import AdapterTrainer, StepRecord
+from llmtune.training.trainer import AdapterTrainer
 
 CHECKED_STEPS = 2
 CHECK_EVERY = 2
@@ -17,32 +20,50 @@ TOLERATED_STEPS_FP16 = 3
 MAX_NAMES = 8
 
 
-def build_watches(trainer: AdapterTrainer, examples: Sequence[Example]) -> list[TrainerCallback]:
-    """Return the watchers of a run; the one that reads what others decided comes last."""
+def build_watches(trainer: AdapterTrainer, examples: Examples) -> list[TrainerCallback]:
+    """Return the watchers of a run; those that read what others decided come last."""
     context = trainer.context
     stopping = context.config.early_stopping
     return [
-        FreshStart(trainer),
         LearningWatch(),
         *([BestWatch(trainer, stopping)] if stopping else []),
         InterruptionWatch(context.interruption),
+        Pacing(trainer),
         FiniteWatch(trainer, examples),
     ]
 
 
-class FreshStart(TrainerCallback):
-    """Starts the clock at the first step, not at the start-up before it.
+class Pacing(TrainerCallback):
+    """Starts the clock at the first step, not at the start-up before it, and paces the log.
 
-    A continued run logs, evaluates and saves as its config says, not as the checkpoint did.
+    A continued run logs, evaluates and saves as its config says, not as the checkpoint did. A
+    step that is evaluated, saved or last has its line of metrics, whatever `log_every` is.
     """
 
     def __init__(self, trainer: AdapterTrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         self._trainer.start_clock()
         state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
         state.eval_steps = args.eval_steps
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        is_last = state.global_step >= state.max_steps
+        if control.should_evaluate or control.should_save or is_last:
+            control.should_log = True
 
 
 class LearningWatch(TrainerCallback):
@@ -55,7 +76,14 @@ class LearningWatch(TrainerCallback):
         self._waiting: set[str] | None = None
         self._steps = 0
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PeftModel,
+        **kwargs: Any,
+    ) -> None:
         # The float16 scaler skips the first steps, so there the check is left to the loss.
         if args.fp16 or self._steps == CHECKED_STEPS:
             return
@@ -86,18 +114,31 @@ class FiniteWatch(TrainerCallback):
     With float16 the gradient scaler skips single bad steps; there, three in a row stop the run.
     """
 
-    def __init__(self, trainer: AdapterTrainer, examples: Sequence[Example]) -> None:
+    def __init__(self, trainer: AdapterTrainer, examples: Examples) -> None:
         self._trainer = trainer
         self._examples = examples
         self._bad_steps = 0
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         last = state.global_step >= state.max_steps
         if state.global_step % CHECK_EVERY == 0 or last or control.should_save:
             self._check_losses()
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        norm = (logs or {}).get("grad_norm")
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        norm = logs.get("grad_norm")
         if norm is None or not self._trainer.recent:
             return
         is_finite = norm == norm and abs(norm) != float("inf")
@@ -140,8 +181,15 @@ class BestWatch(TrainerCallback):
         self._trainer = trainer
         self._stopping = stopping
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        loss = (metrics or {}).get(self._stopping.metric)
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        loss = metrics.get(self._stopping.metric)
         if loss is None:
             return
         totals = self._trainer.context.totals
@@ -162,7 +210,13 @@ class InterruptionWatch(TrainerCallback):
     def __init__(self, interruption: Interruption) -> None:
         self._interruption = interruption
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         if self._interruption.signal_name:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

@@ -155,6 +155,14 @@ def test_rows_of_a_table_are_checked_like_rows_of_a_list():
     assert find_untrained(table) == find_untrained(list(table)) == [1, 2]
 
 
+def test_the_last_step_and_evaluated_steps_are_logged_whatever_the_interval(tmp_path):
+    result, _ = train(
+        tmp_path, evaluation=make_rows(2), eval_every=3, log_every=100, save_every=100
+    )
+    assert [line["step"] for line in read_metrics(tmp_path) if "loss" in line] == [3, 4]
+    assert result.final_loss == read_metrics(tmp_path)[-2]["loss"]
+
+
 def test_evaluation_without_an_interval_happens_once_at_the_end(tmp_path):
     result, _ = train(tmp_path, evaluation=make_rows(5, seed=7))
     assert [line["step"] for line in read_metrics(tmp_path) if "eval_loss" in line] == [4]
