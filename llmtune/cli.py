@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import click
 from rich.console import Console
 
-from llmtune.commands import answer, config, data, look, run
+from llmtune.commands import answer, config, data, export, look, run
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.version import __version__
 
@@ -71,6 +71,8 @@ for command in (
     run.merge,
     run.evaluate,
     run.report,
+    export.export,
+    export.verify,
     answer.chat,
     answer.predict,
     data.init,

@@ -192,7 +192,7 @@ def _guess_source(path: str, tokenizer: PreTrainedTokenizerFast | None) -> Sourc
         for name, wanted in ALIASES.items():
             columns = _match_columns(first[0], name, wanted)
             if columns is not None:
-                source = SourceConfig(path=path, format=name, columns=columns)  # type: ignore[arg-type]
+                source = SourceConfig(path=path, format=name, columns=columns)
                 break
     has_template = tokenizer is None or bool(tokenizer.chat_template)
     if not has_template and first:

@@ -1,0 +1,90 @@
+"""export and verify: files for other programs, and proof that they answer as the adapter did."""
+
+from pathlib import Path
+
+import click
+
+from llmtune.commands.options import (
+    FORCE_OPTION,
+    OVERRIDES_ARGUMENT,
+    TARGET_ARGUMENT,
+    print_result,
+    show_progress,
+    with_output_options,
+)
+from llmtune.exporting.config import EXPORT_KINDS, GGUF_TYPES, ExportSettings
+
+
+@click.command()
+@TARGET_ARGUMENT
+@OVERRIDES_ARGUMENT
+@click.option("--to", "kind", type=click.Choice(EXPORT_KINDS), required=True, help="What to make.")
+@click.option("--type", "gguf_type", type=click.Choice(GGUF_TYPES), help="Numbers in a GGUF file.")
+@click.option("--out", type=click.Path(path_type=Path), help="The file or directory to make.")
+@click.option(
+    "--runtime/--no-runtime",
+    default=None,
+    help="Compare with llama.cpp itself (default: where it is installed).",
+)
+@click.option("--repo", help="For the hub: org/name.")
+@click.option("--public", is_flag=True, help="For the hub: readable by everyone.")
+@FORCE_OPTION
+@with_output_options
+def export(  # noqa: PLR0913 (one argument an option)
+    target: str,
+    overrides: tuple[str, ...],
+    kind: str,
+    gguf_type: str | None,
+    out: Path | None,
+    runtime: bool | None,
+    repo: str | None,
+    public: bool,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write a model for another program, and check the file.
+
+    TARGET is a config, a run, an adapter directory or a model.
+
+    \b
+      llmtune export runs/quickstart --to gguf --type q8_0
+      llmtune export runs/quickstart --to ollama
+      llmtune export runs/quickstart --to adapter-gguf
+    """
+    show_progress(quiet)
+    settings = ExportSettings(
+        to=kind, type=gguf_type, out=out, force=force, runtime=runtime, repo=repo, public=public
+    )
+    from llmtune.stages.export import export_target
+
+    result = export_target(target, overrides, settings)
+    print_result(result, as_json, lambda: f"{kind} written to {result.get('out', repo)}")
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@OVERRIDES_ARGUMENT
+@click.option("--against", required=True, help="The run (or model) that PATH was made from.")
+@click.option("--max-kl", type=float, help="Largest KL that passes, in nats per token.")
+@with_output_options
+def verify(  # noqa: PLR0913 (one argument an option)
+    path: Path,
+    overrides: tuple[str, ...],
+    against: str,
+    max_kl: float | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Reload a merged directory or a GGUF file and compare it with the adapter.
+
+    Exit code 1 where it differs by more than the threshold.
+
+    \b
+      llmtune verify runs/quickstart/merged --against runs/quickstart
+    """
+    show_progress(quiet)
+    from llmtune.stages.verify import VerifySettings, verify_target
+
+    result = verify_target(path, against, overrides, VerifySettings(max_kl=max_kl))
+    print_result(result, as_json, lambda: f"{path}: the same as {against} within the threshold")
