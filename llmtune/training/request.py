@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -42,7 +41,8 @@ class TrainResult:
 
     `final_loss` is the last logged training loss and `final_eval_loss` the last evaluation's
     (nats a trained token); `peak_bytes` is allocated memory on a GPU and resident memory, loading
-    included, on a CPU; `choices` says in words what was chosen for this model and machine.
+    included, on a CPU; `best_checkpoint` is relative to the run's directory;
+    `choices` says in words what was chosen for this model and machine.
     """
 
     steps: int
@@ -52,7 +52,7 @@ class TrainResult:
     peak_bytes: int
     final_loss: float
     final_eval_loss: float | None
-    best_checkpoint: Path | None
+    best_checkpoint: str | None
     stopped_by: Literal["max_steps", "early_stopping"]
     choices: dict[str, str] = field(default_factory=dict)
 

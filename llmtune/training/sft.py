@@ -243,9 +243,10 @@ def _finish(
     assert totals.final_loss is not None, "the last step is always logged"
     best_checkpoint = None
     if totals.best_step is not None:
-        best_checkpoint = checkpoint_dir(request.run.checkpoints_dir, totals.best_step)
+        checkpoint = checkpoint_dir(request.run.checkpoints_dir, totals.best_step)
+        best_checkpoint = str(checkpoint.relative_to(request.run.path))
         if totals.best_step != steps:
-            load_weights(request.model, best_checkpoint)
+            load_weights(request.model, checkpoint)
             progress.note(
                 f"kept the weights of step {totals.best_step}, the best evaluation "
                 f"({totals.best_eval_loss:.4f})"

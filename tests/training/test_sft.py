@@ -179,7 +179,7 @@ def test_early_stopping_keeps_the_weights_of_the_best_evaluation(tmp_path):
     best = min(evaluations, key=lambda line: line["eval_loss"])
     assert result.stopped_by == "early_stopping"
     assert result.steps < 40
-    assert result.best_checkpoint.name == f"checkpoint-{best['step']}"
+    assert result.best_checkpoint == f"checkpoints/checkpoint-{best['step']}"
     again, _ = train(
         tmp_path / "again", model=model, evaluation=evaluation, max_steps=1, learning_rate=1e-12
     )
