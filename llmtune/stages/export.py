@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -17,6 +17,8 @@ from llmtune.exporting.config import ExportSettings
 from llmtune.exporting.gguf.adapter import export_adapter_gguf
 from llmtune.exporting.gguf.vocabulary import read_vocabulary
 from llmtune.exporting.gguf.write import GgufRequest, GgufResult, export_gguf, require_new
+from llmtune.exporting.hub import check_push, push_directory
+from llmtune.exporting.nf4 import write_nf4
 from llmtune.exporting.ollama import MODELFILE_NAME, render_modelfile
 from llmtune.exporting.parity import ParityRequest, ParityResult, compare_with_runtime
 from llmtune.exporting.preflight import check_exportable, choose_type
@@ -74,11 +76,11 @@ def export_target(
     """
     type = choose_type(settings.to, settings.type)
     target = resolve_target(target_name, overrides)
+    if settings.to == "hub":
+        return _push(target, settings)
     out = settings.out or _default_out(target, settings.to, type)
     require_new(out, overwrite=settings.force)
-    name = target.config.run.path.resolve().name if target.config else Path(target_name).name
-    report = read_report(target.config.run.report_json_path) if target.config else None
-    job = _Job(target, settings, type, out, name, report)
+    job = _Job(target, settings, type, out, _name(target), _report(target))
     result = EXPORTERS[settings.to](job)
     for notice in result.get("notices", ()):
         log.warning("%s", notice)
@@ -94,32 +96,41 @@ def _default_out(target: Target, to: str, type: str | None) -> Path:
     return run.path / EXPORTS_DIR / names.get(to, to)
 
 
-def _source_dir(job: _Job) -> Path:
+def _name(target: Target) -> str:
+    path = target.config.run.path if target.config else Path(target.name)
+    return path.resolve().name
+
+
+def _report(target: Target) -> dict[str, Any] | None:
+    return read_report(target.config.run.report_json_path) if target.config else None
+
+
+def _source_dir(target: Target) -> Path:
     """Return the 16-bit model to export: a run's merged one, or the model named.
 
     Raises:
         LlmtuneError: it has not been merged.
     """
-    if job.target.merged_dir is not None:
-        return job.target.merged_dir
-    if job.target.config is not None or job.target.adapter_dir is not None:
+    if target.merged_dir is not None:
+        return target.merged_dir
+    if target.config is not None or target.adapter_dir is not None:
         raise LlmtuneError(
-            f"{job.target.name}: there is no merged model yet; make it with: "
-            f"llmtune merge {job.target.name}"
+            f"{target.name}: there is no merged model yet; make it with: "
+            f"llmtune merge {target.name}"
         )
-    return resolve_base(job.target.model).dir
+    return resolve_base(target.model).dir
 
 
 def _export_gguf(job: _Job) -> dict[str, Any]:
     """Write the file beside its place, compare it with the model, then move it there."""
-    source = _source_dir(job)
+    source = _source_dir(job.target)
     result, parity = _write_checked(job, source, job.out)
     return _describe(result, parity)
 
 
 def _export_ollama(job: _Job) -> dict[str, Any]:
     """Write a directory: the GGUF file, a Modelfile and the model card."""
-    source = _source_dir(job)
+    source = _source_dir(job.target)
     template = job.target.model.chat_template
     tokenizer = load_tokenizer(source, chat_template=template)
     file_name = f"{job.name}-{job.type}.gguf"
@@ -160,10 +171,35 @@ def _export_adapter_gguf(job: _Job) -> dict[str, Any]:
     return _describe(result, None)
 
 
+def _export_nf4(job: _Job) -> dict[str, Any]:
+    """Write a directory that transformers loads in 4 bits, with the model card."""
+    source = _source_dir(job.target)
+
+    def fill(directory: Path) -> dict[str, Any]:
+        result = write_nf4(source, directory, chat_template=job.target.model.chat_template)
+        files = {"model.safetensors": "the model in 4 bits (bitsandbytes NF4)"}
+        atomic_write_text(directory / CARD_NAME, render_card(job.name, job.report, files=files))
+        return result.to_dict()
+
+    return _fill_directory(job.out, fill)
+
+
+def _push(target: Target, settings: ExportSettings) -> dict[str, Any]:
+    """Push a run's merged model, an adapter or a model directory, with the model card."""
+    check_push(settings.repo)
+    is_adapter = target.config is None and target.adapter_dir is not None
+    source = target.adapter_dir if is_adapter else _source_dir(target)
+    assert source is not None and settings.repo is not None
+    card = render_card(settings.repo.partition("/")[2], _report(target), files={})
+    result = push_directory(source, settings.repo, card=card, public=settings.public)
+    return {"to": settings.to, "out": result.url, **result.to_dict()}
+
+
 EXPORTERS: dict[str, Callable[[_Job], dict[str, Any]]] = {
     "gguf": _export_gguf,
     "ollama": _export_ollama,
     "adapter-gguf": _export_adapter_gguf,
+    "nf4": _export_nf4,
 }
 
 
@@ -214,14 +250,25 @@ def compare_file(source: Path, path: Path, *, chat_template: Path | None = None)
         LlmtuneError: llama.cpp is not installed or cannot load the file.
     """
     tokenizer = load_tokenizer(source, chat_template=chat_template)
-    stored = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    fits = FLOAT32_OVER_16_BITS * stored <= MEMORY_SHARE * psutil.virtual_memory().available
-    model = load_merged(source, dtype=torch.float32 if fits else torch.bfloat16, device="cpu")
+    dtype = getattr(torch, comparison_dtype(source))
+    model = load_merged(source, dtype=dtype, device="cpu")
     stops = stop_token_ids(tokenizer, read_generation_config(source))
     request = ParityRequest(path, stops, num_threads=torch.get_num_threads())
     parity = compare_with_runtime(model, tokenizer, request)
     log.info("export: %s", describe_parity(parity))
     return parity
+
+
+def comparison_dtype(source: Path) -> Literal["float32", "bfloat16"]:
+    """Return float32 where the model fits so, that only the export's rounding shows."""
+    stored = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    fits = FLOAT32_OVER_16_BITS * stored <= MEMORY_SHARE * psutil.virtual_memory().available
+    return "float32" if fits else "bfloat16"
+
+
+def allowed_kl(type: str) -> float:
+    """Return the KL, in nats, with which a file of this type is kept."""
+    return MAX_KL.get(type, MAX_KL_SMALL)
 
 
 def describe_parity(parity: ParityResult) -> str:
@@ -235,7 +282,7 @@ def describe_parity(parity: ParityResult) -> str:
 
 
 def _check_parity(parity: ParityResult, type: str, path: Path) -> None:
-    limit = MAX_KL.get(type, MAX_KL_SMALL)
+    limit = allowed_kl(type)
     if parity.num_same_prompts < parity.num_prompts:
         raise CheckFailed(
             f"{path}: llama.cpp makes other token ids of "

@@ -1,7 +1,11 @@
 """A GGUF file holds the checkpoint's tensors, tokenizer and template, or is refused."""
 
+import fcntl
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import gguf
 import numpy as np
@@ -11,7 +15,7 @@ from gguf import GGUFReader, quants
 from safetensors.torch import load_file, save_file
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.gguf import tiles
+from llmtune.exporting.gguf import tiles, write
 from llmtune.exporting.gguf.write import GgufRequest, export_gguf, runtime_name
 from llmtune.models.tokenizer import load_tokenizer
 from tests.exporting.conftest import FAMILIES
@@ -231,3 +235,44 @@ def test_a_missing_layer_is_refused(llama_dir, tmp_path):
 )
 def test_the_name_never_changes_how_llama_cpp_cuts_text(name, trims, expected):
     assert runtime_name(name, trims_as_phi3=trims) == expected
+
+
+def test_a_file_that_another_process_is_writing_is_left_alone(llama_dir, tmp_path):
+    other = tmp_path / ".model.gguf.tmp-other"
+    with other.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        export(llama_dir, tmp_path / "model.gguf")
+        assert other.exists()
+
+
+def test_killed_at_any_moment_leaves_no_file_and_the_next_export_is_whole(llama_dir, tmp_path):
+    path = tmp_path / "model.gguf"
+    code = (
+        "import sys; from pathlib import Path;"
+        "from llmtune.exporting.gguf import tiles, write;"
+        "tiles.TILE_NUMBERS = 64;"
+        "print('ready', flush=True);"
+        f"write.export_gguf(write.GgufRequest(Path({str(llama_dir)!r}), Path({str(path)!r}),"
+        " 'q4_0', 'tiny'));"
+    )
+    for delay in (0.02, 0.1, 0.2):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        if path.exists():
+            GGUFReader(path)
+            path.unlink()
+    export(llama_dir, path, "q4_0")
+    assert [found.name for found in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    llama_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(write, "HEAD_BYTES", 1 << 60)
+    with pytest.raises(LlmtuneError, match="its disk has"):
+        export(llama_dir, tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == []

@@ -67,8 +67,8 @@ def _pair_rotary(tensor: PlannedTensor, values: np.ndarray) -> np.ndarray:
     if not tensor.rotary_heads:
         return values
     if len(tensor.shape) == 1:  # a bias: its numbers are the rows
-        heads = values.reshape(tensor.rotary_heads, 2, -1)
-        return heads.swapaxes(1, 2).reshape(values.shape)
+        halves = values.reshape(tensor.rotary_heads, 2, -1)
+        return halves.swapaxes(1, 2).reshape(values.shape)
     head_rows = tensor.shape[0] // tensor.rotary_heads
     heads = values.reshape(-1, 2, head_rows // 2, values.shape[-1])
     return heads.swapaxes(1, 2).reshape(values.shape)

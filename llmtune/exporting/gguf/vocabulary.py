@@ -131,7 +131,7 @@ def _is_byte(text: str) -> bool:
 def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the merges, best first: newer files hold pairs, older ones `left right`."""
     return [
-        (merge[0], merge[1]) if isinstance(merge, list) else tuple(merge.split(" ", 1))  # type: ignore[misc]
+        (merge[0], merge[1]) if isinstance(merge, list) else tuple(merge.split(" ", 1))
         for merge in model["merges"]
     ]
 

@@ -1,6 +1,7 @@
 """Write a merged checkpoint as one GGUF file: streamed, checked, and finished by a rename."""
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -141,13 +142,14 @@ def _plan(request: GgufRequest) -> _Plan:
 def unfinished_file(path: Path) -> Iterator[Path]:
     """A file beside `path` that is flushed and renamed to it at the end, or removed.
 
-    What a killed process left of an earlier one is removed first.
+    What a killed process left of an earlier one is removed first; one in work is left alone.
     """
     for leftover in path.parent.glob(f".{path.name}.tmp-*"):
-        leftover.unlink(missing_ok=True)
+        _remove_unlocked(leftover)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-")
     unfinished = Path(temporary)
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield unfinished
         os.fsync(descriptor)
         unfinished.chmod(0o644)
@@ -163,6 +165,15 @@ def unfinished_file(path: Path) -> Iterator[Path]:
     finally:
         os.close(descriptor)
         unfinished.unlink(missing_ok=True)
+
+
+def _remove_unlocked(leftover: Path) -> None:
+    with leftover.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # another process is writing it
+        leftover.unlink(missing_ok=True)
 
 
 def _write(plan: _Plan, path: Path, request: GgufRequest) -> None:

@@ -1,0 +1,112 @@
+"""Push a directory to a model hub: private unless asked otherwise, token from the environment."""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+from llmtune.errors import LlmtuneError
+from llmtune.exporting.card import CARD_NAME
+from llmtune.models.hub import reads_as_hub_id
+
+TOKEN_VARIABLE = "HF_TOKEN"
+ENDPOINT_VARIABLE = "HF_ENDPOINT"
+KEPT_HERE = frozenset({"llmtune_merge.json", "llmtune_adapter.json", "llmtune_base.json"})
+"""Our own records, which hold paths of this machine."""
+
+
+@dataclass(frozen=True)
+class HubResult:
+    """What was pushed and where it is."""
+
+    repo: str
+    url: str
+    commit: str
+    is_private: bool
+    num_bytes: int
+    files: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON."""
+        return asdict(self)
+
+
+def check_push(repo: str | None) -> str:
+    """Check that a push can begin, before anything is computed for it; return the token.
+
+    Raises:
+        LlmtuneError: there is no token in the environment, or `repo` is no `org/name`.
+    """
+    if repo is None or not reads_as_hub_id(repo):
+        raise LlmtuneError(f"--repo {repo}: expected org/name")
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        raise LlmtuneError(
+            f"a push needs a token with write access in the environment variable {TOKEN_VARIABLE}; "
+            "it is read from nowhere else, and never written anywhere"
+        )
+    return token
+
+
+def push_directory(directory: Path, repo: str, *, card: str, public: bool) -> HubResult:
+    """Create the repository if it is not there, and push every file in one commit.
+
+    Files that hold paths of this machine stay here. An existing repository keeps its visibility;
+    where it is public and `public` is not asked for, nothing is pushed.
+
+    Args:
+        directory: a model or an adapter.
+        repo: `org/name`.
+        card: the model card, for a directory without one.
+        public: let everyone read a new repository.
+
+    Raises:
+        LlmtuneError: no token, no access, an existing public repository, or the hub cannot be
+            reached. The token is in no message.
+    """
+    api = HfApi(endpoint=os.environ.get(ENDPOINT_VARIABLE), token=check_push(repo))
+    files = _files(directory)
+    operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+    if CARD_NAME not in files:
+        operations.append(CommitOperationAdd(CARD_NAME, card.encode()))
+    try:
+        url = api.create_repo(repo, private=not public, exist_ok=True)
+        is_private = bool(api.model_info(repo).private)
+        if not is_private and not public:
+            raise LlmtuneError(
+                f"{repo}: exists and is public; give --public, or choose another --repo"
+            )
+        commit = api.create_commit(repo, operations, commit_message="Upload with llmtune")
+    except HfHubHTTPError as error:
+        raise LlmtuneError(f"{repo}: the hub refused: {_first_line(error)}") from None
+    except (OSError, HTTPError) as error:
+        raise LlmtuneError(f"{repo}: the hub could not be reached: {_first_line(error)}") from None
+    return HubResult(
+        repo=repo,
+        url=str(url),
+        commit=commit.oid,
+        is_private=is_private,
+        num_bytes=sum(path.stat().st_size for path in files.values()),
+        files=tuple(sorted({*files, CARD_NAME})),
+    )
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """Return what is pushed, by its name in the repository."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory)
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not is_hidden and name.name not in KEPT_HERE:
+            found[name.as_posix()] = path
+    if not found:
+        raise LlmtuneError(f"{directory}: holds no files to push")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,86 @@
+"""A checkpoint in 4 bits (bitsandbytes NF4), that stock transformers loads as it is."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtune.data.render import encode_plain
+from llmtune.errors import CheckFailed
+from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
+from llmtune.merging.verify import VerifyPrompts, VerifyResult, verify_merge
+from llmtune.models.config import ModelConfig, Nf4Quantization
+from llmtune.models.load import load_model
+from llmtune.models.quiet import quiet_loading
+from llmtune.models.resolve import resolve_base
+from llmtune.open_prompts import OPEN_PROMPTS
+from llmtune.scoring.generate import Decoding
+
+RELOADED_KL = 1e-3
+"""Nats per token by which the reloaded checkpoint may differ from the model that was saved."""
+NUM_PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class Nf4Result:
+    """A 4-bit checkpoint, and how it compares with itself after a reload."""
+
+    num_bytes: int
+    quantized_ratio: float
+    reloaded: VerifyResult
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON."""
+        return asdict(self)
+
+
+def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) -> Nf4Result:
+    """Quantize a 16-bit checkpoint to NF4 with double quantization, into an empty directory.
+
+    The tokenizer's files are the source's, byte for byte.
+
+    Args:
+        source_dir: a merged or other 16-bit checkpoint.
+        directory: where the files go.
+        chat_template: a Jinja file that replaces the checkpoint's own template.
+
+    Raises:
+        LlmtuneError: the model cannot be quantized.
+        CheckFailed: what was written does not load as what was saved.
+    """
+    config = ModelConfig(
+        base=str(source_dir), quantization=Nf4Quantization(), chat_template=chat_template
+    )
+    loaded = load_model(config, resolve_base(config))
+    with quiet_loading():
+        loaded.model.save_pretrained(directory)
+    for name in (*TOKENIZER_FILES, *TEMPLATE_FILES):
+        source = source_dir / name
+        if source.is_dir():
+            shutil.copytree(source, directory / name)
+        elif source.is_file():
+            shutil.copyfile(source, directory / name)
+    if chat_template is not None:
+        shutil.copyfile(chat_template, directory / TEMPLATE_FILES[0])
+    for path in directory.iterdir():  # some writers leave files that only their owner can read
+        path.chmod(0o644 if path.is_file() else 0o755)
+    prompts = tuple(
+        tuple(encode_plain(loaded.tokenizer, text)) for text in OPEN_PROMPTS[:NUM_PROMPTS]
+    )
+    reloaded = verify_merge(
+        loaded.model,
+        directory,
+        VerifyPrompts(sequences=prompts),
+        decoding=Decoding(1, loaded.stop_token_ids),
+        dtype=loaded.dtype,
+    )
+    if not reloaded.kl <= RELOADED_KL:
+        raise CheckFailed(
+            f"{directory}: the 4-bit checkpoint does not load as it was saved (KL "
+            f"{reloaded.kl:.4f} nats per token); nothing was kept"
+        )
+    return Nf4Result(
+        num_bytes=sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
+        quantized_ratio=loaded.quantized.quantized_ratio,
+        reloaded=reloaded,
+    )

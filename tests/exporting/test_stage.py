@@ -1,0 +1,158 @@
+"""`export` and `verify` from end to end on tiny models: what is made, checked and refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from llmtune.errors import CheckFailed, LlmtuneError
+from llmtune.exporting.config import ExportSettings
+from llmtune.exporting.gguf.write import GgufRequest, export_gguf
+from llmtune.exporting.runtime import is_runtime_installed
+from llmtune.merging.merge import merge_adapter
+from llmtune.stages import export as stage
+from llmtune.stages.export import export_target
+from llmtune.stages.verify import VerifySettings, verify_target
+
+needs_runtime = pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")
+
+
+@pytest.fixture(scope="module")
+def tuned(llama_dir, tmp_path_factory):
+    """An adapter of the tiny base, and the model merged from it."""
+    directory = tmp_path_factory.mktemp("tuned")
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    model.name_or_path = str(llama_dir)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(llama_dir)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5)
+    adapted.save_pretrained(directory / "adapter")
+    merge_adapter(llama_dir, directory / "adapter", directory / "merged")
+    return directory
+
+
+def export(source, to, out, type=None, **settings):
+    return export_target(str(source), [], ExportSettings(to, type, out, **settings))
+
+
+@needs_runtime
+def test_gguf_is_checked_in_llama_cpp_before_it_appears(tuned, tmp_path):
+    result = export(tuned / "merged", "gguf", tmp_path / "m.gguf", "f16", runtime=True)
+    assert result["parity"]["num_same_prompts"] == 20
+    assert result["parity"]["kl"] < 1e-3
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    json.dumps(result)
+
+
+@needs_runtime
+def test_a_file_that_answers_otherwise_is_not_kept(tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "MAX_KL", {"f16": -1.0})
+    with pytest.raises(CheckFailed, match="the file was removed"):
+        export(tuned / "merged", "gguf", tmp_path / "m.gguf", "f16", runtime=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_ollama_directory_holds_model_template_and_card(tuned, tmp_path):
+    out = tmp_path / "ollama"
+    result = export(tuned / "merged", "ollama", out, "f16", runtime=False)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "Modelfile",
+        "README.md",
+        "merged-f16.gguf",
+    ]
+    assert (out / "Modelfile").read_text().startswith("FROM ./merged-f16.gguf\n")
+    assert result["path"] == str(out / "merged-f16.gguf")
+    with pytest.raises(LlmtuneError, match="exists already"):
+        export(tuned / "merged", "ollama", out, "f16", runtime=False)
+
+
+def test_an_adapter_must_be_merged_before_its_model_is_exported(tuned, tmp_path):
+    with pytest.raises(LlmtuneError, match="llmtune merge"):
+        export(tuned / "adapter", "gguf", tmp_path / "m.gguf")
+
+
+def test_an_adapter_is_exported_alone(tuned, tmp_path):
+    result = export(tuned / "adapter", "adapter-gguf", tmp_path / "a.gguf")
+    assert result["num_tensors"] == 2 * 2 * 2
+    assert result["type"] == "f16"
+
+
+def test_a_directory_needs_a_place_for_its_export(tuned):
+    with pytest.raises(LlmtuneError, match="--out"):
+        export(tuned / "merged", "gguf", None)
+
+
+def test_nf4_loads_as_it_was_saved(tuned, tmp_path):
+    result = export(tuned / "merged", "nf4", tmp_path / "nf4")
+    assert result["reloaded"]["kl"] <= 1e-3
+    assert result["quantized_ratio"] > 0.3
+    config = json.loads((tmp_path / "nf4" / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    assert (tmp_path / "nf4" / "tokenizer.json").read_bytes() == (
+        tuned / "merged" / "tokenizer.json"
+    ).read_bytes()
+
+
+def verify(subject, against, **settings):
+    return verify_target(subject, str(against), [], VerifySettings(**settings))
+
+
+def test_the_merged_model_is_the_adapter_model(tuned):
+    result = verify(tuned / "merged", tuned / "adapter")
+    assert result["problems"] == []
+    assert result["kl"] < 1e-5
+    assert result["num_same_strings"] == 200
+
+
+def test_the_base_is_not_the_adapter_model(tuned, llama_dir):
+    with pytest.raises(CheckFailed, match="KL .* allowed are"):
+        verify(llama_dir, tuned / "adapter")
+
+
+def test_a_corrupted_tensor_is_seen(tuned, tmp_path):
+    shutil.copytree(tuned / "merged", tmp_path / "broken")
+    tensors = load_file(tmp_path / "broken" / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] *= -1
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckFailed, match="KL"):
+        verify(tmp_path / "broken", tuned / "adapter")
+
+
+def test_another_template_and_lost_stop_tokens_are_seen(tuned, tmp_path):
+    shutil.copytree(tuned / "merged", tmp_path / "other")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "other" / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckFailed, match="20 of 20 chat prompts become other token ids"):
+        verify(tmp_path / "other", tuned / "adapter")
+
+
+@needs_runtime
+def test_a_gguf_file_is_verified_against_the_adapter(tuned, tmp_path):
+    path = tmp_path / "m.gguf"
+    export_gguf(GgufRequest(tuned / "merged", path, "q8_0", "tiny"))
+    result = verify(path, tuned / "adapter")
+    assert result["type"] == "q8_0"
+    assert result["max_kl"] == pytest.approx(0.1)
+    with pytest.raises(CheckFailed, match="allowed are 1e-07"):
+        verify(path, tuned / "adapter", max_kl=1e-7)
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.gguf"])
+def test_a_subject_that_is_not_there_is_an_error(name, tuned, tmp_path):
+    with pytest.raises(LlmtuneError, match="does not exist"):
+        verify(tmp_path / name, tuned / "adapter")
+
+
+@needs_runtime
+def test_an_adapter_file_is_no_model(tuned, tmp_path):
+    export(tuned / "adapter", "adapter-gguf", tmp_path / "a.gguf")
+    with pytest.raises(LlmtuneError, match="holds an adapter"):
+        verify(tmp_path / "a.gguf", tuned / "adapter")
