@@ -1,6 +1,7 @@
 """Tiny adapters, rows and runs for the training tests."""
 
 import random
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -52,10 +53,15 @@ def make_rows(count: int, *, seed: int = 0, longest: int = 40) -> list[Example]:
     return rows
 
 
+@cache
+def shared_tokenizer():
+    return make_tokenizer()
+
+
 def make_request(model: PeftModel, run: Path, **changes) -> TrainRequest:
     values = {
         "model": model,
-        "tokenizer": make_tokenizer(),
+        "tokenizer": shared_tokenizer(),
         "train": make_rows(20),
         "evaluation": [],
         "run": RunDir(run),
