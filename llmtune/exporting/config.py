@@ -32,6 +32,9 @@ class ExportSettings:
     runtime: bool | None = None
     """Run the file in llama.cpp and compare with transformers; None does so where it is
     installed."""
+    max_kl: float | None = None
+    """Largest KL(model || file) after a prompt, in nats, with which a GGUF file is kept; None is
+    the bound of its type."""
     repo: str | None = None
     """For the hub: `org/name`."""
     public: bool = False

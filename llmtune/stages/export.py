@@ -213,7 +213,7 @@ def _write_checked(job: _Job, source: Path, path: Path) -> tuple[GgufResult, Par
         log.info("export: %s, %d bytes, %.1f s", job.type, result.num_bytes, result.seconds)
         parity = _compare(job, source, unchecked)
         if parity is not None:
-            _check_parity(parity, job.type, path)
+            _check_parity(parity, job, path)
         unchecked.replace(path)
     finally:
         unchecked.unlink(missing_ok=True)
@@ -281,8 +281,9 @@ def describe_parity(parity: ParityResult) -> str:
     )
 
 
-def _check_parity(parity: ParityResult, type: str, path: Path) -> None:
-    limit = allowed_kl(type)
+def _check_parity(parity: ParityResult, job: _Job, path: Path) -> None:
+    assert job.type is not None
+    limit = job.settings.max_kl if job.settings.max_kl is not None else allowed_kl(job.type)
     if parity.num_same_prompts < parity.num_prompts:
         raise CheckFailed(
             f"{path}: llama.cpp makes other token ids of "
@@ -292,7 +293,8 @@ def _check_parity(parity: ParityResult, type: str, path: Path) -> None:
     if not parity.kl <= limit:
         raise CheckFailed(
             f"{path}: llama.cpp's answers differ from the model's by {parity.kl:.4f} nats (KL), "
-            f"more than {limit:g} for {type}; the file was removed"
+            f"more than {limit:g}; the file was removed. Choose a finer --type than "
+            f"{job.type}, or allow more with --max-kl"
         )
 
 

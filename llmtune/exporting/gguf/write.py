@@ -89,7 +89,8 @@ class GgufRequest:
 def export_gguf(request: GgufRequest, *, overwrite: bool = False) -> GgufResult:
     """Write a checkpoint as one GGUF file, which appears whole or not at all.
 
-    Memory is about 50 MiB, whatever the model's size.
+    Memory does not grow with the model, only with its vocabulary: 150 MiB for 49,000 tokens, most
+    of it while the finished head is read back.
 
     Raises:
         LlmtuneError: the model cannot be exported, the file exists and `overwrite` is not given,
