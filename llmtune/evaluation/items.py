@@ -18,6 +18,17 @@ from llmtune.evaluation.suite_config import (
 )
 
 MAX_PROBLEMS = 10
+_RENDERING_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What an expression in a prompt template can raise: `{{ text + 1 }}`, `{{ 1 / 0 }}`."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +65,13 @@ def read_items(config: AnySuiteConfig, path: Path) -> tuple[SuiteItem, ...]:
     template = _compile_prompt(config, path)
     items: list[SuiteItem] = []
     problems: list[str] = []
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
+    with path.open("rb") as file:
+        for line, content in enumerate(file, start=1):
+            if not content.strip():
                 continue
             try:
-                items.append(_read_item(config, template, text, line))
-            except (_BadItem, json.JSONDecodeError) as error:
+                items.append(_read_item(config, template, content, line))
+            except _BadItem as error:
                 problems.append(f"{path}:{line}: {error}")
     names = Counter(item.id for item in items)
     for item in items:
@@ -88,9 +99,14 @@ def _compile_prompt(config: AnySuiteConfig, path: Path) -> jinja2.Template | Non
 
 
 def _read_item(
-    config: AnySuiteConfig, template: jinja2.Template | None, text: str, line: int
+    config: AnySuiteConfig, template: jinja2.Template | None, content: bytes, line: int
 ) -> SuiteItem:
-    fields = json.loads(text)
+    try:
+        fields = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _BadItem(f"not UTF-8 text: {error}; save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise _BadItem(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise _BadItem(f"expected a JSON object, found {type(fields).__name__}")
     item = SuiteItem(
@@ -126,7 +142,7 @@ def _field(fields: dict, name: str) -> object:
 def _render_prompt(template: jinja2.Template, fields: dict) -> str:
     try:
         prompt = template.render(fields)
-    except jinja2.TemplateError as error:
+    except _RENDERING_ERRORS as error:
         raise _BadItem(f"the prompt cannot be rendered: {error}") from None
     if not prompt.strip():
         raise _BadItem("the prompt is empty")

@@ -2,18 +2,22 @@
 
 import difflib
 import hashlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
-from pydantic import ValidationError
-
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.items import SuiteItem, read_items
-from llmtune.evaluation.suite_config import TASKS, AnySuiteConfig, Role
+from llmtune.evaluation.suite_config import (
+    NAME_RULE,
+    TASKS,
+    AnySuiteConfig,
+    Role,
+    is_suite_name,
+)
 from llmtune.fingerprint import hash_json
 from llmtune.shipped import shipped_files
+from llmtune.validation import validate_section
+from llmtune.yaml_source import read_yaml
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def load_suite(name_or_path: str | Path, *, seed: int = 0, limit: int | None = N
     """
     path = find_suite(name_or_path)
     config = _read_config(path)
+    name = _name_of(path, config)
     items_path = path.parent / config.items
     items = _keep(
         read_items(config, items_path),
@@ -84,49 +89,28 @@ def load_suite(name_or_path: str | Path, *, seed: int = 0, limit: int | None = N
         seed,
     )
     fingerprint = hash_json([_item_content(item) for item in items])
-    return Suite(config.name or path.stem, path, config, items, items_path, fingerprint)
+    return Suite(name, path, config, items, items_path, fingerprint)
 
 
 def _read_config(path: Path) -> AnySuiteConfig:
-    text = path.read_text(encoding="utf-8")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise LlmtuneError(f"{path}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise LlmtuneError(f"{path}: a suite is a mapping of keys, found {type(values).__name__}")
-    lines = _key_lines(text)
-    task = values.get("task")
-    if task not in TASKS:
+    tree = read_yaml(path)
+    task = tree.values.get("task")
+    if not isinstance(task, str) or task not in TASKS:
+        place = tree.origin(("task",)) or path
+        raise LlmtuneError(f"{place}: task must be one of {', '.join(TASKS)}, not {task!r}")
+    return validate_section(TASKS[task], tree)
+
+
+def _name_of(path: Path, config: AnySuiteConfig) -> str:
+    """Return the declared name, or the file's stem where that may name result files."""
+    if config.name is not None:
+        return config.name
+    if not is_suite_name(path.stem):
         raise LlmtuneError(
-            f"{path}:{lines.get('task', 1)}: task must be one of {', '.join(TASKS)}, not {task!r}"
+            f"{path}: {path.stem!r} cannot name the suite's results ({NAME_RULE}); rename the "
+            "file or give the suite a `name`"
         )
-    try:
-        return TASKS[task].model_validate(values)
-    except ValidationError as error:
-        problems = [_explain(path, lines, TASKS[task].model_fields, e) for e in error.errors()]
-        raise LlmtuneError("\n".join(problems)) from None
-
-
-def _key_lines(text: str) -> dict[str, int]:
-    """Return the line (from 1) of every key at the top of a YAML mapping."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    assert isinstance(node, yaml.MappingNode)
-    return {key.value: key.start_mark.line + 1 for key, _ in node.value}
-
-
-def _explain(path: Path, lines: Mapping[str, int], fields: Mapping, error: Mapping) -> str:
-    key = str(error["loc"][0]) if error["loc"] else ""
-    place = f"{path}:{lines.get(key, 1)}"
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-        return f"{place}: unknown key {key!r}; {hint}"
-    if error["type"] == "missing":
-        return f"{place}: the key {key!r} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    given = f", not {error['input']!r}" if error["type"] != "value_error" else ""
-    return f"{place}: {key + ': ' if key else ''}{message}{given}"
+    return path.stem
 
 
 def _keep(items: tuple[SuiteItem, ...], limit: int | None, seed: int) -> tuple[SuiteItem, ...]:

@@ -10,6 +10,12 @@ from llmtune.evaluation.metrics import Normalization
 from llmtune.schema import Section
 
 Role = Literal["target", "transfer", "general"]
+NAME_RULE = "letters, digits, `_`, `-` and `.`, no dot or dash first"
+
+
+def is_suite_name(text: str) -> bool:
+    """Return whether a name can stand in the names of result files without leading elsewhere."""
+    return re.fullmatch(r"\w[\w.-]*", text) is not None
 
 
 class SuiteConfig(Section):
@@ -28,6 +34,13 @@ class SuiteConfig(Section):
         default="target",
         description="What was trained, a domain never seen, or general ability.",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _require_file_name(cls, name: str | None) -> str | None:
+        if name is not None and not is_suite_name(name):
+            raise ValueError(f"{name!r} cannot name the suite's results: {NAME_RULE}")
+        return name
 
 
 class PromptedSuite(SuiteConfig):

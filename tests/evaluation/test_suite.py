@@ -64,13 +64,13 @@ def test_a_perplexity_suite_is_read_with_clusters_and_slices(tmp_path):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("choises: [a, b]", "sums.yaml:5: unknown key 'choises'; did you mean 'choices'?"),
+        ("choises: [a, b]", "sums.yaml:5: choises: unknown key; did you mean choices"),
         ("limit: many", "sums.yaml:5: limit: .*integer.*'many'"),
         ("role: other", "sums.yaml:5: role: .*'target', 'transfer' or 'general'"),
         ("choices: [a, b]", "either choices"),
         ("system: hi\nchat: false", "system needs chat: true"),
         ("end_of_answer: true\nchat: false", "end_of_answer needs chat"),
-        ("max_length: 5", "unknown key 'max_length'"),
+        ("max_length: 5", "max_length: unknown key"),
     ],
 )
 def test_a_wrong_key_is_named_with_its_line(tmp_path, line, expected):
@@ -81,7 +81,7 @@ def test_a_wrong_key_is_named_with_its_line(tmp_path, line, expected):
 
 def test_all_wrong_keys_are_told_at_once(tmp_path):
     message = message_of(write_suite(tmp_path, CHOICE + "limit: 0\nrolle: target\n"))
-    assert "limit" in message and "'rolle'; did you mean 'role'?" in message
+    assert "limit" in message and "rolle: unknown key; did you mean role?" in message
 
 
 def test_an_unknown_task_lists_the_tasks(tmp_path):
@@ -89,9 +89,52 @@ def test_an_unknown_task_lists_the_tasks(tmp_path):
     assert "choice, exact, perplexity, not 'ranking'" in message_of(write_suite(tmp_path, text))
 
 
-def test_yes_and_no_must_be_quoted(tmp_path):
+def test_yes_and_no_are_words(tmp_path):
     text = CHOICE.replace("choices_field: options", "choices: [yes, no]")
-    assert "sums.yaml:4: choices: " in message_of(write_suite(tmp_path, text))
+    items = [{"question": "Is it?", "answer": "no"}]
+    [item] = load_suite(write_suite(tmp_path, text, items)).items
+    assert (item.choices, item.answer) == (("yes", "no"), 1)
+
+
+@pytest.mark.parametrize("task", ["[a]", "{a: b}", "null", "1"])
+def test_a_task_that_is_no_word_is_an_error_with_its_line(tmp_path, task):
+    text = CHOICE.replace("task: choice", f"task: {task}")
+    assert "sums.yaml:1: task must be one of" in message_of(write_suite(tmp_path, text))
+
+
+def test_a_suite_that_is_not_utf8_is_an_error(tmp_path):
+    path = write_suite(tmp_path)
+    path.write_bytes(CHOICE.encode() + "description: caf\xe9\n".encode("latin-1"))
+    assert "sums.yaml: cannot be read" in message_of(path)
+
+
+def test_an_item_that_is_not_utf8_is_named_with_its_line(tmp_path):
+    path = write_suite(tmp_path)
+    with (tmp_path / "items.jsonl").open("ab") as file:
+        file.write(b'{"question": "caf\xe9"}\n')
+    assert "items.jsonl:3: not UTF-8" in message_of(path)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["question + 1", "1 / 0", "options[9].x", "range(10 ** 9)", "'%d' % question", "question()"],
+)
+def test_a_prompt_that_fails_on_an_item_is_named_with_its_line(tmp_path, expression):
+    path = write_suite(tmp_path, CHOICE.replace("question", expression, 1))
+    assert "items.jsonl:1: the prompt cannot be rendered: " in message_of(path)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a/b", ".hidden", "-x", "'two words'", "''"])
+def test_a_name_that_would_lead_out_of_the_run_is_refused(tmp_path, name):
+    message = message_of(write_suite(tmp_path, CHOICE + f"name: {name}\n"))
+    assert "sums.yaml:5: name: " in message and "cannot name" in message
+
+
+def test_a_file_whose_stem_cannot_name_results_needs_a_name(tmp_path):
+    path = write_suite(tmp_path).rename(tmp_path / "my sums.yaml")
+    assert "my sums.yaml: 'my sums' cannot name" in message_of(path)
+    path.write_text(CHOICE + "name: sums-2.1\n")
+    assert load_suite(path).name == "sums-2.1"
 
 
 @pytest.mark.parametrize(
