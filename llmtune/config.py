@@ -72,6 +72,47 @@ def effective_keys(config: RunConfig, tree: SourcedTree) -> list[EffectiveKey]:
     ]
 
 
+def anchor_paths(config: RunConfig) -> RunConfig:
+    """Return the config with every path that exists made absolute, so that it works anywhere.
+
+    Hub ids, names of shipped suites and `run_dir` stay as they are.
+    """
+    model, data = config.model, config.data
+    return config.model_copy(
+        update={
+            "model": model.model_copy(
+                update={
+                    "base": _anchor(model.base),
+                    "chat_template": model.chat_template and model.chat_template.absolute(),
+                }
+            ),
+            "adapter": config.adapter.model_copy(
+                update={
+                    "init_from": config.adapter.init_from and config.adapter.init_from.absolute()
+                }
+            ),
+            "data": data.model_copy(
+                update={
+                    split: [
+                        source.model_copy(update={"path": _anchor(source.path)})
+                        for source in getattr(data, split)
+                    ]
+                    for split in ("train", "evaluation")
+                }
+            ),
+            "evaluate": config.evaluate.model_copy(
+                update={"suites": tuple(_anchor(suite) for suite in config.evaluate.suites)}
+            ),
+        }
+    )
+
+
+def _anchor(name: str) -> str:
+    path = Path(name).expanduser()
+    is_pattern = any(character in name for character in "*?[")
+    return str(path.absolute()) if is_pattern or path.exists() else name
+
+
 def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
     if isinstance(value, dict) and value:
         for key, child in value.items():

@@ -49,18 +49,20 @@ class Ledger:
         inputs: Mapping[str, Any],
         work: Callable[[], Mapping[str, Any]],
         *,
+        is_there: bool = True,
         force: bool = False,
     ) -> Mapping[str, Any]:
         """Return the stage's recorded result, or do `work` and record it.
 
-        `inputs` is everything that decides the result; only its hash is kept. A stage that raises
-        stays unfinished in the manifest, and so does every stage after it.
+        `inputs` is everything that decides the result. A stage that raises stays unfinished in the
+        manifest, and so does every stage after it. `is_there` says whether what the stage left
+        still exists; without it, and with `force`, the work is done again.
         """
         fingerprint = hash_json(inputs)
-        if self.manifest.is_finished(name, fingerprint) and not force:
+        if self.manifest.is_finished(name, fingerprint) and is_there and not force:
             log.info("%s: finished before on the same inputs, skipped", name)
             return self.manifest.stages[name]["result"]
-        self._save(self.manifest.start(name, fingerprint))
+        self._save(self.manifest.start(name, fingerprint, inputs))
         started = time.perf_counter()
         result = work()
         self._save(
@@ -84,19 +86,22 @@ def open_ledger(
     config: Mapping[str, Any],
     *,
     deciding: Mapping[str, Any],
+    is_recorded: bool = True,
     force: bool = False,
 ) -> Iterator[Ledger]:
     """Hold the run directory, making it where there is none.
 
-    `config` is the whole config as JSON values; `deciding` are those of them that may not differ
-    from what the directory was made with, once training has left something there.
-    With `force` what earlier stages left is removed.
+    `config` is the whole config as JSON values, recorded where `is_recorded`; `deciding` are those
+    of them that may not differ from what the directory was made with, once training has left
+    something there. With `force` what earlier stages left is removed. A directory that was made
+    here disappears again if the input turns out wrong before anything was trained.
 
     Raises:
         LlmtuneError: another process holds the run, the directory is not a run, or it holds a run
             of another config.
     """
     _refuse_foreign(run)
+    is_new = not run.manifest_path.exists()
     run.path.mkdir(parents=True, exist_ok=True)
     with run.lock_path.open("w") as lock:
         try:
@@ -113,10 +118,18 @@ def open_ledger(
             known = read_manifest(run)
             if _has_training(run):
                 _refuse_other_config(run, known.config, deciding)
-            manifest = replace(known, config=config)
+            manifest = replace(known, config=config) if is_recorded else known
         ledger = Ledger(run, manifest)
         ledger.describe()
-        yield ledger
+        try:
+            yield ledger
+        except LlmtuneError:
+            if is_new and not _has_training(run):
+                _clear(run)
+                run.lock_path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # the user keeps something else there
+                    run.path.rmdir()
+            raise
 
 
 def _refuse_foreign(run: RunDir) -> None:
@@ -155,6 +168,9 @@ def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in new:
             yield from _differences(f"{key}.{name}".lstrip("."), old.get(name), new[name])
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for place, pair in enumerate(zip(old, new, strict=True)):
+            yield from _differences(f"{key}.{place}", *pair)
     elif old != new:
         yield key, old, new
 

@@ -17,8 +17,8 @@ STAGES = ("train", "merge", "evaluate")
 class Manifest:
     """What `manifest.json` holds; every change is a new value, written whole by `save`.
 
-    `stages.<name>` holds `fingerprint` (of the stage's inputs), `started`, `finished` (absent while
-    it runs or after it failed), `seconds`, `peak_bytes` and `result`.
+    `stages.<name>` holds the stage's `inputs` and their `fingerprint`, `started`, `finished`
+    (absent while it runs or after it failed), `seconds`, `peak_bytes` and `result`.
     """
 
     config: Mapping[str, Any]
@@ -34,10 +34,10 @@ class Manifest:
         record = self.stages.get(stage, {})
         return bool(record.get("finished")) and record.get("fingerprint") == fingerprint
 
-    def start(self, stage: str, fingerprint: str) -> "Manifest":
+    def start(self, stage: str, fingerprint: str, inputs: Mapping[str, Any]) -> "Manifest":
         """Return the manifest with `stage` begun, and with it every later stage undone."""
         kept = {name: record for name, record in self.stages.items() if not _is_after(name, stage)}
-        kept[stage] = {"fingerprint": fingerprint, "started": _now()}
+        kept[stage] = {"fingerprint": fingerprint, "inputs": inputs, "started": _now()}
         return replace(self, stages=kept)
 
     def finish(self, stage: str, **record: Any) -> "Manifest":

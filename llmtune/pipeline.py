@@ -1,18 +1,20 @@
 """The stages of a run in order; each leaves an artifact on disk and can be rerun alone."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.adapters.manifest import adapter_fingerprint
-from llmtune.config import RunConfig
+from llmtune.config import RunConfig, anchor_paths
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import PreparedData, prepare_examples
-from llmtune.errors import LlmtuneError
+from llmtune.errors import LlmtuneError, RunInterrupted
+from llmtune.evaluation.results import arm_result_path
 from llmtune.fingerprint import hash_json
 from llmtune.ledger import Ledger, open_ledger
+from llmtune.merging.provenance import PROVENANCE_FILE
 from llmtune.models.identity import base_fingerprint
 from llmtune.models.resolve import BaseSource, resolve_base
 from llmtune.models.tokenizer import load_tokenizer
@@ -25,15 +27,6 @@ if TYPE_CHECKING:
     from llmtune.targets import Target
 
 log = logging.getLogger("llmtune")
-
-TRAIN_SECTIONS = ("seed", "model", "adapter", "data", "train")
-"""The parts of a config that decide the adapter; with others it is another run."""
-
-FREE_KEYS = {
-    "train": ("report_to", "resume", "log_every", "save_every", "keep_checkpoints"),
-    "data": ("cache",),
-}
-"""Keys in those parts that do not change the adapter and may differ between two calls."""
 
 
 def run(config: RunConfig, *, force: bool = False) -> "Report":
@@ -63,27 +56,39 @@ def train(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
     """
     from llmtune.training.reporters import check_reporters
 
+    config = anchor_paths(config)
     check_reporters(config.train.report_to)
     source = resolve_base(config.model)
     data = _prepare_data(config, source)
-    identity = _identity(config, source, data)
+    inputs = _train_inputs(config, source, data)
+    interruptions: list[str] = []
 
     def work() -> Mapping[str, Any]:
         from llmtune.stages.train import TrainInputs, run_train_stage
 
-        return run_train_stage(
-            config, TrainInputs(source, data["train"], data["evaluation"], identity)
+        result = run_train_stage(
+            config, TrainInputs(source, data["train"], data["evaluation"], inputs)
         )
+        interruptions.extend(filter(None, [result.pop("interrupted_by")]))
+        return result
 
-    with _open(config, force=force) as ledger:
+    with _open(config, force=force, is_recorded=True) as ledger:
+        has_adapter = config.run.adapter_dir.is_dir()
+        if has_adapter:
+            _refuse_other_inputs(config.run, ledger.manifest.stages.get("train", {}), inputs)
         ledger.describe(
-            base={**source.as_dict(), "fingerprint": identity["base"]},
+            base={**ledger.manifest.base, **source.as_dict(), "fingerprint": inputs["base"]},
             data={name: prepared.report.to_json() for name, prepared in data.items()},
         )
-        result = ledger.stage("train", identity, work)
+        result = ledger.stage("train", inputs, work, is_there=has_adapter)
         precision = {"dtype": result["dtype"], "quantization": config.model.quantization_method}
         ledger.describe(base={**ledger.manifest.base, **precision})
-        return result
+    if interruptions:
+        raise RunInterrupted(
+            f"stopped by {interruptions[0]} after the last step; the adapter is saved. The same "
+            "command goes on from here."
+        )
+    return result
 
 
 def merge(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
@@ -92,6 +97,7 @@ def merge(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
     Raises:
         CheckFailed: the merged model differs from base + adapter; nothing is left in `merged/`.
     """
+    config = anchor_paths(config)
     source = resolve_base(config.model)
     adapter = _trained_adapter(config)
 
@@ -117,35 +123,38 @@ def merge(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
             "base": base_fingerprint(source.dir),
             "merge": config.merge.model_dump(mode="json"),
         }
-        is_gone = not config.run.merged_dir.is_dir()
-        return ledger.stage("merge", inputs, work, force=force or is_gone)
+        is_there = config.run.merged_dir.is_dir()
+        return ledger.stage("merge", inputs, work, is_there=is_there, force=force)
 
 
-def merge_adapter_dir(
-    target: "Target", out_dir: Path, *, strength: float = 1.0, force: bool = False
+def merge_into(
+    target: "Target", out_dir: Path, *, strength: float | None = None, force: bool = False
 ) -> Mapping[str, Any]:
     """Merge an adapter that belongs to no run, or a run's into another place, and check it.
 
+    Args:
+        strength: None is the run's `merge.strength`, or 1.
+        force: replace an earlier merged model in `out_dir`; nothing else is ever replaced.
+
     Raises:
-        LlmtuneError: there is no adapter, or `out_dir` exists and `force` is not given.
+        LlmtuneError: there is no adapter, or `out_dir` may not be written.
         CheckFailed: the merged model differs from base + adapter; `out_dir` is not made.
     """
     from llmtune.merging.config import MergeConfig
+    from llmtune.stages.merge import MergeRequest, run_merge_stage
 
     if target.adapter_dir is None:
         raise LlmtuneError(f"{target.name}: has no adapter to merge")
-    if out_dir.exists() and not force:
-        raise LlmtuneError(f"{out_dir}: exists already; choose another --out, or give --force")
-    from llmtune.stages.merge import MergeRequest, run_merge_stage
-
     knobs = target.config.merge if target.config else MergeConfig()
+    source = resolve_base(target.model)
+    _refuse_to_replace(out_dir, (source.dir, target.adapter_dir), force=force)
     return run_merge_stage(
         MergeRequest(
             model=target.model,
-            source=resolve_base(target.model),
+            source=source,
             adapter_dir=target.adapter_dir,
             out_dir=out_dir,
-            strength=strength,
+            strength=knobs.strength if strength is None else strength,
             max_kl=knobs.max_kl,
         )
     )
@@ -164,14 +173,20 @@ def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
     from llmtune.evaluation.compare import Resampling
     from llmtune.evaluation.scores import read_scores
 
+    config = anchor_paths(config)
     suites = load_suites(config)
     source = resolve_base(config.model)
     adapter = _trained_adapter(config)
+    if "merged" in config.evaluate.arms and not config.run.merged_dir.is_dir():
+        raise LlmtuneError(
+            f"{config.run.path}: has no merged model; make it with: llmtune merge "
+            f"{config.run.path}, or leave it out with evaluate.arms='[base, tuned]'"
+        )
 
     def work() -> Mapping[str, Any]:
         from llmtune.stages.evaluate import run_evaluate_stage
 
-        return run_evaluate_stage(config, suites)
+        return run_evaluate_stage(config, suites, force=force)
 
     with _open(config) as ledger:
         inputs = {
@@ -181,7 +196,8 @@ def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
             "evaluate": config.evaluate.model_dump(mode="json"),
             "suites": {suite.name: suite.fingerprint for suite in suites},
         }
-        ledger.stage("evaluate", inputs, work, force=force)
+        is_there = all(_expected_results(config, suites))
+        ledger.stage("evaluate", inputs, work, is_there=is_there, force=force)
     chosen = config.evaluate
     return read_scores(
         config.run.evaluations_dir,
@@ -239,38 +255,75 @@ def _prepare_data(config: RunConfig, source: BaseSource) -> dict[str, PreparedDa
     return prepared
 
 
-def _identity(
+def _train_inputs(
     config: RunConfig, source: BaseSource, data: Mapping[str, PreparedData]
 ) -> dict[str, str]:
     """Return the hashes of what decides the adapter: base, rows and order, and the knobs."""
     return {
         "base": base_fingerprint(source.dir),
         "data": hash_json({name: prepared.fingerprint for name, prepared in data.items()}),
-        "config": hash_json(_deciding_sections(config)),
+        "config": hash_json(_deciding_knobs(config)),
     }
 
 
-def _deciding_sections(config: RunConfig) -> dict[str, Any]:
-    values = config.model_dump(mode="json")
-    return {
-        section: {
-            key: value
-            for key, value in values[section].items()
-            if key not in FREE_KEYS.get(section, ())
-        }
-        if isinstance(values[section], dict)
-        else values[section]
-        for section in TRAIN_SECTIONS
-    }
+def _deciding_knobs(config: RunConfig) -> dict[str, Any]:
+    """Return the knobs that decide the adapter; base and rows are compared by their content."""
+    values = config.model_dump(
+        mode="json",
+        include={"seed", "model", "adapter", "data"},
+        exclude={
+            "model": {"base", "revision", "trust_remote_code"},
+            "data": {
+                "cache": True,
+                "train": {"__all__": {"path", "revision"}},
+                "evaluation": {"__all__": {"path", "revision"}},
+            },
+        },
+    )
+    return values | {"train": config.train.deciding_knobs()}
 
 
-def _open(config: RunConfig, *, force: bool = False) -> AbstractContextManager[Ledger]:
+def _open(
+    config: RunConfig, *, force: bool = False, is_recorded: bool = False
+) -> AbstractContextManager[Ledger]:
     return open_ledger(
         config.run,
         config.model_dump(mode="json"),
-        deciding=_deciding_sections(config),
+        deciding=_deciding_knobs(config),
+        is_recorded=is_recorded,
         force=force,
     )
+
+
+def _refuse_other_inputs(run: RunDir, record: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    known = record.get("inputs", inputs)
+    other = [name for name in inputs if known.get(name) != inputs[name]]
+    if other:
+        raise LlmtuneError(
+            f"{run.path}: its adapter was trained on another {' and '.join(other)} (compared by "
+            "content); choose another run_dir, or redo this one with --force"
+        )
+
+
+def _refuse_to_replace(out_dir: Path, used: Sequence[Path], *, force: bool) -> None:
+    place = out_dir.resolve()
+    for path in used:
+        if place == path.resolve() or place in path.resolve().parents:
+            raise LlmtuneError(f"{out_dir}: holds what is merged; choose another --out")
+    if not out_dir.exists():
+        return
+    if not force:
+        raise LlmtuneError(f"{out_dir}: exists already; choose another --out, or give --force")
+    if not (out_dir / PROVENANCE_FILE).is_file():
+        raise LlmtuneError(f"{out_dir}: is no merged model of llmtune, so it is not replaced")
+
+
+def _expected_results(config: RunConfig, suites: "Sequence[Suite]") -> Iterator[bool]:
+    """Yield for every result that the evaluate stage leaves whether it is there."""
+    for suite in suites:
+        for arm in config.evaluate.arms:
+            if arm != "merged" or suite.role == "target":
+                yield arm_result_path(config.run.evaluations_dir, suite.name, arm).is_file()
 
 
 def _trained_adapter(config: RunConfig) -> str:

@@ -77,9 +77,7 @@ def test_the_stages_can_be_called_alone(tmp_path):
 
 
 def test_training_teaches_the_task(tmp_path):
-    config = load_config(
-        make_project(tmp_path), ["train.max_steps=30", "train.learning_rate=1e-2"]
-    )
+    config = load_config(make_project(tmp_path), ["train.max_steps=30", "train.learning_rate=1e-2"])
     result = train(config)
     lines = [json.loads(line) for line in config.run.metrics_path.read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from llmtune.answering.live import load_live
 from llmtune.evaluation.compare import Resampling
+from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.run import Progress, ScoringSettings, evaluate_arms
 from llmtune.evaluation.scores import Scores, summarize_scores
 from llmtune.evaluation.suite import load_suite
@@ -17,23 +18,32 @@ log = logging.getLogger("llmtune")
 def score_target(name: str, overrides: Sequence[str], suites: Sequence[str]) -> Scores:
     """Score the target's arms on `suites`: base and tuned with an adapter, else the model alone.
 
-    A run keeps the results among its own, so that its report has them too.
+    Nothing is kept on disk; a run's own results and its report stay as they are. Where the target
+    is a run, its `evaluate` section says how items are chosen and intervals are made.
 
     Raises:
         LlmtuneError: a suite or the target cannot be read or does not fit the other.
     """
     target = resolve_target(name, overrides)
-    chosen = target.config.evaluate if target.config else None
-    loaded_suites = [load_suite(suite, limit=chosen.limit if chosen else None) for suite in suites]
+    chosen = target.config.evaluate if target.config else EvaluateConfig()
+    loaded_suites = [load_suite(each, seed=chosen.seed, limit=chosen.limit) for each in suites]
     live = load_live(target)
     results = evaluate_arms(
         live.scored,
         loaded_suites,
         arms=tuple(reversed(live.arms)),
-        results_dir=target.config.run.evaluations_dir if target.config else None,
-        settings=ScoringSettings(on_progress=ProgressLog()),
+        settings=scoring_settings(chosen),
     )
-    return summarize_scores(results, Resampling())
+    resampling = Resampling(chosen.confidence, chosen.bootstrap_samples, chosen.seed)
+    return summarize_scores(results, resampling)
+
+
+def scoring_settings(config: EvaluateConfig) -> ScoringSettings:
+    """Return how items are scored, with progress to the log."""
+    budget = config.token_budget
+    return ScoringSettings(
+        token_budget=None if budget == "auto" else budget, on_progress=ProgressLog()
+    )
 
 
 class ProgressLog:

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import click
+from rich import box
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from llmtune.commands.options import stdout, with_output_options
 
@@ -25,9 +28,12 @@ def runs(directory: Path, quiet: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([each.__dict__ for each in found], indent=2))
         return
-    table = Table("run", "state", "verdict", "base", "created")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("run", "state", "verdict", "base", "created"):
+        table.add_column(heading, overflow="fold")
     for each in found:
-        table.add_row(each.path, each.state, each.verdict or "", each.base, each.created)
+        cells = (each.path, each.state, each.verdict or "", each.base, each.created)
+        table.add_row(*map(Text, cells))
     stdout().print(table)
 
 
@@ -47,8 +53,8 @@ def doctor(quiet: bool, as_json: bool) -> None:
     else:
         marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "broken": "[red]broken[/]"}
         for finding in findings:
-            fix = f"\n         {finding.fix}" if finding.fix else ""
-            line = f"{marks[finding.state]:>6}  {finding.subject}: {finding.found}{fix}"
-            stdout().print(line, soft_wrap=True)
+            fix = f"\n        {finding.fix}" if finding.fix else ""
+            line = escape(f"{finding.subject}: {finding.found}{fix}")
+            stdout().print(f"{marks[finding.state]:>6}  {line}", soft_wrap=True)
     if any(finding.state == "broken" for finding in findings):
         raise click.exceptions.Exit(1)

@@ -31,7 +31,9 @@ def print_result(result: Any, as_json: bool, render: Callable[[], Any]) -> None:
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
-        stdout().print(render(), soft_wrap=True)
+        shown = render()
+        # A text may hold paths and names with brackets, which are not markup.
+        stdout().print(shown, soft_wrap=True, markup=not isinstance(shown, str))
 
 
 def stdout() -> Console:

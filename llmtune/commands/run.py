@@ -77,7 +77,9 @@ def train(
 @click.command()
 @TARGET_ARGUMENT
 @OVERRIDES_ARGUMENT
-@click.option("--strength", type=float, help="How much of the adapter is added (default 1).")
+@click.option(
+    "--strength", type=click.FloatRange(min=0), help="How much of the adapter is added (default 1)."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Where the merged model goes.")
 @FORCE_OPTION
 @with_output_options
@@ -106,8 +108,7 @@ def merge(  # noqa: PLR0913 (one argument an option)
     if out is None and named.config is None:
         raise LlmtuneError(f"{target}: is not a run; say where the merged model goes with --out")
     if out is not None:
-        chosen = 1.0 if strength is None else strength
-        result = pipeline.merge_adapter_dir(named, out, strength=chosen, force=force)
+        result = pipeline.merge_into(named, out, strength=strength, force=force)
     else:
         more = () if strength is None else (f"merge.strength={strength}",)
         result = pipeline.merge(require_run(target, (*overrides, *more)), force=force)
@@ -143,6 +144,7 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
     if suites:
         from llmtune.answering.score import score_target
 
+        # Such scores are printed and not kept, so there is nothing that --force would redo.
         scores = score_target(target, overrides, suites)
     else:
         from llmtune import pipeline

@@ -80,6 +80,7 @@ def evaluate_arms(
     *,
     arms: Sequence[str] = (BASE_ARM, "tuned"),
     results_dir: Path | None = None,
+    reuse: bool = True,
     settings: ScoringSettings = DEFAULT_SETTINGS,
 ) -> dict[str, dict[str, ArmResult]]:
     """Score every suite on every arm of one loaded model.
@@ -90,6 +91,7 @@ def evaluate_arms(
     Args:
         results_dir: results are kept here as `<suite>.<arm>.json`, each written when it is
             finished; one that is there with the same recipe and model is read instead.
+        reuse: False scores again what is there.
 
     Returns:
         suite name -> arm -> result.
@@ -106,7 +108,7 @@ def evaluate_arms(
         with _as_arm(scored, arm) as model:
             for suite in suites:
                 result = None
-                if results_dir is not None:
+                if results_dir is not None and reuse:
                     result = _read_finished(results_dir, model, suite, arm, settings)
                 if result is None:
                     result = evaluate_suite(model, suite, arm=arm, settings=settings)

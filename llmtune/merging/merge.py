@@ -18,11 +18,10 @@ from llmtune.environment import versions
 from llmtune.errors import LlmtuneError
 from llmtune.merging.changes import MergePlan
 from llmtune.merging.plan import plan_merge
+from llmtune.merging.provenance import PROVENANCE_FILE
 from llmtune.merging.shards import merged_bytes, write_shards
 from llmtune.merging.sidecar import sidecar_sources, write_sidecar
 from llmtune.safetensors_io import CheckpointIndex
-
-PROVENANCE_FILE = "llmtune_merge.json"
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -97,7 +96,7 @@ def write_merge(
         provenance = json.dumps(_provenance(plan, result), indent=2) + "\n"
         (directory / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
         _flush(directory)
-        _move_into_place(directory, out_dir)
+        move_into_place(directory, out_dir)
     return result
 
 
@@ -186,7 +185,8 @@ def _flush(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _move_into_place(directory: Path, out_dir: Path) -> None:
+def move_into_place(directory: Path, out_dir: Path) -> None:
+    """Rename `directory` to `out_dir`; what was there stays until the new one is in place."""
     directory.chmod(0o755)
     replaced = None
     if out_dir.exists():

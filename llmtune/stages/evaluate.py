@@ -8,14 +8,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.answering.live import LiveTarget, load_live
-from llmtune.answering.score import ProgressLog
+from llmtune.answering.score import scoring_settings
 from llmtune.config import RunConfig
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import prepare_examples
 from llmtune.data.render import render_messages
 from llmtune.evaluation.requests import encode_prompts
 from llmtune.evaluation.results import ArmResult
-from llmtune.evaluation.run import ScoringSettings, evaluate_arms
+from llmtune.evaluation.run import evaluate_arms
 from llmtune.evaluation.suite import Suite
 from llmtune.open_prompts import OPEN_PROMPTS
 from llmtune.run_dir import atomic_write_json
@@ -28,21 +28,25 @@ SHOWN_OPEN_PROMPTS = 4
 SHOWN_NEW_TOKENS = 48
 
 
-def run_evaluate_stage(config: RunConfig, suites: Sequence[Suite]) -> dict[str, Any]:
+def run_evaluate_stage(
+    config: RunConfig, suites: Sequence[Suite], *, force: bool = False
+) -> dict[str, Any]:
     """Score the run's arms on its suites and write both models' answers to a few prompts.
 
-    Results are kept one file a suite and arm; the merged model is scored on the target suites.
+    Results are kept one file a suite and arm; those of the same recipe and model are read instead
+    of scored again, unless `force`. The merged model is scored on the target suites.
     """
     run = config.run
     target = Target(str(run.path), config.model, run.adapter_dir, run.merged_dir, config)
     live = load_live(target, "tuned")
-    settings = scoring_settings(config)
+    settings = scoring_settings(config.evaluate)
     arms = [arm for arm in ("base", "tuned") if arm in config.evaluate.arms]
     scores = evaluate_arms(
         live.scored,
         suites,
         arms=arms,
         results_dir=run.evaluations_dir,
+        reuse=not force,
         settings=settings,
     )
     atomic_write_json(run.generations_path, _side_by_side(live, config, suites))
@@ -56,19 +60,12 @@ def run_evaluate_stage(config: RunConfig, suites: Sequence[Suite]) -> dict[str, 
             targets,
             arms=("merged",),
             results_dir=run.evaluations_dir,
+            reuse=not force,
             settings=settings,
         )
         for name, by_arm in merged_scores.items():
             scores[name] |= by_arm
     return {name: _means(by_arm) for name, by_arm in scores.items()}
-
-
-def scoring_settings(config: RunConfig) -> ScoringSettings:
-    """Return how this run's items are scored, with progress to the log."""
-    budget = config.evaluate.token_budget
-    return ScoringSettings(
-        token_budget=None if budget == "auto" else budget, on_progress=ProgressLog()
-    )
 
 
 def _means(by_arm: dict[str, ArmResult]) -> dict[str, float]:

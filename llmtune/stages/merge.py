@@ -18,7 +18,7 @@ from llmtune.data.render import encode_plain, render_messages
 from llmtune.errors import CheckFailed
 from llmtune.evaluation.requests import build_choice_requests
 from llmtune.evaluation.suite import Suite
-from llmtune.merging.merge import write_merge
+from llmtune.merging.merge import move_into_place, remove_leftovers, write_merge
 from llmtune.merging.plan import plan_merge
 from llmtune.merging.verify import VerifyPrompts, VerifyResult, verify_merge
 from llmtune.models.config import ModelConfig
@@ -63,7 +63,9 @@ def run_merge_stage(request: MergeRequest) -> dict[str, Any]:
     plan = plan_merge(request.source.dir, request.adapter_dir, strength=request.strength)
     for notice in plan.notices:
         log.info("merge: %s", notice)
-    unchecked = request.out_dir.with_name(f".{request.out_dir.name}.unchecked")
+    out_dir = request.out_dir.absolute()
+    unchecked = out_dir.with_name(f".{out_dir.name}.unchecked")
+    remove_leftovers(out_dir)
     result = write_merge(plan, unchecked, overwrite=True)
     log.info(
         "merge: %d of %d tensors changed, %.1f s; checking against the live adapter",
@@ -76,14 +78,12 @@ def run_merge_stage(request: MergeRequest) -> dict[str, Any]:
         # One list of stop tokens for everything that is saved, and a config that can be saved.
         loaded.model.generation_config.save_pretrained(unchecked)
         check = _check(request, loaded, unchecked)
-        if check is not None and check.kl > request.max_kl:
+        if check is not None and not check.kl <= request.max_kl:
             raise CheckFailed(
                 f"merged model and live adapter differ by {check.kl:.4f} nats/token (KL), more "
                 f"than merge.max_kl={request.max_kl:g}; nothing was left in {request.out_dir}"
             )
-        if request.out_dir.exists():
-            shutil.rmtree(request.out_dir)
-        unchecked.rename(request.out_dir)
+        move_into_place(unchecked, request.out_dir)
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)
     return {

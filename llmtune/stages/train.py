@@ -52,6 +52,7 @@ def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
             seed=config.seed,
             identity=inputs.identity,
             packing=config.data.packing,
+            quiet=not log.isEnabledFor(logging.INFO),
         ),
     )
     save_adapter(injected.model, config.run.adapter_dir, _adapter_manifest(config, inputs, loaded))

@@ -1,7 +1,7 @@
 """The knobs of the training stage."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -19,6 +19,23 @@ class EarlyStopping(Section):
     min_delta: float = Field(
         0.0, ge=0, description="Fall of the metric (nats a token) that counts as an improvement."
     )
+
+
+RESULT_KNOBS = frozenset(
+    {
+        "learning_rate",
+        "max_steps",
+        "num_epochs",
+        "batch_size",
+        "schedule",
+        "warmup_ratio",
+        "weight_decay",
+        "max_grad_norm",
+        "optimizer",
+        "neftune_alpha",
+    }
+)
+"""What changes the trained weights; the other knobs may differ when a run is continued."""
 
 
 class TrainConfig(Section):
@@ -93,6 +110,13 @@ class TrainConfig(Section):
         if self.early_stopping is not None and self.eval_every is None:
             raise ValueError("early_stopping needs eval_every: the steps between evaluations")
         return self
+
+    def deciding_knobs(self) -> dict[str, Any]:
+        """Return, as JSON values, the knobs that decide which weights come out."""
+        knobs = set(RESULT_KNOBS)
+        if self.early_stopping is not None:
+            knobs |= {"early_stopping", "eval_every"}
+        return self.model_dump(mode="json", include=knobs)
 
     def total_steps(self, num_rows: int) -> int:
         """Return the optimizer steps over `num_rows` rows; an epoch's last step may be short."""

@@ -54,6 +54,8 @@ class TrainResult:
     final_eval_loss: float | None
     best_checkpoint: str | None
     stopped_by: Literal["max_steps", "early_stopping"]
+    interrupted_by: str | None = None
+    """A signal that came while the last step was being done; the training is complete."""
     choices: dict[str, str] = field(default_factory=dict)
 
 

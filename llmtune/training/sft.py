@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,20 +39,6 @@ from llmtune.training.trainer import AdapterTrainer
 from llmtune.training.watch import build_watches
 
 __all__ = ["TrainRequest", "TrainResult", "train_adapter"]
-
-# What changes the trained weights; the other knobs may differ when a run is continued.
-RESULT_KNOBS = {
-    "learning_rate",
-    "max_steps",
-    "num_epochs",
-    "batch_size",
-    "schedule",
-    "warmup_ratio",
-    "weight_decay",
-    "max_grad_norm",
-    "optimizer",
-    "neftune_alpha",
-}
 
 
 def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
@@ -103,7 +90,8 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
         metrics = MetricsLog(request.run.metrics_path, resumed_step=start.steps)
         stack.callback(metrics.close)
         steps = _run(_build_trainer(request, setup, context, metrics), start)
-        return _finish(request, start.totals, steps, setup.choices, progress)
+        result = _finish(request, start.totals, steps, setup.choices, progress)
+        return replace(result, interrupted_by=interruption.signal_name)
 
 
 class _Start(NamedTuple):
@@ -136,7 +124,7 @@ def _check_request(config: TrainConfig, request: TrainRequest) -> None:
 
 
 def _own_identity(config: TrainConfig, request: TrainRequest) -> str:
-    return hash_json({**config.model_dump(mode="json", include=RESULT_KNOBS), "seed": request.seed})
+    return hash_json({**config.deciding_knobs(), "seed": request.seed})
 
 
 def _find_start(
