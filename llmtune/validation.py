@@ -1,9 +1,10 @@
 """From a sourced tree to a section, or to one error naming every problem, its place and mend."""
 
 import difflib
+import re
 import types
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -13,6 +14,17 @@ from llmtune.schema import Section
 from llmtune.yaml_source import KeyPath, SourcedTree
 
 SectionT = TypeVar("SectionT", bound=Section)
+
+MAPPING_ERRORS = ("model_type", "model_attributes_type", "dict_type")
+
+# From pydantic's words to ours, applied in this order: (pattern, replacement).
+PLAIN_WORDS = (
+    (r", unable to parse.*| after validation, not \d+$|, got a number with.*", ""),
+    (r"^Input is not a valid path for .*", "a path"),
+    (r"^String should match pattern ", "text that matches "),
+    (r"^\w+ should (be|have) ", ""),
+    (r"^a valid (list|tuple|set|frozenset)$", "a list"),
+)
 
 
 def validate_section(section: type[SectionT], tree: SourcedTree) -> SectionT:
@@ -36,16 +48,18 @@ def known_keys(section: type[Section]) -> dict[KeyPath, set[str]]:
     Positions in lists and names in open mappings are written `*`.
     """
     found: dict[KeyPath, set[str]] = {}
-    _collect(section, (), found)
+    for path, child in _sections_under(section, ()):
+        found.setdefault(path, set()).update(child.model_fields)
     return found
 
 
-def _collect(section: type[Section], path: KeyPath, found: dict[KeyPath, set[str]]) -> None:
-    keys = found.setdefault(path, set())
+def _sections_under(
+    section: type[Section], path: KeyPath
+) -> Iterator[tuple[KeyPath, type[Section]]]:
+    yield path, section
     for name, info in section.model_fields.items():
-        keys.add(name)
         for child, inner in _sections_in(info.annotation, (*path, name)):
-            _collect(child, inner, found)
+            yield from _sections_under(child, inner)
 
 
 def _sections_in(annotation: Any, path: KeyPath) -> Iterator[tuple[type[Section], KeyPath]]:
@@ -81,8 +95,38 @@ def _describe(section: type[Section], tree: SourcedTree, error: ErrorDetails) ->
         return f"{start}{context['discriminator']} is one of {choices}; found {context['tag']!r}"
     if error["type"] == "union_tag_not_found":
         return f"{start}expected a mapping with the key {context['discriminator']}"
-    expected = error["msg"].removeprefix("Input should be ").partition(", unable to parse")[0]
+    if error["type"] in MAPPING_ERRORS:
+        expected = _mapping(section, path, error["input"])
+    else:
+        expected = _plain(error["msg"])
     return f"{start}expected {expected}, found {_short(error['input'])}"
+
+
+def _plain(message: str) -> str:
+    """Return what pydantic says was expected, in words that need no knowledge of Python."""
+    for pattern, words in PLAIN_WORDS:
+        message = re.sub(pattern, words, message)
+    return message
+
+
+def _mapping(section: type[Section], path: KeyPath, value: Any) -> str:
+    """Say which mapping `path` expects; a member of a union is named by its tag."""
+    general = tuple("*" if isinstance(part, int) else part for part in path)
+    members = [child for where, child in _sections_under(section, ()) if where == general]
+    if not members:
+        return "a mapping"
+    if len(members) == 1:
+        return f"a mapping with keys such as {', '.join(list(members[0].model_fields)[:3])}"
+    tags = {
+        tag: name
+        for member in members
+        for name, info in member.model_fields.items()
+        if get_origin(info.annotation) is Literal
+        for tag in get_args(info.annotation)
+        if len(get_args(info.annotation)) == 1
+    }
+    tag = value if isinstance(value, str) and value in tags else next(iter(tags))
+    return f"a mapping such as {{{tags[tag]}: {tag}}}"
 
 
 def _written_path(tree: SourcedTree, error: ErrorDetails) -> KeyPath:

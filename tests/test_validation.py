@@ -1,5 +1,6 @@
 """Config errors: all at once, each with place, key, expectation and the nearest valid key."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -23,7 +24,14 @@ class Square(Section):
 
 class Drawing(Section):
     shape: Annotated[Circle | Square, Field(discriminator="kind")] = Circle()
+    frame: Annotated[Circle | Square, Field(discriminator="kind")] | None = None
     more: list[Circle] = []
+    colors: Annotated[list[int], Field(min_length=1)] = [0]
+    texture: Path | None = None
+    code: Annotated[str, Field(pattern=r"^[a-z]+$")] = "a"
+    steps: Literal["auto"] | int = "auto"
+    filled: Literal["auto"] | bool = "auto"
+    weights: dict[str, float] = {}
     title: str
     width: int | None = None
 
@@ -68,6 +76,47 @@ def test_a_rule_between_keys_speaks_for_itself(tmp_path):
     assert message(tmp_path, "title: x\nwidth: 13\n").endswith(
         "width 13 brings bad luck; choose another"
     )
+
+
+@pytest.mark.parametrize("text", [".inf", "-.inf", ".nan"])
+def test_a_number_must_be_finite(tmp_path, text):
+    found = message(tmp_path, f"title: x\nshape: {{kind: circle, radius: {text}}}\n")
+    assert found.startswith("FILE:2: shape.radius: expected a finite number, found ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("colors: []", "colors: expected at least 1 item, found []"),
+        ("texture: 3", "texture: expected a path, found 3"),
+        ("code: A1", "code: expected text that matches '^[a-z]+$', found 'A1'"),
+        ("weights: 3", "weights: expected a mapping, found 3"),
+        ("more: {}", "more: expected a list, found {}"),
+        ("frame: square", "frame: expected a mapping such as {kind: square}, found 'square'"),
+        ("frame: 3", "frame: expected a mapping such as {kind: circle}, found 3"),
+        ("shape: square", "shape: expected a mapping such as {kind: square}, found 'square'"),
+        ("more: [wide]", "more.0: expected a mapping with keys such as kind, radius, found 'wide'"),
+    ],
+)
+def test_what_was_expected_is_said_in_plain_words(tmp_path, text, expected):
+    assert message(tmp_path, f"title: x\n{text}\n") == f"FILE:2: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("width: true", "width: expected a valid integer, found 'true'"),
+        ("steps: false", "steps: expected a valid integer, found 'false'"),
+        ("colors: [1, true]", "colors.1: expected a valid integer, found 'true'"),
+        ("weights: {a: true}", "weights.a: expected a valid number, found 'true'"),
+    ],
+)
+def test_true_is_not_a_number(tmp_path, text, expected):
+    assert f"FILE:2: {expected}" in message(tmp_path, f"title: x\n{text}\n").splitlines()
+
+
+def test_true_stays_true_where_it_may_stand():
+    assert validate_section(Drawing, SourcedTree({"title": "x", "filled": True})).filled is True
 
 
 def test_known_keys_covers_every_member_of_a_union():
