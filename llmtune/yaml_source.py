@@ -44,6 +44,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: `1e-4` is a number, and `yes`, `no`, `on`, `off` are words."""
 
 
+MERGE_TAG = "tag:yaml.org,2002:merge"
 _REPLACED_TAGS = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"}
 _Loader.yaml_implicit_resolvers = {
     first: [pair for pair in pairs if pair[0] not in _REPLACED_TAGS]
@@ -66,7 +67,8 @@ def read_yaml(path: Path) -> SourcedTree:
     """Read a YAML mapping; every key path remembers `file:line`.
 
     Raises:
-        LlmtuneError: the file is missing, is not YAML, is not a mapping, or repeats a key.
+        LlmtuneError: the file is missing, is not YAML, is not a mapping, repeats a key in one
+            mapping (a key beside a merge `<<` overrides it), or has an alias to what it stands in.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -75,18 +77,14 @@ def read_yaml(path: Path) -> SourcedTree:
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         raise LlmtuneError(f"{path}: cannot be read as a YAML file: {error}") from None
     try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            origins: dict[KeyPath, str] = {}
-            values = _construct(loader, node, (), str(path), origins) if node else {}
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
+        origins: dict[KeyPath, str] = {}
+        values = _parse(text, str(path), origins)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or error
         raise LlmtuneError(f"{place}: not valid YAML: {problem}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise LlmtuneError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     return SourcedTree(values, origins)
@@ -107,8 +105,8 @@ def apply_overrides(tree: SourcedTree, overrides: Sequence[str]) -> SourcedTree:
             )
         path = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
         try:
-            value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-        except yaml.YAMLError:
+            value = _parse(text, f"override {override!r}", {})
+        except (yaml.YAMLError, ValueError):
             raise LlmtuneError(
                 f"override {override!r}: the value is not valid YAML; quote it"
             ) from None
@@ -119,20 +117,62 @@ def apply_overrides(tree: SourcedTree, overrides: Sequence[str]) -> SourcedTree:
     return SourcedTree(values, origins)
 
 
+def _parse(text: str, file: str, origins: dict[KeyPath, str]) -> Any:
+    """Return the value of a YAML text, and put into `origins` where each key stands."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        _check_node(loader, node, file, (), set())
+        return _construct(loader, node, (), file, origins) if node else None
+    finally:
+        loader.dispose()
+
+
+def _check_node(
+    loader: _Loader,
+    node: yaml.Node | None,
+    file: str,
+    holders: tuple[yaml.Node, ...],
+    checked: set[yaml.Node],
+) -> None:
+    """Refuse repeated keys, before merges are laid into their mappings, and endless aliases."""
+    if not isinstance(node, yaml.CollectionNode):
+        return
+    if node in holders:
+        line = node.start_mark.line + 1
+        raise LlmtuneError(f"{file}:{line}: the value that begins here holds itself (an alias *)")
+    if node in checked:
+        return
+    checked.add(node)
+    children = node.value
+    if isinstance(node, yaml.MappingNode):
+        children = [value for _, value in node.value]
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == MERGE_TAG:
+                continue
+            key = _key(loader, key_node)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise LlmtuneError(f"{file}:{line}: {key}: the key is given twice; keep one")
+            seen.add(key)
+    for child in children:
+        _check_node(loader, child, file, (*holders, node), checked)
+
+
+def _key(loader: _Loader, node: yaml.Node) -> str:
+    return str(loader.construct_object(node, deep=True))
+
+
 def _construct(
     loader: _Loader, node: yaml.Node, path: KeyPath, file: str, origins: dict[KeyPath, str]
 ) -> Any:
     if isinstance(node, yaml.MappingNode):
-        loader.flatten_mapping(node)
+        loader.flatten_mapping(node)  # merged pairs come first, so that the mapping's own win
+        pairs = {_key(loader, pair[0]): pair for pair in node.value}
         mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            place = f"{file}:{key_node.start_mark.line + 1}"
-            if not isinstance(key, str):
-                key = str(key)
-            if key in mapping:
-                raise LlmtuneError(f"{place}: {key}: the key is given twice; keep one")
-            origins[(*path, key)] = place
+        for key, (key_node, value_node) in pairs.items():
+            origins[(*path, key)] = f"{file}:{key_node.start_mark.line + 1}"
             mapping[key] = _construct(loader, value_node, (*path, key), file, origins)
         return mapping
     if isinstance(node, yaml.SequenceNode):

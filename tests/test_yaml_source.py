@@ -41,6 +41,42 @@ def test_a_repeated_key_is_an_error_with_its_line(tmp_path):
         read_yaml(path)
 
 
+@pytest.mark.parametrize(
+    "text", ["a: &x [*x]", "a: &x {b: *x}", "a: &x {b: {<<: *x}}", "a: &x {b: [1, {c: *x}]}"]
+)
+def test_an_alias_to_what_it_stands_in_is_an_error_with_its_line(tmp_path, text):
+    path = write(tmp_path, text)
+    with pytest.raises(LlmtuneError, match=rf"{path}:1: .* holds itself"):
+        read_yaml(path)
+
+
+def test_a_key_given_beside_a_merge_wins_wherever_it_stands(tmp_path):
+    path = write(
+        tmp_path,
+        "base: &base {rank: 8, alpha: 16}\n"
+        "more: &more\n  <<: *base\n  alpha: 4\n"
+        "last:\n  dropout: 0\n  rank: 2\n  <<: *more\n"
+        "same: *more\n",
+    )
+    tree = read_yaml(path)
+    assert tree.values["more"] == {"rank": 8, "alpha": 4}
+    assert tree.values["last"] == {"rank": 2, "alpha": 4, "dropout": 0}
+    assert tree.values["same"] == tree.values["more"]
+    assert tree.origin(("more", "alpha")) == f"{path}:4"
+    assert tree.origin(("more", "rank")) == f"{path}:1"
+
+
+def test_the_earlier_of_two_merged_mappings_wins(tmp_path):
+    text = "a: &a {x: 1}\nb: &b {x: 2, y: 2}\nc:\n  <<: [*a, *b]\n"
+    assert read_yaml(write(tmp_path, text)).values["c"] == {"x": 1, "y": 2}
+
+
+def test_a_key_repeated_beside_a_merge_is_still_an_error(tmp_path):
+    path = write(tmp_path, "a: &a {x: 1}\nb:\n  <<: *a\n  x: 2\n  x: 3\n")
+    with pytest.raises(LlmtuneError, match=rf"{path}:5: x: the key is given twice"):
+        read_yaml(path)
+
+
 @pytest.mark.parametrize("text", ["a: [1,\nb: 2", "a: 'x", "\tb: 1"])
 def test_broken_yaml_is_named_with_its_line(tmp_path, text):
     with pytest.raises(LlmtuneError, match=r"config.yaml:\d+: not valid YAML"):
@@ -69,7 +105,9 @@ def test_overrides_are_yaml_and_remember_themselves(tmp_path):
     assert tree.values["a"] == {"b": 1}
 
 
-@pytest.mark.parametrize("override", ["a", "=1", "a.b.c=1", "rows.7.path=x", "a.b=[1,"])
+@pytest.mark.parametrize(
+    "override", ["a", "=1", "a.b.c=1", "rows.7.path=x", "a.b=[1,", "a=&x [*x]", "a={b: 1, b: 2}"]
+)
 def test_an_override_that_cannot_be_laid_is_refused(tmp_path, override):
     tree = read_yaml(write(tmp_path, "a: {b: 1}\nrows: [{path: x}]\n"))
     with pytest.raises(LlmtuneError, match="override"):
