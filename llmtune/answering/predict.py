@@ -73,13 +73,20 @@ def run_predict(name: str, overrides: Sequence[str], settings: PredictSettings) 
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Read a JSONL of prompts; every bad row is named by file and line."""
+    """Read a JSONL of prompts, with or without a byte order mark.
+
+    Raises:
+        LlmtuneError: the file cannot be read or is empty, or rows are not prompts: each by file
+            and line.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 may stand in a string
     except FileNotFoundError:
         raise LlmtuneError(f"{path}: no such file; expected a JSONL of prompts") from None
     except UnicodeDecodeError as error:
         raise LlmtuneError(f"{path}: not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise LlmtuneError(f"{path}: cannot be read: {error.strerror}") from None
     rows, problems = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -104,23 +111,30 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 def _problem(row: Any) -> str | None:
     if not isinstance(row, dict):
         return f"expected a JSON object, found {type(row).__name__}"
+    messages = row.get("messages")
+    if messages is not None:
+        is_list = isinstance(messages, list) and bool(messages)
+        if is_list and all(map(_is_message, messages)) and messages[-1]["role"] != "assistant":
+            return None
+        return (
+            "`messages` must be a list of objects with role and content, the last not by the "
+            "assistant"
+        )
     if isinstance(row.get("prompt"), str) and row["prompt"].strip():
         return None
-    messages = row.get("messages")
-    if isinstance(messages, list) and messages:
-        is_message = all(
-            isinstance(each, dict) and isinstance(each.get("content"), str) and each.get("role")
-            for each in messages
-        )
-        if is_message and messages[-1]["role"] != "assistant":
-            return None
-        return "`messages` must be objects with role and content, the last not by the assistant"
     return f"expected `prompt` (text) or `messages` (a list), found keys {sorted(row)}"
+
+
+def _is_message(value: Any) -> bool:
+    is_text = isinstance(value, dict) and all(
+        isinstance(value.get(key), str) for key in ("role", "content")
+    )
+    return is_text and bool(value["role"])
 
 
 def _render(live: LiveTarget, row: dict[str, Any]) -> list[int]:
     tokenizer = live.loaded.tokenizer
-    if "messages" in row and row["messages"]:
+    if row.get("messages") is not None:
         require_chat_template(tokenizer)
         return render_messages(tokenizer, row["messages"], add_generation_prompt=True)
     if tokenizer.chat_template is None:

@@ -1,6 +1,8 @@
 """chat and predict: what a model says."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,13 +15,41 @@ from llmtune.commands.options import (
 )
 
 
+class _Temperature(click.FloatRange):
+    """A finite number from 0 on; click's own range lets nan through."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+MAX_NEW_TOKENS_OPTION = click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Longest answer, in tokens.",
+)
+TEMPERATURE_OPTION = click.option(
+    "--temperature",
+    type=_Temperature(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token.",
+)
+
+
 @click.command()
 @TARGET_ARGUMENT
 @OVERRIDES_ARGUMENT
 @click.option("--arm", type=click.Choice(["base", "tuned", "merged"]), help="Who answers first.")
 @click.option("--system", help="A system prompt.")
-@click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
+@MAX_NEW_TOKENS_OPTION
+@TEMPERATURE_OPTION
 @with_output_options
 def chat(  # noqa: PLR0913 (one argument an option)
     target: str,
@@ -53,8 +83,8 @@ def chat(  # noqa: PLR0913 (one argument an option)
 @click.option("--input", "input_path", required=True, type=click.Path(path_type=Path))
 @click.option("--output", "output_path", required=True, type=click.Path(path_type=Path))
 @click.option("--arm", type=click.Choice(["base", "tuned", "merged"]), help="Who answers.")
-@click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
+@MAX_NEW_TOKENS_OPTION
+@TEMPERATURE_OPTION
 @with_output_options
 def predict(  # noqa: PLR0913 (one argument an option)
     target: str,
