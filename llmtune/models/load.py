@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from llmtune.errors import LlmtuneError
-from llmtune.models.checkpoint import read_model_config
+from llmtune.models.checkpoint import SAFETENSORS_NAMES, has_weights, read_model_config
 from llmtune.models.config import ModelConfig
 from llmtune.models.generation import repair_generation_config
 from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
@@ -124,7 +124,9 @@ def _load_weights(
         "dtype": dtype,
         "device_map": {"": str(device)},
         "trust_remote_code": config.trust_remote_code,
-        "use_safetensors": config.weights == "safetensors",
+        "use_safetensors": (
+            config.weights == "safetensors" or has_weights(source.dir, SAFETENSORS_NAMES)
+        ),
         "weights_only": True,
         "local_files_only": True,
         "output_loading_info": True,

@@ -194,6 +194,15 @@ def test_pickled_weights_load_when_asked_for(editable):
     assert len(loaded.fingerprint) == 64
 
 
+def test_safetensors_are_loaded_before_pickled_weights(editable):
+    expected = load(editable).model.lm_head.weight
+    assert torch.equal(load(editable, weights="any").model.lm_head.weight, expected)
+
+    zeros = {name: 0 * tensor for name, tensor in load_file(editable / "model.safetensors").items()}
+    torch.save(zeros, editable / "pytorch_model.bin")
+    assert torch.equal(load(editable, weights="any").model.lm_head.weight, expected)
+
+
 def test_generation_config_that_cannot_be_saved_is_repaired(editable, tmp_path):
     (editable / "generation_config.json").write_text(
         json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 3})
