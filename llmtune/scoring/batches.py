@@ -99,17 +99,25 @@ def float32_head(model: nn.Module) -> Iterator[None]:
         yield
         return
 
-    def recompute(module: nn.Linear, inputs: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
-        hidden = inputs[0].float()
-        weights = module.weight.split(HEAD_ROWS)
-        logits = torch.cat([hidden @ rows.float().T for rows in weights], dim=-1)
-        return logits if module.bias is None else logits + module.bias.float()
+    def compute(hidden: torch.Tensor) -> torch.Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-1]).float()
+        logits = rows.new_empty(len(rows), head.out_features)
+        for start in range(0, head.out_features, HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
+            logits[:, part] = rows @ head.weight[part].float().T
+        if head.bias is not None:
+            logits += head.bias.float()
+        return logits.view(*hidden.shape[:-1], head.out_features)
 
-    handle = head.register_forward_hook(recompute)
+    patched = vars(head).get("forward")
+    head.forward = compute
     try:
         yield
     finally:
-        handle.remove()
+        if patched is None:
+            del head.forward
+        else:
+            head.forward = patched
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -122,14 +130,19 @@ def model_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def batch_by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def batch_by_length(
+    lengths: Sequence[int], token_budget: int, *, max_rows: int | None = None
+) -> list[list[int]]:
     """Group indices into batches, longest first, with rows x longest <= `token_budget`.
 
-    A single row longer than the budget is a batch of its own.
+    A single row longer than the budget is a batch of its own. `max_rows` bounds what grows with
+    the rows, whatever their length: the logits of the last positions, a shared prefix's cache.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
+        rows = len(batches[-1]) + 1 if batches else 0
+        has_room = max_rows is None or rows <= max_rows
+        if batches and has_room and rows * lengths[batches[-1][0]] <= token_budget:
             batches[-1].append(index)
         else:
             batches.append([index])
@@ -181,10 +194,29 @@ def run_forward(
         arguments["position_ids"] = positions[:, -batch.input_ids.shape[1] :]
     if "logits_to_keep" in accepted:
         arguments["logits_to_keep"] = logits_to_keep
-    outputs = model(**arguments)
+    with _whole_head_input(model):
+        outputs = model(**arguments)
     assert outputs.logits is not None, "the model was patched to return no logits"
     kept = outputs.logits[:, -logits_to_keep:] if logits_to_keep else outputs.logits
     return ForwardResult(kept, outputs.past_key_values if keep_cache else None)
+
+
+@contextlib.contextmanager
+def _whole_head_input(model: nn.Module) -> Iterator[None]:
+    """Copy the LM head's input where it is a slice of the hidden states.
+
+    A linear layer runs [B, 1, H] that is a slice as B matrix products, and on a CPU the 16-bit
+    kernel first writes the head's weights out B times: 54 MiB a row for SmolLM2-135M.
+    """
+    head = _base_model(model).get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def select_rows(cache: Cache, rows: torch.Tensor) -> Cache:
@@ -232,8 +264,12 @@ def vocabulary_size(model: nn.Module) -> int:
 
 def rows_budget(model: nn.Module, token_budget: int) -> int:
     """Return the token budget for batches that need the logits of every position."""
-    tokens = LOGITS_BYTES // (vocabulary_size(model) * 4)
-    return max(1, min(token_budget, tokens))
+    return min(token_budget, logits_positions(model))
+
+
+def logits_positions(model: nn.Module) -> int:
+    """Return how many positions' float32 logits may be held at once; at least 1."""
+    return max(1, LOGITS_BYTES // (vocabulary_size(model) * 4))
 
 
 def _base_model(model: nn.Module) -> nn.Module:

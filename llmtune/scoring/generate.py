@@ -11,6 +11,7 @@ from llmtune.scoring.batches import (
     PaddedBatch,
     batch_by_length,
     evaluation_mode,
+    logits_positions,
     model_device,
     pad_rows,
     require_positions,
@@ -75,7 +76,7 @@ def generate_texts(
     lengths = [len(prompt) + decoding.max_new_tokens for prompt in prompts]
     done = 0
     with evaluation_mode(model):
-        for batch in batch_by_length(lengths, token_budget):
+        for batch in batch_by_length(lengths, token_budget, max_rows=logits_positions(model)):
             for row, token in _decode(model, [prompts[i] for i in batch], decoding, batch):
                 if token in decoding.stop_token_ids:
                     stopped[batch[row]] = True

@@ -14,6 +14,7 @@ from llmtune.scoring.batches import (
     float32_head,
     inference,
     is_plain_cache,
+    logits_positions,
     model_device,
     pad_rows,
     require_positions,
@@ -22,6 +23,8 @@ from llmtune.scoring.batches import (
 )
 
 MIN_SHARED_TOKENS = 4
+CACHED_PER_BUDGET = 4
+"""Cached tokens (shared prefixes included) that a batch may hold for each token of its budget."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ def score_continuations(
     with inference(model), float32_head(model):
         prefix = _share_prefix(model, [request.prompt_ids for request in requests], longest_choice)
         lengths = [len(request.prompt_ids) - prefix.length for request in requests]
-        for batch in batch_by_length(lengths, token_budget):
+        slots = prefix.length + max(lengths)
+        max_rows = _rows_at_once(model, slots=slots, kept=1, token_budget=token_budget)
+        for batch in batch_by_length(lengths, token_budget, max_rows=max_rows):
             chosen = [requests[index] for index in batch]
             results = _score_batch(model, chosen, prefix, token_budget)
             for index, result in zip(batch, results, strict=True):
@@ -88,6 +93,13 @@ def score_continuations(
             if on_progress is not None:
                 on_progress(done)
     return scores
+
+
+def _rows_at_once(model: nn.Module, *, slots: int, kept: int, token_budget: int) -> int:
+    """Return how many rows may run: `slots` cached tokens and `kept` positions' logits each."""
+    by_cache = CACHED_PER_BUDGET * token_budget // slots
+    by_logits = logits_positions(model) // kept
+    return max(1, min(by_cache, by_logits))
 
 
 def _share_prefix(
@@ -167,7 +179,10 @@ def _score_rest(
     scores: dict[tuple[int, int], tuple[float, bool]] = {}
     reuse = is_plain_cache(cache)
     slots = prompts.attention_mask.shape[1]
-    rows_at_once = max(1, 4 * token_budget // slots)
+    longest = max((len(requests[row].choice_ids[choice]) for row, choice in several), default=1)
+    rows_at_once = _rows_at_once(
+        model, slots=slots + longest, kept=max(1, longest - 1), token_budget=token_budget
+    )
     ordered = sorted(several, key=lambda key: -len(requests[key[0]].choice_ids[key[1]]))
     for start in range(0, len(ordered), rows_at_once):
         keys = ordered[start : start + rows_at_once]
