@@ -10,7 +10,7 @@ from llmtune.adapters.manifest import MANIFEST_NAME, adapter_fingerprint, read_a
 from llmtune.adapters.saved import load_adapter
 from llmtune.data.template import TemplateIdentity, require_same_template
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.run import ModelIdentity, ScoredModel
+from llmtune.evaluation.scored_model import ModelIdentity, ScoredModel
 from llmtune.models.config import ModelConfig
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import resolve_base
@@ -32,7 +32,9 @@ class LiveTarget:
     @property
     def scored(self) -> ScoredModel:
         """The model as evaluation takes it."""
-        return ScoredModel(self.model, self.loaded.tokenizer, self.identity)
+        return ScoredModel(
+            self.model, self.loaded.tokenizer, self.identity, self.loaded.stop_token_ids
+        )
 
     @contextlib.contextmanager
     def answering_as(self, arm: str) -> Iterator[Any]:

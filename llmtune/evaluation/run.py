@@ -8,8 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
@@ -22,6 +20,7 @@ from llmtune.evaluation.results import (
     read_arm_result,
     save_arm_result,
 )
+from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.stats import standard_error
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.tasks import chance_accuracy, majority_accuracy, score_items
@@ -31,25 +30,6 @@ from llmtune.scoring.batches import adapter_disabled, choose_token_budget, has_a
 BASE_ARM = "base"
 NOT_SCORING = {"name", "description", "items", "id", "slices", "limit", "role"}
 """Suite keys that change no score; items and limit are covered by the items' fingerprint."""
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """What is scored, as the caller knows it: fingerprints of base and adapter, and precision."""
-
-    base: str
-    adapter: str | None
-    dtype: str
-    quantization: str
-
-
-@dataclass(frozen=True)
-class ScoredModel:
-    """A loaded model with what is needed to ask it and to name it in results."""
-
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerFast
-    identity: ModelIdentity
 
 
 @dataclass(frozen=True)
@@ -91,7 +71,7 @@ def evaluate_arms(
     Args:
         results_dir: results are kept here as `<suite>.<arm>.json`, each written when it is
             finished; one that is there with the same recipe and model is read instead.
-        reuse: False scores again what is there.
+        reuse: whether such results are read; False scores every suite again.
 
     Returns:
         suite name -> arm -> result.
@@ -149,9 +129,7 @@ def evaluate_suite(
             settings.on_progress(Progress(suite.name, arm, done, total))
 
     budget = settings.token_budget or choose_token_budget(scored.model)
-    items = score_items(
-        scored.model, scored.tokenizer, suite, settings.demonstrations, budget, report
-    )
+    items = score_items(scored, suite, settings.demonstrations, budget, report)
     scores = np.array([item.score for item in items])
     weights = np.array([item.weight for item in items])
     clusters = [item.cluster for item in items if item.cluster is not None] or None

@@ -6,10 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedTokenizerFast
-
-from llmtune.data.template import stop_token_ids
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.items import SuiteItem
 from llmtune.evaluation.metrics import (
@@ -19,6 +15,7 @@ from llmtune.evaluation.metrics import (
 )
 from llmtune.evaluation.requests import Demonstration, build_choice_requests, encode_prompts
 from llmtune.evaluation.results import ItemScore
+from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.suite_config import ChoiceSuite, ExactSuite, PerplexitySuite
 from llmtune.scoring.generate import Decoding, Generation, generate_texts
@@ -29,15 +26,14 @@ OnItems = Callable[[int], None]
 
 
 def score_items(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
+    scored: ScoredModel,
     suite: Suite,
     demonstrations: Sequence[Demonstration],
     token_budget: int,
     on_items: OnItems | None,
 ) -> list[ItemScore]:
     """Score every item of a suite, in the suite's order."""
-    config = suite.config
+    config, model, tokenizer = suite.config, scored.model, scored.tokenizer
     if isinstance(config, PerplexitySuite):
         texts = score_texts(
             model,
@@ -51,7 +47,7 @@ def score_items(
         return [_perplexity_score(suite, item, score) for item, score in passages]
     if isinstance(config, ExactSuite):
         prompts = encode_prompts(tokenizer, suite, demonstrations)
-        decoding = Decoding(config.max_new_tokens, tuple(stop_token_ids(tokenizer)))
+        decoding = Decoding(config.max_new_tokens, scored.stops)
         written = generate_texts(
             model, tokenizer, prompts, decoding, token_budget=token_budget, on_progress=on_items
         )

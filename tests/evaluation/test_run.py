@@ -12,12 +12,11 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import Resampling, compare_arms
 from llmtune.evaluation.requests import Demonstration
 from llmtune.evaluation.run import (
-    ModelIdentity,
-    ScoredModel,
     ScoringSettings,
     evaluate_arms,
     evaluate_suite,
 )
+from llmtune.evaluation.scored_model import ModelIdentity, ScoredModel
 from llmtune.evaluation.suite import load_suite
 from tests.tiny import CHATML, make_model, make_tokenizer
 
@@ -160,6 +159,23 @@ def test_another_model_or_recipe_is_computed_again(scored, suites, tmp_path, cha
     settings = ScoringSettings(on_progress=seen.append)
     evaluate_arms(replace(scored, **change), [suite], results_dir=out, settings=settings)
     assert {progress.arm for progress in seen} == (recomputed or {"base", "tuned"})
+
+
+def test_a_finished_result_is_scored_again_when_asked(scored, suites, tmp_path):
+    evaluate_arms(scored, [suites["pick"]], results_dir=tmp_path)
+    seen = []
+    settings = ScoringSettings(on_progress=seen.append)
+    evaluate_arms(scored, [suites["pick"]], results_dir=tmp_path, settings=settings, reuse=False)
+    assert {progress.arm for progress in seen} == {"base", "tuned"}
+
+
+def test_written_answers_end_at_every_stop_token_of_the_model(scored, suites):
+    written = evaluate_suite(scored, suites["say"], arm="tuned").items[0]
+    assert written.details["num_tokens"] > 0
+    everything = tuple(range(scored.model.config.vocab_size))
+    stopping = replace(scored, stop_token_ids=everything)
+    stopped = evaluate_suite(stopping, suites["say"], arm="tuned").items[0]
+    assert stopped.details == {"stopped": True, "num_tokens": 0}
 
 
 def test_half_a_result_is_computed_again(scored, suites, tmp_path):
