@@ -1,6 +1,6 @@
 """The scores of several arms on several suites as JSON values, with tuned compared to base."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,17 @@ def summarize_scores(
     return {name: _summarize(by_arm, resampling) for name, by_arm in results.items() if by_arm}
 
 
-def read_scores(results_dir: Path, suites: Iterable[str], resampling: Resampling) -> Scores:
-    """Summarize what is on disk for the named suites."""
+def read_scores(
+    results_dir: Path,
+    suites: Iterable[str],
+    resampling: Resampling,
+    *,
+    arms: Sequence[str] = ARMS,
+) -> Scores:
+    """Summarize what is on disk for the named suites and arms; other arms may be out of date."""
     results: dict[str, dict[str, ArmResult]] = {}
     for name in suites:
-        paths = {arm: arm_result_path(results_dir, name, arm) for arm in ARMS}
+        paths = {arm: arm_result_path(results_dir, name, arm) for arm in arms}
         results[name] = {
             arm: read_arm_result(path) for arm, path in paths.items() if path.is_file()
         }
