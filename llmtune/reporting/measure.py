@@ -1,6 +1,6 @@
 """From the stored per-item scores of a run's arms to what the report says about each suite."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +24,13 @@ def measure_suites(
     evaluations_dir: Path,
     resampling: Resampling,
     *,
-    wanted: Mapping[str, Collection[str]] | None = None,
+    is_wanted: Callable[[ArmResult], bool],
 ) -> tuple[SuiteReport, ...]:
     """Compare the arms of every suite whose results lie in a directory; targets come first.
 
     Args:
-        wanted: the arms by suite that the last evaluation made; other files are left from earlier
-            ones and not shown. None takes all there are.
+        is_wanted: whether a result is of this run as it stands; others are left from earlier
+            evaluations and not shown.
 
     Raises:
         LlmtuneError: a file is not a result, or two arms were not made by the same recipe.
@@ -38,9 +38,8 @@ def measure_suites(
     results: dict[str, dict[str, ArmResult]] = {}
     for path in sorted(evaluations_dir.glob("*.json")):
         result = read_arm_result(path)
-        if wanted is not None and result.arm not in wanted.get(result.suite, ()):
-            continue
-        results.setdefault(result.suite, {})[result.arm] = result
+        if is_wanted(result):
+            results.setdefault(result.suite, {})[result.arm] = result
     suites = [measure_suite(arms, resampling) for arms in results.values()]
     return tuple(sorted(suites, key=_order))
 

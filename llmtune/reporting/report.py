@@ -16,10 +16,15 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Cost:
-    """What the run took: seconds and peak bytes per stage, tokens of training, bytes on disk."""
+    """What the run took: seconds and peak bytes per stage, tokens of training, bytes on disk.
+
+    `peak_bytes` is resident memory of the process; `training_gpu_peak_bytes` what training
+    allocated on a GPU, None where it ran on the CPU.
+    """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: Mapping[str, int] = field(default_factory=dict)
+    training_gpu_peak_bytes: int | None = None
     steps: int | None = None
     tokens: int | None = None
     trained_tokens: int | None = None
@@ -73,6 +78,7 @@ class Report:
             "peak_bytes": self.cost.largest_peak_bytes,
             "cost": {
                 "peak_bytes": dict(self.cost.peak_bytes),
+                "training_gpu_peak_bytes": self.cost.training_gpu_peak_bytes,
                 "steps": self.cost.steps,
                 "tokens": self.cost.tokens,
                 "trained_tokens": self.cost.trained_tokens,

@@ -84,7 +84,8 @@ def _iter_records(path: Path) -> Iterator[Mapping[str, Any]]:
     """Yield a JSONL file's objects; a last line cut off by a crash is left out."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # str.splitlines would also cut at U+2028 and U+0085, which JSON strings may hold.
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)

@@ -66,6 +66,8 @@ def write_cost(report: Report) -> str:
     parts = [f"{stage} {write_seconds(spent)}" for stage, spent in cost.seconds.items()]
     if cost.largest_peak_bytes is not None:
         parts.append(f"peak {write_bytes(cost.largest_peak_bytes)}")
+    if cost.training_gpu_peak_bytes is not None:
+        parts.append(f"training {write_bytes(cost.training_gpu_peak_bytes)} on the GPU")
     if cost.trained_tokens is not None:
         parts.append(f"{write_count(cost.trained_tokens)} tokens trained on")
     if cost.adapter_bytes is not None:

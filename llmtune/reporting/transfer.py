@@ -6,6 +6,7 @@ from typing import Any
 from llmtune.evaluation.compare import Resampling
 from llmtune.manifest import Manifest, read_manifest
 from llmtune.reporting.caveats import find_caveats
+from llmtune.reporting.current import current_results, is_finished
 from llmtune.reporting.facts import find_fingerprints
 from llmtune.reporting.html import render_html
 from llmtune.reporting.measure import measure_suites
@@ -36,8 +37,9 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
     manifest = read_manifest(run)
     resampling = _resampling(manifest.config)
     thresholds = thresholds or Thresholds()
-    wanted = _result(manifest, "evaluate") if _is_finished(manifest, "evaluate") else None
-    suites = measure_suites(run.evaluations_dir, resampling, wanted=wanted)
+    suites = measure_suites(
+        run.evaluations_dir, resampling, is_wanted=current_results(run, manifest)
+    )
     evidence = Evidence(suites, thresholds, resampling.confidence)
     curve, generations = read_loss_curve(run.metrics_path), read_generations(run)
     merge = _result(manifest, "merge")
@@ -54,7 +56,7 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
         fingerprints=_fingerprints(manifest),
         missing=(
             *_find_missing(suites, curve, merge=bool(merge), generations=bool(generations)),
-            *_find_unfinished(manifest),
+            *_find_unfinished(run, manifest),
         ),
         resampling=resampling,
         thresholds=thresholds,
@@ -81,13 +83,14 @@ def _result(manifest: Manifest, stage: str) -> Mapping[str, Any]:
     return manifest.stages.get(stage, {}).get("result") or {}
 
 
-def _is_finished(manifest: Manifest, stage: str) -> bool:
-    return bool(manifest.stages.get(stage, {}).get("finished"))
-
-
-def _find_unfinished(manifest: Manifest) -> tuple[str, ...]:
-    begun = [stage for stage in TIMED_STAGES if stage in manifest.stages]
-    return tuple(f"the end of {stage}" for stage in begun if not _is_finished(manifest, stage))
+def _find_unfinished(run: RunDir, manifest: Manifest) -> tuple[str, ...]:
+    begun = {stage for stage in TIMED_STAGES if stage in manifest.stages}
+    if any(run.evaluations_dir.glob("*.json")):
+        begun.add("evaluate")
+    names = {stage: f"the end of {stage}" for stage in TIMED_STAGES}
+    names["evaluate"] = "evaluation is not finished"
+    open_stages = [s for s in TIMED_STAGES if s in begun and not is_finished(manifest, s)]
+    return tuple(names[stage] for stage in open_stages)
 
 
 def _measure_cost(run: RunDir, manifest: Manifest) -> Cost:
@@ -96,6 +99,7 @@ def _measure_cost(run: RunDir, manifest: Manifest) -> Cost:
     return Cost(
         seconds=_of_stages(manifest, "seconds"),
         peak_bytes={name: int(size) for name, size in _of_stages(manifest, "peak_bytes").items()},
+        training_gpu_peak_bytes=_gpu_peak(training),
         steps=training.get("steps"),
         tokens=training.get("tokens"),
         trained_tokens=training.get("trained_tokens"),
@@ -103,6 +107,12 @@ def _measure_cost(run: RunDir, manifest: Manifest) -> Cost:
         adapter_bytes=weights_bytes(run.adapter_dir),
         merged_bytes=weights_bytes(run.merged_dir),
     )
+
+
+def _gpu_peak(training: Mapping[str, Any]) -> int | None:
+    peak = finite(training.get("peak_bytes"))
+    on_gpu = str(training.get("device", "")).startswith("cuda")
+    return int(peak) if on_gpu and peak is not None else None
 
 
 def _of_stages(manifest: Manifest, key: str) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmtune.evaluation.results import ArmResult, ItemScore, save_arm_result
@@ -31,10 +31,15 @@ class PlantedSuite:
 def plant_run(
     path: Path, suites: Sequence[PlantedSuite] = (), *, manifest: Manifest | None = None
 ) -> RunDir:
-    """Write a run directory: the manifest and every suite's results."""
+    """Write a run directory: every suite's results, and the manifest (evaluated, if it is not)."""
     run = RunDir(path)
     config = {"run_dir": str(path), "evaluate": {"bootstrap_samples": SAMPLES}}
-    (manifest or Manifest(config=config)).save(run)
+    made = {suite.name: dict.fromkeys(suite.arms, 0.0) for suite in suites}
+    manifest = manifest or Manifest(config=config)
+    if suites:
+        evaluated = {"evaluate": {"finished": "now", "result": made}}
+        manifest = replace(manifest, stages={**evaluated, **manifest.stages})
+    manifest.save(run)
     for suite in suites:
         for arm in suite.arms:
             save_arm_result(_result(suite, arm), run.evaluations_dir)

@@ -5,10 +5,16 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.results import arm_result_path, read_arm_result, save_arm_result
 from llmtune.manifest import Manifest, read_manifest
+from llmtune.models.identity import base_fingerprint
+from llmtune.reporting.terminal import write_cost
 from llmtune.reporting.transfer import build_report, write_report
 from llmtune.run_dir import RunDir, atomic_write_text
 from tests.reporting.planted import (
@@ -227,8 +233,59 @@ def test_results_left_by_an_earlier_evaluation_are_not_shown(full_run):
 
 
 def test_a_stage_that_did_not_end_is_named(full_run):
-    manifest = read_manifest(full_run).start("evaluate", "f" * 64)
+    manifest = read_manifest(full_run).start("merge", "f" * 64, {})
     manifest.save(full_run)
+    missing = build_report(full_run).missing
+    assert "the end of merge" in missing and "evaluation is not finished" in missing
+
+
+def test_without_a_finished_evaluation_only_results_of_the_models_on_disk_are_shown(full_run):
+    (full_run.adapter_dir / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    full_run.merged_dir.mkdir()
+    save_file({"w": np.ones((4, 4), np.float32)}, full_run.merged_dir / "model.safetensors")
+    for name in ("movies", "general", "prose"):
+        for arm in ("base", "tuned", "merged"):
+            path = arm_result_path(full_run.evaluations_dir, name, arm)
+            if path.is_file():
+                model = {"base": "b" * 64, "adapter": None}
+                if arm == "tuned":
+                    model["adapter"] = adapter_fingerprint(full_run.adapter_dir)
+                if arm == "merged":
+                    model["base"] = base_fingerprint(full_run.merged_dir)
+                save_arm_result(
+                    dataclasses.replace(read_arm_result(path), model=model),
+                    full_run.evaluations_dir,
+                )
+    read_manifest(full_run).start("merge", "f" * 64, {}).save(full_run)
+    movies = build_report(full_run).suites[0]
+    assert set(movies.arms) == {"base", "tuned", "merged"}
+    save_file({"w": np.zeros((4, 4), np.float32)}, full_run.merged_dir / "model.safetensors")
+    assert set(build_report(full_run).suites[0].arms) == {"base", "tuned"}
+    (full_run.adapter_dir / "adapter_model.safetensors").write_bytes(b"y" * 123)
+    assert set(build_report(full_run).suites[0].arms) == {"base"}
+    manifest = read_manifest(full_run)
+    dataclasses.replace(manifest, base={"fingerprint": "other"}).save(full_run)
     report = build_report(full_run)
-    assert "the end of evaluate" in report.missing
-    assert len(report.suites) == 3
+    assert report.suites == () and "evaluation is not finished" in report.missing
+
+
+def test_gpu_memory_of_training_is_told_apart_from_the_host_peak(full_run):
+    manifest = read_manifest(full_run)
+    for device, expected in (("cuda:0", 7_000), ("cpu", None)):
+        result = {**manifest.stages["train"]["result"], "device": device, "peak_bytes": 7_000}
+        stages = {**manifest.stages, "train": {**manifest.stages["train"], "result": result}}
+        dataclasses.replace(manifest, stages=stages).save(full_run)
+        report = build_report(full_run)
+        write_report(report, full_run)
+        written = json.loads(full_run.report_json_path.read_text())
+        assert written["cost"]["training_gpu_peak_bytes"] == expected
+        assert written["peak_bytes"] == 4_000
+        page = full_run.report_html_path.read_text()
+        assert ("peak memory of training (GPU)" in page) == (device == "cuda:0")
+        assert ("on the GPU" in write_cost(report)) == (device == "cuda:0")
+
+
+def test_a_log_may_hold_any_character_in_its_strings(full_run):
+    lines = ['{"step": 1, "loss": 2.0, "note": "a\u2028b\x85c"}', '{"step": 2, "loss": 1.0}']
+    atomic_write_text(full_run.metrics_path, "\n".join(lines) + "\n")
+    assert build_report(full_run).curve.train == ((1, 2.0), (2, 1.0))
