@@ -1,12 +1,15 @@
 """What a path on the command line names: a config, a run, an adapter, or a whole model."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.adapters.manifest import MANIFEST_NAME
+from llmtune.adapters.manifest import (
+    MANIFEST_NAME,
+    read_adapter_config,
+    read_adapter_manifest,
+)
 from llmtune.config import RunConfig, load_config
 from llmtune.errors import LlmtuneError
 from llmtune.manifest import read_manifest
@@ -16,6 +19,7 @@ from llmtune.schema import Section
 from llmtune.validation import validate_section
 from llmtune.yaml_source import SourcedTree, apply_overrides
 
+TEMPLATE_NAME = "chat_template.jinja"
 YAML_SUFFIXES = (".yaml", ".yml")
 
 
@@ -85,20 +89,37 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def adapter_base(adapter_dir: Path) -> dict[str, Any]:
-    """Return `base` (and `revision`) of the model an adapter was made for, as it recorded them."""
-    own = adapter_dir / MANIFEST_NAME
-    if own.is_file():
-        base = json.loads(own.read_text(encoding="utf-8"))["base"]
-        is_local = Path(base["path"]).is_dir() and not base.get("revision")
-        recorded = {"base": base["path"] if is_local else base["origin"]}
-        return recorded | ({"revision": base["revision"]} if base.get("revision") else {})
-    config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
-    if not base:
+    """Return the `model` section for an adapter's base, as the adapter recorded it.
+
+    The chat template saved beside the adapter is the one it was trained with.
+
+    Raises:
+        LlmtuneError: the adapter cannot be read, or names no base.
+    """
+    config = read_adapter_config(adapter_dir)
+    if (adapter_dir / MANIFEST_NAME).is_file():
+        model = _recorded_base(adapter_dir)
+    else:
+        model = {"base": config.get("base_model_name_or_path"), "revision": config.get("revision")}
+        if not model["base"]:
+            raise LlmtuneError(
+                f"{adapter_dir}: adapter_config.json names no base model; give it: model.base=PATH"
+            )
+    template = adapter_dir / TEMPLATE_NAME
+    return model | ({"chat_template": str(template)} if template.is_file() else {})
+
+
+def _recorded_base(adapter_dir: Path) -> dict[str, Any]:
+    base = read_adapter_manifest(adapter_dir).get("base")
+    if not isinstance(base, dict) or not all(
+        isinstance(base.get(key), str) for key in ("origin", "path")
+    ):
         raise LlmtuneError(
-            f"{adapter_dir}: adapter_config.json names no base model; give it: model.base=PATH"
+            f"{adapter_dir / MANIFEST_NAME}: damaged: expected `base` with origin and path"
         )
-    return {"base": base, "revision": config.get("revision")}
+    if base.get("revision"):
+        return {"base": base["origin"], "revision": base["revision"]}
+    return {"base": base["path"] if Path(base["path"]).is_dir() else base["origin"]}
 
 
 def _run_target(name: str, config: RunConfig) -> Target:

@@ -17,7 +17,7 @@ from peft import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llmtune.adapters.attach import attach
 from llmtune.adapters.manifest import (
@@ -29,7 +29,7 @@ from llmtune.adapters.manifest import (
     read_adapter_config,
 )
 from llmtune.errors import LlmtuneError
-from llmtune.fingerprint import JsonValue
+from llmtune.fingerprint import JsonValue, hash_file
 from llmtune.run_dir import atomic_write_json
 
 # What must be equal for an adapter to be a start: {peft's name: the config's}.
@@ -42,16 +42,24 @@ SHAPE_KNOBS = {
     "use_dora": "method",
 }
 NUM_NAMED = 3
+README_NAME = "README.md"
 
 logger = logging.getLogger(__name__)
 
 
-def save_adapter(model: PeftModel, directory: Path, manifest: Mapping[str, JsonValue]) -> Path:
+def save_adapter(
+    model: PeftModel,
+    directory: Path,
+    manifest: Mapping[str, JsonValue],
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Path:
     """Write the adapter in stock peft format, with `manifest`, and return the directory.
 
     It is written beside the target and renamed, so a reader never meets half an adapter; an
     adapter already in `directory` is replaced. What it records as its base is manifest["base"]:
-    the hub id (`origin`) with its commit (`revision`), or else the absolute `path`.
+    the hub id (`origin`) with its commit (`revision`), or else the absolute `path`. A `tokenizer`
+    is saved beside it, chat template and all. The manifest gets `files`: each one's sha256.
 
     Raises:
         LlmtuneError: the adapter cannot be written, or `directory` holds something else.
@@ -66,11 +74,20 @@ def save_adapter(model: PeftModel, directory: Path, manifest: Mapping[str, JsonV
     try:
         # False: llmtune never resizes embeddings, and "auto" would ask the hub for the base
         model.save_pretrained(str(temporary), save_embedding_layers=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary))
         _record_base(temporary / CONFIG_NAME, manifest.get("base"))
-        atomic_write_json(temporary / MANIFEST_NAME, {"format": MANIFEST_FORMAT, **manifest})
-        for path in temporary.iterdir():  # some writers leave files that only their owner can read
-            path.chmod(0o644)
-        temporary.chmod(0o755)
+        (temporary / README_NAME).write_text(_readme(model, manifest), encoding="utf-8")
+        files = {
+            path.relative_to(temporary).as_posix(): hash_file(path)
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
+        record = {"format": MANIFEST_FORMAT, **manifest, "files": files}
+        atomic_write_json(temporary / MANIFEST_NAME, record)
+        # some writers leave files that only their owner can read
+        for path in (temporary, *temporary.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         _swap(temporary, directory)
     except (OSError, SafetensorError) as error:
         raise LlmtuneError(f"{directory}: the adapter cannot be saved: {error}") from error
@@ -176,6 +193,21 @@ def _record_base(path: Path, base: JsonValue) -> None:
     config["base_model_name_or_path"] = base.get("origin") if revision else base.get("path")
     config["revision"] = revision
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _readme(model: PeftModel, manifest: Mapping[str, JsonValue]) -> str:
+    """Return what to say of the adapter; a local base is named without its place on this disk."""
+    base = manifest.get("base")
+    origin = str(base.get("origin")) if isinstance(base, Mapping) else "an unknown base"
+    if Path(origin).is_absolute() or Path(origin).expanduser().exists():
+        origin = Path(origin).name
+    config = model.peft_config["default"]
+    method = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
+    return (
+        f"Adapter for the base model {origin}.\n"
+        f"{method} of rank {config.r}, in the format of the peft library.\n"
+        "Made with llmtune.\n"
+    )
 
 
 def _swap(new: Path, target: Path) -> None:

@@ -55,7 +55,12 @@ def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
             quiet=not log.isEnabledFor(logging.INFO),
         ),
     )
-    save_adapter(injected.model, config.run.adapter_dir, _adapter_manifest(config, inputs, loaded))
+    save_adapter(
+        injected.model,
+        config.run.adapter_dir,
+        _adapter_manifest(config, inputs, loaded),
+        tokenizer=loaded.tokenizer,
+    )
     return {
         **dataclasses.asdict(result),
         "adapter_bytes": _directory_bytes(config.run.adapter_dir),

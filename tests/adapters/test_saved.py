@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from llmtune.adapters.dora import DoraAdapter
 from llmtune.adapters.inject import inject_adapter
@@ -16,6 +17,7 @@ from llmtune.adapters.manifest import check_adapter, has_effect, read_adapter_ma
 from llmtune.adapters.rslora import RsLoraAdapter
 from llmtune.adapters.saved import load_adapter, save_adapter
 from llmtune.errors import LlmtuneError
+from llmtune.fingerprint import hash_file
 from tests.adapters.conftest import load, logits, manifest_of, stock, train_a_little
 from tests.tiny import FAMILIES, make_model
 
@@ -54,6 +56,49 @@ def test_stock_peft_and_llmtune_load_what_was_saved(checkpoint, saved, family, m
     torch.testing.assert_close(logits(by_llmtune), expected, rtol=0, atol=1e-6)
     with live.disable_adapter():
         assert (logits(live) - expected).abs().max() > 0.01
+
+
+def test_the_tokenizer_is_saved_with_its_template_and_every_file_is_in_the_manifest(
+    checkpoint, saved
+):
+    directory, loaded, live = saved()
+    loaded.tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+    save_adapter(live, directory, manifest_of(loaded), tokenizer=loaded.tokenizer)
+    again = AutoTokenizer.from_pretrained(directory)
+    files = read_adapter_manifest(directory)["files"]
+    by_peft = PeftModel.from_pretrained(stock(checkpoint()), str(directory))
+
+    assert again.chat_template == loaded.tokenizer.chat_template
+    assert again("A warm film.")["input_ids"] == loaded.tokenizer("A warm film.")["input_ids"]
+    assert (directory / "chat_template.jinja").is_file()
+    assert set(files) == {path.name for path in directory.iterdir()} - {"llmtune_adapter.json"}
+    assert all(hash_file(directory / name) == sha256 for name, sha256 in files.items())
+    torch.testing.assert_close(logits(by_peft), logits(live), rtol=0, atol=1e-6)
+
+
+def test_more_than_one_template_is_saved_and_readable(saved):
+    directory, loaded, live = saved()
+    loaded.tokenizer.chat_template = {"default": "one", "tool_use": "two"}
+    save_adapter(live, directory, manifest_of(loaded), tokenizer=loaded.tokenizer)
+
+    assert AutoTokenizer.from_pretrained(directory).chat_template["tool_use"] == "two"
+    assert "additional_chat_templates/tool_use.jinja" in read_adapter_manifest(directory)["files"]
+
+
+@pytest.mark.parametrize("named", ["path", "hub"])
+def test_the_readme_says_three_true_things_and_no_place_on_this_disk(saved, tmp_path, named):
+    directory, loaded, live = saved(config=DoraAdapter(rank=3))
+    manifest = manifest_of(loaded)
+    if named == "hub":
+        manifest["base"]["origin"] = "org/tiny"
+    save_adapter(live, directory, manifest)
+    origin = "org/tiny" if named == "hub" else loaded.source.dir.name
+
+    assert (directory / "README.md").read_text().splitlines() == [
+        f"Adapter for the base model {origin}.",
+        "DoRA of rank 3, in the format of the peft library.",
+        "Made with llmtune.",
+    ]
 
 
 def test_adapter_of_a_four_bit_base_loads_on_it_again(checkpoint, saved):
