@@ -7,7 +7,10 @@ from transformers import PreTrainedModel
 
 # peft reads a property that transformers renamed, and corrects fan_in_fan_out itself where
 # Linear and Conv1D are both targets.
-UNWANTED = (r".is_gradient_checkpointing. is deprecated", r"fan_in_fan_out is set to")
+UNWANTED = (
+    (r".is_gradient_checkpointing. is deprecated", FutureWarning),
+    (r"fan_in_fan_out is set to", UserWarning),
+)
 
 
 def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -17,6 +20,6 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         ValueError: the config's modules are not in the model.
     """
     with warnings.catch_warnings():
-        for message in UNWANTED:
-            warnings.filterwarnings("ignore", message=message)
+        for message, category in UNWANTED:
+            warnings.filterwarnings("ignore", message=message, category=category)
         return PeftModelForCausalLM(model, config, autocast_adapter_dtype=True)

@@ -1,12 +1,14 @@
 """Injecting: the chosen weights alone are trained, on every family, and the table says so."""
 
+import warnings
+
 import pytest
 import torch
 
 from llmtune.adapters.dora import DoraAdapter
 from llmtune.adapters.inject import inject_adapter, lora_layers
 from llmtune.adapters.lora import LoraAdapter
-from llmtune.adapters.saved import save_adapter
+from llmtune.adapters.saved import load_adapter, save_adapter
 from llmtune.errors import LlmtuneError
 from tests.adapters.conftest import IDS, load, logits, manifest_of, train_a_little
 from tests.tiny import FAMILIES, make_model
@@ -25,6 +27,20 @@ def test_every_adapter_weight_gets_a_gradient_and_nothing_else(checkpoint, famil
         if parameter.grad is not None:
             assert parameter.dtype == torch.float32, name
             assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("is_checkpointing", [False, True])
+def test_injecting_and_loading_warn_of_nothing_that_peft_does_itself(
+    checkpoint, tmp_path, is_checkpointing
+):
+    loaded, again = load(checkpoint()), load(checkpoint())
+    if is_checkpointing:
+        loaded.model.gradient_checkpointing_enable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model, _ = inject_adapter(loaded.model, LoraAdapter(rank=4))
+        save_adapter(model, tmp_path / "adapter", manifest_of(loaded))
+        load_adapter(again.model, tmp_path / "adapter", base_fingerprint=loaded.fingerprint)
 
 
 def test_table_counts_modules_parameters_and_shares():
