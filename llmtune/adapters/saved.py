@@ -77,7 +77,8 @@ def save_adapter(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
         _record_base(temporary / CONFIG_NAME, manifest.get("base"))
-        (temporary / README_NAME).write_text(_readme(model, manifest), encoding="utf-8")
+        # peft's empty template; without it, a push to the hub writes the card with the numbers
+        (temporary / README_NAME).unlink(missing_ok=True)
         files = {
             path.relative_to(temporary).as_posix(): hash_file(path)
             for path in sorted(temporary.rglob("*"))
@@ -193,21 +194,6 @@ def _record_base(path: Path, base: JsonValue) -> None:
     config["base_model_name_or_path"] = base.get("origin") if revision else base.get("path")
     config["revision"] = revision
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _readme(model: PeftModel, manifest: Mapping[str, JsonValue]) -> str:
-    """Return what to say of the adapter; a local base is named without its place on this disk."""
-    base = manifest.get("base")
-    origin = str(base.get("origin")) if isinstance(base, Mapping) else "an unknown base"
-    if Path(origin).is_absolute() or Path(origin).expanduser().exists():
-        origin = Path(origin).name
-    config = model.peft_config["default"]
-    method = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
-    return (
-        f"Adapter for the base model {origin}.\n"
-        f"{method} of rank {config.r}, in the format of the peft library.\n"
-        "Made with llmtune.\n"
-    )
 
 
 def _swap(new: Path, target: Path) -> None:

@@ -85,20 +85,11 @@ def test_more_than_one_template_is_saved_and_readable(saved):
     assert "additional_chat_templates/tool_use.jinja" in read_adapter_manifest(directory)["files"]
 
 
-@pytest.mark.parametrize("named", ["path", "hub"])
-def test_the_readme_says_three_true_things_and_no_place_on_this_disk(saved, tmp_path, named):
-    directory, loaded, live = saved(config=DoraAdapter(rank=3))
-    manifest = manifest_of(loaded)
-    if named == "hub":
-        manifest["base"]["origin"] = "org/tiny"
-    save_adapter(live, directory, manifest)
-    origin = "org/tiny" if named == "hub" else loaded.source.dir.name
+def test_no_template_card_stands_where_the_one_with_the_numbers_belongs(saved):
+    directory, _, _ = saved()
 
-    assert (directory / "README.md").read_text().splitlines() == [
-        f"Adapter for the base model {origin}.",
-        "DoRA of rank 3, in the format of the peft library.",
-        "Made with llmtune.",
-    ]
+    assert not (directory / "README.md").exists()
+    assert "README.md" not in read_adapter_manifest(directory)["files"]
 
 
 def test_adapter_of_a_four_bit_base_loads_on_it_again(checkpoint, saved):
