@@ -203,6 +203,7 @@ def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
         config.run.evaluations_dir,
         [suite.name for suite in suites],
         Resampling(chosen.confidence, chosen.bootstrap_samples, chosen.seed),
+        arms=chosen.arms,
     )
 
 

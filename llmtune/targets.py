@@ -91,7 +91,8 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def adapter_base(adapter_dir: Path) -> dict[str, Any]:
     """Return the `model` section for an adapter's base, as the adapter recorded it.
 
-    The chat template saved beside the adapter is the one it was trained with.
+    The chat template saved beside the adapter is the one it was trained with, and the base is
+    quantized as it was in training.
 
     Raises:
         LlmtuneError: the adapter cannot be read, or names no base.
@@ -110,16 +111,20 @@ def adapter_base(adapter_dir: Path) -> dict[str, Any]:
 
 
 def _recorded_base(adapter_dir: Path) -> dict[str, Any]:
-    base = read_adapter_manifest(adapter_dir).get("base")
+    manifest = read_adapter_manifest(adapter_dir)
+    base = manifest.get("base")
     if not isinstance(base, dict) or not all(
         isinstance(base.get(key), str) for key in ("origin", "path")
     ):
         raise LlmtuneError(
             f"{adapter_dir / MANIFEST_NAME}: damaged: expected `base` with origin and path"
         )
+    trained = manifest.get("config", {}).get("model", {})
+    quantization = {"quantization": trained.get("quantization")}
     if base.get("revision"):
-        return {"base": base["origin"], "revision": base["revision"]}
-    return {"base": base["path"] if Path(base["path"]).is_dir() else base["origin"]}
+        return {"base": base["origin"], "revision": base["revision"]} | quantization
+    is_local = Path(base["path"]).is_dir()
+    return {"base": base["path"] if is_local else base["origin"]} | quantization
 
 
 def _run_target(name: str, config: RunConfig) -> Target:
