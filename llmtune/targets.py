@@ -81,6 +81,12 @@ def require_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     return target.config
 
 
+def find_run_dir(name: str) -> Path:
+    """Return the directory of the run that `name` is: the directory itself, or its config's."""
+    path = Path(name)
+    return load_config(path).run_dir if path.suffix in YAML_SUFFIXES else path
+
+
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the config a run was made with; `run_dir` is where the run lies now."""
     recorded = {**read_manifest(RunDir(run_dir)).config, "run_dir": str(run_dir)}

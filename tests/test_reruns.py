@@ -133,3 +133,16 @@ def test_brackets_in_a_path_are_printed_as_they_are(config, tmp_path, capsys):
     place = tmp_path / "m[red]z"
     assert run_command(["train", str(config), *SHORT, f"run_dir={place}", "--quiet"]) == 0
     assert "m[red]z/adapter" in capsys.readouterr().out
+
+
+def test_a_run_is_named_by_its_directory_or_its_config(config, capsys):
+    assert run_command(["run", str(config), *SHORT, "--quiet"]) == 0
+    run_dir = str(config.parent / "run")
+    said = []
+    for name in (run_dir, str(config)):
+        capsys.readouterr()
+        assert run_command(["report", name, "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0] == said[1]
+    assert run_command(["train", run_dir, "--quiet"]) == 0
+    assert run_command(["run", run_dir, "--quiet"]) == 0

@@ -27,17 +27,19 @@ def run_all(
 ) -> None:
     """Train, merge, evaluate, report; skip what is finished.
 
+    CONFIG is a YAML file, or a run directory to go on with.
+
     \b
       llmtune run configs/quickstart.yaml
       llmtune run configs/quickstart.yaml train.max_steps=20 run_dir=runs/short
       llmtune run configs/quickstart.yaml --force
     """
     from llmtune import pipeline
-    from llmtune.config import load_config
     from llmtune.reporting.terminal import render_terminal
+    from llmtune.targets import require_run
 
     show_progress(quiet)
-    loaded = load_config(config, overrides)
+    loaded = require_run(str(config), overrides)
     report = pipeline.run(loaded, force=force)
     print_result(report.as_json(), as_json, lambda: render_terminal(report))
     logging.getLogger("llmtune").info("report: %s", loaded.run.report_html_path)
@@ -53,16 +55,18 @@ def train(
 ) -> None:
     """Fit the adapter; goes on from a checkpoint.
 
+    CONFIG is a YAML file, or a run directory to go on with.
+
     \b
       llmtune train configs/quickstart.yaml
       llmtune train configs/quickstart.yaml adapter.rank=8 train.learning_rate=1e-4 run_dir=runs/r8
       llmtune train my.yaml data.train='[{path: mine.jsonl}]' run_dir=runs/mine
     """
     from llmtune import pipeline
-    from llmtune.config import load_config
+    from llmtune.targets import require_run
 
     show_progress(quiet)
-    loaded = load_config(config, overrides)
+    loaded = require_run(str(config), overrides)
     result = pipeline.train(loaded, force=force)
     print_result(
         result,
@@ -155,17 +159,20 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
 
 
 @click.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@TARGET_ARGUMENT
 @with_output_options
-def report(run_dir: Path, quiet: bool, as_json: bool) -> None:
+def report(target: str, quiet: bool, as_json: bool) -> None:
     """Rebuild the report of a run and print its table.
+
+    TARGET is a run directory, or its config.
 
     \b
       llmtune report runs/quickstart
     """
     from llmtune import pipeline
     from llmtune.reporting.terminal import render_terminal
+    from llmtune.targets import find_run_dir
 
     show_progress(quiet)
-    built = pipeline.report(run_dir)
+    built = pipeline.report(find_run_dir(target))
     print_result(built.as_json(), as_json, lambda: render_terminal(built))
