@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llmtune.data.config import SourceConfig
 from llmtune.data.files import drop_nulls, file_kind
+from llmtune.deadline import call_within, first_line
 from llmtune.errors import LlmtuneError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -47,7 +47,7 @@ def iter_hub_rows(source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise LlmtuneError(
             f"{source.path}: the hub's data set cannot be read (subset {source.subset!r}, split "
-            f"{source.split!r}): {_first_line(error)}"
+            f"{source.split!r}): {first_line(error)}"
         ) from error
 
 
@@ -65,39 +65,14 @@ def look_up_commit(source: SourceConfig) -> str:
         return info.sha or ""
 
     try:
-        return _within(LOOKUP_SECONDS, ask)
+        return call_within(LOOKUP_SECONDS, ask)
     except HfHubHTTPError as error:
         raise LlmtuneError(
             f"{source.path}: no such file, and the hub has no such data set or revision "
-            f"{source.revision!r} (or it is private: set HF_TOKEN): {_first_line(error)}"
+            f"{source.revision!r} (or it is private: set HF_TOKEN): {first_line(error)}"
         ) from error
     except (HTTPError, OSError, HFValidationError) as error:
         raise LlmtuneError(
             f"{source.path}: no such file here, and as a data set of the hub it cannot be reached: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
-
-
-def _within(seconds: float, call: Callable[[], str]) -> str:
-    """Return `call()`, or raise TimeoutError after `seconds`: name look-ups know no timeout."""
-    outcome: list[str] = []
-    problem: list[Exception] = []
-
-    def work() -> None:
-        try:
-            outcome.append(call())
-        except Exception as error:  # noqa: BLE001  (raised again by the caller's thread)
-            problem.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if problem:
-        raise problem[0]
-    if not outcome:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return outcome[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

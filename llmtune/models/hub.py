@@ -1,10 +1,9 @@
 """A base by its hub id: pinned to a commit, read from the local cache, fetched when it must be."""
 
 import re
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
+from llmtune.deadline import call_within, first_line
 from llmtune.errors import LlmtuneError
 from llmtune.models.checkpoint import check_checkpoint
 
@@ -84,7 +83,7 @@ def _look_up_commit(repo: str, revision: str | None) -> str:
         return HfApi().model_info(repo, revision=revision, timeout=LOOKUP_SECONDS).sha or ""
 
     try:
-        return _within(LOOKUP_SECONDS, ask)
+        return call_within(LOOKUP_SECONDS, ask)
     except GatedRepoError as error:
         raise LlmtuneError(
             f"model.base={repo}: access to this model is restricted. Accept its licence on the hub "
@@ -100,7 +99,7 @@ def _look_up_commit(repo: str, revision: str | None) -> str:
     except HFValidationError as error:
         raise LlmtuneError(f"model.base={repo}: not a hub id: {error}") from error
     except (HTTPError, OSError) as error:
-        raise HubUnreachable(_first_line(error)) from error
+        raise HubUnreachable(first_line(error)) from error
 
 
 def _download(repo: str, commit: str, *, allow_pickle: bool, allow_code: bool) -> Path:
@@ -112,31 +111,6 @@ def _download(repo: str, commit: str, *, allow_pickle: bool, allow_code: bool) -
         return Path(snapshot_download(repo, revision=commit, allow_patterns=patterns))
     except (HTTPError, OSError) as error:
         raise LlmtuneError(
-            f"model.base={repo}: the download broke off: {_first_line(error)}. "
+            f"model.base={repo}: the download broke off: {first_line(error)}. "
             "The same command continues it."
         ) from error
-
-
-def _within(seconds: float, call: Callable[[], str]) -> str:
-    """Return `call()`, or raise HubUnreachable after `seconds`: name look-ups know no timeout."""
-    outcome: list[str] = []
-    problem: list[Exception] = []
-
-    def work() -> None:
-        try:
-            outcome.append(call())
-        except Exception as error:  # noqa: BLE001  (raised again by the caller's thread)
-            problem.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if problem:
-        raise problem[0]
-    if not outcome:
-        raise HubUnreachable(f"no answer within {seconds:g} s")
-    return outcome[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
