@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.answering.live import LiveTarget, load_live
-from llmtune.data.render import encode_plain, render_messages
+from llmtune.data.render import render_messages, render_question
 from llmtune.errors import LlmtuneError
 from llmtune.models.tokenizer import require_chat_template
 from llmtune.run_dir import atomic_write_text
@@ -137,7 +137,4 @@ def _render(live: LiveTarget, row: dict[str, Any]) -> list[int]:
     if row.get("messages") is not None:
         require_chat_template(tokenizer)
         return render_messages(tokenizer, row["messages"], add_generation_prompt=True)
-    if tokenizer.chat_template is None:
-        return encode_plain(tokenizer, row["prompt"])
-    messages = [{"role": "user", "content": row["prompt"]}]
-    return render_messages(tokenizer, messages, add_generation_prompt=True)
+    return render_question(tokenizer, row["prompt"])

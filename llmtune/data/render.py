@@ -104,6 +104,14 @@ def render_texts(
     return [texts[index] for index in range(len(chats))]
 
 
+def render_question(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
+    """Return the ids of a user's question, ready to be answered; plain without a template."""
+    if not tokenizer.chat_template:
+        return encode_plain(tokenizer, question)
+    messages = [{"role": "user", "content": question}]
+    return render_messages(tokenizer, messages, add_generation_prompt=True)
+
+
 def encode_plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Return the ids of text that goes through no template.
 

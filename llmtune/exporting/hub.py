@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
+from llmtune.deadline import first_line
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.card import CARD_NAME
 from llmtune.models.hub import reads_as_hub_id
@@ -81,9 +82,9 @@ def push_directory(directory: Path, repo: str, *, card: str, public: bool) -> Hu
             )
         commit = api.create_commit(repo, operations, commit_message="Upload with llmtune")
     except HfHubHTTPError as error:
-        raise LlmtuneError(f"{repo}: the hub refused: {_first_line(error)}") from None
+        raise LlmtuneError(f"{repo}: the hub refused: {first_line(error)}") from None
     except (OSError, HTTPError) as error:
-        raise LlmtuneError(f"{repo}: the hub could not be reached: {_first_line(error)}") from None
+        raise LlmtuneError(f"{repo}: the hub could not be reached: {first_line(error)}") from None
     return HubResult(
         repo=repo,
         url=str(url),
@@ -105,8 +106,3 @@ def _files(directory: Path) -> dict[str, Path]:
     if not found:
         raise LlmtuneError(f"{directory}: holds no files to push")
     return found
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -14,7 +14,7 @@ from peft.helpers import rescale_adapter_scale
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.adapters.saved import load_adapter
-from llmtune.data.render import encode_plain, render_messages
+from llmtune.data.render import render_question
 from llmtune.errors import CheckFailed
 from llmtune.evaluation.requests import build_choice_requests
 from llmtune.evaluation.suite import Suite
@@ -160,7 +160,7 @@ def _comparison_dtype(merged_dir: Path) -> str:
 
 
 def _prompts(request: MergeRequest, loaded: LoadedModel) -> VerifyPrompts:
-    open_prompts = [_render_open(loaded.tokenizer, question) for question in OPEN_PROMPTS]
+    open_prompts = [tuple(render_question(loaded.tokenizer, question)) for question in OPEN_PROMPTS]
     sequences = [tuple(ids) for ids in request.sequences[:NUM_CHECKED]] or open_prompts
     return VerifyPrompts(
         sequences=tuple(sequences),
@@ -174,10 +174,3 @@ def _labels(
 ) -> list[ContinuationRequest]:
     choices = [suite for suite in suites if suite.task == "choice" and suite.role == "target"]
     return build_choice_requests(tokenizer, choices[0])[:NUM_CHECKED] if choices else []
-
-
-def _render_open(tokenizer: PreTrainedTokenizerFast, question: str) -> tuple[int, ...]:
-    if not tokenizer.chat_template:
-        return tuple(encode_plain(tokenizer, question))
-    messages = [{"role": "user", "content": question}]
-    return tuple(render_messages(tokenizer, messages, add_generation_prompt=True))

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from llmtune.adapters.saved import load_adapter
 from llmtune.data.prepare import prepare_examples
-from llmtune.data.render import encode_plain, render_messages
+from llmtune.data.render import render_question
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.exporting.gguf.read import read_file_type
 from llmtune.exporting.parity import ParityRequest, compare_with_runtime
@@ -169,7 +168,8 @@ def _compare_directory(
     if not set(stops) >= set(loaded.stop_token_ids):
         problems.append(f"answers end with {stops}, expected {loaded.stop_token_ids}")
     different = sum(
-        _render(tokenizer, text) != _render(loaded.tokenizer, text) for text in OPEN_PROMPTS
+        render_question(tokenizer, text) != render_question(loaded.tokenizer, text)
+        for text in OPEN_PROMPTS
     )
     if different:
         problems.append(f"{different} of {len(OPEN_PROMPTS)} chat prompts become other token ids")
@@ -193,17 +193,10 @@ def _string_problems(num_odd: int, odd: Sequence[str], settings: VerifySettings)
 
 def _prompts(reference: _Reference) -> VerifyPrompts:
     tokenizer, config = reference.loaded.tokenizer, reference.target.config
-    questions = tuple(_render(tokenizer, question) for question in OPEN_PROMPTS)
+    questions = tuple(tuple(render_question(tokenizer, question)) for question in OPEN_PROMPTS)
     rows: tuple[tuple[int, ...], ...] = ()
     if config is not None:
         held_out = prepare_examples(config.data, tokenizer, split="evaluation", seed=config.seed)
         count = min(NUM_ROWS, len(held_out.examples))
         rows = tuple(tuple(held_out.examples[i].input_ids) for i in range(count))
     return VerifyPrompts(sequences=rows or questions, open_prompts=questions)
-
-
-def _render(tokenizer: PreTrainedTokenizerFast, question: str) -> tuple[int, ...]:
-    if not tokenizer.chat_template:
-        return tuple(encode_plain(tokenizer, question))
-    messages = [{"role": "user", "content": question}]
-    return tuple(render_messages(tokenizer, messages, add_generation_prompt=True))
