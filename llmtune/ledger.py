@@ -181,6 +181,7 @@ def _clear(run: RunDir) -> None:
         run.merged_dir,
         run.checkpoints_dir,
         run.evaluations_dir,
+        run.diagnostics_dir,
     ):
         if directory.exists():
             shutil.rmtree(directory)

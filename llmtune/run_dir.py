@@ -32,6 +32,10 @@ class RunDir:
         return self.path / "evaluations"
 
     @property
+    def diagnostics_dir(self) -> Path:
+        return self.path / "diagnostics"
+
+    @property
     def metrics_path(self) -> Path:
         return self.path / "metrics.jsonl"
 
