@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
@@ -37,7 +37,8 @@ class ArmResult:
     `mean` is weighted by the items' weights; `standard_error` is clustered where the suite is, and
     None for a single item. `majority` is the accuracy of always giving the commonest answer,
     `chance` that of guessing; None where a task has no such thing. `recipe` is everything that must
-    be the same for two results to be comparable, `model` the identity of what was scored.
+    be the same for two results to be comparable, `model` the identity of what was scored; `about`
+    holds free facts of the arm (shots, strength, layer).
     """
 
     suite: str
@@ -58,6 +59,7 @@ class ArmResult:
     model: dict
     seconds: float
     items: tuple[ItemScore, ...]
+    about: dict = field(default_factory=dict)
 
 
 def arm_result_path(results_dir: Path, suite: str, arm: str) -> Path:
@@ -93,7 +95,8 @@ def read_arm_result(path: Path) -> ArmResult:
 
 def _require_keys(path: Path, values: object, kind: type) -> None:
     expected = {entry.name for entry in fields(kind)}
-    if not isinstance(values, Mapping) or set(values) != expected:
+    optional = {e.name for e in fields(kind) if e.default_factory is not MISSING}
+    if not isinstance(values, Mapping) or not expected - optional <= set(values) <= expected:
         found = sorted(values) if isinstance(values, Mapping) else type(values).__name__
         raise LlmtuneError(f"{path}: expected the keys {sorted(expected)}, found {found}")
 

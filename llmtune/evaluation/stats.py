@@ -97,14 +97,18 @@ def minimum_detectable_effect(
 ) -> float:
     """Return the mean difference that this many items would show with 80 % power at the 5 % level.
 
-    2.8 sqrt(w / n), with w the mean squared difference: for right/wrong scores the share of items
-    on which the two differ. With clusters or weights w / n becomes its clustered counterpart,
-    sum_c (sum_{i in c} w_i d_i)^2 / sum(w)^2. Never less than if one item had changed by as much
-    as the items that did change (by 1 where none did).
+    For right/wrong scores (differences of -1, 0 and 1) 2.8 sqrt(w / n), with w the share of items
+    on which the two differ; with clusters or weights w / n becomes its clustered counterpart,
+    sum_c (sum_{i in c} w_i d_i)^2 / sum(w)^2. For any other score 2.8 times the standard error of
+    the mean difference, which the size of the difference itself does not enter. Never less than if
+    one item had changed by as much as the items that did change (by 1 where none did).
     """
-    sums, sizes = _cluster_sums(differences, weights, clusters)
+    is_right_wrong = bool(np.isin(differences, (-1, 0, 1)).all())
+    mean = 0.0 if is_right_wrong else np.average(differences, weights=weights)
+    moved = differences - mean
+    sums, sizes = _cluster_sums(moved, weights, clusters)
     total = sizes.sum()
-    changed = differences[differences != 0]
+    changed = moved[differences != 0]
     typical = float(np.sqrt((changed**2).mean())) if len(changed) else 1.0
     floor = (typical * total / len(differences)) ** 2
     return POWER_FACTOR * math.sqrt(max(float((sums**2).sum()), floor)) / float(total)

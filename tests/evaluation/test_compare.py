@@ -1,5 +1,6 @@
 """A comparison is of the same items under the same recipe, and says what it could not show."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -150,6 +151,16 @@ def test_results_come_back_from_disk_as_they_were(tmp_path):
     path = save_arm_result(result, tmp_path)
     assert path.name == "movies.base.json"
     assert read_arm_result(path) == result
+
+
+def test_facts_of_an_arm_come_back_and_files_without_them_can_be_read(tmp_path):
+    result = make_arm("few-shot-1", BASE, about={"shots": 8})
+    path = save_arm_result(result, tmp_path)
+    assert read_arm_result(path).about == {"shots": 8}
+    values = json.loads(path.read_text())
+    del values["about"]
+    path.write_text(json.dumps(values))
+    assert read_arm_result(path) == replace(result, about={})
 
 
 def test_a_broken_result_is_refused(tmp_path):

@@ -135,6 +135,16 @@ def test_detectable_effect_is_never_nothing():
     assert minimum_detectable_effect(np.zeros(8)) == pytest.approx(2.8 / 8)
 
 
+def test_detectable_effect_of_other_scores_does_not_grow_with_the_difference_itself():
+    noise = np.random.default_rng(9).normal(scale=0.1, size=100)
+    shifted = minimum_detectable_effect(noise + 0.5)
+    assert shifted == pytest.approx(minimum_detectable_effect(noise - 0.3))
+    assert shifted == pytest.approx(2.8 * standard_error(noise), rel=0.01)
+    weights = np.arange(1.0, 101.0)
+    weighted = minimum_detectable_effect(noise + 0.5, weights=weights)
+    assert weighted == pytest.approx(2.8 * standard_error(noise, weights=weights), rel=0.01)
+
+
 def test_an_effect_as_large_as_detectable_is_found_four_times_in_five():
     random = np.random.default_rng(6)
     n, rate = 400, 0.2
