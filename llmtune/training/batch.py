@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch.utils.data import Sampler
 
 from llmtune.data.example import IGNORE_INDEX, Example
+from llmtune.memory import BatchLimits
 
 LARGEST_SEED = 2**63 - 1
 SMALLEST_WEIGHT = 1e-30
@@ -19,17 +20,6 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Example: ...
-
-
-@dataclass(frozen=True)
-class BatchLimits:
-    """What one micro-batch may hold: at most `rows` rows (None: any) and `tokens` tokens.
-
-    Padding counts as tokens. A single row longer than `tokens` is a micro-batch of its own.
-    """
-
-    rows: int | None
-    tokens: int
 
 
 class EpochSampler(Sampler[int]):

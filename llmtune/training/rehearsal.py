@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.errors import LlmtuneError
+from llmtune.memory import MemoryPlan
 from llmtune.run_dir import RunDir
 from llmtune.training.adapter_state import save_weights
-from llmtune.training.memory_plan import MemoryPlan
 
 # Two checkpoints (weights and two moments each) beside one being written, and the adapter itself.
 SAVED_COPIES = 10

@@ -9,21 +9,20 @@ import torch
 from peft import PeftModel
 
 from llmtune.errors import LlmtuneError
-from llmtune.training.batch import StepCollator, largest_micro_batches
-from llmtune.training.config import TrainConfig
-from llmtune.training.fused_lora import fused_lora
-from llmtune.training.head import HeadChoice, choose_head, decoder_hidden, summed_loss
-from llmtune.training.memory_plan import (
+from llmtune.memory import (
     UNLIMITED,
     USEFUL_TOKENS,
     ActivationCost,
     MemoryPlan,
     RowSizes,
-    available_bytes,
-    measure_activations,
     plan_memory,
     shrink_plan,
 )
+from llmtune.training.batch import StepCollator, largest_micro_batches
+from llmtune.training.config import TrainConfig
+from llmtune.training.fused_lora import fused_lora
+from llmtune.training.head import HeadChoice, choose_head, decoder_hidden, summed_loss
+from llmtune.training.memory_plan import available_bytes, measure_activations
 from llmtune.training.neftune import noisy_embeddings
 from llmtune.training.packing import choose_packing, move_to, packed_attention
 from llmtune.training.recompute import recomputable_layers, recomputing

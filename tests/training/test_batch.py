@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.data.example import IGNORE_INDEX, Example
+from llmtune.memory import BatchLimits
 from llmtune.training.batch import (
-    BatchLimits,
     EpochSampler,
     StepCollator,
     largest_micro_batches,

@@ -4,14 +4,8 @@ import pytest
 import torch
 
 from llmtune.errors import LlmtuneError
-from llmtune.training.batch import BatchLimits
-from llmtune.training.memory_plan import (
-    UNLIMITED_TOKENS,
-    ActivationCost,
-    RowSizes,
-    measure_activations,
-    plan_memory,
-)
+from llmtune.memory import UNLIMITED_TOKENS, ActivationCost, BatchLimits, RowSizes, plan_memory
+from llmtune.training.memory_plan import measure_activations
 from llmtune.training.recompute import recomputable_layers, recomputing
 from llmtune.training.rehearsal import rehearse_save, rehearse_step
 from llmtune.training.sft import train_adapter
