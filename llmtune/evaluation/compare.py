@@ -15,6 +15,20 @@ from llmtune.evaluation.stats import (
     standard_error,
 )
 
+ALLOWED_DIFFERENCES = {
+    "merged": frozenset({"base", "precision"}),
+    "few-shot": frozenset({"demonstrations", "selection"}),
+    "prompt": frozenset({"prompt", "selection"}),
+    "strength": frozenset({"selection"}),
+}
+"""Recipe keys in which an arm of this kind may differ from any other arm. `selection`: which of the
+suite's items were measured; the comparison is on the items in common."""
+
+FREE_KINDS = ("probe", "other")
+"""Arms that answer the same items by other means: only the items have to be the same."""
+
+ITEM_KEYS = frozenset({"items", "num_items"})
+
 
 @dataclass(frozen=True)
 class Resampling:
@@ -99,22 +113,37 @@ def compare_arms(
     resampling: Resampling = Resampling(),
     across: tuple[str, ...] = (),
 ) -> Comparison:
-    """Compare two arms item by item.
+    """Compare two arms item by item, on the items that both have.
+
+    The recipes must be the same but for what the kinds of the two arms may differ in
+    (`allowed_differences`).
 
     Args:
-        across: recipe keys that may differ (`precision`, `base`, ...); they are listed in the
-            result.
+        across: further recipe keys that may differ; all that do are listed in the result.
 
     Raises:
         LlmtuneError: the items or any other part of the recipes differ.
     """
-    differing = tuple(sorted(_differing_keys(base.recipe, tuned.recipe)))
-    refused = [key for key in differing if key not in across]
-    ids_differ = [item.id for item in base.items] != [item.id for item in tuned.items]
-    if refused or ids_differ or base.suite != tuned.suite:
-        raise LlmtuneError(_explain_refusal(base, tuned, refused))
-    comparison = _compare_items(base, tuned, base.items, tuned.items, resampling)
+    differing = _require_same_recipe(base, tuned, across)
+    before, after = _pair_items(base, tuned)
+    comparison = _compare_items(base, tuned, before, after, resampling)
     return replace(comparison, recipe_differences=differing)
+
+
+def allowed_differences(base: ArmResult, tuned: ArmResult) -> frozenset[str]:
+    """Return the recipe keys in which these two arms may differ and still be compared."""
+    kinds = [arm_kind(base.arm), arm_kind(tuned.arm)]
+    if any(kind in FREE_KINDS for kind in kinds):
+        return frozenset(base.recipe.keys() | tuned.recipe.keys()) - ITEM_KEYS
+    return frozenset().union(*(ALLOWED_DIFFERENCES.get(kind, ()) for kind in kinds))
+
+
+def arm_kind(arm: str) -> str:
+    """Return what an arm is one of: `few-shot-2` is a `few-shot`, `tuned` is itself."""
+    for kind in (*ALLOWED_DIFFERENCES, *FREE_KINDS):
+        if arm == kind or arm.startswith(f"{kind}-"):
+            return kind
+    return arm
 
 
 def compare_slices(
@@ -125,15 +154,16 @@ def compare_slices(
     Raises:
         LlmtuneError: the recipes differ, or the suite does not declare the column.
     """
-    compare_arms(base, tuned, resampling=replace(resampling, samples=1))
-    values = sorted({item.slices.get(column, "") for item in base.items})
+    _require_same_recipe(base, tuned, ())
+    all_before, all_after = _pair_items(base, tuned)
+    values = sorted({item.slices.get(column, "") for item in all_before})
     if values == [""]:
-        declared = sorted(base.items[0].slices)
+        declared = sorted(all_before[0].slices)
         raise LlmtuneError(f"suite {base.suite}: no slice column {column!r}, only {declared}")
     comparisons = []
     for value in values:
-        chosen = [i for i, item in enumerate(base.items) if item.slices.get(column) == value]
-        before, after = ([result.items[i] for i in chosen] for result in (base, tuned))
+        chosen = [i for i, item in enumerate(all_before) if item.slices.get(column) == value]
+        before, after = ([items[i] for i in chosen] for items in (all_before, all_after))
         comparisons.append(_compare_items(base, tuned, before, after, resampling))
     adjusted = holm([comparison.p_value for comparison in comparisons])
     found = [
@@ -142,17 +172,52 @@ def compare_slices(
     return sorted(found, key=lambda slice_: slice_.comparison.gain)
 
 
-def _differing_keys(first: dict, second: dict) -> set[str]:
-    return {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
+def _require_same_recipe(
+    base: ArmResult, tuned: ArmResult, across: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the recipe keys that differ, all of them allowed to."""
+    differing = tuple(
+        sorted(
+            key
+            for key in base.recipe.keys() | tuned.recipe.keys()
+            if base.recipe.get(key) != tuned.recipe.get(key)
+        )
+    )
+    allowed = allowed_differences(base, tuned) | set(across)
+    refused = [key for key in differing if key not in allowed]
+    if refused or base.suite != tuned.suite:
+        reasons = [f"{k}: {base.recipe.get(k)!r} / {tuned.recipe.get(k)!r}" for k in refused]
+        raise _refusal(base, tuned, reasons)
+    return differing
 
 
-def _explain_refusal(base: ArmResult, tuned: ArmResult, refused: Sequence[str]) -> str:
-    reasons = [f"{k}: {base.recipe.get(k)!r} / {tuned.recipe.get(k)!r}" for k in refused]
+def _pair_items(base: ArmResult, tuned: ArmResult) -> tuple[list[ItemScore], list[ItemScore]]:
+    """Return the items that both arms have, in the base's order.
+
+    Arms that were measured on all items must have the same ones.
+    """
+    others = {item.id: item for item in tuned.items}
+    before = [item for item in base.items if item.id in others]
+    after = [others[item.id] for item in before]
+    is_partial = any(len(result.items) < _num_whole(result) for result in (base, tuned))
+    if not before or not (is_partial or len(before) == len(base.items) == len(tuned.items)):
+        raise _refusal(base, tuned, [f"other items, {len(before)} in common"])
+    for item, other in zip(before, after, strict=True):
+        if item.answer is not None and other.answer is not None and item.answer != other.answer:
+            raise _refusal(base, tuned, [f"another answer to {item.id!r}"])
+    return before, after
+
+
+def _num_whole(result: ArmResult) -> int:
+    return result.recipe.get("num_items", len(result.items))
+
+
+def _refusal(base: ArmResult, tuned: ArmResult, reasons: Sequence[str]) -> LlmtuneError:
     if base.suite != tuned.suite:
-        reasons.insert(0, f"suite: {base.suite!r} / {tuned.suite!r}")
-    return (
+        reasons = [f"suite: {base.suite!r} / {tuned.suite!r}", *reasons]
+    return LlmtuneError(
         f"{base.suite}.{base.arm} and {tuned.suite}.{tuned.arm} were not made by the same recipe "
-        f"({'; '.join(reasons) or 'other items'}): evaluate both again the same way"
+        f"({'; '.join(reasons)}): evaluate both again the same way"
     )
 
 

@@ -167,9 +167,9 @@ def build_recipe(
     config = suite.config.model_dump(mode="json", exclude=NOT_SCORING)
     template = template_fingerprint(scored.tokenizer).to_json() if config.get("chat") else None
     identity = scored.identity
-    return {
+    recipe = {
         "items": suite.items_fingerprint,
-        "num_items": len(suite.items),
+        "num_items": suite.num_whole,
         "scoring": config,
         "template": hash_json(template),
         "demonstrations": hash_json([asdict(shown) for shown in settings.demonstrations]),
@@ -177,6 +177,9 @@ def build_recipe(
         "precision": {"dtype": identity.dtype, "quantization": identity.quantization},
         "versions": {name: _installed(name) for name in ("llmtune", "torch", "transformers")},
     }
+    if len(suite.items) < suite.num_whole:
+        recipe["selection"] = hash_json([item.id for item in suite.items])
+    return recipe
 
 
 def _installed(package: str) -> str:

@@ -2,7 +2,8 @@
 
 import difflib
 import hashlib
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
@@ -30,6 +31,18 @@ class Suite:
     items: tuple[SuiteItem, ...]
     items_path: Path
     items_fingerprint: str
+    whole: int | None = None
+    """Items of the suite that these were selected from; None where these are all."""
+
+    @property
+    def num_whole(self) -> int:
+        """How many items the suite has, selected here or not."""
+        return len(self.items) if self.whole is None else self.whole
+
+    def select(self, ids: Container[str]) -> "Suite":
+        """Return the suite with some of its items; its fingerprint stays that of all of them."""
+        items = tuple(item for item in self.items if item.id in ids)
+        return self if items == self.items else replace(self, items=items, whole=self.num_whole)
 
     @property
     def fingerprint(self) -> str:
@@ -83,13 +96,20 @@ def load_suite(name_or_path: str | Path, *, seed: int = 0, limit: int | None = N
     config = _read_config(path)
     name = _name_of(path, config)
     items_path = path.parent / config.items
-    items = _keep(
-        read_items(config, items_path),
-        min((n for n in (config.limit, limit) if n is not None), default=None),
-        seed,
-    )
+    items = read_items(config, items_path)
+    largest = min((n for n in (config.limit, limit) if n is not None), default=None)
+    kept = choose_ids([item.id for item in items], largest, seed)
+    items = tuple(item for item in items if item.id in kept)
     fingerprint = hash_json([_item_content(item) for item in items])
     return Suite(name, path, config, items, items_path, fingerprint)
+
+
+def choose_ids(ids: Sequence[str], limit: int | None, seed: int) -> set[str]:
+    """Choose `limit` ids by a seeded hash of each, so that a larger limit chooses these too."""
+    if limit is None or limit >= len(ids):
+        return set(ids)
+    order = sorted(ids, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
+    return set(order[:limit])
 
 
 def _read_config(path: Path) -> AnySuiteConfig:
@@ -111,15 +131,6 @@ def _name_of(path: Path, config: AnySuiteConfig) -> str:
             "file or give the suite a `name`"
         )
     return path.stem
-
-
-def _keep(items: tuple[SuiteItem, ...], limit: int | None, seed: int) -> tuple[SuiteItem, ...]:
-    """Keep `limit` items by a seeded hash of their ids, so that a larger limit keeps these too."""
-    if limit is None or limit >= len(items):
-        return items
-    order = sorted(items, key=lambda i: hashlib.sha256(f"{seed}:{i.id}".encode()).hexdigest())
-    kept = {item.id for item in order[:limit]}
-    return tuple(item for item in items if item.id in kept)
 
 
 def _item_content(item: SuiteItem) -> dict:

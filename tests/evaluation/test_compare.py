@@ -126,12 +126,56 @@ def test_other_items_and_other_suites_are_refused():
 
 
 def test_what_may_differ_is_allowed_and_listed():
-    merged = make_arm("merged", BASE, recipe={**RECIPE, "precision": "nf4"})
+    other = make_arm("tuned", BASE, recipe={**RECIPE, "precision": "nf4"})
     base = make_arm("base", BASE)
     with pytest.raises(LlmtuneError, match="precision"):
-        compare_arms(base, merged, resampling=FAST)
-    found = compare_arms(base, merged, resampling=FAST, across=("precision",))
+        compare_arms(base, other, resampling=FAST)
+    found = compare_arms(base, other, resampling=FAST, across=("precision",))
     assert found.recipe_differences == ("precision",)
+
+
+@pytest.mark.parametrize(
+    ("arm", "key"),
+    [
+        ("merged", "precision"),
+        ("merged", "base"),
+        ("few-shot-2", "demonstrations"),
+        ("prompt-mine", "prompt"),
+        ("strength-0.5", "selection"),
+        ("probe", "template"),
+        ("other-large", "scoring"),
+    ],
+)
+def test_each_kind_of_arm_may_differ_in_its_own_way_from_either_side(arm, key):
+    recipe = {**RECIPE, key: "changed"}
+    for other in ("base", "tuned"):
+        arms = make_arm(other, BASE), make_arm(arm, BETTER, recipe=recipe)
+        for pair in (arms, arms[::-1]):
+            assert compare_arms(*pair, resampling=FAST).recipe_differences == (key,)
+    with pytest.raises(LlmtuneError, match="items: 'i' / 'j'"):
+        compare_arms(make_arm("base", BASE), make_arm(arm, BASE, recipe={**recipe, "items": "j"}))
+    for plain in ("few-shots", "promptly", "tuned"):
+        with pytest.raises(LlmtuneError, match=key):
+            compare_arms(make_arm("base", BASE), make_arm(plain, BASE, recipe=recipe))
+
+
+def test_an_arm_on_half_of_the_items_is_compared_on_the_items_in_common():
+    recipe = {**RECIPE, "num_items": 100}
+    base = make_arm("base", BASE, recipe=recipe)
+    whole = make_arm("strength-0.5", BETTER, recipe=recipe)
+    half = replace(whole, items=whole.items[60:], n=40)
+    found = compare_arms(base, half, resampling=FAST)
+    assert (found.n, found.base, found.tuned) == (40, 0.5, 0.75)
+    assert compare_arms(half, base, resampling=FAST).difference == -found.difference
+    with pytest.raises(LlmtuneError, match="0 in common"):
+        compare_arms(half, replace(base, items=base.items[:60]), resampling=FAST)
+
+
+def test_another_right_answer_to_the_same_item_is_refused():
+    other = make_arm("other-large", BASE)
+    items = (replace(other.items[0], answer="b"), *other.items[1:])
+    with pytest.raises(LlmtuneError, match="another answer to '0'"):
+        compare_arms(make_arm("base", BASE), replace(other, items=items), resampling=FAST)
 
 
 def test_the_slice_that_regresses_comes_first():
@@ -150,6 +194,12 @@ def test_results_come_back_from_disk_as_they_were(tmp_path):
     result = make_arm("base", BASE, columns=["x"] * 100)
     path = save_arm_result(result, tmp_path)
     assert path.name == "movies.base.json"
+    assert read_arm_result(path) == result
+    told = replace(result, about={"shots": 8})
+    assert read_arm_result(save_arm_result(told, tmp_path)) == told
+    values = json.loads(path.read_text())
+    del values["about"]
+    path.write_text(json.dumps(values))
     assert read_arm_result(path) == result
 
 

@@ -201,3 +201,13 @@ def test_shipped_suites_are_found_by_name():
     assert find_suite("general") == shipped_files("evals")["general"]
     with pytest.raises(LlmtuneError, match="Did you mean 'general'"):
         find_suite("genral")
+
+
+def test_a_selection_keeps_the_fingerprint_of_the_whole_suite(tmp_path):
+    suite = load_suite(write_suite(tmp_path))
+    half = suite.select({"b"})
+    assert [item.id for item in half.items] == ["b"]
+    assert (half.num_whole, suite.num_whole) == (2, 2)
+    assert half.items_fingerprint == suite.items_fingerprint
+    assert suite.select({"a", "b", "c"}) is suite
+    assert half.select({"b"}).num_whole == 2
