@@ -65,6 +65,29 @@ def find_near_duplicates(texts: list[str]) -> list[NearPair]:
     return [best[second] for second in sorted(best)]
 
 
+def find_near_matches(train: list[str], items: list[str]) -> list[NearPair]:
+    """Return for each of `items` that is nearly equal to a train text the one it resembles most.
+
+    `first` numbers the train text and `second` the item. The same shingles, boilerplate rule and
+    bands as `find_near_duplicates`; memory grows with the items only.
+    """
+    common = _common_shingles(train + items)
+    buckets: dict[tuple[int, bytes], list[int]] = {}
+    for place, text in enumerate(items):
+        for band in _bands(_own_shingles(text, common)):
+            buckets.setdefault(band, []).append(place)
+    best: dict[int, NearPair] = {}
+    for row, text in enumerate(train):
+        values = _own_shingles(text, common)
+        near = {place for band in _bands(values) for place in buckets.get(band, ())}
+        for place in near:
+            similarity = _jaccard(values, _own_shingles(items[place], common))
+            known = best.get(place)
+            if similarity >= MIN_SIMILARITY and (known is None or similarity > known.similarity):
+                best[place] = NearPair(row, place, similarity)
+    return [best[place] for place in sorted(best)]
+
+
 def find_shared_ngrams(train: list[str], evaluation: list[str]) -> list[tuple[int, int, str]]:
     """Return `(train row, evaluation row, words)` where 13 words in a row stand in both.
 
@@ -160,6 +183,14 @@ def _sign(values: np.ndarray) -> np.ndarray:
         hashed = values[start : start + 4096, None] * _FACTORS + _SHIFTS
         np.minimum(signature, hashed.min(axis=0), out=signature)
     return signature
+
+
+def _bands(values: np.ndarray) -> list[tuple[int, bytes]]:
+    """Return the keys of a text's bands; none for a text with too few shingles."""
+    if len(values) < MIN_SHINGLES:
+        return []
+    bands = _sign(values).reshape(-1, BAND_ROWS)
+    return [(index, band.tobytes()) for index, band in enumerate(bands)]
 
 
 def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
