@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from llmtune.adapters.strength import refuse_rewritten_base
 from llmtune.errors import LlmtuneError
 
 CPU_TOKEN_BUDGET = 2048
@@ -73,15 +74,7 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
         raise LlmtuneError(
             "the base arm needs a model with an adapter to switch off; this has none"
         )
-    for name, config in model.peft_config.items():
-        start = getattr(config, "init_lora_weights", True)
-        if isinstance(start, str) and start.startswith(
-            ("pissa", "olora", "corda", "loftq", "lora_ga")
-        ):
-            raise LlmtuneError(
-                f"adapter {name!r} was initialised with {start!r}, which changes the base weights: "
-                "switching it off does not give the base. Load the base by itself for its arm."
-            )
+    refuse_rewritten_base(model)
     with model.disable_adapter():
         yield
 
