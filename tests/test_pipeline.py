@@ -76,6 +76,15 @@ def test_the_stages_can_be_called_alone(tmp_path):
     assert report(config.run_dir).verdict.name
 
 
+def test_the_order_of_the_rows_is_recorded_and_depends_on_the_seed_alone(tmp_path):
+    hashes = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = load_config(make_project(tmp_path / name), [*SHORT, f"seed={seed}"])
+        hashes.append(train(config)["order_hash"])
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert read_manifest(config.run).stages["train"]["result"]["order_hash"] == hashes[2]
+
+
 def test_training_teaches_the_task(tmp_path):
     config = load_config(make_project(tmp_path), ["train.max_steps=30", "train.learning_rate=1e-2"])
     result = train(config)

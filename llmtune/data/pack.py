@@ -2,28 +2,20 @@
 
 from collections.abc import Sequence
 
-from llmtune.errors import LlmtuneError
 
-
-def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Return bins of indices into `lengths`, no bin longer than `max_length` tokens in total.
+def pack_lengths(
+    lengths: Sequence[int], max_length: int, *, max_rows: int | None = None
+) -> list[list[int]]:
+    """Return bins of indices into `lengths`: at most `max_length` tokens and `max_rows` examples.
 
     First-fit-decreasing: the longest first, each into the first bin with room; at most 11/9 of
     the best number of bins, plus 6/9 (Dósa 2007). Equal lengths keep their order, so the
     result is a function of the arguments alone. O(n log n) through a tree of the bins' room.
-
-    Raises:
-        LlmtuneError: an example is longer than `max_length`.
+    An example longer than `max_length` has a bin to itself.
     """
-    lengths = [int(length) for length in lengths]
+    lengths = [min(int(length), max_length) for length in lengths]
     if not lengths:
         return []
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    if lengths[longest] > max_length:
-        raise LlmtuneError(
-            f"example {longest} has {lengths[longest]} tokens and fits no row of {max_length}; "
-            f"pack into rows of at least {lengths[longest]}"
-        )
     leaves = 1 << (len(lengths) - 1).bit_length()
     # room[1] is the root; a node holds the largest room below it, the leaves those of the bins.
     room = [max_length] * (2 * leaves)
@@ -36,8 +28,10 @@ def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
                 node += 1
         if node - leaves == len(bins):
             bins.append([])
-        bins[node - leaves].append(index)
-        room[node] -= lengths[index]
+        packed = bins[node - leaves]
+        packed.append(index)
+        # A bin with all its rows takes nothing more; lengths are at least 0, so -1 is no room.
+        room[node] = -1 if len(packed) == max_rows else room[node] - lengths[index]
         while node > 1:
             node //= 2
             room[node] = max(room[2 * node], room[2 * node + 1])

@@ -40,6 +40,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - keyword-only options, like torch.nn
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int = 256,
+    losses_out_T: Tensor | None = None,
 ) -> Tensor:
     """Sum of `weights_T * -log softmax(logits)[labels]` over the tokens given.
 
@@ -59,6 +60,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - keyword-only options, like torch.nn
         logit_softcap: Gemma 2's `final_logit_softcapping`.
         logit_scale: a factor on the logits before the soft cap.
         chunk_size: tokens whose logits exist at the same time.
+        losses_out_T: filled with each token's loss, unweighted, where given.
 
     Returns:
         A float32 scalar (float64 for float64 inputs); 0 for an empty batch.
@@ -68,10 +70,11 @@ def linear_cross_entropy(  # noqa: PLR0913 - keyword-only options, like torch.nn
             disagree, or if `chunk_size` is not positive.
     """
     head = FrozenHead(head_weight_VD, bias_V, logit_softcap, logit_scale)
-    _check_arguments(hidden_TD, head, labels_T, weights_T, chunk_size)
+    _check_arguments(hidden_TD, head, (labels_T, weights_T, losses_out_T), chunk_size)
     if not torch.is_grad_enabled():
         hidden_TD = hidden_TD.detach()  # an evaluation: forward then computes no gradient
-    return _FrozenHeadCrossEntropy.apply(hidden_TD, head, labels_T, weights_T, chunk_size)
+    labelled = (labels_T, weights_T, losses_out_T)
+    return _FrozenHeadCrossEntropy.apply(hidden_TD, head, labelled, chunk_size)
 
 
 def labelled_positions(
@@ -120,10 +123,10 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         ctx: FunctionCtx,
         hidden_TD: Tensor,
         head: FrozenHead,
-        labels_T: Tensor,
-        weights_T: Tensor | None,
+        labelled: tuple[Tensor, Tensor | None, Tensor | None],
         chunk_size: int,
     ) -> Tensor:
+        labels_T, weights_T, losses_out_T = labelled
         needs_gradient = ctx.needs_input_grad[0]
         loss = hidden_TD.new_zeros((), dtype=_accumulation_dtype(hidden_TD.dtype))
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_gradient else None
@@ -131,7 +134,9 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
             for start, logits_CV in _iter_logits(hidden_TD, head.weight_VD, chunk_size):
                 chunk = slice(start, start + len(logits_CV))
                 weights_C = None if weights_T is None else weights_T[chunk]
-                loss += _reduce_chunk(logits_CV, head, labels_T[chunk], weights_C, needs_gradient)
+                losses_C = None if losses_out_T is None else losses_out_T[chunk]
+                labelled_C = (labels_T[chunk], weights_C, losses_C)
+                loss += _reduce_chunk(logits_CV, head, labelled_C, needs_gradient)
                 if grad_hidden_TD is not None:  # the chunk now holds the logits' gradient
                     grad_hidden_TD[chunk] = logits_CV @ head.weight_VD
         ctx.save_for_backward(grad_hidden_TD)
@@ -141,7 +146,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden_TD,) = ctx.saved_tensors
-        return grad_hidden_TD * grad_loss, None, None, None, None
+        return grad_hidden_TD * grad_loss, None, None, None
 
 
 def _iter_logits(
@@ -159,11 +164,14 @@ def _iter_logits(
 def _reduce_chunk(
     logits_CV: Tensor,
     head: FrozenHead,
-    labels_C: Tensor,
-    weights_C: Tensor | None,
+    labelled_C: tuple[Tensor, Tensor | None, Tensor | None],
     needs_gradient: bool,
 ) -> Tensor:
-    """Return the chunk's loss and, if asked, overwrite its raw logits with their gradient."""
+    """Return the chunk's loss and, if asked, overwrite its raw logits with their gradient.
+
+    `labelled_C` are labels, weights, and where each token's loss goes.
+    """
+    labels_C, weights_C, losses_C = labelled_C
     dtype = _accumulation_dtype(logits_CV.dtype)
     tile_rows = _tile_rows(logits_CV, dtype)
     workspace_RV = logits_CV.new_empty(tile_rows, logits_CV.shape[1], dtype=dtype)
@@ -175,6 +183,8 @@ def _reduce_chunk(
         log_probs_RV = workspace_RV[: len(raw_RV)]
         torch.log_softmax(logits_RV, dim=-1, dtype=dtype, out=log_probs_RV)
         losses_R1 = -log_probs_RV.gather(1, labels_R1)
+        if losses_C is not None:
+            losses_C[tile] = losses_R1[:, 0]
         weights_R1 = None if weights_C is None else weights_C[tile, None].to(dtype)
         loss += (losses_R1 if weights_R1 is None else losses_R1 * weights_R1).sum()
         if needs_gradient:  # d loss / d logits = weight * (softmax - one_hot(label))
@@ -219,10 +229,10 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def _check_arguments(
     hidden_TD: Tensor,
     head: FrozenHead,
-    labels_T: Tensor,
-    weights_T: Tensor | None,
+    labelled: tuple[Tensor, Tensor | None, Tensor | None],
     chunk_size: int,
 ) -> None:
+    labels_T, weights_T, losses_out_T = labelled
     if any(p is not None and p.requires_grad for p in (head.weight_VD, head.bias_V)):
         raise ValueError(
             "linear_cross_entropy computes no gradient for the LM head, but the head requires one; "
@@ -233,6 +243,7 @@ def _check_arguments(
         "head_weight_VD": (head.weight_VD, (len(head.weight_VD), width)),
         "labels_T": (labels_T, (num_tokens,)),
         "weights_T": (weights_T, (num_tokens,)),
+        "losses_out_T": (losses_out_T, (num_tokens,)),
         "bias_V": (head.bias_V, (len(head.weight_VD),)),
     }
     for name, (tensor, shape) in expected.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from llmtune.config import RunConfig
 from llmtune.data.prepare import PreparedData
 from llmtune.data.template import template_fingerprint
 from llmtune.environment import versions
+from llmtune.fingerprint import hash_json
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import BaseSource
 from llmtune.stages.describe import describe_injected, describe_loaded
+from llmtune.training.batch import hash_epochs
 from llmtune.training.sft import TrainRequest, train_adapter
 
 log = logging.getLogger("llmtune")
@@ -63,6 +66,7 @@ def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
     )
     return {
         **dataclasses.asdict(result),
+        "order_hash": _order_hash(config, inputs, result.steps),
         "adapter_bytes": _directory_bytes(config.run.adapter_dir),
         "injection": dataclasses.asdict(injected.table),
         "quantization": dataclasses.asdict(loaded.quantized),
@@ -92,6 +96,14 @@ def _adapter_manifest(
         "versions": versions(),
         "config": config.model_dump(mode="json"),
     }
+
+
+def _order_hash(config: RunConfig, inputs: TrainInputs, steps: int) -> str:
+    """Hash which rows were seen in which order: a function of the data and the seed alone."""
+    num_rows = len(inputs.train.examples)
+    num_epochs = math.ceil(steps / math.ceil(num_rows / config.train.batch_size))
+    epochs = hash_epochs(num_rows, config.seed, num_epochs)
+    return hash_json({"mixture": inputs.train.order_hash, "epochs": epochs})
 
 
 def _directory_bytes(directory: Path) -> int:

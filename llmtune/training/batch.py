@@ -1,14 +1,16 @@
 """From rows to micro-batches: which rows go together, in which order, and as which tensors."""
 
-import math
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 from llmtune.data.example import IGNORE_INDEX, Example
+from llmtune.data.pack import pack_lengths
 from llmtune.memory import BatchLimits
 
 LARGEST_SEED = 2**63 - 1
@@ -43,6 +45,15 @@ class EpochSampler(Sampler[int]):
         return iter(torch.randperm(self.num_rows, generator=generator).tolist())
 
 
+def hash_epochs(num_rows: int, seed: int, num_epochs: int) -> str:
+    """Return the SHA-256 of the rows' numbers in the order of that many epochs."""
+    sampler, digest = EpochSampler(num_rows, seed), hashlib.sha256()
+    for epoch in range(num_epochs):
+        sampler.set_epoch(epoch)
+        digest.update(np.array(list(sampler), dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
 def plan_micro_batches(
     lengths: Sequence[int], limits: BatchLimits, *, packed: bool
 ) -> list[list[int]]:
@@ -56,16 +67,10 @@ def plan_micro_batches(
     Returns:
         Lists of indices into `lengths`; every index occurs exactly once.
     """
+    if packed:
+        return pack_lengths(lengths, limits.tokens, max_rows=limits.rows)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    if not packed:
-        return _plan_padded(order, lengths, limits)
-    rows = limits.rows or len(lengths)
-    fewest = max(math.ceil(sum(lengths) / limits.tokens), math.ceil(len(lengths) / rows), 1)
-    for count in range(fewest, len(lengths) + 1):
-        bins = _fill_evenly(order, lengths, count, rows)
-        if all(len(one) == 1 or sum(lengths[i] for i in one) <= limits.tokens for one in bins):
-            return bins
-    return [[index] for index in order]
+    return _plan_padded(order, lengths, limits)
 
 
 def _plan_padded(order: list[int], lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
@@ -82,22 +87,6 @@ def _plan_padded(order: list[int], lengths: Sequence[int], limits: BatchLimits) 
         else:
             current.append(index)
     return batches
-
-
-def _fill_evenly(
-    order: list[int], lengths: Sequence[int], count: int, rows: int
-) -> list[list[int]]:
-    """Deal the rows, longest first, to the emptiest of `count` bins that still takes a row."""
-    bins: list[list[int]] = [[] for _ in range(count)]
-    totals = [0] * count
-    for index in order:
-        emptiest = min(
-            (position for position in range(count) if len(bins[position]) < rows),
-            key=totals.__getitem__,
-        )
-        bins[emptiest].append(index)
-        totals[emptiest] += lengths[index]
-    return [one for one in bins if one]
 
 
 def largest_micro_batches(
@@ -224,19 +213,23 @@ def _targets(examples: Sequence[Example], starts: Sequence[int]) -> dict:
     """Return where a token is trained and which one.
 
     `target_positions` [N] index the flattened batch at the position *before* the trained token,
-    `targets` [N] are the token ids, `target_weights` [N] (float32) the weights of their rows.
+    `targets` [N] are the token ids, `target_weights` [N] (float32) the weights of their rows and
+    `target_sources` [N] the sources of those.
     """
     positions: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
+    sources: list[int] = []
     for example, start in zip(examples, starts, strict=False):
         for index, label in enumerate(example.labels[1:]):
             if label != IGNORE_INDEX:
                 positions.append(start + index)
                 targets.append(label)
                 weights.append(example.weight)
+                sources.append(example.source_index)
     return {
         "target_positions": torch.tensor(positions, dtype=torch.int64),
         "targets": torch.tensor(targets, dtype=torch.int64),
         "target_weights": torch.tensor(weights, dtype=torch.float32),
+        "target_sources": torch.tensor(sources, dtype=torch.int64),
     }

@@ -58,5 +58,7 @@ class RunContext:
     seed: int
     evaluation_rows: Mapping[str, list[int]]
     """Source -> its evaluation rows, as the collator numbers them."""
+    train_sources: Mapping[int, str]
+    """`Example.source_index` -> name, of the sources that are trained on."""
     choices: Mapping[str, str]
     totals: RunTotals = field(default_factory=RunTotals)

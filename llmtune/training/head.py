@@ -40,7 +40,10 @@ def decoder_hidden(model: PeftModel, micro_batch: dict) -> Tensor:
 
 
 def summed_loss(model: PeftModel, micro_batch: dict, choice: HeadChoice) -> Tensor:
-    """Return the weighted sum of the cross-entropies of a micro-batch's trained tokens (nats)."""
+    """Return the weighted sum of the cross-entropies of a micro-batch's trained tokens (nats).
+
+    Where the micro-batch holds `token_losses` [N], each token's own is written there, unweighted.
+    """
     if not choice.is_frozen:
         return _library_loss(model, micro_batch)
     head = model.get_base_model().get_output_embeddings()
@@ -53,6 +56,7 @@ def summed_loss(model: PeftModel, micro_batch: dict, choice: HeadChoice) -> Tens
         bias_V=head.bias,
         logit_softcap=choice.softcap,
         logit_scale=choice.scale,
+        losses_out_T=micro_batch.get("token_losses"),
     )
 
 
@@ -131,6 +135,8 @@ def _library_loss(model: PeftModel, micro_batch: dict) -> Tensor:
     else:
         logits = model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, positions)
     losses = nn.functional.cross_entropy(logits.float(), micro_batch["targets"], reduction="none")
+    if "token_losses" in micro_batch:
+        micro_batch["token_losses"].copy_(losses.detach())
     return (losses * micro_batch["target_weights"]).sum()
 
 

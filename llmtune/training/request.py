@@ -100,18 +100,29 @@ def group_by_source(examples: Sequence[Example], first_index: int) -> dict[str, 
 
     Rows of like length together need the least padding.
     """
-    if isinstance(examples, ExampleTable):
-        sources = examples.source_indices
-    else:
-        sources = np.array([example.source_index for example in examples], dtype=np.int64)
-    lengths = row_lengths(examples)
+    sources, lengths = _source_indices(examples), row_lengths(examples)
     groups = {}
-    for source in np.unique(sources).tolist():
+    for source, name in name_sources(examples).items():
         rows = np.flatnonzero(sources == source)
-        name = examples[int(rows[0])].source
         ordered = rows[np.argsort(lengths[rows], kind="stable")] + first_index
-        groups[name if name not in groups else f"{name}#{source}"] = ordered.tolist()
+        groups[name] = ordered.tolist()
     return groups
+
+
+def name_sources(examples: Sequence[Example]) -> dict[int, str]:
+    """Return a name for every source index: the file (or hub id) of its first row."""
+    names: dict[int, str] = {}
+    indices, firsts = np.unique(_source_indices(examples), return_index=True)
+    for index, first in zip(indices.tolist(), firsts.tolist(), strict=True):
+        name = examples[first].source
+        names[index] = f"{name}#{index}" if name in names.values() else name
+    return names
+
+
+def _source_indices(examples: Sequence[Example]) -> np.ndarray:
+    if isinstance(examples, ExampleTable):
+        return examples.source_indices
+    return np.array([example.source_index for example in examples], dtype=np.int64)
 
 
 def row_lengths(examples: Sequence[Example]) -> np.ndarray:

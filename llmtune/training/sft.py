@@ -33,7 +33,13 @@ from llmtune.training.metrics import MetricsLog
 from llmtune.training.progress import ProgressLine
 from llmtune.training.rehearsal import is_out_of_memory, rehearse_save
 from llmtune.training.reporters import check_reporters
-from llmtune.training.request import TrainRequest, TrainResult, find_untrained, group_by_source
+from llmtune.training.request import (
+    TrainRequest,
+    TrainResult,
+    find_untrained,
+    group_by_source,
+    name_sources,
+)
 from llmtune.training.setup import Setup, set_up
 from llmtune.training.trainer import AdapterTrainer
 from llmtune.training.watch import build_watches
@@ -84,6 +90,7 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
             interruption=interruption,
             seed=request.seed,
             evaluation_rows=group_by_source(request.evaluation, len(request.train)),
+            train_sources=name_sources(request.train),
             choices=setup.choices,
             totals=start.totals,
         )

@@ -32,6 +32,7 @@ from llmtune.training.memory_plan import peak_bytes
 from llmtune.training.metrics import MetricsLog
 from llmtune.training.packing import move_to
 from llmtune.training.schedule import learning_rate_factor
+from llmtune.training.source_losses import SourceLosses
 
 REMEMBERED_STEPS = 4
 # Rows that evaluation deals with at a time; micro-batches divide them like a training step's.
@@ -52,6 +53,7 @@ class AdapterTrainer(SFTTrainer):
         self.recent: deque[StepRecord] = deque(maxlen=REMEMBERED_STEPS)
         self._seconds_a_step = 0.0
         super().__init__(**trl_arguments)
+        self._source_losses = SourceLosses(context.train_sources, self.args.device)
         self.start_clock()
 
     def _send_telemetry(self) -> None:
@@ -96,8 +98,10 @@ class AdapterTrainer(SFTTrainer):
         totals.trained_tokens += inputs["trained_tokens"]
         losses = []
         for micro_batch in self._prepare_inputs(inputs["micro_batches"]):
+            self._source_losses.prepare(micro_batch)
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, micro_batch)
+            self._source_losses.add(micro_batch)
             self.accelerator.backward(loss)
             losses.append(loss.detach())
         self.recent.append(StepRecord(self.state.global_step + 1, rows, losses))
@@ -172,7 +176,7 @@ class AdapterTrainer(SFTTrainer):
         """Write one line of metrics and pass it on to the trackers."""
         step = self.state.global_step
         if "loss" in logs:
-            logs |= self._measure_speed()
+            logs |= self._source_losses.take() | self._measure_speed()
             self.context.totals.final_loss = logs["loss"]
             self._write({"step": step, "epoch": self.state.epoch, **logs})
         elif "eval_loss" in logs:

@@ -2,12 +2,10 @@
 
 import math
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtune.data.pack import pack_lengths
-from llmtune.errors import LlmtuneError
 
 
 @given(lengths=st.lists(st.integers(1, 64), max_size=200))
@@ -24,6 +22,13 @@ def test_first_fit_decreasing_is_what_is_done():
     assert pack_lengths([3, 7, 5, 2, 3], 10) == [[1, 0], [2, 4, 3]]
 
 
-def test_example_that_fits_no_bin_is_refused():
-    with pytest.raises(LlmtuneError, match="example 1 has 11 tokens"):
-        pack_lengths([3, 11], 10)
+def test_example_longer_than_a_bin_stands_alone():
+    assert pack_lengths([3, 11, 7], 10) == [[1], [2, 0]]
+
+
+@given(lengths=st.lists(st.integers(0, 64), max_size=60), rows=st.integers(1, 5))
+def test_no_bin_holds_more_rows_than_allowed(lengths, rows):
+    bins = pack_lengths(lengths, 64, max_rows=rows)
+    assert sorted(index for packed in bins for index in packed) == list(range(len(lengths)))
+    assert all(len(packed) <= rows for packed in bins)
+    assert all(sum(lengths[index] for index in packed) <= 64 for packed in bins)

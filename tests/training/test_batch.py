@@ -51,9 +51,9 @@ def test_the_rehearsed_micro_batches_are_as_large_as_any_planned_one(lengths, to
     assert largest <= limits.tokens
 
 
-def test_packed_micro_batches_are_of_even_size():
-    plan = plan_micro_batches([100] * 8, BatchLimits(None, 500), packed=True)
-    assert [len(one) for one in plan] == [4, 4]
+def test_packed_micro_batches_are_first_fit_decreasing():
+    plan = plan_micro_batches([300, 700, 500, 200, 300], BatchLimits(None, 1000), packed=True)
+    assert plan == [[1, 0], [2, 4, 3]]
 
 
 def test_padded_micro_batches_hold_neighbours_in_length():

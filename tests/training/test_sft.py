@@ -2,14 +2,21 @@
 
 import json
 import socket
+from contextlib import nullcontext
+from hashlib import sha256
 
+import numpy as np
 import pytest
 import torch
 
 from llmtune.data.example import Example, ExampleTableBuilder
 from llmtune.errors import LlmtuneError
+from llmtune.training.batch import BatchLimits, EpochSampler, StepCollator, hash_epochs
+from llmtune.training.head import choose_head, summed_loss
+from llmtune.training.packing import packed_attention
 from llmtune.training.request import find_untrained
 from llmtune.training.sft import train_adapter
+from llmtune.training.trainer import AdapterTrainer
 from tests.tiny import FAMILIES, make_model
 from tests.training.tiny_runs import (
     adapter_weights,
@@ -52,19 +59,52 @@ def test_packed_and_padded_losses_agree(tmp_path):
     assert losses["on"] == pytest.approx(losses["off"], abs=1e-5)
 
 
+def plain_losses(model, row):
+    """Return the losses of a row's trained tokens by the library's own forward pass."""
+    ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
+    logits = model(input_ids=ids).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")[labels != -100]
+
+
 def test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens(tmp_path):
     rows = make_rows(8)
     model = make_adapter()
-    expected = []
     with torch.no_grad():
-        for row in rows:
-            ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
-            logits = model(input_ids=ids).logits[0, :-1]
-            expected.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
-    trained = [(torch.tensor(row.labels[1:]) != -100).sum().item() for row in rows]
-    mean = sum(one.sum().item() for one in expected) / sum(trained)
+        mean = torch.cat([plain_losses(model, row) for row in rows]).mean().item()
     train(tmp_path, model=model, rows=rows, max_steps=1)
     assert read_metrics(tmp_path)[0]["loss"] == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_weights_of_rows_reach_value_and_gradient_as_in_plain_torch(packed):
+    weights = (0.5, 1.0, 3.0, 0.25)
+    rows = [
+        Example(row.input_ids, row.labels, "f", row.line, weight)
+        for row, weight in zip(make_rows(4), weights, strict=True)
+    ]
+    model = make_adapter().eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.1)
+    losses = [plain_losses(model, row) for row in rows]
+    total = sum(weight * len(one) for weight, one in zip(weights, losses, strict=True))
+    plain = sum(weight * one.sum() for weight, one in zip(weights, losses, strict=True)) / total
+    plain.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    collator = StepCollator(rows, BatchLimits(2, 10**9), packed=packed, pad_token_id=0)
+    choice = choose_head(model)
+    ours = 0.0
+    with packed_attention(model) if packed else nullcontext():
+        for micro_batch in collator.collate(range(4))["micro_batches"]:
+            loss = summed_loss(model, micro_batch, choice)
+            loss.backward()
+            ours += loss.item()
+    assert ours == pytest.approx(plain.item(), abs=1e-5)
+    for name, gradient in expected.items():
+        actual = model.get_parameter(name).grad
+        assert torch.allclose(actual, gradient, atol=1e-6, rtol=1e-3), name
 
 
 def test_a_row_of_double_weight_counts_like_two_rows(tmp_path):
@@ -144,6 +184,51 @@ def test_several_sources_are_evaluated_apart_and_together(tmp_path):
         assert line[f"eval_loss/{name}.jsonl"] == pytest.approx(alone["eval_loss"], abs=1e-5)
         sums += alone["eval_loss"] * alone["eval_tokens"]
     assert line["eval_loss"] == pytest.approx(sums / line["eval_tokens"], abs=1e-5)
+
+
+@pytest.mark.parametrize("frozen_head", [True, False])
+def test_the_training_loss_of_every_source_is_logged(tmp_path, frozen_head):
+    rows = [
+        Example(row.input_ids, row.labels, f"{name}.jsonl", row.line, 1.0 + index, index)
+        for index, name in enumerate(("a", "b"))
+        for row in make_rows(4, seed=index)
+    ]
+    model = make_adapter()
+    expected, weights = {}, {}
+    for name, part in (("a", rows[:4]), ("b", rows[4:])):
+        losses = torch.cat([plain_losses(model, row) for row in part])
+        expected[name], weights[name] = losses.mean().item(), part[0].weight * len(losses)
+    without = frozenset() if frozen_head else frozenset({"frozen_head"})
+    request = make_request(model, tmp_path, train=rows, without=without)
+    train_adapter(make_config(max_steps=3, learning_rate=1e-12, log_every=2), request)
+    for line in read_metrics(tmp_path):
+        for name, loss in expected.items():
+            assert line[f"loss/{name}.jsonl"] == pytest.approx(loss, abs=1e-5)
+        together = sum(expected[name] * weights[name] for name in expected)
+        assert line["loss"] == pytest.approx(together / sum(weights.values()), abs=1e-5)
+
+
+def test_one_source_has_no_line_of_its_own(tmp_path):
+    train(tmp_path, max_steps=1)
+    assert not any(name.startswith("loss/") for name in read_metrics(tmp_path)[0])
+
+
+def test_rows_are_seen_in_the_order_whose_hash_is_recorded(tmp_path, monkeypatch):
+    seen = []
+    step = AdapterTrainer.training_step
+
+    def watched(self, model, inputs, *rest):
+        seen.extend(sorted(row for one in inputs["rows"] for row in one))
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", watched)
+    train(tmp_path, rows=make_rows(6), batch_size=1, max_steps=12)
+    sampler = EpochSampler(6, seed=0)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert seen == first + list(sampler)
+    assert hash_epochs(6, 0, 2) == sha256(np.array(seen, dtype="<i8").tobytes()).hexdigest()
+    assert hash_epochs(6, 1, 2) != hash_epochs(6, 0, 2)
 
 
 def test_rows_of_a_table_are_checked_like_rows_of_a_list():
