@@ -45,6 +45,12 @@ def clone(tmp_path_factory):
     (directory / "configs" / "quickstart.yaml").write_text(json.dumps(config))
     write_jsonl(directory / "train.jsonl", [chat_row(*row) for row in sentences()[1::4]])
     write_jsonl(directory / "prompts.jsonl", [{"prompt": "The film is warm."}])
+    shutil.copytree(ROOT / "evals" / "tasks", directory / "evals" / "tasks")
+    (directory / "data" / "quickstart").mkdir(parents=True)
+    write_jsonl(
+        directory / "data" / "quickstart" / "movies_test.jsonl",
+        [{"prompt": text, "answer": label} for text, label in sentences()[::8]],
+    )
     return directory
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmtune.adapters.manifest import MANIFEST_NAME, adapter_fingerprint, read_adapter_manifest
@@ -46,6 +46,16 @@ class LiveTarget:
                 yield self.model
         else:
             yield self.model
+
+    @contextlib.contextmanager
+    def scored_as(self, arm: str) -> Iterator[ScoredModel]:
+        """Yield the model as `arm`, as evaluation takes it: the base's identity has no adapter."""
+        with self.answering_as(arm):
+            identity = self.identity
+            yield replace(
+                self.scored,
+                identity=replace(identity, adapter=None) if arm == "base" else identity,
+            )
 
 
 def load_live(target: Target, arm: str | None = None) -> LiveTarget:

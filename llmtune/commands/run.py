@@ -2,9 +2,11 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import click
 
+from llmtune.commands.harness import with_harness_options
 from llmtune.commands.options import (
     CONFIG_ARGUMENT,
     FORCE_OPTION,
@@ -123,17 +125,19 @@ def merge(  # noqa: PLR0913 (one argument an option)
 @TARGET_ARGUMENT
 @OVERRIDES_ARGUMENT
 @click.option("--suite", "suites", multiple=True, help="A suite file or a shipped suite's name.")
+@with_harness_options
 @FORCE_OPTION
 @with_output_options
 def evaluate(  # noqa: PLR0913 (one argument an option)
     target: str,
     overrides: tuple[str, ...],
     suites: tuple[str, ...],
+    harness: dict[str, Any] | None,
     force: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Score on the suites of a run, or on --suite.
+    """Score on the suites of a run, on --suite, or on tasks of lm-evaluation-harness.
 
     TARGET is a config, a run, an adapter directory or a model.
 
@@ -141,11 +145,20 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
       llmtune eval runs/quickstart
       llmtune eval runs/quickstart --suite general
       llmtune eval path/to/model --suite general --json
+      llmtune eval runs/quickstart --lm-eval my_task --include-path tasks
     """
     from llmtune.reporting.scores import render_scores
 
     show_progress(quiet)
-    if suites:
+    if harness is not None:
+        from llmtune.answering.harness import run_harness
+        from llmtune.evaluation.harness import HarnessSettings
+
+        if suites:
+            raise LlmtuneError("give --suite or --lm-eval, one at a time")
+        arms = harness.pop("arms")
+        scores = run_harness(target, overrides, HarnessSettings(**harness), arms)
+    elif suites:
         from llmtune.answering.score import score_target
 
         # Such scores are printed and not kept, so there is nothing that --force would redo.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.harness import HARNESS_TASK
 from llmtune.evaluation.results import ArmResult
 from llmtune.manifest import Manifest
 from llmtune.models.identity import base_fingerprint
@@ -22,9 +23,21 @@ def current_results(run: RunDir, manifest: Manifest) -> Callable[[ArmResult], bo
     those of the very models on disk: base and tuned of the manifest's base, tuned with the saved
     adapter, merged with the saved weights.
     """
-    if is_finished(manifest, "evaluate"):
-        made = manifest.stages["evaluate"].get("result") or {}
-        return lambda result: result.arm in made.get(result.suite, ())
+    is_of_models_on_disk = _matches_models_on_disk(run, manifest)
+    if not is_finished(manifest, "evaluate"):
+        return is_of_models_on_disk
+    made = manifest.stages["evaluate"].get("result") or {}
+
+    def is_current(result: ArmResult) -> bool:
+        # Tasks of lm-evaluation-harness are run beside the stage, whenever the user asks.
+        if result.task == HARNESS_TASK:
+            return is_of_models_on_disk(result)
+        return result.arm in made.get(result.suite, ())
+
+    return is_current
+
+
+def _matches_models_on_disk(run: RunDir, manifest: Manifest) -> Callable[[ArmResult], bool]:
     base = manifest.base.get("fingerprint")
     try:
         adapter = adapter_fingerprint(run.adapter_dir)
