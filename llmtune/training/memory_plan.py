@@ -50,6 +50,8 @@ class _SavedBytes:
         self.other_bytes = 0
 
     def note(self, tensor: Tensor) -> Tensor:
+        # A node that saves its own output would own itself if it got the output back, for good.
+        tensor = tensor.detach()
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._counted:
             self._counted.add(storage.data_ptr())

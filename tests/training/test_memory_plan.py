@@ -1,5 +1,7 @@
 """Micro-batches fill the memory that is there; layers are recomputed only when they must be."""
 
+import gc
+
 import pytest
 import torch
 
@@ -73,6 +75,19 @@ def test_the_measured_cost_is_what_recomputation_saves():
     # The cosines of the rotary embedding are shared inputs that recomputation keeps too.
     assert predicted <= saved <= 1.5 * predicted
     assert cost.layer_bytes > 10 * cost.recomputed_layer_bytes
+
+
+def count_tensors():
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+def test_measuring_keeps_no_activation():
+    model = make_adapter().train()
+    forward(model)
+    before = count_tensors()
+    measure_activations(model, recomputable_layers(model), lambda: forward(model), 64)
+    assert count_tensors() == before
 
 
 def test_out_of_memory_names_the_length_and_two_settings(tmp_path):
