@@ -191,7 +191,8 @@ def run_forward(
         outputs = model(**arguments)
     assert outputs.logits is not None, "the model was patched to return no logits"
     kept = outputs.logits[:, -logits_to_keep:] if logits_to_keep else outputs.logits
-    return ForwardResult(kept, outputs.past_key_values if keep_cache else None)
+    # State-space models return their state under another name: it is not reused.
+    return ForwardResult(kept, outputs.get("past_key_values") if keep_cache else None)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,13 @@ from llmtune.scoring.batches import (
     run_forward,
     select_rows,
 )
+from llmtune.scoring.prefix import (
+    LONG_PREFIX_TOKENS,
+    NO_PREFIX,
+    SharedPrefix,
+    rows_at_once,
+    share_prefix,
+)
 
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
@@ -73,11 +80,17 @@ def generate_texts(
     require_positions(model, longest + decoding.max_new_tokens)
     written: list[list[int]] = [[] for _ in prompts]
     stopped = [False] * len(prompts)
-    lengths = [len(prompt) + decoding.max_new_tokens for prompt in prompts]
     done = 0
     with evaluation_mode(model):
-        for batch in batch_by_length(lengths, token_budget, max_rows=logits_positions(model)):
-            for row, token in _decode(model, [prompts[i] for i in batch], decoding, batch):
+        prefix = _share_long_prefix(model, prompts, decoding)
+        lengths = [len(ids) - prefix.length + decoding.max_new_tokens for ids in prompts]
+        max_rows = logits_positions(model)
+        if prefix.length:
+            slots = prefix.length + max(lengths)
+            max_rows = rows_at_once(model, slots=slots, kept=1, token_budget=token_budget)
+        for batch in batch_by_length(lengths, token_budget, max_rows=max_rows):
+            chosen = [prompts[i] for i in batch]
+            for row, token in _decode(model, chosen, decoding, batch, prefix):
                 if token in decoding.stop_token_ids:
                     stopped[batch[row]] = True
                 else:
@@ -121,18 +134,33 @@ def stream_text(
 
 
 @torch.no_grad()
+def _share_long_prefix(
+    model: nn.Module, prompts: Sequence[Sequence[int]], decoding: Decoding
+) -> SharedPrefix:
+    """Share demonstrations and long instructions; a template's few tokens are not worth it."""
+    return share_prefix(
+        model,
+        [tuple(prompt) for prompt in prompts],
+        longest_answer=decoding.max_new_tokens,
+        min_tokens=LONG_PREFIX_TOKENS,
+    )
+
+
+@torch.no_grad()
 def _decode(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     places: Sequence[int],
+    prefix: SharedPrefix = NO_PREFIX,
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token) as they are chosen, stop tokens included."""
     device = model_device(model)
     generators = [_make_generator(decoding.seed, place) for place in places]
-    batch = pad_rows(prompts, device, left=True)
+    suffixes = [prompt[prefix.length :] for prompt in prompts]
+    batch = pad_rows(suffixes, device, left=True, known=prefix.length)
     rows = list(range(len(prompts)))
-    cache = None
+    cache = prefix.for_rows(len(prompts), device)
     for step in range(decoding.max_new_tokens):
         result = run_forward(model, batch, logits_to_keep=1, cache=cache, keep_cache=True)
         cache, logits = result.cache, result.logits[:, -1].float()
@@ -141,13 +169,17 @@ def _decode(
         going = [i for i, token in enumerate(tokens) if token not in decoding.stop_token_ids]
         if not going or step + 1 == decoding.max_new_tokens:
             return
-        mask = batch.attention_mask
+        kept = batch
         if len(going) < len(rows):
             index = torch.tensor(going, device=device)
-            cache, mask = select_rows(cache, index), mask[index]
+            kept = PaddedBatch(batch.input_ids[index], batch.attention_mask[index])
+            cache = None if cache is None else select_rows(cache, index)
         rows = [rows[i] for i in going]
         new = torch.tensor([[tokens[i]] for i in going], device=device)
-        batch = PaddedBatch(new, torch.cat([mask, torch.ones_like(new)], dim=1))
+        mask = torch.cat([kept.attention_mask, torch.ones_like(new)], dim=1)
+        # Without a cache of keys and values the text so far runs again for every token.
+        ids = new if cache is not None else torch.cat([kept.input_ids, new], dim=1)
+        batch = PaddedBatch(ids, mask)
 
 
 def _make_generator(seed: int, place: int) -> torch.Generator:

@@ -9,22 +9,17 @@ from transformers.cache_utils import Cache
 
 from llmtune.scoring.batches import (
     PaddedBatch,
-    attention_window,
     batch_by_length,
     float32_head,
     inference,
     is_plain_cache,
-    logits_positions,
     model_device,
     pad_rows,
     require_positions,
     run_forward,
     select_rows,
 )
-
-MIN_SHARED_TOKENS = 4
-CACHED_PER_BUDGET = 4
-"""Cached tokens (shared prefixes included) that a batch may hold for each token of its budget."""
+from llmtune.scoring.prefix import SharedPrefix, common_prefix, rows_at_once, share_prefix
 
 
 @dataclass(frozen=True)
@@ -42,14 +37,6 @@ class ContinuationScore:
     log_likelihood: float
     num_tokens: int
     is_greedy: bool
-
-
-@dataclass(frozen=True)
-class _Prefix:
-    """The leading tokens that all prompts share, with their keys and values for one row."""
-
-    length: int
-    cache: Cache | None
 
 
 def score_continuations(
@@ -80,10 +67,11 @@ def score_continuations(
     scores: list[list[ContinuationScore]] = [[] for _ in requests]
     done = 0
     with inference(model), float32_head(model):
-        prefix = _share_prefix(model, [request.prompt_ids for request in requests], longest_choice)
+        prompts = [request.prompt_ids for request in requests]
+        prefix = share_prefix(model, prompts, longest_answer=longest_choice)
         lengths = [len(request.prompt_ids) - prefix.length for request in requests]
         slots = prefix.length + max(lengths)
-        max_rows = _rows_at_once(model, slots=slots, kept=1, token_budget=token_budget)
+        max_rows = rows_at_once(model, slots=slots, kept=1, token_budget=token_budget)
         for batch in batch_by_length(lengths, token_budget, max_rows=max_rows):
             chosen = [requests[index] for index in batch]
             results = _score_batch(model, chosen, prefix, token_budget)
@@ -95,40 +83,18 @@ def score_continuations(
     return scores
 
 
-def _rows_at_once(model: nn.Module, *, slots: int, kept: int, token_budget: int) -> int:
-    """Return how many rows may run: `slots` cached tokens and `kept` positions' logits each."""
-    by_cache = CACHED_PER_BUDGET * token_budget // slots
-    by_logits = logits_positions(model) // kept
-    return max(1, min(by_cache, by_logits))
-
-
-def _share_prefix(
-    model: nn.Module, prompts: Sequence[tuple[int, ...]], longest_choice: int
-) -> _Prefix:
-    """Run what all prompts begin with; nothing is shared where it would not be exact or pay."""
-    length = min(_common_length(min(prompts), max(prompts)), min(map(len, prompts)) - 1)
-    if len(prompts) < 2 or length < MIN_SHARED_TOKENS:
-        return _Prefix(0, None)
-    shared = pad_rows([prompts[0][:length]], model_device(model), left=True)
-    cache = run_forward(model, shared, logits_to_keep=1, keep_cache=True).cache
-    if not is_plain_cache(cache):
-        return _Prefix(0, None)
-    # Padding stands between the prefix and the rest, so a window would cut the prefix too early.
-    window = attention_window(cache)
-    if window is not None and max(map(len, prompts)) + longest_choice > window:
-        return _Prefix(0, None)
-    return _Prefix(length, cache)
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+def count_forward_tokens(requests: Sequence[ContinuationRequest]) -> int:
+    """Return the tokens that `score_continuations` runs where it can share the prompts' prefix."""
+    prompts = [request.prompt_ids for request in requests]
+    shared = common_prefix(prompts) if len(prompts) > 1 else 0
+    choices = sum(len(ids) - 1 for request in requests for ids in request.choice_ids)
+    return shared + sum(len(ids) - shared for ids in prompts) + choices
 
 
 def _score_batch(
     model: nn.Module,
     requests: Sequence[ContinuationRequest],
-    prefix: _Prefix,
+    prefix: SharedPrefix,
     token_budget: int,
 ) -> list[list[ContinuationScore]]:
     device = model_device(model)
@@ -140,11 +106,7 @@ def _score_batch(
         for choice, ids in enumerate(request.choice_ids)
         if len(ids) > 1
     ]
-    cache = None
-    if prefix.cache is not None:
-        cache = select_rows(
-            prefix.cache, torch.zeros(len(requests), dtype=torch.long, device=device)
-        )
+    cache = prefix.for_rows(len(requests), device)
     result = run_forward(model, batch, logits_to_keep=1, cache=cache, keep_cache=bool(several))
     logits = result.logits[:, -1].float()
     log_probs = logits.log_softmax(-1)
@@ -180,12 +142,12 @@ def _score_rest(
     reuse = is_plain_cache(cache)
     slots = prompts.attention_mask.shape[1]
     longest = max((len(requests[row].choice_ids[choice]) for row, choice in several), default=1)
-    rows_at_once = _rows_at_once(
+    num_rows = rows_at_once(
         model, slots=slots + longest, kept=max(1, longest - 1), token_budget=token_budget
     )
     ordered = sorted(several, key=lambda key: -len(requests[key[0]].choice_ids[key[1]]))
-    for start in range(0, len(ordered), rows_at_once):
-        keys = ordered[start : start + rows_at_once]
+    for start in range(0, len(ordered), num_rows):
+        keys = ordered[start : start + num_rows]
         choices = [requests[row].choice_ids[choice] for row, choice in keys]
         if reuse:
             logits = _run_after(model, choices, [row for row, _ in keys], prompts, cache)

@@ -1,0 +1,103 @@
+"""The leading tokens that many prompts share: run once, their keys and values used for all."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from llmtune.scoring.batches import (
+    attention_window,
+    is_plain_cache,
+    logits_positions,
+    model_device,
+    pad_rows,
+    run_forward,
+    select_rows,
+)
+
+logger = logging.getLogger(__name__)
+
+MIN_SHARED_TOKENS = 4
+LONG_PREFIX_TOKENS = 64
+"""A prefix of this length (demonstrations, a long instruction) is worth a warning if not shared."""
+
+CACHED_PER_BUDGET = 4
+"""Cached tokens (shared prefixes included) that a batch may hold for each token of its budget."""
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """The leading tokens that all prompts share, with their keys and values for one row."""
+
+    length: int
+    cache: Cache | None
+
+    def for_rows(self, num_rows: int, device: torch.device) -> Cache | None:
+        """Return the prefix's cache for a batch; the prefix itself stays one row."""
+        if self.cache is None:
+            return None
+        return select_rows(self.cache, torch.zeros(num_rows, dtype=torch.long, device=device))
+
+
+NO_PREFIX = SharedPrefix(0, None)
+
+
+def share_prefix(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    longest_answer: int,
+    min_tokens: int = MIN_SHARED_TOKENS,
+) -> SharedPrefix:
+    """Run what all prompts begin with; nothing is shared where it would not be exact or pay.
+
+    That a long prefix cannot be shared is logged: then it runs again for every item. Models that
+    keep other state than keys and values (Mamba and its like) cannot, and attention through a
+    sliding window cannot where a prompt with its answer is longer than the window.
+
+    Args:
+        longest_answer: tokens that follow a prompt at most.
+        min_tokens: a shorter prefix is not worth its own pass.
+    """
+    length = common_prefix(prompts)
+    if len(prompts) < 2 or length < min_tokens:
+        return NO_PREFIX
+    shared = pad_rows([prompts[0][:length]], model_device(model), left=True)
+    cache = run_forward(model, shared, logits_to_keep=1, keep_cache=True).cache
+    if not is_plain_cache(cache):
+        _say_not_shared(length, len(prompts), "this model's state cannot be copied between items")
+        return NO_PREFIX
+    # Padding stands between the prefix and the rest, so a window would cut the prefix too early.
+    window = attention_window(cache)
+    if window is not None and max(map(len, prompts)) + longest_answer > window:
+        _say_not_shared(length, len(prompts), f"its attention sees only {window} tokens back")
+        return NO_PREFIX
+    return SharedPrefix(length, cache)
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with, leaving at least one to each."""
+    first, last = min(prompts), max(prompts)
+    pairs = zip(first, last, strict=False)
+    common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(last)))
+    return min(common, min(map(len, prompts)) - 1)
+
+
+def rows_at_once(model: nn.Module, *, slots: int, kept: int, token_budget: int) -> int:
+    """Return how many rows may run: `slots` cached tokens and `kept` positions' logits each."""
+    by_cache = CACHED_PER_BUDGET * token_budget // slots
+    by_logits = logits_positions(model) // kept
+    return max(1, min(by_cache, by_logits))
+
+
+def _say_not_shared(length: int, num_prompts: int, reason: str) -> None:
+    if length >= LONG_PREFIX_TOKENS:
+        logger.warning(
+            "the %d tokens that all %d prompts begin with are run again for each: %s",
+            length,
+            num_prompts,
+            reason,
+        )
