@@ -1,6 +1,6 @@
 """The whole config of a run: one section a stage, from a YAML file and dotted overrides."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,18 @@ def anchor_paths(config: RunConfig) -> RunConfig:
                 }
             ),
             "evaluate": config.evaluate.model_copy(
-                update={"suites": tuple(_anchor(suite) for suite in config.evaluate.suites)}
+                update={
+                    "suites": tuple(_anchor(suite) for suite in config.evaluate.suites),
+                    "prompts": _anchor_files(config.evaluate.prompts),
+                    "predictions": _anchor_files(config.evaluate.predictions),
+                }
             ),
         }
     )
+
+
+def _anchor_files(files: Mapping[str, Path]) -> dict[str, Path]:
+    return {name: path.expanduser().absolute() for name, path in files.items()}
 
 
 def _anchor(name: str) -> str:
