@@ -47,7 +47,7 @@ NO_PREFIX = SharedPrefix(0, None)
 
 def share_prefix(
     model: nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[tuple[int, ...]],
     *,
     longest_answer: int,
     min_tokens: int = MIN_SHARED_TOKENS,
@@ -78,7 +78,7 @@ def share_prefix(
     return SharedPrefix(length, cache)
 
 
-def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
     """Return how many tokens all prompts begin with, leaving at least one to each."""
     first, last = min(prompts), max(prompts)
     pairs = zip(first, last, strict=False)
