@@ -1,14 +1,17 @@
 """How far a tuned model's next-token distributions have moved from its base's."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
 from llmtune.scoring.batches import (
     adapter_disabled,
     batch_by_length,
+    float32_head,
     inference,
     model_device,
     pad_rows,
@@ -20,62 +23,101 @@ from llmtune.scoring.batches import (
 CHUNK_POSITIONS = 128
 """Positions whose float32 distributions over the whole vocabulary are held at once."""
 
+Variant = Callable[[], contextlib.AbstractContextManager[object]]
+"""Makes a block in which the model is one of its variants: the adapter at half its strength."""
+
+AS_IT_STANDS: Mapping[str, Variant] = {"tuned": contextlib.nullcontext}
+
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(base || tuned) in nats per token, and the share of equal most likely next tokens."""
+    """KL(base || tuned) in nats and changed likeliest tokens, summed over each of n sequences.
 
-    kl: float
-    top1_agreement: float
-    num_tokens: int
+    Arrays are [n]: `kl_sums` float64, `flips` and `num_tokens` int64.
+    """
+
+    kl_sums: np.ndarray
+    flips: np.ndarray
+    num_tokens: np.ndarray
+
+    @property
+    def kl(self) -> float:
+        """KL in nats a token."""
+        return float(self.kl_sums.sum() / max(1, self.num_tokens.sum()))
+
+    @property
+    def top1_flips(self) -> float:
+        """The share of positions at which the likeliest next token is another one."""
+        return float(self.flips.sum() / max(1, self.num_tokens.sum()))
 
 
 def measure_divergence(
-    model: nn.Module, sequences: Sequence[Sequence[int]], *, token_budget: int
-) -> Divergence:
-    """Compare a PeftModel with itself without the adapter, on every position of `sequences`.
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    *,
+    token_budget: int,
+    variants: Mapping[str, Variant] = AS_IT_STANDS,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, Divergence]:
+    """Compare a PeftModel, in each of its variants, with itself without the adapter.
+
+    Every position of `sequences` counts, over the whole vocabulary. The base runs once for all
+    variants; no variant's block is open while it runs.
 
     Args:
         sequences: token ids as the model would read them (BOS included where it has one).
         token_budget: padded tokens in one batch; cut further so that the logits fit in memory.
+        variants: by name, what to enter for each; the default is the model as it stands.
+        on_progress: called with the number of sequences finished so far.
 
     Raises:
         LlmtuneError: the model has no adapter, or a sequence exceeds the model's positions.
     """
     require_positions(model, max((len(ids) for ids in sequences), default=0))
-    kl, agreements, tokens = 0.0, 0, 0
-    with inference(model):
-        budget = rows_budget(model, token_budget)
-        for indices in batch_by_length([len(ids) for ids in sequences], budget):
+    lengths = [len(ids) for ids in sequences]
+    shape = (len(variants), len(sequences))
+    kl_sums, flips = np.zeros(shape), np.zeros(shape, dtype=np.int64)
+    done = 0
+    with inference(model), float32_head(model):
+        for indices in batch_by_length(lengths, rows_budget(model, token_budget)):
             batch = pad_rows([sequences[i] for i in indices], model_device(model), left=False)
-            tuned_logits = run_forward(model, batch).logits
-            with adapter_disabled(model):
-                base_logits = run_forward(model, batch).logits
             mask = batch.attention_mask.bool()
-            part = compare_distributions(base_logits, tuned_logits, mask)
-            kl, agreements, tokens = kl + part[0], agreements + part[1], tokens + part[2]
-    if tokens == 0:
-        return Divergence(0.0, 1.0, 0)
-    return Divergence(kl / tokens, agreements / tokens, tokens)
+            row_of = np.repeat(indices, mask.sum(1).cpu().numpy())
+            with adapter_disabled(model):
+                base = run_forward(model, batch).logits[mask]
+            for place, enter in enumerate(variants.values()):
+                with enter():
+                    tuned = run_forward(model, batch).logits[mask]
+                kl, flipped = compare_distributions(base, tuned)
+                np.add.at(kl_sums[place], row_of, kl)
+                np.add.at(flips[place], row_of, flipped)
+            done += len(indices)
+            if on_progress is not None:
+                on_progress(done)
+    counts = np.array(lengths, dtype=np.int64)
+    return {
+        name: Divergence(kl_sums[place], flips[place], counts)
+        for place, name in enumerate(variants)
+    }
 
 
 def compare_distributions(
-    base_logits: torch.Tensor, tuned_logits: torch.Tensor, mask: torch.Tensor
-) -> tuple[float, int, int]:
-    """Return the sum of KL(base || tuned) in nats, the top-1 agreements and the tokens compared.
+    base_logits: torch.Tensor, tuned_logits: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return KL(base || tuned) in nats and whether the likeliest token changed, both [P].
 
     KL at one position is sum_v p_base(v) * (log p_base(v) - log p_tuned(v)), in float32, a few
     positions at a time so that no float32 copy of all logits exists.
 
     Args:
-        base_logits, tuned_logits: [B, T, V].
-        mask: [B, T], true where a position counts.
+        base_logits, tuned_logits: [P, V].
     """
-    base, tuned = base_logits[mask], tuned_logits[mask]
-    kl, agreements = 0.0, 0
-    for start in range(0, len(base), CHUNK_POSITIONS):
-        base_part = base[start : start + CHUNK_POSITIONS].float().log_softmax(-1)
-        tuned_part = tuned[start : start + CHUNK_POSITIONS].float().log_softmax(-1)
-        kl += nn.functional.kl_div(tuned_part, base_part, reduction="sum", log_target=True).item()
-        agreements += int((base_part.argmax(-1) == tuned_part.argmax(-1)).sum())
-    return kl, agreements, len(base)
+    kl, flipped = [], []
+    for base, tuned in zip(
+        base_logits.split(CHUNK_POSITIONS), tuned_logits.split(CHUNK_POSITIONS), strict=True
+    ):
+        log_base, log_tuned = base.float().log_softmax(-1), tuned.float().log_softmax(-1)
+        terms = nn.functional.kl_div(log_tuned, log_base, reduction="none", log_target=True)
+        kl.append(terms.sum(-1))
+        flipped.append(log_base.argmax(-1) != log_tuned.argmax(-1))
+    return torch.cat(kl).double().cpu().numpy(), torch.cat(flipped).cpu().numpy()

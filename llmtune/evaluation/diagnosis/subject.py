@@ -1,0 +1,170 @@
+"""What is diagnosed: a loaded model with its rows and suites, and samples of their texts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from llmtune.data.example import IGNORE_INDEX, Example, ExampleTable
+from llmtune.evaluation.items import SuiteItem
+from llmtune.evaluation.requests import encode_prompts
+from llmtune.evaluation.scored_model import ScoredModel
+from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.suite_config import ChoiceSuite, PerplexitySuite, Role
+from llmtune.fingerprint import hash_json
+from llmtune.scoring.batches import choose_token_budget
+from llmtune.scoring.perplexity import encode_passage
+
+T = TypeVar("T")
+OnProgress = Callable[[str, int, int], None]
+"""Told what is measured, how many texts are done, and of how many."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its adapter on, and what it was trained and is evaluated on.
+
+    `trained` are the rows of `train` that training has seen, by their place; `held_out` may be
+    empty.
+    """
+
+    scored: ScoredModel
+    suites: tuple[Suite, ...]
+    train: ExampleTable
+    trained: tuple[int, ...]
+    held_out: ExampleTable
+
+
+@dataclass(frozen=True)
+class DiagnosisSettings:
+    """How a diagnosis is made; `token_budget` None chooses by the device."""
+
+    token_budget: int | None = None
+    seed: int = 0
+    confidence: float = 0.95
+    on_progress: OnProgress | None = None
+
+    def budget(self, scored: ScoredModel) -> int:
+        """Return the padded tokens of one batch."""
+        return self.token_budget or choose_token_budget(scored.model)
+
+    def report(self, what: str, total: int) -> Callable[[int], None]:
+        """Return what to call with the number of texts that are done."""
+
+        def advance(done: int) -> None:
+            if self.on_progress is not None:
+                self.on_progress(what, done, total)
+
+        return advance
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the model reads before the last trained answer of a row, and that answer."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+def model_inputs(scored: ScoredModel, *, with_adapter: bool) -> dict[str, str]:
+    """Return the hashes of the models for a diagnostic's `inputs`."""
+    identity = scored.identity
+    inputs = {"base": identity.base, "precision": f"{identity.dtype} {identity.quantization}"}
+    return inputs | ({"adapter": str(identity.adapter)} if with_adapter else {})
+
+
+def hash_ids(sequences: Sequence[Sequence[int]]) -> str:
+    """Return one hash of lists of token ids."""
+    return hash_json([list(map(int, ids)) for ids in sequences])
+
+
+def pick(sequence: Sequence[T], limit: int, seed: int) -> list[T]:
+    """Return at most `limit` of a sequence, chosen by the seed, in their own order."""
+    if len(sequence) <= limit:
+        return list(sequence)
+    chosen = np.random.default_rng(seed).permutation(len(sequence))[:limit]
+    return [sequence[place] for place in sorted(chosen.tolist())]
+
+
+def last_turn(example: Example) -> Turn | None:
+    """Return the last trained stretch of a row and all before it; None where nothing is before."""
+    trained = [place for place, label in enumerate(example.labels) if label != IGNORE_INDEX]
+    if not trained:
+        return None
+    end = trained[-1] + 1
+    start = end - 1
+    while start > 0 and example.labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    if start == 0:
+        return None
+    ids = example.input_ids
+    return Turn(tuple(ids[:start]), tuple(ids[start:end]))
+
+
+def general_sequences(
+    subject: Subject, *, limit: int, max_tokens: int, seed: int
+) -> list[list[int]]:
+    """Return general text as token ids: the beginnings of general passages.
+
+    These are the items of the perplexity suites whose role is `general`; without any, the prompts
+    of the other general suites with their right answers, as plain text. Empty where there is no
+    such suite.
+    """
+    tokenizer = subject.scored.tokenizer
+    texts = general_texts(subject.suites)
+    chosen = [list(encode_passage(tokenizer, text).token_ids) for text in pick(texts, limit, seed)]
+    return [ids[:max_tokens] for ids in chosen if len(ids) > 1]
+
+
+def general_texts(suites: Sequence[Suite]) -> list[str]:
+    """Return the texts of the general suites: passages, or else questions with their answers."""
+    general = [suite for suite in suites if suite.role == "general"]
+    passages = [suite for suite in general if isinstance(suite.config, PerplexitySuite)]
+    if passages:
+        return [item.text for suite in passages for item in suite.items]
+    return [f"{item.prompt} {_right_answer(item)}" for suite in general for item in suite.items]
+
+
+def target_prompts(subject: Subject, *, limit: int, seed: int) -> list[tuple[int, ...]]:
+    """Return the task's prompts as token ids: of the target suites that ask something.
+
+    Without any, those of the held-out rows, or else of the train rows.
+    """
+    for suite in asking_suites(subject.suites, ("target",)):
+        chosen = replace(suite, items=tuple(pick(suite.items, limit, seed)))
+        return encode_prompts(subject.scored.tokenizer, chosen)
+    for rows in (subject.held_out, subject.train):
+        turns = [last_turn(rows[place]) for place in pick(range(len(rows)), limit, seed)]
+        prompts = [turn.prompt_ids for turn in turns if turn is not None]
+        if prompts:
+            return prompts
+    return []
+
+
+def asking_suites(suites: Sequence[Suite], roles: Sequence[Role]) -> list[Suite]:
+    """Return the suites of these roles that have prompts."""
+    return [
+        suite
+        for suite in suites
+        if suite.role in roles and not isinstance(suite.config, PerplexitySuite)
+    ]
+
+
+def fixed_choice_suites(suites: Sequence[Suite]) -> list[Suite]:
+    """Return the target and transfer suites whose items all have the same choices."""
+    return [
+        suite
+        for suite in asking_suites(suites, ("target", "transfer"))
+        if isinstance(suite.config, ChoiceSuite) and suite.config.choices is not None
+    ]
+
+
+def answer_text(tokenizer: PreTrainedTokenizerFast, turn: Turn) -> str:
+    """Return a trained answer without the tokens that end it."""
+    return tokenizer.decode(list(turn.answer_ids), skip_special_tokens=True).strip()
+
+
+def _right_answer(item: SuiteItem) -> str:
+    return item.choices[item.answer] if item.choices else item.references[0]

@@ -1,0 +1,95 @@
+"""How far the model moved, and whether it still stops, on the texts that are meant."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llmtune.evaluation.diagnosis.divergence import diagnose_divergence
+from llmtune.evaluation.diagnosis.stops import diagnose_stops
+from llmtune.evaluation.diagnosis.subject import (
+    general_sequences,
+    general_texts,
+    last_turn,
+    pick,
+    target_prompts,
+)
+
+
+def silence(subject):
+    for name, parameter in subject.scored.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+
+
+def test_divergence_is_measured_on_general_text_and_on_the_tasks_prompts(subject, settings):
+    found = diagnose_divergence(subject, settings)
+    assert found.general.num_texts == 4 and found.target.num_texts == 12
+    for text in (found.general, found.target):
+        low, high = text.kl_interval
+        assert 0 < low < text.kl < high
+        assert 0 < text.top1_flips <= 1
+    silence(subject)
+    still = diagnose_divergence(subject, settings)
+    assert still.general.kl == pytest.approx(0, abs=1e-6) and still.target.top1_flips == 0
+
+
+def test_other_strengths_stand_beside_the_full_one(subject, settings):
+    strengths = {0.5: contextlib.nullcontext, 0.25: subject.scored.model.disable_adapter}
+    found = diagnose_divergence(subject, settings, strengths=strengths)
+    assert set(found.by_strength) == {"1.0", "0.5", "0.25"}
+    assert found.by_strength["1.0"].general == found.general
+    assert found.by_strength["0.25"].target.kl == pytest.approx(0, abs=1e-6)
+
+
+def test_a_known_result_is_returned_until_its_inputs_change(subject, settings):
+    first = diagnose_divergence(subject, settings)
+    assert diagnose_divergence(subject, settings, known=first) is first
+    identity = replace(subject.scored.identity, adapter="another")
+    other = replace(subject, scored=replace(subject.scored, identity=identity))
+    assert diagnose_divergence(other, settings, known=first) is not first
+
+
+def test_progress_counts_up_to_all_texts(subject, settings):
+    seen = []
+    tracked = replace(settings, token_budget=40, on_progress=lambda *step: seen.append(step))
+    diagnose_divergence(subject, tracked)
+    assert ("divergence on general text", 4, 4) in seen and len(seen) > 3
+
+
+def test_stops_count_who_ends_and_what_was_trained(subject, settings):
+    found = diagnose_stops(subject, settings)
+    assert found.base.n == found.tuned.n == 12
+    assert found.trained_stop_share == 1.0
+    everything = replace(subject.scored, stop_token_ids=tuple(range(512)))
+    at_once = diagnose_stops(replace(subject, scored=everything), settings)
+    assert at_once.base.stopped == at_once.tuned.stopped == 12
+    assert at_once.tuned.mean_new_tokens == 0
+    never = replace(subject.scored, stop_token_ids=(512,))
+    endless = diagnose_stops(replace(subject, scored=never), settings)
+    assert endless.base.stopped == 0 and endless.base.mean_new_tokens == 64
+    assert endless.trained_stop_share == 0.0
+    assert diagnose_stops(subject, settings, known=found) is found
+
+
+def test_prompts_come_from_the_target_suite_or_else_from_rows(subject):
+    prompts = target_prompts(subject, limit=5, seed=0)
+    assert len(prompts) == 5
+    rows = target_prompts(replace(subject, suites=()), limit=50, seed=0)
+    assert rows == [last_turn(example).prompt_ids for example in subject.held_out]
+    text = subject.scored.tokenizer.decode(list(rows[0]))
+    assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_general_text_is_cut_and_comes_from_general_suites_only(subject, suites):
+    sequences = general_sequences(subject, limit=2, max_tokens=7, seed=0)
+    assert [len(ids) for ids in sequences] == [7, 7]
+    assert general_texts(suites[:1]) == []
+
+
+def test_a_pick_keeps_the_order_and_is_the_same_again():
+    chosen = pick(range(100), 10, seed=3)
+    assert chosen == sorted(chosen) == pick(range(100), 10, seed=3)
+    assert len(set(chosen)) == 10 and chosen != pick(range(100), 10, seed=4)
+    assert pick("abc", 5, seed=0) == ["a", "b", "c"]
