@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -107,10 +108,10 @@ def verify_merge(
     divergences = _compare_answers(live, merged, tokenizer, prompts.open_prompts, decoding)
     return VerifyResult(
         dtype=str(next(merged.parameters()).dtype).removeprefix("torch."),
-        num_tokens=divergence.num_tokens,
+        num_tokens=int(divergence.num_tokens.sum()),
         max_logit_difference=largest,
         kl=divergence.kl,
-        top1_agreement=divergence.top1_agreement,
+        top1_agreement=1.0 - divergence.top1_flips,
         num_labels=len(prompts.labels),
         num_same_labels=len(prompts.labels) - len(label_differences),
         label_differences=tuple(label_differences),
@@ -148,7 +149,9 @@ def load_merged(
 def _compare_sequences(
     live: nn.Module, merged: nn.Module, sequences: Sequence[Sequence[int]]
 ) -> tuple[float, Divergence]:
-    largest, kl, agreements, tokens = 0.0, 0.0, 0, 0
+    largest = 0.0
+    kl_sums: list[float] = []
+    flips: list[int] = []
     with inference(live), inference(merged):
         for ids in sequences:
             live_logits = _logits(live, ids).to(model_device(merged))
@@ -160,12 +163,11 @@ def _compare_sequences(
                 )
             difference = (live_logits.float() - merged_logits.float()).abs().max().item()
             largest = max(largest, difference)
-            mask = torch.ones(live_logits.shape[:2], dtype=torch.bool, device=live_logits.device)
-            part = compare_distributions(live_logits, merged_logits, mask)
-            kl, agreements, tokens = kl + part[0], agreements + part[1], tokens + part[2]
-    if not tokens:
-        return largest, Divergence(0.0, 1.0, 0)
-    return largest, Divergence(kl / tokens, agreements / tokens, tokens)
+            kl, flipped = compare_distributions(live_logits[0], merged_logits[0])
+            kl_sums.append(kl.sum())
+            flips.append(flipped.sum())
+    counts = np.array([len(ids) for ids in sequences], dtype=np.int64)
+    return largest, Divergence(np.array(kl_sums), np.array(flips), counts)
 
 
 def _compare_labels(

@@ -50,7 +50,7 @@ def diagnose_divergence(
         known: an earlier result; it is returned where it was made from the same inputs.
     """
     started = time.perf_counter()
-    texts = {
+    texts: dict[str, Sequence[Sequence[int]]] = {
         "general": general_sequences(
             subject, limit=GENERAL_TEXTS, max_tokens=GENERAL_TOKENS, seed=settings.seed
         ),
