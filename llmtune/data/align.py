@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmtune.data.marks import Anchor, ControlMarks
 from llmtune.data.problems import RowError, shorten
 from llmtune.data.spans import TextSample, TextSpan
 
@@ -38,58 +39,47 @@ class LabelledSequence:
 
 
 @dataclass(frozen=True)
-class Anchor:
-    """The last control token before a trained span, and the text from there to the span.
-
-    Control tokens cut a text into parts that are tokenized apart, so this text is the only part
-    of the prompt whose ids the answer could change: comparing it compares the whole prompt.
-    """
-
-    token: int
-    tail: str
-
-
-@dataclass(frozen=True)
 class PendingSamples:
     """Samples whose texts are being tokenized."""
 
     samples: Sequence[TextSample]
-    encodings: Future[list[Encoding]]
+    ids: Future[list[list[int]]]
 
 
 class SpanAligner:
-    """Tokenizes text samples and maps their character spans to token spans, strictly."""
+    """Tokenizes text samples and maps their character spans to token spans, strictly.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    Without `use_marks` every sample is mapped by the tokenizer's offsets, which is slower and
+    gives the same.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, use_marks: bool = True) -> None:
         self.tokenizer = tokenizer
-        self._added_texts = {
-            token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()
-        }
+        self._marks = ControlMarks(tokenizer)
+        self._use_marks = use_marks and self._marks.is_exact
+        self._added_texts = self._marks.texts
         self.added_ids = frozenset(self._added_texts)
         self._tails: dict[str, list[int]] = {}
-        # Tokenizing releases the interpreter lock: rendering the next rows goes on beside it.
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        # Tokenizing releases the interpreter lock: rendering the next rows goes on beside it. Two
+        # threads, so that one tokenizes while the other waits for the lock to hand over its ids.
+        self._background = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
 
     def start(self, samples: Sequence[TextSample]) -> PendingSamples:
         """Begin to tokenize the samples on another thread, while the caller goes on."""
         texts = [sample.text for sample in samples]
-        return PendingSamples(samples, self._background.submit(self._encode, texts))
+        return PendingSamples(samples, self._background.submit(self._encode_ids, texts))
 
     def finish(self, pending: PendingSamples) -> list[list[LabelledSequence] | RowError]:
         """Return the sequences of each sample: one, or one a span where a prompt would change."""
-        samples = pending.samples
-        encoded = [(encoding, encoding.ids) for encoding in pending.encodings.result()]
-        anchors = [
-            [self._find_anchor(sample, span, encoding, ids) for span in sample.spans]
-            for sample, (encoding, ids) in zip(samples, encoded, strict=True)
-        ]
+        samples, ids = pending.samples, pending.ids.result()
+        anchors = self._find_anchors(samples, ids)
         self._encode_tails({anchor.tail for row in anchors for anchor in row})
         results: list[list[LabelledSequence] | RowError] = []
-        for sample, (encoding, ids), row in zip(samples, encoded, anchors, strict=True):
+        for sample, sample_ids, row in zip(samples, ids, anchors, strict=True):
             try:
-                results.append(self._align_one(sample, encoding, ids, row))
+                results.append(self._align_one(sample, sample_ids, row))
             except RowError as error:
                 results.append(error)
         return results
@@ -97,9 +87,38 @@ class SpanAligner:
     def _encode(self, texts: list[str]) -> list[Encoding]:
         return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
 
+    def _encode_ids(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids alone; the fast call gives the same ids and no offsets."""
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(
+            texts, add_special_tokens=False
+        )
+        return [encoding.ids for encoding in encodings]
+
+    def _find_anchors(
+        self, samples: Sequence[TextSample], ids: list[list[int]]
+    ) -> list[list[Anchor]]:
+        """Return the anchors of every sample's spans: by its control tokens, else by offsets."""
+        found: list[list[Anchor] | None] = [None] * len(samples)
+        if self._use_marks:
+            places = self._marks.places(ids)
+            for index, sample in enumerate(samples):
+                found[index] = self._marks.anchors(sample, ids[index], places[index])
+        left = [index for index, row in enumerate(found) if row is None]
+        encodings = dict(zip(left, self._encode([samples[i].text for i in left]), strict=True))
+        return [
+            [self._find_anchor(samples[i], span, encodings[i], ids[i]) for span in samples[i].spans]
+            if row is None
+            else row
+            for i, row in enumerate(found)
+        ]
+
     def _find_anchor(
         self, sample: TextSample, span: TextSpan, encoding: Encoding, ids: list[int]
     ) -> Anchor:
+        last = encoding.char_to_token(span.terminator)
+        terminator = sample.text[span.terminator : span.end]
+        if last is None or self._added_texts.get(ids[last]) != terminator:
+            last = None
         char = span.start - 1
         token = None
         while char >= 0 and token is None:  # trimmed spaces belong to no token
@@ -109,9 +128,9 @@ class SpanAligner:
         while place >= 0 and ids[place] not in self._added_texts:
             place -= 1
         if place < 0:
-            return Anchor(0, sample.text[: span.start])
+            return Anchor(0, sample.text[: span.start], last)
         begin = sample.text.rfind(self._added_texts[ids[place]], 0, span.start)
-        return Anchor(place, sample.text[begin : span.start])
+        return Anchor(place, sample.text[begin : span.start], last)
 
     def _encode_tails(self, tails: Collection[str]) -> None:
         if len(self._tails) > MAX_CACHED_TAILS:
@@ -121,28 +140,20 @@ class SpanAligner:
             self._tails[tail] = encoding.ids
 
     def _align_one(
-        self, sample: TextSample, encoding: Encoding, ids: list[int], anchors: list[Anchor]
+        self, sample: TextSample, ids: list[int], anchors: list[Anchor]
     ) -> list[LabelledSequence]:
         if sample.is_all_trained:
             return [LabelledSequence(ids, [(0, len(ids))], sample.weight)]
         spans = []
-        for span, anchor in zip(sample.spans, anchors, strict=True):
-            last = self._terminator_token(sample, span, encoding, ids)
+        for anchor in anchors:
+            if anchor.terminator is None:
+                raise RowError("the answer's end is not one token of its own", "stop-token")
             prompt_ids = self._tails[anchor.tail]
             start = anchor.token + len(prompt_ids)
-            if ids[anchor.token : start] != prompt_ids or start > last:
+            if ids[anchor.token : start] != prompt_ids or start > anchor.terminator:
                 return [self._join(sample, span) for span in sample.spans]
-            spans.append((start, last + 1))
+            spans.append((start, anchor.terminator + 1))
         return [LabelledSequence(ids, spans, sample.weight)]
-
-    def _terminator_token(
-        self, sample: TextSample, span: TextSpan, encoding: Encoding, ids: list[int]
-    ) -> int:
-        last = encoding.char_to_token(span.terminator)
-        terminator = sample.text[span.terminator : span.end]
-        if last is None or self._added_texts.get(ids[last]) != terminator:
-            raise RowError("the answer's end is not one token of its own", "stop-token")
-        return last
 
     def _join(self, sample: TextSample, span: TextSpan) -> LabelledSequence:
         """Tokenize prompt and answer apart: the prompt's ids are then those of inference."""

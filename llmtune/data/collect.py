@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHUNK_ROWS = 512
+CHUNKS_AHEAD = 2
+"""Chunks that are being tokenized while the next one is read and rendered."""
 MAX_COLLECTED_PROBLEMS = 100_000
 
 Split = Literal["train", "evaluation"]
@@ -94,8 +98,9 @@ class SplitCollector:
         rule = LengthRule(
             self.config.max_length, self.config.length_policy, self.labeller.added_ids
         )
-        for index, selection in enumerate(self._selections):
-            self._read_source(index, selection, rule)
+        with _no_full_collections():
+            for index, selection in enumerate(self._selections):
+                self._read_source(index, selection, rule)
         return self._builder.build()
 
     def _read_source(self, index: int, selection: str, rule: LengthRule) -> None:
@@ -103,19 +108,19 @@ class SplitCollector:
         self._formats.append(opened.format.reason)
         tally: Counter[str] = Counter()
         self._tallies.append(tally)
-        waiting: tuple[list[LoadedRow | RowProblem], PendingRows] | None = None
+        waiting: deque[tuple[list[LoadedRow | RowProblem], PendingRows]] = deque()
         for chunk in _chunks(opened.rows):
             tally["read"] += len(chunk)
             chosen = [row for row in chunk if self._is_chosen(row, selection, tally)]
             rows = [row.conversation for row in chosen if isinstance(row, LoadedRow)]
-            started = (chosen, self.labeller.start(rows))
-            if waiting is not None:
-                self._add_rows(*waiting, index, rule)
-            waiting = started
+            waiting.append((chosen, self.labeller.start(rows)))
+            if len(waiting) > CHUNKS_AHEAD:
+                self._add_rows(*waiting.popleft(), index, rule)
+            gc.collect(1)
             if self.advance is not None:
                 self.advance(len(chunk))
-        if waiting is not None:
-            self._add_rows(*waiting, index, rule)
+        for started in waiting:
+            self._add_rows(*started, index, rule)
 
     def _add_rows(
         self,
@@ -232,3 +237,19 @@ def stop_row_ratio(table: ExampleTable, stop_ids: frozenset[int]) -> float:
 def _chunks(rows: Iterator[LoadedRow | RowProblem]) -> Iterator[list[LoadedRow | RowProblem]]:
     while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
         yield chunk
+
+
+@contextmanager
+def _no_full_collections() -> Iterator[None]:
+    """Keep the garbage collector from walking everything that is imported, again and again.
+
+    Rows are millions of small objects, which it takes as a reason to look at all of them: a
+    quarter of the time. New objects are still collected, chunk by chunk.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

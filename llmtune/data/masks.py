@@ -42,21 +42,22 @@ class Labeller:
 
     A sequence's ids are those of `render_messages`; a mask is taken only where the ids of the
     prompt alone are a prefix of the ids of the whole, and where the trained text ends with a
-    token that stops generation. Anything else is a `RowError`. `use_skeletons=False` renders
-    every prompt of every row, which is slower and gives the same.
+    token that stops generation. Anything else is a `RowError`. `use_shortcuts=False` renders
+    every prompt of every row and asks the tokenizer for offsets, which is slower and gives the
+    same.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, loss_on: str, *, use_skeletons: bool = True
+        self, tokenizer: PreTrainedTokenizerFast, loss_on: str, *, use_shortcuts: bool = True
     ) -> None:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         self._specials = special_pattern(tokenizer)
-        self._aligner = SpanAligner(tokenizer)
+        self._aligner = SpanAligner(tokenizer, use_marks=use_shortcuts)
         self._ending: TurnEnding | None = None
         self._tool_stop_ids: set[int] = set()
         self._skeletons: SkeletonBook | None = None
-        self._is_proven_known = not use_skeletons
+        self._is_proven_known = not use_shortcuts
 
     @property
     def ending(self) -> TurnEnding:
@@ -232,7 +233,8 @@ class Labeller:
 
     def _refuse_control_text(self, row: Conversation) -> None:
         for index, message in enumerate(row.messages, 1):
-            for key in ("content", "reasoning_content"):
+            keys = ("content", "reasoning_content") if len(message) > 2 else ("content",)
+            for key in keys:
                 found = self._specials.search(message.get(key) or "")
                 if found:
                     raise RowError(
