@@ -59,7 +59,8 @@ def save_adapter(
     It is written beside the target and renamed, so a reader never meets half an adapter; an
     adapter already in `directory` is replaced. What it records as its base is manifest["base"]:
     the hub id (`origin`) with its commit (`revision`), or else the absolute `path`. A `tokenizer`
-    is saved beside it, chat template and all. The manifest gets `files`: each one's sha256.
+    is saved beside it, chat template and all, and so is the model's generation config with every
+    token that ends an answer. The manifest gets `files`: each one's sha256.
 
     Raises:
         LlmtuneError: the adapter cannot be written, or `directory` holds something else.
@@ -74,6 +75,7 @@ def save_adapter(
     try:
         # False: llmtune never resizes embeddings, and "auto" would ask the hub for the base
         model.save_pretrained(str(temporary), save_embedding_layers=False)
+        model.get_base_model().generation_config.save_pretrained(str(temporary))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
         _record_base(temporary / CONFIG_NAME, manifest.get("base"))

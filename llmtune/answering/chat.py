@@ -10,7 +10,7 @@ import click
 from llmtune.answering.live import LiveTarget, load_live
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
-from llmtune.models.tokenizer import require_chat_template
+from llmtune.models.turns import require_chat_template
 from llmtune.scoring.generate import Decoding, stream_text
 from llmtune.targets import resolve_target
 

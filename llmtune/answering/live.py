@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmtune.adapters.manifest import MANIFEST_NAME, adapter_fingerprint, read_adapter_manifest
+from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.adapters.saved import load_adapter
-from llmtune.data.template import TemplateIdentity, require_same_template
+from llmtune.data.template import require_trained_template
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.scored_model import ModelIdentity, ScoredModel
 from llmtune.models.config import ModelConfig
@@ -76,9 +76,7 @@ def load_live(target: Target, arm: str | None = None) -> LiveTarget:
     _say_loaded(loaded)
     if target.adapter_dir is None:
         return LiveTarget(loaded.model, loaded, _identity(target.model, loaded), ("base",))
-    if (target.adapter_dir / MANIFEST_NAME).is_file():
-        recorded = read_adapter_manifest(target.adapter_dir)["template"]
-        require_same_template(loaded.tokenizer, TemplateIdentity.from_json(recorded))
+    require_trained_template(loaded.tokenizer, target.adapter_dir)
     model = load_adapter(loaded.model, target.adapter_dir, base_fingerprint=loaded.fingerprint)
     adapter = adapter_fingerprint(target.adapter_dir)
     return LiveTarget(model, loaded, _identity(target.model, loaded, adapter), ("tuned", "base"))
@@ -95,6 +93,8 @@ def _load_merged(target: Target) -> LiveTarget:
     config = merged_model_config(target)
     loaded = load_model(config, resolve_base(config))
     _say_loaded(loaded)
+    if target.adapter_dir is not None:
+        require_trained_template(loaded.tokenizer, target.adapter_dir)
     return LiveTarget(loaded.model, loaded, _identity(config, loaded), ("merged",))
 
 

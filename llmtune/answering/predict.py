@@ -10,7 +10,7 @@ from typing import Any
 from llmtune.answering.live import LiveTarget, load_live
 from llmtune.data.render import render_messages, render_question
 from llmtune.errors import LlmtuneError
-from llmtune.models.tokenizer import require_chat_template
+from llmtune.models.turns import require_chat_template
 from llmtune.run_dir import atomic_write_text
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.generate import Decoding, generate_texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llmtune.data.align import NOTE_APART, LabelledSequence, PendingSamples, SpanAligner
@@ -12,9 +13,9 @@ from llmtune.data.problems import RowError, shorten
 from llmtune.data.render import encode_plain, render_texts
 from llmtune.data.skeleton import Skeleton, SkeletonBook
 from llmtune.data.spans import RowSamples, TextSample, Turn, plan_samples, trained_turns
-from llmtune.data.template import TurnEnding, find_turn_ending, special_pattern
 from llmtune.data.template_proof import prints_contents_only
 from llmtune.errors import LlmtuneError
+from llmtune.models.turns import TurnEnding, find_turn_ending, special_pattern, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -55,7 +56,6 @@ class Labeller:
         self._specials = special_pattern(tokenizer)
         self._aligner = SpanAligner(tokenizer, use_marks=use_shortcuts)
         self._ending: TurnEnding | None = None
-        self._tool_stop_ids: set[int] = set()
         self._skeletons: SkeletonBook | None = None
         self._is_proven_known = not use_shortcuts
 
@@ -71,13 +71,10 @@ class Labeller:
         """The ids of all control tokens."""
         return self._aligner.added_ids
 
-    @property
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Every token that ends generation, those that were found to end tool calls too."""
-        if self.tokenizer.chat_template:
-            return frozenset(self.ending.stop_ids) | self._tool_stop_ids
-        eos = self.tokenizer.eos_token_id
-        return frozenset(() if eos is None else (eos,))
+        """Every token that ends generation whatever the generation config says."""
+        return frozenset(stop_token_ids(self.tokenizer))
 
     def label(self, conversations: Sequence[Conversation]) -> list[LabelledRow | RowError]:
         """Return each conversation's sequences, or why it is refused.
@@ -122,7 +119,12 @@ class Labeller:
                     return RowError("no token that ends generation would be trained", "stop-token")
             else:
                 ends = {s.input_ids[end - 1] for s in result for _, end in s.spans}
-                self._tool_stop_ids |= ends - self.stop_ids
+                if not ends <= self.stop_ids:
+                    (other, *_) = self.tokenizer.convert_ids_to_tokens(sorted(ends - self.stop_ids))
+                    return RowError(
+                        f"the template ends a turn with {other}, which does not end generation",
+                        "stop-token",
+                    )
                 if any(sequence.is_joined for sequence in result):
                     notes = (*notes, NOTE_APART)
             sequences += result

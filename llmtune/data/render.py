@@ -9,6 +9,7 @@ from jinja2.exceptions import TemplateError
 
 from llmtune.data.problems import RowError
 from llmtune.errors import LlmtuneError
+from llmtune.models.turns import require_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,7 +35,7 @@ def render_messages(
     Raises:
         LlmtuneError: the tokenizer has no chat template, or the template refuses this chat.
     """
-    require_template(tokenizer)
+    require_chat_template(tokenizer)
     try:
         ids = tokenizer.apply_chat_template(
             [strip_training_keys(message) for message in messages],
@@ -126,16 +127,6 @@ def encode_plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     if len(ids) > 1 and eos is not None and ids[-1] == eos and bare[-1:] != [eos]:
         ids = ids[:-1]
     return ids
-
-
-def require_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Refuse a tokenizer without a chat template: which one to use is the user's choice."""
-    if not tokenizer.chat_template:
-        raise LlmtuneError(
-            "this base model's tokenizer has no chat template, so a chat has no defined form. "
-            "Choose one: model.chat_template=FILE.jinja, or rows that need none (format: text, or "
-            "format: completion with render: plain)"
-        )
 
 
 def strip_training_keys(message: Mapping[str, Any]) -> Mapping[str, Any]:

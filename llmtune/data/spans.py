@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llmtune.data.conversation import Conversation, Message
 from llmtune.data.problems import RowError, shorten
-from llmtune.data.template import TurnEnding
+from llmtune.models.turns import TurnEnding
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def find_span(
     closing = specials.search(turn.upto, content_end)
     if message.get("tool_calls"):  # calls have control tokens of their own inside the turn
         stops = re.compile("|".join(map(re.escape, ending.stop_texts)))
-        closing = stops.search(turn.upto, content_end) or closing
+        closing = stops.search(turn.upto, content_end)
     elif ending.kind != "closed":
         closing = None
     if closing is None:
@@ -167,7 +167,7 @@ def _find_content(turn: Turn, message: Message, ending: TurnEnding, start: int) 
     reasoning = message.get("reasoning_content", "").strip()
     if message.get("tool_calls"):
         return _find_calls(turn, message, start), False
-    if text.endswith(content + ending.tail) and len(text) - len(ending.tail) >= start:
+    if text.endswith(content + ending.tail) and len(text) - len(content + ending.tail) >= start:
         content_end, used = len(text) - len(ending.tail), content
     elif text.endswith(body + ending.tail):
         content_end, used = len(text) - len(ending.tail), body

@@ -1,16 +1,16 @@
-"""What a chat template does: its fingerprint, how it ends a turn, and which tokens stop."""
+"""The identity of a chat template: recorded with an adapter, compared by every later command."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from llmtune.data.problems import RowError
-from llmtune.data.render import encode_plain, render_text, require_template
+from llmtune.adapters.manifest import MANIFEST_NAME, read_adapter_manifest
+from llmtune.data.render import encode_plain
 from llmtune.errors import LlmtuneError
 from llmtune.fingerprint import hash_json
 
@@ -24,9 +24,6 @@ GOLDEN_MESSAGES = [
 ]
 GOLDEN_DATE = "01 Jan 2025"
 """Templates that print today's date read this variable first, so the golden prompt stays."""
-
-QUESTION = "Which number comes after twelve?"
-ANSWER = "Thirteen, of course"
 
 
 @dataclass(frozen=True)
@@ -100,113 +97,16 @@ def require_same_template(tokenizer: PreTrainedTokenizerFast, identity: Template
     )
 
 
-@dataclass(frozen=True)
-class TurnEnding:
-    """How a template ends an assistant turn, found by rendering a known one.
+def require_trained_template(tokenizer: PreTrainedTokenizerFast, adapter_dir: Path) -> None:
+    """Refuse a tokenizer that renders another prompt than the adapter in `adapter_dir` learned.
 
-    `closed`: a special token follows the answer (ChatML, Llama 3, Mistral, Gemma).
-    `next-turn`: the special token that opens the next turn ends this one (GLM).
-    `none`: no special token at all; the tokenizer's end-of-text is put after each answer.
-    """
-
-    kind: Literal["closed", "next-turn", "none"]
-    terminator: str
-    terminator_id: int
-    lead: str
-    """What the template writes between its generation prompt and the answer (an empty
-    `<think>` block, a space)."""
-    tail: str
-    """What it writes after the answer of a chat's last turn."""
-    stop_ids: tuple[int, ...]
-    """Every token that ends generation: the tokenizer's end-of-text, then the template's own."""
-    stop_texts: tuple[str, ...]
-    """The same as text."""
-
-
-def stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return every token id that ends a turn: give it to generation and to all saved configs."""
-    if not tokenizer.chat_template:
-        return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(find_turn_ending(tokenizer).stop_ids)
-
-
-def find_turn_ending(tokenizer: PreTrainedTokenizerFast) -> TurnEnding:
-    """Render a known exchange and return how its answer ends.
+    An adapter that llmtune did not write records no template, so there is nothing to compare.
 
     Raises:
-        LlmtuneError: no template, a template that cannot render a user and an assistant turn or
-            that writes two beginning-of-text tokens, or no token at all that could end a turn.
+        LlmtuneError: what differs.
     """
-    require_template(tokenizer)
-    asked = [{"role": "user", "content": QUESTION}]
-    answered = [*asked, {"role": "assistant", "content": ANSWER}]
-    try:
-        prompt = render_text(tokenizer, asked, add_generation_prompt=True)
-        text = render_text(tokenizer, answered)
-        longer = render_text(tokenizer, [*answered, *asked])
-    except RowError as error:
-        raise LlmtuneError(f"{error}; expected a template for user and assistant turns") from error
-    _refuse_double_bos(tokenizer, text)
-    if ANSWER not in text or QUESTION not in prompt:
-        raise LlmtuneError("the chat template does not print the messages' content")
-    position = text.rindex(ANSWER)
-    tail = text[position + len(ANSWER) :]
-    lead = text[len(prompt) : position] if text.startswith(prompt) else ""
-    specials = special_pattern(tokenizer)
-    closing = specials.search(tail)
-    opening = specials.search(longer[longer.index(ANSWER) + len(ANSWER) :])
-    kind: Literal["closed", "next-turn", "none"]
-    if closing:
-        kind, terminator = "closed", closing.group()
-    elif opening:
-        kind, terminator = "next-turn", opening.group()
-    elif tokenizer.eos_token:
-        kind, terminator = "none", str(tokenizer.eos_token)
-    else:
-        raise LlmtuneError(
-            "neither the chat template nor the tokenizer has a token that ends a turn, so the "
-            "tuned model could never stop; set eos_token in tokenizer_config.json"
-        )
-    terminator_id = tokenizer.convert_tokens_to_ids(terminator)
-    ids = [tokenizer.eos_token_id, terminator_id, _tool_opening(tokenizer, answered, kind)]
-    stop_ids = tuple(dict.fromkeys(token for token in ids if token is not None))
-    return TurnEnding(
-        kind=kind,
-        terminator=terminator,
-        terminator_id=terminator_id,
-        lead=lead,
-        tail=tail,
-        stop_ids=stop_ids,
-        stop_texts=tuple(tokenizer.convert_ids_to_tokens(list(stop_ids))),
-    )
-
-
-def special_pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
-    """Return a pattern for the tokenizer's control tokens, the longest first."""
-    tokens = {
-        token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-    } | {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
-    ordered = sorted(tokens, key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
-
-
-def _tool_opening(
-    tokenizer: PreTrainedTokenizerFast, answered: list[dict], kind: str
-) -> int | None:
-    """Return the token that ends a turn followed by a tool's answer, for `next-turn` templates."""
-    if kind != "next-turn":
-        return None
-    try:
-        text = render_text(tokenizer, [*answered, {"role": "tool", "content": QUESTION}])
-    except RowError:
-        return None  # a template without tools has no such token
-    opening = special_pattern(tokenizer).search(text[text.index(ANSWER) + len(ANSWER) :])
-    return tokenizer.convert_tokens_to_ids(opening.group()) if opening else None
-
-
-def _refuse_double_bos(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    bos = str(tokenizer.bos_token or "")
-    if bos and text.startswith(bos + bos):
-        raise LlmtuneError(
-            f"the chat template writes the beginning-of-text token {bos!r} twice; take one out"
-        )
+    if not (adapter_dir / MANIFEST_NAME).is_file():
+        return
+    recorded = read_adapter_manifest(adapter_dir).get("template")
+    if recorded is not None:
+        require_same_template(tokenizer, TemplateIdentity.from_json(recorded))

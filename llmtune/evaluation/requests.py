@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.render import render_messages
-from llmtune.data.template import find_turn_ending
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.items import SuiteItem
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.suite_config import ChoiceSuite, PromptedSuite
+from llmtune.models.turns import find_turn_ending
 from llmtune.scoring.likelihood import ContinuationRequest
 from llmtune.scoring.perplexity import leading_special_ids
 

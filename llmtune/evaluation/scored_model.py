@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from llmtune.data.template import stop_token_ids
+from llmtune.models.turns import stop_token_ids
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class ModelIdentity:
 class ScoredModel:
     """A loaded model with what is needed to ask it and to name it in results.
 
-    `stop_token_ids` end a written answer: all of a loaded model's (its generation config may name
-    more than its tokenizer); None takes the tokenizer's.
+    `stop_token_ids` end a written answer; None takes those of tokenizer and generation config.
     """
 
     model: nn.Module
@@ -35,5 +34,5 @@ class ScoredModel:
     def stops(self) -> tuple[int, ...]:
         """The ids that end a written answer."""
         if self.stop_token_ids is None:
-            return tuple(stop_token_ids(self.tokenizer))
+            return stop_token_ids(self.tokenizer, getattr(self.model, "generation_config", None))
         return self.stop_token_ids

@@ -26,7 +26,8 @@ from llmtune.models.quantization import (
 )
 from llmtune.models.quiet import quiet_loading
 from llmtune.models.resolve import BaseSource
-from llmtune.models.tokenizer import load_tokenizer, stop_token_ids
+from llmtune.models.tokenizer import load_tokenizer
+from llmtune.models.turns import stop_token_ids
 
 EXPERT_DIMENSIONS = 3  # fused experts are one parameter [expert, out, in]
 

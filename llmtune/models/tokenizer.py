@@ -1,16 +1,14 @@
-"""Load a base's tokenizer, check it against the model, and know where a turn ends."""
+"""Load a base's tokenizer, and check it against the model."""
 
 import logging
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
 from llmtune.models.checkpoint import embedding_rows, read_generation_config, read_model_config
+from llmtune.models.turns import as_ids, stop_token_ids
 
 TOKENIZER_NAME = "tokenizer.json"
 SLOW_NAMES = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
@@ -23,7 +21,6 @@ SPARE_TOKENS = (
     r"<\|endoftext\|>",
     r"<\|?unk\|?>|\[UNK\]",
 )
-PROBE = "llmtuneprobe"
 
 logger = logging.getLogger(__name__)
 
@@ -56,42 +53,6 @@ def load_tokenizer(base_dir: Path, *, chat_template: Path | None = None) -> PreT
     _set_eos(tokenizer, base_dir)
     _set_pad(tokenizer, rows, base_dir)
     return tokenizer
-
-
-def require_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Check that conversations can be rendered; call it where the data has messages.
-
-    Raises:
-        LlmtuneError: the tokenizer has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise LlmtuneError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template, and the data holds "
-            "conversations. Set model.chat_template=<file.jinja>, or give the data as "
-            "`completion` or `text`."
-        )
-
-
-def stop_token_ids(
-    tokenizer: PreTrainedTokenizerFast, generation_config: Any = None
-) -> tuple[int, ...]:
-    """Return every id that ends an answer, ascending: EOS, generation config, end of turn.
-
-    Args:
-        tokenizer: as `load_tokenizer` returns it.
-        generation_config: a transformers GenerationConfig, its dict, or None.
-    """
-    if generation_config is None:
-        configured = None
-    elif isinstance(generation_config, dict):
-        configured = generation_config.get("eos_token_id")
-    else:
-        configured = generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *_as_ids(configured)}
-    end_of_turn = _end_of_turn_id(tokenizer)
-    if end_of_turn is not None:
-        stops.add(end_of_turn)
-    return tuple(sorted(stops))
 
 
 def _check_files(base_dir: Path) -> None:
@@ -129,7 +90,7 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, rows: int, base_dir: Path) ->
 def _set_eos(tokenizer: PreTrainedTokenizerFast, base_dir: Path) -> None:
     if tokenizer.eos_token_id is not None:
         return
-    named = _as_ids(read_model_config(base_dir).get("eos_token_id"))
+    named = as_ids(read_model_config(base_dir).get("eos_token_id"))
     if not named:
         raise LlmtuneError(
             f"{base_dir}: the tokenizer has no EOS token and config.json names none, so a tuned "
@@ -169,36 +130,3 @@ def _spare_token(tokenizer: PreTrainedTokenizerFast, taken: set[int | None]) -> 
             if re.fullmatch(pattern, token, re.IGNORECASE):
                 return token
     return None
-
-
-def _end_of_turn_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Return the special token that the chat template puts after an assistant's words, if any.
-
-    Some templates (GLM) end a turn with the marker of the next one, so a user's turn follows.
-    """
-    if not tokenizer.chat_template:
-        return None
-    conversation = [
-        {"role": "user", "content": "question"},
-        {"role": "assistant", "content": PROBE},
-        {"role": "user", "content": "question"},
-    ]
-    for messages in (conversation[:2], conversation):
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except (TemplateError, ValueError, TypeError):
-            return None  # the renderer of the data reports what is wrong with the template
-        after = text.rpartition(PROBE)[2]
-        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-        special = set(tokenizer.added_tokens_decoder)
-        if ids and ids[0] in special:
-            return ids[0]
-        if after.strip():
-            return None
-    return None
-
-
-def _as_ids(value: int | Iterable[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else list(value)

@@ -1,6 +1,7 @@
 """What a reader must know beside the verdict: sentences made from the numbers, worst first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from llmtune.evaluation.stats import holm
 from llmtune.reporting.numbers import FRACTION
@@ -24,6 +25,22 @@ def find_caveats(evidence: Evidence) -> tuple[str, ...]:
         _general_could_be_broken,
     )
     return tuple(sentence for check in checks for sentence in check(evidence))
+
+
+def find_training_caveats(training: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the train stage's result gives reason to say.
+
+    A model that does not end most of its answers by itself writes until it is cut off.
+    """
+    check = training.get("stop_check") or {}
+    stopped, asked = check.get("stopped"), check.get("asked")
+    if not asked or stopped is None or 2 * stopped >= asked:
+        return ()
+    return (
+        f"The tuned model ended only {stopped} of {asked} answers by itself (within "
+        f"{check.get('max_new_tokens')} tokens, right after training): it may not have learned "
+        "to stop.",
+    )
 
 
 def worse_slices(suite: SuiteReport, significance: float) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from llmtune.evaluation.compare import Resampling
 from llmtune.manifest import Manifest, read_manifest
-from llmtune.reporting.caveats import find_caveats
+from llmtune.reporting.caveats import find_caveats, find_training_caveats
 from llmtune.reporting.current import current_results, is_finished
 from llmtune.reporting.facts import find_fingerprints
 from llmtune.reporting.html import render_html
@@ -46,7 +46,7 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
     return Report(
         name=run.path.resolve().name,
         verdict=decide(evidence),
-        caveats=find_caveats(evidence),
+        caveats=find_training_caveats(_result(manifest, "train")) + find_caveats(evidence),
         suites=suites,
         manifest=manifest,
         curve=curve,

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from llmtune.adapters.manifest import adapter_fingerprint, check_adapter
+from llmtune.data.template import require_trained_template
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.exporting.card import CARD_NAME, base_name, read_report, render_card
 from llmtune.exporting.config import ExportSettings
@@ -27,7 +28,8 @@ from llmtune.merging.verify import load_merged
 from llmtune.models.checkpoint import read_generation_config
 from llmtune.models.identity import base_fingerprint
 from llmtune.models.resolve import resolve_base
-from llmtune.models.tokenizer import load_tokenizer, stop_token_ids
+from llmtune.models.tokenizer import load_tokenizer
+from llmtune.models.turns import stop_token_ids
 from llmtune.run_dir import atomic_write_text
 from llmtune.targets import Target, resolve_target
 from llmtune.version import __version__
@@ -112,6 +114,10 @@ def _source_dir(target: Target) -> Path:
         LlmtuneError: it has not been merged.
     """
     if target.merged_dir is not None:
+        if target.adapter_dir is not None:
+            template = target.model.chat_template
+            tokenizer = load_tokenizer(target.merged_dir, chat_template=template)
+            require_trained_template(tokenizer, target.adapter_dir)
         return target.merged_dir
     if target.config is not None or target.adapter_dir is not None:
         raise LlmtuneError(

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmtune.adapters.saved import load_adapter
 from llmtune.data.render import render_question
+from llmtune.data.template import require_trained_template
 from llmtune.errors import CheckFailed
 from llmtune.evaluation.requests import build_choice_requests
 from llmtune.evaluation.suite import Suite
@@ -24,6 +25,7 @@ from llmtune.merging.verify import VerifyPrompts, VerifyResult, verify_merge
 from llmtune.models.config import ModelConfig
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import BaseSource
+from llmtune.models.tokenizer import load_tokenizer
 from llmtune.open_prompts import OPEN_PROMPTS
 from llmtune.safetensors_io import ADAPTER_FILE, CheckpointIndex, read_header
 from llmtune.scoring.generate import Decoding
@@ -60,6 +62,8 @@ def run_merge_stage(request: MergeRequest) -> dict[str, Any]:
     Raises:
         CheckFailed: the merged model's KL to the live adapter is above `max_kl`.
     """
+    tokenizer = load_tokenizer(request.source.dir, chat_template=request.model.chat_template)
+    require_trained_template(tokenizer, request.adapter_dir)
     plan = plan_merge(request.source.dir, request.adapter_dir, strength=request.strength)
     for notice in plan.notices:
         log.info("merge: %s", notice)

@@ -20,6 +20,7 @@ from llmtune.fingerprint import hash_json
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import BaseSource
 from llmtune.stages.describe import describe_injected, describe_loaded
+from llmtune.stages.stop_check import check_stops
 from llmtune.training.batch import hash_epochs
 from llmtune.training.sft import TrainRequest, train_adapter
 
@@ -66,6 +67,14 @@ def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
     )
     return {
         **dataclasses.asdict(result),
+        "stop_check": check_stops(
+            injected.model,
+            loaded.tokenizer,
+            inputs.evaluation.examples
+            if len(inputs.evaluation.examples)
+            else inputs.train.examples,
+            loaded.stop_token_ids,
+        ),
         "order_hash": _order_hash(config, inputs, result.steps),
         "adapter_bytes": _directory_bytes(config.run.adapter_dir),
         "injection": dataclasses.asdict(injected.table),

@@ -12,6 +12,7 @@ from torch import nn
 from llmtune.adapters.saved import load_adapter
 from llmtune.data.prepare import prepare_examples
 from llmtune.data.render import render_question
+from llmtune.data.template import require_trained_template
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.exporting.gguf.read import read_file_type
 from llmtune.exporting.parity import ParityRequest, compare_with_runtime
@@ -22,7 +23,8 @@ from llmtune.merging.verify import VerifyPrompts, verify_merge
 from llmtune.models.checkpoint import read_generation_config, read_model_config
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import resolve_base
-from llmtune.models.tokenizer import load_tokenizer, stop_token_ids
+from llmtune.models.tokenizer import load_tokenizer
+from llmtune.models.turns import stop_token_ids
 from llmtune.open_prompts import OPEN_PROMPTS
 from llmtune.scoring.generate import Decoding
 from llmtune.stages.export import allowed_kl, comparison_dtype, describe_parity
@@ -124,6 +126,7 @@ def _load_reference(target: Target) -> _Reference:
     loaded = load_model(target.model.model_copy(update=update), source)
     if target.adapter_dir is None:
         return _Reference(loaded.model, loaded, target)
+    require_trained_template(loaded.tokenizer, target.adapter_dir)
     model = load_adapter(loaded.model, target.adapter_dir, base_fingerprint=loaded.fingerprint)
     return _Reference(model, loaded, target)
 

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
-from llmtune.models.tokenizer import load_tokenizer, require_chat_template, stop_token_ids
+from llmtune.models.tokenizer import load_tokenizer
+from llmtune.models.turns import require_chat_template, stop_token_ids
 from tests.tiny import CHATML, VOCAB_SIZE, make_tokenizer
 
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf.pretokenizers import PreTokenizer, recognise_pre_tokenizer
 from llmtune.models.checkpoint import embedding_rows, read_generation_config
-from llmtune.models.tokenizer import TOKENIZER_NAME, load_tokenizer, stop_token_ids
+from llmtune.models.tokenizer import TOKENIZER_NAME, load_tokenizer
+from llmtune.models.turns import stop_token_ids
 
 PROBE = "a"
 NUM_STOPS = 3

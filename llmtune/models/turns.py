@@ -1,0 +1,214 @@
+"""How a chat template ends an assistant turn, and so which tokens stop a model that uses it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from jinja2.exceptions import TemplateError
+
+from llmtune.errors import LlmtuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+QUESTION = "Which number comes after twelve?"
+ANSWER = "Thirteen, of course"
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks a number up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"number": {"type": "string", "description": "the number"}},
+            "required": ["number"],
+        },
+    },
+}
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"number": ANSWER}}}
+
+
+@dataclass(frozen=True)
+class TurnEnding:
+    """How a template ends an assistant turn, found by rendering a known one.
+
+    `closed`: a special token follows the answer (ChatML, Llama 3, Mistral, Gemma).
+    `next-turn`: the special token that opens the next turn ends this one (GLM).
+    `none`: no special token at all; the tokenizer's end-of-text is put after each answer.
+    """
+
+    kind: Literal["closed", "next-turn", "none"]
+    terminator: str
+    terminator_id: int
+    lead: str
+    """What the template writes between its generation prompt and the answer (an empty
+    `<think>` block, a space)."""
+    tail: str
+    """What it writes after the answer of a chat's last turn."""
+    stop_ids: tuple[int, ...]
+    """Every token that ends generation: the tokenizer's end-of-text, then the template's own."""
+    stop_texts: tuple[str, ...]
+    """The same as text."""
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerFast, generation_config: Any = None
+) -> tuple[int, ...]:
+    """Return every id that ends an answer, ascending: end of text, generation config, end of turn.
+
+    This is the one list: training closes turns with tokens of it, generation ends at them, and it
+    is written into everything that is saved. A template that cannot render a user and an assistant
+    turn adds nothing; `find_turn_ending` says what is wrong with it where it is needed.
+
+    Args:
+        tokenizer: as `load_tokenizer` returns it.
+        generation_config: a transformers GenerationConfig, its dict, or None.
+    """
+    if isinstance(generation_config, dict):
+        configured = generation_config.get("eos_token_id")
+    else:
+        configured = getattr(generation_config, "eos_token_id", None)
+    stops = {tokenizer.eos_token_id, *as_ids(configured)}
+    if tokenizer.chat_template:
+        with contextlib.suppress(LlmtuneError):
+            stops |= {*find_turn_ending(tokenizer).stop_ids}
+    return tuple(sorted(stop for stop in stops if stop is not None))
+
+
+def find_turn_ending(tokenizer: PreTrainedTokenizerFast) -> TurnEnding:
+    """Render a known exchange and return how its answer ends.
+
+    Raises:
+        LlmtuneError: no template, a template that cannot render a user and an assistant turn or
+            that writes two beginning-of-text tokens, or no token at all that could end a turn.
+    """
+    require_chat_template(tokenizer)
+    asked = [{"role": "user", "content": QUESTION}]
+    answered = [*asked, {"role": "assistant", "content": ANSWER}]
+    prompt = _render(tokenizer, asked, add_generation_prompt=True)
+    text = _render(tokenizer, answered)
+    longer = _render(tokenizer, [*answered, *asked])
+    _refuse_double_bos(tokenizer, text)
+    if ANSWER not in text or ANSWER not in longer or QUESTION not in prompt:
+        raise LlmtuneError("the chat template does not print the messages' content")
+    position = text.rindex(ANSWER)
+    tail = text[position + len(ANSWER) :]
+    specials = special_pattern(tokenizer)
+    closing = specials.search(tail)
+    opening = specials.search(longer[longer.index(ANSWER) + len(ANSWER) :])
+    kind: Literal["closed", "next-turn", "none"]
+    if closing:
+        kind, terminator = "closed", closing.group()
+    elif opening:
+        kind, terminator = "next-turn", opening.group()
+    elif tokenizer.eos_token:
+        kind, terminator = "none", str(tokenizer.eos_token)
+    else:
+        raise LlmtuneError(
+            "neither the chat template nor the tokenizer has a token that ends a turn, so the "
+            "tuned model could never stop; set eos_token in tokenizer_config.json"
+        )
+    texts = [tokenizer.eos_token, terminator]
+    if kind == "next-turn":
+        texts.append(_tool_opening(tokenizer, answered, specials))
+    elif kind == "closed":
+        texts.append(_call_closing(tokenizer, asked, [text for text in texts if text], specials))
+    stop_texts = tuple(dict.fromkeys(str(text) for text in texts if text))
+    return TurnEnding(
+        kind=kind,
+        terminator=terminator,
+        terminator_id=tokenizer.convert_tokens_to_ids(terminator),
+        lead=text[len(prompt) : position] if text.startswith(prompt) else "",
+        tail=tail,
+        stop_ids=tuple(tokenizer.convert_tokens_to_ids(list(stop_texts))),
+        stop_texts=stop_texts,
+    )
+
+
+def special_pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
+    """Return a pattern for the tokenizer's control tokens, the longest first."""
+    tokens = {
+        token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+    } | {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
+    ordered = sorted(tokens, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer without a chat template: which one to use is the user's choice."""
+    if not tokenizer.chat_template:
+        raise LlmtuneError(
+            "this base model's tokenizer has no chat template, so a chat has no defined form. "
+            "Choose one: model.chat_template=FILE.jinja, or rows that need none (format: text, or "
+            "format: completion with render: plain)"
+        )
+
+
+def as_ids(value: int | Iterable[int] | None) -> list[int]:
+    """Return the ids of a config's `eos_token_id`: one, several, or none."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[dict],
+    *,
+    tools: list[dict] | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise LlmtuneError(
+            f"the chat template refuses a plain chat ({error}); its roles are {roles}; expected a "
+            "template for user and assistant turns"
+        ) from error
+
+
+def _tool_opening(
+    tokenizer: PreTrainedTokenizerFast, answered: list[dict], specials: re.Pattern[str]
+) -> str | None:
+    """Return the token that ends a turn followed by a tool's answer, for `next-turn` templates."""
+    try:
+        text = _render(tokenizer, [*answered, {"role": "tool", "content": QUESTION}])
+    except LlmtuneError:
+        return None  # a template without tools has no such token
+    opening = specials.search(text[text.rfind(ANSWER) + len(ANSWER) :])
+    return opening.group() if opening else None
+
+
+def _call_closing(
+    tokenizer: PreTrainedTokenizerFast,
+    asked: list[dict],
+    known: list[str],
+    specials: re.Pattern[str],
+) -> str | None:
+    """Return the token that ends a turn of tool calls where none of the `known` ones does."""
+    calling = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    try:
+        text = _render(tokenizer, [*asked, calling], tools=[TOOL])
+    except LlmtuneError:
+        return None  # a template without tools has no such token
+    position = text.rfind(ANSWER)
+    rest = text[position + len(ANSWER) :]
+    if position < 0 or any(stop in rest for stop in known):
+        return None
+    closings = specials.findall(rest)
+    return closings[-1] if closings else None
+
+
+def _refuse_double_bos(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    bos = str(tokenizer.bos_token or "")
+    if bos and text.startswith(bos + bos):
+        raise LlmtuneError(
+            f"the chat template writes the beginning-of-text token {bos!r} twice; take one out"
+        )
