@@ -1,0 +1,186 @@
+"""Was the task learned, or the rows? Loss on seen against unseen rows, beyond the base's own."""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import nn
+
+from llmtune.data.example import IGNORE_INDEX, Example
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.diagnosis.results import Interval, MemorisationResult
+from llmtune.evaluation.diagnosis.subject import (
+    DiagnosisSettings,
+    Subject,
+    hash_ids,
+    model_inputs,
+    pick,
+)
+from llmtune.fingerprint import hash_json
+from llmtune.scoring.batches import (
+    adapter_disabled,
+    batch_by_length,
+    float32_head,
+    inference,
+    model_device,
+    pad_rows,
+    require_positions,
+    rows_budget,
+    run_forward,
+)
+
+MAX_ROWS = 300
+MIN_ROWS = 4
+BOOTSTRAP_SAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Of each row the summed -log p of its trained tokens under base and tuned, in nats, [N]."""
+
+    base: np.ndarray
+    tuned: np.ndarray
+    num_tokens: np.ndarray
+
+
+def diagnose_memorisation(
+    subject: Subject, settings: DiagnosisSettings, *, known: MemorisationResult | None = None
+) -> MemorisationResult:
+    """Compare at most 300 rows that training saw with at most 300 held-out rows, trained tokens.
+
+    Raises:
+        LlmtuneError: fewer than four rows were held out, or seen.
+    """
+    started = time.perf_counter()
+    seen = [subject.train[place] for place in pick(subject.trained, MAX_ROWS, settings.seed)]
+    held_out = [
+        subject.held_out[place]
+        for place in pick(range(len(subject.held_out)), MAX_ROWS, settings.seed)
+    ]
+    if min(len(seen), len(held_out)) < MIN_ROWS:
+        raise LlmtuneError(
+            f"memorisation: {len(seen)} trained and {len(held_out)} held-out rows; it needs "
+            f"{MIN_ROWS} of each: give data.evaluation or data.evaluation_share"
+        )
+    ids = {"seen": [e.input_ids for e in seen], "held_out": [e.input_ids for e in held_out]}
+    inputs = model_inputs(subject.scored, with_adapter=True) | {
+        "rows": hash_json({name: hash_ids(rows) for name, rows in ids.items()})
+    }
+    if known is not None and dict(known.inputs) == inputs:
+        return known
+    model, budget = subject.scored.model, settings.budget(subject.scored)
+    losses = [
+        measure_losses(
+            model, rows, token_budget=budget, on_progress=settings.report(name, len(rows))
+        )
+        for name, rows in (("memory, seen rows", seen), ("memory, held-out rows", held_out))
+    ]
+    gap, gap_interval, auc, auc_interval = compare_losses(*losses, settings=settings)
+    return MemorisationResult(
+        inputs=inputs,
+        seconds=time.perf_counter() - started,
+        gap_nats=gap,
+        gap_interval=gap_interval,
+        auc=auc,
+        auc_interval=auc_interval,
+        n_train=len(seen),
+        n_held_out=len(held_out),
+    )
+
+
+def compare_losses(
+    seen: RowLosses, held_out: RowLosses, *, settings: DiagnosisSettings
+) -> tuple[float, Interval, float, Interval]:
+    """Return gap and membership AUC, each with its percentile bootstrap interval over rows.
+
+    gap = [NLL_held(tuned) - NLL_seen(tuned)] - [NLL_held(base) - NLL_seen(base)], in nats per
+    trained token: what the base itself finds harder in one of the sets is taken off. AUC of
+    m(x) = NLL_base(x) - NLL_tuned(x), per trained token, of seen against held-out rows: 0.5 where
+    training changed both alike, 1 where every seen row gained more.
+    """
+    random = np.random.default_rng(settings.seed)
+    draws = []
+    for _ in range(BOOTSTRAP_SAMPLES):
+        rows = [random.integers(0, len(s.base), len(s.base)) for s in (seen, held_out)]
+        draws.append((_gap(seen, held_out, *rows), _auc(seen, held_out, *rows)))
+    tail = (1 - settings.confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
+    everything = np.arange(len(seen.base)), np.arange(len(held_out.base))
+    return (
+        _gap(seen, held_out, *everything),
+        (float(low[0]), float(high[0])),
+        _auc(seen, held_out, *everything),
+        (float(low[1]), float(high[1])),
+    )
+
+
+def membership_auc(seen: np.ndarray, held_out: np.ndarray) -> float:
+    """Return the chance that a seen row's value is larger than a held-out one's, ties a half.
+
+    The Mann-Whitney statistic from mid-ranks.
+    """
+    ranks = rankdata(np.concatenate([seen, held_out]))
+    count = len(seen)
+    statistic = ranks[:count].sum() - count * (count + 1) / 2
+    return float(statistic / (count * len(held_out)))
+
+
+def measure_losses(
+    model: nn.Module,
+    rows: Sequence[Example],
+    *,
+    token_budget: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> RowLosses:
+    """Sum the loss of every row's trained tokens under base (adapter off) and tuned.
+
+    Raises:
+        LlmtuneError: the model has no adapter, or a row exceeds its positions.
+    """
+    lengths = [len(row.input_ids) for row in rows]
+    require_positions(model, max(lengths, default=0))
+    sums = np.zeros((2, len(rows)))
+    done = 0
+    with inference(model), float32_head(model):
+        for indices in batch_by_length(lengths, rows_budget(model, token_budget)):
+            chosen = [rows[i] for i in indices]
+            batch = pad_rows([row.input_ids for row in chosen], model_device(model), left=False)
+            for arm in (0, 1):
+                block = contextlib.nullcontext() if arm else adapter_disabled(model)
+                with block:
+                    logits = run_forward(model, batch).logits
+                sums[arm, indices] = _trained_losses(logits, chosen)
+            done += len(indices)
+            if on_progress is not None:
+                on_progress(done)
+    counts = [sum(label != IGNORE_INDEX for label in row.labels[1:]) for row in rows]
+    return RowLosses(sums[0], sums[1], np.array(counts))
+
+
+def _trained_losses(logits: torch.Tensor, rows: Sequence[Example]) -> list[float]:
+    losses = []
+    for row_logits, row in zip(logits, rows, strict=True):
+        labels = torch.tensor(row.labels[1:], device=logits.device, dtype=torch.long)
+        counted = labels != IGNORE_INDEX
+        predicted = row_logits[: len(labels)][counted].float()
+        loss = nn.functional.cross_entropy(predicted, labels[counted], reduction="sum")
+        losses.append(loss.item())
+    return losses
+
+
+def _gap(seen: RowLosses, held_out: RowLosses, first: np.ndarray, second: np.ndarray) -> float:
+    def differences(losses: RowLosses, rows: np.ndarray) -> float:
+        return (losses.tuned[rows] - losses.base[rows]).sum() / losses.num_tokens[rows].sum()
+
+    return float(differences(held_out, second) - differences(seen, first))
+
+
+def _auc(seen: RowLosses, held_out: RowLosses, first: np.ndarray, second: np.ndarray) -> float:
+    def gains(losses: RowLosses, rows: np.ndarray) -> np.ndarray:
+        return (losses.base[rows] - losses.tuned[rows]) / losses.num_tokens[rows]
+
+    return membership_auc(gains(seen, first), gains(held_out, second))

@@ -1,0 +1,316 @@
+"""A linear probe on the frozen base: what a classifier gets without any fine-tuning."""
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+from llmtune.evaluation.diagnosis.results import ProbeCell, ProbeResult
+from llmtune.evaluation.diagnosis.states import (
+    Standardizer,
+    TextStates,
+    fit_standardizer,
+    quarter_layers,
+    read_states,
+)
+from llmtune.evaluation.diagnosis.subject import (
+    DiagnosisSettings,
+    Subject,
+    answer_text,
+    fixed_choice_suites,
+    hash_ids,
+    last_turn,
+    model_inputs,
+    pick,
+)
+from llmtune.evaluation.items import SuiteItem
+from llmtune.evaluation.metrics import METRICS
+from llmtune.evaluation.requests import encode_prompts
+from llmtune.evaluation.results import ArmResult, ItemScore, finite_or_none
+from llmtune.evaluation.run import build_recipe
+from llmtune.evaluation.stats import standard_error
+from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.suite_config import ChoiceSuite
+from llmtune.evaluation.tasks import chance_accuracy, majority_accuracy
+from llmtune.fingerprint import hash_json
+
+PROBE_ARM = "probe"
+MAX_ROWS = 1000
+MIN_ROWS = 20
+FOLDS = 5
+MIN_MATCHED = 0.9
+POOLINGS = ("mean", "last")
+STRENGTHS = (0.001, 0.01, 0.1, 1.0)
+"""Values of C, strong to weak, for standardised features."""
+MAX_ITERATIONS = 1000
+
+
+@dataclass(frozen=True)
+class LabelledPrompts:
+    """Train prompts as token ids with the class of each, an index of `labels` (folded texts)."""
+
+    prompts: list[tuple[int, ...]]
+    classes: np.ndarray
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FittedProbe:
+    """A classifier on one layer's pooled states."""
+
+    cell: ProbeCell
+    standardizer: Standardizer
+    classifier: LogisticRegression
+    labels: tuple[str, ...]
+
+    def predict(self, states: TextStates) -> np.ndarray:
+        """Return probabilities [N, labels]."""
+        features = self.standardizer.apply(states.pooled(self.cell.pooling, self.cell.layer))
+        return self.classifier.predict_proba(features)
+
+
+@dataclass(frozen=True)
+class ProbeOutcome:
+    """The probe's table, and its scores as an arm on every suite it can answer."""
+
+    result: ProbeResult
+    arms: dict[str, ArmResult]
+
+
+def diagnose_probe(
+    subject: Subject,
+    settings: DiagnosisSettings,
+    *,
+    known: ProbeResult | None = None,
+    known_arms: Mapping[str, ArmResult] | None = None,
+) -> ProbeOutcome:
+    """Fit L2 logistic regression on frozen states of train prompts and answer the choice suites.
+
+    The labels are the trained answers that are among the suites' fixed choices. Layer (a quarter,
+    half, three quarters, all), pooling (mean, last token) and C are chosen by stratified 5-fold
+    cross-validation on at most 1,000 of the rows that training has seen; states are standardised
+    with the train rows' statistics. Kumar et al. 2022 (arXiv:2202.10054) compare such probes with
+    fine-tuning. Where the task is no classification the result's `refused` says why.
+
+    Args:
+        known, known_arms: an earlier outcome; it is returned where its inputs are the same and an
+            arm is there for every suite.
+    """
+    started = time.perf_counter()
+    suites = fixed_choice_suites(subject.suites)
+    found = _label_prompts(subject, suites, settings)
+    inputs = model_inputs(subject.scored, with_adapter=False) | {
+        "rows": found if isinstance(found, str) else hash_ids(found.prompts),
+        "items": hash_json({suite.name: suite.items_fingerprint for suite in suites}),
+    }
+    if known is not None and dict(known.inputs) == inputs:
+        arms = dict(known_arms or {})
+        if known.refused or {suite.name for suite in suites} <= set(arms):
+            return ProbeOutcome(known, arms)
+    if isinstance(found, str):
+        return ProbeOutcome(_refusal(inputs, found), {})
+    scored = subject.scored
+    layers = quarter_layers(scored.model)
+    states = read_states(
+        scored.model,
+        found.prompts,
+        layers,
+        token_budget=settings.budget(scored),
+        on_progress=settings.report("probe, train rows", len(found.prompts)),
+    )
+    table = cross_validate(states, found.classes, layers, seed=settings.seed)
+    probe = fit_probe(states, found, max(table, key=lambda cell: cell.cv_accuracy))
+    arms = {}
+    for suite in suites:
+        if len(_answerable(suite, probe.labels)) >= 2:
+            arms[suite.name] = _answer_suite(subject, suite, probe, settings)
+    result = ProbeResult(
+        inputs=inputs,
+        seconds=time.perf_counter() - started,
+        table=tuple(table),
+        chosen=probe.cell,
+        labels=found.labels,
+        majority=float(np.bincount(found.classes).max() / len(found.classes)),
+        train_rows=len(found.classes),
+    )
+    return ProbeOutcome(result, {name: _describe(arm, result) for name, arm in arms.items()})
+
+
+def cross_validate(
+    states: TextStates, classes: np.ndarray, layers: Sequence[int], *, seed: int
+) -> list[ProbeCell]:
+    """Return for every layer and pooling the best C and its mean accuracy over the folds.
+
+    Of equal accuracies the stronger regularisation wins.
+    """
+    folds = StratifiedKFold(
+        min(FOLDS, int(np.bincount(classes).min())), shuffle=True, random_state=seed
+    )
+    table = []
+    for layer in layers:
+        for pooling in POOLINGS:
+            raw = states.pooled(pooling, layer)
+            features = _rotate(fit_standardizer(raw).apply(raw))
+            accuracies = [
+                _accuracy(_classifier(strength), features, classes, folds) for strength in STRENGTHS
+            ]
+            best = int(np.argmax(accuracies))
+            table.append(ProbeCell(layer, pooling, STRENGTHS[best], accuracies[best]))
+    return table
+
+
+def fit_probe(states: TextStates, found: LabelledPrompts, cell: ProbeCell) -> FittedProbe:
+    """Fit the chosen cell on all train rows."""
+    raw = states.pooled(cell.pooling, cell.layer)
+    standardizer = fit_standardizer(raw)
+    classifier = _classifier(cell.C)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        classifier.fit(standardizer.apply(raw), found.classes)
+    return FittedProbe(cell, standardizer, classifier, found.labels)
+
+
+def _label_prompts(
+    subject: Subject, suites: Sequence[Suite], settings: DiagnosisSettings
+) -> LabelledPrompts | str:
+    """Return the train prompts with their classes, or why there are none."""
+    if not suites:
+        return "no target or transfer suite asks for one of fixed choices"
+    choices = {fold(choice) for suite in suites for choice in _choices(suite)}
+    places = pick(subject.trained, MAX_ROWS, settings.seed)
+    turns = [turn for turn in (last_turn(subject.train[place]) for place in places) if turn]
+    answers = [fold(answer_text(subject.scored.tokenizer, turn)) for turn in turns]
+    matched = [place for place, answer in enumerate(answers) if answer in choices]
+    if len(matched) < MIN_MATCHED * len(places):
+        return (
+            f"only {len(matched)} of {len(places)} train rows end in one of the suites' choices "
+            f"({len(set(answers))} different answers): the task is no classification"
+        )
+    counts = Counter(answers[place] for place in matched)
+    labels = tuple(sorted(label for label, count in counts.items() if count > 1))
+    kept = [place for place in matched if answers[place] in labels]
+    if len(labels) < 2 or len(kept) < MIN_ROWS:
+        return f"{len(kept)} train rows of {len(labels)} answers are too few for a probe"
+    return LabelledPrompts(
+        prompts=[turns[place].prompt_ids for place in kept],
+        classes=np.array([labels.index(answers[place]) for place in kept]),
+        labels=labels,
+    )
+
+
+def fold(text: str) -> str:
+    """Return a label without case and outer spaces."""
+    return " ".join(text.casefold().split())
+
+
+def _rotate(features: np.ndarray) -> np.ndarray:
+    """Return features [N, min(N, H)] with the same inner products.
+
+    The ridge penalty sees nothing else, so the classifier is the same and wide models are cheap.
+    """
+    if features.shape[1] <= features.shape[0]:
+        return features
+    left, singular, _ = np.linalg.svd(features, full_matrices=False)
+    return left * singular
+
+
+def _classifier(strength: float) -> LogisticRegression:
+    return LogisticRegression(C=strength, max_iter=MAX_ITERATIONS)
+
+
+def _accuracy(
+    classifier: LogisticRegression,
+    features: np.ndarray,
+    classes: np.ndarray,
+    folds: StratifiedKFold,
+) -> float:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return float(cross_val_score(classifier, features, classes, cv=folds).mean())
+
+
+def _choices(suite: Suite) -> tuple[str, ...]:
+    assert isinstance(suite.config, ChoiceSuite)
+    return suite.config.choices or ()
+
+
+def _answerable(suite: Suite, labels: Sequence[str]) -> list[str]:
+    return [choice for choice in _choices(suite) if fold(choice) in labels]
+
+
+def _answer_suite(
+    subject: Subject, suite: Suite, probe: FittedProbe, settings: DiagnosisSettings
+) -> ArmResult:
+    started = time.perf_counter()
+    scored = replace(subject.scored, identity=replace(subject.scored.identity, adapter=None))
+    states = read_states(
+        scored.model,
+        encode_prompts(scored.tokenizer, suite),
+        (probe.cell.layer,),
+        token_budget=settings.budget(scored),
+        on_progress=settings.report(f"probe, {suite.name}", len(suite.items)),
+    )
+    choices = _answerable(suite, probe.labels)
+    columns = [probe.labels.index(fold(choice)) for choice in choices]
+    probabilities = probe.predict(states)[:, columns]
+    probabilities /= probabilities.sum(1, keepdims=True)
+    items = tuple(
+        _score_item(suite, item, dict(zip(choices, row.tolist(), strict=True)))
+        for item, row in zip(suite.items, probabilities, strict=True)
+    )
+    scores = np.array([item.score for item in items])
+    clusters = [item.cluster for item in items if item.cluster is not None] or None
+    metric = METRICS[suite.config.metric]
+    recipe = build_recipe(scored, suite) | {"probe": asdict(probe.cell)}
+    return ArmResult(
+        suite=suite.name,
+        task=suite.task,
+        role=suite.role,
+        description=suite.description,
+        arm=PROBE_ARM,
+        metric=metric.name,
+        higher_is_better=metric.higher_is_better,
+        n=len(items),
+        mean=float(scores.mean()),
+        standard_error=finite_or_none(standard_error(scores, clusters=clusters)),
+        unparseable=0,
+        majority=majority_accuracy(suite),
+        chance=chance_accuracy(suite),
+        recipe=recipe,
+        recipe_hash=hash_json(recipe),
+        model=asdict(scored.identity),
+        seconds=time.perf_counter() - started,
+        items=items,
+    )
+
+
+def _score_item(suite: Suite, item: SuiteItem, probabilities: dict[str, float]) -> ItemScore:
+    prediction = max(probabilities, key=lambda choice: probabilities[choice])
+    answer = item.choices[item.answer]
+    is_probability = suite.config.metric == "answer_probability"
+    return ItemScore(
+        id=item.id,
+        score=probabilities.get(answer, 0.0) if is_probability else float(prediction == answer),
+        prediction=prediction,
+        answer=answer,
+        cluster=item.cluster,
+        slices=dict(item.slices),
+        details={"probabilities": probabilities},
+    )
+
+
+def _describe(arm: ArmResult, result: ProbeResult) -> ArmResult:
+    assert result.chosen is not None
+    return replace(arm, about=asdict(result.chosen) | {"train_rows": result.train_rows})
+
+
+def _refusal(inputs: Mapping[str, str], why: str) -> ProbeResult:
+    return ProbeResult(
+        inputs=inputs, table=(), chosen=None, labels=(), majority=None, train_rows=0, refused=why
+    )
