@@ -56,6 +56,10 @@ class RunDir:
         return self.path / "report.html"
 
     @property
+    def report_md_path(self) -> Path:
+        return self.path / "report.md"
+
+    @property
     def report_json_path(self) -> Path:
         return self.path / "report.json"
 

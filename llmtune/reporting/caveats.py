@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmtune.evaluation.stats import holm
-from llmtune.reporting.numbers import FRACTION
+from llmtune.reporting.alternatives import ship_at_strength
+from llmtune.reporting.evidence import Evidence, gain_of, is_above_majority
+from llmtune.reporting.numbers import FRACTION, write_count
+from llmtune.reporting.sentences import describe_change
 from llmtune.reporting.suites import SuiteReport
-from llmtune.reporting.verdict import Evidence, describe_change, gain_of, is_above_majority
 
 UNPARSEABLE_RATIO = 0.05
 MAX_SLICES = 5
@@ -23,6 +25,8 @@ def find_caveats(evidence: Evidence) -> tuple[str, ...]:
         _slices_worse,
         _unparseable,
         _general_could_be_broken,
+        _some_items_leaked,
+        _smaller_strength_would_do,
     )
     return tuple(sentence for check in checks for sentence in check(evidence))
 
@@ -125,3 +129,32 @@ def _general_could_be_broken(evidence: Evidence) -> Iterator[str]:
                 f"{suite.name}: its {suite.n} items cannot rule out a loss beyond the bound of "
                 f"{suite.unit.bound(bound)}; it may be as large as {suite.unit.size(low)}."
             )
+
+
+def _some_items_leaked(evidence: Evidence) -> Iterator[str]:
+    blocked = {suite.name for suite, _ in evidence.contaminated()}
+    found = evidence.contamination.suites if evidence.contamination else {}
+    for name, leaked in found.items():
+        if leaked.item_ids and name not in blocked:
+            yield (
+                f"{name}: {write_count(len(leaked.item_ids))} of {write_count(leaked.n)} items "
+                f"stand in the training rows, or nearly so (exact {leaked.exact}, near "
+                f"{leaked.near}, shared words {leaked.ngram})."
+            )
+
+
+def _smaller_strength_would_do(evidence: Evidence) -> Iterator[str]:
+    choice = evidence.strengths.choice if evidence.strengths else None
+    if choice is None or not evidence.better("target") or ship_at_strength(evidence):
+        return
+    forgotten = [s for s in evidence.worse("general") if s.name in choice.held]
+    if forgotten:
+        losses = ", ".join(
+            f"{suite.name} {suite.unit.change(choice.held[suite.name].difference)} instead of "
+            f"{suite.unit.change(choice.held_full[suite.name].difference)}"
+            for suite in forgotten
+        )
+        yield (
+            f"Strength {choice.strength:g} keeps the target within one standard error of full "
+            f"strength and forgets less ({losses}; on the half of the items that did not choose)."
+        )

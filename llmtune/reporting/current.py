@@ -1,14 +1,35 @@
 """Which results on disk are of the run as it stands, and which an earlier evaluation left."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.compare import arm_kind
 from llmtune.evaluation.harness import HARNESS_TASK
 from llmtune.evaluation.results import ArmResult
 from llmtune.manifest import Manifest
 from llmtune.models.identity import base_fingerprint
 from llmtune.run_dir import RunDir
+
+MAIN_KINDS = ("base", "tuned", "merged")
+
+
+@dataclass(frozen=True)
+class Models:
+    """Fingerprints of the models that a run's directory holds; None where there is none."""
+
+    base: str | None
+    adapter: str | None
+
+    @classmethod
+    def of_run(cls, run: RunDir, manifest: Manifest) -> "Models":
+        """Read the base from the manifest and the adapter from its files."""
+        try:
+            adapter = adapter_fingerprint(run.adapter_dir)
+        except LlmtuneError:
+            adapter = None  # not trained yet, or taken away: then nothing is of it
+        return cls(manifest.base.get("fingerprint"), adapter)
 
 
 def is_finished(manifest: Manifest, stage: str) -> bool:
@@ -16,39 +37,48 @@ def is_finished(manifest: Manifest, stage: str) -> bool:
     return bool(manifest.stages.get(stage, {}).get("finished"))
 
 
-def current_results(run: RunDir, manifest: Manifest) -> Callable[[ArmResult], bool]:
+def current_results(run: RunDir, manifest: Manifest, models: Models) -> Callable[[ArmResult], bool]:
     """Return what tells a result of the run as it stands from one that was left behind.
 
     After a finished evaluation these are the arms and suites that it made. Without one they are
     those of the very models on disk: base and tuned of the manifest's base, tuned with the saved
-    adapter, merged with the saved weights.
+    adapter, merged with the saved weights. Arms beside those three may have been measured later;
+    they count where they are of the models on disk, on a suite that was evaluated.
     """
-    is_of_models_on_disk = _matches_models_on_disk(run, manifest)
+    is_of_models = _models_on_disk(run, models)
     if not is_finished(manifest, "evaluate"):
-        return is_of_models_on_disk
+        return is_of_models
     made = manifest.stages["evaluate"].get("result") or {}
 
     def is_current(result: ArmResult) -> bool:
-        # Tasks of lm-evaluation-harness are run beside the stage, whenever the user asks.
-        if result.task == HARNESS_TASK:
-            return is_of_models_on_disk(result)
-        return result.arm in made.get(result.suite, ())
+        if result.arm in made.get(result.suite, ()):
+            return True
+        # Tasks of lm-evaluation-harness and further arms are run beside the stage.
+        is_beside = result.task == HARNESS_TASK or arm_kind(result.arm) not in MAIN_KINDS
+        is_of_suite = result.task == HARNESS_TASK or result.suite in made
+        return is_beside and is_of_suite and is_of_models(result)
 
     return is_current
 
 
-def _matches_models_on_disk(run: RunDir, manifest: Manifest) -> Callable[[ArmResult], bool]:
-    base = manifest.base.get("fingerprint")
-    try:
-        adapter = adapter_fingerprint(run.adapter_dir)
-    except LlmtuneError:
-        adapter = None  # not trained yet, or taken away: then nothing is of it
+def _models_on_disk(run: RunDir, models: Models) -> Callable[[ArmResult], bool]:
     merged = base_fingerprint(run.merged_dir) if any(run.merged_dir.glob("*.safetensors")) else None
-    models = {"base": (base, None), "tuned": (base, adapter), "merged": (merged, None)}
-    gone = {"tuned": adapter is None, "merged": merged is None, "base": base is None}
+    bare, tuned = (models.base, None), (models.base, models.adapter)
+    identities = {
+        "base": bare if models.base else None,
+        "few-shot": bare if models.base else None,
+        "prompt": bare if models.base else None,
+        "probe": bare if models.base else None,
+        "tuned": tuned if models.adapter else None,
+        "strength": tuned if models.adapter else None,
+        "merged": (merged, None) if merged else None,
+    }
 
-    def is_of_models_on_disk(result: ArmResult) -> bool:
+    def is_of_models(result: ArmResult) -> bool:
+        kind = arm_kind(result.arm)
+        if kind == "other":
+            return True  # another model's answers do not depend on what lies here
         identity = (result.model.get("base"), result.model.get("adapter"))
-        return not gone.get(result.arm, True) and identity == models[result.arm]
+        return identity == identities.get(kind)
 
-    return is_of_models_on_disk
+    return is_of_models

@@ -5,48 +5,77 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmtune.evaluation.compare import (
-    Comparison,
     Resampling,
     SliceComparison,
     compare_arms,
     compare_slices,
 )
+from llmtune.evaluation.diagnosis.results import ContaminationResult
 from llmtune.evaluation.results import ArmResult, read_arm_result
-from llmtune.evaluation.stats import needed_items
-from llmtune.reporting.suites import ROLES, ArmScore, Change, SliceReport, SuiteReport
+from llmtune.evaluation.stats import holm, needed_items
+from llmtune.reporting.arms import (
+    MAIN_ARMS,
+    as_change,
+    measure_rivals,
+    pool_draws,
+    restrict,
+    sort_arms,
+)
+from llmtune.reporting.suites import ROLES, ArmScore, CleanChange, SliceReport, SuiteReport
 
-MERGED_MAY_DIFFER = ("base", "precision")
-"""A merged model is its own base, and is never quantized."""
 MAX_SLICE_VALUES = 50
 
+Results = Mapping[str, Mapping[str, ArmResult]]
 
-def measure_suites(
-    evaluations_dir: Path,
-    resampling: Resampling,
-    *,
-    is_wanted: Callable[[ArmResult], bool],
-) -> tuple[SuiteReport, ...]:
-    """Compare the arms of every suite whose results lie in a directory; targets come first.
+
+def read_results(
+    evaluations_dir: Path, *, is_wanted: Callable[[ArmResult], bool]
+) -> dict[str, dict[str, ArmResult]]:
+    """Read the results in a directory as suite -> arm -> result, with the mean of few-shot draws.
 
     Args:
         is_wanted: whether a result is of this run as it stands; others are left from earlier
-            evaluations and not shown.
+            evaluations and not shown. So are arms made on other items than their base.
 
     Raises:
-        LlmtuneError: a file is not a result, or two arms were not made by the same recipe.
+        LlmtuneError: a file is not a result.
     """
     results: dict[str, dict[str, ArmResult]] = {}
     for path in sorted(evaluations_dir.glob("*.json")):
         result = read_arm_result(path)
         if is_wanted(result):
             results.setdefault(result.suite, {})[result.arm] = result
-    suites = [measure_suite(arms, resampling) for arms in results.values()]
+    return {name: pool_draws(_on_same_items(arms)) for name, arms in results.items()}
+
+
+def measure_suites(
+    results: Results,
+    resampling: Resampling,
+    *,
+    contamination: ContaminationResult | None = None,
+) -> tuple[SuiteReport, ...]:
+    """Compare the arms of every suite; targets come first.
+
+    Args:
+        contamination: which items stand in the training rows; such a suite is compared once more
+            without them.
+
+    Raises:
+        LlmtuneError: two arms were not made by the same recipe.
+    """
+    leaked = contamination.suites if contamination else {}
+    suites = []
+    for name, arms in results.items():
+        suite = measure_suite(arms, resampling)
+        if name in leaked and leaked[name].item_ids:
+            suite = replace(suite, clean=_clean(arms, set(leaked[name].item_ids), resampling))
+        suites.append(suite)
     return tuple(sorted(suites, key=_order))
 
 
 def measure_suite(arms: Mapping[str, ArmResult], resampling: Resampling) -> SuiteReport:
-    """Compare one suite's arms: tuned with base, merged with tuned, and each slice."""
-    first = next(iter(arms.values()))
+    """Compare one suite's arms: tuned with base, merged with tuned, the others, and each slice."""
+    first = arms.get("base") or arms.get("tuned") or next(iter(arms.values()))
     suite = SuiteReport(
         name=first.suite,
         role=first.role,
@@ -56,20 +85,21 @@ def measure_suite(arms: Mapping[str, ArmResult], resampling: Resampling) -> Suit
         n=first.n,
         description=first.description,
         clusters=_count_clusters(first),
-        arms={name: _arm_score(result) for name, result in arms.items()},
+        arms={name: _arm_score(arms[name]) for name in sort_arms(list(arms))},
         majority=first.majority,
         chance=first.chance,
+        rivals=measure_rivals(arms, resampling),
     )
     base, tuned, merged = (arms.get(name) for name in ("base", "tuned", "merged"))
     if tuned and merged:
-        across = compare_arms(tuned, merged, resampling=resampling, across=MERGED_MAY_DIFFER)
-        suite = replace(suite, merged_change=_change(across))
+        found = compare_arms(tuned, merged, resampling=resampling)
+        suite = replace(suite, merged_change=as_change(found))
     if not base or not tuned:
         return suite
     found = compare_arms(base, tuned, resampling=resampling)
     return replace(
         suite,
-        change=_change(found),
+        change=as_change(found),
         mde=found.mde,
         needed_items=needed_items(found.difference, found.mde, found.n),
         mcnemar_p=found.mcnemar_p,
@@ -87,28 +117,61 @@ def _measure_slices(
         values = {item.slices.get(column, "") for item in base.items}
         if 1 < len(values) <= MAX_SLICE_VALUES:
             found += compare_slices(base, tuned, column, resampling=resampling)
-    return tuple(_slice_report(each) for each in found)
+    adjusted = holm([each.comparison.p_value for each in found])
+    return tuple(map(_slice_report, found, adjusted))
 
 
-def _slice_report(found: SliceComparison) -> SliceReport:
+def _slice_report(found: SliceComparison, holm_p: float) -> SliceReport:
     comparison = found.comparison
+    change = as_change(comparison)
+    assert change is not None
     return SliceReport(
         column=found.column,
         value=found.value,
         n=comparison.n,
         base=comparison.base,
         tuned=comparison.tuned,
-        change=_change(comparison),
-        holm_p=found.holm_p,
+        change=change,
+        holm_p=holm_p,
     )
 
 
-def _change(found: Comparison) -> Change:
-    return Change(found.difference, found.low, found.high, found.p_value, found.standard_error)
+def _on_same_items(arms: dict[str, ArmResult]) -> dict[str, ArmResult]:
+    main = arms.get("base") or arms.get("tuned")
+    if main is None:
+        return arms
+    items = main.recipe.get("items")
+    return {
+        name: result
+        for name, result in arms.items()
+        if name in MAIN_ARMS or result.recipe.get("items") == items
+    }
+
+
+def _clean(
+    arms: Mapping[str, ArmResult], leaked: set[str], resampling: Resampling
+) -> CleanChange | None:
+    base, tuned = arms.get("base"), arms.get("tuned")
+    if base is None or tuned is None:
+        return None
+    kept = {item.id for item in base.items} - leaked
+    if not kept:
+        return None
+    found = compare_arms(restrict(base, kept), restrict(tuned, kept), resampling=resampling)
+    change = as_change(found)
+    assert change is not None
+    return CleanChange(found.n, change)
 
 
 def _arm_score(result: ArmResult) -> ArmScore:
-    return ArmScore(result.mean, result.standard_error, result.unparseable, result.seconds)
+    return ArmScore(
+        result.mean,
+        result.standard_error,
+        result.unparseable,
+        result.seconds,
+        result.n,
+        result.about,
+    )
 
 
 def _count_clusters(result: ArmResult) -> int | None:

@@ -6,41 +6,19 @@ from typing import Any
 
 from llmtune.evaluation.compare import Resampling
 from llmtune.manifest import Manifest
+from llmtune.reporting.cost import Cost
+from llmtune.reporting.diagnostics import Diagnostics
+from llmtune.reporting.evidence import Thresholds
+from llmtune.reporting.missing import Missing
 from llmtune.reporting.numbers import without_nan
+from llmtune.reporting.outcome import Verdict
+from llmtune.reporting.probabilities import ProbabilityShift
 from llmtune.reporting.sources import Generation, LossCurve
+from llmtune.reporting.strengths import StrengthSweep
 from llmtune.reporting.suites import SuiteReport
-from llmtune.reporting.verdict import Thresholds, Verdict
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What the run took: seconds and peak bytes per stage, tokens of training, bytes on disk.
-
-    `peak_bytes` is resident memory of the process; `training_gpu_peak_bytes` what training
-    allocated on a GPU, None where it ran on the CPU.
-    """
-
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    peak_bytes: Mapping[str, int] = field(default_factory=dict)
-    training_gpu_peak_bytes: int | None = None
-    steps: int | None = None
-    tokens: int | None = None
-    trained_tokens: int | None = None
-    tokens_per_second: float | None = None
-    adapter_bytes: int | None = None
-    merged_bytes: int | None = None
-
-    @property
-    def total_seconds(self) -> float | None:
-        """Return the sum over the stages that were timed, or None where none was."""
-        return sum(self.seconds.values()) if self.seconds else None
-
-    @property
-    def largest_peak_bytes(self) -> int | None:
-        """Return the largest peak over the stages, or None where none was measured."""
-        return max(self.peak_bytes.values(), default=None)
+TRAINING_NOISE = "not measured (one training seed)"
 
 
 @dataclass(frozen=True)
@@ -57,9 +35,16 @@ class Report:
     cost: Cost = field(default_factory=Cost)
     merge: Mapping[str, Any] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
+    missing: tuple[Missing, ...] = ()
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    strengths: StrengthSweep | None = None
+    shifts: tuple[ProbabilityShift, ...] = ()
     resampling: Resampling = field(default_factory=Resampling)
     thresholds: Thresholds = field(default_factory=Thresholds)
+
+    def with_role(self, role: str) -> tuple[SuiteReport, ...]:
+        """Return the suites of a role, in their order."""
+        return tuple(suite for suite in self.suites if suite.role == role)
 
     def as_json(self) -> dict[str, Any]:
         """Return what report.json holds; what was not measured is null or absent, never 0."""
@@ -71,25 +56,18 @@ class Report:
             "verdict": self.verdict.name,
             "decided_by": self.verdict.as_json(),
             "caveats": list(self.caveats),
-            "missing": list(self.missing),
+            "missing": [missing.name for missing in self.missing],
+            "how_to_measure": {missing.name: missing.command for missing in self.missing},
             "suites": {suite.name: suite.as_json() for suite in self.suites},
-            "statistics": asdict(self.resampling) | {"thresholds": asdict(self.thresholds)},
+            "strengths": self.strengths.as_json() if self.strengths else None,
+            "diagnostics": self.diagnostics.as_json(),
+            "probability_shifts": {shift.suite: shift.as_json() for shift in self.shifts},
+            "statistics": asdict(self.resampling)
+            | {"thresholds": asdict(self.thresholds), "training_noise": TRAINING_NOISE},
             "seconds": seconds | {"total": self.cost.total_seconds},
             "peak_bytes": self.cost.largest_peak_bytes,
-            "cost": {
-                "peak_bytes": dict(self.cost.peak_bytes),
-                "training_gpu_peak_bytes": self.cost.training_gpu_peak_bytes,
-                "steps": self.cost.steps,
-                "tokens": self.cost.tokens,
-                "trained_tokens": self.cost.trained_tokens,
-                "tokens_per_second": self.cost.tokens_per_second,
-                "adapter_bytes": self.cost.adapter_bytes,
-                "merged_bytes": self.cost.merged_bytes,
-            },
-            "loss": {
-                "train": [list(point) for point in self.curve.train],
-                "evaluation": [list(point) for point in self.curve.evaluation],
-            },
+            "cost": self.cost.as_json(),
+            "loss": self.curve.as_json(),
             "generations": [asdict(each) for each in self.generations],
             "merge": self.merge,
             "data": self.manifest.data,

@@ -15,14 +15,26 @@ WEIGHT_FILES = "*.safetensors"
 
 @dataclass(frozen=True)
 class LossCurve:
-    """(step, nats/token) of training and of evaluation during training, in step order."""
+    """(step, nats/token) of training and of evaluation during training, in step order.
+
+    `kl_to_base` is the live gauge of forgetting where `protect` is on, nats/token on replay text.
+    """
 
     train: tuple[tuple[float, float], ...] = ()
     evaluation: tuple[tuple[float, float], ...] = ()
+    kl_to_base: tuple[tuple[float, float], ...] = ()
 
     @property
     def is_empty(self) -> bool:
         return not self.train and not self.evaluation
+
+    def as_json(self) -> dict[str, list[list[float]]]:
+        """Return the points of each curve as report.json holds them."""
+        return {
+            "train": [list(point) for point in self.train],
+            "evaluation": [list(point) for point in self.evaluation],
+            "kl_to_base": [list(point) for point in self.kl_to_base],
+        }
 
 
 @dataclass(frozen=True)
@@ -45,13 +57,15 @@ def read_loss_curve(path: Path) -> LossCurve:
     """
     train: dict[float, float] = {}
     evaluation: dict[float, float] = {}
+    kl_to_base: dict[float, float] = {}
+    places = (("loss", train), ("eval_loss", evaluation), ("kl_to_base", kl_to_base))
     for record in _iter_records(path):
         step = finite(record.get("step"))
-        for key, points in (("loss", train), ("eval_loss", evaluation)):
+        for key, points in places:
             loss = finite(record.get(key))
             if step is not None and loss is not None:
                 points[step] = loss
-    return LossCurve(tuple(sorted(train.items())), tuple(sorted(evaluation.items())))
+    return LossCurve(*(tuple(sorted(points.items())) for _, points in places))
 
 
 def read_generations(run: RunDir) -> tuple[Generation, ...]:

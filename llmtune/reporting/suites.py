@@ -1,7 +1,7 @@
 """What the report says about one suite: its arms, the change from base to tuned, its slices."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llmtune.reporting.numbers import Unit, unit_of_metric
@@ -11,12 +11,17 @@ ROLES = ("target", "transfer", "general")
 
 @dataclass(frozen=True)
 class ArmScore:
-    """One arm's outcome on a suite; `mean` and `standard_error` in the metric's raw unit."""
+    """One arm's outcome on a suite; `mean` and `standard_error` in the metric's raw unit.
+
+    `n` is the number of items it answered, `about` its own facts (shots, strength, layer).
+    """
 
     mean: float
     standard_error: float | None = None
     unparseable: int = 0
     seconds: float | None = None
+    n: int | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,30 @@ class Change:
     high: float
     p_value: float
     standard_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An arm beside base and tuned, on the items that it has in common with them.
+
+    `over_base` is the arm minus the base, `tuned_over` is tuned minus the arm, and `mde` the
+    smallest such difference that `n` items show. `gap_closed`: which share of the arm's lead over
+    the base the tuned model closed, for an arm that stands for what is possible.
+    """
+
+    n: int
+    over_base: Change | None
+    tuned_over: Change | None
+    mde: float | None
+    gap_closed: float | None = None
+
+
+@dataclass(frozen=True)
+class CleanChange:
+    """The change on the items that do not stand in the training rows."""
+
+    n: int
+    change: Change
 
 
 @dataclass(frozen=True)
@@ -61,8 +90,9 @@ class SliceReport:
 class SuiteReport:
     """One suite: `change` is tuned minus base, `merged_change` is merged minus tuned.
 
-    `majority` is the score of always answering the most frequent right answer, `chance` that of
-    guessing; `mde` is the smallest difference that n items show with 80 % power at 5 %.
+    `arms` holds every arm that was measured, `rivals` how those beside base, tuned and merged
+    compare. `majority` is the score of always answering the most frequent right answer, `chance`
+    that of guessing; `mde` is the smallest difference that n items show with 80 % power at 5 %.
     """
 
     name: str
@@ -84,6 +114,8 @@ class SuiteReport:
     gained: int | None = None
     lost: int | None = None
     slices: tuple[SliceReport, ...] = ()
+    rivals: Mapping[str, Rival] = field(default_factory=dict)
+    clean: CleanChange | None = None
 
     @property
     def unit(self) -> Unit:
@@ -131,4 +163,10 @@ class SuiteReport:
             "unparseable": {name: arm.unparseable for name, arm in self.arms.items()},
             "seconds": {name: arm.seconds for name, arm in self.arms.items()},
             "slices": [each.as_json() for each in self.slices],
+            "arms": {name: self._arm_as_json(name) for name in self.arms},
+            "clean": asdict(self.clean) if self.clean else None,
         }
+
+    def _arm_as_json(self, name: str) -> dict[str, Any]:
+        rival = self.rivals.get(name)
+        return asdict(self.arms[name]) | (asdict(rival) if rival else {})

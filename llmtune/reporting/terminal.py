@@ -8,26 +8,27 @@ from rich.text import Text
 
 from llmtune.reporting.numbers import write_bytes, write_count, write_seconds
 from llmtune.reporting.report import Report
+from llmtune.reporting.sections.arms import arm_rows
 from llmtune.reporting.suites import Change, SuiteReport
-from llmtune.reporting.verdict import MEANINGS
 
-STYLES = {"SHIP": "bold green", "NEGATIVE": "bold red", "BROKE-GENERAL": "bold red"}
-OPEN_STYLE = "bold yellow"
+STYLES = {"good": "bold green", "bad": "bold red", "open": "bold yellow"}
 
 
 def render_terminal(report: Report) -> RenderableType:
     """Return what to print; colour is the console's choice, so NO_COLOR works."""
     name = report.verdict.name
-    verdict = _sentence((name, STYLES.get(name, OPEN_STYLE)), "  ", MEANINGS[name])
+    verdict = _sentence((name, STYLES[report.verdict.tone]), "  ", report.verdict.meaning)
     parts: list[RenderableType] = [verdict]
     parts += [_indented(reason) for reason in report.verdict.reasons]
     if report.suites:
         parts += [Text(), suites_table(report)]
+    if any(suite.rivals for suite in report.with_role("target")):
+        parts += [arms_table(report)]
     if report.caveats:
         parts += [Text("Read this too:", style="bold")]
         parts += [_indented(f"- {caveat}") for caveat in report.caveats]
     if report.missing:
-        parts.append(_sentence(f"Not in this report: {', '.join(report.missing)}."))
+        parts += [_sentence(line) for line in write_missing(report)]
     if cost := write_cost(report):
         parts.append(_sentence(cost))
     return Group(*parts)
@@ -58,6 +59,41 @@ def suites_table(report: Report) -> Table:
             _write_change(suite, suite.change),
         )
     return table
+
+
+def arms_table(report: Report) -> Table:
+    """Return every measured arm on the target suites: score, and tuned minus it."""
+    percent = f"{report.resampling.confidence * 100:g} %"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column("arm", overflow="fold")
+    for name in ("n", "score", "unparsed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(f"tuned minus it, {percent}", justify="right", no_wrap=True)
+    for suite in report.with_role("target"):
+        table.add_section()
+        table.add_row(Text(suite.name, style="bold"))
+        for row in arm_rows(suite):
+            if not row.is_tuned:
+                table.add_row(
+                    Text(f"  {row.label}"),
+                    write_count(row.n),
+                    row.score,
+                    write_count(row.unparseable),
+                    _write_change(suite, row.tuned_over),
+                )
+    return table
+
+
+def write_missing(report: Report) -> list[str]:
+    """Write what was not measured, and the commands that measure it."""
+    by_command: dict[str | None, list[str]] = {}
+    for missing in report.missing:
+        by_command.setdefault(missing.command, []).append(missing.name)
+    lines = []
+    for command, names in by_command.items():
+        how = f" ({command})" if command else ""
+        lines.append(f"Not measured: {', '.join(names)}{how}.")
+    return lines
 
 
 def write_cost(report: Report) -> str:

@@ -1,4 +1,4 @@
-"""The transfer report: read a run directory, decide, and write report.json and report.html."""
+"""The transfer report: read a run directory, decide, and write report.json, .html and .md."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,23 +6,21 @@ from typing import Any
 from llmtune.evaluation.compare import Resampling
 from llmtune.manifest import Manifest, read_manifest
 from llmtune.reporting.caveats import find_caveats, find_training_caveats
-from llmtune.reporting.current import current_results, is_finished
+from llmtune.reporting.cost import TIMED_STAGES, measure_cost
+from llmtune.reporting.current import Models, current_results, is_finished
+from llmtune.reporting.diagnostics import read_diagnostics
+from llmtune.reporting.evidence import Evidence, Thresholds
 from llmtune.reporting.facts import find_fingerprints
 from llmtune.reporting.html import render_html
-from llmtune.reporting.measure import measure_suites
-from llmtune.reporting.numbers import finite
-from llmtune.reporting.report import Cost, Report
-from llmtune.reporting.sources import (
-    LossCurve,
-    read_generations,
-    read_loss_curve,
-    weights_bytes,
-)
-from llmtune.reporting.suites import SuiteReport
-from llmtune.reporting.verdict import Evidence, Thresholds, decide
+from llmtune.reporting.markdown import render_markdown
+from llmtune.reporting.measure import measure_suites, read_results
+from llmtune.reporting.missing import Missing, Present, find_missing
+from llmtune.reporting.probabilities import measure_shifts
+from llmtune.reporting.report import Report
+from llmtune.reporting.sources import read_generations, read_loss_curve
+from llmtune.reporting.strengths import measure_strengths
+from llmtune.reporting.verdict import decide
 from llmtune.run_dir import RunDir, atomic_write_json, atomic_write_text
-
-TIMED_STAGES = ("train", "merge", "evaluate")
 
 
 def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report:
@@ -35,42 +33,62 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
         LlmtuneError: it is not a run, or a file of it is damaged or made by another recipe.
     """
     manifest = read_manifest(run)
-    resampling = _resampling(manifest.config)
+    resampling = read_resampling(manifest.config)
     thresholds = thresholds or Thresholds()
-    suites = measure_suites(
-        run.evaluations_dir, resampling, is_wanted=current_results(run, manifest)
+    models = Models.of_run(run, manifest)
+    diagnostics = read_diagnostics(run, base=models.base, adapter=models.adapter)
+    results = read_results(run.evaluations_dir, is_wanted=current_results(run, manifest, models))
+    suites = measure_suites(results, resampling, contamination=diagnostics.contamination)
+    bounds = {s.name: thresholds.general_bound(s.unit) for s in suites if s.role == "general"}
+    strengths = measure_strengths(results, bounds, resampling)
+    evidence = Evidence(
+        suites,
+        thresholds,
+        resampling.confidence,
+        contamination=diagnostics.contamination,
+        learning_curve=diagnostics.learning_curve,
+        strengths=strengths,
     )
-    evidence = Evidence(suites, thresholds, resampling.confidence)
     curve, generations = read_loss_curve(run.metrics_path), read_generations(run)
-    merge = _result(manifest, "merge")
+    training, merge = (
+        manifest.stages.get(stage, {}).get("result") or {} for stage in ("train", "merge")
+    )
+    present = Present(
+        loss_curve=not curve.is_empty, generations=bool(generations), merge=bool(merge)
+    )
     return Report(
         name=run.path.resolve().name,
         verdict=decide(evidence),
-        caveats=find_training_caveats(_result(manifest, "train")) + find_caveats(evidence),
+        caveats=find_training_caveats(training) + find_caveats(evidence),
         suites=suites,
         manifest=manifest,
         curve=curve,
         generations=generations,
-        cost=_measure_cost(run, manifest),
+        cost=measure_cost(run, manifest, results, diagnostics),
         merge=merge,
         fingerprints=_fingerprints(manifest),
         missing=(
-            *_find_missing(suites, curve, merge=bool(merge), generations=bool(generations)),
             *_find_unfinished(run, manifest),
+            *find_missing(suites, diagnostics, present),
         ),
+        diagnostics=diagnostics,
+        strengths=strengths,
+        shifts=measure_shifts(results),
         resampling=resampling,
         thresholds=thresholds,
     )
 
 
 def write_report(report: Report, run: RunDir) -> None:
-    """Write report.json and report.html into the run directory, each whole or not at all."""
+    """Write report.json, .html and .md into the run directory, each whole or not at all."""
     page = render_html(report)
     atomic_write_json(run.report_json_path, report.as_json())
     atomic_write_text(run.report_html_path, page)
+    atomic_write_text(run.report_md_path, render_markdown(report))
 
 
-def _resampling(config: Mapping[str, Any]) -> Resampling:
+def read_resampling(config: Mapping[str, Any]) -> Resampling:
+    """Return how a run's config wants its intervals made."""
     section, default = config.get("evaluate") or {}, Resampling()
     return Resampling(
         confidence=section.get("confidence", default.confidence),
@@ -79,64 +97,17 @@ def _resampling(config: Mapping[str, Any]) -> Resampling:
     )
 
 
-def _result(manifest: Manifest, stage: str) -> Mapping[str, Any]:
-    return manifest.stages.get(stage, {}).get("result") or {}
-
-
-def _find_unfinished(run: RunDir, manifest: Manifest) -> tuple[str, ...]:
+def _find_unfinished(run: RunDir, manifest: Manifest) -> tuple[Missing, ...]:
     begun = {stage for stage in TIMED_STAGES if stage in manifest.stages}
     if any(run.evaluations_dir.glob("*.json")):
         begun.add("evaluate")
     names = {stage: f"the end of {stage}" for stage in TIMED_STAGES}
     names["evaluate"] = "evaluation is not finished"
     open_stages = [s for s in TIMED_STAGES if s in begun and not is_finished(manifest, s)]
-    return tuple(names[stage] for stage in open_stages)
-
-
-def _measure_cost(run: RunDir, manifest: Manifest) -> Cost:
-    training = _result(manifest, "train")
-    tokens, train_seconds = finite(training.get("tokens")), finite(training.get("seconds"))
-    return Cost(
-        seconds=_of_stages(manifest, "seconds"),
-        peak_bytes={name: int(size) for name, size in _of_stages(manifest, "peak_bytes").items()},
-        training_gpu_peak_bytes=_gpu_peak(training),
-        steps=training.get("steps"),
-        tokens=training.get("tokens"),
-        trained_tokens=training.get("trained_tokens"),
-        tokens_per_second=tokens / train_seconds if tokens and train_seconds else None,
-        adapter_bytes=weights_bytes(run.adapter_dir),
-        merged_bytes=weights_bytes(run.merged_dir),
-    )
-
-
-def _gpu_peak(training: Mapping[str, Any]) -> int | None:
-    peak = finite(training.get("peak_bytes"))
-    on_gpu = str(training.get("device", "")).startswith("cuda")
-    return int(peak) if on_gpu and peak is not None else None
-
-
-def _of_stages(manifest: Manifest, key: str) -> dict[str, float]:
-    found = {name: finite(manifest.stages.get(name, {}).get(key)) for name in TIMED_STAGES}
-    return {name: value for name, value in found.items() if value is not None}
+    return tuple(Missing(names[stage], "llmtune run RUN") for stage in open_stages)
 
 
 def _fingerprints(manifest: Manifest) -> dict[str, str]:
     stages = {name: stage for name, stage in manifest.stages.items() if name in TIMED_STAGES}
     places = {"base": manifest.base, "data": manifest.data, "stages": stages}
     return find_fingerprints(places)
-
-
-def _find_missing(
-    suites: tuple[SuiteReport, ...], curve: LossCurve, *, merge: bool, generations: bool
-) -> tuple[str, ...]:
-    arms = {name for suite in suites for name in suite.arms}
-    absent = {
-        "evaluation of the base model": "base" not in arms,
-        "evaluation of the tuned model": "tuned" not in arms,
-        "evaluation of the merged model": "merged" not in arms,
-        "a suite of general ability": not any(suite.role == "general" for suite in suites),
-        "loss curve": curve.is_empty,
-        "example generations": not generations,
-        "merge check": not merge,
-    }
-    return tuple(name for name, is_absent in absent.items() if is_absent)

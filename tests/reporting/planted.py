@@ -15,7 +15,11 @@ SAMPLES = 400
 
 @dataclass(frozen=True)
 class PlantedSuite:
-    """Scores item by item for each arm; `clusters` and `slices` name a group per item."""
+    """Scores item by item for each arm; `clusters` and `slices` name a group per item.
+
+    `ids` names the items of an arm that answers other than all of them; `choices` makes every item
+    one with these choices, of which the first is right, and log-likelihoods that fit the scores.
+    """
 
     name: str
     role: str
@@ -26,6 +30,9 @@ class PlantedSuite:
     clusters: Sequence[str] | None = None
     slices: Sequence[dict[str, str]] | None = None
     unparsed: dict[str, int] | None = None
+    about: dict[str, dict] | None = None
+    ids: dict[str, Sequence[str]] | None = None
+    choices: tuple[str, ...] | None = None
 
 
 def plant_run(
@@ -85,16 +92,18 @@ def _result(suite: PlantedSuite, arm: str) -> ArmResult:
     scores = suite.arms[arm]
     weights = suite.weights or [1.0] * len(scores)
     unparsed = (suite.unparsed or {}).get(arm, 0)
+    ids = (suite.ids or {}).get(arm) or item_ids(suite.name, len(scores))
     items = tuple(
         ItemScore(
-            id=f"{suite.name}-{index}",
+            id=ids[index],
             score=float(score),
             prediction=None,
-            answer=None,
+            answer=suite.choices[0] if suite.choices else None,
             cluster=suite.clusters[index] if suite.clusters else None,
             weight=weights[index],
             parsed=index >= unparsed,
             slices=suite.slices[index] if suite.slices else {},
+            details={"log_likelihoods": [score - 1.5, -1.0]} if suite.choices else {},
         )
         for index, score in enumerate(scores)
     )
@@ -113,6 +122,8 @@ def _result(suite: PlantedSuite, arm: str) -> ArmResult:
         majority=suite.majority,
         chance=None,
         recipe={
+            "num_items": len(next(iter(suite.arms.values()))),
+            "scoring": {"choices": suite.choices},
             "base": "merged" if arm == "merged" else "original",
             "precision": "bfloat16" if arm == "merged" else "nf4",
         },
@@ -120,4 +131,10 @@ def _result(suite: PlantedSuite, arm: str) -> ArmResult:
         model={"arm": arm},
         seconds=1.5,
         items=items,
+        about=(suite.about or {}).get(arm, {}),
     )
+
+
+def item_ids(suite: str, n: int) -> list[str]:
+    """Return the ids that a planted suite of n items has."""
+    return [f"{suite}-{index}" for index in range(n)]

@@ -31,6 +31,10 @@ BASE = right_wrong(300, 0.6, seed=0)
 HELPED = improve(BASE, 0.2, seed=1)
 
 
+def names_of_missing(report):
+    return [missing.name for missing in report.missing]
+
+
 @pytest.fixture
 def full_run(tmp_path):
     """A run with every part: three suites, a log, generations, adapter, and stage results."""
@@ -121,7 +125,9 @@ def test_report_json_holds_the_names_that_scripts_rely_on(full_run):
     assert written["loss"]["evaluation"] == [[2, 1.4], [3, 1.1]]
     assert written["fingerprints"]["base.fingerprint"] == "b" * 64
     assert written["fingerprints"]["stages.train.fingerprint"] == "a" * 64
-    assert written["missing"] == []
+    assert "loss curve" not in written["missing"] and "merge check" not in written["missing"]
+    assert written["how_to_measure"]["memorisation"] == "llmtune report RUN --full"
+    assert "one training seed" in written["statistics"]["training_noise"]
 
 
 def test_the_slice_that_regressed_is_found(full_run):
@@ -179,7 +185,7 @@ def test_a_run_that_was_only_trained_says_what_is_missing(tmp_path):
     assert written["suites"] == {} and written["seconds"]["evaluate"] is None
     assert "evaluation of the tuned model" in written["missing"]
     assert "merge check" in written["missing"] and "loss curve" not in written["missing"]
-    assert "Not in this report" in run.report_html_path.read_text()
+    assert "Not measured" in run.report_html_path.read_text()
 
 
 def test_an_arm_without_its_partner_is_shown_and_not_compared(tmp_path):
@@ -235,7 +241,7 @@ def test_results_left_by_an_earlier_evaluation_are_not_shown(full_run):
 def test_a_stage_that_did_not_end_is_named(full_run):
     manifest = read_manifest(full_run).start("merge", "f" * 64, {})
     manifest.save(full_run)
-    missing = build_report(full_run).missing
+    missing = names_of_missing(build_report(full_run))
     assert "the end of merge" in missing and "evaluation is not finished" in missing
 
 
@@ -266,7 +272,7 @@ def test_without_a_finished_evaluation_only_results_of_the_models_on_disk_are_sh
     manifest = read_manifest(full_run)
     dataclasses.replace(manifest, base={"fingerprint": "other"}).save(full_run)
     report = build_report(full_run)
-    assert report.suites == () and "evaluation is not finished" in report.missing
+    assert report.suites == () and "evaluation is not finished" in names_of_missing(report)
 
 
 def test_gpu_memory_of_training_is_told_apart_from_the_host_peak(full_run):

@@ -1,0 +1,122 @@
+"""The numbers that the rules look at, and the bounds they hold them against."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from llmtune.evaluation.diagnosis.results import (
+    ContaminationResult,
+    LearningCurveResult,
+    SuiteContamination,
+)
+from llmtune.evaluation.stats import holm
+from llmtune.reporting.numbers import Unit
+from llmtune.reporting.strengths import StrengthSweep
+from llmtune.reporting.suites import Change, SuiteReport
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as broken; a general change beyond its bound with an interval clear of 0 does.
+
+    `general_drop` is a fraction of 1, `general_loss_rise` in nats/token, `general_bits_rise` in
+    bits/byte (0.2 nats/token at about four bytes a token). More than `contaminated_share` of a
+    target suite's items among the training rows block the verdict. A smaller strength is advised
+    where the full one uses up more than `strength_share` of a bound.
+    """
+
+    general_drop: float = 0.05
+    general_loss_rise: float = 0.2
+    general_bits_rise: float = 0.07
+    contaminated_share: float = 0.01
+    strength_share: float = 0.5
+
+    def general_bound(self, unit: Unit) -> float:
+        """Return the largest tolerated worsening of a general suite, in its raw unit."""
+        bounds = {"nats/token": self.general_loss_rise, "bits/byte": self.general_bits_rise}
+        return bounds.get(unit.name, self.general_drop)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The numbers a rule may look at; what was not measured is None."""
+
+    suites: tuple[SuiteReport, ...]
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    confidence: float = 0.95
+    contamination: ContaminationResult | None = None
+    learning_curve: LearningCurveResult | None = None
+    strengths: StrengthSweep | None = None
+
+    def with_role(self, role: str) -> tuple[SuiteReport, ...]:
+        """Return the suites of a role on which base and tuned were compared."""
+        return tuple(s for s in self.suites if s.role == role and s.change is not None)
+
+    @property
+    def significance(self) -> float:
+        """Return the level that Holm-adjusted p-values are held against."""
+        return 1 - self.confidence
+
+    def better(self, role: str) -> tuple[SuiteReport, ...]:
+        """Return the role's suites with a gain clear of 0, Holm-adjusted over the role."""
+        return self.clear(self.with_role(role), lambda suite: suite.change, sign=1)
+
+    def worse(self, role: str) -> tuple[SuiteReport, ...]:
+        """Return the role's suites with a loss clear of 0, Holm-adjusted over the role."""
+        return self.clear(self.with_role(role), lambda suite: suite.change, sign=-1)
+
+    def broken(self) -> tuple[SuiteReport, ...]:
+        """Return the general suites that lost more than their bound, clear of 0."""
+        return tuple(s for s in self.worse("general") if self.used_bound(s, s.change) > 1)
+
+    def used_bound(self, suite: SuiteReport, change: Change | None) -> float:
+        """Return the loss of a general suite as a share of its bound; negative for a gain."""
+        assert change is not None, "only compared suites use up a bound"
+        return -suite.gain(change)[0] / self.thresholds.general_bound(suite.unit)
+
+    def clear(
+        self,
+        suites: Iterable[SuiteReport],
+        change_of: Callable[[SuiteReport], Change | None],
+        *,
+        sign: int,
+    ) -> tuple[SuiteReport, ...]:
+        """Return the suites whose change is clear of 0 in one direction, Holm-adjusted over all.
+
+        Args:
+            change_of: the change that is asked about; suites that have none are left out.
+            sign: 1 for gains, -1 for losses.
+        """
+        pairs = [(s, change) for s in suites if (change := change_of(s)) is not None]
+        adjusted = holm([change.p_value for _, change in pairs])
+        found = []
+        for (suite, change), p_value in zip(pairs, adjusted, strict=True):
+            _, low, high = suite.gain(change)
+            is_clear = low > 0 if sign > 0 else high < 0
+            if is_clear and p_value <= self.significance:
+                found.append(suite)
+        return tuple(found)
+
+    def contaminated(self) -> tuple[tuple[SuiteReport, SuiteContamination], ...]:
+        """Return the target suites with too many of their items among the training rows."""
+        if self.contamination is None:
+            return ()
+        found = self.contamination.suites
+        return tuple(
+            (suite, found[suite.name])
+            for suite in self.suites
+            if suite.role == "target"
+            and suite.name in found
+            and found[suite.name].exact_share > self.thresholds.contaminated_share
+        )
+
+
+def gain_of(suite: SuiteReport) -> tuple[float, float, float]:
+    """Return the change from base to tuned and its interval, turned so that positive is better."""
+    assert suite.change is not None, "only compared suites are asked for their gain"
+    return suite.gain(suite.change)
+
+
+def is_above_majority(suite: SuiteReport) -> bool:
+    """Return whether the tuned model beats always giving the most frequent right answer."""
+    tuned = suite.score("tuned")
+    return suite.majority is None or tuned is None or tuned > suite.majority

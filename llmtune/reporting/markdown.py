@@ -1,0 +1,181 @@
+"""The report as a model card in Markdown: verdict, numbers, data and limits."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmtune.reporting.arms import FEW_SHOT, MAIN_ARMS, split_name
+from llmtune.reporting.numbers import (
+    Unit,
+    write_bytes,
+    write_count,
+    write_number,
+    write_seconds,
+)
+from llmtune.reporting.report import Report
+from llmtune.reporting.suites import Change, SuiteReport
+
+UNSAFE = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;", ">": "&gt;"})
+
+
+def render_markdown(report: Report) -> str:
+    """Return the card; paths of this machine do not enter it, a local base is named by its end."""
+    parts = (
+        _head(report),
+        _results(report),
+        _alternatives(report),
+        _forgetting(report),
+        _data(report),
+        _training(report),
+        _limits(report),
+    )
+    return "\n\n".join(block for part in parts for block in part) + "\n"
+
+
+def _head(report: Report) -> Iterator[str]:
+    config, base = report.manifest.config, report.manifest.base
+    origin = str(base.get("origin") or (config.get("model") or {}).get("base") or "unknown")
+    yield f"# {_text(report.name)}"
+    yield f"Fine-tuned from **{_text(origin if base.get('revision') else Path(origin).name)}**."
+    yield f"## Verdict: {report.verdict.name}"
+    yield _text(report.verdict.meaning)
+    yield _bullets(report.verdict.reasons)
+    if report.verdict.also:
+        yield f"Holds too: {', '.join(report.verdict.also)}."
+    if report.caveats:
+        yield "## Read this too"
+        yield _bullets(report.caveats)
+
+
+def _results(report: Report) -> Iterator[str]:
+    if not report.suites:
+        return
+    percent = f"{report.resampling.confidence * 100:g} %"
+    yield "## Results"
+    yield f"The same items for every model; the change is tuned minus base, {percent} interval."
+    yield _table(
+        ("suite", "role", "items", "base", "tuned", "merged", f"change, {percent}", "shows from"),
+        (_result_row(suite) for suite in report.suites),
+    )
+
+
+def _result_row(suite: SuiteReport) -> tuple[str, ...]:
+    unit, change = suite.unit, suite.change
+    return (
+        suite.name,
+        suite.role,
+        write_count(suite.n),
+        *(unit.score(suite.score(arm)) for arm in MAIN_ARMS),
+        write_interval(unit, change),
+        unit.bare_size(suite.mde) if suite.mde else "–",
+    )
+
+
+def _alternatives(report: Report) -> Iterator[str]:
+    rows = [
+        (
+            suite.name,
+            split_name(name).label,
+            suite.unit.score(suite.score(name)),
+            *_over(suite, name),
+        )
+        for suite in report.suites
+        for name in suite.rivals
+        if not (split_name(name).kind == FEW_SHOT and split_name(name).rest)
+    ]
+    if rows:
+        yield "## Other ways on the same items"
+        yield _table(("suite", "arm", "score", "tuned minus it", "unparsed"), rows)
+
+
+def _over(suite: SuiteReport, name: str) -> tuple[str, str]:
+    change, unit = suite.rivals[name].tuned_over, suite.unit
+    return write_interval(unit, change), write_count(suite.arms[name].unparseable)
+
+
+def _forgetting(report: Report) -> Iterator[str]:
+    divergence, stops = report.diagnostics.divergence, report.diagnostics.stops
+    lines = []
+    for name, found in (
+        ("general text", divergence.general if divergence else None),
+        ("the task's prompts", divergence.target if divergence else None),
+    ):
+        if found is not None:
+            lines.append(
+                f"KL from the base on {name}: {write_number(found.kl)} nats/token; the likeliest "
+                f"token changed at {100 * found.top1_flips:.1f} % of positions."
+            )
+    if stops is not None:
+        lines.append(
+            f"Answers that end by themselves: {stops.tuned.stopped} of {stops.tuned.n} after "
+            f"tuning, {stops.base.stopped} of {stops.base.n} before."
+        )
+    if lines:
+        yield "## Distance from the base"
+        yield _bullets(lines)
+
+
+def _data(report: Report) -> Iterator[str]:
+    rows = []
+    for split, described in report.manifest.data.items():
+        if isinstance(described, dict):
+            for source in described.get("sources", []):
+                name = Path(str(source.get("path", ""))).name
+                rows.append((split, name, write_count(source.get("rows_kept"))))
+    if rows:
+        yield "## Data"
+        yield _table(("split", "source", "rows"), rows)
+
+
+def _training(report: Report) -> Iterator[str]:
+    config, cost = report.manifest.config, report.cost
+    adapter, train = config.get("adapter") or {}, config.get("train") or {}
+    known: tuple[tuple[str, Any], ...] = (
+        ("method", adapter.get("method")),
+        ("rank", adapter.get("rank")),
+        ("base in", report.manifest.base.get("quantization")),
+        ("learning rate", train.get("learning_rate")),
+        ("optimizer steps", cost.steps),
+        ("tokens read", write_count(cost.tokens) if cost.tokens else None),
+        ("time", write_seconds(cost.total_seconds) if cost.total_seconds else None),
+        ("adapter", write_bytes(cost.adapter_bytes) if cost.adapter_bytes else None),
+    )
+    lines = [f"{name}: {value}" for name, value in known if value is not None]
+    if lines:
+        yield "## Training"
+        yield _bullets(lines)
+
+
+def _limits(report: Report) -> Iterator[str]:
+    yield "## Limits"
+    lines = [
+        "One training seed: the intervals cover the choice of items, training noise was not "
+        "measured.",
+        "What the suites do not ask was not looked at.",
+    ]
+    if report.missing:
+        names = ", ".join(missing.name for missing in report.missing)
+        lines.append(f"Not measured: {names}.")
+    yield _bullets(lines)
+    yield f"Made with llmtune {report.manifest.versions.get('llmtune', '')}.".replace(" .", ".")
+
+
+def write_interval(unit: Unit, change: Change | None) -> str:
+    """Write a difference and its interval without the unit; a dash where there is none."""
+    if change is None:
+        return "–"
+    return f"{unit.change(change.difference)} {unit.interval(change.low, change.high)}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(_text, line)) + " |" for line in lines)
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {_text(line)}" for line in lines)
+
+
+def _text(value: object) -> str:
+    """Return text that neither ends a table's cell nor is read as HTML."""
+    return str(value).translate(UNSAFE)

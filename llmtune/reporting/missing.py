@@ -1,0 +1,58 @@
+"""What a report does not hold, and the command that would measure it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmtune.evaluation.compare import arm_kind
+from llmtune.reporting.diagnostics import Diagnostics
+from llmtune.reporting.suites import SuiteReport
+
+EVALUATE = "llmtune eval RUN"
+QUICK = "llmtune report RUN --quick"
+FULL = "llmtune report RUN --full"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """One thing that was not measured; `command` measures it, None where no command alone does."""
+
+    name: str
+    command: str | None
+
+
+@dataclass(frozen=True)
+class Present:
+    """What a run has made, beside its suites."""
+
+    loss_curve: bool
+    generations: bool
+    merge: bool
+
+
+def find_missing(
+    suites: tuple[SuiteReport, ...], diagnostics: Diagnostics, present: Present
+) -> tuple[Missing, ...]:
+    """Return what was not made, in the order of the report."""
+    kinds = {arm_kind(name) for suite in suites for name in suite.arms}
+    has_choices = any(suite.task == "choice" for suite in suites if suite.role == "target")
+    absent: Mapping[Missing, bool] = {
+        Missing("evaluation of the base model", EVALUATE): "base" not in kinds,
+        Missing("evaluation of the tuned model", EVALUATE): "tuned" not in kinds,
+        Missing("evaluation of the merged model", EVALUATE): "merged" not in kinds,
+        Missing(
+            "a suite of general ability", "llmtune eval RUN evaluate.suites='[..., general]'"
+        ): (not any(suite.role == "general" for suite in suites)),
+        Missing("loss curve", "llmtune train RUN"): not present.loss_curve,
+        Missing("example generations", EVALUATE): not present.generations,
+        Missing("merge check", "llmtune merge RUN"): not present.merge,
+        Missing("contamination", QUICK): diagnostics.contamination is None,
+        Missing("divergence from the base", QUICK): diagnostics.divergence is None,
+        Missing("whether generation stops", QUICK): diagnostics.stops is None,
+        Missing("other strengths of the adapter", QUICK): "strength" not in kinds,
+        Missing("few-shot prompting of the base", FULL): "few-shot" not in kinds,
+        Missing("linear probe", FULL): has_choices and "probe" not in kinds,
+        Missing("domain shift", FULL): diagnostics.shift is None,
+        Missing("memorisation", FULL): diagnostics.memorisation is None,
+        Missing("learning curve", None): diagnostics.learning_curve is None,
+    }
+    return tuple(missing for missing, is_absent in absent.items() if is_absent)

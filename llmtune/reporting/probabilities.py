@@ -1,0 +1,92 @@
+"""How sure the base and the tuned model were of each right answer, on suites with fixed choices."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmtune.evaluation.results import ArmResult, ItemScore
+
+
+@dataclass(frozen=True)
+class ProbabilityShift:
+    """A suite's probabilities of the right choice among the choices, (base, tuned) by item.
+
+    `mean_log_likelihood` holds the mean log-likelihood of the right choice, nats, of base and
+    tuned.
+    """
+
+    suite: str
+    pairs: tuple[tuple[float, float], ...]
+    mean_log_likelihood: tuple[float, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the means; the pairs are in the results."""
+        base, tuned = self.mean_probability
+        return {
+            "mean_probability": {"base": base, "tuned": tuned},
+            "mean_log_likelihood": dict(
+                zip(("base", "tuned"), self.mean_log_likelihood, strict=True)
+            ),
+            "n": len(self.pairs),
+        }
+
+    @property
+    def mean_probability(self) -> tuple[float, float]:
+        """Mean probability of the right choice of base and tuned."""
+        count = len(self.pairs)
+        return (
+            sum(base for base, _ in self.pairs) / count,
+            sum(tuned for _, tuned in self.pairs) / count,
+        )
+
+
+def measure_shifts(
+    results: Mapping[str, Mapping[str, ArmResult]],
+) -> tuple[ProbabilityShift, ...]:
+    """Return the shift of every suite whose choices are the same for every item."""
+    shifts = []
+    for name, arms in results.items():
+        base, tuned = arms.get("base"), arms.get("tuned")
+        if base is None or tuned is None:
+            continue
+        choices = (base.recipe.get("scoring") or {}).get("choices")
+        if choices:
+            shift = _shift(name, base, tuned, choices)
+            if shift is not None:
+                shifts.append(shift)
+    return tuple(shifts)
+
+
+def _shift(
+    name: str, base: ArmResult, tuned: ArmResult, choices: Sequence[str]
+) -> ProbabilityShift | None:
+    others = {item.id: item for item in tuned.items}
+    rows = [
+        (before, after)
+        for item in base.items
+        if item.id in others
+        and (before := _right(item, choices)) is not None
+        and (after := _right(others[item.id], choices)) is not None
+    ]
+    if not rows:
+        return None
+    count = len(rows)
+    return ProbabilityShift(
+        name,
+        tuple((before[0], after[0]) for before, after in rows),
+        (sum(b[1] for b, _ in rows) / count, sum(a[1] for _, a in rows) / count),
+    )
+
+
+def _right(item: ItemScore, choices: Sequence[str]) -> tuple[float, float] | None:
+    """Return the right choice's probability among the choices, and its log-likelihood in nats."""
+    values = item.details.get("log_likelihoods")
+    if not values or len(values) != len(choices) or item.answer is None:
+        return None
+    if item.answer not in choices:
+        return None
+    right = values[list(choices).index(item.answer)]
+    highest = max(values)
+    total = sum(math.exp(value - highest) for value in values)
+    return math.exp(right - highest) / total, right

@@ -1,0 +1,90 @@
+"""Sentences about changes, made from their numbers, for the rules and the caveats."""
+
+import math
+from collections.abc import Callable
+
+from llmtune.reporting.arms import split_name
+from llmtune.reporting.evidence import Evidence, gain_of
+from llmtune.reporting.numbers import FRACTION, write_count
+from llmtune.reporting.suites import Change, SuiteReport
+
+
+def describe_change(suite: SuiteReport, confidence: float) -> str:
+    """Write one suite's change as a sentence made from its numbers."""
+    assert suite.change is not None, "only compared suites are described"
+    unit, change = suite.unit, suite.change
+    base, tuned = suite.arms["base"].mean, suite.arms["tuned"].mean
+    factor = f", perplexity ×{math.exp(change.difference):.2f}" if unit.name == "nats/token" else ""
+    return (
+        f"{suite.name}: {unit.score(base)} → {unit.score(tuned)}, a change of "
+        f"{write_change(suite, change, confidence)}, n = {suite.n}{factor}): "
+        f"{word_for(suite, change)}."
+    )
+
+
+def describe_rival(suite: SuiteReport, arm: str, confidence: float) -> str:
+    """Write how the tuned model stands against another arm, with what the items can show."""
+    rival, unit = suite.rivals[arm], suite.unit
+    assert rival.tuned_over is not None, "only compared arms are described"
+    draws = suite.arms[arm].about.get("draws") or {}
+    drawn = f" (mean of {len(draws)} draws)" if len(draws) > 1 else ""
+    mde = f" {rival.n} items can show {unit.size(rival.mde)} or more." if rival.mde else ""
+    label = split_name(arm).label.partition(",")[0]
+    return (
+        f"{suite.name}: {label}{drawn} {unit.score(suite.score(arm))}, tuned "
+        f"{unit.score(suite.score('tuned'))}, tuned minus it "
+        f"{write_change(suite, rival.tuned_over, confidence)}): "
+        f"{word_for(suite, rival.tuned_over)}.{mde}"
+    )
+
+
+def write_change(suite: SuiteReport, change: Change, confidence: float) -> str:
+    """Write a difference and its interval; the caller closes the parenthesis."""
+    unit = suite.unit
+    return (
+        f"{unit.difference(change.difference)} ({confidence * 100:g} % interval "
+        f"{unit.interval(change.low, change.high)}"
+    )
+
+
+def word_for(suite: SuiteReport, change: Change) -> str:
+    """Return `better`, `worse` or `no difference shown`."""
+    _, low, high = suite.gain(change)
+    return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+
+
+def describer(evidence: Evidence) -> Callable[[SuiteReport], str]:
+    """Return what writes a suite's change at the confidence of this evidence."""
+    return lambda suite: describe_change(suite, evidence.confidence)
+
+
+def write_bounds(evidence: Evidence, suites: tuple[SuiteReport, ...]) -> str:
+    """Write how much these suites may lose, each unit once."""
+    units = dict.fromkeys(suite.unit for suite in suites)
+    return " or ".join(unit.bound(evidence.thresholds.general_bound(unit)) for unit in units)
+
+
+def say_what_would_decide(suite: SuiteReport) -> str:
+    """Say how many items would decide this difference, or why none would."""
+    assert suite.change is not None
+    mde = f" {suite.n} items can show {suite.unit.size(suite.mde)} or more." if suite.mde else ""
+    _, low, high = gain_of(suite)
+    if low > 0 or high < 0:
+        return f"On {suite.name} this is not clear of chance after Holm's correction over suites."
+    if suite.gained == 0 and suite.lost == 0 and suite.change.difference == 0:
+        return f"No item of {suite.name} changed its score.{mde}"
+    if suite.needed_items is None:
+        return f"The two are equal on {suite.name}, so no number of items would decide.{mde}"
+    size = suite.unit.size(suite.change.difference)
+    return (
+        f"About {write_count(suite.needed_items)} items would decide a difference of "
+        f"{size} on {suite.name}.{mde}"
+    )
+
+
+def say_below_majority(suite: SuiteReport) -> str:
+    """Say that a gain stays below the most frequent answer."""
+    return (
+        f"The gain on {suite.name} is real, but always giving its most frequent answer scores "
+        f"{FRACTION.score(suite.majority)}, and the tuned model is not above that."
+    )
