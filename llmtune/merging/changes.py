@@ -1,10 +1,16 @@
 """What a merge does to each tensor: the plan's vocabulary, plain data without any weights."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmtune.safetensors_io import SafetensorsFile, TensorEntry, tensor_bytes
+
+if TYPE_CHECKING:
+    from llmtune.merging.combine import Combination
+    from llmtune.merging.source import RoundTrip
 
 ADAPTER_PREFIX = "base_model.model."  # what the names of an adapter's tensors begin with
 
@@ -16,6 +22,7 @@ class LowRankDelta:
     a: TensorEntry  # [rank, in]; [num_experts * rank, in] for a stack of experts
     b: TensorEntry  # [out, rank]; [out, rank * num_experts]
     scaling: float
+    weight: float = 1.0  # the adapter's: how much of it is added
     is_transposed: bool = False
     expert: int = 0
     num_experts: int = 1
@@ -25,11 +32,25 @@ class LowRankDelta:
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of a tensor, seen as a table [rows, columns], and the delta they get."""
+    """Some rows of a tensor, seen as a table [rows, columns], and the deltas they get."""
 
     first_row: int
     num_rows: int
-    delta: LowRankDelta | None = None
+    deltas: tuple[LowRankDelta, ...] = ()  # one an adapter, in the order in which they are added
+
+
+@dataclass(frozen=True)
+class Requantized:
+    """The base's tensor is taken as a quantized layer computes with it (`merge.base`)."""
+
+    is_transposed: bool  # stored [in, out]; quantized as [out, in]
+
+
+@dataclass(frozen=True)
+class PackedFourBit:
+    """The base's tensor is stored in 4 bits by bitsandbytes; these tensors belong to it."""
+
+    state: tuple[tuple[str, TensorEntry], ...]  # suffix (`ops.nf4.STATE_SUFFIXES`), tensor
 
 
 @dataclass(frozen=True)
@@ -47,6 +68,8 @@ class PlannedTensor:
     token_rows: TensorEntry | None = None  # rows that replace those at `token_indices`
     token_indices: tuple[int, ...] = ()
     blend_base: TensorEntry | None = None  # strength != 1: base + strength * (trained - base)
+    strength: float = 1.0  # of what is not a low-rank delta
+    dequantized: Requantized | PackedFourBit | None = None  # how the base's tensor is read
 
     @property
     def num_columns(self) -> int:
@@ -57,6 +80,11 @@ class PlannedTensor:
     def num_rows(self) -> int:
         """The height of the tensor seen as a table."""
         return math.prod(self.shape[:-1])
+
+    @property
+    def deltas(self) -> tuple[LowRankDelta, ...]:
+        """All low-rank deltas of the tensor, block by block."""
+        return tuple(delta for block in self.blocks for delta in block.deltas)
 
     @property
     def change(self) -> str:
@@ -70,7 +98,7 @@ class PlannedTensor:
         if self.token_rows is not None:
             return "rows"
         if self.source.name == self.name:
-            return "none"
+            return "none" if self.dequantized is None else "dequantized"
         return "replace" if self.source.name.startswith(ADAPTER_PREFIX) else "untie"
 
     @property
@@ -92,7 +120,17 @@ class PlannedShard:
     def keeps_header(self) -> bool:
         """Whether the merged file has the same tensors at the same offsets as the base's."""
         planned = [(tensor.name, tensor.dtype, tensor.shape) for tensor in self.tensors]
-        return planned == [(entry.name, entry.dtype, entry.shape) for entry in self.source.tensors]
+        return bool(self.source.preamble) and planned == [
+            (entry.name, entry.dtype, entry.shape) for entry in self.source.tensors
+        ]
+
+
+@dataclass(frozen=True)
+class WeightedAdapter:
+    """An adapter directory and how much of it is added."""
+
+    directory: Path
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,13 +138,25 @@ class MergePlan:
     """Every tensor of the merged model, and what changes in its config."""
 
     base_dir: Path
-    adapter_dir: Path
-    strength: float
+    adapters: tuple[WeightedAdapter, ...]
     shards: tuple[PlannedShard, ...]
-    has_index: bool
+    index_metadata: Mapping[str, object] | None  # None: one file without an index
     base_fingerprint: str
     notices: tuple[str, ...]  # what could not be checked
     config_changes: dict[str, object] = field(default_factory=dict)
+    base: str = "original"  # or dequantized: what the adapter is added to
+    round_trip: "RoundTrip | None" = None  # how `Requantized` tensors are read
+    combination: "Combination | None" = None  # None: the deltas' plain sum
+
+    @property
+    def adapter_dir(self) -> Path:
+        """The adapter, or the first of several: its tokenizer goes with the merged model."""
+        return self.adapters[0].directory
+
+    @property
+    def strength(self) -> float:
+        """How much of the first adapter is added."""
+        return self.adapters[0].weight
 
     @property
     def tensors(self) -> tuple[PlannedTensor, ...]:
@@ -121,13 +171,16 @@ class MergePlan:
     def to_dict(self) -> dict[str, object]:
         """Return the plan as JSON: each changed tensor, its shard, its change and its size."""
         return {
-            "base": str(self.base_dir),
+            "base": self.base,
+            "base_dir": str(self.base_dir),
             "base_fingerprint": self.base_fingerprint,
-            "adapter": str(self.adapter_dir),
-            "strength": self.strength,
+            "adapters": [
+                {"directory": str(one.directory), "weight": one.weight} for one in self.adapters
+            ],
             "bytes": self.num_bytes,
             "tensors": len(self.tensors),
             "config_changes": self.config_changes,
+            "notices": list(self.notices),
             "changed": [
                 {
                     "tensor": tensor.name,
@@ -135,7 +188,9 @@ class MergePlan:
                     "change": tensor.change,
                     "shape": list(tensor.shape),
                     "dtype": tensor.dtype,
-                    "scaling": sorted({b.delta.scaling for b in tensor.blocks if b.delta}),
+                    "bytes": tensor_bytes(tensor.dtype, tensor.shape),
+                    "scaling": sorted({delta.scaling for delta in tensor.deltas}),
+                    "is_dequantized": tensor.dequantized is not None,
                 }
                 for shard in self.shards
                 for tensor in shard.tensors

@@ -6,13 +6,17 @@ from pydantic import Field
 
 from llmtune.schema import Section
 
+MergeBase = Literal["original", "dequantized", "auto"]
+
 
 class MergeConfig(Section):
     """How the adapter is added into its base model."""
 
-    base: Literal["original"] = "original"
-    """The weights the adapter is added to: `original` is the base checkpoint as it lies on disk,
-    in 16 or 32 bits, whatever the adapter was trained on."""
+    base: MergeBase = "original"
+    """The weights the adapter is added to. `original`: the base checkpoint as it lies on disk.
+    `dequantized`: the same, but the weights that were quantized for training are taken as the
+    quantized model computes with them. `auto`: both are merged and compared with the live
+    quantized model and its adapter on held-out rows, and the closer one is kept."""
 
     strength: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """How much of the adapter is added: 1 is all of it, 0 gives the base back."""

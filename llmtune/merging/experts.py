@@ -34,7 +34,12 @@ class _Layout:
 
 
 def plan_experts(
-    group: LoraGroup, adapter: AdapterFiles, base: Mapping[str, TensorEntry], model_type: str
+    group: LoraGroup,
+    adapter: AdapterFiles,
+    base: Mapping[str, TensorEntry],
+    model_type: str,
+    *,
+    strength: float = 1.0,
 ) -> list[tuple[TensorEntry, tuple[Block, ...]]]:
     """Return the base tensors that an adapter on a stacked expert parameter changes, and how.
 
@@ -60,7 +65,7 @@ def plan_experts(
             f"under {module!r}"
         )
     layout = fitting[0]
-    delta = LowRankDelta(group.a, group.b, adapter.scaling(layout.key))
+    delta = LowRankDelta(group.a, group.b, adapter.scaling(layout.key), strength)
     return [
         (entry, tuple(_with_adapter(block, delta, layout.num_experts) for block in blocks))
         for entry, blocks in layout.tensors
@@ -68,11 +73,16 @@ def plan_experts(
 
 
 def _with_adapter(block: Block, delta: LowRankDelta, num_experts: int) -> Block:
-    assert block.delta is not None
+    (place,) = block.deltas
     placed = replace(
-        block.delta, a=delta.a, b=delta.b, scaling=delta.scaling, num_experts=num_experts
+        place,
+        a=delta.a,
+        b=delta.b,
+        scaling=delta.scaling,
+        weight=delta.weight,
+        num_experts=num_experts,
     )
-    return replace(block, delta=placed)
+    return replace(block, deltas=(placed,))
 
 
 def _layouts(
@@ -105,7 +115,11 @@ def _fused_layout(
         is_transposed = model_type in TRANSPOSED_FAMILIES
     num_in, num_out = (rows, columns) if is_transposed else (columns, rows)
     blocks = tuple(
-        Block(expert * rows, rows, _place(group, expert, 0, num_out, is_transposed=is_transposed))
+        Block(
+            expert * rows,
+            rows,
+            (_place(group, expert, 0, num_out, is_transposed=is_transposed),),
+        )
         for expert in range(num_experts)
     )
     yield _Layout(key, num_experts, num_in, num_out, ((entry, blocks),))
@@ -130,7 +144,7 @@ def _per_expert_layout(
                 return None
             rows = entry.shape[0]
             delta = _place(group, num_experts, first_out, rows, is_transposed=False)
-            tensors.append((entry, (Block(0, rows, delta),)))
+            tensors.append((entry, (Block(0, rows, (delta,)),)))
             first_out += rows
         num_experts += 1
     if not tensors:

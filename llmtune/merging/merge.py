@@ -13,15 +13,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.environment import versions
 from llmtune.errors import LlmtuneError
 from llmtune.merging.changes import MergePlan
 from llmtune.merging.plan import plan_merge
 from llmtune.merging.provenance import PROVENANCE_FILE
+from llmtune.merging.scratch import CPU
 from llmtune.merging.shards import merged_bytes, write_shards
 from llmtune.merging.sidecar import sidecar_sources, write_sidecar
-from llmtune.safetensors_io import CheckpointIndex
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -79,9 +81,14 @@ def merge_adapter(
 
 
 def write_merge(
-    plan: MergePlan, out_dir: Path, *, num_threads: int = 2, overwrite: bool = False
+    plan: MergePlan,
+    out_dir: Path,
+    *,
+    num_threads: int = 2,
+    overwrite: bool = False,
+    device: torch.device = CPU,
 ) -> MergeResult:
-    """Carry out a plan; see `merge_adapter`."""
+    """Carry out a plan, the arithmetic on `device`; see `merge_adapter`."""
     start = time.monotonic()
     out_dir = out_dir.absolute()
     if out_dir.exists() and not overwrite:
@@ -90,8 +97,8 @@ def write_merge(
     remove_leftovers(out_dir)
     _check_free_space(plan, out_dir)
     with _unfinished_dir(out_dir) as directory:
-        write_shards(plan, directory, num_threads=num_threads)
-        write_sidecar(plan, CheckpointIndex.open(plan.base_dir), directory)
+        write_shards(plan, directory, num_threads=num_threads, device=device)
+        write_sidecar(plan, directory)
         result = _result(plan, out_dir, time.monotonic() - start)
         provenance = json.dumps(_provenance(plan, result), indent=2) + "\n"
         (directory / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")

@@ -1,300 +1,184 @@
-"""Which tensor of the base gets which part of the adapter, from headers and configs alone."""
+"""The plan of a whole merge: every adapter's part, the base as it is read, shard by shard."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.adapters.manifest import check_adapter, has_effect
 from llmtune.errors import LlmtuneError
-from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
-from llmtune.merging.changes import Block, LowRankDelta, MergePlan, PlannedShard, PlannedTensor
-from llmtune.merging.compare import agree
-from llmtune.merging.experts import plan_experts
-from llmtune.merging.names import find_tensor, is_embedding, is_head, near_misses
+from llmtune.merging.adapter_files import AdapterFiles
+from llmtune.merging.changes import (
+    MergePlan,
+    PlannedShard,
+    PlannedTensor,
+    Requantized,
+    WeightedAdapter,
+)
+from llmtune.merging.combine import Combination
+from llmtune.merging.names import find_tensor
+from llmtune.merging.overlay import overlay
+from llmtune.merging.packed import PackedWeights, find_packed_weights
+from llmtune.merging.pickled import open_pickled, safetensors_name
+from llmtune.merging.planner import CONV1D_FAMILIES, FLOAT_DTYPES, Planner
 from llmtune.merging.ties import settle_ties
-from llmtune.models.checkpoint import check_checkpoint, read_model_config
-from llmtune.safetensors_io import INDEX_FILE, CheckpointIndex, TensorEntry, fingerprint_checkpoint
+from llmtune.models.checkpoint import (
+    SAFETENSORS_NAMES,
+    check_checkpoint,
+    has_weights,
+    read_model_config,
+)
+from llmtune.models.identity import base_fingerprint
+from llmtune.safetensors_io import CheckpointIndex
 
-FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
+if TYPE_CHECKING:
+    from llmtune.models.round_trip import QuantizedBase
 
-# Families whose linear layers are transformers' Conv1D, which stores its weight as [in, out].
-CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+STORED_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def plan_merge(base_dir: Path, adapter_dir: Path, *, strength: float = 1.0) -> MergePlan:
+@dataclass(frozen=True)
+class PlanOptions:
+    """How the base is read and the merged model is written."""
+
+    dtype: str | None = None
+    """float32, float16 or bfloat16 for every weight; None keeps the base's own."""
+    quantized: "QuantizedBase | None" = None
+    """Take the weights it names as the quantized base computes with them."""
+    allow_pickle: bool = False
+    """Also read `pytorch_model*.bin`, through PyTorch's restricted unpickler."""
+
+
+def plan_merge(
+    base_dir: Path,
+    adapter_dir: Path,
+    *,
+    strength: float = 1.0,
+    options: PlanOptions = PlanOptions(),  # noqa: B008 (frozen)
+) -> MergePlan:
     """Plan the merge of an adapter into a base, reading no weights but those a tie depends on.
 
     Args:
-        base_dir: a checkpoint directory with `config.json` and safetensors in 16 or 32 bits.
+        base_dir: a checkpoint directory with `config.json`, in 16 or 32 bits or in bitsandbytes'
+            4 bits.
         adapter_dir: a LoRA adapter in PEFT's format.
         strength: how much of the adapter is added; 1 is all of it.
+        options: how the base is read and the result written.
 
     Raises:
-        LlmtuneError: a file is missing or malformed, the base is quantized or is not the one the
-            adapter was trained on, the adapter is all zero, or some tensor of it has no place in
-            the base.
+        LlmtuneError: a file is missing or malformed, the base is quantized in a way that cannot be
+            read back or is not the one the adapter was trained on, the adapter is all zero, or
+            some tensor of it has no place in the base.
     """
-    check_checkpoint(base_dir, allow_pickle=False)
+    return plan_combined_merge(base_dir, [WeightedAdapter(adapter_dir, strength)], options=options)
+
+
+def plan_combined_merge(
+    base_dir: Path,
+    adapters: Sequence[WeightedAdapter],
+    *,
+    combination: Combination | None = None,
+    options: PlanOptions = PlanOptions(),  # noqa: B008 (frozen)
+) -> MergePlan:
+    """Plan the merge of several adapters of one base, their deltas combined in the order given.
+
+    Raises:
+        LlmtuneError: as `plan_merge`; or two adapters change one tensor in ways that cannot be
+            combined.
+    """
+    check_checkpoint(base_dir, allow_pickle=options.allow_pickle, allow_quantized=True)
     config = read_model_config(base_dir)
-    base = CheckpointIndex.open(base_dir)
-    base_fingerprint = fingerprint_checkpoint(base_dir)
-    notices = check_adapter(adapter_dir, base_fingerprint=base_fingerprint)
-    adapter = AdapterFiles.open(adapter_dir)
-    if strength and not has_effect(adapter_dir):
-        raise LlmtuneError(
-            f"{adapter_dir} has no effect: every lora_B is zero, so the merged model would be the "
-            "base; was the adapter trained?"
-        )
-    planner = Planner(base, config, adapter, strength)
-    for name, entry in adapter.base_copies.items():
-        planner.take_base_copy(name, entry)
-    for name, entry in adapter.replaced.items():
-        planner.replace_tensor(name, entry)
-    for module, entry in adapter.tokens.items():
-        planner.replace_rows(module, entry)
-    for group in adapter.lora.values():
-        planner.add_group(group)
-    planned, config_changes = settle_ties(base, config, planner.changed)
+    base = _open(base_dir)
+    packed = find_packed_weights(base, config)
+    _refuse_packed_conv1d(base_dir, config, packed)
+    fingerprint = base_fingerprint(base_dir)
+    notices: list[str] = []
+    changed: dict[str, PlannedTensor] = {}
+    for adapter in adapters:
+        notices += check_adapter(adapter.directory, base_fingerprint=fingerprint)
+        files = AdapterFiles.open(adapter.directory)
+        if adapter.weight and not has_effect(adapter.directory):
+            raise LlmtuneError(
+                f"{adapter.directory} has no effect: every lora_B is zero, so the merged model "
+                "would be the base; was the adapter trained?"
+            )
+        part = Planner(base, config, files, adapter.weight, packed).plan()
+        changed = overlay(changed, part, adapter.directory)
+    if options.quantized is not None:
+        changed = _requantize(base, changed, options.quantized)
+    planned, config_changes = settle_ties(base, config, changed)
+    shards = _shards(base, planned, packed)
+    if options.dtype is not None:
+        shards = tuple(_cast(shard, STORED_DTYPES[options.dtype]) for shard in shards)
     return MergePlan(
         base_dir=base_dir,
-        adapter_dir=adapter_dir,
-        strength=strength,
-        shards=_shards(base, planned),
-        has_index=(base_dir / INDEX_FILE).is_file() and base.index_metadata is not None,
-        base_fingerprint=base_fingerprint,
-        notices=notices,
+        adapters=tuple(adapters),
+        shards=shards,
+        index_metadata=base.index_metadata,
+        base_fingerprint=fingerprint,
+        notices=tuple(dict.fromkeys(notices)),
         config_changes=config_changes,
+        base="dequantized" if options.quantized or packed.tensors else "original",
+        round_trip=options.quantized.round_trip if options.quantized else None,
+        combination=combination,
     )
 
 
-class Planner:
-    """Collects the changed tensors; keys of `changed` are the parameters' names in the base.
+def _open(base_dir: Path) -> CheckpointIndex:
+    if has_weights(base_dir, SAFETENSORS_NAMES):
+        return CheckpointIndex.open(base_dir)
+    return open_pickled(base_dir)
 
-    A tied head that the checkpoint does not hold is planned under its name in memory; `settle_ties`
-    gives it its place.
-    """
 
-    def __init__(
-        self,
-        base: CheckpointIndex,
-        config: Mapping[str, Any],
-        adapter: AdapterFiles,
-        strength: float,
-    ) -> None:
-        self.base = base.tensors
-        self.model_type = str(config.get("model_type", ""))
-        self.adapter = adapter
-        self.strength = strength
-        self.changed: dict[str, PlannedTensor] = {}
-        self.base_copied: set[str] = set()
-
-    def take_base_copy(self, name: str, entry: TensorEntry) -> None:
-        """Start from the base weight that PEFT saved along with an embedding's adapter."""
-        planned = self._planned(name, entry.name)
-        if planned.shape != entry.shape:
-            self._check_grown(planned, entry)
-        elif agree(planned.source, entry):
-            return
-        self.changed[planned.name] = replace(planned, shape=entry.shape, source=entry)
-        self.base_copied.add(planned.name)
-
-    def replace_tensor(self, name: str, entry: TensorEntry) -> None:
-        """Take a tensor that was trained whole (`modules_to_save`, `bias`, grown embeddings)."""
-        planned = self._planned(name, entry.name)
-        if planned.shape != entry.shape:
-            self._check_grown(planned, entry)
-        blend_base = planned.source if self.strength != 1 else None
-        self._add(
-            replace(planned, shape=entry.shape, source=entry, blend_base=blend_base), entry.name
+def _refuse_packed_conv1d(base_dir: Path, config: Mapping[str, Any], packed: PackedWeights) -> None:
+    if packed.tensors and config.get("model_type") in CONV1D_FAMILIES:
+        raise LlmtuneError(
+            f"{base_dir}: a {config['model_type']} model stored in 4 bits has its weights "
+            "transposed, which merging does not undo; give the 16-bit model with model.base=..."
         )
 
-    def replace_rows(self, module: str, entry: TensorEntry) -> None:
-        """Take the rows of an embedding that were trained (`trainable_token_indices`)."""
-        planned = self._planned(f"{module}.weight", entry.name)
-        indices = self._token_indices(module)
-        if entry.shape != (len(indices), planned.num_columns) or len(planned.shape) != 2:
-            raise self._misfit(entry, planned.name, (len(indices), planned.num_columns))
-        if indices and not 0 <= min(indices) <= max(indices) < planned.shape[0]:
-            raise LlmtuneError(
-                f"{self.adapter.directory}: trainable_token_indices names row {max(indices)} of "
-                f"{planned.name!r}, which has {planned.shape[0]} rows"
-            )
-        self._add(replace(planned, token_rows=entry, token_indices=tuple(indices)), entry.name)
 
-    def add_group(self, group: LoraGroup) -> None:
-        """Add the low-rank delta of one module, and its bias if it has one."""
-        assert group.a is not None and group.b is not None
-        name = f"{group.module}.weight"
-        if find_tensor(name, self.base) is None and not is_head(name):
-            self._add_experts(group)
-            return
-        planned = self._planned(name, group.a.name)
-        delta = self._delta(group, planned)
-        block = Block(0, planned.num_rows, delta)
-        self._add(replace(planned, blocks=(block,), magnitude=group.magnitude), group.a.name)
-        if group.magnitude is not None and group.magnitude.shape != (delta.num_out,):
-            raise self._misfit(group.magnitude, planned.name, (delta.num_out,))
-        if group.bias is not None:
-            self._add_bias(group.module, group.bias)
-
-    def _add_experts(self, group: LoraGroup) -> None:
-        assert group.a is not None
-        if not self.adapter.config.get("target_parameters"):
-            raise self._unmatched(group.a.name, f"{group.module}.weight")
-        if group.magnitude is not None or group.bias is not None or group.is_embedding:
-            raise LlmtuneError(
-                f"{self.adapter.directory}: {group.module!r} is a stack of experts; only plain "
-                "LoRA on it can be merged"
-            )
-        for entry, blocks in plan_experts(group, self.adapter, self.base, self.model_type):
-            blocks = tuple(replace(block, delta=self._at_strength(block.delta)) for block in blocks)
-            planned = replace(self._planned(entry.name, group.a.name), blocks=blocks)
-            self._add(planned, group.a.name)
-
-    def _add_bias(self, module: str, entry: TensorEntry) -> None:
-        name = find_tensor(f"{module}.bias", self.base)
+def _requantize(
+    base: CheckpointIndex, changed: Mapping[str, PlannedTensor], quantized: "QuantizedBase"
+) -> dict[str, PlannedTensor]:
+    """Mark every weight that the quantized model holds in few bits, changed or not."""
+    marked = dict(changed)
+    for parameter, is_transposed in quantized.weights.items():
+        name = find_tensor(parameter, base.tensors)
         if name is None:
             raise LlmtuneError(
-                f"{self.adapter.directory}: {entry.name!r} is a bias (lora_bias) for module "
-                f"{module!r}, which has none in the base; it cannot be merged"
+                f"{base.directory}: {parameter!r}, which {quantized.method} quantizes, is no "
+                "single tensor in the checkpoint; use merge.base=original"
             )
-        planned = self._planned(name, entry.name)
-        if planned.shape != entry.shape:
-            raise self._misfit(entry, planned.name, planned.shape)
-        scaling = self.adapter.scaling(self._pattern_key(module)) * self.strength
-        self._add(replace(planned, added_bias=entry, bias_scaling=scaling), entry.name)
-
-    def _delta(self, group: LoraGroup, planned: PlannedTensor) -> LowRankDelta:
-        assert group.a is not None and group.b is not None
-        rank = self.adapter.rank(self._pattern_key(group.module))
-        num_out, num_in = group.b.shape[0], group.a.shape[-1]
-        if group.a.shape != (rank, num_in) or group.b.shape != (num_out, rank):
-            raise LlmtuneError(
-                f"{self.adapter.directory}: {group.a.name!r} is {list(group.a.shape)} and its B "
-                f"is {list(group.b.shape)}, but the adapter's config gives that module rank {rank}"
-            )
-        is_transposed = self._is_transposed(group, planned, num_out, num_in)
-        expected = (num_in, num_out) if is_transposed else (num_out, num_in)
-        if planned.shape != expected:
-            raise self._misfit(group.a, planned.name, planned.shape)
-        scaling = self.adapter.scaling(self._pattern_key(group.module))
-        # DoRA's norm is that of the full delta; its strength blends the result instead.
-        scaling = scaling if group.magnitude is not None else scaling * self.strength
-        return LowRankDelta(group.a, group.b, scaling, is_transposed=is_transposed, num_out=num_out)
-
-    def _is_transposed(
-        self, group: LoraGroup, planned: PlannedTensor, num_out: int, num_in: int
-    ) -> bool:
-        if group.is_embedding:
-            return True
-        is_conv1d_family = self.model_type in CONV1D_FAMILIES
-        fan_in_fan_out = bool(self.adapter.config.get("fan_in_fan_out"))
-        if is_head(planned.name):
-            return False
-        if num_out != num_in:
-            has_swapped_shape = planned.shape == (num_in, num_out)
-            return has_swapped_shape and (is_conv1d_family or fan_in_fan_out)
-        if is_conv1d_family:
-            return True
-        if fan_in_fan_out:
-            raise LlmtuneError(
-                f"{self.adapter.directory} sets fan_in_fan_out, and whether the square weight of "
-                f"{group.module!r} in a {self.model_type!r} model is stored [in, out] is not known"
-            )
-        return False
-
-    def _pattern_key(self, module: str) -> str:
-        targets = self.adapter.config.get("target_parameters") or ()
-        parameter = f"{module}.weight"
-        if any(parameter == target or parameter.endswith(f".{target}") for target in targets):
-            return parameter
-        return module
-
-    def _token_indices(self, module: str) -> list[int]:
-        setting = self.adapter.config.get("trainable_token_indices") or []
-        if isinstance(setting, Mapping):
-            for name, indices in setting.items():
-                if module == name or module.endswith(f".{name}"):
-                    return list(indices)
-            raise LlmtuneError(
-                f"{self.adapter.directory}: trainable_token_indices does not name {module!r}, "
-                "whose rows the adapter holds"
-            )
-        return list(setting)
-
-    def _at_strength(self, delta: LowRankDelta | None) -> LowRankDelta:
-        assert delta is not None
-        return replace(delta, scaling=delta.scaling * self.strength)
-
-    def _planned(self, name: str, adapter_name: str) -> PlannedTensor:
-        found = find_tensor(name, self.base)
-        if found is None and is_head(name):
-            # A tied head: its bytes are the embedding's.
-            embedding = next((tensor for tensor in self.base if is_embedding(tensor)), None)
-            if embedding is not None:
-                return self._start(name, self.base[embedding], adapter_name)
-        if found is None:
-            raise self._unmatched(adapter_name, name)
-        return self._start(found, self.base[found], adapter_name)
-
-    def _start(self, name: str, entry: TensorEntry, adapter_name: str) -> PlannedTensor:
-        if entry.dtype not in FLOAT_DTYPES:
-            raise LlmtuneError(
-                f"{entry.path.parent}: {entry.name!r} is stored as {entry.dtype}, and the adapter "
-                f"tensor {adapter_name!r} can only be merged into one of "
-                f"{', '.join(sorted(FLOAT_DTYPES))}: give the original 16-bit model"
-            )
-        return self.changed.get(name) or PlannedTensor(name, entry.dtype, entry.shape, entry)
-
-    def _add(self, planned: PlannedTensor, adapter_name: str) -> None:
-        before = self.changed.get(planned.name)
-        if before is not None and planned.name not in self.base_copied:
-            raise LlmtuneError(
-                f"{self.adapter.directory}: {adapter_name!r} is a second change of "
-                f"{planned.name!r}, which merging does not combine with the first ({before.change})"
-            )
-        self.changed[planned.name] = planned
-        self.base_copied.discard(planned.name)
-
-    def _check_grown(self, planned: PlannedTensor, entry: TensorEntry) -> None:
-        is_table = is_embedding(planned.name) or is_head(planned.name)
-        has_width = len(entry.shape) == 2 and entry.shape[1:] == planned.shape[1:]
-        if not (is_table and has_width and entry.shape[0] > planned.shape[0]):
-            raise self._misfit(entry, planned.name, planned.shape)
-        if self.strength != 1:
-            raise LlmtuneError(
-                f"{self.adapter.directory}: {entry.name!r} grew the vocabulary from "
-                f"{planned.shape[0]} to {entry.shape[0]} rows, so it can only be merged at "
-                f"strength 1, not {self.strength:g}"
-            )
-
-    def _misfit(self, entry: TensorEntry, name: str, shape: tuple[int, ...]) -> LlmtuneError:
-        return LlmtuneError(
-            f"{self.adapter.directory}: {entry.name!r} of shape {list(entry.shape)} does not fit "
-            f"the base's {name!r} of shape {list(shape)}; is this the adapter's base?"
-        )
-
-    def _unmatched(self, adapter_name: str, name: str) -> LlmtuneError:
-        return LlmtuneError(
-            f"{self.adapter.directory}: {adapter_name!r} has no place in the base: no tensor is "
-            f"named {name!r}; {near_misses(name, self.base)}"
-        )
+        entry = base.tensors[name]
+        planned = marked.get(name) or PlannedTensor(name, entry.dtype, entry.shape, entry)
+        if entry in (planned.source, planned.blend_base):
+            marked[name] = replace(planned, dequantized=Requantized(is_transposed))
+    return marked
 
 
 def _shards(
-    base: CheckpointIndex, planned: Mapping[str, PlannedTensor]
+    base: CheckpointIndex, planned: Mapping[str, PlannedTensor], packed: PackedWeights
 ) -> tuple[PlannedShard, ...]:
     shards = []
-    left = dict(planned)
+    left = {**packed.tensors, **planned}
     for shard in base.shards:
         tensors = [
             left.pop(entry.name)
             if entry.name in left
             else PlannedTensor(entry.name, entry.dtype, entry.shape, entry)
             for entry in shard.tensors
+            if entry.name not in packed.state_names
         ]
         if shard is base.shards[-1]:
             tensors += left.values()
-        shards.append(PlannedShard(shard.path.name, shard, tuple(tensors)))
+        shards.append(PlannedShard(safetensors_name(shard.path.name), shard, tuple(tensors)))
     return tuple(shards)
+
+
+def _cast(shard: PlannedShard, dtype: str) -> PlannedShard:
+    tensors = tuple(
+        replace(tensor, dtype=dtype) if tensor.dtype in FLOAT_DTYPES else tensor
+        for tensor in shard.tensors
+    )
+    return replace(shard, tensors=tensors)

@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 
 from llmtune.merging.changes import MergePlan, PlannedShard, PlannedTensor
-from llmtune.merging.tiles import AdapterTensors, TensorMerger, iter_tiles
+from llmtune.merging.scratch import CPU
+from llmtune.merging.source import AdapterTensors
+from llmtune.merging.tiles import MergeArithmetic, TensorMerger
+from llmtune.merging.tiling import iter_tiles
 from llmtune.safetensors_io import build_preamble, tensor_bytes
 
 COPY_BYTES = 64 << 20  # one piece of an untouched range
@@ -46,7 +49,9 @@ def merged_bytes(shard: PlannedShard) -> int:
     return _lay_out(shard).num_bytes
 
 
-def write_shards(plan: MergePlan, directory: Path, *, num_threads: int) -> None:
+def write_shards(
+    plan: MergePlan, directory: Path, *, num_threads: int, device: torch.device = CPU
+) -> None:
     """Write every shard of the plan into `directory` and flush it to the disk.
 
     Memory: about 25 MiB a thread and the adapter's part of the tensors in work, whatever the size
@@ -58,13 +63,13 @@ def write_shards(plan: MergePlan, directory: Path, *, num_threads: int) -> None:
     """
     threads_before = torch.get_num_threads()
     try:
-        adapter = AdapterTensors()
+        shared = MergeArithmetic(AdapterTensors(device), device, plan.round_trip, plan.combination)
         with ThreadPoolExecutor(num_threads, initializer=partial(torch.set_num_threads, 1)) as pool:
             for shard in plan.shards:
                 writer = _ShardWriter(shard, directory / shard.file_name)
                 writer.write(
                     pool,
-                    lambda tensor: TensorMerger(tensor, adapter, plan.strength),
+                    lambda tensor: TensorMerger(tensor, shared),
                     max_pending=2 * num_threads,
                 )
     finally:

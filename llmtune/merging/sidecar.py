@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.merging.changes import MergePlan
-from llmtune.safetensors_io import INDEX_FILE, CheckpointIndex, tensor_bytes
+from llmtune.safetensors_io import INDEX_FILE, tensor_bytes
 
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -39,7 +39,7 @@ def sidecar_sources(plan: MergePlan) -> dict[str, Path]:
     return sources
 
 
-def write_sidecar(plan: MergePlan, base: CheckpointIndex, directory: Path) -> None:
+def write_sidecar(plan: MergePlan, directory: Path) -> None:
     """Write everything but the shards and the provenance into `directory`."""
     for name, source in sidecar_sources(plan).items():
         if source.is_dir():
@@ -47,8 +47,8 @@ def write_sidecar(plan: MergePlan, base: CheckpointIndex, directory: Path) -> No
         else:
             shutil.copyfile(source, directory / name)
     _write_json(directory / "config.json", merged_config(plan))
-    if plan.has_index:
-        _write_json(directory / INDEX_FILE, _index(plan, base))
+    if plan.index_metadata is not None:
+        _write_json(directory / INDEX_FILE, _index(plan))
 
 
 def merged_config(plan: MergePlan) -> dict[str, Any]:
@@ -78,9 +78,9 @@ def _has_template(directory: Path) -> bool:
     return path.is_file() and bool(_read_json(path).get("chat_template"))
 
 
-def _index(plan: MergePlan, base: CheckpointIndex) -> dict[str, Any]:
+def _index(plan: MergePlan) -> dict[str, Any]:
     weight_map = {tensor.name: shard.file_name for shard in plan.shards for tensor in shard.tensors}
-    metadata = {**(base.index_metadata or {}), "total_size": plan.num_bytes}
+    metadata = {**(plan.index_metadata or {}), "total_size": plan.num_bytes}
     return {"metadata": metadata, "weight_map": weight_map}
 
 

@@ -3,75 +3,39 @@
 Shapes: out and in are the linear layer's widths; a tensor is seen as a table [rows, columns].
 """
 
-import os
-import threading
-from collections.abc import Iterator
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
 from llmtune.errors import LlmtuneError
 from llmtune.merging.changes import Block, LowRankDelta, PlannedTensor
-from llmtune.safetensors_io import DTYPE_BITS, TensorEntry
-
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}
-
-# 2 Mi numbers: 8 MiB in float32, so that a thread holds about 25 MiB whatever the model's size.
-TILE_ELEMENTS = 1 << 21
-
-# A matrix product's rows come out bit-equal to those of the whole product as long as a tile begins
-# at a multiple of the BLAS kernel's height and no tile is thinner than it (16 rows on every x86
-# kernel of MKL that was tried; a tile of 1 to 15 rows takes another kernel and differs).
-ROW_ALIGNMENT = 64
-
-_scratch = threading.local()
+from llmtune.merging.combine import Combination, combine_deltas
+from llmtune.merging.scratch import CPU, TORCH_DTYPES, buffer
+from llmtune.merging.source import AdapterTensors, BaseRows, RoundTrip
+from llmtune.merging.tiling import iter_tiles
+from llmtune.safetensors_io import TensorEntry
 
 
-def iter_tiles(tensor: PlannedTensor) -> Iterator[tuple[Block, int, int]]:
-    """Yield (block, first row, number of rows) over the table; the last tile of a block is longest.
+@dataclass(frozen=True)
+class MergeArithmetic:
+    """What all tensors of a merge share: the device, and how base and deltas are read."""
 
-    A block is one stretch of rows that share a delta; a tensor without one is a single block.
-    """
-    height = max(1, TILE_ELEMENTS // max(1, tensor.num_columns) // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    for block in tensor.blocks or (Block(0, tensor.num_rows),):
-        num_tiles = max(1, block.num_rows // height)
-        for index in range(num_tiles):
-            first = index * height
-            last = block.num_rows if index == num_tiles - 1 else first + height
-            yield block, block.first_row + first, last - first
-
-
-class AdapterTensors:
-    """Loads the adapter's tensors in float32 and keeps the latest: experts share a stack."""
-
-    NUM_KEPT = 6
-
-    def __init__(self) -> None:
-        self._kept: dict[str, torch.Tensor] = {}
-
-    def load(self, entry: TensorEntry) -> torch.Tensor:
-        """Return one tensor in float32, in its own shape."""
-        tensor = self._kept.pop(entry.name, None)
-        if tensor is None:
-            raw = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
-            _read_into(entry, raw.view(-1), entry.start)
-            tensor = raw.float()
-        self._kept[entry.name] = tensor  # last in the order: the latest used
-        if len(self._kept) > self.NUM_KEPT:
-            del self._kept[next(iter(self._kept))]
-        return tensor
+    adapters: AdapterTensors
+    device: torch.device = CPU
+    round_trip: RoundTrip | None = None
+    combination: Combination | None = None
 
 
 class TensorMerger:
-    """Computes the tiles of one changed tensor; holds the adapter's part of it in float32."""
+    """Computes the tiles of one changed tensor; holds the adapters' part of it in float32."""
 
-    def __init__(self, tensor: PlannedTensor, adapter: AdapterTensors, strength: float) -> None:
+    def __init__(self, tensor: PlannedTensor, shared: MergeArithmetic) -> None:
         self.tensor = tensor
-        self.strength = strength
-        self._loaded = {entry.name: adapter.load(entry) for entry in self._adapter_entries()}
+        self.device = shared.device
+        self._loaded = {entry: shared.adapters.load(entry) for entry in self._adapter_entries()}
+        self._base = BaseRows.for_tensor(tensor, shared.round_trip, shared.device)
+        self._combined = self._combine(shared.combination)
         self._column_norms = self._dora_column_norms() if self._needs_column_norms() else None
 
     def merge_tile(self, block: Block, first_row: int, num_rows: int) -> memoryview:
@@ -80,53 +44,65 @@ class TensorMerger:
         Raises:
             LlmtuneError: a merged number is not finite, or not in the dtype's range.
         """
-        weight = self._source_tile(self.tensor.source, first_row, num_rows, slot="weight")
-        merged = self._merge(weight, block, first_row, num_rows)
+        weight = self._base.read(first_row, num_rows, slot="weight")
+        merged = self._merge(weight, block, first_row)
         dtype = TORCH_DTYPES[self.tensor.dtype]
         self._check_finite(merged, dtype, first_row)
-        rounded = _buffer("rounded", num_rows * self.tensor.num_columns, dtype).view_as(merged)
-        rounded.copy_(merged)
-        return memoryview(rounded.reshape(-1).view(torch.uint8).numpy())
+        if merged.dtype == dtype and merged.is_contiguous():
+            rounded = merged
+        else:
+            rounded = buffer("rounded", merged.numel(), dtype, self.device).view(merged.shape)
+            rounded.copy_(merged)
+        return memoryview(rounded.reshape(-1).cpu().view(torch.uint8).numpy())
 
-    def _merge(
-        self, weight: torch.Tensor, block: Block, first_row: int, num_rows: int
-    ) -> torch.Tensor:
+    def _merge(self, weight: torch.Tensor, block: Block, first_row: int) -> torch.Tensor:
         tensor = self.tensor
+        num_rows = weight.shape[0]
         if tensor.blend_base is not None:
-            base = self._source_tile(tensor.blend_base, first_row, num_rows, slot="delta")
-            return base + self.strength * (weight - base)
+            whole = BaseRows(replace(tensor, blend_base=None), self.device)
+            trained = whole.read(first_row, num_rows, slot="delta")
+            return _blend(weight, trained, tensor.strength)
         if tensor.token_rows is not None:
-            self._set_token_rows(weight, first_row, num_rows)
+            self._set_token_rows(weight, first_row)
         if tensor.added_bias is not None:
-            weight += self._loaded[tensor.added_bias.name] * tensor.bias_scaling
-        if block.delta is None:
-            return weight
-        base = weight.clone() if tensor.magnitude is not None and self.strength != 1 else None
-        weight += self._delta_tile(block, first_row, num_rows)
+            weight += self._loaded[tensor.added_bias] * tensor.bias_scaling
+        base = weight.clone() if tensor.magnitude is not None and tensor.strength != 1 else None
+        self._add_deltas(weight, block, first_row)
         if tensor.magnitude is not None:
             self._set_magnitude(weight, tensor.magnitude, first_row)
-        if base is not None:
-            return base + self.strength * (weight - base)
-        return weight
+        return weight if base is None else _blend(base, weight, tensor.strength)
 
-    def _delta_tile(self, block: Block, first_row: int, num_rows: int) -> torch.Tensor:
-        """Return scaling * B @ A (or its transpose) for some rows, [num_rows, columns]."""
-        assert block.delta is not None
-        delta = block.delta
-        left_OR, right_RI = self._factors(delta)
+    def _add_deltas(self, weight: torch.Tensor, block: Block, first_row: int) -> None:
         start = first_row - block.first_row
+        if self._combined:
+            weight += self._combined[block.first_row][start : start + weight.shape[0]]
+            return
+        for delta in block.deltas:
+            weight += self._delta_rows(
+                delta, start, weight.shape[0], factor=delta.scaling * delta.weight
+            )
+
+    def _delta_rows(
+        self, delta: LowRankDelta, start: int, num_rows: int, *, factor: float
+    ) -> torch.Tensor:
+        """Return factor * (B @ A), or its transpose, for some rows of a block: [rows, columns]."""
+        left_OR, right_RI = self._factors(delta)
         if delta.is_transposed:
             right_RI = right_RI[:, start : start + num_rows]
         else:
             left_OR = left_OR[start : start + num_rows]
+        is_exact = math.frexp(factor)[0] == 0.5  # by a power of two: no rounding, in any order
+        if is_exact:
+            left_OR = left_OR * factor
         shape = (left_OR.shape[0], right_RI.shape[1])
-        product = _buffer("delta", shape[0] * shape[1], torch.float32).view(shape)
+        product = buffer("delta", math.prod(shape), torch.float32, self.device).view(shape)
         torch.mm(left_OR, right_RI, out=product)
-        product *= delta.scaling
+        if not is_exact:
+            product *= factor
         return product.t() if delta.is_transposed else product
 
     def _factors(self, delta: LowRankDelta) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = self._loaded[delta.a.name], self._loaded[delta.b.name]
+        a, b = self._loaded[delta.a], self._loaded[delta.b]
         if delta.num_experts > 1:
             # PEFT stacks A as [experts, rank] and B as [rank, experts] (lora.layer.ParamWrapper).
             a = a.view(delta.num_experts, -1, a.shape[1])[delta.expert]
@@ -134,9 +110,24 @@ class TensorMerger:
         b = b[delta.first_out : delta.first_out + delta.num_out]
         return b.contiguous(), a
 
+    def _combine(self, how: Combination | None) -> dict[int, torch.Tensor]:
+        """Return the whole combined delta of each block, where the method needs it whole."""
+        if how is None or not how.is_dense:
+            return {}
+        combined = {}
+        for block in self.tensor.blocks:
+            deltas = [
+                self._delta_rows(delta, 0, block.num_rows, factor=delta.scaling).clone()
+                for delta in block.deltas
+            ]
+            weights = [delta.weight for delta in block.deltas]
+            name = f"{self.tensor.name}/{block.first_row}"
+            combined[block.first_row] = combine_deltas(deltas, weights, how, name=name)
+        return combined
+
     def _set_magnitude(self, weight: torch.Tensor, magnitude: TensorEntry, first_row: int) -> None:
         """Give every output's weights the norm that DoRA learned (arXiv 2402.09353, eq. 5)."""
-        learned = self._loaded[magnitude.name]
+        learned = self._loaded[magnitude]
         if self._column_norms is not None:
             weight *= learned / self._column_norms
         else:
@@ -144,37 +135,25 @@ class TensorMerger:
             weight *= (learned / torch.linalg.norm(weight, dim=1))[:, None]
 
     def _needs_column_norms(self) -> bool:
-        delta = self.tensor.blocks[0].delta if self.tensor.blocks else None
-        return self.tensor.magnitude is not None and delta is not None and delta.is_transposed
+        deltas = self.tensor.deltas
+        return self.tensor.magnitude is not None and bool(deltas) and deltas[0].is_transposed
 
     def _dora_column_norms(self) -> torch.Tensor:
         """Return the norms of W + delta along the stored rows, where outputs are columns: [out]."""
-        squares = torch.zeros(self.tensor.num_columns, dtype=torch.float64)
+        squares = torch.zeros(self.tensor.num_columns, dtype=torch.float64, device=self.device)
         for block, first_row, num_rows in iter_tiles(self.tensor):
-            weight = self._source_tile(self.tensor.source, first_row, num_rows, slot="weight")
-            weight += self._delta_tile(block, first_row, num_rows)
+            weight = self._base.read(first_row, num_rows, slot="weight")
+            self._add_deltas(weight, block, first_row)
             squares += weight.double().square().sum(dim=0)
         return squares.sqrt().float()
 
-    def _set_token_rows(self, weight: torch.Tensor, first_row: int, num_rows: int) -> None:
+    def _set_token_rows(self, weight: torch.Tensor, first_row: int) -> None:
         assert self.tensor.token_rows is not None
-        trained = self._loaded[self.tensor.token_rows.name]
+        trained = self._loaded[self.tensor.token_rows]
         for position, token in enumerate(self.tensor.token_indices):
-            if first_row <= token < first_row + num_rows:
+            if first_row <= token < first_row + weight.shape[0]:
                 row = weight[token - first_row]
-                row.copy_(_blend(row, trained[position], self.strength))
-
-    def _source_tile(
-        self, entry: TensorEntry, first_row: int, num_rows: int, *, slot: str
-    ) -> torch.Tensor:
-        columns = self.tensor.num_columns
-        size = num_rows * columns
-        raw = _buffer("raw", size, TORCH_DTYPES[entry.dtype])
-        row_bytes = columns * DTYPE_BITS[entry.dtype] // 8
-        _read_into(entry, raw, entry.start + first_row * row_bytes)
-        tile = _buffer(slot, size, torch.float32)
-        tile.copy_(raw)
-        return tile.view(num_rows, columns)
+                row.copy_(_blend(row, trained[position], self.tensor.strength))
 
     def _check_finite(self, merged: torch.Tensor, dtype: torch.dtype, first_row: int) -> None:
         if not merged.numel():
@@ -189,34 +168,10 @@ class TensorMerger:
 
     def _adapter_entries(self) -> set[TensorEntry]:
         tensor = self.tensor
-        deltas = [block.delta for block in tensor.blocks if block.delta is not None]
         entries = [tensor.magnitude, tensor.added_bias, tensor.token_rows]
-        entries += [entry for delta in deltas for entry in (delta.a, delta.b)]
+        entries += [entry for delta in tensor.deltas for entry in (delta.a, delta.b)]
         return {entry for entry in entries if entry is not None}
 
 
 def _blend(base: torch.Tensor, trained: torch.Tensor, strength: float) -> torch.Tensor:
     return trained if strength == 1 else base + strength * (trained - base)
-
-
-def _buffer(slot: str, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return `size` numbers of the calling thread's own memory, kept from tile to tile."""
-    needed = size * dtype.itemsize
-    held = getattr(_scratch, slot, None)
-    if held is None or held.numel() < needed:
-        held = torch.empty(needed, dtype=torch.uint8)
-        setattr(_scratch, slot, held)
-    return held[:needed].view(dtype)
-
-
-def _read_into(entry: TensorEntry, raw: torch.Tensor, offset: int) -> None:
-    view = memoryview(raw.view(torch.uint8).numpy())
-    descriptor = os.open(entry.path, os.O_RDONLY)
-    try:
-        while view:
-            count = os.preadv(descriptor, [view], offset)
-            if count == 0:
-                raise LlmtuneError(f"{entry.path} was cut short while it was being read")
-            view, offset = view[count:], offset + count
-    finally:
-        os.close(descriptor)

@@ -48,15 +48,16 @@ def embedding_rows(base_dir: Path) -> int:
     return rows
 
 
-def check_checkpoint(base_dir: Path, *, allow_pickle: bool) -> None:
-    """Check that `base_dir` is a whole, unquantized checkpoint in a file format that is allowed.
+def check_checkpoint(base_dir: Path, *, allow_pickle: bool, allow_quantized: bool = False) -> None:
+    """Check that `base_dir` is a whole checkpoint in a file format that is allowed.
 
     Raises:
         LlmtuneError: config or weights are missing or incomplete, the weights are pickled and
-            `allow_pickle` is false, or the checkpoint is already quantized.
+            `allow_pickle` is false, or the checkpoint is already quantized and `allow_quantized`
+            is false.
     """
     config = read_model_config(base_dir)
-    if "quantization_config" in config:
+    if "quantization_config" in config and not allow_quantized:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise LlmtuneError(
             f"{base_dir}: this base is already quantized ({method}); an adapter could not be "

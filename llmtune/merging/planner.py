@@ -1,0 +1,249 @@
+"""Which tensor of the base gets which part of one adapter, from headers alone."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from llmtune.errors import LlmtuneError
+from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
+from llmtune.merging.changes import Block, LowRankDelta, PlannedTensor
+from llmtune.merging.compare import agree
+from llmtune.merging.experts import plan_experts
+from llmtune.merging.names import find_tensor, is_embedding, is_head, near_misses
+from llmtune.merging.packed import PackedWeights
+from llmtune.safetensors_io import CheckpointIndex, TensorEntry
+
+FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
+
+# Families whose linear layers are transformers' Conv1D, which stores its weight as [in, out].
+CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+
+
+class Planner:
+    """Collects the changed tensors; keys of `changed` are the parameters' names in the base.
+
+    A tied head that the checkpoint does not hold is planned under its name in memory; `settle_ties`
+    gives it its place.
+    """
+
+    def __init__(
+        self,
+        base: CheckpointIndex,
+        config: Mapping[str, Any],
+        adapter: AdapterFiles,
+        strength: float,
+        packed: PackedWeights,
+    ) -> None:
+        self.base = base.tensors
+        self.packed = packed
+        self.model_type = str(config.get("model_type", ""))
+        self.adapter = adapter
+        self.strength = strength
+        self.changed: dict[str, PlannedTensor] = {}
+        self.base_copied: set[str] = set()
+
+    def plan(self) -> dict[str, PlannedTensor]:
+        """Give every tensor of the adapter its place, and return what changed."""
+        for name, entry in self.adapter.base_copies.items():
+            self.take_base_copy(name, entry)
+        for name, entry in self.adapter.replaced.items():
+            self.replace_tensor(name, entry)
+        for module, entry in self.adapter.tokens.items():
+            self.replace_rows(module, entry)
+        for group in self.adapter.lora.values():
+            self.add_group(group)
+        return self.changed
+
+    def take_base_copy(self, name: str, entry: TensorEntry) -> None:
+        """Start from the base weight that PEFT saved along with an embedding's adapter."""
+        planned = self._planned(name, entry.name)
+        if planned.shape != entry.shape:
+            self._check_grown(planned, entry)
+        elif agree(planned.source, entry):
+            return
+        self.changed[planned.name] = replace(planned, shape=entry.shape, source=entry)
+        self.base_copied.add(planned.name)
+
+    def replace_tensor(self, name: str, entry: TensorEntry) -> None:
+        """Take a tensor that was trained whole (`modules_to_save`, `bias`, grown embeddings)."""
+        planned = self._planned(name, entry.name)
+        if planned.shape != entry.shape:
+            self._check_grown(planned, entry)
+        blend_base = planned.source if self.strength != 1 else None
+        self._add(
+            replace(planned, shape=entry.shape, source=entry, blend_base=blend_base), entry.name
+        )
+
+    def replace_rows(self, module: str, entry: TensorEntry) -> None:
+        """Take the rows of an embedding that were trained (`trainable_token_indices`)."""
+        planned = self._planned(f"{module}.weight", entry.name)
+        indices = self._token_indices(module)
+        if entry.shape != (len(indices), planned.num_columns) or len(planned.shape) != 2:
+            raise self._misfit(entry, planned.name, (len(indices), planned.num_columns))
+        if indices and not 0 <= min(indices) <= max(indices) < planned.shape[0]:
+            raise LlmtuneError(
+                f"{self.adapter.directory}: trainable_token_indices names row {max(indices)} of "
+                f"{planned.name!r}, which has {planned.shape[0]} rows"
+            )
+        self._add(replace(planned, token_rows=entry, token_indices=tuple(indices)), entry.name)
+
+    def add_group(self, group: LoraGroup) -> None:
+        """Add the low-rank delta of one module, and its bias if it has one."""
+        assert group.a is not None and group.b is not None
+        name = f"{group.module}.weight"
+        if find_tensor(name, self.base) is None and not is_head(name):
+            self._add_experts(group)
+            return
+        planned = self._planned(name, group.a.name)
+        delta = self._delta(group, planned)
+        block = Block(0, planned.num_rows, (delta,))
+        self._add(replace(planned, blocks=(block,), magnitude=group.magnitude), group.a.name)
+        if group.magnitude is not None and group.magnitude.shape != (delta.num_out,):
+            raise self._misfit(group.magnitude, planned.name, (delta.num_out,))
+        if group.bias is not None:
+            self._add_bias(group.module, group.bias)
+
+    def _add_experts(self, group: LoraGroup) -> None:
+        assert group.a is not None
+        if not self.adapter.config.get("target_parameters"):
+            raise self._unmatched(group.a.name, f"{group.module}.weight")
+        if group.magnitude is not None or group.bias is not None or group.is_embedding:
+            raise LlmtuneError(
+                f"{self.adapter.directory}: {group.module!r} is a stack of experts; only plain "
+                "LoRA on it can be merged"
+            )
+        for entry, blocks in plan_experts(
+            group, self.adapter, self.base, self.model_type, strength=self.strength
+        ):
+            planned = replace(self._planned(entry.name, group.a.name), blocks=blocks)
+            self._add(planned, group.a.name)
+
+    def _add_bias(self, module: str, entry: TensorEntry) -> None:
+        name = find_tensor(f"{module}.bias", self.base)
+        if name is None:
+            raise LlmtuneError(
+                f"{self.adapter.directory}: {entry.name!r} is a bias (lora_bias) for module "
+                f"{module!r}, which has none in the base; it cannot be merged"
+            )
+        planned = self._planned(name, entry.name)
+        if planned.shape != entry.shape:
+            raise self._misfit(entry, planned.name, planned.shape)
+        scaling = self.adapter.scaling(self._pattern_key(module)) * self.strength
+        self._add(replace(planned, added_bias=entry, bias_scaling=scaling), entry.name)
+
+    def _delta(self, group: LoraGroup, planned: PlannedTensor) -> LowRankDelta:
+        assert group.a is not None and group.b is not None
+        rank = self.adapter.rank(self._pattern_key(group.module))
+        num_out, num_in = group.b.shape[0], group.a.shape[-1]
+        if group.a.shape != (rank, num_in) or group.b.shape != (num_out, rank):
+            raise LlmtuneError(
+                f"{self.adapter.directory}: {group.a.name!r} is {list(group.a.shape)} and its B "
+                f"is {list(group.b.shape)}, but the adapter's config gives that module rank {rank}"
+            )
+        is_transposed = self._is_transposed(group, planned, num_out, num_in)
+        expected = (num_in, num_out) if is_transposed else (num_out, num_in)
+        if planned.shape != expected:
+            raise self._misfit(group.a, planned.name, planned.shape)
+        scaling = self.adapter.scaling(self._pattern_key(group.module))
+        # DoRA's norm is that of the full delta; its strength blends the result instead.
+        weight = 1.0 if group.magnitude is not None else self.strength
+        return LowRankDelta(group.a, group.b, scaling, weight, is_transposed, num_out=num_out)
+
+    def _is_transposed(
+        self, group: LoraGroup, planned: PlannedTensor, num_out: int, num_in: int
+    ) -> bool:
+        if group.is_embedding:
+            return True
+        is_conv1d_family = self.model_type in CONV1D_FAMILIES
+        fan_in_fan_out = bool(self.adapter.config.get("fan_in_fan_out"))
+        if is_head(planned.name):
+            return False
+        if num_out != num_in:
+            has_swapped_shape = planned.shape == (num_in, num_out)
+            return has_swapped_shape and (is_conv1d_family or fan_in_fan_out)
+        if is_conv1d_family:
+            return True
+        if fan_in_fan_out:
+            raise LlmtuneError(
+                f"{self.adapter.directory} sets fan_in_fan_out, and whether the square weight of "
+                f"{group.module!r} in a {self.model_type!r} model is stored [in, out] is not known"
+            )
+        return False
+
+    def _pattern_key(self, module: str) -> str:
+        targets = self.adapter.config.get("target_parameters") or ()
+        parameter = f"{module}.weight"
+        if any(parameter == target or parameter.endswith(f".{target}") for target in targets):
+            return parameter
+        return module
+
+    def _token_indices(self, module: str) -> list[int]:
+        setting = self.adapter.config.get("trainable_token_indices") or []
+        if isinstance(setting, Mapping):
+            for name, indices in setting.items():
+                if module == name or module.endswith(f".{name}"):
+                    return list(indices)
+            raise LlmtuneError(
+                f"{self.adapter.directory}: trainable_token_indices does not name {module!r}, "
+                "whose rows the adapter holds"
+            )
+        return list(setting)
+
+    def _planned(self, name: str, adapter_name: str) -> PlannedTensor:
+        found = find_tensor(name, self.base)
+        if found is None and is_head(name):
+            # A tied head: its bytes are the embedding's.
+            embedding = next((tensor for tensor in self.base if is_embedding(tensor)), None)
+            if embedding is not None:
+                return self._start(name, self.base[embedding], adapter_name)
+        if found is None:
+            raise self._unmatched(adapter_name, name)
+        return self._start(found, self.base[found], adapter_name)
+
+    def _start(self, name: str, entry: TensorEntry, adapter_name: str) -> PlannedTensor:
+        if name in self.packed.tensors:
+            unpacked = replace(self.packed.tensors[name], strength=self.strength)
+            return self.changed.get(name, unpacked)
+        if entry.dtype not in FLOAT_DTYPES:
+            raise LlmtuneError(
+                f"{entry.path.parent}: {entry.name!r} is stored as {entry.dtype}, and the adapter "
+                f"tensor {adapter_name!r} can only be merged into one of "
+                f"{', '.join(sorted(FLOAT_DTYPES))}: give the original 16-bit model"
+            )
+        return self.changed.get(name) or PlannedTensor(
+            name, entry.dtype, entry.shape, entry, strength=self.strength
+        )
+
+    def _add(self, planned: PlannedTensor, adapter_name: str) -> None:
+        before = self.changed.get(planned.name)
+        if before is not None and planned.name not in self.base_copied:
+            raise LlmtuneError(
+                f"{self.adapter.directory}: {adapter_name!r} is a second change of "
+                f"{planned.name!r}, which merging does not combine with the first ({before.change})"
+            )
+        self.changed[planned.name] = planned
+        self.base_copied.discard(planned.name)
+
+    def _check_grown(self, planned: PlannedTensor, entry: TensorEntry) -> None:
+        is_table = is_embedding(planned.name) or is_head(planned.name)
+        has_width = len(entry.shape) == 2 and entry.shape[1:] == planned.shape[1:]
+        if not (is_table and has_width and entry.shape[0] > planned.shape[0]):
+            raise self._misfit(entry, planned.name, planned.shape)
+        if self.strength != 1:
+            raise LlmtuneError(
+                f"{self.adapter.directory}: {entry.name!r} grew the vocabulary from "
+                f"{planned.shape[0]} to {entry.shape[0]} rows, so it can only be merged at "
+                f"strength 1, not {self.strength:g}"
+            )
+
+    def _misfit(self, entry: TensorEntry, name: str, shape: tuple[int, ...]) -> LlmtuneError:
+        return LlmtuneError(
+            f"{self.adapter.directory}: {entry.name!r} of shape {list(entry.shape)} does not fit "
+            f"the base's {name!r} of shape {list(shape)}; is this the adapter's base?"
+        )
+
+    def _unmatched(self, adapter_name: str, name: str) -> LlmtuneError:
+        return LlmtuneError(
+            f"{self.adapter.directory}: {adapter_name!r} has no place in the base: no tensor is "
+            f"named {name!r}; {near_misses(name, self.base)}"
+        )
