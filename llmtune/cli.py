@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import click
 from rich.console import Console
 
-from llmtune.commands import answer, config, data, export, look, run
+from llmtune.commands import answer, config, data, export, look, merge, run
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.version import __version__
 
@@ -70,7 +70,7 @@ def cli() -> None:
 for command in (
     run.run_all,
     run.train,
-    run.merge,
+    merge.merge,
     run.evaluate,
     run.report,
     export.export,

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.evaluation.results import arm_result_path
 from llmtune.fingerprint import hash_json
 from llmtune.ledger import Ledger, open_ledger
+from llmtune.merging.config import MergeConfig, MergeSettings
 from llmtune.merging.provenance import PROVENANCE_FILE
 from llmtune.models.identity import base_fingerprint
 from llmtune.models.resolve import BaseSource, resolve_base
@@ -24,9 +26,13 @@ if TYPE_CHECKING:
     from llmtune.evaluation.scores import Scores
     from llmtune.evaluation.suite import Suite
     from llmtune.reporting.report import Report
+    from llmtune.stages.merge import MergeRequest
     from llmtune.targets import Target
 
 log = logging.getLogger("llmtune")
+
+MERGE_DEFAULTS = MergeConfig()
+NO_SETTINGS = MergeSettings()
 
 
 def run(config: RunConfig, *, force: bool = False) -> "Report":
@@ -91,72 +97,104 @@ def train(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
     return result
 
 
-def merge(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
-    """Add the run's adapter into its 16-bit base, and check it against the live adapter.
+def merge(
+    config: RunConfig, *, force: bool = False, settings: MergeSettings = NO_SETTINGS
+) -> Mapping[str, Any]:
+    """Add the run's adapter into its base, and check it against the live adapter.
 
     Raises:
         CheckFailed: the merged model differs from base + adapter; nothing is left in `merged/`.
     """
     config = anchor_paths(config)
-    source = resolve_base(config.model)
+    request_of = partial(_merge_request, config, config.run.merged_dir, settings)
     adapter = _trained_adapter(config)
 
     def work() -> Mapping[str, Any]:
-        from llmtune.stages.merge import MergeRequest, run_merge_stage
+        from llmtune.stages.merge import run_merge_stage
 
-        return run_merge_stage(
-            MergeRequest(
-                model=config.model,
-                source=source,
-                adapter_dir=config.run.adapter_dir,
-                out_dir=config.run.merged_dir,
-                strength=config.merge.strength,
-                max_kl=config.merge.max_kl,
-                sequences=_held_out(config, source),
-                suites=load_suites(config),
-            )
-        )
+        return run_merge_stage(request_of())
 
     with _open(config) as ledger:
         inputs = {
             "adapter": adapter,
-            "base": base_fingerprint(source.dir),
+            "base": base_fingerprint(resolve_base(config.model).dir),
             "merge": config.merge.model_dump(mode="json"),
         }
+        inputs |= {"dtype": settings.dtype} if settings.dtype else {}
         is_there = config.run.merged_dir.is_dir()
         return ledger.stage("merge", inputs, work, is_there=is_there, force=force)
 
 
 def merge_into(
-    target: "Target", out_dir: Path, *, strength: float | None = None, force: bool = False
+    target: "Target",
+    out_dir: Path,
+    *,
+    knobs: MergeConfig = MERGE_DEFAULTS,
+    settings: MergeSettings = NO_SETTINGS,
+    force: bool = False,
 ) -> Mapping[str, Any]:
     """Merge an adapter that belongs to no run, or a run's into another place, and check it.
 
     Args:
-        strength: None is the run's `merge.strength`, or 1.
+        knobs: base, strength and bound of an adapter that is no run's; a run has its own.
         force: replace an earlier merged model in `out_dir`; nothing else is ever replaced.
 
     Raises:
         LlmtuneError: there is no adapter, or `out_dir` may not be written.
         CheckFailed: the merged model differs from base + adapter; `out_dir` is not made.
     """
-    from llmtune.merging.config import MergeConfig
-    from llmtune.stages.merge import MergeRequest, run_merge_stage
+    from llmtune.stages.merge import run_merge_stage
+
+    request = _request_of_target(target, out_dir, knobs, settings)
+    _refuse_to_replace(out_dir, (request.source.dir, request.adapter_dir), force=force)
+    return run_merge_stage(request)
+
+
+def plan_merges(
+    target: "Target",
+    out_dir: Path | None = None,
+    *,
+    knobs: MergeConfig = MERGE_DEFAULTS,
+    settings: MergeSettings = NO_SETTINGS,
+) -> Mapping[str, Any]:
+    """Say what a merge would change, and what it needs on the disk; nothing is written.
+
+    Raises:
+        LlmtuneError: there is no adapter, or it cannot be merged.
+    """
+    from llmtune.stages.merge import describe_plans
+
+    if out_dir is None and target.config is not None:
+        out_dir = target.config.run.merged_dir
+    return describe_plans(_request_of_target(target, out_dir or Path(), knobs, settings))
+
+
+def _request_of_target(
+    target: "Target", out_dir: Path, knobs: MergeConfig, settings: MergeSettings
+) -> "MergeRequest":
+    from llmtune.stages.merge import MergeRequest
 
     if target.adapter_dir is None:
         raise LlmtuneError(f"{target.name}: has no adapter to merge")
-    knobs = target.config.merge if target.config else MergeConfig()
-    source = resolve_base(target.model)
-    _refuse_to_replace(out_dir, (source.dir, target.adapter_dir), force=force)
-    return run_merge_stage(
-        MergeRequest(
-            model=target.model,
-            source=source,
-            adapter_dir=target.adapter_dir,
-            out_dir=out_dir,
-            strength=knobs.strength if strength is None else strength,
-            max_kl=knobs.max_kl,
-        )
+    if target.config is not None:
+        return _merge_request(anchor_paths(target.config), out_dir, settings)
+    source = resolve_base(target.model, allow_quantized=True)
+    return MergeRequest(target.model, source, target.adapter_dir, out_dir, knobs, settings=settings)
+
+
+def _merge_request(config: RunConfig, out_dir: Path, settings: MergeSettings) -> "MergeRequest":
+    from llmtune.stages.merge import MergeRequest
+
+    source = resolve_base(config.model)
+    return MergeRequest(
+        model=config.model,
+        source=source,
+        adapter_dir=config.run.adapter_dir,
+        out_dir=out_dir,
+        knobs=config.merge,
+        sequences=_held_out(config, source),
+        suites=load_suites(config),
+        settings=settings,
     )
 
 

@@ -1,4 +1,4 @@
-"""run, train, merge, eval, report: the stages of a run."""
+"""run, train, eval, report: the stages of a run."""
 
 import logging
 from pathlib import Path
@@ -16,7 +16,6 @@ from llmtune.commands.options import (
     show_progress,
     with_output_options,
 )
-from llmtune.errors import LlmtuneError
 
 
 @click.command("run")
@@ -78,47 +77,6 @@ def train(
             f"{result['tokens']} tokens, last loss {result['final_loss']:.4f}"
         ),
     )
-
-
-@click.command()
-@TARGET_ARGUMENT
-@OVERRIDES_ARGUMENT
-@click.option(
-    "--strength", type=click.FloatRange(min=0), help="How much of the adapter is added (default 1)."
-)
-@click.option("--out", type=click.Path(path_type=Path), help="Where the merged model goes.")
-@FORCE_OPTION
-@with_output_options
-def merge(  # noqa: PLR0913 (one argument an option)
-    target: str,
-    overrides: tuple[str, ...],
-    strength: float | None,
-    out: Path | None,
-    force: bool,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    """Add an adapter into its base and check the result.
-
-    TARGET is a config, a run or an adapter directory.
-
-    \b
-      llmtune merge runs/quickstart
-      llmtune merge runs/quickstart/adapter --out merged --strength 0.7
-    """
-    from llmtune import pipeline
-    from llmtune.targets import require_run, resolve_target
-
-    show_progress(quiet)
-    named = resolve_target(target, overrides)
-    if out is None and named.config is None:
-        raise LlmtuneError(f"{target}: is not a run; say where the merged model goes with --out")
-    if out is not None:
-        result = pipeline.merge_into(named, out, strength=strength, force=force)
-    else:
-        more = () if strength is None else (f"merge.strength={strength}",)
-        result = pipeline.merge(require_run(target, (*overrides, *more)), force=force)
-    print_result(result, as_json, lambda: f"merged model saved in {result['out_dir']}")
 
 
 @click.command("eval")

@@ -147,6 +147,8 @@ class MergePlan:
     base: str = "original"  # or dequantized: what the adapter is added to
     round_trip: "RoundTrip | None" = None  # how `Requantized` tensors are read
     combination: "Combination | None" = None  # None: the deltas' plain sum
+    base_name: str = ""  # for people: a hub id, or the last part of a path
+    base_revision: str | None = None
 
     @property
     def adapter_dir(self) -> Path:
@@ -189,7 +191,7 @@ class MergePlan:
                     "shape": list(tensor.shape),
                     "dtype": tensor.dtype,
                     "bytes": tensor_bytes(tensor.dtype, tensor.shape),
-                    "scaling": sorted({delta.scaling for delta in tensor.deltas}),
+                    "deltas": _describe_deltas(tensor),
                     "is_dequantized": tensor.dequantized is not None,
                 }
                 for shard in self.shards
@@ -197,3 +199,17 @@ class MergePlan:
                 if tensor.change != "none"
             ],
         }
+
+
+def _describe_deltas(tensor: PlannedTensor) -> list[dict[str, object]]:
+    """One for each adapter; the experts of a stack are alike."""
+    deltas = tensor.blocks[0].deltas if tensor.blocks else ()
+    return [
+        {
+            "rank": delta.a.shape[0] // delta.num_experts,
+            "scaling": delta.scaling,
+            "weight": delta.weight,
+            "tensor": delta.a.name,
+        }
+        for delta in deltas
+    ]

@@ -1,5 +1,6 @@
 """The knobs of the merge."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -7,6 +8,18 @@ from pydantic import Field
 from llmtune.schema import Section
 
 MergeBase = Literal["original", "dequantized", "auto"]
+MERGE_BASES: tuple[MergeBase, ...] = ("original", "dequantized", "auto")
+MERGE_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """What may be asked of one merge and is no property of a run."""
+
+    dtype: str | None = None
+    """float32, float16 or bfloat16 for the merged weights; None is the base's own."""
+    device: str = "cpu"
+    """Where the sum is computed: cpu, cuda, or one GPU such as cuda:1."""
 
 
 class MergeConfig(Section):

@@ -35,9 +35,11 @@ class MergeResult:
     """A finished merge: what went into it and how much of the base it changed."""
 
     out_dir: Path
+    base: str  # original or dequantized
     base_fingerprint: str
     adapter_hash: str
     strength: float
+    adapters: tuple[dict[str, object], ...]  # of several: name, hash and weight of each
     num_tensors: int
     changes: dict[str, int]  # number of changed tensors, by kind of change
     config_changes: dict[str, object]
@@ -148,10 +150,22 @@ def _unfinished_dir(out_dir: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _check_free_space(plan: MergePlan, out_dir: Path) -> None:
+def needed_bytes(plan: MergePlan) -> int:
+    """Return what the merged directory takes on the disk."""
     needed = sum(merged_bytes(shard) for shard in plan.shards) + SMALL_FILES_BYTES
-    needed += sum(path.stat().st_size for path in sidecar_sources(plan).values())
-    free = shutil.disk_usage(out_dir.parent).free
+    return needed + sum(path.stat().st_size for path in sidecar_sources(plan).values())
+
+
+def free_bytes(out_dir: Path) -> int:
+    """Return the free bytes of the disk on which `out_dir` lies or would lie."""
+    place = next(
+        place for place in (out_dir.absolute(), *out_dir.absolute().parents) if place.exists()
+    )
+    return shutil.disk_usage(place).free
+
+
+def _check_free_space(plan: MergePlan, out_dir: Path) -> None:
+    needed, free = needed_bytes(plan), free_bytes(out_dir)
     if free < needed:
         raise LlmtuneError(
             f"{out_dir} needs {needed:,} bytes and its disk has {free:,} free; free some space or "
@@ -163,9 +177,11 @@ def _result(plan: MergePlan, out_dir: Path, seconds: float) -> MergeResult:
     changes = Counter(tensor.change for tensor in plan.tensors if tensor.change != "none")
     return MergeResult(
         out_dir=out_dir,
+        base=plan.base,
         base_fingerprint=plan.base_fingerprint,
         adapter_hash=adapter_fingerprint(plan.adapter_dir),
         strength=plan.strength,
+        adapters=_describe_adapters(plan) if len(plan.adapters) > 1 else (),
         num_tensors=len(plan.tensors),
         changes=dict(changes),
         config_changes=plan.config_changes,
@@ -174,11 +190,24 @@ def _result(plan: MergePlan, out_dir: Path, seconds: float) -> MergeResult:
     )
 
 
+def _describe_adapters(plan: MergePlan) -> tuple[dict[str, object], ...]:
+    return tuple(
+        {
+            "name": one.directory.name,
+            "hash": adapter_fingerprint(one.directory),
+            "weight": one.weight,
+        }
+        for one in plan.adapters
+    )
+
+
 def _provenance(plan: MergePlan, result: MergeResult) -> dict[str, object]:
+    values = result.to_dict()
+    values.pop("out_dir")
     return {
-        "base": str(plan.base_dir.absolute()),
-        "adapter": str(plan.adapter_dir.absolute()),
-        **{key: value for key, value in result.to_dict().items() if key != "out_dir"},
+        "base_name": plan.base_name,
+        "base_revision": plan.base_revision,
+        **values,
         "versions": versions(),
     }
 

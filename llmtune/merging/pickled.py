@@ -73,7 +73,7 @@ def _read_structure(path: Path) -> SafetensorsFile:
 
 
 def _entry(path: Path, name: str, tensor: torch.Tensor) -> TensorEntry:
-    offset = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+    offset = tensor.untyped_storage()._checkpoint_offset
     if offset is None:
         raise TypeError("its tensors' places are not known: a file from before PyTorch 1.6")
     if not tensor.is_contiguous():

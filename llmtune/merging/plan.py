@@ -47,6 +47,12 @@ class PlanOptions:
     """Take the weights it names as the quantized base computes with them."""
     allow_pickle: bool = False
     """Also read `pytorch_model*.bin`, through PyTorch's restricted unpickler."""
+    base_name: str | None = None
+    """What the merged model records as its base; None is the last part of the base's path."""
+    base_revision: str | None = None
+
+
+DEFAULT_OPTIONS = PlanOptions()
 
 
 def plan_merge(
@@ -54,7 +60,7 @@ def plan_merge(
     adapter_dir: Path,
     *,
     strength: float = 1.0,
-    options: PlanOptions = PlanOptions(),  # noqa: B008 (frozen)
+    options: PlanOptions = DEFAULT_OPTIONS,
 ) -> MergePlan:
     """Plan the merge of an adapter into a base, reading no weights but those a tie depends on.
 
@@ -78,7 +84,7 @@ def plan_combined_merge(
     adapters: Sequence[WeightedAdapter],
     *,
     combination: Combination | None = None,
-    options: PlanOptions = PlanOptions(),  # noqa: B008 (frozen)
+    options: PlanOptions = DEFAULT_OPTIONS,
 ) -> MergePlan:
     """Plan the merge of several adapters of one base, their deltas combined in the order given.
 
@@ -121,6 +127,8 @@ def plan_combined_merge(
         base="dequantized" if options.quantized or packed.tensors else "original",
         round_trip=options.quantized.round_trip if options.quantized else None,
         combination=combination,
+        base_name=options.base_name or base_dir.name,
+        base_revision=options.base_revision,
     )
 
 

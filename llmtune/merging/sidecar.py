@@ -55,6 +55,8 @@ def merged_config(plan: MergePlan) -> dict[str, Any]:
     """Return the base's config.json as the merged model needs it."""
     config = _read_json(plan.base_dir / "config.json")
     config.pop("quantization_config", None)
+    if str(config.get("_name_or_path", "")).startswith("/"):
+        del config["_name_or_path"]  # a path of the machine that saved the base
     sizes: Counter[str] = Counter()
     for tensor in plan.tensors:
         sizes[tensor.dtype] += tensor_bytes(tensor.dtype, tensor.shape)

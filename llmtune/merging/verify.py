@@ -1,10 +1,10 @@
 """Comparing a merged directory, loaded from disk, with the live adapter model it came from."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -18,9 +18,11 @@ from llmtune.scoring.batches import (
     pad_rows,
     run_forward,
 )
-from llmtune.scoring.divergence import Divergence, compare_distributions
+from llmtune.scoring.divergence import compare_distributions
 from llmtune.scoring.generate import Decoding, Generation, generate_texts
 from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
+
+MAX_MEAN_LOSS = 100.0  # nats; keeps the perplexity of a broken model a number
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class VerifyResult:
     max_logit_difference: float
     kl: float  # KL(adapter || merged), nats per token
     top1_agreement: float
+    live_perplexity: float  # of the tokens of `sequences`, each given those before it
+    merged_perplexity: float
     num_labels: int
     num_same_labels: int
     label_differences: tuple[LabelDifference, ...]
@@ -103,15 +107,17 @@ def verify_merge(
     assert decoding.temperature == 0, "answers are compared greedily"
     merged = load_merged(merged_dir, dtype=dtype, device=device or model_device(live))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(merged_dir), local_files_only=True)
-    largest, divergence = _compare_sequences(live, merged, prompts.sequences)
+    compared = _compare_sequences(live, merged, prompts.sequences)
     label_differences = _compare_labels(live, merged, prompts.labels)
     divergences = _compare_answers(live, merged, tokenizer, prompts.open_prompts, decoding)
     return VerifyResult(
         dtype=str(next(merged.parameters()).dtype).removeprefix("torch."),
-        num_tokens=int(divergence.num_tokens.sum()),
-        max_logit_difference=largest,
-        kl=divergence.kl,
-        top1_agreement=1.0 - divergence.top1_flips,
+        num_tokens=compared.num_tokens,
+        max_logit_difference=compared.largest,
+        kl=compared.kl / max(1, compared.num_tokens),
+        top1_agreement=compared.num_agreeing / compared.num_tokens if compared.num_tokens else 1.0,
+        live_perplexity=compared.perplexity(compared.live_loss),
+        merged_perplexity=compared.perplexity(compared.merged_loss),
         num_labels=len(prompts.labels),
         num_same_labels=len(prompts.labels) - len(label_differences),
         label_differences=tuple(label_differences),
@@ -146,12 +152,26 @@ def load_merged(
     return model.to(device).eval()
 
 
+@dataclass
+class _Compared:
+    """Sums over every position of the sequences; losses are in nats, over all but the first."""
+
+    largest: float = 0.0
+    kl: float = 0.0
+    num_agreeing: int = 0
+    num_tokens: int = 0
+    live_loss: float = 0.0
+    merged_loss: float = 0.0
+    num_predicted: int = 0
+
+    def perplexity(self, loss: float) -> float:
+        return math.exp(min(loss / max(1, self.num_predicted), MAX_MEAN_LOSS))
+
+
 def _compare_sequences(
     live: nn.Module, merged: nn.Module, sequences: Sequence[Sequence[int]]
-) -> tuple[float, Divergence]:
-    largest = 0.0
-    kl_sums: list[float] = []
-    flips: list[int] = []
+) -> _Compared:
+    total = _Compared()
     with inference(live), inference(merged):
         for ids in sequences:
             live_logits = _logits(live, ids).to(model_device(merged))
@@ -162,12 +182,21 @@ def _compare_sequences(
                     f"the adapter model {live_logits.shape[-1]}; it was merged from another base"
                 )
             difference = (live_logits.float() - merged_logits.float()).abs().max().item()
-            largest = max(largest, difference)
             kl, flipped = compare_distributions(live_logits[0], merged_logits[0])
-            kl_sums.append(kl.sum())
-            flips.append(flipped.sum())
-    counts = np.array([len(ids) for ids in sequences], dtype=np.int64)
-    return largest, Divergence(np.array(kl_sums), np.array(flips), counts)
+            total.largest = max(total.largest, difference)
+            total.kl += float(kl.sum())
+            total.num_agreeing += len(ids) - int(flipped.sum())
+            total.num_tokens += len(ids)
+            total.live_loss += _loss(live_logits, ids)
+            total.merged_loss += _loss(merged_logits, ids)
+            total.num_predicted += len(ids) - 1
+    return total
+
+
+def _loss(logits: torch.Tensor, ids: Sequence[int]) -> float:
+    """Return the summed negative log-likelihood of the tokens after the first, in nats."""
+    targets = torch.tensor(ids[1:], device=logits.device)
+    return nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item()
 
 
 def _compare_labels(

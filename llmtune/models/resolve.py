@@ -38,7 +38,7 @@ class BaseSource:
         }
 
 
-def resolve_base(config: ModelConfig) -> BaseSource:
+def resolve_base(config: ModelConfig, *, allow_quantized: bool = False) -> BaseSource:
     """Find the checkpoint that `config.base` names: a path if it exists, else a hub id.
 
     A GGUF file is turned into a dense checkpoint once and kept in the cache directory. Loads no
@@ -58,7 +58,7 @@ def resolve_base(config: ModelConfig) -> BaseSource:
         source = _local_source(path.absolute())
     else:
         source = _hub_source(config, allow_pickle=allow_pickle)
-    check_checkpoint(source.dir, allow_pickle=allow_pickle)
+    check_checkpoint(source.dir, allow_pickle=allow_pickle, allow_quantized=allow_quantized)
     return source
 
 

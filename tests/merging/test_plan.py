@@ -63,7 +63,9 @@ def test_plan_lists_every_changed_tensor_as_json(place):
     assert listed["tensors"] == 21
     assert len(listed["changed"]) == 14
     first = listed["changed"][0]
-    assert (first["change"], first["scaling"], first["dtype"]) == ("lora", [2.0], "F32")
+    assert (first["change"], first["dtype"]) == ("lora", "F32")
+    (delta,) = first["deltas"]
+    assert (delta["rank"], delta["scaling"], delta["weight"]) == (4, 2.0, 1.0)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
