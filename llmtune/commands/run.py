@@ -16,6 +16,7 @@ from llmtune.commands.options import (
     show_progress,
     with_output_options,
 )
+from llmtune.errors import LlmtuneError
 
 
 @click.command("run")
