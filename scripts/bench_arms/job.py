@@ -1,0 +1,53 @@
+"""What one measured process is asked, and what it answers."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+RANK = 16
+ALPHA = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm on one setting, run in a process of its own."""
+
+    arm: str
+    model_dir: str
+    mix: str
+    quantization: str
+    device: str
+    batch_size: int
+    full_length: int
+    warm_up: int
+    steps: int
+    """Timed ones, after the warm-up."""
+    gradients_file: str | None = None
+    """Where to save every step's gradients (safetensors); the adapter then stays as it is."""
+
+    @property
+    def num_rows(self) -> int:
+        return (self.warm_up + self.steps) * self.batch_size
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a process measured; lists have one entry a step, the warm-up included."""
+
+    step_seconds: list[float]
+    step_tokens: list[int]
+    """Without padding."""
+    losses: list[float]
+    base_bytes: int
+    peak_bytes: int
+    choices: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def read(path: Path) -> "Answer":
+        return Answer(**json.loads(path.read_text()))
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))

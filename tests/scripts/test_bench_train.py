@@ -1,0 +1,67 @@
+"""The training benchmark: its rows, its gate, and one whole run of its arms on a tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.tiny import make_model
+
+SCRIPTS_DIR = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS_DIR))
+
+from bench_arms.parity import Parity, compare_gradients, compare_losses  # noqa: E402
+from bench_arms.rows import IGNORE_INDEX, follow_rule, make_rows  # noqa: E402
+
+
+def test_rows_are_as_long_as_the_mix_says_and_train_their_end():
+    stream = follow_rule(5000)
+    rows = make_rows("chat", 400, full_length=64, stream=stream)
+    assert np.mean([len(ids) for ids, _ in rows]) == pytest.approx(200, rel=0.1)
+    short = make_rows("short", 400, full_length=64, stream=stream)
+    assert np.median([len(ids) for ids, _ in short]) == pytest.approx(110, rel=0.1)
+    assert {len(ids) for ids, _ in make_rows("full", 5, full_length=64, stream=stream)} == {64}
+    for ids, labels in rows:
+        trained = [label for label in labels if label != IGNORE_INDEX]
+        assert len(labels) == len(ids) and trained == ids[-len(trained) :] and len(trained) >= 2
+
+
+def test_gate_sees_one_tensor_that_is_worse_than_stock(tmp_path):
+    exact = {f"{batch} {name}": torch.ones(4) for batch in range(2) for name in ("a", "b")}
+    stock = {name: value + 0.1 for name, value in exact.items()}
+    worse = {name: value + (0.2 if name.endswith("b") else 0.1) for name, value in exact.items()}
+    files = [tmp_path / name for name in ("worse", "stock", "exact")]
+    for file, tensors in zip(files, (worse, stock, exact), strict=True):
+        save_file(tensors, file)
+    ratios = compare_gradients(*files)
+    assert ratios["a"] == pytest.approx(1.0, abs=1e-5)
+    assert ratios["b"] == pytest.approx(2.0, abs=1e-5)
+    assert not Parity(max(ratios.values()), 1.0, 0.0, 0.0).holds
+
+
+def test_gate_judges_the_median_loss_and_reports_the_largest():
+    median, largest = compare_losses([1.0, 2.0, 3.5], [1.0, 2.001, 3.0])
+    assert (median, largest) == (pytest.approx(0.001), pytest.approx(0.5))
+    assert Parity(1.0, 1.0, median, largest).holds
+    assert not Parity(1.0, 1.0, 0.003, largest).holds
+
+
+@pytest.mark.slow
+def test_arms_agree_on_a_tiny_model_and_fill_the_table(tmp_path):
+    make_model("llama", vocab_size=512).save_pretrained(tmp_path / "base")
+    command = [sys.executable, "scripts/bench_train.py", "--model", str(tmp_path / "base")]
+    command += ["--full-length", "48", "--mix", "full", "--batch-size", "16", "--steps", "2"]
+    command += ["--rounds", "1", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(
+        command, cwd=SCRIPTS_DIR.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads(line) for line in (tmp_path / "out.json").read_text().splitlines()]
+    assert [result["arm"] for result in results] == ["trl-default", "trl-best", "llmtune"]
+    assert all(result["tokens_per_second"] > 0 and result["parity"] for result in results)
+    assert "parity of llmtune holds" in done.stdout
