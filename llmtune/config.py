@@ -9,13 +9,14 @@ from pydantic import Field
 
 from llmtune.adapters.config import AdapterConfig
 from llmtune.adapters.lora import LoraAdapter
-from llmtune.data.config import DataConfig
+from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.merging.config import MergeConfig
 from llmtune.models.config import ModelConfig
 from llmtune.run_dir import RunDir
 from llmtune.schema import Section
 from llmtune.training.config import TrainConfig
+from llmtune.training.protect import ProtectConfig, add_replay
 from llmtune.validation import validate_section
 from llmtune.yaml_source import KeyPath, SourcedTree, apply_overrides, read_yaml
 
@@ -31,8 +32,14 @@ class RunConfig(Section):
     adapter: AdapterConfig = LoraAdapter()
     data: DataConfig
     train: TrainConfig = TrainConfig()
+    protect: ProtectConfig = ProtectConfig()
     merge: MergeConfig = MergeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def mixed_data(self) -> DataConfig:
+        """The data that is trained on: `data`, with what `protect.replay` adds."""
+        return add_replay(self.data, self.protect)
 
     @property
     def run(self) -> RunDir:
@@ -100,6 +107,7 @@ def anchor_paths(config: RunConfig) -> RunConfig:
                     for split in ("train", "evaluation")
                 }
             ),
+            "protect": _anchor_protect(config.protect),
             "evaluate": config.evaluate.model_copy(
                 update={
                     "suites": tuple(_anchor(suite) for suite in config.evaluate.suites),
@@ -113,6 +121,16 @@ def anchor_paths(config: RunConfig) -> RunConfig:
 
 def _anchor_files(files: Mapping[str, Path]) -> dict[str, Path]:
     return {name: path.expanduser().absolute() for name, path in files.items()}
+
+
+def _anchor_protect(protect: ProtectConfig) -> ProtectConfig:
+    changed = {}
+    for name in ("replay", "kl_to_base"):
+        part = getattr(protect, name)
+        if part is not None and isinstance(part.source, SourceConfig):
+            source = part.source.model_copy(update={"path": _anchor(part.source.path)})
+            changed[name] = part.model_copy(update={"source": source})
+    return protect.model_copy(update=changed)
 
 
 def _anchor(name: str) -> str:

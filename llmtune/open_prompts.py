@@ -1,4 +1,4 @@
-"""Open questions that any instruction model can answer: for comparisons, not for scores."""
+"""Open questions, and beginnings of prose, for a model to go on from: not for scores."""
 
 OPEN_PROMPTS = (
     "What is the capital of Italy, and what is it known for?",
@@ -21,4 +21,27 @@ OPEN_PROMPTS = (
     "Tell me a fact about the moon.",
     "How can I fall asleep more easily?",
     "Summarize in one sentence why sport is good for people.",
+)
+
+OPENERS = (
+    "The history of the town begins with",
+    "When water freezes, it",
+    "She opened the letter and",
+    "In recent years, many people have",
+    "The committee decided on Tuesday that",
+    "To make this soup, start by",
+    "The largest river of the country",
+    "According to the report, the economy",
+    "He had never believed that",
+    "Plants need light because",
+    "The new law will change",
+    "There are two reasons why",
+    "After the war, the family moved to",
+    "A good teacher knows that",
+    "The museum holds a collection of",
+    "Scientists at the university found that",
+    "The price of bread",
+    "It was late in the evening when",
+    "Most computers store numbers as",
+    "The critics of this idea say that",
 )

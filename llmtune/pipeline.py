@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig, anchor_paths
+from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import PreparedData, prepare_examples
 from llmtune.errors import LlmtuneError, RunInterrupted
@@ -73,7 +74,8 @@ def train(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
         from llmtune.stages.train import TrainInputs, run_train_stage
 
         result = run_train_stage(
-            config, TrainInputs(source, data["train"], data["evaluation"], inputs)
+            config,
+            TrainInputs(source, data["train"], data["evaluation"], inputs, data.get("protect")),
         )
         interruptions.extend(filter(None, [result.pop("interrupted_by")]))
         return result
@@ -283,11 +285,15 @@ def _held_out(config: RunConfig, source: BaseSource) -> list[list[int]]:
 def _prepare_data(config: RunConfig, source: BaseSource) -> dict[str, PreparedData]:
     tokenizer = load_tokenizer(source.dir, chat_template=config.model.chat_template)
     prepared = {
-        "train": prepare_examples(config.data, tokenizer, split="train", seed=config.seed),
+        "train": prepare_examples(config.mixed_data, tokenizer, split="train", seed=config.seed),
         "evaluation": prepare_examples(
             config.data, tokenizer, split="evaluation", seed=config.seed
         ),
     }
+    penalty = config.protect.kl_to_base
+    if penalty is not None and isinstance(penalty.source, SourceConfig):
+        general = DataConfig(train=[penalty.source], cache=config.data.cache)
+        prepared["protect"] = prepare_examples(general, tokenizer, split="train", seed=config.seed)
     for name, data in prepared.items():
         for line in data.report.lines():
             log.info("%s data: %s", name, line)
@@ -309,8 +315,13 @@ def _deciding_knobs(config: RunConfig) -> dict[str, Any]:
     """Return the knobs that decide the adapter; base and rows are compared by their content."""
     values = config.model_dump(
         mode="json",
-        include={"seed", "model", "adapter", "data"},
+        include={"seed", "model", "adapter", "data", "protect"},
         exclude={
+            "protect": {
+                part: {"source": {"path", "revision"}}
+                for part in ("replay", "kl_to_base")
+                if isinstance(getattr(getattr(config.protect, part), "source", None), SourceConfig)
+            },
             "model": {"base", "revision", "trust_remote_code"},
             "data": {
                 "cache": True,

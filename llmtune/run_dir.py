@@ -52,6 +52,11 @@ class RunDir:
         return self.path / "generations.json"
 
     @property
+    def own_text_path(self) -> Path:
+        """What the base wrote to be held to, where `protect` asks for it."""
+        return self.path / "own_text.json"
+
+    @property
     def report_html_path(self) -> Path:
         return self.path / "report.html"
 

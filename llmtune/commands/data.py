@@ -100,7 +100,7 @@ def data_check(  # noqa: PLR0913 (one argument an option)
     show_progress(quiet)
     loaded, tokenizer = _open(config, overrides, no_cache=no_cache)
     report = check_data(
-        loaded.data,
+        loaded.mixed_data,
         tokenizer,
         near_duplicates=not no_near_duplicates,
         advance=None if quiet or as_json else _Progress(),
@@ -143,7 +143,7 @@ def data_show(  # noqa: PLR0913 (one argument an option)
 
     show_progress(quiet)
     loaded, tokenizer = _open(config, overrides)
-    previews = preview_rows(loaded.data, tokenizer, split=split, row=row, limit=limit)
+    previews = preview_rows(loaded.mixed_data, tokenizer, split=split, row=row, limit=limit)
     if html is not None:
         atomic_write_text(html, render_page(previews))
     if as_json:

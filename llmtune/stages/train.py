@@ -20,6 +20,7 @@ from llmtune.fingerprint import hash_json
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import BaseSource
 from llmtune.stages.describe import describe_injected, describe_loaded
+from llmtune.stages.protect import prepare_protection
 from llmtune.stages.stop_check import check_stops
 from llmtune.training.batch import hash_epochs
 from llmtune.training.sft import TrainRequest, train_adapter
@@ -36,12 +37,15 @@ class TrainInputs:
     evaluation: PreparedData
     identity: Mapping[str, str]
     """Hashes of base, data and config: in every checkpoint, and compared on resume."""
+    general: PreparedData | None = None
+    """Rows of `protect.kl_to_base.source`, where it is a file."""
 
 
 def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
     """Train and save the adapter in `run_dir/adapter`; return the result as JSON values."""
     loaded = load_model(config.model, inputs.source)
     log_lines(describe_loaded(loaded))
+    protection = prepare_protection(config, len(inputs.train.examples), inputs.general, loaded)
     torch.manual_seed(config.seed)
     injected = inject_adapter(loaded.model, config.adapter, base_fingerprint=loaded.fingerprint)
     log_lines(describe_injected(injected.table))
@@ -50,13 +54,14 @@ def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
         TrainRequest(
             model=injected.model,
             tokenizer=loaded.tokenizer,
-            train=inputs.train.examples,
+            train=protection.join(inputs.train.examples),
             evaluation=inputs.evaluation.examples,
             run=config.run,
             seed=config.seed,
             identity=inputs.identity,
             packing=config.data.packing,
             quiet=not log.isEnabledFor(logging.INFO),
+            protection=protection.request,
         ),
     )
     save_adapter(
@@ -75,7 +80,8 @@ def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
             else inputs.train.examples,
             loaded.stop_token_ids,
         ),
-        "order_hash": _order_hash(config, inputs, result.steps),
+        "order_hash": _order_hash(config, inputs, result.steps, len(protection.replay)),
+        "protect": protection.describe(),
         "adapter_bytes": _directory_bytes(config.run.adapter_dir),
         "injection": dataclasses.asdict(injected.table),
         "quantization": dataclasses.asdict(loaded.quantized),
@@ -107,9 +113,9 @@ def _adapter_manifest(
     }
 
 
-def _order_hash(config: RunConfig, inputs: TrainInputs, steps: int) -> str:
+def _order_hash(config: RunConfig, inputs: TrainInputs, steps: int, num_replay: int) -> str:
     """Hash which rows were seen in which order: a function of the data and the seed alone."""
-    num_rows = len(inputs.train.examples)
+    num_rows = len(inputs.train.examples) + num_replay
     num_epochs = math.ceil(steps / math.ceil(num_rows / config.train.batch_size))
     epochs = hash_epochs(num_rows, config.seed, num_epochs)
     return hash_json({"mixture": inputs.train.order_hash, "epochs": epochs})

@@ -13,6 +13,7 @@ from llmtune.training.config import TrainConfig
 from llmtune.training.head import HeadChoice
 from llmtune.training.interrupt import Interruption
 from llmtune.training.progress import ProgressLine
+from llmtune.training.protection import Protection
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,4 @@ class RunContext:
     """`Example.source_index` -> name, of the sources that are trained on."""
     choices: Mapping[str, str]
     totals: RunTotals = field(default_factory=RunTotals)
+    protection: Protection | None = None

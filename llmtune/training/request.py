@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.example import IGNORE_INDEX, Example, ExampleTable
 from llmtune.run_dir import RunDir
+from llmtune.training.protection import ProtectionRequest
 
 Technique = Literal["fused_lora", "frozen_head"]
 
@@ -33,6 +34,8 @@ class TrainRequest:
     quiet: bool = False
     without: frozenset[Technique] = frozenset()
     """Techniques to leave out, to measure what each gives or to find a fault."""
+    protection: ProtectionRequest | None = None
+    """What holds the adapter near its base."""
 
 
 @dataclass(frozen=True)

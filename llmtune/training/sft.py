@@ -31,6 +31,7 @@ from llmtune.training.interrupt import catch_interruption
 from llmtune.training.memory_plan import peak_bytes
 from llmtune.training.metrics import MetricsLog
 from llmtune.training.progress import ProgressLine
+from llmtune.training.protection import Protection
 from llmtune.training.rehearsal import is_out_of_memory, rehearse_save
 from llmtune.training.reporters import check_reporters
 from llmtune.training.request import (
@@ -80,6 +81,7 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
                 f"stopped by {interruption.signal_name} before step {start.steps + 1} of "
                 f"{start.total_steps}. The same command continues."
             )
+        protection = _protect(request, setup)
         context = RunContext(
             config=config,
             run=request.run,
@@ -93,12 +95,26 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
             train_sources=name_sources(request.train),
             choices=setup.choices,
             totals=start.totals,
+            protection=protection,
         )
         metrics = MetricsLog(request.run.metrics_path, resumed_step=start.steps)
         stack.callback(metrics.close)
         steps = _run(_build_trainer(request, setup, context, metrics), start)
         result = _finish(request, start.totals, steps, setup.choices, progress)
         return replace(result, interrupted_by=interruption.signal_name)
+
+
+def _protect(request: TrainRequest, setup: Setup) -> Protection | None:
+    """Set up the penalties and try them once, on the longest rows."""
+    if request.protection is None or not request.protection.config.needs_penalty:
+        return None
+    protection = Protection(
+        request.model, request.protection, setup.head, setup.collator.build, seed=request.seed
+    )
+    device_type = request.model.get_input_embeddings().weight.device.type
+    dtype = setup.autocast_dtype
+    protection.rehearse(lambda: torch.autocast(device_type, dtype=dtype, enabled=dtype is not None))
+    return protection
 
 
 class _Start(NamedTuple):

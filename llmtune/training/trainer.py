@@ -104,8 +104,19 @@ class AdapterTrainer(SFTTrainer):
             self._source_losses.add(micro_batch)
             self.accelerator.backward(loss)
             losses.append(loss.detach())
+        if self.context.protection is not None:
+            self.context.protection.add_gradients(
+                self.state.global_step,
+                self.compute_loss_context_manager,
+                scale=self._loss_scale(),
+            )
         self.recent.append(StepRecord(self.state.global_step + 1, rows, losses))
         return torch.stack(losses).sum()
+
+    def _loss_scale(self) -> float:
+        """What float16 training multiplies its losses by before backward."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def compute_loss(
         self,
@@ -176,7 +187,10 @@ class AdapterTrainer(SFTTrainer):
         """Write one line of metrics and pass it on to the trackers."""
         step = self.state.global_step
         if "loss" in logs:
-            logs |= self._source_losses.take() | self._measure_speed()
+            logs |= self._source_losses.take()
+            if self.context.protection is not None:
+                logs |= self.context.protection.take()
+            logs |= self._measure_speed()
             self.context.totals.final_loss = logs["loss"]
             self._write({"step": step, "epoch": self.state.epoch, **logs})
         elif "eval_loss" in logs:

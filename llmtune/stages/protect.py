@@ -1,0 +1,110 @@
+"""What `protect` needs of the bare base: its own text, and what it computes without an adapter."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmtune.config import RunConfig
+from llmtune.data.example import Example
+from llmtune.data.prepare import PreparedData
+from llmtune.errors import LlmtuneError
+from llmtune.models.load import LoadedModel
+from llmtune.run_dir import atomic_write_json
+from llmtune.training.own_text import as_example, rows_for_share, write_own_text
+from llmtune.training.protect import OWN_TEXT
+from llmtune.training.protection import ProtectionRequest, probe_base
+
+log = logging.getLogger("llmtune")
+
+KEPT_ROWS = 64
+"""Rows that the base writes for the KL penalty."""
+REPLAY_TOKENS = 128
+"""Tokens of a row that the base writes to be trained on."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The penalties' request, and rows to add to the training data; either may be empty."""
+
+    request: ProtectionRequest | None = None
+    replay: tuple[Example, ...] = ()
+    num_held: int = 0
+
+    def join(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Return the training rows with the replayed ones behind them, as a source of their own."""
+        if not self.replay:
+            return examples
+        rows = list(examples)
+        source = max(row.source_index for row in rows) + 1
+        return [*rows, *(replace(row, source_index=source) for row in self.replay)]
+
+    def describe(self) -> dict[str, Any] | None:
+        """Return what the manifest records; None where nothing is protected."""
+        if self.request is None:
+            return None
+        return {"replayed_rows": len(self.replay), "rows_held_to_base": self.num_held}
+
+
+def prepare_protection(
+    config: RunConfig, num_rows: int, general: PreparedData | None, loaded: LoadedModel
+) -> Prepared:
+    """Write the base's own text where it is asked for, and record who the base is.
+
+    Args:
+        num_rows: training rows, to which the replayed ones are added.
+        general: the prepared file of `protect.kl_to_base.source`, where it is one.
+
+    Raises:
+        LlmtuneError: the file to hold the model to has no row of two tokens.
+    """
+    protect = config.protect
+    if not protect.is_on:
+        return Prepared()
+    replay: tuple[Example, ...] = ()
+    if protect.replay is not None and protect.replay.source == OWN_TEXT:
+        count = rows_for_share(num_rows, protect.replay.share)
+        replay = _write(config, loaded, num_rows=count, num_tokens=REPLAY_TOKENS)
+    held = _rows_to_hold(config, general, loaded)
+    if protect.needs_own_text:
+        _keep(config, loaded, {"replay": replay, "kl_to_base": held})
+    probe = probe_base(loaded.model, held[0]) if held else None
+    return Prepared(ProtectionRequest(protect, held, probe), replay, len(held))
+
+
+def _rows_to_hold(
+    config: RunConfig, general: PreparedData | None, loaded: LoadedModel
+) -> tuple[Example, ...]:
+    penalty = config.protect.kl_to_base
+    if penalty is None:
+        return ()
+    if general is None:
+        return _write(config, loaded, num_rows=KEPT_ROWS, num_tokens=penalty.max_length)
+    cut = (row.input_ids[: penalty.max_length] for row in general.examples)
+    rows = [as_example(ids, "protect", line) for line, ids in enumerate(cut, 1) if len(ids) > 1]
+    if not rows:
+        raise LlmtuneError("protect.kl_to_base.source: has no row of at least two tokens")
+    return tuple(rows)
+
+
+def _keep(config: RunConfig, loaded: LoadedModel, rows: Mapping[str, Sequence[Example]]) -> None:
+    """Leave what the base wrote in the run directory, to be looked at."""
+    texts = {
+        name: [loaded.tokenizer.decode(row.input_ids) for row in some if row.source != "protect"]
+        for name, some in rows.items()
+    }
+    atomic_write_json(config.run.own_text_path, texts)
+
+
+def _write(
+    config: RunConfig, loaded: LoadedModel, *, num_rows: int, num_tokens: int
+) -> tuple[Example, ...]:
+    log.info("protect: the base writes %d rows of its own", num_rows)
+    rows = write_own_text(
+        loaded.model,
+        loaded.tokenizer,
+        num_rows=num_rows,
+        num_tokens=num_tokens,
+        seed=config.seed,
+    )
+    return tuple(row for row in rows if len(row.input_ids) > 1)

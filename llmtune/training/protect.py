@@ -1,0 +1,101 @@
+"""The `protect` section: what keeps a tuned model near its base (light: knobs only)."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from llmtune.data.config import DataConfig, SourceConfig
+from llmtune.errors import LlmtuneError
+from llmtune.schema import Section
+
+OWN_TEXT = "self"
+"""The source that is no file: text that the base itself writes before training."""
+
+
+def _path_as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) and value != OWN_TEXT else value
+
+
+TextSource = Annotated[Literal["self"] | SourceConfig, BeforeValidator(_path_as_source)]
+
+
+class ReplayConfig(Section):
+    """General text among the training rows, trained like them (arXiv:2502.06042)."""
+
+    source: TextSource
+    """A file or hub id (as under `data.train`), or `self`: text that the base writes itself."""
+    share: float = Field(
+        default=0.05, gt=0, lt=1, description="Share of an epoch's rows that are general text."
+    )
+
+
+class KlToBaseConfig(Section):
+    """A penalty for moving away from the base on general text.
+
+    weight * KL(base || tuned), the mean over the tokens of a few rows in every step; the base is
+    the same model with its adapter switched off.
+    """
+
+    weight: float = Field(
+        default=1.0, gt=0, description="Factor of the KL (nats/token) beside the training loss."
+    )
+    source: TextSource = Field(
+        default="self",
+        description="Text to hold the model on: a file or hub id, or `self`, which the base "
+        "writes before training.",
+    )
+    rows: int = Field(default=4, ge=1, description="Rows of that text in every step.")
+    max_length: int = Field(default=128, ge=2, description="Tokens of a row that are compared.")
+
+
+class ProtectConfig(Section):
+    """What is done during training so that the base's abilities are kept."""
+
+    replay: ReplayConfig | None = None
+    """Mix general text into the training rows; null does not."""
+    kl_to_base: KlToBaseConfig | None = None
+    """Penalize divergence from the base; null does not."""
+    l2: float = Field(
+        default=0.0,
+        ge=0,
+        description="Factor of the squared norm of the adapter's update of the weights, "
+        "sum |scaling * B A|^2, beside the training loss.",
+    )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is asked for."""
+        return self != ProtectConfig()
+
+    @property
+    def needs_penalty(self) -> bool:
+        """Whether a step's loss gets a term of its own."""
+        return self.kl_to_base is not None or self.l2 > 0
+
+    @property
+    def needs_own_text(self) -> bool:
+        """Whether the base must write text before training."""
+        sources = [part.source for part in (self.replay, self.kl_to_base) if part is not None]
+        return OWN_TEXT in sources
+
+
+def add_replay(data: DataConfig, protect: ProtectConfig) -> DataConfig:
+    """Return the data config with the replay file among its train sources.
+
+    Raises:
+        LlmtuneError: a train source is marked `replay` already.
+    """
+    replay = protect.replay
+    if replay is None or isinstance(replay.source, str):
+        return data
+    if any(source.replay for source in data.train):
+        raise LlmtuneError(
+            "protect.replay and a data.train source with replay: true say the same thing; "
+            "keep one of them"
+        )
+    return data.model_copy(
+        update={
+            "train": [*data.train, replay.source.model_copy(update={"replay": True})],
+            "mixture": data.mixture.model_copy(update={"replay_share": replay.share}),
+        }
+    )

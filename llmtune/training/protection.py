@@ -1,0 +1,219 @@
+"""Penalties beside the training loss that hold the adapter near its base."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from llmtune.data.example import Example
+from llmtune.errors import LlmtuneError
+from llmtune.ops.linear_cross_entropy import FrozenHead
+from llmtune.ops.linear_kl import linear_kl_divergence
+from llmtune.scoring.batches import adapter_disabled
+from llmtune.training.head import HeadChoice, decoder_hidden
+from llmtune.training.packing import move_to
+from llmtune.training.protect import KlToBaseConfig, ProtectConfig
+from llmtune.training.rehearsal import is_out_of_memory
+
+BASE_TOLERANCE = 2e-2
+"""Largest difference, relative to the largest hidden state, of the base before and after the
+adapter was attached; kernels may differ by batch shape, another base differs by far more."""
+
+
+@dataclass(frozen=True)
+class BaseProbe:
+    """A few tokens and the base's last hidden states [1, T, D] on them, before any adapter."""
+
+    input_ids: Tensor
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class ProtectionRequest:
+    """What to protect with: the knobs, the rows to hold the model on, and who the base is."""
+
+    config: ProtectConfig
+    rows: Sequence[Example] = ()
+    probe: BaseProbe | None = None
+
+
+@torch.no_grad()
+def probe_base(model: nn.Module, example: Example) -> BaseProbe:
+    """Record what the bare base computes, to be compared once its adapter is attached."""
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([example.input_ids[:32]], device=device)
+    is_training = model.training
+    model.eval()
+    try:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        model.train(is_training)
+    return BaseProbe(ids, hidden)
+
+
+class Protection:
+    """Adds the gradients of the penalties to a step's, and keeps their values for the log."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        request: ProtectionRequest,
+        head: HeadChoice,
+        build: Callable[[Sequence[Example]], dict],
+        *,
+        seed: int,
+    ) -> None:
+        """Check that what is asked for can be done.
+
+        Raises:
+            LlmtuneError: the LM head is trained or no plain linear layer, an update has no norm
+                to hold down, or the model without its adapter is not the base.
+        """
+        self._model = model
+        self._config = request.config
+        self._head = head
+        self._build = build
+        self._device = model.get_input_embeddings().weight.device
+        self._updates = _find_updates(model) if request.config.l2 else []
+        self._rows = list(request.rows)
+        order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))
+        self._order = order.tolist()
+        self._sums = torch.zeros(3, device=self._device)  # KL, L2, steps
+        if request.config.kl_to_base is not None:
+            if not head.is_frozen:
+                raise LlmtuneError(
+                    f"protect.kl_to_base needs a frozen linear LM head, but {head.reason}; leave "
+                    "one of the two out"
+                )
+            if request.probe is not None:
+                self._require_same_base(request.probe)
+
+    def add_gradients(
+        self, step: int, autocast: Callable[[], AbstractContextManager], scale: float = 1.0
+    ) -> None:
+        """Run the penalties of a step (counted from 0) forward and backward.
+
+        Args:
+            autocast: enters the precision that the forward pass runs in.
+            scale: factor on the loss before backward (a gradient scaler's).
+        """
+        kl = torch.zeros((), device=self._device)
+        if self._config.kl_to_base is not None:
+            with autocast():
+                kl = self._mean_kl(self._config.kl_to_base, step)
+            (kl * (self._config.kl_to_base.weight * scale)).backward()
+        norm = torch.zeros((), device=self._device)
+        if self._updates:
+            norm = squared_update_norm(self._updates)
+            (norm * (self._config.l2 * scale)).backward()
+        self._sums += torch.stack([kl.detach().float(), norm.detach(), torch.ones_like(norm)])
+
+    def rehearse(self, autocast: Callable[[], AbstractContextManager]) -> None:
+        """Run a step of the longest rows and forget it.
+
+        Raises:
+            LlmtuneError: it does not fit the memory.
+        """
+        order, self._order = self._order, self._longest_first()
+        try:
+            self.add_gradients(0, autocast)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise LlmtuneError(
+                "protect.kl_to_base does not fit the memory: set protect.kl_to_base.rows or "
+                "protect.kl_to_base.max_length to a smaller number"
+            ) from error
+        finally:
+            self._order = order
+            self._model.zero_grad(set_to_none=True)
+            self._sums.zero_()
+
+    def take(self) -> dict[str, float]:
+        """Return the means since the last call, and begin again; this waits for the device.
+
+        `kl_to_base` is in nats/token; `update_norm` is the squared norm of the update.
+        """
+        kl, norm, steps = self._sums.tolist()
+        self._sums.zero_()
+        taken: dict[str, float] = {}
+        if steps and self._config.kl_to_base is not None:
+            taken["kl_to_base"] = kl / steps
+        if steps and self._updates:
+            taken["update_norm"] = norm / steps
+        return taken
+
+    def _mean_kl(self, config: KlToBaseConfig, step: int) -> Tensor:
+        places = range(step * config.rows, (step + 1) * config.rows)
+        rows = [self._rows[self._order[place % len(self._order)]] for place in places]
+        micro_batch = move_to(self._build(rows), self._device)
+        # Dropout would be divergence of its own; this way the KL of an unused adapter is 0.
+        is_training = self._model.training
+        self._model.eval()
+        try:
+            with torch.no_grad(), adapter_disabled(self._model):
+                reference = decoder_hidden(self._model, micro_batch)
+            hidden = decoder_hidden(self._model, micro_batch)
+        finally:
+            self._model.train(is_training)
+        positions = micro_batch["target_positions"]
+        layer = self._model.get_base_model().get_output_embeddings()
+        frozen = FrozenHead(layer.weight, layer.bias, self._head.softcap, self._head.scale)
+        summed = linear_kl_divergence(
+            hidden.flatten(0, 1)[positions], reference.flatten(0, 1)[positions], frozen
+        )
+        return summed / max(len(positions), 1)
+
+    def _longest_first(self) -> list[int]:
+        lengths = [len(row.input_ids) for row in self._rows]
+        return sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+    @torch.no_grad()
+    def _require_same_base(self, probe: BaseProbe) -> None:
+        is_training = self._model.training
+        self._model.eval()
+        try:
+            row = Example(*[probe.input_ids[0].tolist()] * 2, "probe", 1)
+            micro_batch = move_to(self._build([row]), self._device)
+            with adapter_disabled(self._model):
+                hidden = decoder_hidden(self._model, micro_batch)
+        finally:
+            self._model.train(is_training)
+        largest = probe.hidden.abs().max().float().clamp(min=1e-6)
+        difference = ((hidden - probe.hidden).abs().max().float() / largest).item()
+        if not difference <= BASE_TOLERANCE:
+            raise LlmtuneError(
+                "protect.kl_to_base: the model with its adapter switched off is not the base (its "
+                f"hidden states differ by {difference:.2g} of the largest), so there is nothing to "
+                "hold it to; train from an adapter that leaves the base's weights alone"
+            )
+
+
+def squared_update_norm(updates: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """Return sum |s B A|_F^2 without any product B A: s^2 tr[(B^T B)(A A^T)], float32.
+
+    Args:
+        updates: (A [R, I], B [O, R], scaling s) of every adapted layer.
+    """
+    parts = [s * s * ((b.T @ b) * (a @ a.T)).sum() for a, b, s in updates]
+    return torch.stack(parts).sum()
+
+
+def _find_updates(model: PeftModel) -> list[tuple[Tensor, Tensor, float]]:
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter in module.active_adapters:
+            if adapter in module.lora_variant or adapter not in module.lora_A:
+                raise LlmtuneError(
+                    f"protect.l2 knows the norm of plain LoRA on linear layers, and {name} is "
+                    "another kind; leave protect.l2 at 0"
+                )
+            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            found.append((a, b, float(module.scaling[adapter])))
+    return found

@@ -1,0 +1,74 @@
+"""The `protect` section in a run: what it reads, writes, logs, and refuses."""
+
+import json
+
+import pytest
+
+from llmtune import load_config, pipeline
+from llmtune.errors import LlmtuneError
+from tests.conftest import write_jsonl
+from tests.project import make_project
+
+EVERYTHING = {
+    "replay": {"source": "self", "share": 0.1},
+    "kl_to_base": {"weight": 0.5, "source": "self", "rows": 2, "max_length": 24},
+    "l2": 0.01,
+}
+
+
+def read_metrics(config):
+    return [json.loads(line) for line in config.run.metrics_path.read_text().splitlines()]
+
+
+def test_the_bases_own_text_is_replayed_held_to_and_kept(tmp_path):
+    path = make_project(tmp_path, protect=EVERYTHING)
+    config = load_config(path, ["train.num_epochs=1", "train.max_steps=null"])
+    result = pipeline.train(config)
+    assert result["protect"] == {"replayed_rows": 6, "rows_held_to_base": 64}
+    written = json.loads(config.run.own_text_path.read_text())
+    assert {name: len(texts) for name, texts in written.items()} == {"replay": 6, "kl_to_base": 64}
+    losses = [line for line in read_metrics(config) if "loss" in line]
+    assert losses[0]["kl_to_base"] == pytest.approx(0, abs=1e-6)
+    assert losses[-1]["kl_to_base"] > 0 and losses[-1]["update_norm"] > 0
+    assert any("loss/the base's own text" in line for line in losses)
+    # The same call again finds the stage finished; another protection is another run.
+    assert pipeline.train(config)["seconds"] == result["seconds"]
+    with pytest.raises(LlmtuneError):
+        pipeline.train(load_config(path, ["protect.l2=0.5"]))
+
+
+def test_files_can_be_replayed_and_held_to(tmp_path):
+    texts = [{"text": f"The quick brown fox saw {n} dogs."} for n in range(41)]
+    prose = write_jsonl(tmp_path / "prose.jsonl", texts[:40])
+    protect = {
+        "replay": {"source": {"path": str(prose), "format": "text"}, "share": 0.2},
+        "kl_to_base": {"source": {"path": str(prose), "format": "text"}, "max_length": 8},
+    }
+    config = load_config(make_project(tmp_path / "project", protect=protect))
+    result = pipeline.train(config)
+    assert result["protect"] == {"replayed_rows": 0, "rows_held_to_base": 40}
+    assert any("loss/" + str(prose) in line for line in map(json.dumps, read_metrics(config)))
+    assert not config.run.own_text_path.exists()
+
+    write_jsonl(prose, texts)
+    with pytest.raises(LlmtuneError, match="trained on another data"):
+        pipeline.train(config)
+
+
+def test_a_run_without_protection_records_none(tmp_path):
+    result = pipeline.train(load_config(make_project(tmp_path)))
+    assert result["protect"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("protect.kl_to_base={weight: 0}", "greater than 0"),
+        ("protect.replay={source: self, share: 1}", "less than 1"),
+        ("protect.kl_to_bse={}", "kl_to_base"),
+        ("protect.replay={source: nowhere.txt}", "nowhere.txt"),
+    ],
+)
+def test_bad_protection_is_named(tmp_path, override, expected):
+    with pytest.raises(LlmtuneError, match=expected):
+        pipeline.train(load_config(make_project(tmp_path), [override]))
