@@ -177,8 +177,8 @@ class Protection:
         is_training = self._model.training
         self._model.eval()
         try:
-            row = Example(*[probe.input_ids[0].tolist()] * 2, "probe", 1)
-            micro_batch = move_to(self._build([row]), self._device)
+            ids = probe.input_ids[0].tolist()
+            micro_batch = move_to(self._build([Example(ids, ids, "probe", 1)]), self._device)
             with adapter_disabled(self._model):
                 hidden = decoder_hidden(self._model, micro_batch)
         finally:
