@@ -137,7 +137,8 @@ def test_a_held_run_forgets_less_and_logs_how_much(tmp_path, packing):
         held = ProtectionRequest(config, rows, probe_base(make_model("llama"), rows[0]))
         train_adapter(make_config(max_steps=12), replace(request, protection=held))
         sequences = [row.input_ids for row in rows]
-        divergences[name] = measure_divergence(model, sequences, token_budget=512).kl
+        [measured] = measure_divergence(model, sequences, token_budget=512).values()
+        divergences[name] = measured.kl
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         logged = [json.loads(line) for line in lines]
         assert ("kl_to_base" in logged[-1]) == (name == "held")
