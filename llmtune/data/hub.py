@@ -13,6 +13,7 @@ from llmtune.deadline import call_within, first_line
 from llmtune.errors import LlmtuneError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_KNOBS = ("revision", "split", "subset")
 LOOKUP_SECONDS = 4.0
 """The whole look-up, so that an unreachable hub is an error within 5 s."""
 
@@ -24,6 +25,21 @@ def is_hub_id(path: str) -> bool:
         and file_kind(Path(path)) is None
         and not Path(path).exists()
     )
+
+
+def refuse_hub_knobs(source: SourceConfig) -> None:
+    """Refuse what only a data set of the hub has, where `source` is a file or a directory.
+
+    Raises:
+        LlmtuneError: `revision`, `split` or `subset` is set and would choose nothing.
+    """
+    for name in HUB_KNOBS:
+        value = getattr(source, name)
+        if value != SourceConfig.model_fields[name].default:
+            raise LlmtuneError(
+                f"{source.path}: {name} ({value!r}) is only for a data set of the hub (org/name); "
+                "take it out, or name the files to read in path"
+            )
 
 
 def iter_hub_rows(source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -17,7 +17,7 @@ from llmtune.data.formats import (
     missing_column,
     rename_columns,
 )
-from llmtune.data.hub import is_hub_id, iter_hub_rows
+from llmtune.data.hub import is_hub_id, iter_hub_rows, refuse_hub_knobs
 from llmtune.data.problems import RowError, RowProblem
 from llmtune.errors import LlmtuneError
 
@@ -95,6 +95,7 @@ def _iter_all(source: SourceConfig) -> Iterator[tuple[str, Parsed]]:
         for found in iter_hub_rows(source):
             yield source.path, found
         return
+    refuse_hub_knobs(source)
     for file in find_files(source.path):
         for parsed in iter_file(file, str(file)):
             yield str(file), parsed
