@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llmtune.evaluation.suite import Suite
     from llmtune.reporting.report import Report
     from llmtune.stages.merge import MergeRequest
+    from llmtune.stages.merge_adapters import CombineRequest
     from llmtune.targets import Target
 
 log = logging.getLogger("llmtune")
@@ -169,6 +170,21 @@ def plan_merges(
     if out_dir is None and target.config is not None:
         out_dir = target.config.run.merged_dir
     return describe_plans(_request_of_target(target, out_dir or Path(), knobs, settings))
+
+
+def combine(request: "CombineRequest", *, force: bool = False) -> Mapping[str, Any]:
+    """Combine several adapters into a model or a new adapter; see `stages.merge_adapters`."""
+    from llmtune.stages import merge_adapters
+
+    _refuse_to_replace(request.out_dir, (), force=force)
+    return merge_adapters.combine(request)
+
+
+def plan_combination(request: "CombineRequest") -> Mapping[str, Any]:
+    """Say what a combined merge would change; nothing is written."""
+    from llmtune.stages.merge_adapters import describe_combination
+
+    return describe_combination(request)
 
 
 def _request_of_target(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmtune.safetensors_io import SafetensorsFile, TensorEntry, tensor_bytes
 
 if TYPE_CHECKING:
-    from llmtune.merging.combine import Combination
+    from llmtune.merging.config import Combination
     from llmtune.merging.source import RoundTrip
 
 ADAPTER_PREFIX = "base_model.model."  # what the names of an adapter's tensors begin with

@@ -2,38 +2,11 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Method = Literal["linear", "cat", "ties", "dare", "svd"]
-METHODS: tuple[Method, ...] = ("linear", "cat", "ties", "dare", "svd")
-DENSE_METHODS = frozenset({"ties", "dare", "svd"})
-"""Methods that see a whole delta at once; the others are sums of low-rank products."""
-
-
-@dataclass(frozen=True)
-class Combination:
-    """How several deltas become one.
-
-    `linear` and `cat` are the weighted sum; as an adapter both are its exact form, of the summed
-    rank.
-    """
-
-    method: Method = "linear"
-    density: float = 0.5
-    """ties and dare: the share of a delta's numbers that is kept, above 0 and at most 1."""
-    rank: int | None = None
-    """svd: the rank of the result."""
-    seed: int = 0
-    """dare: what the random choice depends on, with the tensor's name."""
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether whole deltas are needed."""
-        return self.method in DENSE_METHODS
+from llmtune.merging.config import Combination
 
 
 def combine_deltas(
@@ -130,3 +103,23 @@ def factorize(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 def _generator(seed: int, name: str, place: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{place}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+def factorize_product(a_RI: Tensor, b_OR: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """As `factorize` of B @ A, whose rank is at most R, without making the product.
+
+    With B = Q_B R_B and A^T = Q_A R_A the singular values are those of the small R_B R_A^T.
+
+    Returns:
+        A [rank, in], B [out, rank], the share of the energy lost, and the energy of B @ A.
+    """
+    q_b, r_b = torch.linalg.qr(b_OR.double())
+    q_a, r_a = torch.linalg.qr(a_RI.double().T)
+    u, values, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    rank = min(rank, len(values))
+    root = values[:rank].sqrt()
+    energy = values.square()
+    total = energy.sum().item()
+    lost = energy[rank:].sum().item() / max(total, 1e-300)
+    new_a = root[:, None] * (v[:rank] @ q_a.T)
+    return new_a.float(), ((q_b @ u[:, :rank]) * root).float(), lost, total

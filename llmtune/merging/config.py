@@ -22,6 +22,34 @@ class MergeSettings:
     """Where the sum is computed: cpu, cuda, or one GPU such as cuda:1."""
 
 
+Method = Literal["linear", "cat", "ties", "dare", "svd"]
+METHODS: tuple[Method, ...] = ("linear", "cat", "ties", "dare", "svd")
+DENSE_METHODS = frozenset({"ties", "dare", "svd"})
+"""Methods that see a whole delta at once; the others are sums of low-rank products."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How several deltas become one.
+
+    `linear` and `cat` are the weighted sum; as an adapter both are its exact form, of the summed
+    rank.
+    """
+
+    method: Method = "linear"
+    density: float = 0.5
+    """ties and dare: the share of a delta's numbers that is kept, above 0 and at most 1."""
+    rank: int | None = None
+    """svd: the rank of the result."""
+    seed: int = 0
+    """dare: what the random choice depends on, with the tensor's name."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether whole deltas are needed."""
+        return self.method in DENSE_METHODS
+
+
 class MergeConfig(Section):
     """How the adapter is added into its base model."""
 

@@ -15,7 +15,7 @@ from llmtune.merging.changes import (
     Requantized,
     WeightedAdapter,
 )
-from llmtune.merging.combine import Combination
+from llmtune.merging.config import Combination
 from llmtune.merging.names import find_tensor
 from llmtune.merging.overlay import overlay
 from llmtune.merging.packed import PackedWeights, find_packed_weights

@@ -10,7 +10,8 @@ import torch
 
 from llmtune.errors import LlmtuneError
 from llmtune.merging.changes import Block, LowRankDelta, PlannedTensor
-from llmtune.merging.combine import Combination, combine_deltas
+from llmtune.merging.combine import combine_deltas
+from llmtune.merging.config import Combination
 from llmtune.merging.scratch import CPU, TORCH_DTYPES, buffer
 from llmtune.merging.source import AdapterTensors, BaseRows, RoundTrip
 from llmtune.merging.tiling import iter_tiles

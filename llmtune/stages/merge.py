@@ -221,7 +221,7 @@ def _load_live(request: MergeRequest, candidate: _Candidate, *, is_quantized: bo
     quantization = request.model.quantization if is_quantized else None
     if isinstance(quantization, Nf4Quantization | Fp4Quantization):
         quantization = quantization.model_copy(update={"compute_dtype": "auto"})
-    dtype = _comparison_dtype(candidate.directory)
+    dtype = comparison_dtype(candidate.directory)
     update = {"quantization": quantization, "dtype": dtype}
     loaded = load_model(request.model.model_copy(update=update), request.source)
     if not _has_live_model(request):
@@ -345,7 +345,7 @@ def _is_all_low_rank(adapter_dir: Path) -> bool:
     )
 
 
-def _comparison_dtype(merged_dir: Path) -> str:
+def comparison_dtype(merged_dir: Path) -> str:
     """Return float32 where two such copies fit, so that only the merge's rounding shows."""
     tensors = CheckpointIndex.open(merged_dir).tensors.values()
     needed = 2 * FLOAT32_BYTES * sum(math.prod(tensor.shape) for tensor in tensors)

@@ -32,6 +32,21 @@ def describe_result(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def describe_combined(result: Mapping[str, Any]) -> str:
+    """Say what was made of several adapters, and what cutting the rank lost."""
+    parts = " + ".join(f"{one['weight']:g} x {one['directory']}" for one in result["adapters"])
+    if "method" in result:
+        return f"{parts}: merged model saved in {result['out_dir']} ({result['method']})"
+    ranks = ", ".join(f"{count} of rank {rank}" for rank, count in result["ranks"].items())
+    lines = [f"{parts}: adapter saved in {result['out_dir']}, {ranks}"]
+    if result["lost_energy"]:
+        lines.append(
+            f"cutting the rank lost {result['lost_energy']:.2%} of the deltas' energy, at most "
+            f"{result['worst_lost_energy']:.2%} in {result['worst_module']}"
+        )
+    return "\n".join(lines)
+
+
 def _plan_lines(plan: Mapping[str, Any]) -> Iterator[str]:
     adapters = ", ".join(f"{one['directory']} x {one['weight']:g}" for one in plan["adapters"])
     yield f"{adapters} into the {plan['base']} base {plan['base_dir']}"

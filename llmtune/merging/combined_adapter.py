@@ -1,0 +1,202 @@
+"""Several adapters of one base made into one new adapter in PEFT's format."""
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmtune.adapters.manifest import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME
+from llmtune.errors import LlmtuneError
+from llmtune.fingerprint import hash_file
+from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
+from llmtune.merging.changes import ADAPTER_PREFIX, WeightedAdapter
+from llmtune.merging.combine import combine_deltas, factorize, factorize_product
+from llmtune.merging.config import Combination
+from llmtune.merging.merge import move_into_place
+from llmtune.merging.scratch import read_tensor
+from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
+from llmtune.run_dir import atomic_write_json
+
+
+@dataclass(frozen=True)
+class CombinedAdapter:
+    """What was written."""
+
+    out_dir: Path
+    num_modules: int
+    ranks: Mapping[int, int]
+    """Rank -> how many modules have it."""
+    lost_energy: float
+    """Share of the deltas' squares that cutting the rank lost, over all modules."""
+    worst_module: str | None
+    worst_lost_energy: float
+
+
+@dataclass
+class _Written:
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+    energy: dict[str, float] = field(default_factory=dict)
+
+
+def combine_adapters(
+    adapters: Sequence[WeightedAdapter], how: Combination, out_dir: Path
+) -> CombinedAdapter:
+    """Write `out_dir` as one adapter that stands for the weighted adapters.
+
+    `linear` and `cat` are exact: the factors are laid side by side, so a module's rank is the sum
+    of theirs. `svd`, `ties` and `dare` are cut to `how.rank`. The scaling of the new adapter is 1.
+
+    Raises:
+        LlmtuneError: an adapter holds more than low-rank factors of linear layers and embeddings,
+            a module's factors have different widths, or a rank is needed and none is given.
+    """
+    if how.is_dense and how.rank is None:
+        raise LlmtuneError(f"--method {how.method} --to adapter needs --rank")
+    opened = [AdapterFiles.open(one.directory) for one in adapters]
+    for files in opened:
+        _require_low_rank(files)
+    modules = dict.fromkeys(module for files in opened for module in files.lora)
+    written = _Written()
+    for module in modules:
+        parts = [
+            (files.lora[module], files.scaling(module), one.weight)
+            for files, one in zip(opened, adapters, strict=True)
+            if module in files.lora
+        ]
+        _add_module(module, parts, how, written)
+    _write(opened[0].directory, _config(opened, written), written.tensors, out_dir)
+    total = sum(written.energy.values())
+    worst = max(written.lost, key=written.lost.__getitem__, default=None)
+    return CombinedAdapter(
+        out_dir=out_dir,
+        num_modules=len(modules),
+        ranks=dict(Counter(written.ranks.values())),
+        lost_energy=sum(
+            share * written.energy[module] / max(total, 1e-300)
+            for module, share in written.lost.items()
+        ),
+        worst_module=worst,
+        worst_lost_energy=written.lost[worst] if worst is not None else 0.0,
+    )
+
+
+def _require_low_rank(files: AdapterFiles) -> None:
+    kinds = {
+        "whole tensors (modules_to_save or biases)": files.replaced,
+        "trained token rows": files.tokens,
+        "a copy of an embedding": files.base_copies,
+        "experts' parameters": files.config.get("target_parameters"),
+        "magnitudes (DoRA)": files.config.get("use_dora"),
+        "its own biases (lora_bias)": files.config.get("lora_bias"),
+    }
+    for kind, held in kinds.items():
+        if held:
+            raise LlmtuneError(
+                f"{files.directory}: holds {kind}, which cannot be combined into one new adapter; "
+                "leave --to adapter away to combine into a model"
+            )
+
+
+def _add_module(
+    module: str,
+    parts: Sequence[tuple[LoraGroup, float, float]],
+    how: Combination,
+    written: _Written,
+) -> None:
+    factors = []
+    for group, _, _ in parts:
+        assert group.a is not None and group.b is not None
+        factors.append((read_tensor(group.a).float(), read_tensor(group.b).float()))
+    widths = {(a.shape[1], b.shape[0]) for a, b in factors}
+    if len(widths) > 1:
+        raise LlmtuneError(f"the adapters' factors of {module!r} have different widths: {widths}")
+    scalings = [scaling for _, scaling, _ in parts]
+    weights = [weight for _, _, weight in parts]
+    if how.method in {"ties", "dare"}:
+        assert how.rank is not None
+        deltas = [s * (b @ a) for s, (a, b) in zip(scalings, factors, strict=True)]
+        combined = combine_deltas(deltas, weights, how, name=f"{module}.weight/0")
+        a_RI, b_OR, lost = factorize(combined, how.rank)
+        energy = combined.double().square().sum().item()
+    else:
+        a_RI = torch.cat([a for a, _ in factors])
+        scaled = zip(factors, scalings, weights, strict=True)
+        b_OR = torch.cat([b * (s * w) for (_, b), s, w in scaled], dim=1)
+        lost, energy = 0.0, 0.0
+        if how.method == "svd":
+            assert how.rank is not None
+            a_RI, b_OR, lost, energy = factorize_product(a_RI, b_OR, how.rank)
+    kind = "lora_embedding_{}" if parts[0][0].is_embedding else "lora_{}.weight"
+    prefix = f"{ADAPTER_PREFIX}{module}."
+    written.tensors[prefix + kind.format("A")] = a_RI.contiguous()
+    written.tensors[prefix + kind.format("B")] = b_OR.contiguous()
+    written.ranks[module] = a_RI.shape[0]
+    written.lost[module], written.energy[module] = lost, energy
+
+
+def _config(opened: Sequence[AdapterFiles], written: _Written) -> dict[str, Any]:
+    """Return the new adapter_config.json; alpha is the rank everywhere."""
+    first = opened[0].config
+    ((usual, _),) = Counter(written.ranks.values()).most_common(1)
+    others = {module: rank for module, rank in written.ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": first.get("task_type"),
+        "base_model_name_or_path": first.get("base_model_name_or_path"),
+        "revision": first.get("revision"),
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(written.ranks),
+        "fan_in_fan_out": bool(first.get("fan_in_fan_out")),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def _write(
+    first_dir: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], out_dir: Path
+) -> None:
+    out_dir = out_dir.absolute()
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        save_file(dict(tensors), directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        (directory / WEIGHTS_NAME).chmod(0o644)
+        atomic_write_json(directory / CONFIG_NAME, dict(config))
+        for name in (*TOKENIZER_FILES, *TEMPLATE_FILES):
+            if (first_dir / name).is_file():
+                shutil.copyfile(first_dir / name, directory / name)
+        if (first_dir / MANIFEST_NAME).is_file():
+            _write_manifest(first_dir, directory)
+        move_into_place(directory, out_dir)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _write_manifest(first_dir: Path, directory: Path) -> None:
+    """Record the base and template, which all the adapters share, and nothing of a training."""
+    known = json.loads((first_dir / MANIFEST_NAME).read_text(encoding="utf-8"))
+    files = {path.name: hash_file(path) for path in sorted(directory.iterdir())}
+    kept = {
+        key: known[key] for key in ("format", "base", "template", "stop_token_ids") if key in known
+    }
+    model = known.get("config", {}).get("model", {})
+    record = {**kept, "config": {"model": model}, "files": files}
+    atomic_write_json(directory / MANIFEST_NAME, record)
