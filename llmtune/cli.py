@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import click
 from rich.console import Console
 
-from llmtune.commands import answer, config, data, export, look, merge, run
+from llmtune.commands import answer, config, data, export, look, merge, plan, run
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.version import __version__
 
@@ -68,6 +68,7 @@ def cli() -> None:
 
 
 for command in (
+    plan.plan,
     run.run_all,
     run.train,
     merge.merge,

@@ -26,6 +26,7 @@ from llmtune.run_dir import RunDir
 if TYPE_CHECKING:
     from llmtune.evaluation.scores import Scores
     from llmtune.evaluation.suite import Suite
+    from llmtune.planning.plan import Plan
     from llmtune.reporting.report import Report
     from llmtune.stages.merge import MergeRequest
     from llmtune.stages.merge_adapters import CombineRequest
@@ -98,6 +99,31 @@ def train(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
             "command goes on from here."
         )
     return result
+
+
+def plan(config: RunConfig, *, gpu: str | None = None, measure: bool = False) -> "Plan":
+    """Say what a run needs and whether it fits; nothing is loaded and torch is not imported.
+
+    Args:
+        gpu: a device to plan for, as `--gpu` takes it; None is this machine's.
+        measure: time this CPU's matrix products for the time estimate.
+    """
+    from llmtune.planning.devices import find_device, given_gpu
+    from llmtune.planning.plan import PlanRequest, make_plan
+
+    device = find_device(config.model.device) if gpu is None else given_gpu(gpu)
+    return make_plan(
+        PlanRequest(
+            model=config.model,
+            adapter=config.adapter,
+            data=config.data,
+            train=config.train,
+            run_dir=config.run_dir,
+            seed=config.seed,
+            device=device,
+            measure=measure,
+        )
+    )
 
 
 def merge(

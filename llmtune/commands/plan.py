@@ -1,0 +1,123 @@
+"""plan: what a run will need, before it is started."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from llmtune.commands.options import (
+    CONFIG_ARGUMENT,
+    OVERRIDES_ARGUMENT,
+    print_result,
+    with_output_options,
+)
+
+if TYPE_CHECKING:
+    from llmtune.planning.plan import Plan
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+@click.command()
+@CONFIG_ARGUMENT
+@OVERRIDES_ARGUMENT
+@click.option("--gpu", help="Plan for another device: 24GB, or a name such as rtx4090 or h100.")
+@click.option("--measure", is_flag=True, help="Time this CPU's matrix products for the estimate.")
+@with_output_options
+def plan(  # noqa: PLR0913 (one argument an option)
+    config: Path,
+    overrides: tuple[str, ...],
+    gpu: str | None,
+    measure: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Say what a run needs: memory, disk, time; exit code 1 if it does not fit.
+
+    Nothing is loaded: the numbers are from config.json and the headers of the weights.
+
+    \b
+      llmtune plan configs/quickstart.yaml
+      llmtune plan my.yaml --gpu 24GB
+      llmtune plan my.yaml model.quantization=null data.max_length=4096 --gpu rtx4090 --json
+    """
+    from llmtune.config import load_config
+    from llmtune.pipeline import plan as plan_run
+
+    found = plan_run(load_config(config, overrides), gpu=gpu, measure=measure)
+    print_result(found.as_json(), as_json, lambda: _render(found, quiet))
+    if not found.fits:
+        raise click.exceptions.Exit(1)
+
+
+def _render(found: "Plan", quiet: bool) -> RenderableType:
+    verdict = Text("fits" if found.fits else "does not fit", "green" if found.fits else "bold red")
+    memory = found.memory
+    headline = Text.assemble(
+        verdict,
+        f": {_write(memory.total_bytes)} of {_write(memory.memory_bytes)} on {found.device.name}",
+    )
+    if quiet:
+        return headline
+    parts: list[RenderableType] = [headline, Text(), _components(found)]
+    parts += [Text(line) for line in _lines(found)]
+    if found.advice:
+        parts.append(Text("\nWhat makes it fit:", "bold"))
+        parts += [Text(f"  {line}") for line in found.advice]
+    return Group(*parts)
+
+
+def _components(found: "Plan") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("memory")
+    table.add_column("", justify="right")
+    for name, size in found.memory.components.items():
+        kept = ", ".join(f"{kind} {_write(part)}" for kind, part in found.memory.base.items())
+        label = f"base ({kept})" if name == "base" and len(found.memory.base) > 1 else name
+        table.add_row(label, _write(size))
+    table.add_row("in all", _write(found.memory.total_bytes), style="bold")
+    return table
+
+
+def _lines(found: "Plan") -> list[str]:
+    memory, disk, rows = found.memory, found.disk, found.rows
+    written = ", ".join(f"{name} {_write(size)}" for name, size in disk.components.items())
+    lines = [
+        "",
+        f"model        {found.shape.num_parameters / 1e9:.3g} billion parameters"
+        f"{_active(found)}, {found.adapter_parameters / 1e6:.1f} million trained",
+        f"rows         longest {rows.longest} tokens, mean {rows.mean:.0f}: {rows.source}",
+        f"micro-batch  {memory.tokens} tokens at once, {memory.recomputed_layers} of "
+        f"{memory.layers} layers recomputed, {memory.bytes_a_token / MIB:.2f} MiB a token",
+        f"disk         {_write(disk.total_bytes)} ({written}); {_write(disk.free_bytes)} free"
+        f"{'' if disk.fits else ': too little'}",
+    ]
+    if found.seconds is not None:
+        lines.append(
+            f"time         {_duration(found.seconds)} for {found.tokens:,} tokens in "
+            f"{found.steps} steps, training alone; {found.rate.source}"
+        )
+    else:
+        lines.append("time         not known: the rows were not counted, and there is no max_steps")
+    return lines
+
+
+def _active(found: "Plan") -> str:
+    if not found.shape.experts:
+        return ""
+    return f" ({found.shape.active_parameters / 1e9:.3g} billion used by a token)"
+
+
+def _write(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,173 @@
+"""What one token's activations take between forward and backward pass, from a model's shape.
+
+Counted is what autograd keeps in llmtune's training step under transformers' eager layers (b is
+the bytes of an element, W the hidden width, Q and K the widths of queries and keys, I the
+feed-forward width):
+
+    RMSNorm        4 (W + 1): a float32 copy of the input, and one scale
+    LayerNorm      b (W + 2): input, mean and deviation; parallel blocks share the input
+    attention      b (Q + 2 K) for the kernel, b Q for what the output projection reads
+    feed-forward   b I each for gate, up, activation and product; without a gate input and product
+    an expert      the same, and b W for its tokens gathered and b W for its output
+    adapted input  b width, once where linears share it and are fused, else once a linear
+    adapters       b rank: the thin products
+    dropout        a mask an input: 4 bytes on a CPU, 1 on a GPU
+    DoRA           2 b out: both results that its magnitude scales
+
+A layer that is recomputed keeps its input, b W.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmtune.memory import ActivationCost
+from llmtune.planning.shape import ModelShape
+
+FLOAT32 = 4
+ROUTING_BYTES = 40
+"""Of one token for one expert: its weight, its place, and their sorted copies."""
+EAGER_GELUS = ("gelu_new", "gelu_fast")
+"""Activations that transformers computes step by step: five tensors are kept instead of two."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Where the adapters are, and how they are computed."""
+
+    ranks: Mapping[str, int]
+    """{full name of the module or expert parameter: rank}."""
+    is_fused: bool
+    """llmtune's own LoRA linears; otherwise PEFT's (dropout, DoRA)."""
+    dropout_mask_bytes: int = 0
+    """Of one input feature; 0 without dropout."""
+    is_dora: bool = False
+
+
+def activation_cost(
+    shape: ModelShape, adapted: Adapted, *, element_bytes: int, trained_ratio: float
+) -> ActivationCost:
+    """Return what a token costs; `trained_ratio` is the share of tokens that carry a label.
+
+    Layers before the first adapted one keep nothing: no gradient passes through them.
+    """
+    by_layer = _by_layer(shape, adapted)
+    first = min(by_layer, default=shape.layers)
+    kept = sum(
+        _layer_bytes(_Layer(shape, adapted, index, by_layer.get(index, {}), element_bytes))
+        for index in range(first, shape.layers)
+    )
+    norm = _norm_bytes(shape, element_bytes)
+    is_pre_norm = shape.family.head_norms != "width"
+    kept -= norm if kept and is_pre_norm else 0  # no gradient reaches the embeddings
+    return ActivationCost(
+        layers=shape.layers,
+        layer_bytes=kept / shape.layers,
+        recomputed_layer_bytes=element_bytes * shape.width,
+        other_bytes=norm + element_bytes * shape.width * trained_ratio,
+    )
+
+
+def merged_expert_bytes(shape: ModelShape, adapted: Adapted, element_bytes: int) -> int:
+    """Return what PEFT keeps of adapted experts: a merged copy of all of them, used or not."""
+    return element_bytes * sum(
+        size[0] * size[1] * size[2]
+        for name, size in shape.fused_experts.items()
+        if name in adapted.ranks
+    )
+
+
+def _by_layer(shape: ModelShape, adapted: Adapted) -> dict[int, dict[str, int]]:
+    prefix = f"{shape.family.layers}."
+    layers: dict[int, dict[str, int]] = {}
+    for name, rank in adapted.ranks.items():
+        index, _, part = name.removeprefix(prefix).partition(".")
+        layers.setdefault(int(index), {})[part] = rank
+    return layers
+
+
+def _norm_bytes(shape: ModelShape, element_bytes: int) -> float:
+    if shape.family.has_layer_norm:
+        return element_bytes * (shape.width + 2)
+    return FLOAT32 * (shape.width + 1)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer, and the ranks of its adapters by the linears' names inside it."""
+
+    shape: ModelShape
+    adapted: Adapted
+    index: int
+    ranks: Mapping[str, int]
+    element_bytes: int
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.shape.family.layers}.{self.index}"
+
+    def size(self, name: str) -> tuple[int, int] | None:
+        """Return (out, in) of a linear; None where this layer has none of that name."""
+        return self.shape.linear.get(f"{self.prefix}.{name}")
+
+
+def _layer_bytes(layer: _Layer) -> float:
+    shape, family, b = layer.shape, layer.shape.family, layer.element_bytes
+    query, kv = shape.query_width, shape.kv_width
+    norms = 1 if family.has_layer_norm else family.norms  # parallel blocks read one input
+    kept = norms * _norm_bytes(shape, b) + b * (query + 2 * kv)
+    if family.head_norms == "head":
+        kept += FLOAT32 * (query + kv + shape.heads + shape.kv_heads)
+    elif family.head_norms == "width":
+        kept += FLOAT32 * (query + kv + 2)
+    if len(family.attention) == 2:
+        kept += b * (query + kv)  # values are a view of the whole projection
+    down = layer.size(family.feed_forward[-1])
+    kept += _expert_bytes(layer) if down is None else b * _inner_elements(shape, down[1])
+    for members, width in _adapted_inputs(layer):
+        kept += b * width * (1 if _shares_inputs(layer) else len(members))
+    return kept + _adapter_bytes(layer)
+
+
+def _shares_inputs(layer: _Layer) -> bool:
+    """Whether linears keep one input together; PEFT's 16-bit ones each keep a copy."""
+    is_uncast = layer.element_bytes == FLOAT32 and not layer.adapted.dropout_mask_bytes
+    return layer.adapted.is_fused or is_uncast
+
+
+def _adapted_inputs(layer: _Layer) -> list[tuple[list[str], int]]:
+    """Return the adapted linears that read one input, and its width."""
+    family = layer.shape.family
+    *projections, out = family.attention
+    *feed_in, down = family.feed_forward
+    is_parallel = family.has_layer_norm and family.norms == 1
+    groups = [projections + feed_in] if is_parallel else [projections, feed_in]
+    found = [[name for name in names if name in layer.ranks] for names in (*groups, [out], [down])]
+    return [(names, (layer.size(names[0]) or (0, 0))[1]) for names in found if names]
+
+
+def _inner_elements(shape: ModelShape, width: int) -> int:
+    """Return the elements of a feed-forward block that are kept whatever is adapted."""
+    if shape.family.is_gated:
+        return 3 * width
+    return (4 if shape.hidden_act in EAGER_GELUS else 1) * width
+
+
+def _expert_bytes(layer: _Layer) -> float:
+    shape = layer.shape
+    inner, width = shape.feed_forward, shape.width
+    is_adapted = any(name.startswith(shape.family.experts) for name in layer.ranks)
+    elements = 4 * inner + 2 * width if is_adapted else 3 * inner + width
+    return shape.active_experts * (layer.element_bytes * elements + ROUTING_BYTES)
+
+
+def _adapter_bytes(layer: _Layer) -> float:
+    """Return what the adapters of linears keep beside their inputs."""
+    b, adapted = layer.element_bytes, layer.adapted
+    kept = 0.0
+    for name, rank in layer.ranks.items():
+        size = layer.size(name)
+        if size is not None:
+            num_out, num_in = size
+            kept += b * rank + adapted.dropout_mask_bytes * num_in
+            kept += 2 * b * num_out if adapted.is_dora else 0
+    return kept

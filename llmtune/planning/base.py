@@ -1,0 +1,122 @@
+"""Where a base's numbers come from: config.json, headers, a GGUF file's head, or the hub."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtune.deadline import call_within, first_line
+from llmtune.errors import LlmtuneError
+from llmtune.models.checkpoint import CONFIG_NAME, SAFETENSORS_NAMES, has_weights, read_model_config
+from llmtune.models.config import ModelConfig
+from llmtune.models.gguf import cache_dir
+from llmtune.models.hub import LOOKUP_SECONDS, reads_as_hub_id
+from llmtune.planning.gguf_head import read_gguf_config
+from llmtune.safetensors_io import CheckpointIndex
+
+TOKENIZER_NAME = "tokenizer.json"
+RECORD_NAME = "llmtune_base.json"
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class BaseNumbers:
+    """What is known of a base without loading it."""
+
+    config: Mapping[str, Any]
+    """As config.json has it."""
+    place: str
+    """Where it was read."""
+    stored_bytes: int | None
+    """Of the checkpoint's weights; None where only config.json is there."""
+    tokenizer_dir: Path | None
+    """Where its tokenizer can be loaded from; None where there is none."""
+
+    @property
+    def stored_element_bytes(self) -> int:
+        """Bytes of a weight in the checkpoint, as config.json says; 2 where it does not."""
+        named = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
+        return DTYPE_BYTES.get(str(named), 2)
+
+
+def read_base(model: ModelConfig) -> BaseNumbers:
+    """Read the numbers of the base that `model` names; a path wins, else it is a hub id.
+
+    A directory needs no more than config.json. From the hub only config.json and the headers of
+    the weights are fetched.
+
+    Raises:
+        LlmtuneError: there is no such path and no such model, or the hub cannot be reached.
+    """
+    path = Path(model.base).expanduser()
+    if path.is_dir():
+        config = read_model_config(path)
+        stored = None
+        if has_weights(path, SAFETENSORS_NAMES):
+            index = CheckpointIndex.open(path)
+            stored = sum(entry.num_bytes for entry in index.tensors.values())
+        has_tokenizer = (path / TOKENIZER_NAME).is_file()
+        return BaseNumbers(config, str(path / CONFIG_NAME), stored, path if has_tokenizer else None)
+    if path.suffix == ".gguf" and path.is_file():
+        return BaseNumbers(read_gguf_config(path), str(path), None, _converted_before(path))
+    if path.exists() or not reads_as_hub_id(model.base):
+        raise LlmtuneError(
+            f"model.base={model.base}: expected a directory with config.json, a .gguf file, or a "
+            "hub id org/name"
+        )
+    return _read_hub(model.base, model.revision)
+
+
+def _converted_before(gguf_path: Path) -> Path | None:
+    """Return the checkpoint that an earlier run made from this GGUF file, if it is there."""
+    wanted = gguf_path.resolve()
+    for record in (cache_dir() / "bases").glob(f"*/{RECORD_NAME}"):
+        try:
+            made_from = Path(json.loads(record.read_text(encoding="utf-8"))["gguf_path"])
+        except (ValueError, KeyError, OSError):
+            continue
+        is_newer = record.stat().st_mtime >= wanted.stat().st_mtime
+        if made_from.resolve() == wanted and is_newer:
+            return record.parent
+    return None
+
+
+def _read_hub(repo: str, revision: str | None) -> BaseNumbers:
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError
+
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of every retry
+    cached = try_to_load_from_cache(repo, CONFIG_NAME, revision=revision)
+
+    def fetch() -> str:
+        if isinstance(cached, str):
+            return cached
+        return hf_hub_download(repo, CONFIG_NAME, revision=revision)
+
+    def measure() -> str:
+        shards = get_safetensors_metadata(repo, revision=revision).files_metadata.values()
+        tensors = [tensor for shard in shards for tensor in shard.tensors.values()]
+        return str(sum(end - begin for begin, end in (tensor.data_offsets for tensor in tensors)))
+
+    try:
+        config_path = Path(call_within(LOOKUP_SECONDS, fetch))
+    except (HTTPError, OSError) as error:
+        raise LlmtuneError(
+            f"model.base={repo}: no such local path; and read as a hub id its config.json is not "
+            f"in the local hub cache and could not be fetched ({first_line(error)}). Give a "
+            "directory that holds config.json, or connect to the network."
+        ) from error
+    directory = config_path.parent
+    try:
+        stored = int(call_within(LOOKUP_SECONDS, measure))
+    except (HTTPError, OSError, NotASafetensorsRepoError):
+        stored = None
+    has_tokenizer = (directory / TOKENIZER_NAME).is_file()
+    return BaseNumbers(
+        read_model_config(directory),
+        f"{repo} on the hub",
+        stored,
+        directory if has_tokenizer else None,
+    )

@@ -1,0 +1,107 @@
+"""How much memory a device has and how fast it multiplies: asked of it, given, or by its name."""
+
+import contextlib
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import psutil
+
+from llmtune.errors import LlmtuneError
+
+GIB = 1 << 30
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*g(?:i?b)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run would train."""
+
+    name: str
+    kind: str
+    """cpu or cuda."""
+    memory_bytes: int
+    """What there is: of a GPU all of it, of this machine what is free now."""
+    teraflops: float | None = None
+    """Dense 16-bit peak by the maker's figures, 10^12 operations a second; None is not known."""
+
+
+# Name -> memory in GiB as sold, dense bf16 tensor teraflops by the makers' data sheets.
+KNOWN_GPUS = MappingProxyType(
+    {
+        "t4": (16, 65),
+        "rtx3060": (12, 51),
+        "rtx3090": (24, 71),
+        "rtx4060ti": (16, 88),
+        "rtx4090": (24, 165),
+        "rtx5090": (32, 210),
+        "l4": (24, 121),
+        "a10g": (24, 70),
+        "a6000": (48, 155),
+        "l40s": (48, 362),
+        "a100": (80, 312),
+        "a100-40gb": (40, 312),
+        "h100": (80, 989),
+        "h200": (141, 989),
+    }
+)
+
+
+def given_gpu(text: str) -> Device:
+    """Return the GPU that `--gpu` means: a size such as 24GB, or a name such as rtx4090.
+
+    Raises:
+        LlmtuneError: it is neither.
+    """
+    size = SIZE.fullmatch(text.strip())
+    if size:
+        return Device(f"a GPU of {size.group(1)} GB", "cuda", int(float(size.group(1)) * GIB))
+    known = KNOWN_GPUS.get(re.sub(r"[\s_]|nvidia|geforce", "", text.lower()))
+    if known is None:
+        raise LlmtuneError(
+            f"--gpu {text}: expected a size such as 24GB, or one of {', '.join(KNOWN_GPUS)}"
+        )
+    return Device(text, "cuda", known[0] * GIB, known[1])
+
+
+def find_device(wanted: str) -> Device:
+    """Return the device that `model.device` means here; a GPU is asked through nvidia-smi.
+
+    Raises:
+        LlmtuneError: a GPU is named and none is found.
+    """
+    if wanted == "cpu":
+        return this_cpu()
+    gpus = _list_gpus()
+    index = int(wanted.partition(":")[2] or 0)
+    if index < len(gpus):
+        return gpus[index]
+    if wanted == "auto":
+        return this_cpu()
+    raise LlmtuneError(
+        f"model.device={wanted}: no such GPU is found here. Plan for one with --gpu 24GB, or set "
+        "model.device=auto"
+    )
+
+
+def _list_gpus() -> list[Device]:
+    """Return the GPUs that nvidia-smi names, with what is free on each; none without it."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = [line.rpartition(", ") for line in answer.stdout.splitlines()]
+    return [Device(name, "cuda", int(free) << 20) for name, _, free in found if free.isdigit()]
+
+
+def this_cpu() -> Device:
+    """Return this machine's CPU with the memory that is free now, a container's limit included."""
+    free = psutil.virtual_memory().available
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    with contextlib.suppress(OSError, ValueError):  # no container, or none with a limit
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return Device("this machine's CPU", "cpu", free)

@@ -1,0 +1,161 @@
+"""The peak memory of a training run by component, and what fits: arithmetic on a model's shape."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from llmtune.memory import (
+    USEFUL_TOKENS,
+    WORKSPACE_FACTOR,
+    ActivationCost,
+    MemoryPlan,
+    RowSizes,
+    plan_memory,
+)
+from llmtune.models.config import QuantizationConfig
+from llmtune.planning.activations import Adapted, activation_cost, merged_expert_bytes
+from llmtune.planning.shape import ModelShape
+from llmtune.planning.weights import base_bytes, trained_bytes
+
+MIB = 1 << 20
+RUNTIME_BYTES = MappingProxyType({"cpu": 640 * MIB, "cuda": 600 * MIB})
+"""Before a weight is loaded. CPU: the resident memory of the process with torch, transformers, trl,
+peft and bitsandbytes imported, measured. CUDA: the context with its kernels and cuBLAS' workspace;
+assumed, not measured."""
+USABLE_SHARE = 0.8
+"""Of free memory, what activations may take; the rest is for what is not foreseen."""
+HEAD_CHUNK = 256
+HEAD_TILE_BYTES = 8 * MIB
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run by its numbers: the planner needs no config."""
+
+    shape: ModelShape
+    quantization: QuantizationConfig | None
+    element_bytes: int
+    """Of the base's dtype, and of the activations."""
+    adapted: Adapted
+    adapter_parameters: int
+    optimizer: str
+    batch_size: int
+    micro_batch_size: Literal["auto"] | int
+    checkpointing: Literal["auto"] | bool
+    rows: RowSizes
+    trained_ratio: float
+    """Share of the tokens that carry a label."""
+    mapped_bytes: int = 0
+    """A CPU quantizes from a mapped checkpoint, whose pages stay resident."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The peak by component, and the micro-batch that it is for."""
+
+    components: Mapping[str, int]
+    """Bytes by name, in the order they are shown."""
+    base: Mapping[str, int]
+    """The component `base`, by how it is kept."""
+    tokens: int
+    """Of the largest micro-batch."""
+    recomputed_layers: int
+    layers: int
+    bytes_a_token: float
+    """With this many layers recomputed, workspace included."""
+    memory_bytes: int
+    """What the device has."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.components.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.memory_bytes
+
+
+def estimate_memory(work: Workload, device_type: str, memory_bytes: int) -> MemoryEstimate:
+    """Estimate the peak of training on a device with this much memory, and choose what fits.
+
+    The choice is training's own (`plan_memory`) on the computed instead of the measured cost.
+    """
+    base = base_bytes(work.shape, work.quantization, work.element_bytes)
+    fixed = _fixed_components(work, base, device_type)
+    cost = activation_cost(
+        work.shape,
+        work.adapted,
+        element_bytes=work.element_bytes,
+        trained_ratio=work.trained_ratio,
+    )
+    plan = plan_memory(
+        cost,
+        USABLE_SHARE * max(memory_bytes - sum(fixed.values()), 0),
+        work.rows,
+        useful_tokens=USEFUL_TOKENS[device_type],
+        micro_batch_size=work.micro_batch_size,
+        checkpointing=work.checkpointing,
+    )
+    tokens = _largest_tokens(work, plan)
+    needed = cost.bytes_a_token(plan.recomputed_layers)
+    kept = needed / WORKSPACE_FACTOR * tokens
+    components = {**fixed, **_activation_components(cost, plan, tokens)}
+    components["workspace"] = round(needed * tokens - kept)
+    return MemoryEstimate(
+        components=components,
+        base=base,
+        tokens=tokens,
+        recomputed_layers=plan.recomputed_layers,
+        layers=work.shape.layers,
+        bytes_a_token=needed,
+        memory_bytes=memory_bytes,
+    )
+
+
+def _largest_tokens(work: Workload, plan: MemoryPlan) -> int:
+    if plan.limits.rows is None:
+        return min(plan.limits.tokens, work.rows.step)
+    return min(plan.limits.rows, work.batch_size) * work.rows.longest
+
+
+def _fixed_components(work: Workload, base: Mapping[str, int], device_type: str) -> dict[str, int]:
+    """Return what is there whatever the micro-batch."""
+    shape, b = work.shape, work.element_bytes
+    copies = b if work.adapted.is_fused else 0
+    components = {
+        "runtime": RUNTIME_BYTES[device_type],
+        "base": sum(base.values()),
+        **trained_bytes(work.adapter_parameters, work.optimizer, copy_bytes=copies),
+        "merged experts": merged_expert_bytes(shape, work.adapted, b),
+        "LM head chunk": _head_chunk_bytes(shape, b, device_type),
+        "dequantization": _dequantization_bytes(work),
+        "mapped checkpoint": work.mapped_bytes if device_type == "cpu" else 0,
+    }
+    return {name: size for name, size in components.items() if size}
+
+
+def _head_chunk_bytes(shape: ModelShape, element_bytes: int, device_type: str) -> int:
+    """Return the logits of a chunk, and their float32 copy: a tile on a CPU, whole on a GPU."""
+    logits = HEAD_CHUNK * shape.vocabulary
+    copy = HEAD_TILE_BYTES if device_type == "cpu" else 2 * FLOAT32 * logits
+    return element_bytes * logits + copy
+
+
+def _dequantization_bytes(work: Workload) -> int:
+    """Return the largest weight made dense; DoRA makes also its update, their sum, an identity."""
+    largest = work.shape.largest_linear
+    if work.adapted.is_dora:
+        return 4 * FLOAT32 * largest
+    return work.element_bytes * largest if work.quantization is not None else 0
+
+
+def _activation_components(cost: ActivationCost, plan: MemoryPlan, tokens: int) -> dict[str, int]:
+    recomputed = plan.recomputed_layers
+    kept = (cost.layers - recomputed) * cost.layer_bytes + cost.other_bytes
+    components = {"activations": round(kept * tokens)}
+    if recomputed:
+        once = cost.layer_bytes + recomputed * cost.recomputed_layer_bytes
+        components["recomputed layers"] = round(once * tokens)
+    return components

@@ -1,0 +1,124 @@
+"""How each model family names its parts, and which parts it has: what config.json leaves unsaid."""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Family:
+    """One transformers model type's decoder layer.
+
+    Names are relative to a layer. `attention` is (q, k, v, out) or (qkv, out), `feed_forward` is
+    (gate, up, down), (gate_up, down) or, without a gate, (in, out).
+    """
+
+    attention: tuple[str, ...]
+    feed_forward: tuple[str, ...]
+    layers: str = "model.layers"
+    norms: int = 2
+    """Norms of a layer over the hidden width."""
+    has_layer_norm: bool = False
+    """LayerNorm with a bias; otherwise RMSNorm."""
+    head_norms: str = ""
+    """Norms on queries and keys: `head` has one weight a head dimension, `width` one a feature."""
+    attention_bias: bool | str = False
+    """Whether q, k, v and out have a bias; a text names the config key that says so."""
+    out_bias: bool | None = None
+    """Whether the attention's output has one, where that differs."""
+    feed_forward_bias: bool | str = False
+    head_bias: bool = False
+    ties_embeddings: bool = False
+    """What holds when config.json does not say `tie_word_embeddings`."""
+    head_dim: int | None = None
+    """What holds when config.json does not say `head_dim`; None is hidden_size / heads."""
+    experts_key: str | None = None
+    """The config key with the number of experts; None where the family has none."""
+    expert_width_key: str = "intermediate_size"
+    experts: str = "mlp.experts"
+
+    @property
+    def is_gated(self) -> bool:
+        return len(self.feed_forward) == 3 or "gate_up" in self.feed_forward[0]
+
+
+_SPLIT_ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+_GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_LLAMA = Family(
+    _SPLIT_ATTENTION, _GATED, attention_bias="attention_bias", feed_forward_bias="mlp_bias"
+)
+
+FAMILIES = MappingProxyType(
+    {
+        "llama": _LLAMA,
+        "granite": _LLAMA,
+        "mistral": Family(_SPLIT_ATTENTION, _GATED),
+        "smollm3": Family(
+            _SPLIT_ATTENTION,
+            _GATED,
+            attention_bias="attention_bias",
+            feed_forward_bias="mlp_bias",
+            ties_embeddings=True,
+        ),
+        "qwen2": Family(_SPLIT_ATTENTION, _GATED, attention_bias=True, out_bias=False),
+        "qwen3": Family(
+            _SPLIT_ATTENTION,
+            _GATED,
+            head_norms="head",
+            attention_bias="attention_bias",
+            head_dim=128,
+        ),
+        "olmo2": Family(
+            _SPLIT_ATTENTION, _GATED, head_norms="width", attention_bias="attention_bias"
+        ),
+        "gemma2": Family(
+            _SPLIT_ATTENTION,
+            _GATED,
+            norms=4,
+            attention_bias="attention_bias",
+            ties_embeddings=True,
+            head_dim=256,
+        ),
+        "gemma3_text": Family(
+            _SPLIT_ATTENTION,
+            _GATED,
+            norms=4,
+            head_norms="head",
+            attention_bias="attention_bias",
+            ties_embeddings=True,
+            head_dim=256,
+        ),
+        "phi3": Family(
+            ("self_attn.qkv_proj", "self_attn.o_proj"), ("mlp.gate_up_proj", "mlp.down_proj")
+        ),
+        "phi": Family(
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense"),
+            ("mlp.fc1", "mlp.fc2"),
+            norms=1,
+            has_layer_norm=True,
+            attention_bias=True,
+            feed_forward_bias=True,
+            head_bias=True,
+        ),
+        "gpt_neox": Family(
+            ("attention.query_key_value", "attention.dense"),
+            ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+            layers="gpt_neox.layers",
+            has_layer_norm=True,
+            attention_bias="attention_bias",
+            feed_forward_bias=True,
+        ),
+        "mixtral": Family(_SPLIT_ATTENTION, _GATED, experts_key="num_local_experts"),
+        "qwen3_moe": Family(
+            _SPLIT_ATTENTION,
+            _GATED,
+            head_norms="head",
+            attention_bias="attention_bias",
+            experts_key="num_experts",
+            expert_width_key="moe_intermediate_size",
+        ),
+    }
+)
+"""By transformers' `model_type`."""
+
+DEFAULTS = MappingProxyType({"gpt_neox": {"attention_bias": True}})
+"""What a family's config assumes for a bias key that config.json leaves out; else False."""

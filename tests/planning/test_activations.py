@@ -1,0 +1,103 @@
+"""What a token is said to cost is what autograd keeps in training's own forward pass."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from llmtune.adapters.dora import DoraAdapter
+from llmtune.adapters.inject import inject_adapter, lora_layers
+from llmtune.adapters.lora import LoraAdapter
+from llmtune.data.example import Example
+from llmtune.planning.activations import Adapted, activation_cost, merged_expert_bytes
+from llmtune.planning.families import FAMILIES
+from llmtune.planning.shape import read_shape
+from llmtune.training.batch import pack_rows
+from llmtune.training.fused_lora import fused_lora
+from llmtune.training.head import choose_head, decoder_hidden, summed_loss
+from llmtune.training.memory_plan import measure_activations
+from llmtune.training.packing import packed_attention
+from llmtune.training.recompute import recomputable_layers
+from tests.planning.shapes import small_config
+
+LAYERS = 6  # the more, the less the first layer's own counts
+ROW = Example(list(range(3, 67)), list(range(3, 67)), "rows.jsonl", 1)
+
+
+def compare(family, adapter, *, dtype=torch.bfloat16, is_fused=True):
+    """Return (computed, measured) bytes a token and layer; constants cancel between two lengths."""
+    torch.manual_seed(0)
+    config = small_config(family, layers=LAYERS)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**config), dtype=dtype)
+    injected = inject_adapter(model, adapter).model
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32)
+    with ExitStack() as stack:
+        stack.enter_context(autocast)
+        if is_fused:
+            ids = {"input_ids": torch.arange(1, 5)[None]}
+            stack.enter_context(fused_lora(injected, lambda: decoder_hidden(injected, ids)))
+        head = choose_head(injected)
+        stack.enter_context(packed_attention(injected))
+        injected.train()
+        layers = recomputable_layers(injected)
+        costs = {
+            rows: measure_activations(
+                injected,
+                layers,
+                lambda rows=rows: summed_loss(injected, pack_rows([ROW] * rows), head),
+                64 * rows,
+            )
+            for rows in (4, 8)
+        }
+    measured = 2 * costs[8].layer_bytes - costs[4].layer_bytes
+    ranks = {name: layer.r["default"] for name, layer in lora_layers(injected).items()}
+    shape = read_shape({**model.config.to_dict(), **config, "model_type": family}, "here")
+    adapted = Adapted(
+        ranks,
+        is_fused=is_fused,
+        dropout_mask_bytes=4 if adapter.dropout else 0,
+        is_dora=adapter.method == "dora",
+    )
+    b = dtype.itemsize
+    cost = activation_cost(shape, adapted, element_bytes=b, trained_ratio=63 / 64)
+    assert cost.other_bytes == pytest.approx(costs[8].other_bytes, rel=0.05)
+    assert merged_expert_bytes(shape, adapted, b) == b * shape.expert_parameters
+    return cost.layer_bytes, measured
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_cost_is_the_measured_one(family):
+    computed, measured = compare(family, LoraAdapter(rank=4))
+    assert computed == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "adapter", [LoraAdapter(rank=4, dropout=0.1), DoraAdapter(rank=4)], ids=["dropout", "dora"]
+)
+def test_what_pefts_own_layers_keep_is_computed_too(adapter, dtype):
+    computed, measured = compare("llama", adapter, dtype=dtype, is_fused=False)
+    assert computed == pytest.approx(measured, rel=0.06)
+
+
+def test_only_adapted_linears_keep_their_input():
+    computed, measured = compare("llama", LoraAdapter(rank=4, target_modules=["q_proj", "v_proj"]))
+    assert computed == pytest.approx(measured, rel=0.03)
+
+
+def test_layers_before_the_first_adapter_keep_nothing():
+    computed, measured = compare("llama", LoraAdapter(rank=4, layers="last-2"))
+    assert computed == pytest.approx(measured, rel=0.05)
+
+
+def test_a_tiny_llamas_layer_added_up_by_hand():
+    shape = read_shape({**small_config("llama", layers=1), "model_type": "llama"}, "here")
+    adapted = Adapted(dict.fromkeys(shape.linear, 8), is_fused=True)
+    cost = activation_cost(shape, adapted, element_bytes=2, trained_ratio=0.5)
+    norms = 4 * (64 + 1)  # of two: no gradient reaches the embeddings through the first
+    attention = 2 * 64 + 2 * (64 + 2 * 32) + 2 * 64  # shared input, q k v, o's input
+    feed_forward = 2 * 64 + 2 * 4 * 128
+    assert cost.layer_bytes == norms + attention + feed_forward + 2 * 7 * 8
+    assert cost.recomputed_layer_bytes == 2 * 64
+    assert cost.other_bytes == 4 * (64 + 1) + 2 * 64 * 0.5
