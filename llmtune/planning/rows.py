@@ -72,12 +72,13 @@ def read_rows(
         data = data.model_copy(update={"train": _limit(data.train), "cache": False})
     train = kept or prepare_examples(data, tokenizer, split="train", seed=seed)
     evaluation = prepare_examples(data, tokenizer, split="evaluation", seed=seed)
-    return _measure(train, evaluation, batch_size=batch_size, is_sampled=is_sampled)
+    return measure_rows(train, evaluation, batch_size=batch_size, is_sampled=is_sampled)
 
 
-def _measure(
-    train: PreparedData, evaluation: PreparedData, *, batch_size: int, is_sampled: bool
+def measure_rows(
+    train: PreparedData, evaluation: PreparedData, *, batch_size: int, is_sampled: bool = False
 ) -> RowFacts:
+    """Return the lengths of rows that are already tokenized."""
     lengths = np.concatenate([train.examples.lengths, evaluation.examples.lengths])
     longest_first = -np.sort(-lengths)
     report = train.report

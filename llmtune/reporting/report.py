@@ -12,6 +12,7 @@ from llmtune.reporting.evidence import Thresholds
 from llmtune.reporting.missing import Missing
 from llmtune.reporting.numbers import without_nan
 from llmtune.reporting.outcome import Verdict
+from llmtune.reporting.plan_check import check_plan
 from llmtune.reporting.probabilities import ProbabilityShift
 from llmtune.reporting.sources import Generation, LossCurve
 from llmtune.reporting.strengths import StrengthSweep
@@ -49,6 +50,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Return what report.json holds; what was not measured is null or absent, never 0."""
         seconds = dict.fromkeys(("train", "merge", "evaluate")) | dict(self.cost.seconds)
+        plan = check_plan(self.manifest)
         values = {
             "format": FORMAT,
             "run": self.name,
@@ -67,6 +69,7 @@ class Report:
             "seconds": seconds | {"total": self.cost.total_seconds},
             "peak_bytes": self.cost.largest_peak_bytes,
             "cost": self.cost.as_json(),
+            "plan": plan.as_json() if plan else None,
             "loss": self.curve.as_json(),
             "generations": [asdict(each) for each in self.generations],
             "merge": self.merge,

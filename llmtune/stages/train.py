@@ -17,9 +17,11 @@ from llmtune.data.prepare import PreparedData
 from llmtune.data.template import template_fingerprint
 from llmtune.environment import versions
 from llmtune.fingerprint import hash_json
+from llmtune.models.hardware import choose_device
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import BaseSource
 from llmtune.stages.describe import describe_injected, describe_loaded
+from llmtune.stages.estimate import estimate_training
 from llmtune.stages.protect import prepare_protection
 from llmtune.stages.stop_check import check_stops
 from llmtune.training.batch import hash_epochs
@@ -43,6 +45,10 @@ class TrainInputs:
 
 def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
     """Train and save the adapter in `run_dir/adapter`; return the result as JSON values."""
+    device = choose_device(config.model.device)
+    estimate = estimate_training(
+        config, inputs.source.dir, device, (inputs.train, inputs.evaluation)
+    )
     loaded = load_model(config.model, inputs.source)
     log_lines(describe_loaded(loaded))
     protection = prepare_protection(config, len(inputs.train.examples), inputs.general, loaded)
@@ -72,6 +78,7 @@ def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
     )
     return {
         **dataclasses.asdict(result),
+        "estimate": estimate,
         "stop_check": check_stops(
             injected.model,
             loaded.tokenizer,

@@ -29,6 +29,7 @@ def compare(family, adapter, *, dtype=torch.bfloat16, is_fused=True):
     """Return (computed, measured) bytes a token and layer; constants cancel between two lengths."""
     torch.manual_seed(0)
     config = small_config(family, layers=LAYERS)
+    config.pop("mlp_only_layers", None)  # peft adapts no experts in a mixed stack
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**config), dtype=dtype)
     injected = inject_adapter(model, adapter).model
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32)

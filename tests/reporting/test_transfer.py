@@ -275,6 +275,22 @@ def test_without_a_finished_evaluation_only_results_of_the_models_on_disk_are_sh
     assert report.suites == () and "evaluation is not finished" in names_of_missing(report)
 
 
+def test_the_planned_memory_stands_beside_the_measured_peak(full_run):
+    manifest = read_manifest(full_run)
+    estimate = {"total_bytes": 2_800, "components": {"base": 2_000, "activations": 800}}
+    result = {**manifest.stages["train"]["result"], "estimate": estimate, "peak_bytes": 3_500}
+    stages = {**manifest.stages, "train": {**manifest.stages["train"], "result": result}}
+    assert build_report(full_run).as_json()["plan"] is None
+    dataclasses.replace(manifest, stages=stages).save(full_run)
+    report = build_report(full_run)
+    write_report(report, full_run)
+    planned = json.loads(full_run.report_json_path.read_text())["plan"]
+    assert planned["estimated_bytes"] == 2_800
+    assert planned["measured_bytes"] == 3_500
+    assert planned["ratio"] == 0.8
+    assert "80 % of it" in full_run.report_html_path.read_text()
+
+
 def test_gpu_memory_of_training_is_told_apart_from_the_host_peak(full_run):
     manifest = read_manifest(full_run)
     for device, expected in (("cuda:0", 7_000), ("cpu", None)):

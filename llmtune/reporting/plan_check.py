@@ -1,0 +1,41 @@
+"""The planner's estimate of training memory held against the measured peak."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmtune.manifest import Manifest
+from llmtune.reporting.numbers import finite
+
+
+@dataclass(frozen=True)
+class PlanCheck:
+    """Estimated and measured peak of training, in bytes."""
+
+    estimated_bytes: int
+    measured_bytes: int
+    components: Mapping[str, int]
+
+    @property
+    def ratio(self) -> float:
+        """Return estimate over measurement."""
+        return self.estimated_bytes / self.measured_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what report.json holds under `plan`."""
+        return {
+            "estimated_bytes": self.estimated_bytes,
+            "measured_bytes": self.measured_bytes,
+            "ratio": self.ratio,
+            "components": dict(self.components),
+        }
+
+
+def check_plan(manifest: Manifest) -> PlanCheck | None:
+    """Return the comparison; None where the run has no estimate or no measured peak."""
+    result = manifest.stages.get("train", {}).get("result") or {}
+    estimate = result.get("estimate") or {}
+    estimated, measured = finite(estimate.get("total_bytes")), finite(result.get("peak_bytes"))
+    if not estimated or not measured:
+        return None
+    return PlanCheck(int(estimated), int(measured), estimate["components"])

@@ -1,0 +1,195 @@
+"""A plan is arithmetic on small files, agrees with what is loaded, and says what would fit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gguf import GGUFWriter
+
+from llmtune.cli import run_command
+from llmtune.config import load_config
+from llmtune.errors import LlmtuneError
+from llmtune.models.config import ModelConfig, Nf4Quantization
+from llmtune.models.load import load_model
+from llmtune.models.resolve import resolve_base
+from llmtune.pipeline import plan
+from llmtune.planning.base import read_base
+from llmtune.planning.devices import GIB, given_gpu
+from llmtune.planning.estimate import RUNTIME_BYTES
+from llmtune.planning.shape import read_shape
+from llmtune.planning.weights import base_bytes, trained_bytes
+from tests.planning.shapes import small_config
+from tests.tiny import make_model
+
+ROOT = Path(__file__).parent.parent.parent
+EIGHT_B = ROOT / "docs" / "shapes" / "llama-3.1-8b"
+
+
+def write_config(directory, **model):
+    """Write a run's config about rows that are not there yet."""
+    values = {
+        "run_dir": str(directory / "run"),
+        "model": {"device": "cuda", **model},
+        "data": {"train": [{"path": str(directory / "to_come.jsonl")}], "max_length": 2048},
+    }
+    path = directory / "plan.yaml"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def plan_8b(directory, *overrides, gpu, quantization=None):
+    path = write_config(directory, base=str(EIGHT_B), quantization=quantization)
+    return plan(load_config(path, overrides), gpu=gpu)
+
+
+@pytest.mark.parametrize(
+    "quantization", [None, Nf4Quantization(), Nf4Quantization(double_quant=False)]
+)
+def test_the_bytes_of_a_base_are_those_of_the_loaded_one(tmp_path, quantization):
+    make_model("llama", tmp_path)
+    model = ModelConfig(base=str(tmp_path), quantization=quantization, device="cpu")
+    loaded = load_model(model, resolve_base(model))
+    shape = read_shape(json.loads((tmp_path / "config.json").read_text()), "here")
+    assert sum(base_bytes(shape, quantization, 2).values()) == loaded.quantized.bytes
+
+
+def test_a_base_added_up_by_hand():
+    shape = read_shape({**small_config("llama"), "model_type": "llama"}, "here")
+    linear = 2 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 128)
+    rest = 2 * 512 * 64 + 5 * 64
+    assert base_bytes(shape, None, 2) == {"16-bit": 2 * (linear + rest)}
+    # every 64 weights share a byte, and here no layer has more than 256 such scales
+    four_bit = linear // 2 + linear // 64 + 4 * 14
+    assert base_bytes(shape, Nf4Quantization(), 2) == {"nf4": four_bit, "16-bit": 2 * rest}
+
+
+def test_training_keeps_weight_gradient_and_two_moments():
+    needed = trained_bytes(1000, "adamw", copy_bytes=2)
+    assert needed == {
+        "adapter": 4000,
+        "gradients": 4000,
+        "optimizer": 8000,
+        "adapter copies": 2000,
+    }
+    assert trained_bytes(1000, "adamw_8bit", copy_bytes=0)["optimizer"] == 2031
+
+
+def test_the_known_8b_is_counted_as_published(tmp_path):
+    found = plan_8b(tmp_path, gpu="80GB")
+    assert found.shape.num_parameters == 8_030_261_248
+    assert found.adapter_parameters == 41_943_040
+    assert found.memory.base == {"16-bit": 2 * 8_030_261_248}
+    assert found.fits
+
+
+def test_the_parts_add_up_to_no_more_than_the_card(tmp_path):
+    found = plan_8b(tmp_path, gpu="24GB", quantization={"method": "nf4"})
+    parts = found.memory.components
+    assert parts["runtime"] == RUNTIME_BYTES["cuda"]
+    assert found.memory.total_bytes == sum(parts.values()) <= 24 * GIB
+    assert 0 < found.memory.recomputed_layers < 32
+
+
+def test_less_memory_means_more_recomputation_and_never_a_larger_micro_batch(tmp_path):
+    plans = [plan_8b(tmp_path, gpu=f"{size}GB").memory for size in (160, 80, 48, 24)]
+    recomputed = [each.recomputed_layers for each in plans]
+    assert recomputed == sorted(recomputed)
+    assert [each.fits for each in plans] == [True] * 4
+
+
+def test_what_does_not_fit_names_settings_that_do(tmp_path):
+    found = plan_8b(tmp_path, gpu="16GB")
+    assert not found.fits
+    (advice,) = [line for line in found.advice if "nf4" in line]
+    assert "model.quantization='{method: nf4}'" in advice
+    assert plan_8b(tmp_path, gpu="16GB", quantization={"method": "nf4"}).fits
+
+
+def test_two_settings_are_named_where_either_is_enough(tmp_path):
+    fixed = ("train.micro_batch_size=16", "train.gradient_checkpointing=false")
+    found = plan_8b(tmp_path, *fixed, gpu="80GB")
+    assert not found.fits
+    assert len(found.advice) == 2
+    assert found.advice[0].startswith("train.gradient_checkpointing=auto")
+
+
+def test_a_card_too_small_for_everything_says_so(tmp_path):
+    found = plan_8b(tmp_path, gpu="4GB")
+    assert "choose a smaller base" in found.advice[-1]
+
+
+def test_the_command_ends_with_1_where_it_does_not_fit(tmp_path, capsys):
+    path = str(write_config(tmp_path, base=str(EIGHT_B)))
+    assert run_command(["plan", path, "--gpu", "rtx4090"]) == 0
+    assert run_command(["plan", path, "--gpu", "8GB", "--json"]) == 1
+    written = capsys.readouterr().out
+    shown = json.loads(written[written.index("\n{") :])
+    assert shown["fits"] is False
+    assert shown["memory"]["total_bytes"] == sum(shown["memory"]["components"].values())
+    assert shown["advice"]
+
+
+def test_a_plan_imports_no_torch(tmp_path):
+    path = write_config(tmp_path, base=str(EIGHT_B))
+    code = (
+        "import sys; from llmtune.cli import run_command; "
+        f"run_command(['plan', {str(path)!r}, '--gpu', '80GB', '--quiet']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_card_is_an_error_that_lists_the_known():
+    with pytest.raises(LlmtuneError, match="--gpu rtx9999: expected a size such as 24GB"):
+        given_gpu("rtx9999")
+    assert given_gpu("NVIDIA H100").memory_bytes == 80 * GIB
+
+
+def test_a_gguf_file_is_planned_from_its_head(tmp_path):
+    writer = GGUFWriter(tmp_path / "small.gguf", "qwen3")
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(16)
+    writer.add_token_list([f"word{index}" for index in range(512)])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    base = read_base(ModelConfig(base=str(tmp_path / "small.gguf")))
+    shape = read_shape(base.config, base.place)
+    expected = {**small_config("qwen3"), "model_type": "qwen3", "tie_word_embeddings": True}
+    assert shape == read_shape(expected, "here")
+
+
+def test_a_file_that_is_no_gguf_is_an_error(tmp_path):
+    (tmp_path / "other.gguf").write_bytes(b"GGML and more bytes")
+    with pytest.raises(LlmtuneError, match="first four bytes are not GGUF"):
+        read_base(ModelConfig(base=str(tmp_path / "other.gguf")))
+
+
+def test_the_rows_are_the_real_ones_where_they_are_there(tmp_path):
+    make_model("llama", tmp_path / "base")
+    rows = tmp_path / "to_come.jsonl"
+    rows.write_text('{"text": "The quick brown fox jumps."}\n{"text": "Paris is the capital."}\n')
+    found = plan(load_config(write_config(tmp_path, base=str(tmp_path / "base"))), gpu="8GB")
+    assert found.rows.num_rows == 2
+    assert found.rows.longest < 40
+    assert found.steps == 1
+    assert found.tokens == pytest.approx(2 * found.rows.mean, abs=1)
+
+
+def test_the_documented_table_is_what_the_command_computes_now():
+    documented = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8").splitlines()
+    printed = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "plan_table.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    start = documented.index(printed[0])
+    assert documented[start : start + len(printed)] == printed
