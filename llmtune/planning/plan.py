@@ -1,6 +1,6 @@
 """The plan of a run: memory, disk, time, and what to change where it does not fit."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from llmtune.training.config import TrainConfig
 MASK_BYTES = {"cpu": 4, "cuda": 1}
 NUM_SUGGESTIONS = 2
 SHORTEST = 256
+LOW_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,10 @@ def make_plan(request: PlanRequest) -> Plan:
         tokens=tokens,
         rate=rate,
         seconds=None if tokens is None else tokens / speed,
-        advice=tuple(_advise(request, base, shape, rows)) if not memory.fits else (),
+        advice=(
+            *([] if memory.fits else _advise(request, base, shape, rows)),
+            *([] if disk.fits else [_advise_disk(request, disk)]),
+        ),
     )
 
 
@@ -213,64 +217,70 @@ def _count_steps(train: TrainConfig, rows: RowFacts) -> tuple[int | None, int | 
 
 def _advise(
     request: PlanRequest, base: BaseNumbers, shape: ModelShape, rows: RowFacts
-) -> Iterator[str]:
-    """Yield settings that make the run fit: single ones first, then one after the other."""
+) -> list[str]:
+    """Return two ways to make the run fit: single settings, else several together."""
     options = list(_options(request, rows))
-    single = 0
-    for text, changed, length in options:
-        found = plan_memory_of(changed, base, shape, _shorten(rows, length))
-        if found.fits:
-            single += 1
-            yield f"{text}: {_write_gib(found.total_bytes)} in all"
-        if single == NUM_SUGGESTIONS:
-            return
-    if single:
-        return
-    together: list[str] = []
-    combined, length = request, None
-    for text, changed, shorter in options:
-        combined = replace(
-            combined,
-            **{
-                name: getattr(changed, name)
-                for name in ("model", "adapter", "train")
-                if getattr(changed, name) != getattr(request, name)
-            },
-        )
-        together.append(text)
-        length = shorter or length
-        found = plan_memory_of(combined, base, shape, _shorten(rows, length))
-        if found.fits:
-            yield f"{' and '.join(together)}: {_write_gib(found.total_bytes)} in all"
-            return
-    least = plan_memory_of(combined, base, shape, _shorten(rows, length)).total_bytes
-    yield (
-        f"even {' and '.join(together)} need {_write_gib(least)}: choose a smaller base, "
-        "or a device with more memory"
-    )
+    ways = [[option] for option in options] + [
+        options[:count] for count in range(2, len(options) + 1)
+    ]
+    found: list[str] = []
+    needed = 0
+    for way in ways:
+        changed, length = _apply(request, way)
+        memory = plan_memory_of(changed, base, shape, _shorten(rows, length))
+        needed = memory.total_bytes
+        if memory.fits and len(found) < NUM_SUGGESTIONS:
+            found.append(f"{_join(way)}: {_write_gib(needed)} in all")
+    return found or [
+        f"even {_join(options)} needs {_write_gib(needed)}: choose a smaller base, or a device "
+        "with more memory"
+    ]
 
 
-def _options(request: PlanRequest, rows: RowFacts) -> Iterator[tuple[str, PlanRequest, int | None]]:
-    """Yield (setting in words, the request with it, a shorter longest row), the mildest first."""
+@dataclass(frozen=True)
+class _Option:
+    """A change of settings: in words, the sections it replaces, and the longest row it leaves."""
+
+    text: str
+    sections: Mapping[str, Any]
+    length: int | None = None
+
+
+def _apply(request: PlanRequest, options: Sequence[_Option]) -> tuple[PlanRequest, int | None]:
+    length = None
+    for option in options:
+        request = replace(request, **option.sections)
+        length = option.length or length
+    return request, length
+
+
+def _join(options: Sequence[_Option]) -> str:
+    return " ".join(option.text for option in options)
+
+
+def _options(request: PlanRequest, rows: RowFacts) -> Iterator[_Option]:
+    """Yield what can be changed, the mildest first."""
     model, train = request.model, request.train
     if train.gradient_checkpointing is False or train.micro_batch_size not in ("auto", 1):
-        milder = train.model_copy(
-            update={"gradient_checkpointing": "auto", "micro_batch_size": "auto"}
-        )
-        yield (
+        milder = {"gradient_checkpointing": "auto", "micro_batch_size": "auto"}
+        yield _Option(
             "train.gradient_checkpointing=auto train.micro_batch_size=auto",
-            replace(request, train=milder),
-            None,
+            {"train": train.model_copy(update=milder)},
         )
-    if model.quantization_method == "none" or model.quantization_method == "int8":
+    if model.quantization_method in ("none", "int8"):
         smaller = model.model_copy(update={"quantization": Nf4Quantization()})
-        yield "model.quantization='{method: nf4}'", replace(request, model=smaller), None
+        yield _Option("model.quantization='{method: nf4}'", {"model": smaller})
     if rows.longest > SHORTEST:
         half = max(rows.longest // 2, SHORTEST)
-        yield f"data.max_length={half}", request, half
-    if model.quantization is not None and request.adapter.rank > 8:
-        lower = request.adapter.model_copy(update={"rank": 8})
-        yield "adapter.rank=8", replace(request, adapter=lower), None
+        yield _Option(f"data.max_length={half}", {}, half)
+    if request.adapter.rank > LOW_RANK:
+        lower = request.adapter.model_copy(update={"rank": LOW_RANK})
+        yield _Option(f"adapter.rank={LOW_RANK}", {"adapter": lower})
+
+
+def _advise_disk(request: PlanRequest, disk: DiskEstimate) -> str:
+    missing = disk.total_bytes - disk.free_bytes
+    return f"{_write_gib(missing)} more room under {request.run_dir}, or another run_dir"
 
 
 def _shorten(rows: RowFacts, length: int | None) -> RowFacts:
