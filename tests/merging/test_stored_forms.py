@@ -164,3 +164,16 @@ def test_auto_keeps_the_closer_base_and_records_both(adapter, tmp_path, capsys):
     assert provenance["candidates"] == scores and provenance["base"] == "dequantized"
     assert str(tmp_path) not in json.dumps(provenance)
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("form", ["pickled", "4 bits"])
+def test_command_merges_and_checks_such_bases(adapter, tmp_path, capsys, form):
+    if form == "pickled":
+        pickle_base(tmp_path / "base", 1)
+    else:
+        quantize_base(tmp_path / "base")
+    command = ["merge", str(adapter), f"model.base={tmp_path / 'base'}", "model.weights=any"]
+    assert run_command([*command, "--out", str(tmp_path / "out"), "--json", "-q"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["base"] == ("original" if form == "pickled" else "dequantized")
+    assert result["check"]["kl"] < 1e-2
