@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
-import io
 import json
+import logging
 import os
+import shutil
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,13 +27,19 @@ from llmtune.data.hub import is_hub_id
 from llmtune.data.prepared import PreparedData, fingerprint_table
 from llmtune.data.report import DataReport
 from llmtune.data.rows import find_files
+from llmtune.data.stored import read_stored
 from llmtune.fingerprint import hash_file, hash_json, hash_text
 from llmtune.models.gguf import cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
+
 KEPT_ENTRIES = 32
+META_FILE, INDEX_FILE = "meta.txt", "index.npz"
+WRITING = ".writing-"
+"""Begins the name of a directory that is being written or taken away."""
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 NOT_IN_KEY = {"packing", "cache"}
 """Knobs that do not change a token."""
@@ -66,19 +76,22 @@ def cache_path(
         "date": time.strftime("%Y-%m-%d") if "strftime_now" in str(template) else "",
         "code": _code_hash(),
     }
-    return cache_dir() / "data" / f"{hash_json(key)}.npz"
+    return cache_dir() / "data" / hash_json(key)
 
 
-def load_prepared(path: Path) -> PreparedData | None:
-    """Return what `save_prepared` wrote, or None where there is nothing whole.
+def load_prepared(entry: Path) -> PreparedData | None:
+    """Return what `save_prepared` left at `entry`, or None where there is nothing whole.
 
     The tokens are hashed again: an entry that was damaged counts as absent.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            meta = json.loads(stored["meta"].tobytes())
-            arrays = {name: stored[name] for name in ExampleTable.ARRAYS}
-        table = ExampleTable(arrays, meta["file_names"])
+        seal, _, text = (entry / META_FILE).read_text(encoding="utf-8").partition("\n")
+        if seal != hash_text(text):
+            return None
+        meta = json.loads(text)
+        with np.load(entry / INDEX_FILE, allow_pickle=False) as stored:
+            index = {name: stored[name] for name in ExampleTable.INDEX}
+        table = ExampleTable(read_stored(entry), index, meta["file_names"])
         prepared = PreparedData(
             examples=table,
             source_names=tuple(meta["source_names"]),
@@ -86,48 +99,88 @@ def load_prepared(path: Path) -> PreparedData | None:
             fingerprint=meta["fingerprint"],
             order_hash=meta["order_hash"],
         )
+        if fingerprint_table(table) != prepared.fingerprint or meta["index"] != _hash_index(table):
+            return None
+        os.utime(entry)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-    if fingerprint_table(table) != prepared.fingerprint:
-        return None
-    path.touch()
     return prepared
 
 
-def save_prepared(path: Path, prepared: PreparedData) -> None:
-    """Write `prepared` to a file of its own, then rename it: no reader sees half an entry."""
+@contextmanager
+def open_entry(entry: Path) -> Iterator[Path | None]:
+    """Give a directory beside `entry` to write to; it is gone at the end, unless it was saved.
+
+    None where the cache cannot be written: it saves time, and a run needs none.
+    """
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(dir=entry.parent, prefix=WRITING))
+    except OSError as error:
+        logger.warning("prepared data is not kept in %s: %s", entry.parent, error)
+        yield None
+        return
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def save_prepared(entry: Path, prepared: PreparedData, directory: Path) -> None:
+    """Complete `directory`, which holds the tokens, and rename it: no reader sees half an entry."""
+    table = prepared.examples
     meta = {
-        "file_names": list(prepared.examples.file_names),
+        "file_names": list(table.file_names),
         "source_names": list(prepared.source_names),
         "report": prepared.report.to_json(),
         "fingerprint": prepared.fingerprint,
         "order_hash": prepared.order_hash,
+        "index": _hash_index(table),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = io.BytesIO()
-    encoded = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
-    np.savez(data, meta=encoded, **prepared.examples.arrays)  # type: ignore[arg-type]
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data.getbuffer())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _forget_oldest(path.parent)
+        with (directory / INDEX_FILE).open("wb") as file:
+            np.savez(file, **table.index)  # type: ignore[arg-type]
+        text = json.dumps(meta)
+        (directory / META_FILE).write_text(f"{hash_text(text)}\n{text}", encoding="utf-8")
+        _move_away(entry)  # damaged, or another process was faster with the same content
+        directory.rename(entry)
+        _forget_oldest(entry.parent)
+    except OSError as error:
+        logger.warning("prepared data is not kept in %s: %s", entry.parent, error)
+
+
+def _hash_index(table: ExampleTable) -> str:
+    """Return the SHA-256 of a table's whole index."""
+    digest = hashlib.sha256()
+    for array in table.index.values():
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def _move_away(entry: Path) -> None:
+    """Take an entry out of the way in one step; whoever has mapped it keeps its bytes."""
+    with contextlib.suppress(FileNotFoundError):
+        away = Path(tempfile.mkdtemp(dir=entry.parent, prefix=WRITING))
+        entry.rename(away / entry.name)
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def _forget_oldest(directory: Path) -> None:
-    """Keep the entries that were used last."""
+    """Keep the entries that were used last, and no leavings of a process that was killed."""
     ages = []
-    for entry in directory.glob("*.npz"):
+    for entry in directory.iterdir():
         try:
             ages.append((entry.stat().st_mtime, entry))
         except FileNotFoundError:
             continue  # another process was faster
-    for _, entry in sorted(ages, reverse=True)[KEPT_ENTRIES:]:
-        entry.unlink(missing_ok=True)
+    left = [entry for age, entry in ages if entry.name.startswith(WRITING) and age < _yesterday()]
+    kept = sorted((pair for pair in ages if not pair[1].name.startswith(".")), reverse=True)
+    for entry in [*left, *(entry for _, entry in kept[KEPT_ENTRIES:])]:
+        _move_away(entry)
+
+
+def _yesterday() -> float:
+    return time.time() - 24 * 3600
 
 
 @lru_cache

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHUNK_ROWS = 512
+SCANNED_TOKENS = 1 << 22
 CHUNKS_AHEAD = 2
 """Chunks that are being tokenized while the next one is read and rendered."""
 MAX_COLLECTED_PROBLEMS = 100_000
@@ -84,7 +86,7 @@ class SplitCollector:
     def __post_init__(self) -> None:
         self.labeller = Labeller(self.tokenizer, self.config.loss_on)
         self.sources, self._selections = choose_sources(self.config, self.split)
-        self._builder = ExampleTableBuilder()
+        self._stop_rows = 0
         self._notes: Counter[str] = Counter()
         self._tallies: list[Counter[str]] = []
         self._formats: list[str] = []
@@ -93,8 +95,12 @@ class SplitCollector:
     def rows_read(self) -> int:
         return sum(tally["read"] for tally in self._tallies)
 
-    def read(self) -> ExampleTable:
-        """Read every source of the split and return its examples in the order of the files."""
+    def read(self, directory: Path | None = None) -> ExampleTable:
+        """Read every source of the split and return its examples in the order of the files.
+
+        Their tokens are written to `directory`, or to files without a name.
+        """
+        self._builder = ExampleTableBuilder(directory)
         rule = LengthRule(
             self.config.max_length, self.config.length_policy, self.labeller.added_ids
         )
@@ -179,6 +185,7 @@ class SplitCollector:
             tally["examples"] += 1
             tally["trained"] += sequence.num_trained
         tally["kept"] += bool(sequences)
+        self._stop_rows += any(_trains_stop(one, self.labeller.stop_ids) for one in sequences)
 
     def report(self, mixed: ExampleTable, taken: Sequence[tuple[int, float]]) -> DataReport:
         """Return the counts; `mixed` is what an epoch holds, `taken` what each source gives to
@@ -200,7 +207,7 @@ class SplitCollector:
                 self.sources, self._formats, self._tallies, taken, strict=True
             )
         )
-        count = self.count
+        count, rows_kept = self.count, sum(tally["kept"] for tally in self._tallies)
         return DataReport(
             split=self.split,
             sources=sources,
@@ -216,21 +223,37 @@ class SplitCollector:
             rows_truncated=count.rows_truncated,
             rows_split=count.rows_split,
             trained_tokens_lost=count.trained_tokens_lost,
-            stop_row_ratio=stop_row_ratio(mixed, self.labeller.stop_ids) if len(mixed) else 1.0,
+            stop_row_ratio=self._stop_rows / rows_kept if rows_kept else 1.0,
             num_bad_rows=self.num_bad,
             bad_rows=tuple(self.problems[:MAX_KEPT_PROBLEMS]),
             notes=tuple(sorted(self._notes.items())),
         )
 
 
+def _trains_stop(sequence: LabelledSequence, stop_ids: frozenset[int]) -> bool:
+    ids = sequence.input_ids
+    return any(
+        ids[end - 1] in stop_ids or not stop_ids.isdisjoint(ids[start:end])
+        for start, end in sequence.spans
+    )
+
+
 def stop_row_ratio(table: ExampleTable, stop_ids: frozenset[int]) -> float:
     """Return the share of rows with an example whose trained tokens hold one of `stop_ids`."""
-    stops = table.arrays["trained"] & np.isin(table.arrays["tokens"], list(stop_ids))
-    counts = np.add.reduceat(stops, table.arrays["offsets"][:-1], dtype=np.int64)
-    keys = table.arrays["files"].astype(np.int64) << 40 | table.arrays["lines"]
+    tokens, trained = table.stored.tokens, table.stored.trained
+    found = [np.empty(0, dtype=np.int64)]
+    for start in range(0, len(tokens), SCANNED_TOKENS):
+        place = slice(start, start + SCANNED_TOKENS)
+        found.append(
+            np.flatnonzero(trained[place] & np.isin(tokens[place], list(stop_ids))) + start
+        )
+    places = np.concatenate(found)
+    starts, ends = table.index["starts"], table.index["starts"] + table.index["lengths"]
+    stops = np.searchsorted(places, ends) > np.searchsorted(places, starts)
+    keys = table.index["files"].astype(np.int64) << 40 | table.index["lines"]
     _, row_of = np.unique(keys, return_inverse=True)
     has_stop = np.zeros(row_of.max() + 1, dtype=bool)
-    np.logical_or.at(has_stop, row_of, counts > 0)
+    np.logical_or.at(has_stop, row_of, stops)
     return float(has_stop.mean())
 
 

@@ -1,12 +1,16 @@
 """Tokenized examples: token ids with labels, and a compact table of many of them."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import overload
 
 import numpy as np
 
+from llmtune.data.stored import StoredTokens, TokenWriter
+
+FLUSHED_ROWS = 1024
 IGNORE_INDEX = -100
 """The label of a token that is not trained (PyTorch's and Hugging Face's convention)."""
 
@@ -30,20 +34,34 @@ class Example:
 class ExampleTable(Sequence[Example]):
     """Examples in flat arrays: 5 bytes a token, where lists of ints take more than 70.
 
-    Arrays: `tokens` int32 [T], `trained` bool [T], `offsets` int64 [N+1], `files` int32 [N],
-    `lines` int64 [N], `weights` float32 [N], `sources` int32 [N]; `file_names` names `files`.
+    `tokens` int32 [T] and `trained` bool [T] hold every token and may lie in a file. The index
+    says what each of the N examples is: `starts` int64, `lengths`, `num_trained` int32,
+    `is_first_trained` bool, `files` int32, `lines` int64, `weights` float32, `sources` int32;
+    `file_names` names `files`. Another order, or a repeat, is another index of the same tokens.
     """
 
-    ARRAYS = ("tokens", "trained", "offsets", "files", "lines", "weights", "sources")
+    INDEX = {
+        "starts": np.dtype("<i8"),
+        "lengths": np.dtype("<i4"),
+        "num_trained": np.dtype("<i4"),
+        "is_first_trained": np.dtype("?"),
+        "files": np.dtype("<i4"),
+        "lines": np.dtype("<i8"),
+        "weights": np.dtype("<f4"),
+        "sources": np.dtype("<i4"),
+    }
 
-    def __init__(self, arrays: dict[str, np.ndarray], file_names: Sequence[str]) -> None:
-        self.arrays = {name: arrays[name] for name in self.ARRAYS}
+    def __init__(
+        self, stored: StoredTokens, index: Mapping[str, np.ndarray], file_names: Sequence[str]
+    ) -> None:
+        self.stored = stored
+        self.index = {name: np.asarray(index[name], dtype) for name, dtype in self.INDEX.items()}
         self.file_names = tuple(file_names)
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens in each example, int64 [N]."""
-        return np.diff(self.arrays["offsets"])
+        return self.index["lengths"].astype(np.int64)
 
     @property
     def num_tokens(self) -> int:
@@ -52,15 +70,19 @@ class ExampleTable(Sequence[Example]):
     @property
     def num_trained(self) -> int:
         """Tokens that carry a label, over all examples."""
-        return int(self.arrays["trained"].sum())
+        return int(self.index["num_trained"].sum(dtype=np.int64))
 
     @property
     def source_indices(self) -> np.ndarray:
         """Each example's source in the config, int32 [N]."""
-        return self.arrays["sources"]
+        return self.index["sources"]
+
+    def find_untrained(self) -> np.ndarray:
+        """Return the examples int64 [M] that train nothing: the first token is never predicted."""
+        return np.flatnonzero(self.index["num_trained"] == self.index["is_first_trained"])
 
     def __len__(self) -> int:
-        return len(self.arrays["offsets"]) - 1
+        return len(self.index["starts"])
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -71,17 +93,16 @@ class ExampleTable(Sequence[Example]):
             return self.take(np.arange(len(self))[index])
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        index = int(index) % len(self)
-        start, end = self.arrays["offsets"][index : index + 2]
-        tokens = self.arrays["tokens"][start:end]
-        labels = np.where(self.arrays["trained"][start:end], tokens, IGNORE_INDEX)
+        row = {name: array[int(index)].item() for name, array in self.index.items()}
+        place = slice(row["starts"], row["starts"] + row["lengths"])
+        tokens = self.stored.tokens[place]
         return Example(
             input_ids=tokens.tolist(),
-            labels=labels.tolist(),
-            source=self.file_names[self.arrays["files"][index]],
-            line=int(self.arrays["lines"][index]),
-            weight=float(self.arrays["weights"][index]),
-            source_index=int(self.arrays["sources"][index]),
+            labels=np.where(self.stored.trained[place], tokens, IGNORE_INDEX).tolist(),
+            source=self.file_names[row["files"]],
+            line=row["lines"],
+            weight=row["weights"],
+            source_index=row["sources"],
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -89,20 +110,19 @@ class ExampleTable(Sequence[Example]):
 
     def take(self, indices: np.ndarray) -> "ExampleTable":
         """Return the examples at `indices` (int [M], may repeat), in that order."""
-        indices = np.asarray(indices, dtype=np.int64)
-        starts, lengths = self.arrays["offsets"][:-1][indices], self.lengths[indices]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        # Position of every kept token in the old flat arrays: its start, plus its place inside.
-        places = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-        arrays = {name: self.arrays[name][indices] for name in self.ARRAYS[3:]}
-        arrays |= {name: self.arrays[name][places] for name in ("tokens", "trained")}
-        return ExampleTable(arrays | {"offsets": offsets}, self.file_names)
+        chosen = np.asarray(indices, dtype=np.int64)
+        index = {name: array[chosen] for name, array in self.index.items()}
+        return ExampleTable(self.stored, index, self.file_names)
 
 
 class ExampleTableBuilder:
-    """Collects examples piece by piece into an `ExampleTable`."""
+    """Writes examples to files, batch by batch; only the index, 37 bytes an example, stays.
 
-    def __init__(self) -> None:
+    Without a directory the files have no name and vanish with the table.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._writer = TokenWriter(directory)
         self._pieces: list[dict[str, np.ndarray]] = []
         self._files: dict[str, int] = {}
         self._pending: list[tuple[list[int], list[tuple[int, int]], int, int, float, int]] = []
@@ -116,37 +136,48 @@ class ExampleTableBuilder:
         weight: float = 1.0,
         source_index: int = 0,
     ) -> None:
-        """Add one example whose trained tokens are the half-open `spans`."""
+        """Add one example whose trained tokens are the half-open `spans`.
+
+        Raises:
+            LlmtuneError: the files cannot be written.
+        """
         file = self._files.setdefault(origin[0], len(self._files))
         self._pending.append((input_ids, list(spans), file, origin[1], weight, source_index))
-        if len(self._pending) >= 1024:
+        if len(self._pending) >= FLUSHED_ROWS:
             self._flush()
 
     def build(self) -> ExampleTable:
         """Return everything added so far as one table."""
         self._flush()
-        arrays = {
+        index = {
             name: np.concatenate([piece[name] for piece in self._pieces])
-            for name in ("tokens", "trained", "lengths", *ExampleTable.ARRAYS[3:])
+            for name in ExampleTable.INDEX
         }
-        arrays["offsets"] = np.concatenate([[0], np.cumsum(arrays.pop("lengths"))])
-        return ExampleTable(arrays, list(self._files))
+        return ExampleTable(self._writer.finish(), index, list(self._files))
 
     def _flush(self) -> None:
         rows, self._pending = self._pending, []
         lengths = np.array([len(row[0]) for row in rows], dtype=np.int64)
         every = itertools.chain.from_iterable(row[0] for row in rows)
-        tokens = np.fromiter(every, dtype=np.int32, count=int(lengths.sum()))
-        trained = np.zeros(len(tokens), dtype=bool)
-        start = 0
-        for row, length in zip(rows, lengths.tolist(), strict=True):
+        tokens = np.fromiter(every, dtype="<i4", count=int(lengths.sum()))
+        trained = np.zeros(len(tokens) + 1, dtype=bool)  # one more: an empty row has a first too
+        starts = np.cumsum(lengths) - lengths
+        for row, start in zip(rows, starts.tolist(), strict=True):
             for low, high in row[1]:
                 trained[start + low : start + high] = True
-            start += length
+        totals = np.concatenate([[0], np.cumsum(trained)])
         columns = list(zip(*(row[2:] for row in rows), strict=True)) or [(), (), (), ()]
-        types = (np.int32, np.int64, np.float32, np.int32)
-        names = ExampleTable.ARRAYS[3:]
-        piece: dict[str, np.ndarray] = {"lengths": lengths, "tokens": tokens, "trained": trained}
-        for name, column, dtype in zip(names, columns, types, strict=True):
-            piece[name] = np.array(column, dtype=dtype)
-        self._pieces.append(piece)
+        values = [
+            starts + self._writer.num_tokens,
+            lengths,
+            totals[starts + lengths] - totals[starts],
+            trained[starts] & (lengths > 0),
+            *columns,
+        ]
+        self._writer.write(tokens, trained[:-1])
+        self._pieces.append(
+            {
+                name: np.array(value, dtype)
+                for (name, dtype), value in zip(ExampleTable.INDEX.items(), values, strict=True)
+            }
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +22,8 @@ KEPT_ENDS = 16
 class LengthCount:
     """Counts over all rows; filled while rows pass through `fit_row`."""
 
-    lengths: list[int] = field(default_factory=list)
+    lengths: Counter[int] = field(default_factory=Counter)
+    """How many sequences have each length, before the rule."""
     rows: int = 0
     rows_too_long: int = 0
     rows_dropped: int = 0
@@ -36,7 +38,9 @@ class LengthCount:
         """Return the length that `share` (0..1) of the sequences do not exceed."""
         if not self.lengths:
             return 0
-        return int(np.quantile(np.asarray(self.lengths), share, method="higher"))
+        lengths = np.array(sorted(self.lengths))
+        ends = np.cumsum([self.lengths[length] for length in lengths.tolist()])
+        return int(lengths[np.searchsorted(ends, np.ceil((ends[-1] - 1) * share), side="right")])
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def fit_row(
     count.rows += 1
     for sequence in row.sequences:
         length = len(sequence.input_ids)
-        count.lengths.append(length)
+        count.lengths[length] += 1
         count.trained_tokens += sequence.num_trained
         if rule.max_length is None or length <= rule.max_length:
             kept.append(sequence)

@@ -59,19 +59,19 @@ def mix_order(source_indices: np.ndarray, shares: Sequence[SourceShare], seed: i
     Keys are BLAKE2 of (seed, source, place in the source, round): no random generator whose
     stream could change between library versions.
     """
-    keys: list[tuple[bytes, int]] = []
+    keys = [np.empty((0, 2), dtype=np.uint64)]
+    indices = [np.empty(0, dtype=np.int64)]
     for source, share in enumerate(shares):
         places = np.flatnonzero(source_indices == source)
         remaining, turn = share.taken, 0
         while remaining > 0 and len(places):
-            drawn = sorted(
-                (_key(seed, source, place, turn), int(index)) for place, index in enumerate(places)
-            )
-            keys += drawn[:remaining]
-            remaining -= len(drawn)
+            drawn = _keys(seed, source, len(places), turn)
+            first = _by_key(drawn)[:remaining]
+            keys.append(drawn[first])
+            indices.append(places[first])
+            remaining -= len(first)
             turn += 1
-    keys.sort()
-    return np.array([index for _, index in keys], dtype=np.int64)
+    return np.concatenate(indices)[_by_key(np.concatenate(keys))]
 
 
 def hash_order(order: np.ndarray) -> str:
@@ -79,6 +79,15 @@ def hash_order(order: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(order, dtype="<i8").tobytes()).hexdigest()
 
 
-def _key(seed: int, source: int, place: int, turn: int) -> bytes:
-    text = f"{seed} {source} {place} {turn}"
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def _keys(seed: int, source: int, count: int, turn: int) -> np.ndarray:
+    """Return the keys of a source's places, each of 128 bits as two uint64 [count, 2]."""
+    data = bytearray()
+    for place in range(count):
+        text = f"{seed} {source} {place} {turn}"
+        data += hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return np.frombuffer(data, dtype=">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def _by_key(keys: np.ndarray) -> np.ndarray:
+    """Return the order int64 [count] in which the keys rise."""
+    return np.lexsort((keys[:, 1], keys[:, 0]))

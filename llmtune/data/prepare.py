@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmtune.data.cache import cache_path, load_prepared, save_prepared
+from llmtune.data.cache import cache_path, load_prepared, open_entry, save_prepared
 from llmtune.data.collect import Split, SplitCollector, read_evaluation_keys
 from llmtune.data.config import DataConfig
 from llmtune.data.example import ExampleTable
@@ -20,8 +20,6 @@ from llmtune.errors import LlmtuneError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-logger = logging.getLogger(__name__)
-
 __all__ = ["PreparedData", "order_epoch", "prepare_examples"]
 
 
@@ -30,7 +28,8 @@ def prepare_examples(
 ) -> PreparedData:
     """Read, check, render, mask, fit, mix and order one split of the data.
 
-    With `data.cache` the result is kept by content and read back when nothing has changed.
+    Tokens are not held in memory but mapped from a file: with `data.cache` one that is kept by
+    content and read back when nothing has changed, else one without a name.
     With `split="evaluation"` and no evaluation source nor share, the result is empty.
 
     Raises:
@@ -41,21 +40,25 @@ def prepare_examples(
     kept = load_prepared(kept_at) if kept_at is not None else None
     if kept is not None:
         return kept
-    prepared = _prepare(config, tokenizer, split, seed)
-    if kept_at is not None and prepared.source_names:
-        try:
-            save_prepared(kept_at, prepared)
-        except OSError as error:  # the cache saves time; a run needs none
-            logger.warning("prepared data is not kept in %s: %s", kept_at.parent, error)
+    if kept_at is None:
+        return _prepare(config, tokenizer, (split, seed), None)
+    with open_entry(kept_at) as directory:
+        prepared = _prepare(config, tokenizer, (split, seed), directory)
+        if directory is not None and prepared.source_names:
+            save_prepared(kept_at, prepared, directory)
     return prepared
 
 
 def _prepare(
-    config: DataConfig, tokenizer: PreTrainedTokenizerFast, split: Split, seed: int
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    wanted: tuple[Split, int],
+    directory: Path | None,
 ) -> PreparedData:
+    split, seed = wanted
     other_keys = read_evaluation_keys(config) if split == "train" else {}
     collector = SplitCollector(config, tokenizer, split, other_keys)
-    table = collector.read()
+    table = collector.read(directory)
     refuse_problems(collector)
     if collector.sources and not len(table):
         raise LlmtuneError(f"{split}: no row is left to use; see what was left out and why")

@@ -25,13 +25,8 @@ class PreparedData:
 
 
 def fingerprint_table(table: ExampleTable) -> str:
-    """Return the SHA-256 over a table's tokens, masks, lengths and weights, in order."""
-    digest = hashlib.sha256()
-    for name, dtype in (
-        ("tokens", "<i4"),
-        ("trained", "u1"),
-        ("offsets", "<i8"),
-        ("weights", "<f4"),
-    ):
-        digest.update(np.ascontiguousarray(table.arrays[name], dtype=dtype).tobytes())
+    """Return the SHA-256 over a table's tokens and masks, and its examples and weights in order."""
+    digest = hashlib.sha256(table.stored.content_hash.encode())
+    for name in ("starts", "lengths", "weights"):
+        digest.update(np.ascontiguousarray(table.index[name]))
     return digest.hexdigest()

@@ -91,11 +91,7 @@ def find_untrained(examples: Sequence[Example]) -> list[int]:
             for index, example in enumerate(examples)
             if all(label == IGNORE_INDEX for label in example.labels[1:])
         ]
-    if not len(examples):
-        return []
-    trained = examples.arrays["trained"].astype(np.int64)
-    starts = examples.arrays["offsets"][:-1]
-    return np.flatnonzero(np.add.reduceat(trained, starts) == trained[starts]).tolist()
+    return examples.find_untrained().tolist()
 
 
 def group_by_source(examples: Sequence[Example], first_index: int) -> dict[str, list[int]]:

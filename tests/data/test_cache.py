@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -23,14 +24,16 @@ def prepare(path, tokenizer=None, seed=0, **data):
 
 
 def entries() -> list:
-    return sorted((cache.cache_dir() / "data").glob("*.npz"))
+    directory = cache.cache_dir() / "data"
+    return sorted(directory.iterdir()) if directory.is_dir() else []
 
 
 def assert_same(one, other):
     assert one.fingerprint == other.fingerprint and one.order_hash == other.order_hash
     assert one.report == other.report and one.source_names == other.source_names
-    for name, array in one.examples.arrays.items():
-        assert np.array_equal(array, other.examples.arrays[name])
+    assert list(one.examples) == list(other.examples)
+    for name, array in one.examples.index.items():
+        assert np.array_equal(array, other.examples.index[name])
 
 
 def test_second_preparation_is_read_back_whole(tmp_path, monkeypatch):
@@ -70,14 +73,44 @@ def test_refusals_are_not_kept(tmp_path):
     assert entries() == []
 
 
-def test_damaged_entry_is_made_again(tmp_path):
+@pytest.mark.parametrize("name", ["tokens.i32", "trained.u8", "index.npz", "meta.txt"])
+def test_damaged_entry_is_made_again(tmp_path, name):
     path = write_jsonl(tmp_path / "a.jsonl", rows(50))
     first = prepare(path)
     (entry,) = entries()
-    content = entry.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", content.replace(b"\x01", b"\x02")):
-        entry.write_bytes(damaged)
+    content = (entry / name).read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    for damaged in (content[:middle], b"", flipped):
+        (entry / name).unlink()  # another file: `first` has mapped the old one
+        (entry / name).write_bytes(damaged)
         assert_same(prepare(path), first)
+        assert (entry / name).read_bytes() == content or name == "index.npz"
+    (entry / name).unlink()
+    assert_same(prepare(path), first)
+    assert entries() == [entry]
+
+
+def test_examples_outlive_their_entry(tmp_path):
+    """Another process may forget an entry, or make it again, while this one trains on it."""
+    path = write_jsonl(tmp_path / "a.jsonl", rows(50))
+    prepared = prepare(path)
+    read_back = prepare(path)
+    before = list(prepared.examples)
+    (entry,) = entries()
+    shutil.rmtree(entry)
+    assert list(prepared.examples) == list(read_back.examples) == before
+
+
+def test_leavings_of_a_killed_process_are_taken_away(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", rows(3))
+    prepare(path)
+    old, young = (entries()[0].parent / f".writing-{name}" for name in ("old", "young"))
+    for left in (old, young):
+        left.mkdir()
+    os.utime(old, (0, 0))
+    prepare(path, seed=1)
+    assert not old.exists() and young.exists()
 
 
 def test_without_the_cache_nothing_is_kept(tmp_path):

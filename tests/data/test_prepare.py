@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from llmtune.data.config import DataConfig
-from llmtune.data.example import IGNORE_INDEX, ExampleTable
+from llmtune.data.example import IGNORE_INDEX, ExampleTableBuilder
 from llmtune.data.prepare import prepare_examples
 from llmtune.errors import LlmtuneError
 from tests.data.shapes import make_shape, turns, write_jsonl
@@ -276,18 +276,13 @@ def test_base_model_without_a_template_gets_a_choice_and_plain_rows_work(tmp_pat
 
 
 def test_table_is_a_sequence_of_examples():
-    table = ExampleTable(
-        {
-            "tokens": np.array([5, 6, 7, 8], np.int32),
-            "trained": np.array([False, True, False, True]),
-            "offsets": np.array([0, 2, 4]),
-            "files": np.array([0, 0], np.int32),
-            "lines": np.array([1, 2]),
-            "weights": np.array([1, 0.5], np.float32),
-            "sources": np.array([0, 0], np.int32),
-        },
-        ["a.jsonl"],
-    )
+    builder = ExampleTableBuilder()
+    builder.add([5, 6], [(1, 2)], origin=("a.jsonl", 1))
+    builder.add([7, 8], [(1, 2)], origin=("a.jsonl", 2), weight=0.5)
+    builder.add([9, 9], [(0, 1)], origin=("a.jsonl", 3))
+    table = builder.build()
+    assert table.find_untrained().tolist() == [2]  # the first token is never predicted
+    table = table[:2]
     assert [e.labels for e in table] == [[-100, 6], [-100, 8]]
     assert table[-1].weight == 0.5 and table[1:].num_tokens == 2
     assert [e.line for e in table.take(np.array([1, 1, 0]))] == [2, 2, 1]
