@@ -90,7 +90,7 @@ def load_prepared(entry: Path) -> PreparedData | None:
             return None
         meta = json.loads(text)
         with np.load(entry / INDEX_FILE, allow_pickle=False) as stored:
-            index = {name: stored[name] for name in ExampleTable.INDEX}
+            index = {name: stored[name] for name in ExampleTable.COLUMNS}
         table = ExampleTable(read_stored(entry), index, meta["file_names"])
         prepared = PreparedData(
             examples=table,
@@ -139,7 +139,7 @@ def save_prepared(entry: Path, prepared: PreparedData, directory: Path) -> None:
     }
     try:
         with (directory / INDEX_FILE).open("wb") as file:
-            np.savez(file, **table.index)  # type: ignore[arg-type]
+            np.savez(file, **table.columns)  # type: ignore[arg-type]
         text = json.dumps(meta)
         (directory / META_FILE).write_text(f"{hash_text(text)}\n{text}", encoding="utf-8")
         _move_away(entry)  # damaged, or another process was faster with the same content
@@ -152,8 +152,8 @@ def save_prepared(entry: Path, prepared: PreparedData, directory: Path) -> None:
 def _hash_index(table: ExampleTable) -> str:
     """Return the SHA-256 of a table's whole index."""
     digest = hashlib.sha256()
-    for array in table.index.values():
-        digest.update(np.ascontiguousarray(array))
+    for array in table.columns.values():
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 

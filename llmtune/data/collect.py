@@ -248,9 +248,9 @@ def stop_row_ratio(table: ExampleTable, stop_ids: frozenset[int]) -> float:
             np.flatnonzero(trained[place] & np.isin(tokens[place], list(stop_ids))) + start
         )
     places = np.concatenate(found)
-    starts, ends = table.index["starts"], table.index["starts"] + table.index["lengths"]
+    starts, ends = table.columns["starts"], table.columns["starts"] + table.columns["lengths"]
     stops = np.searchsorted(places, ends) > np.searchsorted(places, starts)
-    keys = table.index["files"].astype(np.int64) << 40 | table.index["lines"]
+    keys = table.columns["files"].astype(np.int64) << 40 | table.columns["lines"]
     _, row_of = np.unique(keys, return_inverse=True)
     has_stop = np.zeros(row_of.max() + 1, dtype=bool)
     np.logical_or.at(has_stop, row_of, stops)

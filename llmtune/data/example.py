@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import ClassVar, overload
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class ExampleTable(Sequence[Example]):
     `file_names` names `files`. Another order, or a repeat, is another index of the same tokens.
     """
 
-    INDEX = {
+    COLUMNS: ClassVar[dict[str, np.dtype]] = {
         "starts": np.dtype("<i8"),
         "lengths": np.dtype("<i4"),
         "num_trained": np.dtype("<i4"),
@@ -52,16 +52,18 @@ class ExampleTable(Sequence[Example]):
     }
 
     def __init__(
-        self, stored: StoredTokens, index: Mapping[str, np.ndarray], file_names: Sequence[str]
+        self, stored: StoredTokens, columns: Mapping[str, np.ndarray], file_names: Sequence[str]
     ) -> None:
         self.stored = stored
-        self.index = {name: np.asarray(index[name], dtype) for name, dtype in self.INDEX.items()}
+        self.columns = {
+            name: np.asarray(columns[name], dtype) for name, dtype in self.COLUMNS.items()
+        }
         self.file_names = tuple(file_names)
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens in each example, int64 [N]."""
-        return self.index["lengths"].astype(np.int64)
+        return self.columns["lengths"].astype(np.int64)
 
     @property
     def num_tokens(self) -> int:
@@ -70,19 +72,19 @@ class ExampleTable(Sequence[Example]):
     @property
     def num_trained(self) -> int:
         """Tokens that carry a label, over all examples."""
-        return int(self.index["num_trained"].sum(dtype=np.int64))
+        return int(self.columns["num_trained"].sum(dtype=np.int64))
 
     @property
     def source_indices(self) -> np.ndarray:
         """Each example's source in the config, int32 [N]."""
-        return self.index["sources"]
+        return self.columns["sources"]
 
     def find_untrained(self) -> np.ndarray:
         """Return the examples int64 [M] that train nothing: the first token is never predicted."""
-        return np.flatnonzero(self.index["num_trained"] == self.index["is_first_trained"])
+        return np.flatnonzero(self.columns["num_trained"] == self.columns["is_first_trained"])
 
     def __len__(self) -> int:
-        return len(self.index["starts"])
+        return len(self.columns["starts"])
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -93,7 +95,7 @@ class ExampleTable(Sequence[Example]):
             return self.take(np.arange(len(self))[index])
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        row = {name: array[int(index)].item() for name, array in self.index.items()}
+        row = {name: array[int(index)].item() for name, array in self.columns.items()}
         place = slice(row["starts"], row["starts"] + row["lengths"])
         tokens = self.stored.tokens[place]
         return Example(
@@ -111,7 +113,7 @@ class ExampleTable(Sequence[Example]):
     def take(self, indices: np.ndarray) -> "ExampleTable":
         """Return the examples at `indices` (int [M], may repeat), in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        index = {name: array[chosen] for name, array in self.index.items()}
+        index = {name: array[chosen] for name, array in self.columns.items()}
         return ExampleTable(self.stored, index, self.file_names)
 
 
@@ -151,7 +153,7 @@ class ExampleTableBuilder:
         self._flush()
         index = {
             name: np.concatenate([piece[name] for piece in self._pieces])
-            for name in ExampleTable.INDEX
+            for name in ExampleTable.COLUMNS
         }
         return ExampleTable(self._writer.finish(), index, list(self._files))
 
@@ -178,6 +180,6 @@ class ExampleTableBuilder:
         self._pieces.append(
             {
                 name: np.array(value, dtype)
-                for (name, dtype), value in zip(ExampleTable.INDEX.items(), values, strict=True)
+                for (name, dtype), value in zip(ExampleTable.COLUMNS.items(), values, strict=True)
             }
         )

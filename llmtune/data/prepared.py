@@ -28,5 +28,5 @@ def fingerprint_table(table: ExampleTable) -> str:
     """Return the SHA-256 over a table's tokens and masks, and its examples and weights in order."""
     digest = hashlib.sha256(table.stored.content_hash.encode())
     for name in ("starts", "lengths", "weights"):
-        digest.update(np.ascontiguousarray(table.index[name]))
+        digest.update(table.columns[name].tobytes())
     return digest.hexdigest()

@@ -47,7 +47,7 @@ class TokenWriter:
         self.num_tokens += len(tokens)
         arrays = (tokens, trained)
         for file, digest, array in zip(self._files, self._digests, arrays, strict=True):
-            data = memoryview(np.ascontiguousarray(array)).cast("B") if len(array) else b""
+            data = array.tobytes()
             digest.update(data)
             try:
                 file.write(data)

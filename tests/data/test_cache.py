@@ -32,8 +32,8 @@ def assert_same(one, other):
     assert one.fingerprint == other.fingerprint and one.order_hash == other.order_hash
     assert one.report == other.report and one.source_names == other.source_names
     assert list(one.examples) == list(other.examples)
-    for name, array in one.examples.index.items():
-        assert np.array_equal(array, other.examples.index[name])
+    for name, array in one.examples.columns.items():
+        assert np.array_equal(array, other.examples.columns[name])
 
 
 def test_second_preparation_is_read_back_whole(tmp_path, monkeypatch):
