@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-import numpy as np
-
 from llmtune.data.example import ExampleTable
 from llmtune.data.report import DataReport
 
