@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ COMMON_SHARE = 0.1
 COMMON_MIN_ROWS = 20
 TABLE_BITS = 22
 NGRAM_WORDS = 13
+MOST_WORDS = NGRAM_WORDS // 2
 """As in the GPT-3 paper's contamination study (Brown et al. 2020, appendix C)."""
 FRAME_WORDS = 4
 
@@ -39,24 +41,30 @@ class NearPair:
     similarity: float
 
 
-def find_near_duplicates(texts: list[str]) -> list[NearPair]:
+def find_near_duplicates(
+    texts: Sequence[str], advance: Callable[[int], None] | None = None
+) -> list[NearPair]:
     """Return the pairs of nearly equal texts, each later row with the earliest one it resembles.
 
     Shingles are 9-byte windows of the text; those of boilerplate are not counted. Texts that are
-    equal are found too. MinHash with banded LSH (Broder 1997; Leskovec et al., ch. 3).
+    equal are found too. MinHash with banded LSH (Broder 1997; Leskovec et al., ch. 3). Texts are
+    read one by one; 132 bytes a text are kept. `advance` is told of each thousand.
     """
     common = _common_shingles(texts)
-    kept, signatures = [], []
+    kept = np.zeros(len(texts), dtype=np.int32)
+    bands = np.zeros((len(texts), NUM_HASHES // BAND_ROWS), dtype=np.uint64)
+    count = 0
     for row, text in enumerate(texts):
         values = _own_shingles(text, common)
         if len(values) >= MIN_SHINGLES:
-            kept.append(row)
-            signatures.append(_sign(values))
-    if len(kept) < 2:
-        return []
+            kept[count] = row
+            bands[count] = _band_keys(values)
+            count += 1
+        if advance is not None and row % 1000 == 999:
+            advance(1000)
     best: dict[int, NearPair] = {}
-    for one, other in sorted(_candidates(np.stack(signatures))):
-        first, second = kept[one], kept[other]
+    for one, other in sorted(_candidates(bands[:count])):
+        first, second = int(kept[one]), int(kept[other])
         # Made again, not kept: a pair is rare, and all shingles take 50 times the text's memory.
         similarity = _jaccard(*(_own_shingles(texts[row], common) for row in (first, second)))
         known = best.get(second)
@@ -65,60 +73,69 @@ def find_near_duplicates(texts: list[str]) -> list[NearPair]:
     return [best[second] for second in sorted(best)]
 
 
-def find_near_matches(train: list[str], items: list[str]) -> list[NearPair]:
-    """Return for each of `items` that is nearly equal to a train text the one it resembles most.
-
-    `first` numbers the train text and `second` the item. The same shingles, boilerplate rule and
-    bands as `find_near_duplicates`; memory grows with the items only.
-    """
-    common = _common_shingles(train + items)
-    buckets: dict[tuple[int, bytes], list[int]] = {}
-    for place, text in enumerate(items):
-        for band in _bands(_own_shingles(text, common)):
-            buckets.setdefault(band, []).append(place)
-    best: dict[int, NearPair] = {}
-    for row, text in enumerate(train):
-        values = _own_shingles(text, common)
-        near = {place for band in _bands(values) for place in buckets.get(band, ())}
-        for place in near:
-            similarity = _jaccard(values, _own_shingles(items[place], common))
-            known = best.get(place)
-            if similarity >= MIN_SIMILARITY and (known is None or similarity > known.similarity):
-                best[place] = NearPair(row, place, similarity)
-    return [best[place] for place in sorted(best)]
-
-
-def find_shared_ngrams(train: list[str], evaluation: list[str]) -> list[tuple[int, int, str]]:
+def find_shared_ngrams(
+    train: Sequence[str], evaluation: Sequence[str]
+) -> list[tuple[int, int, str]]:
     """Return `(train row, evaluation row, words)` where 13 words in a row stand in both.
 
     Words in a row of four that stand in more than 1 % of the train rows (and more than 10) are
     boilerplate; 13 words that are mostly such do not count. One entry for each train row.
     """
-    places: dict[int, int] = {}
-    for row, text in enumerate(evaluation):
-        for words in _ngrams(text, NGRAM_WORDS):
-            places.setdefault(hash(words), row)
-    if not places:
-        return []
-    hits = [[w for w in _ngrams(text, NGRAM_WORDS) if hash(w) in places] for text in train]
-    frames = _count_frames(
-        train, {f for row in hits for w in row for f in _windows(w, FRAME_WORDS)}
-    )
+    known, rows = _hash_evaluation(evaluation)
+    hits: dict[int, list[Words]] = {}
+    for row, text in enumerate(train if len(known) else ()):
+        words = tuple(_WORDS.findall(text))
+        found = np.flatnonzero(_is_in(_window_hashes(words), known)).tolist()
+        if found:
+            hits[row] = [words[start : start + NGRAM_WORDS] for start in found]
+    wanted = {f for found in hits.values() for w in found for f in _windows(w, FRAME_WORDS)}
+    frames = _count_frames(train, wanted)
     limit = max(10, len(train) // 100)
     shared = []
-    for row, found in enumerate(hits):
-        telling = [words for words in found if _own_words(words, frames, limit) > NGRAM_WORDS // 2]
+    for row, windows in hits.items():
+        telling = [words for words in windows if _own_words(words, frames, limit) > MOST_WORDS]
         if telling:
-            shared.append((row, places[hash(telling[0])], " ".join(telling[0])))
+            place = np.searchsorted(known, _window_hashes(telling[0])[0])
+            shared.append((row, int(rows[place]), " ".join(telling[0])))
     return shared
 
 
-def _count_frames(texts: list[str], wanted: set[Words]) -> Counter[Words]:
+def _hash_evaluation(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hashes uint64 [H] of all word sequences, rising, and the first row of each."""
+    hashes, rows = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.int32)]
+    for row, text in enumerate(texts):
+        hashes.append(_window_hashes(tuple(_WORDS.findall(text))))
+        rows.append(np.full(len(hashes[-1]), row, dtype=np.int32))
+    known, first = np.unique(np.concatenate(hashes), return_index=True)
+    return known, np.concatenate(rows)[first]
+
+
+def _window_hashes(words: Words) -> np.ndarray:
+    """Return a hash (uint64) of every 13 words in a row."""
+    count = len(words) - NGRAM_WORDS + 1
+    if count <= 0:
+        return np.empty(0, dtype=np.uint64)
+    each = np.fromiter(map(hash, words), dtype=np.int64, count=len(words)).view(np.uint64)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for offset in range(NGRAM_WORDS):
+        hashes *= np.uint64(0x9E3779B97F4A7C15)
+        hashes += each[offset : offset + count]
+    return hashes
+
+
+def _is_in(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Say of each value whether it stands in `known`, which rises."""
+    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    return known[places] == values
+
+
+def _count_frames(texts: Iterable[str], wanted: set[Words]) -> Counter[Words]:
     """Return in how many texts each of the `wanted` word sequences stands."""
     rows_of: Counter[Words] = Counter()
     if wanted:
         for text in texts:
-            rows_of.update(wanted.intersection(_ngrams(text, FRAME_WORDS)))
+            words = tuple(_WORDS.findall(text))
+            rows_of.update(wanted.intersection(_windows(words, FRAME_WORDS)))
     return rows_of
 
 
@@ -167,30 +184,26 @@ def _own_shingles(text: str, common: np.ndarray) -> np.ndarray:
     return values[~common[_slot(values)]]
 
 
-def _common_shingles(texts: list[str]) -> np.ndarray:
+def _common_shingles(texts: Sequence[str]) -> np.ndarray:
     """Return which table slots are boilerplate, judged on up to 5,000 rows spread over all."""
-    sample = texts[:: max(1, len(texts) // 5000)]
+    sample = range(0, len(texts), max(1, len(texts) // 5000))
     counts = np.zeros(1 << TABLE_BITS, dtype=np.int32)
-    for text in sample:
-        counts[_distinct(_slot(_shingle(text)))] += 1
+    for row in sample:
+        counts[_distinct(_slot(_shingle(texts[row])))] += 1
     return counts > max(COMMON_MIN_ROWS, COMMON_SHARE * len(sample))
 
 
-def _sign(values: np.ndarray) -> np.ndarray:
-    """Return the MinHash signature uint64 [64] of a set of shingles."""
+def _band_keys(values: np.ndarray) -> np.ndarray:
+    """Return the MinHash signature of a set of shingles as one key a band, uint64 [16]."""
     signature = np.full(NUM_HASHES, np.iinfo(np.uint64).max, dtype=np.uint64)
     for start in range(0, len(values), 4096):
         hashed = values[start : start + 4096, None] * _FACTORS + _SHIFTS
         np.minimum(signature, hashed.min(axis=0), out=signature)
-    return signature
-
-
-def _bands(values: np.ndarray) -> list[tuple[int, bytes]]:
-    """Return the keys of a text's bands; none for a text with too few shingles."""
-    if len(values) < MIN_SHINGLES:
-        return []
-    bands = _sign(values).reshape(-1, BAND_ROWS)
-    return [(index, band.tobytes()) for index, band in enumerate(bands)]
+    bands = signature.reshape(-1, BAND_ROWS)
+    keys = np.zeros(len(bands), dtype=np.uint64)
+    for column in range(BAND_ROWS):
+        keys = keys * np.uint64(0x9E3779B97F4A7C15) + bands[:, column]
+    return keys
 
 
 def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
@@ -200,25 +213,19 @@ def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
     return shared / (len(one) + len(other) - shared)
 
 
-def _candidates(matrix: np.ndarray) -> set[tuple[int, int]]:
-    """Return pairs of rows that agree in a whole band: each row with the band's first two."""
+def _candidates(bands: np.ndarray) -> set[tuple[int, int]]:
+    """Return pairs of rows that agree in a whole band: each with the band's first and the last."""
     pairs: set[tuple[int, int]] = set()
-    for start in range(0, NUM_HASHES, BAND_ROWS):
-        band = matrix[:, start : start + BAND_ROWS]
-        key = np.zeros(len(band), dtype=np.uint64)
-        for column in range(BAND_ROWS):
-            key = key * np.uint64(0x9E3779B97F4A7C15) + band[:, column]
+    for key in bands.T:
         order = np.argsort(key, kind="stable")
-        edges = np.flatnonzero(np.diff(key[order])) + 1
-        for group in np.split(order, edges) if len(edges) < len(order) - 1 else ():
-            for position in range(1, len(group)):
-                pairs.add((int(group[0]), int(group[position])))
-                pairs.add((int(group[position - 1]), int(group[position])))
+        ordered = key[order]
+        is_same = np.zeros(len(order), dtype=bool)
+        is_same[1:] = ordered[1:] == ordered[:-1]
+        starts = np.maximum.accumulate(np.where(is_same, 0, np.arange(len(order))))
+        here = np.flatnonzero(is_same)
+        pairs.update(zip(order[starts[here]].tolist(), order[here].tolist(), strict=True))
+        pairs.update(zip(order[here - 1].tolist(), order[here].tolist(), strict=True))
     return pairs
-
-
-def _ngrams(text: str, size: int) -> list[Words]:
-    return _windows(tuple(_WORDS.findall(text)), size)
 
 
 def _windows(words: Words, size: int) -> list[Words]:

@@ -1,16 +1,20 @@
 """Reading files of rows: JSONL, JSON, CSV, Parquet, Arrow and text, plain or compressed."""
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from llmtune.data.json_list import READ_BYTES, iter_json_list, json_reason
 from llmtune.data.problems import RowProblem, shorten
 from llmtune.errors import LlmtuneError
 
@@ -62,10 +66,10 @@ def _open(path: Path) -> IO[bytes]:
     return openers.get(suffix, open)(path, "rb")
 
 
-def _iter_jsonl(file: IO[bytes], shown: str) -> Iterator[Parsed]:
+def _iter_jsonl(file: Iterable[bytes], shown: str) -> Iterator[Parsed]:
     for number, raw in enumerate(file, 1):
         if number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
+            raw = raw.removeprefix(codecs.BOM_UTF8)
         if not raw.strip():
             continue
         try:
@@ -78,7 +82,7 @@ def _iter_jsonl(file: IO[bytes], shown: str) -> Iterator[Parsed]:
             yield RowProblem(
                 shown,
                 number,
-                f"not JSON ({_reason(error)}): {shorten(text)}; expected one object a line",
+                f"not JSON ({json_reason(error)}): {shorten(text)}; expected one object a line",
                 "json",
             )
             continue
@@ -86,7 +90,18 @@ def _iter_jsonl(file: IO[bytes], shown: str) -> Iterator[Parsed]:
 
 
 def _iter_json(file: IO[bytes], shown: str) -> Iterator[Parsed]:
-    text = _read_text(file, shown)
+    """Yield a list's elements one by one; a file that is one object is read whole."""
+    start = file.read(READ_BYTES)
+    if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        for line, row in iter_json_list(start, file, shown):
+            yield _object_or_problem(row, shown, line)
+    elif _are_lines(start):
+        yield from _iter_jsonl(_iter_lines(start, file), shown)
+    else:
+        yield from _iter_json_object(_decode(start + file.read(), shown), shown)
+
+
+def _iter_json_object(text: str, shown: str) -> Iterator[Parsed]:
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -96,24 +111,44 @@ def _iter_json(file: IO[bytes], shown: str) -> Iterator[Parsed]:
             return
         line = getattr(error, "lineno", 1)
         raise LlmtuneError(
-            f"{shown}:{line}: not JSON ({_reason(error)}); expected a list of objects"
+            f"{shown}:{line}: not JSON ({json_reason(error)}); expected a list of objects"
         ) from error
-    if isinstance(rows, dict):
-        lists = [key for key, value in rows.items() if isinstance(value, list)]
-        if "messages" in rows or "conversations" in rows or len(lists) != 1:
-            yield 1, rows
-            return
-        rows = rows[lists[0]]  # {"data": [...]}
-    if not isinstance(rows, list):
+    if not isinstance(rows, dict):
         raise LlmtuneError(f"{shown}: holds {shorten(rows)}; expected a list of objects")
-    for row, line in zip(rows, _element_lines(text, len(rows)), strict=True):
+    lists = [key for key, value in rows.items() if isinstance(value, list)]
+    if "messages" in rows or "conversations" in rows or len(lists) != 1:
+        yield 1, rows
+        return
+    listed = rows[lists[0]]  # {"data": [...]}
+    for row, line in zip(listed, _element_lines(text, lists[0], len(listed)), strict=True):
         yield _object_or_problem(row, shown, line)
 
 
-def _element_lines(text: str, count: int) -> Iterator[int]:
-    """Yield the line on which each element of the JSON list in `text` starts."""
+def _are_lines(start: bytes) -> bool:
+    """Say whether a file begins with an object on a line of its own, and another one."""
+    first, _, rest = start.partition(b"\n")
+    try:
+        return isinstance(json.loads(first), dict) and rest.lstrip()[:1] == b"{"
+    except (ValueError, RecursionError):
+        return False
+
+
+def _iter_lines(start: bytes, file: IO[bytes]) -> Iterator[bytes]:
+    lines = io.BytesIO(start).readlines()
+    yield from lines[:-1]
+    yield lines[-1] if lines[-1].endswith(b"\n") else lines[-1] + file.readline()
+    yield from file
+
+
+def _element_lines(text: str, key: str, count: int) -> Iterator[int]:
+    """Yield the line on which each element of the list under `key` starts."""
     decoder = json.JSONDecoder()
-    position, line, counted = text.index("[") + 1, 1, 0
+    names = "|".join({re.escape(json.dumps(key, ensure_ascii=flag)) for flag in (True, False)})
+    opening = re.search(rf"(?:{names})\s*:\s*\[", text)
+    if opening is None:  # the key is written with escapes that it does not need
+        yield from itertools.repeat(1, count)
+        return
+    position, line, counted = opening.end(), 1, 0
     for _ in range(count):
         while text[position] in " \t\r\n,":
             position += 1
@@ -173,8 +208,7 @@ def _iter_parquet(file: IO[bytes], shown: str) -> Iterator[Parsed]:
     import pyarrow.parquet
 
     try:
-        seekable = file if file.seekable() else io.BytesIO(file.read())
-        with pyarrow.parquet.ParquetFile(seekable) as table:
+        with pyarrow.parquet.ParquetFile(_seekable(file)) as table:
             yield from _iter_batches(table.iter_batches(batch_size=BATCH_ROWS))
     except (pyarrow.ArrowException, UnicodeDecodeError, ValueError) as error:
         raise LlmtuneError(f"{shown}: not a Parquet file that can be read: {error}") from error
@@ -183,21 +217,36 @@ def _iter_parquet(file: IO[bytes], shown: str) -> Iterator[Parsed]:
 def _iter_arrow(file: IO[bytes], shown: str) -> Iterator[Parsed]:
     import pyarrow
 
-    data = file.read()
     try:
-        opener = pyarrow.ipc.open_file if data[:6] == b"ARROW1" else pyarrow.ipc.open_stream
-        with opener(io.BytesIO(data)) as reader:
-            yield from _iter_batches(iter(reader.read_all().to_batches(BATCH_ROWS)))
+        seekable = _seekable(file)
+        is_file = seekable.read(6) == b"ARROW1"
+        seekable.seek(0)
+        # A batch is as long as its writer chose, perhaps the whole file: mapped, not read.
+        source = pyarrow.memory_map(file.name) if seekable is file else seekable
+        if is_file:
+            with pyarrow.ipc.open_file(source) as reader:
+                yield from _iter_batches(map(reader.get_batch, range(reader.num_record_batches)))
+        else:
+            with pyarrow.ipc.open_stream(source) as reader:
+                yield from _iter_batches(iter(reader))
     except (pyarrow.ArrowException, UnicodeDecodeError, ValueError) as error:
         raise LlmtuneError(f"{shown}: not an Arrow file that can be read: {error}") from error
+
+
+def _seekable(file: IO[bytes]) -> IO[bytes]:
+    """Return a plain file as it is; a compressed one unpacked, for going back in it is slow."""
+    is_plain = isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO)
+    return file if is_plain else io.BytesIO(file.read())
 
 
 def _iter_batches(batches: Iterator[Any]) -> Iterator[Parsed]:
     number = 0
     for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield number, drop_nulls(row)
+        batch.validate(full=True)  # a damaged one must not be looked into
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            for row in batch.slice(start, BATCH_ROWS).to_pylist():
+                number += 1
+                yield number, drop_nulls(row)
 
 
 def drop_nulls(value: Any) -> Any:
@@ -210,11 +259,10 @@ def drop_nulls(value: Any) -> Any:
 
 
 def _iter_text(file: IO[bytes], shown: str) -> Iterator[Parsed]:
-    yield 1, {"text": _read_text(file, shown)}
+    yield 1, {"text": _decode(file.read(), shown)}
 
 
-def _read_text(file: IO[bytes], shown: str) -> str:
-    data = file.read()
+def _decode(data: bytes, shown: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -226,10 +274,6 @@ def _object_or_problem(row: Any, shown: str, number: int) -> Parsed:
     if isinstance(row, dict):
         return number, row
     return RowProblem(shown, number, f"found {shorten(row)}; expected an object", "json")
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, ValueError) else "nested too deeply"
 
 
 READERS: dict[str, Callable[[IO[bytes], str], Iterator[Parsed]]] = {

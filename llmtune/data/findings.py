@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
 
 from llmtune.data.align import LabelledSequence
 from llmtune.data.collect import Split, SplitCollector
@@ -17,9 +20,11 @@ from llmtune.data.overlap import conversation_key, normalized_text
 from llmtune.data.problems import shorten
 from llmtune.data.report import DataReport
 from llmtune.data.rows import LoadedRow
+from llmtune.data.spool import JoinedTexts, PlaceList, SpooledTexts, first_of_equal
 from llmtune.data.suspicion import SUSPICION_WORDS, find_suspicions, main_script
 
 KEPT_PLACES = 1000
+KEY_BYTES = 16
 RARE_SCRIPT_SHARE = 0.01
 RARE_SCRIPT_ROWS = 100
 """Only with this many rows can a script be called rare."""
@@ -74,34 +79,66 @@ class Finding:
 
 
 @dataclass
-class SeenRows:
-    """What one split's rows showed as they passed."""
+class Suspects:
+    """Rows of one suspicion: how many, and where the first ones are."""
 
-    places: list[tuple[str, int]] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+    count: int = 0
+    places: list[Place] = field(default_factory=list)
+    last: tuple[str, int] | None = None
+
+    def add(self, row: LoadedRow, detail: str) -> None:
+        """Count a row once, whatever else is found in it."""
+        if self.last == (row.source, row.line):
+            return
+        self.last = (row.source, row.line)
+        self.count += 1
+        if len(self.places) < KEPT_PLACES:
+            self.places.append(Place(row.source, row.line, detail))
+
+
+@dataclass
+class SeenRows:
+    """What one split's rows showed as they passed: about 60 bytes a row, the texts in a file."""
+
+    places: PlaceList = field(default_factory=PlaceList)
+    keys: bytearray = field(default_factory=bytearray)
+    """16 bytes a row."""
+    texts: SpooledTexts = field(default_factory=SpooledTexts)
     row_scripts: list[str] = field(default_factory=list)
-    questions: list[tuple[int, str]] = field(default_factory=list)
-    """Hash of the first trained turn's context, and its answer."""
-    suspicions: dict[str, list[Place]] = field(default_factory=dict)
+    questions: array[int] = field(default_factory=lambda: array("q"))
+    """Hash of the last turn's context."""
+    answers: array[int] = field(default_factory=lambda: array("q"))
+    """Hash of the answer to it."""
+    shown_answers: SpooledTexts = field(default_factory=SpooledTexts)
+    suspicions: dict[str, Suspects] = field(default_factory=dict)
     roles: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
     scripts: Counter[str] = field(default_factory=Counter)
 
     def look_at(self, row: LoadedRow, sequences: Sequence[LabelledSequence]) -> None:
         conversation = row.conversation
-        self.places.append((row.source, row.line))
-        self.keys.append(conversation_key(conversation))
-        self.texts.append(_spoken_text(conversation))
-        self.row_scripts.append(main_script(self.texts[-1]))
+        self.places.append(row.source, row.line)
+        self.keys += conversation_key(conversation)
+        text = _spoken_text(conversation)
+        self.texts.append(text)
+        self.row_scripts.append(main_script(text))
         self.scripts[self.row_scripts[-1] or "none"] += 1
-        self.questions.append(_question_and_answer(conversation))
-        self.roles.update(message["role"] for message in conversation.messages)
+        question, answer = _question_and_answer(conversation)
+        self.questions.append(question)
+        self.answers.append(hash(answer))
+        self.shown_answers.append(shorten(answer, 40))
+        self.roles.update([message["role"] for message in conversation.messages])
         self.turns[len(conversation.messages)] += 1
         for kind, detail in find_suspicions(conversation):
-            found = self.suspicions.setdefault(kind, [])
-            if not found or (found[-1].source, found[-1].line) != (row.source, row.line):
-                found.append(Place(row.source, row.line, detail))
+            self.suspicions.setdefault(kind, Suspects()).add(row, detail)
+
+    def key(self, row: int) -> bytes:
+        """Return the key of the conversation in a row."""
+        return bytes(self.keys[row * KEY_BYTES : (row + 1) * KEY_BYTES])
+
+    def first_rows(self) -> np.ndarray:
+        """Return for each row the first one with the same key, int64 [N]."""
+        return first_of_equal(np.frombuffer(self.keys, dtype=np.uint64).reshape(-1, 2))
 
 
 class Notebook:
@@ -112,10 +149,15 @@ class Notebook:
         self.findings: list[Finding] = []
         self.splits: dict[Split, SeenRows] = {"train": SeenRows(), "evaluation": SeenRows()}
 
-    def add(self, kind: str, severity: Severity, message: str, places: list[Place]) -> None:
-        if places:
-            kept = tuple(places[:KEPT_PLACES])
-            self.findings.append(Finding(kind, severity, message, len(places), kept))
+    def add(self, kind: str, severity: Severity, message: str, places: Iterable[Place]) -> None:
+        """Add a finding; only its first places are kept."""
+        count, kept = 0, []
+        for place in places:
+            count += 1
+            if count <= KEPT_PLACES:
+                kept.append(place)
+        if count:
+            self.findings.append(Finding(kind, severity, message, count, tuple(kept)))
 
     def add_bad_rows(self, collector: SplitCollector) -> None:
         kinds: dict[str, list[Place]] = {}
@@ -169,64 +211,70 @@ class Notebook:
             )
 
     def add_suspicions(self) -> None:
-        found: dict[str, list[Place]] = {}
-        for seen in self.splits.values():
-            for kind, places in seen.suspicions.items():
-                found.setdefault(kind, []).extend(places)
-        for kind, places in found.items():
-            self.add(kind, "warning", SUSPICION_WORDS[kind], places)
-        rows = [
-            (place, script)
-            for seen in self.splits.values()
-            for place, script in zip(seen.places, seen.row_scripts, strict=True)
-        ]
-        counts = Counter(script for _, script in rows)
+        every = [seen for seen in self.splits.values() if len(seen.places)]
+        for kind, words in SUSPICION_WORDS.items():
+            found = [seen.suspicions[kind] for seen in every if kind in seen.suspicions]
+            places = [place for suspects in found for place in suspects.places][:KEPT_PLACES]
+            if places:
+                count = sum(suspects.count for suspects in found)
+                self.findings.append(Finding(kind, "warning", words, count, tuple(places)))
+        num_rows = sum(len(seen.places) for seen in every)
+        counts: Counter[str] = sum((seen.scripts for seen in every), Counter())
         rare = {
             script
             for script, count in counts.items()
-            if script and count < RARE_SCRIPT_SHARE * len(rows) and len(rows) >= RARE_SCRIPT_ROWS
+            if script != "none" and count < RARE_SCRIPT_SHARE * num_rows
         }
-        places = [Place(*place, f"mostly {script}") for place, script in rows if script in rare]
-        self.add("script", "warning", "rows in a script that is rare in this data", places)
+        places_of_rare = (
+            Place(*seen.places[row], f"mostly {script}")
+            for seen in every
+            for row, script in enumerate(seen.row_scripts)
+            if script in rare
+        )
+        if num_rows >= RARE_SCRIPT_ROWS and rare:
+            message = "rows in a script that is rare in this data"
+            self.add("script", "warning", message, places_of_rare)
 
     def add_duplicates(self) -> None:
         for seen in self.splits.values():
-            first: dict[bytes, tuple[str, int]] = {}
-            places = []
-            for place, key in zip(seen.places, seen.keys, strict=True):
-                if key in first:
-                    source, line = first[key]
-                    places.append(Place(*place, f"the same row as {source}:{line}"))
-                else:
-                    first[key] = place
+            firsts = seen.first_rows()
+            places = (
+                Place(*seen.places[row], f"the same row as {_show(seen.places[firsts[row]])}")
+                for row in np.flatnonzero(firsts != np.arange(len(firsts))).tolist()
+            )
             self.add("duplicate", "warning", "rows that stand more than once", places)
 
     def add_conflicts(self) -> None:
         train = self.splits["train"]
-        first: dict[int, tuple[str, tuple[str, int]]] = {}
-        places = []
-        for place, (question, answer) in zip(train.places, train.questions, strict=True):
-            known = first.setdefault(question, (answer, place))
-            if answer and known[0] != answer:
-                source, line = known[1]
-                detail = f"answers {shorten(answer, 40)}; {source}:{line} {shorten(known[0], 40)}"
-                places.append(Place(*place, detail))
+        answers = np.frombuffer(train.answers, dtype=np.int64)
+        firsts = first_of_equal(np.frombuffer(train.questions, dtype=np.int64).reshape(-1, 1))
+        differs = (answers != answers[firsts]) & (answers != hash(""))
+        places = (
+            Place(
+                *train.places[row],
+                f"answers {train.shown_answers[row]}; {_show(train.places[firsts[row]])} "
+                f"{train.shown_answers[int(firsts[row])]}",
+            )
+            for row in np.flatnonzero(differs).tolist()
+        )
         self.add("conflict", "warning", "rows that answer the same prompt differently", places)
 
     def add_near_duplicates(self) -> None:
         train, evaluation = self.splits["train"], self.splits["evaluation"]
-        places = train.places + evaluation.places
-        keys = train.keys + evaluation.keys
         near: list[Place] = []
         leaks: list[Place] = []
-        for pair in find_near_duplicates(train.texts + evaluation.texts):
-            if keys[pair.first] == keys[pair.second]:
+        split = len(train.places)
+        for pair in find_near_duplicates(JoinedTexts(train.texts, evaluation.texts)):
+            first, second = (
+                (train, row) if row < split else (evaluation, row - split)
+                for row in (pair.first, pair.second)
+            )
+            if first[0].key(first[1]) == second[0].key(second[1]):
                 continue  # told as a duplicate or a leak
-            crosses = pair.first < len(train.places) <= pair.second
-            here, there = (pair.first, pair.second) if crosses else (pair.second, pair.first)
-            source, line = places[there]
-            detail = f"{pair.similarity:.0%} like {source}:{line}"
-            (leaks if crosses else near).append(Place(*places[here], detail))
+            crosses = pair.first < split <= pair.second
+            here, there = (first, second) if crosses else (second, first)
+            detail = f"{pair.similarity:.0%} like {_show(there[0].places[there[1]])}"
+            (leaks if crosses else near).append(Place(*here[0].places[here[1]], detail))
         self.add("near-duplicate", "warning", "rows that are nearly equal to another", near)
         self.add("near-leak", "warning", "train rows nearly equal to an evaluation row", leaks)
         shared = [
@@ -234,7 +282,7 @@ class Notebook:
                 *train.places[row], f"shares {shorten(words)} with {_show(evaluation.places[at])}"
             )
             for row, at, words in find_shared_ngrams(train.texts, evaluation.texts)
-            if train.keys[row] != evaluation.keys[at]
+            if train.key(row) != evaluation.key(at)
         ]
         self.add(
             "ngram-overlap", "warning", "train rows that share 13 words with evaluation", shared

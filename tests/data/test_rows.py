@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import time
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llmtune.data import json_list
 from llmtune.data.config import SourceConfig
 from llmtune.data.formats import FORMATS
 from llmtune.data.hub import is_hub_id
@@ -91,6 +93,83 @@ def test_lines_are_those_of_the_file(tmp_path):
     assert [row.line for row in load(tmp_path / "a.json")] == [2, 4, 5]
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}')
     assert [row.line for row in load(tmp_path / "a.jsonl")] == [1, 3]
+
+
+def test_lines_of_a_wrapped_list_are_told_even_after_a_bracket_in_a_text(tmp_path):
+    text = '{"note": "[x] \\"data\\": [",\n"data": [\n{"text": "a"},\n{"text": "b"}]}'
+    (tmp_path / "a.json").write_text(text)
+    assert [row.line for row in load(tmp_path / "a.json")] == [3, 4]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+def test_long_json_list_is_read_piece_by_piece(size, monkeypatch):
+    """Whatever the pieces cut through, the elements and their lines are those of the whole."""
+    rows = [{"text": 'é "確" \\ \n 🙂', "n": 12.5e3, "a": [True, None, [-1]]}, {}, [1], "x", 12345]
+    text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+    data = text.encode()
+    monkeypatch.setattr(json_list, "READ_BYTES", size)
+    found = list(json_list.iter_json_list(data[:size], io.BytesIO(data[size:]), "a.json"))
+    assert [row for _, row in found] == rows
+    lines = text.splitlines()
+    assert [lines[line - 1].strip()[:1] for line, _ in found] == ["{", "{", "[", '"', "1"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.lists(
+        st.sampled_from(["[", "]", "{", "}", ",", ":", '"a"', "1", "true", "nul", " ", "\n", '"']),
+        max_size=12,
+    ).map(lambda parts: "[" + "".join(parts)),
+    size=st.integers(1, 20),
+)
+def test_json_list_is_refused_exactly_where_json_is(text, size):
+    data = text.encode()
+    found: list | None = []
+    try:
+        found = [r for _, r in json_list.iter_json_list(data[:size], io.BytesIO(data[size:]), "x")]
+    except LlmtuneError:
+        found = None
+    try:
+        expected = json.loads(text)
+    except ValueError:
+        expected = None
+    assert found == expected
+
+
+def peak_while_reading(path) -> int:
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in open_source(SourceConfig(path=str(path))).rows)
+        assert count >= 2000
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "lines.json", "a.csv", "a.parquet", "a.arrow"]
+)
+def test_memory_of_reading_does_not_grow_with_the_file(tmp_path, name):
+    peaks = []
+    for count in (2000, 8000):
+        rows = [
+            {"prompt": f"question {i} " * 20, "completion": "answer " * 20} for i in range(count)
+        ]
+        path = tmp_path / str(count) / name
+        path.parent.mkdir()
+        path.write_bytes(
+            {
+                "a.jsonl": lambda rows: "".join(json.dumps(r) + "\n" for r in rows).encode(),
+                "lines.json": lambda rows: "".join(json.dumps(r) + "\n" for r in rows).encode(),
+                "a.json": lambda rows: json.dumps(rows).encode(),
+                "a.csv": as_csv,
+                "a.parquet": as_parquet,
+                "a.arrow": as_arrow,
+            }[name](rows)
+        )
+        peaks.append(peak_while_reading(path))
+    smallest = path.stat().st_size // 8
+    assert peaks[1] < peaks[0] * 1.5 + smallest, peaks
 
 
 def test_directories_and_globs_are_read_in_order(tmp_path):

@@ -1,0 +1,121 @@
+"""Reading a JSON list element by element, however long it is."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import IO, Any
+
+from llmtune.errors import LlmtuneError
+
+READ_BYTES = 1 << 20
+NEAR_END = 64
+"""Characters: what a cut can make wrong is found nearer to it than this, but for a string."""
+
+_SPACES = re.compile(r"[ \t\r\n]*")
+
+
+def iter_json_list(start: bytes, file: IO[bytes], shown: str) -> Iterator[tuple[int, Any]]:
+    """Yield `(line, element)` of the list that begins in `start` and goes on in `file`.
+
+    Held in memory: two MiB, or twice the longest element.
+
+    Raises:
+        LlmtuneError: the text is not a JSON list, or not UTF-8; elements before are yielded.
+    """
+    window = _Window(start, file, shown)
+    window.take("[")
+    if window.look() == "]":
+        window.take("]")
+    else:
+        while True:
+            window.look()
+            yield window.line, window.read_value()
+            if window.look() != ",":
+                break
+            window.take(",")
+        window.take("]")
+    if window.look():
+        raise window.refuse("Extra data")
+
+
+class _Window:
+    """The part of a text that is being read; `position` is the next character."""
+
+    def __init__(self, start: bytes, file: IO[bytes], shown: str) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._file, self._shown = file, shown
+        self._json = json.JSONDecoder()
+        self._is_whole = False
+        self.text = ""
+        self.position = 0
+        self._counted, self._line = 0, 1
+        self._add(start)
+
+    @property
+    def line(self) -> int:
+        """The line of the next character, from 1."""
+        self._line += self.text.count("\n", self._counted, self.position)
+        self._counted = self.position
+        return self._line
+
+    def look(self) -> str:
+        """Skip spaces and return the next character; empty at the end."""
+        while True:
+            spaces = _SPACES.match(self.text, self.position)
+            self.position = spaces.end() if spaces else self.position
+            if self.position < len(self.text) or self._is_whole:
+                return self.text[self.position : self.position + 1]
+            self._grow()
+
+    def take(self, mark: str) -> None:
+        """Step over `mark`, which must come next."""
+        if self.look() != mark:
+            raise self.refuse("Expecting ',' delimiter" if mark == "]" else f"Expecting '{mark}'")
+        self.position += 1
+
+    def read_value(self) -> Any:
+        """Return the JSON value that comes next."""
+        while True:
+            try:
+                value, end = self._json.raw_decode(self.text, self.position)
+            except json.JSONDecodeError as error:
+                is_cut = error.pos > len(self.text) - NEAR_END or "Unterminated" in error.msg
+                if self._is_whole or not is_cut:
+                    self.position = min(error.pos, len(self.text))
+                    raise self.refuse(error.msg) from error
+            except (ValueError, RecursionError) as error:
+                raise self.refuse(json_reason(error)) from error
+            else:
+                if end < len(self.text) or self._is_whole:  # a number may go on
+                    self.position = end
+                    return value
+            self._grow()
+
+    def refuse(self, reason: str) -> LlmtuneError:
+        return LlmtuneError(
+            f"{self._shown}:{self.line}: not JSON ({reason}); expected a list of objects"
+        )
+
+    def _grow(self) -> None:
+        """Let go of what was read, and read as much again as is left, at least a MiB."""
+        self._line = self.line
+        self.text = self.text[self.position :]
+        self.position = self._counted = 0
+        self._add(self._file.read(max(READ_BYTES, len(self.text))))
+
+    def _add(self, data: bytes) -> None:
+        self._is_whole = not data
+        try:
+            self.text += self._decoder.decode(data, final=self._is_whole)
+        except UnicodeDecodeError as error:
+            line = self.line + self.text.count("\n", self.position)
+            line += data.count(b"\n", 0, error.start)
+            raise LlmtuneError(f"{self._shown}:{line}: not UTF-8 text ({error.reason})") from error
+
+
+def json_reason(error: Exception) -> str:
+    """Return why a text is not JSON, in words."""
+    return str(error) if isinstance(error, ValueError) else "nested too deeply"
