@@ -73,6 +73,29 @@ def find_near_duplicates(
     return [best[second] for second in sorted(best)]
 
 
+def find_near_matches(train: Sequence[str], items: Sequence[str]) -> list[NearPair]:
+    """Return for each of `items` that is nearly equal to a train text the one it resembles most.
+
+    `first` numbers the train text and `second` the item. The same shingles, boilerplate rule and
+    bands as `find_near_duplicates`; memory grows with the items only.
+    """
+    common = _common_shingles([*train, *items])
+    buckets: dict[tuple[int, int], list[int]] = {}
+    for place, text in enumerate(items):
+        for band in _bands(_own_shingles(text, common)):
+            buckets.setdefault(band, []).append(place)
+    best: dict[int, NearPair] = {}
+    for row, text in enumerate(train):
+        values = _own_shingles(text, common)
+        near = {place for band in _bands(values) for place in buckets.get(band, ())}
+        for place in near:
+            similarity = _jaccard(values, _own_shingles(items[place], common))
+            known = best.get(place)
+            if similarity >= MIN_SIMILARITY and (known is None or similarity > known.similarity):
+                best[place] = NearPair(row, place, similarity)
+    return [best[place] for place in sorted(best)]
+
+
 def find_shared_ngrams(
     train: Sequence[str], evaluation: Sequence[str]
 ) -> list[tuple[int, int, str]]:
@@ -204,6 +227,11 @@ def _band_keys(values: np.ndarray) -> np.ndarray:
     for column in range(BAND_ROWS):
         keys = keys * np.uint64(0x9E3779B97F4A7C15) + bands[:, column]
     return keys
+
+
+def _bands(values: np.ndarray) -> list[tuple[int, int]]:
+    """Return the keys of a text's bands; none for a text with too few shingles."""
+    return list(enumerate(_band_keys(values).tolist())) if len(values) >= MIN_SHINGLES else []
 
 
 def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
