@@ -13,8 +13,9 @@ from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import PreparedData, prepare_examples
 from llmtune.errors import LlmtuneError, RunInterrupted
+from llmtune.evaluation.config import EXTENTS, Extent
 from llmtune.evaluation.results import arm_result_path
-from llmtune.fingerprint import hash_json
+from llmtune.fingerprint import hash_file, hash_json
 from llmtune.ledger import Ledger, open_ledger
 from llmtune.merging.config import MergeConfig, MergeSettings
 from llmtune.merging.provenance import PROVENANCE_FILE
@@ -243,10 +244,11 @@ def _merge_request(config: RunConfig, out_dir: Path, settings: MergeSettings) ->
 
 
 def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
-    """Score base and tuned model on every suite, and the merged model on the target suites.
+    """Score the arms on the run's suites and measure what `evaluate.extent` asks for beside them.
 
-    The base is the same loaded model with its adapter switched off. Suites that are finished for
-    the same model and recipe are read, not scored again.
+    The base is the same loaded model with its adapter switched off. What is finished for the same
+    model and recipe is read, not measured again; what an earlier call measured to a larger extent
+    on the same inputs stays part of the run.
 
     Returns:
         For each suite by name: n, metric, majority, the arms' means, and under `comparison` the
@@ -275,9 +277,15 @@ def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
             "adapter": adapter,
             "base": base_fingerprint(source.dir),
             "merge": ledger.manifest.stages.get("merge", {}).get("fingerprint"),
-            "evaluate": config.evaluate.model_dump(mode="json"),
+            "evaluate": config.evaluate.measuring_knobs(),
             "suites": {suite.name: suite.fingerprint for suite in suites},
+            "files": {str(path): hash_file(path) for path in _evaluation_files(config)},
         }
+        extent = _kept_extent(ledger.manifest.stages.get("evaluate", {}), inputs, config)
+        config = config.model_copy(
+            update={"evaluate": config.evaluate.model_copy(update={"extent": extent})}
+        )
+        inputs["extent"] = extent
         is_there = all(_expected_results(config, suites))
         ledger.stage("evaluate", inputs, work, is_there=is_there, force=force)
     chosen = config.evaluate
@@ -416,6 +424,27 @@ def _expected_results(config: RunConfig, suites: "Sequence[Suite]") -> Iterator[
         for arm in config.evaluate.arms:
             if arm != "merged" or suite.role == "target":
                 yield arm_result_path(config.run.evaluations_dir, suite.name, arm).is_file()
+
+
+def _evaluation_files(config: RunConfig) -> list[Path]:
+    """Return the user's prompt and prediction files."""
+    knobs = config.evaluate
+    files = [*knobs.prompts.values(), *knobs.predictions.values()]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise LlmtuneError(f"evaluate: no such file: {', '.join(missing)}")
+    return files
+
+
+def _kept_extent(record: Mapping[str, Any], inputs: Mapping[str, Any], config: RunConfig) -> Extent:
+    """Return the larger of the extent asked for and the one measured before on equal inputs."""
+    asked = config.evaluate.extent
+    known = record.get("inputs") or {}
+    measured = known.get("extent")
+    is_same = record.get("finished") and all(known.get(key) == inputs[key] for key in inputs)
+    if measured not in EXTENTS or not is_same:
+        return asked
+    return max(asked, measured, key=EXTENTS.index)
 
 
 def _trained_adapter(config: RunConfig) -> str:

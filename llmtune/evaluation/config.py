@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -133,6 +133,10 @@ class EvaluateConfig(Section):
         if chosen is not None:
             return chosen
         return EXTENTS.index(self.extent) >= EXTENTS.index(MEASURED_FROM[name])
+
+    def measuring_knobs(self) -> dict[str, Any]:
+        """Return as JSON what decides the numbers, but for the extent and contents of files."""
+        return self.model_dump(mode="json", exclude={"extent", "bootstrap_samples", "token_budget"})
 
     @property
     def measured_strengths(self) -> tuple[float, ...]:

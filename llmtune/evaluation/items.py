@@ -2,8 +2,10 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -84,6 +86,30 @@ def read_items(config: AnySuiteConfig, path: Path) -> tuple[SuiteItem, ...]:
     if not items:
         raise LlmtuneError(f"{path}: the suite has no items")
     return tuple(items)
+
+
+def render_rows(
+    config: ChoiceSuite | ExactSuite, path: Path, rows: Iterable[Mapping[str, Any]]
+) -> list[tuple[str, str]] | None:
+    """Return data rows' questions and right answers in the words of the suite over `path`.
+
+    None where a row has not the fields that the suite's prompt, choices and answer need.
+    """
+    template = _compile_prompt(config, path)
+    assert template is not None
+    rendered = []
+    for row in rows:
+        fields = dict(row)
+        try:
+            question = _render_prompt(template, fields)
+            if isinstance(config, ChoiceSuite):
+                choices, answer = _read_choices(config, fields)
+                rendered.append((question, choices[answer]))
+            else:
+                rendered.append((question, _read_references(config, fields)[0]))
+        except _BadItem:
+            return None
+    return rendered
 
 
 def _compile_prompt(config: AnySuiteConfig, path: Path) -> jinja2.Template | None:

@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -141,7 +141,7 @@ def _arm_result(
         chance=None,
         recipe=recipe,
         recipe_hash=hash_json(recipe),
-        model=asdict(scored.identity),
+        model=scored.identity.as_dict(),
         seconds=seconds,
         items=items,
     )

@@ -70,22 +70,32 @@ def build_choice_requests(
 
     Items where one choice begins another are warned of once: "4" is never less likely than "42".
     """
+    assert isinstance(suite.config, ChoiceSuite)
+    requests = encode_choices(tokenizer, suite, demonstrations)
+    if suite.config.normalize == "none":
+        _warn_of_head_starts(suite, requests)
+    return requests
+
+
+def encode_choices(
+    tokenizer: PreTrainedTokenizerFast,
+    suite: Suite,
+    demonstrations: Sequence[Demonstration] = (),
+) -> list[ContinuationRequest]:
+    """Return what `build_choice_requests` does, without its warning."""
     config = suite.config
     assert isinstance(config, ChoiceSuite)
     if config.chat:
-        requests = _chat_requests(tokenizer, suite, demonstrations)
-    else:
-        lead = leading_special_ids(tokenizer)
-        requests = []
-        for item in suite.items:
-            context = _raw_context(suite, item, demonstrations)
-            pairs = [
-                split_continuation(tokenizer, context, config.delimiter + choice)
-                for choice in item.choices
-            ]
-            requests.append(_one_context(suite, item, lead, pairs))
-    if config.normalize == "none":
-        _warn_of_head_starts(suite, requests)
+        return _chat_requests(tokenizer, suite, demonstrations)
+    lead = leading_special_ids(tokenizer)
+    requests = []
+    for item in suite.items:
+        context = _raw_context(suite, item, demonstrations)
+        pairs = [
+            split_continuation(tokenizer, context, config.delimiter + choice)
+            for choice in item.choices
+        ]
+        requests.append(_one_context(suite, item, lead, pairs))
     return requests
 
 

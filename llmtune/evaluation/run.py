@@ -1,33 +1,48 @@
-"""Evaluate suites on the arms of one loaded model, finished results read instead of recomputed."""
+"""Score suites on the arms of one loaded model, finished results read instead of recomputed."""
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from torch import nn
 
+from llmtune.adapters.strength import adapter_strength
 from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.compare import arm_kind
 from llmtune.evaluation.metrics import METRICS
+from llmtune.evaluation.prompt_file import PromptFile
 from llmtune.evaluation.requests import Demonstration
 from llmtune.evaluation.results import (
     ArmResult,
+    ItemScore,
     arm_result_path,
     finite_or_none,
     read_arm_result,
     save_arm_result,
 )
-from llmtune.evaluation.scored_model import ScoredModel
+from llmtune.evaluation.scored_model import ModelIdentity, ScoredModel
 from llmtune.evaluation.stats import standard_error
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.tasks import chance_accuracy, majority_accuracy, score_items
 from llmtune.fingerprint import hash_json
 from llmtune.scoring.batches import adapter_disabled, choose_token_budget, has_adapter
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 BASE_ARM = "base"
+WITHOUT_ADAPTER = ("base", "few-shot", "prompt")
+"""Kinds of arms that the base answers; the others are the model as it stands."""
+
 NOT_SCORING = {"name", "description", "items", "id", "slices", "limit", "role"}
 """Suite keys that change no score; items and limit are covered by the items' fingerprint."""
 
@@ -48,10 +63,25 @@ class ScoringSettings:
 
     token_budget: int | None = None
     demonstrations: tuple[Demonstration, ...] = ()
+    prompt: PromptFile | None = None
     on_progress: Callable[[Progress], None] | None = None
 
 
 DEFAULT_SETTINGS = ScoringSettings()
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """One arm on one suite: its items, how they are asked, and facts for the result's `about`.
+
+    `strength` is for arms of the tuned model at another strength than 1.
+    """
+
+    arm: str
+    suite: Suite
+    settings: ScoringSettings = DEFAULT_SETTINGS
+    about: Mapping[str, Any] = field(default_factory=dict)
+    strength: float | None = None
 
 
 def evaluate_arms(
@@ -85,27 +115,62 @@ def evaluate_arms(
         raise LlmtuneError(f"two suites are named {repeated[0]!r}: give one another `name`")
     results: dict[str, dict[str, ArmResult]] = {name: {} for name in names}
     for arm in arms:
-        with _as_arm(scored, arm) as model:
-            for suite in suites:
-                result = None
-                if results_dir is not None and reuse:
-                    result = _read_finished(results_dir, model, suite, arm, settings)
-                if result is None:
-                    result = evaluate_suite(model, suite, arm=arm, settings=settings)
-                    if results_dir is not None:
-                        save_arm_result(result, results_dir)
-                results[suite.name][arm] = result
+        for suite in suites:
+            plan = ArmPlan(arm, suite, settings)
+            result = None
+            if results_dir is not None and reuse:
+                result = read_finished(results_dir, scored, plan)
+            if result is None:
+                result = score_plan(scored, plan)
+                if results_dir is not None:
+                    save_arm_result(result, results_dir)
+            results[suite.name][arm] = result
     return results
 
 
+def score_plan(scored: ScoredModel, plan: ArmPlan) -> ArmResult:
+    """Score one suite as one arm; the model is afterwards as it was.
+
+    Raises:
+        LlmtuneError: a chat suite without a chat template, an item too long for the model,
+            choices of which one begins another, or an adapter that has no such strength.
+    """
+    with _as_arm(scored, plan) as (model, identity):
+        answering = replace(scored, model=model, identity=identity)
+        return evaluate_suite(
+            answering, plan.suite, arm=plan.arm, settings=plan.settings, about=plan.about
+        )
+
+
+def read_finished(results_dir: Path, scored: ScoredModel, plan: ArmPlan) -> ArmResult | None:
+    """Return the kept result of the same recipe and model, or None."""
+    path = arm_result_path(results_dir, plan.suite.name, plan.arm)
+    if not path.is_file():
+        return None
+    try:
+        result = read_arm_result(path)
+    except LlmtuneError:
+        return None  # half a result, or another version's, is no result: it is computed again
+    recipe = build_recipe(scored, plan.suite, plan.settings)
+    is_same = result.recipe_hash == hash_json(recipe)
+    return result if is_same and result.model == _identity_of(scored, plan).as_dict() else None
+
+
+def _identity_of(scored: ScoredModel, plan: ArmPlan) -> ModelIdentity:
+    if arm_kind(plan.arm) in WITHOUT_ADAPTER:
+        return replace(scored.identity, adapter=None)
+    return replace(scored.identity, strength=plan.strength)
+
+
 @contextlib.contextmanager
-def _as_arm(scored: ScoredModel, arm: str) -> Iterator[ScoredModel]:
-    if arm != BASE_ARM:
-        yield scored
-        return
-    base = replace(scored, identity=replace(scored.identity, adapter=None))
-    with adapter_disabled(scored.model) if has_adapter(scored.model) else contextlib.nullcontext():
-        yield base
+def _as_arm(scored: ScoredModel, plan: ArmPlan) -> Iterator[tuple[nn.Module, ModelIdentity]]:
+    state: AbstractContextManager[None] = contextlib.nullcontext()
+    if arm_kind(plan.arm) in WITHOUT_ADAPTER and has_adapter(scored.model):
+        state = adapter_disabled(scored.model)
+    elif plan.strength is not None:
+        state = adapter_strength(cast("PeftModel", scored.model), plan.strength)
+    with state:
+        yield scored.model, _identity_of(scored, plan)
 
 
 def evaluate_suite(
@@ -114,8 +179,9 @@ def evaluate_suite(
     *,
     arm: str,
     settings: ScoringSettings = DEFAULT_SETTINGS,
+    about: Mapping[str, Any] = NOTHING,
 ) -> ArmResult:
-    """Score one suite with the model as it stands.
+    """Score one suite with the model as it stands; `about` is kept in the result.
 
     Raises:
         LlmtuneError: a chat suite without a chat template, an item too long for the model, or
@@ -129,14 +195,36 @@ def evaluate_suite(
             settings.on_progress(Progress(suite.name, arm, done, total))
 
     budget = settings.token_budget or choose_token_budget(scored.model)
-    items = score_items(scored, suite, settings.demonstrations, budget, report)
+    asked = suite if settings.prompt is None else settings.prompt.ask(suite)
+    items = score_items(scored, asked, settings.demonstrations, budget, report)
+    return summarize_items(
+        suite,
+        arm,
+        items,
+        recipe=build_recipe(scored, suite, settings),
+        model=scored.identity.as_dict(),
+        seconds=time.perf_counter() - started,
+        about=about,
+    )
+
+
+def summarize_items(  # noqa: PLR0913 (the parts of one result)
+    suite: Suite,
+    arm: str,
+    items: Sequence[ItemScore],
+    *,
+    recipe: dict,
+    model: dict,
+    seconds: float,
+    about: Mapping[str, Any] = NOTHING,
+) -> ArmResult:
+    """Return an arm's result from its items' scores."""
     scores = np.array([item.score for item in items])
     weights = np.array([item.weight for item in items])
     clusters = [item.cluster for item in items if item.cluster is not None] or None
     error = standard_error(
         scores, weights=None if (weights == 1).all() else weights, clusters=clusters
     )
-    recipe = build_recipe(scored, suite, settings)
     metric = METRICS[suite.config.metric]
     return ArmResult(
         suite=suite.name,
@@ -146,7 +234,7 @@ def evaluate_suite(
         arm=arm,
         metric=metric.name,
         higher_is_better=metric.higher_is_better,
-        n=total,
+        n=len(items),
         mean=float(np.average(scores, weights=weights)),
         standard_error=finite_or_none(error),
         unparseable=sum(not item.parsed for item in items),
@@ -154,9 +242,10 @@ def evaluate_suite(
         chance=chance_accuracy(suite),
         recipe=recipe,
         recipe_hash=hash_json(recipe),
-        model=asdict(scored.identity),
-        seconds=time.perf_counter() - started,
+        model=model,
+        seconds=seconds,
         items=tuple(items),
+        about=dict(about),
     )
 
 
@@ -179,6 +268,8 @@ def build_recipe(
     }
     if len(suite.items) < suite.num_whole:
         recipe["selection"] = hash_json([item.id for item in suite.items])
+    if settings.prompt is not None:
+        recipe["prompt"] = settings.prompt.fingerprint
     return recipe
 
 
@@ -187,18 +278,3 @@ def _installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _read_finished(
-    results_dir: Path, scored: ScoredModel, suite: Suite, arm: str, settings: ScoringSettings
-) -> ArmResult | None:
-    path = arm_result_path(results_dir, suite.name, arm)
-    if not path.is_file():
-        return None
-    try:
-        result = read_arm_result(path)
-    except LlmtuneError:
-        return None  # half a result, or another version's, is no result: it is computed again
-    recipe = build_recipe(scored, suite, settings)
-    same = result.recipe_hash == hash_json(recipe) and result.model == asdict(scored.identity)
-    return result if same else None

@@ -1,6 +1,7 @@
 """What an evaluation is given: a loaded model, its tokenizer, and who they are."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -16,6 +17,15 @@ class ModelIdentity:
     adapter: str | None
     dtype: str
     quantization: str
+    strength: float | None = None
+    """How much of the adapter is on; None is all of it."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON; a strength only where it is not the whole adapter."""
+        values = asdict(self)
+        if self.strength is None:
+            del values["strength"]
+        return values
 
 
 @dataclass(frozen=True)

@@ -99,10 +99,13 @@ def _choice_score(
     )
 
 
-def _exact_score(config: ExactSuite, item: SuiteItem, generation: Generation) -> ItemScore:
-    found: str | None = generation.text
+def score_written(
+    config: ExactSuite, item: SuiteItem, text: str, details: dict | None = None
+) -> ItemScore:
+    """Score an answer that was written out by the suite's metric."""
+    found: str | None = text
     if config.extract is not None:
-        match = re.search(config.extract, generation.text)
+        match = re.search(config.extract, text)
         found = match.group(1) if match else None
     score = 0.0
     if found is not None:
@@ -112,11 +115,16 @@ def _exact_score(config: ExactSuite, item: SuiteItem, generation: Generation) ->
     return _item_score(
         item,
         score=score,
-        prediction=generation.text,
+        prediction=text,
         answer=item.references[0],
         parsed=bool(found and found.strip()),
-        details={"stopped": generation.stopped, "num_tokens": len(generation.token_ids)},
+        details=details or {},
     )
+
+
+def _exact_score(config: ExactSuite, item: SuiteItem, generation: Generation) -> ItemScore:
+    details = {"stopped": generation.stopped, "num_tokens": len(generation.token_ids)}
+    return score_written(config, item, generation.text, details)
 
 
 def _perplexity_score(suite: Suite, item: SuiteItem, score: TextScore) -> ItemScore:

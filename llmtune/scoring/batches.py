@@ -243,12 +243,17 @@ def require_positions(model: nn.Module, num_tokens: int) -> None:
     Raises:
         LlmtuneError: names the length that was asked for and the model's limit.
     """
-    limit = getattr(_base_model(model).config, "max_position_embeddings", None)
+    limit = position_limit(model)
     if limit is not None and num_tokens > limit:
         raise LlmtuneError(
             f"a sequence of {num_tokens} tokens was given to a model of {limit} positions: "
             "shorten the prompts, max_new_tokens or max_length"
         )
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Return the longest sequence that the model has positions for; None where it has no limit."""
+    return getattr(_base_model(model).config, "max_position_embeddings", None)
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -1,0 +1,112 @@
+"""What an evaluation will cost, in forward tokens counted beforehand and in minutes."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from llmtune.evaluation.requests import encode_choices, encode_prompts
+from llmtune.evaluation.run import ArmPlan
+from llmtune.evaluation.suite_config import ExactSuite, PerplexitySuite
+from llmtune.scoring.batches import inference, model_device, pad_rows, run_forward
+from llmtune.scoring.likelihood import count_forward_tokens
+from llmtune.scoring.perplexity import cut_windows, encode_passage
+from llmtune.scoring.prefix import LONG_PREFIX_TOKENS, common_prefix
+
+FORWARDS_PER_TRAINED_TOKEN = 2.4
+"""A LoRA step costs so many forward passes a token (measured: 3.85 s against 1.60 s)."""
+
+TIMED_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class MeasureCost:
+    """One measure: forward tokens (at most, where text is written), and seconds before and after.
+
+    `seconds` is None until it was measured.
+    """
+
+    measure: str
+    tokens: int
+    estimated_seconds: float
+    seconds: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return {
+            "measure": self.measure,
+            "tokens": self.tokens,
+            "estimated_seconds": round(self.estimated_seconds, 1),
+            "seconds": None if self.seconds is None else round(self.seconds, 1),
+        }
+
+
+class TokenCounter:
+    """Counts the forward tokens of arms on suites; what several arms share is counted once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[tuple[str, int, str], int] = {}
+
+    def count(self, plan: ArmPlan, *, shared_tokens: int = 0) -> int:
+        """Return the tokens of one arm on one suite, written ones as many as there may be.
+
+        Args:
+            shared_tokens: of demonstrations, which run once for all items.
+        """
+        prompt = plan.settings.prompt
+        key = (plan.suite.name, len(plan.suite.items), prompt.name if prompt else "")
+        if key not in self._known:
+            suite = prompt.ask(plan.suite) if prompt else plan.suite
+            self._known[key] = self._count(replace(plan, suite=suite))
+        return self._known[key] + shared_tokens
+
+    def _count(self, plan: ArmPlan) -> int:
+        suite, config, tokenizer = plan.suite, plan.suite.config, self._tokenizer
+        if isinstance(config, PerplexitySuite):
+            passages = [encode_passage(tokenizer, item.text) for item in suite.items]
+            return sum(len(w) for p in passages for w in cut_windows(p, config.max_length))
+        if isinstance(config, ExactSuite):
+            prompts = encode_prompts(tokenizer, suite)
+            shared = common_prefix(prompts) if len(prompts) > 1 else 0
+            shared = shared if shared >= LONG_PREFIX_TOKENS else 0
+            new = config.max_new_tokens * len(prompts)
+            return shared + sum(len(ids) - shared for ids in prompts) + new
+        return count_forward_tokens(encode_choices(tokenizer, suite))
+
+
+def tokens_per_second(train_result: Mapping[str, Any], model: nn.Module) -> float:
+    """Return how fast forward passes are: from training's own speed, else from a short trial."""
+    tokens, seconds = train_result.get("tokens"), train_result.get("seconds")
+    if tokens and seconds:
+        return FORWARDS_PER_TRAINED_TOKEN * tokens / seconds
+    device = model_device(model)
+    batch = pad_rows([list(range(TIMED_TOKENS))], device, left=False)
+    with inference(model):
+        for _ in range(2):  # the first pass also warms up
+            started = time.perf_counter()
+            run_forward(model, batch, logits_to_keep=1)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elapsed = time.perf_counter() - started
+    return TIMED_TOKENS / elapsed
+
+
+def cost_lines(costs: Sequence[MeasureCost]) -> list[str]:
+    """Return a small table: what is still to be measured, its tokens, its minutes."""
+    if not costs:
+        return ["nothing is left to measure"]
+    lines = [f"{'measure':<14} {'forward tokens':>14} {'about':>9}"]
+    for cost in costs:
+        lines.append(_line(cost.measure, cost.tokens, cost.estimated_seconds))
+    total = sum(cost.estimated_seconds for cost in costs)
+    lines.append(_line("in all", sum(cost.tokens for cost in costs), total))
+    return lines
+
+
+def _line(name: str, tokens: int, seconds: float) -> str:
+    return f"{name:<14} {tokens:>14,} {seconds / 60:>5.1f} min"

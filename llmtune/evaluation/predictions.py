@@ -1,0 +1,169 @@
+"""Another model's answers, from a file: scored by the suite's own metric, item by item."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.items import SuiteItem
+from llmtune.evaluation.results import ItemScore
+from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.suite_config import ChoiceSuite, ExactSuite
+from llmtune.evaluation.tasks import score_written
+
+SHOWN_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer: `id` None is by place, `suite` None fits any suite that has the item."""
+
+    text: str
+    id: str | None
+    suite: str | None
+
+
+@dataclass(frozen=True)
+class PredictionsFile:
+    """The answers of one file."""
+
+    name: str
+    path: Path
+    predictions: tuple[Prediction, ...]
+
+    def texts_by_suite(self, suites: Sequence[Suite]) -> list[tuple[Suite, dict[str, str]]]:
+        """Return the answers by item id for each suite that the file is about.
+
+        A line that names a suite is about that one; the others are about the target suites: by
+        the ids of their items, or by place where there are no ids and as many lines as items.
+
+        Raises:
+            LlmtuneError: the file is about none of the suites.
+        """
+        found = [(suite, self._texts_for(suite)) for suite in suites]
+        answered = [(suite, texts) for suite, texts in found if texts]
+        if not answered:
+            targets = [f"{s.name} ({len(s.items)} items)" for s in suites if s.role == "target"]
+            raise LlmtuneError(
+                f"evaluate.predictions.{self.name}: {self.path}: none of its "
+                f"{len(self.predictions)} lines answers an item; the target suites are "
+                f"{', '.join(targets) or 'none'}"
+            )
+        return answered
+
+    def _texts_for(self, suite: Suite) -> dict[str, str]:
+        is_target = suite.role == "target"
+        own = [
+            each
+            for each in self.predictions
+            if each.suite == suite.name or (each.suite is None and is_target)
+        ]
+        if all(each.id is None for each in own):
+            if len(own) != len(suite.items):
+                return {}
+            return {item.id: each.text for item, each in zip(suite.items, own, strict=True)}
+        ids = {item.id for item in suite.items}
+        return {each.id: each.text for each in own if each.id in ids}
+
+
+def read_predictions(name: str, path: Path) -> PredictionsFile:
+    """Read JSONL of {"prediction": ..., "id": ..., "suite": ...}; the last two may be left out.
+
+    Raises:
+        LlmtuneError: the file is missing or empty, or lines are wrong (`file:line: what`).
+    """
+    where = f"evaluate.predictions.{name}: {path}"
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise LlmtuneError(f"{where}: cannot be read: {error.strerror}") from None
+    found: list[Prediction] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(_read_line(line))
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+    if not problems and len({each.id is None for each in found}) > 1:
+        problems.append(f"{path}: some lines have an id and some have none; give all or none")
+    if problems:
+        more = len(problems) - SHOWN_PROBLEMS
+        raise LlmtuneError(
+            "\n".join(problems[:SHOWN_PROBLEMS] + [f"... and {more} more"] * (more > 0))
+        )
+    if not found:
+        raise LlmtuneError(f"{where}: holds no predictions")
+    return PredictionsFile(name, path, tuple(found))
+
+
+def score_predictions(suite: Suite, texts: Mapping[str, str]) -> list[ItemScore]:
+    """Score the items that were answered, in the suite's order; unparseable answers score 0.
+
+    Raises:
+        LlmtuneError: the suite's metric needs probabilities, which a text has not.
+    """
+    config = suite.config
+    answered = [item for item in suite.items if item.id in texts]
+    if isinstance(config, ExactSuite):
+        return [score_written(config, item, texts[item.id]) for item in answered]
+    assert isinstance(config, ChoiceSuite)
+    if config.metric != "accuracy":
+        raise LlmtuneError(
+            f"suite {suite.name}: {config.metric} needs the probabilities of the choices, so "
+            "predictions from a file cannot be scored; leave it out or use metric: accuracy"
+        )
+    return [_score_choice(item, texts[item.id]) for item in answered]
+
+
+def takes_predictions(suite: Suite) -> bool:
+    """Return whether a text can answer the suite's items."""
+    return isinstance(suite.config, ChoiceSuite | ExactSuite)
+
+
+def find_choice(text: str, choices: Sequence[str]) -> int | None:
+    """Return which choice a text names: it is that choice, or holds just one as whole words."""
+    plain = _plain(text)
+    for place, choice in enumerate(choices):
+        if plain == _plain(choice):
+            return place
+    named = [
+        place
+        for place, choice in enumerate(choices)
+        if _plain(choice) and re.search(rf"(?<!\w){re.escape(_plain(choice))}(?!\w)", plain)
+    ]
+    return named[0] if len(named) == 1 else None
+
+
+def _score_choice(item: SuiteItem, text: str) -> ItemScore:
+    chosen = find_choice(text, item.choices)
+    return ItemScore(
+        id=item.id,
+        score=float(chosen == item.answer),
+        prediction=text if chosen is None else item.choices[chosen],
+        answer=item.choices[item.answer],
+        cluster=item.cluster,
+        parsed=chosen is not None,
+        slices=dict(item.slices),
+    )
+
+
+def _read_line(line: bytes) -> Prediction:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    text = row.get("prediction")
+    if not isinstance(text, str | int | float) or isinstance(text, bool):
+        raise ValueError(f'expected "prediction" with a text; the line has {sorted(row)}')
+    names = (None if row.get(key) is None else str(row[key]) for key in ("id", "suite"))
+    return Prediction(str(text), *names)
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split())

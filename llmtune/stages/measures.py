@@ -1,0 +1,281 @@
+"""What an evaluation can measure: each entry of MEASURES plans what of it is still missing."""
+
+import gc
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+from llmtune.answering.live import LiveTarget, load_live
+from llmtune.answering.score import scoring_settings
+from llmtune.config import RunConfig
+from llmtune.evaluation.cost import TokenCounter
+from llmtune.evaluation.few_shot import (
+    draw_demonstrations,
+    read_training_rows,
+    takes_demonstrations,
+)
+from llmtune.evaluation.halves import in_half_size
+from llmtune.evaluation.predictions import read_predictions, score_predictions, takes_predictions
+from llmtune.evaluation.prompt_file import read_prompt_file
+from llmtune.evaluation.results import ArmResult, save_arm_result
+from llmtune.evaluation.run import (
+    ArmPlan,
+    build_recipe,
+    read_finished,
+    score_plan,
+    summarize_items,
+)
+from llmtune.evaluation.scored_model import ScoredModel
+from llmtune.evaluation.suite import Suite, choose_ids
+from llmtune.fingerprint import hash_file
+from llmtune.models.identity import base_fingerprint
+from llmtune.run_dir import atomic_write_json
+from llmtune.scoring.batches import position_limit
+from llmtune.stages import side_by_side
+from llmtune.targets import Target
+
+log = logging.getLogger("llmtune")
+
+MIN_HALVED = 40
+"""A general suite of fewer items is measured whole at every strength."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing that is still to be measured: its forward tokens, at most, and how to do it."""
+
+    tokens: int
+    run: Callable[[], None]
+
+
+class Evaluation:
+    """One evaluation of a run: the one loaded base for all of it, and the results so far."""
+
+    def __init__(self, config: RunConfig, suites: Sequence[Suite], *, force: bool) -> None:
+        run = config.run
+        self.config = config
+        self.suites = tuple(suites)
+        self.force = force
+        self.settings = scoring_settings(config.evaluate)
+        self.results: dict[str, dict[str, ArmResult]] = {suite.name: {} for suite in suites}
+        self._target = Target(str(run.path), config.model, run.adapter_dir, run.merged_dir, config)
+        self._live: LiveTarget | None = None
+
+    @property
+    def live(self) -> LiveTarget:
+        """The base with the adapter on it, loaded once."""
+        if self._live is None:
+            self._live = load_live(self._target, "tuned")
+        return self._live
+
+    @cached_property
+    def counter(self) -> TokenCounter:
+        """Counts what arms cost."""
+        return TokenCounter(self.live.loaded.tokenizer)
+
+    def load_merged(self) -> ScoredModel:
+        """Give the base's memory back and load the merged model in its place."""
+        self._live = None
+        gc.collect()
+        return load_live(self._target, "merged").scored
+
+    def score(self, plan: ArmPlan) -> None:
+        """Score an arm of the loaded base and adapter."""
+        self.keep(score_plan(self.live.scored, plan))
+
+    def keep(self, result: ArmResult) -> None:
+        """Write a result down."""
+        save_arm_result(result, self.config.run.evaluations_dir)
+        self.results[result.suite][result.arm] = result
+
+    def missing(self, plans: Iterable[ArmPlan], scored: ScoredModel | None = None) -> list[ArmPlan]:
+        """Return the plans without a finished result of the same recipe and model; take the others.
+
+        Args:
+            scored: whose results they would be; the loaded base and adapter by default.
+        """
+        left = []
+        for plan in plans:
+            found = None
+            if not self.force:
+                asked = scored or self.live.scored
+                found = read_finished(self.config.run.evaluations_dir, asked, plan)
+            if found is None:
+                left.append(plan)
+            else:
+                self.results[plan.suite.name][plan.arm] = found
+        return left
+
+    def work_on(self, plans: Iterable[ArmPlan]) -> list[Work]:
+        """Return what is missing of arms of the loaded base and adapter."""
+        return [
+            Work(
+                self.counter.count(plan, shared_tokens=plan.about.get("demonstration_tokens", 0)),
+                partial(self.score, plan),
+            )
+            for plan in self.missing(plans)
+        ]
+
+
+def plan_zero_shot(evaluation: Evaluation) -> list[Work]:
+    """Base and tuned model on every suite."""
+    arms = [arm for arm in ("base", "tuned") if arm in evaluation.config.evaluate.arms]
+    return evaluation.work_on(
+        ArmPlan(arm, suite, evaluation.settings) for arm in arms for suite in evaluation.suites
+    )
+
+
+def plan_side_by_side(evaluation: Evaluation) -> list[Work]:
+    """A few prompts answered by both, where an answer of either may have changed."""
+    path = evaluation.config.run.generations_path
+    arms = ("base", "tuned")
+    known = [by_arm for by_arm in evaluation.results.values() if all(arm in by_arm for arm in arms)]
+    if path.is_file() and not evaluation.force and len(known) == len(evaluation.suites) > 0:
+        return []
+    given = (evaluation.live, evaluation.config, evaluation.suites)
+
+    def answer() -> None:
+        answers = side_by_side.answer_side_by_side(
+            evaluation.live, evaluation.config, evaluation.suites
+        )
+        atomic_write_json(path, answers)
+
+    return [Work(side_by_side.count_tokens(*given), answer)]
+
+
+def plan_few_shot(evaluation: Evaluation) -> list[Work]:
+    """The base with demonstrations, one arm a draw, on target and transfer suites."""
+    config, knobs = evaluation.config, evaluation.config.evaluate.few_shot
+    suites = [suite for suite in evaluation.suites if takes_demonstrations(suite)]
+    if not config.evaluate.measures("few_shot") or not suites:
+        return []
+    rows = read_training_rows(config.data, evaluation.suites, knobs.seed)
+    scored = evaluation.live.scored
+    plans = []
+    for suite in suites:
+        ids = choose_ids([item.id for item in suite.items], knobs.limit, config.evaluate.seed)
+        for number in range(1, knobs.draws + 1):
+            draw = draw_demonstrations(
+                rows,
+                suite,
+                scored.tokenizer,
+                shots=knobs.shots,
+                seed=f"{knobs.seed}:{number}",
+                max_tokens=position_limit(scored.model),
+            )
+            if draw is None:
+                log.info("few-shot: %s: no training row can be shown, left out", suite.name)
+                break
+            settings = replace(evaluation.settings, demonstrations=draw.demonstrations)
+            about = {
+                "shots": len(draw.demonstrations),
+                "draw": number,
+                "demonstration_tokens": draw.tokens,
+                "wording": draw.wording,
+            }
+            plans.append(ArmPlan(f"few-shot-{number}", suite.select(ids), settings, about))
+    return evaluation.work_on(plans)
+
+
+def plan_prompts(evaluation: Evaluation) -> list[Work]:
+    """The base with the user's own prompts, on target and transfer suites."""
+    plans = []
+    for name, path in evaluation.config.evaluate.prompts.items():
+        settings = replace(evaluation.settings, prompt=read_prompt_file(name, path))
+        about = {"file": str(path)}
+        plans += [
+            ArmPlan(f"prompt-{name}", suite, settings, about)
+            for suite in evaluation.suites
+            if takes_demonstrations(suite)
+        ]
+    return evaluation.work_on(plans)
+
+
+def plan_predictions(evaluation: Evaluation) -> list[Work]:
+    """Another model's answers from files; they cost nothing, so they are always scored anew."""
+    work = []
+    for name, path in evaluation.config.evaluate.predictions.items():
+        predictions = read_predictions(name, path)
+        suites = [suite for suite in evaluation.suites if takes_predictions(suite)]
+        for suite, texts in predictions.texts_by_suite(suites):
+            items = score_predictions(suite, texts)
+            chosen = suite.select(set(texts))
+            result = summarize_items(
+                suite,
+                f"other-{name}",
+                items,
+                recipe=build_recipe(evaluation.live.scored, chosen, evaluation.settings),
+                model={"predictions": hash_file(path)},
+                seconds=0.0,
+                about={"file": str(path)},
+            )
+            work.append(Work(0, partial(evaluation.keep, result)))
+    return work
+
+
+def plan_strengths(evaluation: Evaluation) -> list[Work]:
+    """The adapter weakened: target suites whole, general ones at half their size."""
+    return evaluation.work_on(
+        ArmPlan(
+            f"strength-{strength:g}",
+            chosen,
+            evaluation.settings,
+            {"strength": strength},
+            strength=strength,
+        )
+        for strength in evaluation.config.evaluate.measured_strengths
+        for suite in evaluation.suites
+        if (chosen := items_at_strength(suite)) is not None
+    )
+
+
+def plan_merged(evaluation: Evaluation) -> list[Work]:
+    """The merged model on the target suites; it is loaded in the base's place."""
+    if "merged" not in evaluation.config.evaluate.arms:
+        return []
+    live, merged_dir = evaluation.live.scored, evaluation.config.run.merged_dir
+    identity = replace(
+        live.identity, base=base_fingerprint(merged_dir), adapter=None, quantization="none"
+    )
+    plans = [
+        ArmPlan("merged", suite, evaluation.settings)
+        for suite in evaluation.suites
+        if suite.role == "target"
+    ]
+    left = evaluation.missing(plans, replace(live, identity=identity))
+    if not left:
+        return []
+
+    def score() -> None:
+        scored = evaluation.load_merged()
+        for plan in left:
+            evaluation.keep(score_plan(scored, plan))
+
+    return [Work(sum(evaluation.counter.count(plan) for plan in left), score)]
+
+
+def items_at_strength(suite: Suite) -> Suite | None:
+    """Return the items that are measured at every strength; None for suites that are not.
+
+    A strength is chosen by the target's gain and by what general ability it costs.
+    """
+    if suite.role == "transfer":
+        return None
+    if suite.role == "target" or len(suite.items) < MIN_HALVED:
+        return suite
+    return suite.select({item.id for item in suite.items if in_half_size(item.id)})
+
+
+Plan = Callable[[Evaluation], list[Work]]
+
+ARM_MEASURES: dict[str, Plan] = {
+    "zero-shot": plan_zero_shot,
+    "side by side": plan_side_by_side,
+    "few-shot": plan_few_shot,
+    "prompts": plan_prompts,
+    "predictions": plan_predictions,
+    "strengths": plan_strengths,
+}
+LAST_MEASURES: dict[str, Plan] = {"merged": plan_merged}
+"""Measures that take the base's place in memory, so nothing may come after them."""
