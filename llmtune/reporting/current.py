@@ -48,11 +48,14 @@ def current_results(run: RunDir, manifest: Manifest, models: Models) -> Callable
     is_of_models = _models_on_disk(run, models)
     if not is_finished(manifest, "evaluate"):
         return is_of_models
-    made = manifest.stages["evaluate"].get("result") or {}
+    made = (manifest.stages["evaluate"].get("result") or {}).get("suites", {})
 
     def is_current(result: ArmResult) -> bool:
-        if result.arm in made.get(result.suite, ()):
+        arms = made.get(result.suite, {})
+        if result.arm in arms:
             return True
+        if arm_kind(result.arm) in {arm_kind(arm) for arm in arms}:
+            return False  # of an earlier call with other knobs: a draw or a strength too many
         # Tasks of lm-evaluation-harness and further arms are run beside the stage.
         is_beside = result.task == HARNESS_TASK or arm_kind(result.arm) not in MAIN_KINDS
         is_of_suite = result.task == HARNESS_TASK or result.suite in made

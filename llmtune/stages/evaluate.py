@@ -27,8 +27,8 @@ def run_evaluate_stage(
     measured again.
 
     Returns:
-        `suites`: the means by suite and arm; `extent`; `measures`: what each cost, as it was told
-        beforehand and as it was.
+        `suites`: the means by suite and arm; `extent`; `left_out`: what could not be measured and
+        why; `measures`: what each cost, as it was told beforehand and as it was.
     """
     evaluation = Evaluation(config, suites, force=force)
     planned = {name: plan(evaluation) for name, plan in MEASURES.items()}
@@ -42,6 +42,7 @@ def run_evaluate_stage(
             name: {arm: result.mean for arm, result in by_arm.items()}
             for name, by_arm in evaluation.results.items()
         },
+        "left_out": evaluation.left_out,
         "measures": [cost.as_dict() for cost in done],
     }
 

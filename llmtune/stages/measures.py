@@ -10,6 +10,7 @@ from llmtune.answering.live import LiveTarget, load_live
 from llmtune.answering.score import scoring_settings
 from llmtune.config import RunConfig
 from llmtune.evaluation.cost import TokenCounter
+from llmtune.evaluation.diagnosis.subject import Subject
 from llmtune.evaluation.few_shot import (
     draw_demonstrations,
     read_training_rows,
@@ -18,6 +19,7 @@ from llmtune.evaluation.few_shot import (
 from llmtune.evaluation.halves import in_half_size
 from llmtune.evaluation.predictions import read_predictions, score_predictions, takes_predictions
 from llmtune.evaluation.prompt_file import read_prompt_file
+from llmtune.evaluation.requests import encode_prompts
 from llmtune.evaluation.results import ArmResult, save_arm_result
 from llmtune.evaluation.run import (
     ArmPlan,
@@ -59,6 +61,8 @@ class Evaluation:
         self.force = force
         self.settings = scoring_settings(config.evaluate)
         self.results: dict[str, dict[str, ArmResult]] = {suite.name: {} for suite in suites}
+        self.subject: Subject | None = None
+        self.left_out: dict[str, str] = {}
         self._target = Target(str(run.path), config.model, run.adapter_dir, run.merged_dir, config)
         self._live: LiveTarget | None = None
 
@@ -74,9 +78,18 @@ class Evaluation:
         """Counts what arms cost."""
         return TokenCounter(self.live.loaded.tokenizer)
 
+    def prompts_of(self, suite: Suite) -> list[tuple[int, ...]]:
+        """Return a suite's prompts as token ids."""
+        return encode_prompts(self.live.loaded.tokenizer, suite)
+
+    def leave_out(self, measure: str, reason: str) -> None:
+        """Say, and keep for the result, why something that was asked for is not measured."""
+        log.info("evaluate: %s left out: %s", measure, reason)
+        self.left_out[measure] = reason
+
     def load_merged(self) -> ScoredModel:
         """Give the base's memory back and load the merged model in its place."""
-        self._live = None
+        self._live = self.subject = None
         gc.collect()
         return load_live(self._target, "merged").scored
 
@@ -165,7 +178,10 @@ def plan_few_shot(evaluation: Evaluation) -> list[Work]:
                 max_tokens=position_limit(scored.model),
             )
             if draw is None:
-                log.info("few-shot: %s: no training row can be shown, left out", suite.name)
+                evaluation.leave_out(
+                    f"few-shot on {suite.name}",
+                    "no training row has one of its answers, or none fits the model's context",
+                )
                 break
             settings = replace(evaluation.settings, demonstrations=draw.demonstrations)
             about = {

@@ -44,7 +44,7 @@ def plant_run(
     made = {suite.name: dict.fromkeys(suite.arms, 0.0) for suite in suites}
     manifest = manifest or Manifest(config=config)
     if suites:
-        evaluated = {"evaluate": {"finished": "now", "result": made}}
+        evaluated = {"evaluate": {"finished": "now", "result": {"suites": made}}}
         manifest = replace(manifest, stages={**evaluated, **manifest.stages})
     manifest.save(run)
     for suite in suites:

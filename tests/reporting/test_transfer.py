@@ -60,9 +60,11 @@ def full_run(tmp_path):
             "seconds": 20.0,
             "peak_bytes": 4_000,
             "result": {
-                "movies": {"base": 0.6, "tuned": 0.8, "merged": 0.8},
-                "general": {"base": 0.5, "tuned": 0.4},
-                "prose": {"base": 3.0, "tuned": 3.1},
+                "suites": {
+                    "movies": {"base": 0.6, "tuned": 0.8, "merged": 0.8},
+                    "general": {"base": 0.5, "tuned": 0.4},
+                    "prose": {"base": 3.0, "tuned": 3.1},
+                }
             },
         },
     }
