@@ -13,7 +13,7 @@ from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import PreparedData, prepare_examples
 from llmtune.errors import LlmtuneError, RunInterrupted
-from llmtune.evaluation.config import EXTENTS, Extent
+from llmtune.evaluation.config import DIAGNOSES, EXTENTS, Extent
 from llmtune.evaluation.results import arm_result_path
 from llmtune.fingerprint import hash_file, hash_json
 from llmtune.ledger import Ledger, open_ledger
@@ -49,6 +49,7 @@ def run(config: RunConfig, *, force: bool = False) -> "Report":
         RunInterrupted: stopped by Ctrl-C or SIGTERM after saving a checkpoint.
     """
     load_suites(config)
+    _check_evaluation_files(config)
     train(config, force=force)
     merge(config)
     evaluate(config)
@@ -259,6 +260,7 @@ def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
 
     config = anchor_paths(config)
     suites = load_suites(config)
+    _check_evaluation_files(config)
     source = resolve_base(config.model)
     adapter = _trained_adapter(config)
     if "merged" in config.evaluate.arms and not config.run.merged_dir.is_dir():
@@ -286,7 +288,8 @@ def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
             update={"evaluate": config.evaluate.model_copy(update={"extent": extent})}
         )
         inputs["extent"] = extent
-        is_there = all(_expected_results(config, suites))
+        made = ledger.manifest.stages.get("evaluate", {}).get("result") or {}
+        is_there = all(path.is_file() for path in _evaluation_results(config, suites, made))
         ledger.stage("evaluate", inputs, work, is_there=is_there, force=force)
     chosen = config.evaluate
     return read_scores(
@@ -295,6 +298,19 @@ def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
         Resampling(chosen.confidence, chosen.bootstrap_samples, chosen.seed),
         arms=chosen.arms,
     )
+
+
+def measure(run_dir: str | Path, extent: Extent) -> "Scores":
+    """Make what is missing of a run's measurements for an extent; what is there is read.
+
+    The cost is logged before anything is measured. `report` shows the result.
+
+    Raises:
+        LlmtuneError: the run was not trained, or not merged although its merged model is an arm.
+    """
+    from llmtune.targets import load_run_config
+
+    return evaluate(load_run_config(Path(run_dir), [f"evaluate.extent={extent}"]))
 
 
 def report(run_dir: str | Path) -> "Report":
@@ -418,22 +434,38 @@ def _refuse_to_replace(out_dir: Path, used: Sequence[Path], *, force: bool) -> N
         raise LlmtuneError(f"{out_dir}: is no merged model of llmtune, so it is not replaced")
 
 
-def _expected_results(config: RunConfig, suites: "Sequence[Suite]") -> Iterator[bool]:
-    """Yield for every result that the evaluate stage leaves whether it is there."""
+def _evaluation_results(
+    config: RunConfig, suites: "Sequence[Suite]", made: Mapping[str, Any]
+) -> Iterator[Path]:
+    """Yield every file that the evaluate stage leaves; `made` is its result, where it has one."""
+    run, knobs = config.run, config.evaluate
     for suite in suites:
-        for arm in config.evaluate.arms:
-            if arm != "merged" or suite.role == "target":
-                yield arm_result_path(config.run.evaluations_dir, suite.name, arm).is_file()
+        arms = {arm for arm in knobs.arms if arm != "merged" or suite.role == "target"}
+        for arm in arms | set(made.get("suites", {}).get(suite.name, {})):
+            yield arm_result_path(run.evaluations_dir, suite.name, arm)
+    for name in DIAGNOSES:
+        if knobs.measures(name) and name not in made.get("left_out", {}):
+            yield run.diagnostics_dir / f"{name}.json"
 
 
 def _evaluation_files(config: RunConfig) -> list[Path]:
     """Return the user's prompt and prediction files."""
-    knobs = config.evaluate
-    files = [*knobs.prompts.values(), *knobs.predictions.values()]
-    missing = [str(path) for path in files if not path.is_file()]
-    if missing:
-        raise LlmtuneError(f"evaluate: no such file: {', '.join(missing)}")
-    return files
+    return [*config.evaluate.prompts.values(), *config.evaluate.predictions.values()]
+
+
+def _check_evaluation_files(config: RunConfig) -> None:
+    """Read the user's prompt and prediction files, so that what is wrong is found before training.
+
+    Raises:
+        LlmtuneError: one is missing or cannot serve.
+    """
+    from llmtune.evaluation.predictions import read_predictions
+    from llmtune.evaluation.prompt_file import read_prompt_file
+
+    for name, path in config.evaluate.prompts.items():
+        read_prompt_file(name, path)
+    for name, path in config.evaluate.predictions.items():
+        read_predictions(name, path)
 
 
 def _kept_extent(record: Mapping[str, Any], inputs: Mapping[str, Any], config: RunConfig) -> Extent:

@@ -91,6 +91,25 @@ def test_what_was_measured_to_a_larger_extent_stays(config):
     assert result_of(config)["extent"] == "quick"
 
 
+def test_a_run_is_measured_further_by_its_directory_and_only_what_is_missing(config, caplog):
+    from llmtune.pipeline import measure
+
+    path = config.run.manifest_path
+    values = json.loads(path.read_text())
+    values["config"]["run_dir"] = str(config.run_dir)
+    path.write_text(json.dumps(values))
+    measure(config.run_dir, "full")
+    assert result_of(config)["extent"] == "full"
+    arm_result_path(config.run.evaluations_dir, "sentiment", "few-shot-2").unlink()
+    (config.run.diagnostics_dir / "stops.json").unlink()
+    measure(config.run_dir, "full")
+    made = {cost["measure"] for cost in result_of(config)["measures"] if cost["tokens"]}
+    assert made == {"few-shot", "stops"}
+    with caplog.at_level(logging.INFO, "llmtune"):
+        measure(config.run_dir, "full")
+    assert "skipped" in caplog.text
+
+
 def test_costs_are_told_in_tokens_and_kept_beside_what_they_were(config):
     evaluate(with_knobs(config, extent="full"))
     costs = {cost["measure"]: cost for cost in result_of(config)["measures"]}

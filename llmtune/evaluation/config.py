@@ -22,6 +22,9 @@ MEASURED_FROM: dict[str, Extent] = {
 }
 """The smallest extent that makes each measurement where its own key leaves it to the extent."""
 
+DIAGNOSES = tuple(name for name in MEASURED_FROM if name != "few_shot")
+"""The measurements that leave a file `diagnostics/NAME.json`."""
+
 STRENGTHS: dict[Extent, tuple[float, ...]] = {
     "none": (),
     "quick": (0.5,),
