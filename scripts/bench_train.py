@@ -36,7 +36,13 @@ STOCK_ARMS = (
     "trl-packed",
     "trl-padding-free",
 )
-OUR_ARMS = ("llmtune", "llmtune-stock-lora", "llmtune-stock-head", "llmtune-padded")
+OUR_ARMS = (
+    "llmtune",
+    "llmtune-stock-lora",
+    "llmtune-stock-blocks",
+    "llmtune-stock-head",
+    "llmtune-padded",
+)
 QUANTIZATIONS = ("none", "nf4")
 # The same rows in the same order as llmtune's: what parity is measured against.
 PARITY_ARM = "trl-small"

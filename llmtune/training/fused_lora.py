@@ -134,7 +134,7 @@ class _Group:
 
     def __init__(self, layers: Sequence[LoraLayer]) -> None:
         self._layers = tuple(layers)
-        self._linears = tuple(_describe_linear(layer) for layer in layers)
+        self._linears = tuple(describe_linear(layer) for layer in layers)
         self._copies = AdapterCopies()
         self._input: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
@@ -162,7 +162,7 @@ class _Group:
 
     def _read_output(self, index: int, x: Tensor) -> Tensor:
         if self._input is not x or index not in self._waiting:
-            dtype = _compute_dtype(x)
+            dtype = compute_dtype(x)
             outputs = lora_linears(x, self._linears, self._copies.read(self._linears, dtype))
             self._waiting = dict(enumerate(outputs))
             self._input = x
@@ -172,14 +172,16 @@ class _Group:
         return output
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that products with `x` run in: autocast's, else its own."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return x.dtype
 
 
-def _describe_linear(layer: LoraLayer) -> LoraLinear:
+def describe_linear(layer: LoraLayer) -> LoraLinear:
+    """Return a PEFT layer with one active adapter as our ops see it; tensors are shared."""
     (name,) = (one for one in layer.active_adapters if one in layer.lora_A)
     base = layer.get_base_layer()
     return LoraLinear(

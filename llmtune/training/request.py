@@ -12,7 +12,7 @@ from llmtune.data.example import IGNORE_INDEX, Example, ExampleTable
 from llmtune.run_dir import RunDir
 from llmtune.training.protection import ProtectionRequest
 
-Technique = Literal["fused_lora", "frozen_head"]
+Technique = Literal["fused_lora", "fused_blocks", "frozen_head"]
 
 
 @dataclass(frozen=True)

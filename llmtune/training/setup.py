@@ -20,6 +20,7 @@ from llmtune.memory import (
 )
 from llmtune.training.batch import StepCollator, largest_micro_batches
 from llmtune.training.config import TrainConfig
+from llmtune.training.fused_blocks import fused_blocks
 from llmtune.training.fused_lora import fused_lora
 from llmtune.training.head import HeadChoice, choose_head, decoder_hidden, summed_loss
 from llmtune.training.memory_plan import available_bytes, measure_activations
@@ -62,6 +63,9 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
         fused = None
         if "fused_lora" not in request.without:
             fused = stack.enter_context(fused_lora(model, lambda: _run_decoder(model)))
+        blocks = None
+        if "fused_blocks" not in request.without:
+            blocks = stack.enter_context(fused_blocks(model))
         packing = choose_packing(model, request.packing, request.train)
         head = HeadChoice(False, "left out as asked")
         if "frozen_head" not in request.without:
@@ -84,6 +88,7 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
         {
             "precision": f"{_name(dtype)} base, float32 adapter",
             "LoRA layers": fused.describe() if fused else "stock, as asked",
+            "blocks": blocks.describe() if blocks else "stock, as asked",
             "rows": f"{'packed' if packing.packed else 'padded'}: {packing.reason}",
             "LM head": ("" if head.is_frozen else "the library's path: ") + head.reason,
             "micro-batch": _describe_limits(plan),

@@ -56,6 +56,7 @@ BEST_STOCK = {"cpu": "trl-packed", "cuda": "trl-packed"}
 OURS: dict[str, dict] = {
     "llmtune": {},
     "llmtune-stock-lora": {"without": frozenset({"fused_lora"})},
+    "llmtune-stock-blocks": {"without": frozenset({"fused_blocks"})},
     "llmtune-stock-head": {"without": frozenset({"frozen_head"})},
     "llmtune-padded": {"packing": "off"},
 }

@@ -20,7 +20,7 @@ from tests.training.tiny_runs import (
 )
 
 FAMILIES = ("llama", "qwen2", "gemma2", "phi", "gpt_neox", "mixtral")
-STOCK = frozenset({"fused_lora", "frozen_head"})
+STOCK = frozenset({"fused_lora", "fused_blocks", "frozen_head"})
 
 
 def make_four_bit(family: str, directory, quant_type: str = "nf4"):
