@@ -92,6 +92,7 @@ def _eps(norm: nn.Module) -> float | None:
 
 def _norm_forward(norm: nn.Module) -> Forward:
     eps = _eps(norm)
+    assert eps is not None, "asked of norms only"
 
     def forward(hidden_states: Tensor) -> Tensor:
         return rms_norm(hidden_states, norm.weight, eps)
