@@ -6,9 +6,19 @@ from llmtune.version import __version__
 
 if TYPE_CHECKING:
     from llmtune.config import load_config
-    from llmtune.pipeline import evaluate, merge, report, run, train
+    from llmtune.pipeline import evaluate, export, merge, report, run, train, verify
 
-__all__ = ["__version__", "evaluate", "load_config", "merge", "report", "run", "train"]
+__all__ = [
+    "__version__",
+    "evaluate",
+    "export",
+    "load_config",
+    "merge",
+    "report",
+    "run",
+    "train",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from llmtune.adapters.config import AdapterConfig
 from llmtune.adapters.lora import LoraAdapter
 from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.evaluation.config import EvaluateConfig
+from llmtune.exporting.config import ExportConfig
 from llmtune.merging.config import MergeConfig
 from llmtune.models.config import ModelConfig
 from llmtune.run_dir import RunDir
@@ -35,6 +36,7 @@ class RunConfig(Section):
     protect: ProtectConfig = ProtectConfig()
     merge: MergeConfig = MergeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
 
     @property
     def mixed_data(self) -> DataConfig:

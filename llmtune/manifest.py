@@ -71,7 +71,9 @@ def read_manifest(run: RunDir) -> Manifest:
 
 
 def _is_after(stage: str, other: str) -> bool:
-    return stage in STAGES and STAGES.index(stage) > STAGES.index(other)
+    """Whether `stage` builds on `other`; what is not among `STAGES` (an export) has none after."""
+    is_ordered = stage in STAGES and other in STAGES
+    return is_ordered and STAGES.index(stage) > STAGES.index(other)
 
 
 def _now() -> str:

@@ -40,7 +40,7 @@ NO_SETTINGS = MergeSettings()
 
 
 def run(config: RunConfig, *, force: bool = False) -> "Report":
-    """Train, merge, evaluate and report; what is finished on unchanged inputs is skipped.
+    """Train, merge, evaluate, report, export; what is finished on unchanged inputs is skipped.
 
     With `force` everything is done again. After a failure the same call continues where it failed.
 
@@ -53,7 +53,9 @@ def run(config: RunConfig, *, force: bool = False) -> "Report":
     train(config, force=force)
     merge(config)
     evaluate(config)
-    return report(config.run_dir)
+    built = report(config.run_dir)
+    export(config)
+    return built
 
 
 def train(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
@@ -70,6 +72,11 @@ def train(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
     config = anchor_paths(config)
     check_reporters(config.train.report_to)
     source = resolve_base(config.model)
+    for kind in config.export.to:
+        from llmtune.exporting.preflight import check_exportable
+
+        template, type = config.model.chat_template, config.export.type_for(kind)
+        check_exportable(source.dir, kind, type, chat_template=template)
     data = _prepare_data(config, source)
     inputs = _train_inputs(config, source, data)
     interruptions: list[str] = []
@@ -321,6 +328,62 @@ def report(run_dir: str | Path) -> "Report":
     built = build_report(run)
     write_report(built, run)
     return built
+
+
+def export(config: RunConfig, *, force: bool = False) -> dict[str, Any]:
+    """Make what the config's `export` section names, and check each file.
+
+    Returns:
+        kind -> the exporter's result: `out`, `num_bytes`, `notices` and more.
+
+    Raises:
+        LlmtuneError: there is no merged model, or it cannot be exported so.
+        CheckFailed: a file's answers are not the model's; it is not kept.
+    """
+    config = anchor_paths(config)
+    run_dir = str(config.run.path)
+    results: dict[str, Any] = {}
+    for kind in config.export.to:
+
+        def work(kind: str = kind) -> Mapping[str, Any]:
+            from llmtune.exporting.config import ExportSettings
+            from llmtune.stages.export import export_target
+
+            settings = ExportSettings(to=kind, type=config.export.type_for(kind), force=True)
+            return export_target(run_dir, (), settings)
+
+        with _open(config) as ledger:
+            stages = ledger.manifest.stages
+            made_from = "train" if kind == "adapter-gguf" else "merge"
+            inputs = {
+                made_from: stages.get(made_from, {}).get("fingerprint"),
+                "type": config.export.type_for(kind),
+            }
+            earlier = stages.get(f"export {kind}", {}).get("result") or {}
+            results[kind] = ledger.stage(
+                f"export {kind}",
+                inputs,
+                work,
+                is_there=bool(earlier) and Path(earlier["out"]).exists(),
+                force=force,
+            )
+    return results
+
+
+def verify(path: str | Path, against: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reload a model directory or a GGUF file and compare it with what it was made from.
+
+    Args:
+        path: a merged or 4-bit model directory, or a `.gguf` file.
+        against: the run, its config, an adapter or a model.
+        overrides: `key.path=value` of the run's config.
+
+    Raises:
+        CheckFailed: they differ by more than allowed; the message says in what.
+    """
+    from llmtune.stages.verify import VerifySettings, verify_target
+
+    return verify_target(Path(path), str(against), overrides, VerifySettings())
 
 
 def load_suites(config: RunConfig) -> "list[Suite]":

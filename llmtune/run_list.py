@@ -45,7 +45,7 @@ def _summarize(run: RunDir) -> RunSummary:
 
 def _state(manifest: Manifest) -> str:
     finished = [name for name in STAGES if manifest.stages.get(name, {}).get("finished")]
-    begun = [name for name in manifest.stages if name not in finished]
+    begun = [name for name, record in manifest.stages.items() if not record.get("finished")]
     if begun:
         return f"{begun[0]} unfinished"
     return PAST[finished[-1]] if finished else "not started"

@@ -1,8 +1,10 @@
-"""What can be exported, as which types, and the settings of one export."""
+"""What can be exported, as which types, and the settings of one export (light)."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
+
+from llmtune.schema import Section
 
 ExportKind = Literal["gguf", "ollama", "adapter-gguf", "nf4", "hub"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -12,6 +14,23 @@ GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
 WITH_TYPES = frozenset({"gguf", "ollama", "adapter-gguf"})
 """The kinds that are written in a GGUF type."""
 ADAPTER_TYPES = ("f32", "f16", "bf16")
+
+ConfiguredKind = Literal["gguf", "ollama", "adapter-gguf", "nf4"]
+"""What a run can make by itself; a push to the hub is asked for by its own command."""
+
+
+class ExportConfig(Section):
+    """What `run` exports at its end, and is checked for before it trains."""
+
+    to: tuple[ConfiguredKind, ...] = ()
+    """gguf, ollama, adapter-gguf, nf4: any of them, into the run's `exports/`."""
+    type: GgufType | None = None
+    """Numbers in the file, for gguf and ollama; null is q8_0."""
+
+    def type_for(self, kind: str) -> str | None:
+        """Return the type that a kind is written in; None is its default."""
+        return self.type if kind in ("gguf", "ollama") else None
+
 
 DEFAULT_TYPE = "q8_0"
 DEFAULT_ADAPTER_TYPE = "f16"

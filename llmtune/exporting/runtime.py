@@ -29,6 +29,8 @@ class RuntimeRequest:
     """Token ids that are continued greedily; their answers follow those of `conversations`."""
     prompts: Sequence[Sequence[int]] = ()
     """Token ids; the distribution of the next token is returned whole."""
+    candidates: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
+    """(prompt ids, candidate ids): the log-probability of every candidate as the next token."""
     max_new_tokens: int = 32
     context_length: int = 1024
     num_threads: int = 2
@@ -56,6 +58,7 @@ class RuntimeAnswers:
     answers: tuple[RuntimeAnswer, ...] = ()
     distributions: tuple[dict[int, float], ...] = field(default=())
     """Log-probabilities by token id."""
+    candidates: tuple[tuple[float, ...], ...] = ()
 
 
 def is_runtime_installed() -> bool:
@@ -124,4 +127,5 @@ def _read_answers(content: Mapping[str, Any]) -> RuntimeAnswers:
         distributions=tuple(
             {int(id): value for id, value in one.items()} for one in content["distributions"]
         ),
+        candidates=tuple(tuple(one) for one in content["candidates"]),
     )

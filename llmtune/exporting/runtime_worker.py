@@ -13,6 +13,8 @@ GREEDY = {"temperature": 0.0, "samplers": ["top_k"], "top_k": 1, "cache_prompt":
 STOPPED = "eos"
 LETTER = "a"
 PREFERENCE = 1e4  # added to a logit
+FEW_PROBABILITIES = 64  # the whole vocabulary is megabytes of JSON a question
+LEAST_LIKELY = -1e9
 
 
 class Server:
@@ -66,14 +68,22 @@ class Server:
         kept = len(ids) - 1 if stopped else len(ids)  # the last one is the end of text
         return {"token_ids": ids[:kept], "stopped": stopped, "margins": margins[:kept]}
 
-    def next_token(self, prompt: list[int], vocabulary: int) -> dict[int, float]:
-        """Return the log-probability of every token after `prompt`.
+    def rate(self, prompt: list[int], candidates: list[int], vocabulary: int) -> list[float]:
+        """Return the log-probability of every candidate after `prompt`."""
+        for count in (FEW_PROBABILITIES, vocabulary):
+            found = self.next_token(prompt, count)
+            if all(id in found for id in candidates):
+                break
+        return [found.get(id, LEAST_LIKELY) for id in candidates]
+
+    def next_token(self, prompt: list[int], count: int) -> dict[int, float]:
+        """Return the log-probabilities of the `count` likeliest tokens after `prompt`.
 
         The server sends no probabilities beside an end of text or half a character, so the token
         it takes is a letter; the probabilities are those before that preference.
         """
         letter = self.tokenize(LETTER, add_special=False)[-1]
-        body = {"prompt": prompt, "n_predict": 1, "n_probs": vocabulary}
+        body = {"prompt": prompt, "n_predict": 1, "n_probs": count}
         body["logit_bias"] = [[letter, PREFERENCE]]
         reply = self.post("/completion", {**GREEDY, **body})
         top = reply["completion_probabilities"][0]["top_logprobs"]
@@ -96,6 +106,7 @@ def main(question_path: str, answer_path: str) -> None:
             for ids in question["continued"]
         ],
         "distributions": [server.next_token(ids, vocabulary) for ids in question["prompts"]],
+        "candidates": [server.rate(ids, some, vocabulary) for ids, some in question["candidates"]],
     }
     Path(answer_path).write_text(json.dumps(answers), encoding="utf-8")
 

@@ -14,7 +14,10 @@ from llmtune.data.prepare import prepare_examples
 from llmtune.data.render import render_question
 from llmtune.data.template import require_trained_template
 from llmtune.errors import CheckFailed, LlmtuneError
+from llmtune.evaluation.requests import build_choice_requests
+from llmtune.evaluation.suite import load_suite
 from llmtune.exporting.gguf.read import read_file_type
+from llmtune.exporting.labels import LabelAgreement, compare_labels, first_token_questions
 from llmtune.exporting.parity import ParityRequest, compare_with_runtime
 from llmtune.exporting.runtime import require_runtime
 from llmtune.exporting.tricky_strings import TRICKY_STRINGS
@@ -40,6 +43,9 @@ MERGED_KL = 0.05
 """Nats that a file may differ more from base + adapter than from the merged model: a merge rounds
 too. SmolLM2-135M in bfloat16 is 0.022 from its adapter at an answer's first token."""
 QUANTIZED_TYPE = "nf4"
+ACCURACY_CHANGE = {"f32": 0.01, "f16": 0.01, "bf16": 0.02, "q8_0": 0.03}
+ACCURACY_CHANGE_SMALL = 0.10
+"""Fractions of 1; the merge into 16 bits is part of the change where a run is compared with."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ class VerifySettings:
     """Largest KL in nats per token; None is the bound of the file's type."""
     max_odd_strings: int = 0
     """How many of the 200 tricky strings may be tokenized differently."""
+    max_accuracy_change: float | None = None
+    """Largest change of a target suite's label accuracy in a GGUF file, as a fraction of 1; None
+    is the bound of the file's type."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,12 @@ def verify_target(
     max_kl = settings.max_kl or _bound(type, reference.target)
     if is_file:
         result, problems = _compare_file(subject, reference, settings)
+        labels = _compare_labels(subject, reference)
+        allowed = settings.max_accuracy_change
+        if allowed is None:
+            allowed = ACCURACY_CHANGE.get(type or "", ACCURACY_CHANGE_SMALL)
+        problems += _label_problems(labels, allowed)
+        result["labels"] = [one.to_dict() for one in labels]
     else:
         result, problems = _compare_directory(subject, reference, settings)
     if not result["kl"] <= max_kl:
@@ -148,6 +163,47 @@ def _compare_file(
         parity.num_strings - parity.num_same_strings, parity.odd_strings, settings
     )
     return parity.to_dict(), problems
+
+
+def _compare_labels(path: Path, reference: _Reference) -> list[LabelAgreement]:
+    """Label the items of the run's target suites with fixed choices, in llama.cpp and here."""
+    config, tokenizer = reference.target.config, reference.loaded.tokenizer
+    if config is None:
+        return []
+    found = []
+    knobs = config.evaluate
+    for name in knobs.suites:
+        suite = load_suite(name, seed=knobs.seed, limit=knobs.limit)
+        if suite.role != "target" or suite.task != "choice":
+            continue
+        requests = build_choice_requests(tokenizer, suite)
+        questions = first_token_questions(
+            [request.prompt_ids for request in requests],
+            [request.choice_ids for request in requests],
+            [item.answer for item in suite.items],
+        )
+        if questions:
+            agreement = compare_labels(suite.name, reference.model, path, questions)
+            log.info(
+                "verify: %s: accuracy %.1f %% in llama.cpp, %.1f %% here, %d of %d labels the same",
+                suite.name,
+                100 * agreement.file_accuracy,
+                100 * agreement.model_accuracy,
+                agreement.num_same,
+                agreement.n,
+            )
+            found.append(agreement)
+    return found
+
+
+def _label_problems(labels: Sequence[LabelAgreement], allowed: float) -> list[str]:
+    return [
+        f"accuracy on {one.suite} is {100 * one.file_accuracy:.1f} % in llama.cpp and "
+        f"{100 * one.model_accuracy:.1f} % here (allowed are {100 * allowed:g} points)"
+        for one in labels
+        # a change of one item is no sign of anything on a small suite
+        if one.difference > allowed and one.difference * one.n > 1
+    ]
 
 
 def _compare_directory(

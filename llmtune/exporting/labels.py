@@ -1,0 +1,109 @@
+"""Do a GGUF file in llama.cpp and the model it came from give the same labels."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmtune.exporting.runtime import RuntimeRequest, ask_runtime
+from llmtune.scoring.batches import choose_token_budget
+from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
+
+SPARE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class LabelQuestion:
+    """A prompt, the first token of every choice, and which choice is right."""
+
+    prompt_ids: tuple[int, ...]
+    first_ids: tuple[int, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class LabelAgreement:
+    """Accuracy of model and file on the same questions, both by the likeliest first token."""
+
+    suite: str
+    n: int
+    model_accuracy: float
+    file_accuracy: float
+    num_same: int
+
+    @property
+    def difference(self) -> float:
+        """How much of accuracy the file loses or gains, as a fraction of 1."""
+        return abs(self.file_accuracy - self.model_accuracy)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the agreement as JSON."""
+        return asdict(self)
+
+
+def first_token_questions(
+    prompts: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[Sequence[int]]],
+    answers: Sequence[int],
+) -> list[LabelQuestion]:
+    """Return the questions whose choices differ in their first token; others cannot be asked so.
+
+    Args:
+        prompts: token ids of every item.
+        choices: token ids of every item's choices.
+        answers: the right choice of every item.
+    """
+    questions = []
+    for prompt, options, answer in zip(prompts, choices, answers, strict=True):
+        first = tuple(ids[0] for ids in options)
+        if len(set(first)) == len(first):
+            questions.append(LabelQuestion(tuple(prompt), first, answer))
+    return questions
+
+
+def compare_labels(
+    suite: str, model: nn.Module, path: Path, questions: Sequence[LabelQuestion]
+) -> LabelAgreement:
+    """Label every question with transformers and with the file in llama.cpp.
+
+    Raises:
+        LlmtuneError: llama.cpp is not installed, or cannot load the file.
+    """
+    requests = [
+        ContinuationRequest(question.prompt_ids, tuple((token,) for token in question.first_ids))
+        for question in questions
+    ]
+    scores = score_continuations(model, requests, token_budget=choose_token_budget(model))
+    ours = [_likeliest([score.log_likelihood for score in one]) for one in scores]
+    longest = max((len(question.prompt_ids) for question in questions), default=0)
+    found = ask_runtime(
+        path,
+        RuntimeRequest(
+            candidates=[
+                (list(question.prompt_ids), list(question.first_ids)) for question in questions
+            ],
+            context_length=longest + SPARE_TOKENS,
+            num_threads=torch.get_num_threads(),
+        ),
+    ).candidates
+    theirs = [_likeliest(values) for values in found]
+    right = [question.answer for question in questions]
+    count = max(len(questions), 1)
+    return LabelAgreement(
+        suite=suite,
+        n=len(questions),
+        model_accuracy=_count_equal(ours, right) / count,
+        file_accuracy=_count_equal(theirs, right) / count,
+        num_same=_count_equal(ours, theirs),
+    )
+
+
+def _likeliest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda choice: values[choice])
+
+
+def _count_equal(one: Sequence[int], other: Sequence[int]) -> int:
+    return sum(a == b for a, b in zip(one, other, strict=True))
