@@ -1,7 +1,6 @@
 """The file in llama.cpp labels items as the model does; a run exports what its config names."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from llmtune.exporting.gguf.write import GgufRequest, export_gguf
 from llmtune.exporting.labels import compare_labels, first_token_questions
 from llmtune.exporting.runtime import is_runtime_installed
 from tests.project import make_project
+from tests.tiny import make_model
 
 needs_runtime = pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")
 
@@ -74,10 +74,11 @@ def test_verify_compares_the_labels_of_the_target_suite(finished, tmp_path):
     assert labels["suite"] == "sentiment"
     assert labels["n"] == labels["num_same"] == 12
 
-    other = tmp_path / "base.gguf"
-    base = shutil.copytree(finished.model.base, tmp_path / "base")
-    export_gguf(GgufRequest(base, other, "f16", "base"))
     json.dumps(result)
+
+    other = tmp_path / "other.gguf"
+    make_model("llama", tmp_path / "other", seed=5)
+    export_gguf(GgufRequest(tmp_path / "other", other, "f16", "other"))
     with pytest.raises(CheckFailed, match="is not what"):
         verify(other, finished.run.path)
 
