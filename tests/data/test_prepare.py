@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -325,3 +326,35 @@ def test_preparing_never_imports_torch(tmp_path):
         assert not heavy, heavy
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def peak_while_preparing(path) -> int:
+    """Return the most bytes that were held at once; mapped files are not held."""
+    tracemalloc.start()
+    try:
+        data = prepare(train=[{"path": str(path)}], cache=False)
+        for index in range(0, len(data.examples), 50):
+            assert data.examples[index].input_ids
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_of_preparing_does_not_grow_with_the_tokens(tmp_path):
+    """A row of 300 tokens takes 1,500 bytes in the file, 10,000 as lists, and under 200 in memory."""
+    counts = (2000, 8000)
+    paths = [tmp_path / f"{count}.jsonl" for count in counts]
+    for path, count in zip(paths, counts, strict=True):
+        write_jsonl(path, [row(f"question {i}", "word number one " * 25) for i in range(count)])
+    peak_while_preparing(paths[0])  # what is made once, is made
+    small, large = (peak_while_preparing(path) for path in paths)
+    assert large - small < 200 * (counts[1] - counts[0]), (small, large)
+
+
+def test_tokens_lie_in_a_file_in_any_order(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows(20))
+    for cache in (True, False):
+        table = prepare(train=[{"path": path, "weight": 3}], cache=cache).examples
+        assert isinstance(table.stored.tokens.base, np.memmap)
+        assert len(table) == 60 and len(table.stored.tokens) < table.num_tokens / 2
+        assert not table.stored.tokens.flags.writeable
