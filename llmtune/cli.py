@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import click
 from rich.console import Console
 
-from llmtune.commands import answer, config, data, export, look, merge, plan, run
+from llmtune.commands import answer, config, data, export, look, merge, plan, report, run
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.version import __version__
 
@@ -73,7 +73,7 @@ for command in (
     run.train,
     merge.merge,
     run.evaluate,
-    run.report,
+    report.report,
     export.export,
     export.verify,
     answer.chat,

@@ -1,4 +1,4 @@
-"""run, train, eval, report: the stages of a run."""
+"""run, train, eval: the stages of a run."""
 
 import logging
 from pathlib import Path
@@ -16,6 +16,7 @@ from llmtune.commands.options import (
     show_progress,
     with_output_options,
 )
+from llmtune.commands.report import FAIL_IF_OPTION
 from llmtune.errors import LlmtuneError
 
 
@@ -23,9 +24,15 @@ from llmtune.errors import LlmtuneError
 @CONFIG_ARGUMENT
 @OVERRIDES_ARGUMENT
 @FORCE_OPTION
+@FAIL_IF_OPTION
 @with_output_options
-def run_all(
-    config: Path, overrides: tuple[str, ...], force: bool, quiet: bool, as_json: bool
+def run_all(  # noqa: PLR0913 (one argument an option)
+    config: Path,
+    overrides: tuple[str, ...],
+    force: bool,
+    fail_if: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Train, merge, evaluate, report; skip what is finished.
 
@@ -35,16 +42,22 @@ def run_all(
       llmtune run configs/quickstart.yaml
       llmtune run configs/quickstart.yaml train.max_steps=20 run_dir=runs/short
       llmtune run configs/quickstart.yaml --force
+      llmtune run configs/quickstart.yaml --fail-if 'general_loss>0.2'
     """
     from llmtune import pipeline
+    from llmtune.reporting.budgets import check_budgets, parse_budgets, require_known_names
     from llmtune.reporting.terminal import render_terminal
     from llmtune.targets import require_run
 
     show_progress(quiet)
     loaded = require_run(str(config), overrides)
+    budgets = parse_budgets(fail_if)
+    if budgets:
+        require_known_names(budgets, [suite.name for suite in pipeline.load_suites(loaded)])
     report = pipeline.run(loaded, force=force)
     print_result(report.as_json(), as_json, lambda: render_terminal(report))
     logging.getLogger("llmtune").info("report: %s", loaded.run.report_html_path)
+    check_budgets(report, budgets)
 
 
 @click.command()
@@ -128,23 +141,3 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
 
         scores = pipeline.evaluate(require_run(target, overrides), force=force)
     print_result(scores, as_json, lambda: render_scores(scores))
-
-
-@click.command()
-@TARGET_ARGUMENT
-@with_output_options
-def report(target: str, quiet: bool, as_json: bool) -> None:
-    """Rebuild the report of a run and print its table.
-
-    TARGET is a run directory, or its config.
-
-    \b
-      llmtune report runs/quickstart
-    """
-    from llmtune import pipeline
-    from llmtune.reporting.terminal import render_terminal
-    from llmtune.targets import find_run_dir
-
-    show_progress(quiet)
-    built = pipeline.report(find_run_dir(target))
-    print_result(built.as_json(), as_json, lambda: render_terminal(built))

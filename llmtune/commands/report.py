@@ -1,0 +1,78 @@
+"""report: the page of a run, two runs against each other, and budgets that set the exit code."""
+
+import logging
+
+import click
+
+from llmtune.commands.options import print_result, show_progress, with_output_options
+from llmtune.errors import LlmtuneError
+
+FAIL_IF_OPTION = click.option(
+    "--fail-if",
+    "fail_if",
+    multiple=True,
+    metavar="EXPR",
+    help="Exit with 1 if it holds or was not measured, as `general_loss>0.2`; may be repeated.",
+)
+
+
+@click.command()
+@click.argument("target")
+@click.argument("other", required=False)
+@FAIL_IF_OPTION
+@click.option(
+    "--across",
+    multiple=True,
+    help="With two runs: what their recipes may differ in (base, precision, template, versions).",
+)
+@with_output_options
+def report(  # noqa: PLR0913 (one argument an option)
+    target: str,
+    other: str | None,
+    fail_if: tuple[str, ...],
+    across: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Rebuild the report of a run and print its tables, or compare two runs.
+
+    TARGET and OTHER are run directories, or their configs.
+
+    \b
+      llmtune report runs/quickstart
+      llmtune report runs/quickstart --fail-if 'general_loss>0.2' --fail-if 'target_gain<0.05'
+      llmtune report runs/quickstart runs/rank8
+    """
+    show_progress(quiet)
+    if other is not None:
+        if fail_if:
+            raise LlmtuneError("--fail-if holds one run against a budget; give one run")
+        return _compare(target, other, across, as_json=as_json)
+    if across:
+        raise LlmtuneError("--across is for two runs; give the other run too")
+    return _rebuild(target, fail_if, as_json=as_json)
+
+
+def _rebuild(target: str, fail_if: tuple[str, ...], *, as_json: bool) -> None:
+    from llmtune import pipeline
+    from llmtune.reporting.budgets import check_budgets, parse_budgets
+    from llmtune.reporting.terminal import render_terminal
+    from llmtune.targets import find_run_dir
+
+    budgets = parse_budgets(fail_if)
+    built = pipeline.report(find_run_dir(target))
+    print_result(built.as_json(), as_json, lambda: render_terminal(built))
+    check_budgets(built, budgets)
+
+
+def _compare(target: str, other: str, across: tuple[str, ...], *, as_json: bool) -> None:
+    from llmtune.reporting.versus import compare_runs
+    from llmtune.reporting.versus_page import render_versus_table, write_versus
+    from llmtune.run_dir import RunDir
+    from llmtune.targets import find_run_dir
+
+    first, second = (RunDir(find_run_dir(name)) for name in (target, other))
+    versus = compare_runs(first, second, across=across)
+    page = write_versus(versus, first.path)
+    print_result(versus.as_json(), as_json, lambda: render_versus_table(versus))
+    logging.getLogger("llmtune").info("comparison: %s", page)

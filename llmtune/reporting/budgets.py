@@ -1,0 +1,199 @@
+"""Regression budgets: `--fail-if general_loss>0.2` makes a measured number decide the exit code."""
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from llmtune.errors import CheckFailed, LlmtuneError
+from llmtune.reporting.numbers import MINUS
+from llmtune.reporting.report import Report
+from llmtune.reporting.suites import SuiteReport
+
+Number = Callable[[Report], float | None]
+
+OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+EXPRESSION = re.compile(r"\s*(?P<name>\S.*?)\s*(?P<op><=|>=|==|!=|<|>)\s*(?P<bound>\S+)\s*")
+SUITE_NUMBERS = ("change", "gain", "tuned", "base", "merged", "unparseable")
+EXAMPLE = "general_loss>0.2"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One condition under which a report fails: a name, an operator and a bound."""
+
+    name: str
+    op: str
+    bound: float
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.op}{self.bound:g}"
+
+
+def parse_budgets(expressions: Iterable[str]) -> tuple[Budget, ...]:
+    """Read expressions of the form NAME OP NUMBER; nothing is ever evaluated.
+
+    Raises:
+        LlmtuneError: one of them is something else.
+    """
+    return tuple(map(_parse, expressions))
+
+
+def require_known_names(budgets: Sequence[Budget], suites: Iterable[str]) -> None:
+    """Refuse names that are no measure and no suite, with the list of those that are.
+
+    Raises:
+        LlmtuneError: a name is unknown.
+    """
+    names = list(suites)
+    known = {*MEASURES, *names, *(f"{name}.{part}" for name in names for part in SUITE_NUMBERS)}
+    unknown = [budget.name for budget in budgets if budget.name not in known]
+    if unknown:
+        suite_names = f", and of each suite NAME or NAME.{{{','.join(SUITE_NUMBERS)}}}"
+        raise LlmtuneError(
+            f"--fail-if: unknown name {unknown[0]!r}; known are {', '.join(MEASURES)}{suite_names} "
+            f"(suites: {', '.join(names) or 'none'})"
+        )
+
+
+def check_budgets(report: Report, budgets: Sequence[Budget]) -> None:
+    """Hold a report against its budgets; a number that was not measured fails too.
+
+    Raises:
+        LlmtuneError: a name is unknown.
+        CheckFailed: a budget is violated, or its number was not measured; all are told.
+    """
+    configured = report.manifest.config.get("evaluate", {}).get("suites") or ()
+    stems = [str(name).rpartition("/")[2].removesuffix(".yaml") for name in configured]
+    names = dict.fromkeys([*(suite.name for suite in report.suites), *stems])
+    require_known_names(budgets, names)
+    problems = []
+    for budget in budgets:
+        value = measure(report, budget.name)
+        if value is None:
+            problems.append(f"{budget}: {budget.name} was not measured in this run")
+        elif OPERATORS[budget.op](value, budget.bound):
+            problems.append(f"{budget}: {budget.name} is {_write(value)}")
+    if problems:
+        raise CheckFailed("--fail-if: " + "; ".join(problems))
+
+
+def measure(report: Report, name: str) -> float | None:
+    """Return the number that a budget names, None where it was not measured."""
+    if name in MEASURES:
+        value = MEASURES[name](report)
+    else:
+        suites = {suite.name: suite for suite in report.suites}
+        suite_name, _, part = name.rpartition(".") if name not in suites else (name, "", "change")
+        suite = suites.get(suite_name)
+        value = _suite_number(suite, part) if suite is not None else None
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _parse(expression: str) -> Budget:
+    match = EXPRESSION.fullmatch(expression)
+    try:
+        bound = float(match["bound"]) if match else math.nan
+    except ValueError:
+        bound = math.nan
+    if match is None or not math.isfinite(bound):
+        raise LlmtuneError(
+            f"--fail-if {expression!r}: expected NAME OP NUMBER, as in {EXAMPLE}, with one of "
+            f"{' '.join(OPERATORS)}"
+        )
+    return Budget(match["name"], match["op"], bound)
+
+
+def _suite_number(suite: SuiteReport, part: str) -> float | None:
+    if part == "unparseable":
+        return _unparseable_share(suite)
+    if part in ("change", "gain"):
+        if suite.change is None:
+            return None
+        return suite.change.difference if part == "change" else suite.gain(suite.change)[0]
+    return suite.score(part)
+
+
+def _unparseable_share(suite: SuiteReport) -> float | None:
+    tuned = suite.arms.get("tuned")
+    return tuned.unparseable / suite.n if tuned and suite.n else None
+
+
+def _largest_loss(unit: str) -> Number:
+    """Return what finds the largest worsening among the general suites of a unit."""
+
+    def largest(report: Report) -> float | None:
+        suites = [s for s in report.with_role("general") if s.unit.name == unit]
+        losses = [-suite.gain(suite.change)[0] for suite in suites if suite.change is not None]
+        return max(losses, default=None)
+
+    return largest
+
+
+def _smallest_gain(role: str) -> Number:
+    def smallest(report: Report) -> float | None:
+        suites = report.with_role(role)
+        return min((s.gain(s.change)[0] for s in suites if s.change is not None), default=None)
+
+    return smallest
+
+
+def _divergence(text: str, number: str) -> Number:
+    def read(report: Report) -> float | None:
+        found = report.diagnostics.divergence
+        on_text = getattr(found, text) if found else None
+        return getattr(on_text, number) if on_text else None
+
+    return read
+
+
+def _unparseable(report: Report) -> float | None:
+    shares = [_unparseable_share(suite) for suite in report.suites]
+    return max((share for share in shares if share is not None), default=None)
+
+
+def _stop_rate(report: Report) -> float | None:
+    stops = report.diagnostics.stops
+    return stops.tuned.share if stops else None
+
+
+def _contamination(report: Report) -> float | None:
+    found = report.diagnostics.contamination
+    return max((s.exact_share for s in found.suites.values()), default=None) if found else None
+
+
+def _auc(report: Report) -> float | None:
+    found = report.diagnostics.memorisation
+    return found.auc if found else None
+
+
+MEASURES: Mapping[str, Number] = {
+    "general_loss": _largest_loss("nats/token"),
+    "general_bits": _largest_loss("bits/byte"),
+    "general_drop": _largest_loss("fraction"),
+    "target_gain": _smallest_gain("target"),
+    "transfer_gain": _smallest_gain("transfer"),
+    "kl_general": _divergence("general", "kl"),
+    "kl_target": _divergence("target", "kl"),
+    "flips_general": _divergence("general", "top1_flips"),
+    "flips_target": _divergence("target", "top1_flips"),
+    "unparseable": _unparseable,
+    "stop_rate": _stop_rate,
+    "contamination": _contamination,
+    "memorisation_auc": _auc,
+    "seconds": lambda report: report.cost.total_seconds,
+    "peak_bytes": lambda report: report.cost.largest_peak_bytes,
+}
+"""What a budget may name beside suites; docs/report.md explains each."""
+
+
+def _write(value: float) -> str:
+    return f"{value:.6g}".replace("-", MINUS, 1)
