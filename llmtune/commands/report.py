@@ -25,12 +25,15 @@ FAIL_IF_OPTION = click.option(
     multiple=True,
     help="With two runs: what their recipes may differ in (base, precision, template, versions).",
 )
+@click.option("--quick", "extent", flag_value="quick", help="First measure what is missing of it.")
+@click.option("--full", "extent", flag_value="full", help="First measure all that is missing.")
 @with_output_options
 def report(  # noqa: PLR0913 (one argument an option)
     target: str,
     other: str | None,
     fail_if: tuple[str, ...],
     across: tuple[str, ...],
+    extent: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -40,26 +43,29 @@ def report(  # noqa: PLR0913 (one argument an option)
 
     \b
       llmtune report runs/quickstart
+      llmtune report runs/quickstart --full
       llmtune report runs/quickstart --fail-if 'general_loss>0.2' --fail-if 'target_gain<0.05'
       llmtune report runs/quickstart runs/rank8
     """
     show_progress(quiet)
     if other is not None:
-        if fail_if:
-            raise LlmtuneError("--fail-if holds one run against a budget; give one run")
+        if fail_if or extent:
+            raise LlmtuneError("--fail-if, --quick and --full are about one run; give one run")
         return _compare(target, other, across, as_json=as_json)
     if across:
         raise LlmtuneError("--across is for two runs; give the other run too")
-    return _rebuild(target, fail_if, as_json=as_json)
+    return _rebuild(target, fail_if, extent, as_json=as_json)
 
 
-def _rebuild(target: str, fail_if: tuple[str, ...], *, as_json: bool) -> None:
+def _rebuild(target: str, fail_if: tuple[str, ...], extent: str | None, *, as_json: bool) -> None:
     from llmtune import pipeline
     from llmtune.reporting.budgets import check_budgets, parse_budgets
     from llmtune.reporting.terminal import render_terminal
-    from llmtune.targets import find_run_dir
+    from llmtune.targets import find_run_dir, require_run
 
     budgets = parse_budgets(fail_if)
+    if extent is not None:
+        pipeline.evaluate(require_run(target, (f"evaluate.extent={extent}",)))
     built = pipeline.report(find_run_dir(target))
     print_result(built.as_json(), as_json, lambda: render_terminal(built))
     check_budgets(built, budgets)

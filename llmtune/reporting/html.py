@@ -90,12 +90,13 @@ def make_environment() -> Environment:
 
 
 def _headline(report: Report) -> list[str]:
-    """Return what was done to what, as far as the manifest says it."""
+    """Return what was done to what; a local base by its name, its whole path is in the record."""
     config, manifest = report.manifest.config, report.manifest
     adapter, base = config.get("adapter") or {}, manifest.base
     method = adapter.get("method")
+    origin = str(base.get("origin") or (config.get("model") or {}).get("base") or "")
     parts = [
-        str(base.get("origin") or (config.get("model") or {}).get("base") or ""),
+        origin if base.get("revision") else Path(origin).name,
         f"quantization {base['quantization']}" if base.get("quantization") else "",
         f"{method} rank {adapter['rank']}" if method and "rank" in adapter else method or "",
         manifest.created.partition("T")[0],

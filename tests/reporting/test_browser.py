@@ -1,4 +1,4 @@
-"""The page in a real browser: no console error, no request, and no sideways scrolling."""
+"""The page in a real browser, light, dark, on a phone and on paper: no error, no request."""
 
 import html
 import os
@@ -10,17 +10,12 @@ from pathlib import Path
 import pytest
 
 from llmtune.reporting.transfer import build_report, write_report
-from tests.reporting.planted import (
-    PlantedSuite,
-    improve,
-    plant_generations,
-    plant_log,
-    plant_run,
-    right_wrong,
-)
+from tests.reporting.full import plant_full_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 REQUIRED = "LLMTUNE_REQUIRE_BROWSER"
+CHARTS = 5
+"""Gain against forgetting, probabilities, loss, KL to the base, learning curve."""
 MEASURE = """
 <script>
 const frame = document.querySelector("iframe");
@@ -29,7 +24,8 @@ frame.onload = () => {
   const resources = frame.contentWindow.performance.getEntriesByType("resource").length;
   const word = page.querySelector(".word").getBoundingClientRect();
   document.title = [page.documentElement.scrollWidth, resources, word.height > 0,
-    page.querySelectorAll("svg").length].join(" ");
+    page.querySelectorAll("svg.chart").length,
+    frame.contentWindow.getComputedStyle(page.body).backgroundColor].join(" ");
 };
 </script>
 """
@@ -67,30 +63,10 @@ def show(page: Path, profile: Path, *options: str) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.fixture
-def page(tmp_path):
-    """The page of a run with every section that draws or holds long text."""
-    base = right_wrong(120, 0.5, seed=0)
-    run = plant_run(
-        tmp_path / "run",
-        [
-            PlantedSuite(
-                "movies",
-                "target",
-                {"base": base, "tuned": improve(base, 0.3, seed=1)},
-                slices=[{"source": f"source-{index % 3}"} for index in range(120)],
-            ),
-            PlantedSuite(
-                "prose",
-                "general",
-                {"base": [3.0] * 30, "tuned": [3.1] * 30},
-                metric="nats_per_token",
-            ),
-        ],
-    )
-    plant_log(run, [2.0, 1.5, 1.0], {2: 1.4})
-    long_word = "unbroken" * 40
-    plant_generations(run, [{"prompt": long_word, "base": long_word, "tuned": "short"}])
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The page of a run with every section, and a word that is too long for any screen."""
+    run = plant_full_run(tmp_path_factory.mktemp("run"), name="unbroken" * 20)
     write_report(build_report(run), run)
     return run.report_html_path
 
@@ -108,15 +84,31 @@ def test_page_renders_without_console_errors(page, tmp_path):
     assert '<p class="word">' in document
 
 
-@pytest.mark.parametrize("width", [360, 1100])
-def test_page_fits_its_window_and_requests_nothing(page, tmp_path, width):
+@pytest.mark.parametrize(
+    ("width", "scheme", "paper"),
+    [(360, "light", "rgb(252, 251, 248)"), (1100, "dark", "rgb(22, 23, 26)")],
+)
+def test_page_fits_its_window_in_both_themes_and_requests_nothing(
+    page, tmp_path, width, scheme, paper
+):
     framed = html.escape(page.read_text(), quote=True)
     wrapper = tmp_path / "wrapper.html"
     wrapper.write_text(
-        f'<title>-</title><iframe style="border:0;width:{width}px;height:900px" '
+        f'<title>-</title><meta name="color-scheme" content="light dark">'
+        f'<iframe style="border:0;width:{width}px;height:900px" '
         f'srcdoc="{framed}"></iframe>{MEASURE}'
     )
-    document, console = show(wrapper, tmp_path / "profile", "--window-size=1300,1000")
+    preferred = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
+    document, console = show(wrapper, tmp_path / "profile", "--window-size=1300,1000", preferred)
     assert console == []
     title = re.search(r"<title>(.*?)</title>", document).group(1)
-    assert title == f"{width} 0 true 6"
+    assert title == f"{width} 0 true {CHARTS} {paper}"
+
+
+def test_page_prints(page, tmp_path):
+    printed = tmp_path / "report.pdf"
+    _, console = show(
+        page, tmp_path / "profile", "--no-pdf-header-footer", f"--print-to-pdf={printed}"
+    )
+    assert console == []
+    assert printed.read_bytes().startswith(b"%PDF") and printed.stat().st_size > 20_000
