@@ -11,7 +11,18 @@ from collections.abc import Sequence
 import click
 from rich.console import Console
 
-from llmtune.commands import answer, config, data, export, look, merge, plan, report, run
+from llmtune.commands import (
+    answer,
+    config,
+    data,
+    export,
+    look,
+    merge,
+    plan,
+    report,
+    run,
+    sequence,
+)
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.version import __version__
 
@@ -74,6 +85,7 @@ for command in (
     merge.merge,
     run.evaluate,
     report.report,
+    sequence.sequence,
     export.export,
     export.verify,
     answer.chat,

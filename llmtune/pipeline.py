@@ -433,11 +433,14 @@ def _train_inputs(
     config: RunConfig, source: BaseSource, data: Mapping[str, PreparedData]
 ) -> dict[str, str]:
     """Return the hashes of what decides the adapter: base, rows and order, and the knobs."""
-    return {
+    inputs = {
         "base": base_fingerprint(source.dir),
         "data": hash_json({name: prepared.fingerprint for name, prepared in data.items()}),
         "config": hash_json(_deciding_knobs(config)),
     }
+    if config.adapter.init_from is not None:
+        inputs["start"] = adapter_fingerprint(config.adapter.init_from)
+    return inputs
 
 
 def _deciding_knobs(config: RunConfig) -> dict[str, Any]:
