@@ -47,9 +47,9 @@ def outcome(data: dict, split: str) -> str:
 
 
 def outcomes(data: dict) -> list[str]:
-    kept = len(list((cache_dir() / "data").glob("*.npz")))
+    kept = len(list((cache_dir() / "data").glob("*")))
     both = [outcome(data, "train"), outcome(data, "evaluation")]
-    return [*both, str(len(list((cache_dir() / "data").glob("*.npz"))) > kept)]
+    return [*both, str(len(list((cache_dir() / "data").glob("*"))) > kept)]
 
 
 # knob -> (the file, what else stands beside it, the knob's other value)
