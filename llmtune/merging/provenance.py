@@ -15,3 +15,12 @@ def add_to_provenance(merged_dir: Path, values: Mapping[str, Any]) -> None:
     path = merged_dir / PROVENANCE_FILE
     known = json.loads(path.read_text(encoding="utf-8"))
     atomic_write_json(path, {**known, **values})
+
+
+def merged_base(merged_dir: Path) -> str | None:
+    """Return what an adapter was merged into: `original` or `dequantized`; None if not recorded."""
+    path = merged_dir / PROVENANCE_FILE
+    if not path.is_file():
+        return None
+    base = json.loads(path.read_text(encoding="utf-8")).get("base")
+    return base if base in {"original", "dequantized"} else None

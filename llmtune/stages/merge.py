@@ -218,16 +218,22 @@ def _is_reference(live: _Live, plan: MergePlan) -> bool:
 
 def _load_live(request: MergeRequest, candidate: _Candidate, *, is_quantized: bool) -> _Live:
     """Load base and adapter, in float32 where that fits, quantized or not."""
-    quantization = request.model.quantization if is_quantized else None
-    if isinstance(quantization, Nf4Quantization | Fp4Quantization):
-        quantization = quantization.model_copy(update={"compute_dtype": "auto"})
-    dtype = comparison_dtype(candidate.directory)
-    update = {"quantization": quantization, "dtype": dtype}
-    loaded = load_model(request.model.model_copy(update=update), request.source)
+    config = reference_model(
+        request.model, comparison_dtype(candidate.directory), is_quantized=is_quantized
+    )
+    loaded = load_model(config, request.source)
     if not _has_live_model(request):
         return _Live(loaded.model, loaded, is_quantized)
     model = load_adapter(loaded.model, request.adapter_dir, base_fingerprint=loaded.fingerprint)
     return _Live(model, loaded, is_quantized)
+
+
+def reference_model(model: ModelConfig, dtype: str, *, is_quantized: bool) -> ModelConfig:
+    """Return how an adapter's base is loaded to compare a merged model with it, all in `dtype`."""
+    quantization = model.quantization if is_quantized else None
+    if isinstance(quantization, Nf4Quantization | Fp4Quantization):
+        quantization = quantization.model_copy(update={"compute_dtype": "auto"})
+    return model.model_copy(update={"quantization": quantization, "dtype": dtype})
 
 
 def _score(

@@ -44,7 +44,12 @@ from llmtune.models.round_trip import describe_quantized_base
 from llmtune.open_prompts import OPEN_PROMPTS
 from llmtune.scoring.generate import Decoding
 from llmtune.stages.memory import release_memory
-from llmtune.stages.merge import CHECKED_NEW_TOKENS, comparison_dtype, describe_check
+from llmtune.stages.merge import (
+    CHECKED_NEW_TOKENS,
+    comparison_dtype,
+    describe_check,
+    reference_model,
+)
 from llmtune.targets import resolve_target
 
 log = logging.getLogger("llmtune")
@@ -220,9 +225,8 @@ def _check(
         log.info("merge: %s has no live model; loaded from disk, not compared", request.how.method)
         return None
     is_quantized = request.knobs.base == "dequantized"
-    update = {"dtype": dtype} | ({} if is_quantized else {"quantization": None})
     source = resolve_base(model, allow_quantized=True)
-    loaded = load_model(model.model_copy(update=update), source)
+    loaded = load_model(reference_model(model, dtype, is_quantized=is_quantized), source)
     first, *others = adapters
     live = load_adapter(loaded.model, first.directory, base_fingerprint=loaded.fingerprint)
     questions = [tuple(render_question(loaded.tokenizer, one)) for one in OPEN_PROMPTS]

@@ -22,6 +22,7 @@ from llmtune.exporting.parity import ParityRequest, compare_with_runtime
 from llmtune.exporting.runtime import require_runtime
 from llmtune.exporting.tricky_strings import TRICKY_STRINGS
 from llmtune.merging.config import MergeConfig
+from llmtune.merging.provenance import merged_base
 from llmtune.merging.verify import VerifyPrompts, verify_merge
 from llmtune.models.checkpoint import read_generation_config, read_model_config
 from llmtune.models.load import LoadedModel, load_model
@@ -31,7 +32,7 @@ from llmtune.models.turns import stop_token_ids
 from llmtune.open_prompts import OPEN_PROMPTS
 from llmtune.scoring.generate import Decoding
 from llmtune.stages.export import allowed_kl, comparison_dtype, describe_parity
-from llmtune.stages.merge import describe_check
+from llmtune.stages.merge import describe_check, reference_model
 from llmtune.targets import Target, resolve_target
 
 log = logging.getLogger("llmtune")
@@ -63,7 +64,7 @@ class VerifySettings:
 
 @dataclass(frozen=True)
 class _Reference:
-    """The model that was exported: base + adapter, or a whole model; never quantized."""
+    """The model that was exported: base + adapter, or a whole model."""
 
     model: nn.Module
     loaded: LoadedModel
@@ -98,7 +99,10 @@ def verify_target(
     if is_file:
         require_runtime()
     type = read_file_type(subject) if is_file else _directory_type(subject)
-    reference = _load_reference(resolve_target(against, overrides))
+    target = resolve_target(against, overrides)
+    merged_dir = target.merged_dir if is_file else subject
+    is_dequantized = merged_dir is not None and merged_base(merged_dir) == "dequantized"
+    reference = _load_reference(target, is_quantized=is_dequantized)
     max_kl = settings.max_kl or _bound(type, reference.target)
     if is_file:
         result, problems = _compare_file(subject, reference, settings)
@@ -135,10 +139,11 @@ def _bound(type: str | None, target: Target) -> float:
     return (target.config.merge if target.config else MergeConfig()).max_kl
 
 
-def _load_reference(target: Target) -> _Reference:
+def _load_reference(target: Target, *, is_quantized: bool) -> _Reference:
+    """Load what was exported: quantized where the adapter was merged into the dequantized base."""
     source = resolve_base(target.model)
-    update = {"quantization": None, "dtype": comparison_dtype(source.dir)}
-    loaded = load_model(target.model.model_copy(update=update), source)
+    dtype = comparison_dtype(source.dir)
+    loaded = load_model(reference_model(target.model, dtype, is_quantized=is_quantized), source)
     if target.adapter_dir is None:
         return _Reference(loaded.model, loaded, target)
     require_trained_template(loaded.tokenizer, target.adapter_dir)

@@ -177,3 +177,15 @@ def test_command_merges_and_checks_such_bases(adapter, tmp_path, capsys, form):
     result = json.loads(capsys.readouterr().out)
     assert result["base"] == ("original" if form == "pickled" else "dequantized")
     assert result["check"]["kl"] < 1e-2
+
+
+def test_verify_compares_a_dequantized_merge_with_the_quantized_model(adapter, tmp_path, capsys):
+    nf4 = "model.quantization={method: nf4}"
+    out = str(tmp_path / "out")
+    command = ["merge", str(adapter), nf4, "--base", "dequantized", "--out", out, "-q"]
+    assert run_command(command) == 0
+    capsys.readouterr()
+    assert run_command(["verify", out, nf4, "--against", str(adapter), "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)["kl"] < 1e-2
+    # the same weights against the 16-bit base: another model
+    assert run_command(["verify", out, nf4, "--against", str(adapter), "--max-kl", "1e-9"]) == 1
