@@ -54,7 +54,7 @@ def write_shards(
 ) -> None:
     """Write every shard of the plan into `directory` and flush it to the disk.
 
-    Memory: about 25 MiB a thread and the adapter's part of the tensors in work, whatever the size
+    Memory: about 7 MiB a thread and the adapter's part of the tensors in work, whatever the size
     of the model.
 
     Raises:
