@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from llmtune import evaluate, load_config, merge, train
 from llmtune.evaluation.compare import Resampling, compare_arms
 from llmtune.evaluation.results import arm_result_path, read_arm_result
 from llmtune.manifest import read_manifest
+from llmtune.pipeline import measure
 from llmtune.stages import measures
 from tests.project import make_project
 
@@ -92,8 +94,6 @@ def test_what_was_measured_to_a_larger_extent_stays(config):
 
 
 def test_a_run_is_measured_further_by_its_directory_and_only_what_is_missing(config, caplog):
-    from llmtune.pipeline import measure
-
     path = config.run.manifest_path
     values = json.loads(path.read_text())
     values["config"]["run_dir"] = str(config.run_dir)
@@ -201,8 +201,6 @@ def test_every_knob_of_the_few_shot_arm_is_another_recipe(config):
 
 
 def test_a_general_suite_is_halved_at_other_strengths_and_a_transfer_suite_left_out():
-    from types import SimpleNamespace
-
     items = tuple(SimpleNamespace(id=f"i{n}") for n in range(200))
 
     class Suite(SimpleNamespace):

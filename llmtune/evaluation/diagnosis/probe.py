@@ -284,7 +284,7 @@ def _answer_suite(
         chance=chance_accuracy(suite),
         recipe=recipe,
         recipe_hash=hash_json(recipe),
-        model=asdict(scored.identity),
+        model=scored.identity.as_dict(),
         seconds=time.perf_counter() - started,
         items=items,
     )
