@@ -6,8 +6,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from llmtune.data.duplicates import find_near_matches
+from llmtune.evaluation.diagnosis.plan import Diagnosis
 from llmtune.evaluation.diagnosis.results import (
     ContaminatedItem,
     ContaminationResult,
@@ -89,6 +91,18 @@ def measure_contamination(rows: Sequence[RowTexts], suites: Sequence[Suite]) -> 
         seconds=time.perf_counter() - started,
         suites={suite.name: _count(found[suite.name], len(suite.items)) for suite in suites},
         n_train_rows=len(rows),
+    )
+
+
+def plan_contamination(
+    rows: Sequence[RowTexts], suites: Sequence[Suite]
+) -> Diagnosis[ContaminationResult]:
+    """Plan to look for every suite item among the train rows; no model is needed."""
+    return Diagnosis(
+        ContaminationResult,
+        contamination_inputs(rows, suites),
+        0,
+        partial(measure_contamination, rows, suites),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from llmtune.evaluation.diagnosis.plan import Diagnosis
 from llmtune.evaluation.diagnosis.results import (
     DivergenceResult,
     StrengthDivergence,
@@ -31,14 +32,13 @@ FULL_STRENGTH = "1.0"
 NO_OTHER_STRENGTHS: Mapping[float, Variant] = {}
 
 
-def diagnose_divergence(
+def plan_divergence(
     subject: Subject,
     settings: DiagnosisSettings,
     *,
     strengths: Mapping[float, Variant] = NO_OTHER_STRENGTHS,
-    known: DivergenceResult | None = None,
-) -> DivergenceResult:
-    """Measure KL(base || tuned) = (1/N) sum_t sum_v p0(v) log(p0(v) / p1(v)) in nats a token.
+) -> Diagnosis[DivergenceResult]:
+    """Plan to measure KL = (1/N) sum_t sum_v p0(v) log(p0(v) / p1(v)) of base and tuned, in nats.
 
     On the first 192 tokens of at most 64 general passages and on at most 64 prompts of the task,
     every position and the whole vocabulary; with it the share of positions whose likeliest token
@@ -47,9 +47,7 @@ def diagnose_divergence(
 
     Args:
         strengths: for every other strength what to enter so that the adapter has it.
-        known: an earlier result; it is returned where it was made from the same inputs.
     """
-    started = time.perf_counter()
     texts: dict[str, Sequence[Sequence[int]]] = {
         "general": general_sequences(
             subject, limit=GENERAL_TEXTS, max_tokens=GENERAL_TOKENS, seed=settings.seed
@@ -62,20 +60,24 @@ def diagnose_divergence(
         "items": hash_json({name: hash_ids(ids) for name, ids in texts.items()}),
         "strengths": " ".join(sorted(variants)),
     }
-    if known is not None and dict(known.inputs) == inputs:
-        return known
-    found = {name: _measure(subject, settings, name, texts[name], variants) for name in texts}
-    by_strength = {
-        strength: StrengthDivergence(found["general"].get(strength), found["target"].get(strength))
-        for strength in variants
-    }
-    return DivergenceResult(
-        inputs=inputs,
-        seconds=time.perf_counter() - started,
-        general=by_strength[FULL_STRENGTH].general,
-        target=by_strength[FULL_STRENGTH].target,
-        by_strength=by_strength,
-    )
+    tokens = sum(len(row) for rows in texts.values() for row in rows) * (1 + len(variants))
+
+    def measure() -> DivergenceResult:
+        started = time.perf_counter()
+        found = {name: _measure(subject, settings, name, texts[name], variants) for name in texts}
+        general, target = found["general"], found["target"]
+        return DivergenceResult(
+            inputs=inputs,
+            seconds=time.perf_counter() - started,
+            general=general.get(FULL_STRENGTH),
+            target=target.get(FULL_STRENGTH),
+            by_strength={
+                strength: StrengthDivergence(general.get(strength), target.get(strength))
+                for strength in variants
+            },
+        )
+
+    return Diagnosis(DivergenceResult, inputs, tokens, measure)
 
 
 def _measure(

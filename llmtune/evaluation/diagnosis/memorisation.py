@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from torch import nn
 
 from llmtune.data.example import IGNORE_INDEX, Example
-from llmtune.errors import LlmtuneError
+from llmtune.evaluation.diagnosis.plan import Diagnosis, refuse
 from llmtune.evaluation.diagnosis.results import Interval, MemorisationResult
 from llmtune.evaluation.diagnosis.subject import (
     DiagnosisSettings,
@@ -47,49 +47,52 @@ class RowLosses:
     num_tokens: np.ndarray
 
 
-def diagnose_memorisation(
-    subject: Subject, settings: DiagnosisSettings, *, known: MemorisationResult | None = None
-) -> MemorisationResult:
-    """Compare at most 300 rows that training saw with at most 300 held-out rows, trained tokens.
+def plan_memorisation(
+    subject: Subject, settings: DiagnosisSettings
+) -> Diagnosis[MemorisationResult]:
+    """Plan to compare at most 300 rows that training saw with as many held-out rows.
 
-    Raises:
-        LlmtuneError: fewer than four rows were held out, or seen.
+    Refused where fewer than four rows were seen, or held out.
     """
-    started = time.perf_counter()
     seen = [subject.train[place] for place in pick(subject.trained, MAX_ROWS, settings.seed)]
-    held_out = [
-        subject.held_out[place]
-        for place in pick(range(len(subject.held_out)), MAX_ROWS, settings.seed)
-    ]
+    places = pick(range(len(subject.held_out)), MAX_ROWS, settings.seed)
+    held_out = [subject.held_out[place] for place in places]
     if min(len(seen), len(held_out)) < MIN_ROWS:
-        raise LlmtuneError(
+        return refuse(
+            MemorisationResult,
             f"memorisation: {len(seen)} trained and {len(held_out)} held-out rows; it needs "
-            f"{MIN_ROWS} of each: give data.evaluation or data.evaluation_share"
+            f"{MIN_ROWS} of each: give data.evaluation or data.evaluation_share",
         )
     ids = {"seen": [e.input_ids for e in seen], "held_out": [e.input_ids for e in held_out]}
     inputs = model_inputs(subject.scored, with_adapter=True) | {
         "rows": hash_json({name: hash_ids(rows) for name, rows in ids.items()})
     }
-    if known is not None and dict(known.inputs) == inputs:
-        return known
-    model, budget = subject.scored.model, settings.budget(subject.scored)
-    losses = [
-        measure_losses(
-            model, rows, token_budget=budget, on_progress=settings.report(name, len(rows))
+    tokens = 2 * sum(len(row) for rows in ids.values() for row in rows)
+
+    def measure() -> MemorisationResult:
+        started = time.perf_counter()
+        losses = [
+            measure_losses(
+                subject.scored.model,
+                rows,
+                token_budget=settings.budget(subject.scored),
+                on_progress=settings.report(name, len(rows)),
+            )
+            for name, rows in (("memory, seen rows", seen), ("memory, held-out rows", held_out))
+        ]
+        gap, gap_interval, auc, auc_interval = compare_losses(*losses, settings=settings)
+        return MemorisationResult(
+            inputs=inputs,
+            seconds=time.perf_counter() - started,
+            gap_nats=gap,
+            gap_interval=gap_interval,
+            auc=auc,
+            auc_interval=auc_interval,
+            n_train=len(seen),
+            n_held_out=len(held_out),
         )
-        for name, rows in (("memory, seen rows", seen), ("memory, held-out rows", held_out))
-    ]
-    gap, gap_interval, auc, auc_interval = compare_losses(*losses, settings=settings)
-    return MemorisationResult(
-        inputs=inputs,
-        seconds=time.perf_counter() - started,
-        gap_nats=gap,
-        gap_interval=gap_interval,
-        auc=auc,
-        auc_interval=auc_interval,
-        n_train=len(seen),
-        n_held_out=len(held_out),
-    )
+
+    return Diagnosis(MemorisationResult, inputs, tokens, measure)
 
 
 def compare_losses(

@@ -3,14 +3,16 @@
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
+from llmtune.evaluation.diagnosis.plan import Diagnosis
 from llmtune.evaluation.diagnosis.results import ProbeCell, ProbeResult
 from llmtune.evaluation.diagnosis.states import (
     Standardizer,
@@ -75,22 +77,10 @@ class FittedProbe:
         return self.classifier.predict_proba(features)
 
 
-@dataclass(frozen=True)
-class ProbeOutcome:
-    """The probe's table, and its scores as an arm on every suite it can answer."""
-
-    result: ProbeResult
-    arms: dict[str, ArmResult]
-
-
-def diagnose_probe(
-    subject: Subject,
-    settings: DiagnosisSettings,
-    *,
-    known: ProbeResult | None = None,
-    known_arms: Mapping[str, ArmResult] | None = None,
-) -> ProbeOutcome:
-    """Fit L2 logistic regression on frozen states of train prompts and answer the choice suites.
+def plan_probe(
+    subject: Subject, settings: DiagnosisSettings, keep: Callable[[ArmResult], None]
+) -> Diagnosis[ProbeResult]:
+    """Plan to fit L2 logistic regression on frozen states of train prompts, and to answer suites.
 
     The labels are the trained answers that are among the suites' fixed choices. Layer (a quarter,
     half, three quarters, all), pooling (mean, last token) and C are chosen by stratified 5-fold
@@ -99,22 +89,38 @@ def diagnose_probe(
     fine-tuning. Where the task is no classification the result's `refused` says why.
 
     Args:
-        known, known_arms: an earlier outcome; it is returned where its inputs are the same and an
-            arm is there for every suite.
+        keep: is given the scores on every target and transfer suite of fixed choices, as an arm.
     """
-    started = time.perf_counter()
     suites = fixed_choice_suites(subject.suites)
     found = _label_prompts(subject, suites, settings)
     inputs = model_inputs(subject.scored, with_adapter=False) | {
         "rows": found if isinstance(found, str) else hash_ids(found.prompts),
         "items": hash_json({suite.name: suite.items_fingerprint for suite in suites}),
     }
-    if known is not None and dict(known.inputs) == inputs:
-        arms = dict(known_arms or {})
-        if known.refused or {suite.name for suite in suites} <= set(arms):
-            return ProbeOutcome(known, arms)
     if isinstance(found, str):
-        return ProbeOutcome(_refusal(inputs, found), {})
+        return Diagnosis(ProbeResult, inputs, 0, partial(_refusal, inputs, found))
+    answerable = [suite for suite in suites if len(_answerable(suite, found.labels)) >= 2]
+    asked = {s.name: encode_prompts(subject.scored.tokenizer, s) for s in answerable}
+    tokens = sum(len(ids) for prompts in (found.prompts, *asked.values()) for ids in prompts)
+
+    def measure() -> ProbeResult:
+        result, probe = _fit(subject, settings, found, inputs)
+        for suite in answerable:
+            arm = _answer_suite(subject, suite, probe, settings)
+            about = asdict(probe.cell) | {"train_rows": result.train_rows}
+            keep(replace(arm, about=about))
+        return result
+
+    return Diagnosis(ProbeResult, inputs, tokens, measure)
+
+
+def _fit(
+    subject: Subject,
+    settings: DiagnosisSettings,
+    found: LabelledPrompts,
+    inputs: Mapping[str, str],
+) -> tuple[ProbeResult, FittedProbe]:
+    started = time.perf_counter()
     scored = subject.scored
     layers = quarter_layers(scored.model)
     states = read_states(
@@ -126,10 +132,6 @@ def diagnose_probe(
     )
     table = cross_validate(states, found.classes, layers, seed=settings.seed)
     probe = fit_probe(states, found, max(table, key=lambda cell: cell.cv_accuracy))
-    arms = {}
-    for suite in suites:
-        if len(_answerable(suite, probe.labels)) >= 2:
-            arms[suite.name] = _answer_suite(subject, suite, probe, settings)
     result = ProbeResult(
         inputs=inputs,
         seconds=time.perf_counter() - started,
@@ -139,7 +141,7 @@ def diagnose_probe(
         majority=float(np.bincount(found.classes).max() / len(found.classes)),
         train_rows=len(found.classes),
     )
-    return ProbeOutcome(result, {name: _describe(arm, result) for name, arm in arms.items()})
+    return result, probe
 
 
 def cross_validate(
@@ -303,11 +305,6 @@ def _score_item(suite: Suite, item: SuiteItem, probabilities: dict[str, float]) 
         slices=dict(item.slices),
         details={"probabilities": probabilities},
     )
-
-
-def _describe(arm: ArmResult, result: ProbeResult) -> ArmResult:
-    assert result.chosen is not None
-    return replace(arm, about=asdict(result.chosen) | {"train_rows": result.train_rows})
 
 
 def _refusal(inputs: Mapping[str, str], why: str) -> ProbeResult:

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from llmtune.evaluation.diagnosis.distances import kernel_discrepancy, proxy_a_distance
+from llmtune.evaluation.diagnosis.plan import Diagnosis, refuse
 from llmtune.evaluation.diagnosis.results import PairShift, ShiftResult, TextSet
 from llmtune.evaluation.diagnosis.states import quarter_layers, read_states
 from llmtune.evaluation.diagnosis.subject import (
@@ -55,14 +57,10 @@ class _Read:
         return float(self.losses.sum() / np.log(2) / self.encoded.num_bytes)
 
 
-def diagnose_shift(
-    scored: ScoredModel,
-    texts: Mapping[str, Sequence[str]],
-    settings: DiagnosisSettings,
-    *,
-    known: ShiftResult | None = None,
-) -> ShiftResult:
-    """Compare the train texts with every other set of texts, under the base alone.
+def plan_shift(
+    scored: ScoredModel, texts: Mapping[str, Sequence[str]], settings: DiagnosisSettings
+) -> Diagnosis[ShiftResult]:
+    """Plan to compare the train texts with every other set of texts, under the base alone.
 
     Texts are plain, without any chat template, which would tell sets apart by itself. At most 300
     of each set (100 general ones) and their first 128 tokens are read; a set of fewer than 10 is
@@ -72,21 +70,33 @@ def diagnose_shift(
 
     Args:
         texts: `train` first, then `evaluation`, `general` and suites by name.
-        known: an earlier result; it is returned where it was made from the same inputs.
     """
-    started = time.perf_counter()
     encoded = {}
     for name, given in texts.items():
         limit = MAX_GENERAL_TEXTS if name == GENERAL else MAX_TEXTS
         kept = _encode(scored, pick([t for t in given if t.strip()], limit, settings.seed))
         if len(kept.sequences) >= MIN_TEXTS:
             encoded[name] = kept
-    layer = _middle(scored)
+    if TRAIN not in encoded or len(encoded) < 2:
+        return refuse(
+            ShiftResult, f"shift: needs {MIN_TEXTS} train texts and as many of another set"
+        )
     inputs = model_inputs(scored, with_adapter=False) | {
         "items": hash_json({name: hash_ids(each.sequences) for name, each in encoded.items()}),
     }
-    if known is not None and dict(known.inputs) == inputs:
-        return known
+    tokens = sum(len(ids) for each in encoded.values() for ids in each.sequences)
+    measure = partial(_measure, scored, encoded, settings, inputs)
+    return Diagnosis(ShiftResult, inputs, tokens, measure)
+
+
+def _measure(
+    scored: ScoredModel,
+    encoded: Mapping[str, _Encoded],
+    settings: DiagnosisSettings,
+    inputs: Mapping[str, str],
+) -> ShiftResult:
+    started = time.perf_counter()
+    layer = _middle(scored)
     read = {}
     for name, each in encoded.items():
         states = read_states(
@@ -99,11 +109,8 @@ def diagnose_shift(
         )
         assert states.losses is not None
         read[name] = _Read(each, states.losses, states.mean[layer])
-    pairs = {}
-    if TRAIN in read:
-        for name in read:
-            if name != TRAIN:
-                pairs[f"{TRAIN}-{name}"] = _compare(read[TRAIN], read[name], settings)
+    others = [name for name in read if name != TRAIN]
+    pairs = {f"{TRAIN}-{name}": _compare(read[TRAIN], read[name], settings) for name in others}
     return ShiftResult(
         inputs=inputs,
         seconds=time.perf_counter() - started,

@@ -2,9 +2,11 @@
 
 import contextlib
 import time
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from llmtune.data.collect import stop_row_ratio
-from llmtune.errors import LlmtuneError
+from llmtune.evaluation.diagnosis.plan import Diagnosis, refuse
 from llmtune.evaluation.diagnosis.results import StopCount, StopsResult
 from llmtune.evaluation.diagnosis.subject import (
     DiagnosisSettings,
@@ -20,28 +22,33 @@ MAX_PROMPTS = 24
 MAX_NEW_TOKENS = 64
 
 
-def diagnose_stops(
-    subject: Subject, settings: DiagnosisSettings, *, known: StopsResult | None = None
-) -> StopsResult:
-    """Count the greedy answers that end by themselves within 64 tokens, under base and tuned.
+def plan_stops(subject: Subject, settings: DiagnosisSettings) -> Diagnosis[StopsResult]:
+    """Plan to count the greedy answers that end by themselves within 64 tokens, base and tuned.
 
     On at most 24 prompts of the task. `trained_stop_share` is the share of train rows that train a
     token which ends an answer: where it is low, the tuned model was never taught to stop.
-
-    Raises:
-        LlmtuneError: there is no prompt to answer.
     """
-    started = time.perf_counter()
     scored = subject.scored
     prompts = target_prompts(subject, limit=MAX_PROMPTS, seed=settings.seed)
     if not prompts:
-        raise LlmtuneError("stops: neither a target suite nor a row has a prompt to answer")
+        return refuse(StopsResult, "stops: neither a target suite nor a row has a prompt to answer")
     inputs = model_inputs(scored, with_adapter=True) | {
         "items": hash_ids(prompts),
         "stops": " ".join(map(str, scored.stops)),
     }
-    if known is not None and dict(known.inputs) == inputs:
-        return known
+    tokens = 2 * sum(len(prompt) + MAX_NEW_TOKENS for prompt in prompts)
+    measure = partial(_measure, subject, settings, prompts, inputs)
+    return Diagnosis(StopsResult, inputs, tokens, measure)
+
+
+def _measure(
+    subject: Subject,
+    settings: DiagnosisSettings,
+    prompts: Sequence[Sequence[int]],
+    inputs: Mapping[str, str],
+) -> StopsResult:
+    started = time.perf_counter()
+    scored = subject.scored
     counts = {}
     for arm in ("base", "tuned"):
         block = adapter_disabled(scored.model) if arm == "base" else contextlib.nullcontext()

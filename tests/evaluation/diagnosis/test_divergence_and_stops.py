@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmtune.evaluation.diagnosis.divergence import diagnose_divergence
-from llmtune.evaluation.diagnosis.stops import diagnose_stops
+from llmtune.evaluation.diagnosis.divergence import plan_divergence
+from llmtune.evaluation.diagnosis.results import write_diagnostic
+from llmtune.evaluation.diagnosis.stops import plan_stops
 from llmtune.evaluation.diagnosis.subject import (
     general_sequences,
     general_texts,
@@ -24,54 +25,64 @@ def silence(subject):
 
 
 def test_divergence_is_measured_on_general_text_and_on_the_tasks_prompts(subject, settings):
-    found = diagnose_divergence(subject, settings)
+    found = plan_divergence(subject, settings).measure()
     assert found.general.num_texts == 4 and found.target.num_texts == 12
     for text in (found.general, found.target):
         low, high = text.kl_interval
         assert 0 < low < text.kl < high
         assert 0 < text.top1_flips <= 1
     silence(subject)
-    still = diagnose_divergence(subject, settings)
+    still = plan_divergence(subject, settings).measure()
     assert still.general.kl == pytest.approx(0, abs=1e-6) and still.target.top1_flips == 0
 
 
 def test_other_strengths_stand_beside_the_full_one(subject, settings):
     strengths = {0.5: contextlib.nullcontext, 0.25: subject.scored.model.disable_adapter}
-    found = diagnose_divergence(subject, settings, strengths=strengths)
+    found = plan_divergence(subject, settings, strengths=strengths).measure()
     assert set(found.by_strength) == {"1.0", "0.5", "0.25"}
     assert found.by_strength["1.0"].general == found.general
     assert found.by_strength["0.25"].target.kl == pytest.approx(0, abs=1e-6)
 
 
-def test_a_known_result_is_returned_until_its_inputs_change(subject, settings):
-    first = diagnose_divergence(subject, settings)
-    assert diagnose_divergence(subject, settings, known=first) is first
+def test_a_result_on_disk_is_found_until_its_inputs_change(subject, settings, tmp_path):
+    planned = plan_divergence(subject, settings)
+    assert planned.find(tmp_path) is None
+    found = planned.measure()
+    path = write_diagnostic(found, tmp_path)
+    assert plan_divergence(subject, settings).find(tmp_path) == found
     identity = replace(subject.scored.identity, adapter="another")
     other = replace(subject, scored=replace(subject.scored, identity=identity))
-    assert diagnose_divergence(other, settings, known=first) is not first
+    assert plan_divergence(other, settings).find(tmp_path) is None
+    path.write_text("{half")
+    assert planned.find(tmp_path) is None
+
+
+def test_the_cost_is_known_beforehand(subject, settings):
+    planned = plan_divergence(subject, settings, strengths={0.5: contextlib.nullcontext})
+    found = planned.measure()
+    assert planned.tokens == 3 * (found.general.num_tokens + found.target.num_tokens)
 
 
 def test_progress_counts_up_to_all_texts(subject, settings):
     seen = []
     tracked = replace(settings, token_budget=40, on_progress=lambda *step: seen.append(step))
-    diagnose_divergence(subject, tracked)
+    plan_divergence(subject, tracked).measure()
     assert ("divergence on general text", 4, 4) in seen and len(seen) > 3
 
 
 def test_stops_count_who_ends_and_what_was_trained(subject, settings):
     subject = replace(subject, suites=())
-    found = diagnose_stops(subject, settings)
+    found = plan_stops(subject, settings).measure()
     assert found.base.n == found.tuned.n == 4
     assert found.trained_stop_share == 1.0
     everything = replace(subject.scored, stop_token_ids=tuple(range(512)))
-    at_once = diagnose_stops(replace(subject, scored=everything), settings)
+    at_once = plan_stops(replace(subject, scored=everything), settings).measure()
     assert at_once.base.stopped == at_once.tuned.stopped == 4
     assert at_once.tuned.mean_new_tokens == 0
     never = replace(subject.scored, stop_token_ids=(512,))
-    endless = diagnose_stops(replace(subject, scored=never), settings)
+    endless = plan_stops(replace(subject, scored=never), settings).measure()
     assert endless.base.stopped == 0 and endless.base.mean_new_tokens == 64
     assert endless.trained_stop_share == 0.0
-    assert diagnose_stops(subject, settings, known=found) is found
 
 
 def test_prompts_come_from_the_target_suite_or_else_from_rows(subject):

@@ -9,8 +9,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-from llmtune.evaluation.diagnosis.probe import cross_validate, diagnose_probe
-from llmtune.evaluation.diagnosis.results import ProbeResult, read_diagnostic, write_diagnostic
+from llmtune.evaluation.diagnosis.probe import cross_validate, plan_probe
+from llmtune.evaluation.diagnosis.results import write_diagnostic
 from llmtune.evaluation.diagnosis.states import TextStates, fit_standardizer
 from llmtune.evaluation.results import read_arm_result, save_arm_result
 from llmtune.evaluation.suite import load_suite
@@ -37,8 +37,8 @@ def test_the_probe_answers_a_separable_task_on_target_and_transfer_suites(
     subject, settings, two_suites, tmp_path
 ):
     subject = replace(subject, suites=two_suites)
-    outcome = diagnose_probe(subject, settings)
-    result, arms = outcome.result, outcome.arms
+    arms = {}
+    result = plan_probe(subject, settings, lambda arm: arms.update({arm.suite: arm})).measure()
     assert set(arms) == {"task", "far"} and result.refused is None
     assert result.labels == ("negative", "positive") and result.train_rows == 48
     assert {(cell.layer, cell.pooling) for cell in result.table} == {
@@ -59,9 +59,7 @@ def test_the_probe_answers_a_separable_task_on_target_and_transfer_suites(
         assert item.score == float(item.prediction == item.answer)
     assert read_arm_result(save_arm_result(arm, tmp_path)) == arm
     write_diagnostic(result, tmp_path)
-    known = read_diagnostic(ProbeResult, tmp_path)
-    again = diagnose_probe(subject, settings, known=known, known_arms=arms)
-    assert again.result is known and again.arms == arms
+    assert plan_probe(subject, settings, arms.get).find(tmp_path) == result
 
 
 def test_labels_that_mean_nothing_are_not_learned(subject, settings):
@@ -92,9 +90,10 @@ def test_wide_states_give_scikit_learns_own_accuracy():
     ],
 )
 def test_a_task_that_is_no_classification_is_refused(subject, settings, change, why):
-    outcome = diagnose_probe(replace(subject, **change), settings)
-    assert outcome.arms == {} and outcome.result.chosen is None
-    assert re.search(why, outcome.result.refused)
+    arms = []
+    result = plan_probe(replace(subject, **change), settings, arms.append).measure()
+    assert arms == [] and result.chosen is None
+    assert re.search(why, result.refused)
 
 
 def test_answers_that_are_no_choices_are_refused(subject, settings, project, tmp_path):
@@ -104,5 +103,5 @@ def test_answers_that_are_no_choices_are_refused(subject, settings, project, tmp
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "s.yaml").write_text(json.dumps(declared))
     other = replace(subject, suites=(load_suite(tmp_path / "s.yaml"),))
-    refused = diagnose_probe(other, settings).result.refused
+    refused = plan_probe(other, settings, list.append).measure().refused
     assert "24 of 48 train rows" in refused and "2 different answers" in refused

@@ -13,7 +13,7 @@ from llmtune.evaluation.diagnosis.distances import (
     proxy_a_distance,
     unbiased_mmd,
 )
-from llmtune.evaluation.diagnosis.shift import diagnose_shift
+from llmtune.evaluation.diagnosis.shift import plan_shift
 from llmtune.scoring.perplexity import score_texts
 
 SEEDS = range(4)
@@ -82,18 +82,17 @@ def test_a_seed_gives_the_same_numbers_again():
 
 def test_code_lies_far_from_prose_and_prose_near_to_prose(subject, settings):
     texts = {"train": prose(80, 0), "evaluation": prose(60, 1), "general": code(60), "few": ["a b"]}
-    found = diagnose_shift(subject.scored, texts, settings)
+    found = plan_shift(subject.scored, texts, settings).measure()
     assert set(found.pairs) == {"train-evaluation", "train-general"}
     assert found.layer == 1
     far, near = found.pairs["train-general"], found.pairs["train-evaluation"]
     assert far.pad > 1.5 and far.mmd_p < 0.01
     assert near.pad_interval[0] == 0.0 and near.mmd_p > 0.01 and abs(near.mmd) < far.mmd
-    assert diagnose_shift(subject.scored, texts, settings, known=found) is found
 
 
 def test_gaps_and_lengths_are_those_of_the_texts(subject, settings):
     texts = {"train": prose(12, 0), "general": prose(14, 1)}
-    found = diagnose_shift(subject.scored, texts, settings)
+    found = plan_shift(subject.scored, texts, settings).measure()
     with subject.scored.model.disable_adapter():
         scores = {
             name: score_texts(
@@ -119,3 +118,8 @@ def test_gaps_and_lengths_are_those_of_the_texts(subject, settings):
     ids = [subject.scored.tokenizer(text)["input_ids"] for text in texts["train"]]
     assert found.sets["train"].tokens_per_word == pytest.approx(sum(map(len, ids)) / words)
     assert found.sets["train"].length_quantiles[2] == pytest.approx(np.median([*map(len, ids)]))
+
+
+def test_train_text_alone_is_refused(subject, settings):
+    planned = plan_shift(subject.scored, {"train": prose(20, 0), "general": ["a b"]}, settings)
+    assert planned.refused and "another set" in planned.refused
