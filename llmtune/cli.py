@@ -14,6 +14,7 @@ from rich.console import Console
 from llmtune.commands import (
     answer,
     config,
+    curve,
     data,
     export,
     look,
@@ -85,6 +86,7 @@ for command in (
     merge.merge,
     run.evaluate,
     report.report,
+    curve.learning_curve,
     sequence.sequence,
     export.export,
     export.verify,

@@ -15,7 +15,7 @@ from llmtune.evaluation.diagnosis.results import (
     ContaminationResult,
     SuiteContamination,
 )
-from llmtune.evaluation.diagnosis.rows import RowTexts, find_frame
+from llmtune.evaluation.diagnosis.rows import MIN_OWN_WORDS, RowTexts, find_frame
 from llmtune.evaluation.items import SuiteItem
 from llmtune.evaluation.suite import Suite
 from llmtune.fingerprint import hash_json
@@ -23,8 +23,6 @@ from llmtune.fingerprint import hash_json
 LONG_NGRAM = 13
 SHORT_NGRAM = 8
 """GPT-3's rule takes 8 to 13 words by the set's lengths (Brown et al. 2020, appendix C)."""
-MIN_OWN_WORDS = 5
-"""Texts whose own words are fewer say too little to be called the same by them alone."""
 COMMON_ROWS = 10
 COMMON_SHARE = 0.01
 """A word sequence in more than 10 and 1 % of the train rows is boilerplate."""

@@ -24,9 +24,9 @@ from llmtune.evaluation.stats import paired_bootstrap
 from llmtune.fingerprint import hash_json
 from llmtune.scoring.divergence import Divergence, Variant, measure_divergence
 
-GENERAL_TEXTS = 64
-GENERAL_TOKENS = 192
-TARGET_PROMPTS = 64
+GENERAL_TEXTS = 32
+GENERAL_TOKENS = 128
+TARGET_PROMPTS = 32
 FULL_STRENGTH = "1.0"
 
 NO_OTHER_STRENGTHS: Mapping[float, Variant] = {}
@@ -40,7 +40,7 @@ def plan_divergence(
 ) -> Diagnosis[DivergenceResult]:
     """Plan to measure KL = (1/N) sum_t sum_v p0(v) log(p0(v) / p1(v)) of base and tuned, in nats.
 
-    On the first 192 tokens of at most 64 general passages and on at most 64 prompts of the task,
+    On the first 128 tokens of at most 32 general passages and on at most 32 prompts of the task,
     every position and the whole vocabulary; with it the share of positions whose likeliest token
     changed. KL on the task's prompts predicts forgetting (RL's Razor, arXiv:2509.04259). The
     interval resamples texts.

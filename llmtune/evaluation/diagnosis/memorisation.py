@@ -26,14 +26,14 @@ from llmtune.scoring.batches import (
     batch_by_length,
     float32_head,
     inference,
+    logits_positions,
     model_device,
     pad_rows,
     require_positions,
-    rows_budget,
     run_forward,
 )
 
-MAX_ROWS = 300
+MAX_ROWS = 200
 MIN_ROWS = 4
 BOOTSTRAP_SAMPLES = 2000
 
@@ -50,7 +50,7 @@ class RowLosses:
 def plan_memorisation(
     subject: Subject, settings: DiagnosisSettings
 ) -> Diagnosis[MemorisationResult]:
-    """Plan to compare at most 300 rows that training saw with as many held-out rows.
+    """Plan to compare at most 200 rows that training saw with as many held-out rows.
 
     Refused where fewer than four rows were seen, or held out.
     """
@@ -148,14 +148,16 @@ def measure_losses(
     require_positions(model, max(lengths, default=0))
     sums = np.zeros((2, len(rows)))
     done = 0
+    kept = max((_answer_length(row) for row in rows), default=1)
+    max_rows = max(1, logits_positions(model) // kept)
     with inference(model), float32_head(model):
-        for indices in batch_by_length(lengths, rows_budget(model, token_budget)):
+        for indices in batch_by_length(lengths, token_budget, max_rows=max_rows):
             chosen = [rows[i] for i in indices]
-            batch = pad_rows([row.input_ids for row in chosen], model_device(model), left=False)
+            batch = pad_rows([row.input_ids for row in chosen], model_device(model), left=True)
             for arm in (0, 1):
                 block = contextlib.nullcontext() if arm else adapter_disabled(model)
                 with block:
-                    logits = run_forward(model, batch).logits
+                    logits = run_forward(model, batch, logits_to_keep=kept).logits
                 sums[arm, indices] = _trained_losses(logits, chosen)
             done += len(indices)
             if on_progress is not None:
@@ -164,12 +166,20 @@ def measure_losses(
     return RowLosses(sums[0], sums[1], np.array(counts))
 
 
+def _answer_length(row: Example) -> int:
+    """Return the tokens from the one before the first trained token to the row's end."""
+    first = next(i for i, label in enumerate(row.labels) if i and label != IGNORE_INDEX)
+    return len(row.labels) - first + 1
+
+
 def _trained_losses(logits: torch.Tensor, rows: Sequence[Example]) -> list[float]:
+    """Sum each row's loss; `logits` are [B, kept, V] of the last positions."""
     losses = []
     for row_logits, row in zip(logits, rows, strict=True):
-        labels = torch.tensor(row.labels[1:], device=logits.device, dtype=torch.long)
+        kept = min(len(row_logits), len(row.labels))
+        labels = torch.tensor(row.labels[-kept:][1:], device=logits.device, dtype=torch.long)
         counted = labels != IGNORE_INDEX
-        predicted = row_logits[: len(labels)][counted].float()
+        predicted = row_logits[-kept:-1][counted].float()
         loss = nn.functional.cross_entropy(predicted, labels[counted], reduction="sum")
         losses.append(loss.item())
     return losses

@@ -12,6 +12,8 @@ from llmtune.data.overlap import conversation_key, is_held_out
 from llmtune.data.rows import LoadedRow, open_source
 
 FRAME_SAMPLE = 200
+MIN_OWN_WORDS = 5
+"""Texts whose own words are fewer say too little to be called the same by them alone."""
 
 
 @dataclass(frozen=True)
