@@ -13,6 +13,7 @@ from llmtune.evaluation.results import arm_result_path, read_arm_result
 from llmtune.manifest import read_manifest
 from llmtune.pipeline import measure
 from llmtune.stages import measures
+from tests.conftest import write_jsonl
 from tests.project import make_project
 
 PLAIN = {"base", "tuned", "merged"}
@@ -22,6 +23,8 @@ PLAIN = {"base", "tuned", "merged"}
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("trained")
     config_path = make_project(directory)
+    prose = [{"id": f"p{i}", "text": f"The quick brown fox saw {i} lazy dogs."} for i in range(12)]
+    write_jsonl(directory / "prose.jsonl", prose)  # a shift needs ten texts a set
     config = load_config(config_path, ["train.max_steps=4", "evaluate.bootstrap_samples=200"])
     train(config)
     merge(config)
@@ -71,6 +74,7 @@ def test_each_extent_measures_more_and_loads_the_base_once(config, monkeypatch, 
     assert arms_of(config) == PLAIN | {"strength-0.5"}
     assert diagnostics_of(config) == {"divergence", "stops", "contamination"}
     before = {arm: read(config, arm) for arm in arms_of(config)}
+    caplog.clear()
     with caplog.at_level(logging.INFO, "llmtune"):
         evaluate(with_knobs(config, extent="full"))
     few = {f"few-shot-{n}" for n in (1, 2, 3)}

@@ -62,7 +62,7 @@ def test_part_of_an_epoch_counts_the_rows_that_were_seen(config):
 
 def test_the_command_measures_the_curve_and_goes_on_where_it_was(config, capsys):
     target = str(config.run_dir)
-    assert run_command(["learning-curve", target, "--json"]) == 0
+    assert run_command(["learning-curve", target, "--json", "--quiet"]) == 0
     printed = json.loads(capsys.readouterr().out)
     found = read_diagnostic(LearningCurveResult, config.run.diagnostics_dir)
     assert [point.rows for point in found.points] == [6, 6, 12, 24, 48]
@@ -70,7 +70,7 @@ def test_the_command_measures_the_curve_and_goes_on_where_it_was(config, capsys)
     assert found.fit is not None and found.fit.at_2n.rows == 96
     plan = plan_learning_curve(config)
     before = [read_manifest(training.config.run).stages for training in plan.trainings]
-    assert run_command(["learning-curve", target]) == 0
+    assert run_command(["learning-curve", target, "--quiet"]) == 0
     text = capsys.readouterr().out
     assert "6 rows, seed 1" in text and "would give a loss of" in text
     after = [read_manifest(training.config.run).stages for training in plan.trainings]

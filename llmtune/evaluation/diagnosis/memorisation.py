@@ -60,7 +60,7 @@ def plan_memorisation(
     if min(len(seen), len(held_out)) < MIN_ROWS:
         return refuse(
             MemorisationResult,
-            f"memorisation: {len(seen)} trained and {len(held_out)} held-out rows; it needs "
+            f"{len(seen)} trained and {len(held_out)} held-out rows; it needs "
             f"{MIN_ROWS} of each: give data.evaluation or data.evaluation_share",
         )
     ids = {"seen": [e.input_ids for e in seen], "held_out": [e.input_ids for e in held_out]}

@@ -35,10 +35,10 @@ def seen_places(table: ExampleTable, trained: Sequence[int], *, is_split: bool) 
         is_split: one row may have become several examples; it is then counted once.
     """
     places: Counter[Place] = Counter()
-    files = table.arrays["files"]
+    files = table.columns["files"]
     for index in trained:
         file = table.file_names[files[index]]
-        line = int(table.arrays["lines"][index])
+        line = int(table.columns["lines"][index])
         places[int(table.source_indices[index]), file, line] += 1
     return Counter(dict.fromkeys(places, 1)) if is_split else places
 

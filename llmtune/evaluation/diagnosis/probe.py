@@ -109,7 +109,7 @@ def plan_probe(
             arm = _answer_suite(subject, suite, probe, settings)
             about = asdict(probe.cell) | {"train_rows": result.train_rows}
             keep(replace(arm, about=about))
-        return result
+        return replace(result, answered=tuple(suite.name for suite in answerable))
 
     return Diagnosis(ProbeResult, inputs, tokens, measure)
 

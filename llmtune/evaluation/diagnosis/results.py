@@ -206,7 +206,8 @@ class ProbeCell:
 class ProbeResult(Diagnostic):
     """The probe's choice by cross-validation on the train rows; `refused` says why there is none.
 
-    `majority` is what the commonest label among the train rows would score.
+    `majority` is what the commonest label among the train rows would score; `answered` names the
+    suites that it was scored on, as the arm `probe`.
     """
 
     FILE_NAME: ClassVar[str] = "probe.json"
@@ -216,6 +217,7 @@ class ProbeResult(Diagnostic):
     majority: float | None
     train_rows: int
     refused: str | None = None
+    answered: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

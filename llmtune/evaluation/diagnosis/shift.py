@@ -78,9 +78,7 @@ def plan_shift(
         if len(kept.sequences) >= MIN_TEXTS:
             encoded[name] = kept
     if TRAIN not in encoded or len(encoded) < 2:
-        return refuse(
-            ShiftResult, f"shift: needs {MIN_TEXTS} train texts and as many of another set"
-        )
+        return refuse(ShiftResult, f"needs {MIN_TEXTS} train texts and as many of another set")
     inputs = model_inputs(scored, with_adapter=False) | {
         "items": hash_json({name: hash_ids(each.sequences) for name, each in encoded.items()}),
     }

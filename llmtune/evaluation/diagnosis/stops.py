@@ -31,7 +31,7 @@ def plan_stops(subject: Subject, settings: DiagnosisSettings) -> Diagnosis[Stops
     scored = subject.scored
     prompts = target_prompts(subject, limit=MAX_PROMPTS, seed=settings.seed)
     if not prompts:
-        return refuse(StopsResult, "stops: neither a target suite nor a row has a prompt to answer")
+        return refuse(StopsResult, "neither a target suite nor a row has a prompt to answer")
     inputs = model_inputs(scored, with_adapter=True) | {
         "items": hash_ids(prompts),
         "stops": " ".join(map(str, scored.stops)),

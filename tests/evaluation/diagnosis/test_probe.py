@@ -40,6 +40,7 @@ def test_the_probe_answers_a_separable_task_on_target_and_transfer_suites(
     arms = {}
     result = plan_probe(subject, settings, lambda arm: arms.update({arm.suite: arm})).measure()
     assert set(arms) == {"task", "far"} and result.refused is None
+    assert result.answered == ("task", "far")
     assert result.labels == ("negative", "positive") and result.train_rows == 48
     assert {(cell.layer, cell.pooling) for cell in result.table} == {
         (layer, pooling) for layer in (1, 2) for pooling in ("mean", "last")
