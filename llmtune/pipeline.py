@@ -454,7 +454,7 @@ def _deciding_knobs(config: RunConfig) -> dict[str, Any]:
                 for part in ("replay", "kl_to_base")
                 if isinstance(getattr(getattr(config.protect, part), "source", None), SourceConfig)
             },
-            "model": {"base", "revision", "trust_remote_code"},
+            "model": {"base", "revision", "trust_remote_code", "cache_quantized"},
             "data": {
                 "cache": True,
                 "train": {"__all__": {"path", "revision"}},

@@ -49,7 +49,10 @@ def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) 
         CheckFailed: what was written does not load as what was saved.
     """
     config = ModelConfig(
-        base=str(source_dir), quantization=Nf4Quantization(), chat_template=chat_template
+        base=str(source_dir),
+        quantization=Nf4Quantization(),
+        cache_quantized=False,  # what is exported is that very file
+        chat_template=chat_template,
     )
     loaded = load_model(config, resolve_base(config))
     with quiet_loading():

@@ -60,6 +60,9 @@ class ModelConfig(Section):
     """Hub branch, tag or commit; the commit it stands for is recorded. Only for hub ids."""
     quantization: QuantizationConfig | None = None
     """How the frozen base weights are kept while training; null keeps them in `dtype`."""
+    cache_quantized: bool = True
+    """Keep the quantized base in the cache directory: the next load reads it, quantizing nothing.
+    The four used last are kept."""
     dtype: DtypeName = "auto"
     """Precision of the base; auto is bfloat16, or float16 on a GPU that has no bfloat16."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -23,6 +25,13 @@ from llmtune.models.quantization import (
     check_quantization,
     describe_quantization,
     keep_differentiable,
+)
+from llmtune.models.quantized_cache import (
+    READ_ERRORS,
+    is_whole,
+    keep_quantized,
+    quantized_entry,
+    say_unusable,
 )
 from llmtune.models.quiet import quiet_loading
 from llmtune.models.resolve import BaseSource
@@ -71,7 +80,11 @@ def load_model(config: ModelConfig, source: BaseSource) -> LoadedModel:
     attention = choose_attention(config, device, model_config)
     tokenizer = load_tokenizer(source.dir, chat_template=config.chat_template)
     fingerprint = base_fingerprint(source.dir)
-    model = _load_weights(config, source, device=device, dtype=dtype, attention=attention)
+    keywords = _loading_keywords(config, source, device=device, dtype=dtype, attention=attention)
+    entry = quantized_entry(config, source.dir, fingerprint, dtype=dtype, device=device)
+    model = None if entry is None else _load_kept(entry, config, source, keywords)
+    is_kept = model is not None
+    model = model or _load_weights(config, source, keywords)
     keep_differentiable(model)
     check_quantization(model, config.quantization, dtype)
     _check_placement(model, device)
@@ -79,6 +92,8 @@ def load_model(config: ModelConfig, source: BaseSource) -> LoadedModel:
     stops = stop_token_ids(tokenizer, model.generation_config)
     notices = repair_generation_config(model, stops, tokenizer.pad_token_id)
     quantized = describe_quantization(model, config.quantization_method)
+    if entry is not None and not is_kept:
+        keep_quantized(entry, model, source.dir, quantized.bytes)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -113,14 +128,14 @@ def _check_architecture(config: ModelConfig, model_config: dict) -> None:
         )
 
 
-def _load_weights(
+def _loading_keywords(
     config: ModelConfig,
     source: BaseSource,
     *,
     device: torch.device,
     dtype: torch.dtype,
     attention: str | None,
-) -> PreTrainedModel:
+) -> dict[str, Any]:
     keywords = {
         "dtype": dtype,
         "device_map": {"": str(device)},
@@ -138,22 +153,57 @@ def _load_weights(
     quantization = bitsandbytes_config(config.quantization, dtype)
     if quantization is not None:
         keywords["quantization_config"] = quantization
+    return keywords
+
+
+def _load_kept(
+    entry: Path, config: ModelConfig, source: BaseSource, keywords: dict[str, Any]
+) -> PreTrainedModel | None:
+    """Load the base as it was quantized before; None where it is not kept, or not usable."""
+    if not is_whole(entry):
+        return None
+    kept = {name: keywords[name] for name in keywords.keys() - {"quantization_config"}}
+    try:
+        with quiet_loading():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(entry), **kept | {"use_safetensors": True}
+            )
+        _check_loading_info(info, source)
+        check_quantization(model, config.quantization, kept["dtype"])
+    except torch.OutOfMemoryError as error:
+        raise _too_large(config, source, keywords) from error
+    except (*READ_ERRORS, RuntimeError, LlmtuneError) as error:
+        say_unusable(entry, error)
+        return None
+    model.name_or_path = model.config._name_or_path = str(source.dir)
+    return model
+
+
+def _load_weights(
+    config: ModelConfig, source: BaseSource, keywords: dict[str, Any]
+) -> PreTrainedModel:
     try:
         with quiet_loading():
             model, info = AutoModelForCausalLM.from_pretrained(str(source.dir), **keywords)
     except torch.OutOfMemoryError as error:
-        raise LlmtuneError(
-            f"{source.origin}: the base does not fit into the memory of {device} "
-            f"({config.quantization_method}, {dtype}). Set model.quantization='{{method: nf4}}', "
-            "choose a smaller base, or free the GPU."
-        ) from error
+        raise _too_large(config, source, keywords) from error
     except (ValueError, ImportError, RuntimeError, OSError) as error:
-        asked = f"model.quantization.method={config.quantization_method}, " if quantization else ""
+        method = config.quantization_method
+        asked = f"model.quantization.method={method}, " if method != "none" else ""
         raise LlmtuneError(
-            f"{source.origin}: cannot be loaded ({asked}{dtype}, {device}): {error}"
+            f"{source.origin}: cannot be loaded ({asked}{keywords['dtype']}, "
+            f"{keywords['device_map']['']}): {error}"
         ) from error
     _check_loading_info(info, source)
     return model
+
+
+def _too_large(config: ModelConfig, source: BaseSource, keywords: dict[str, Any]) -> LlmtuneError:
+    return LlmtuneError(
+        f"{source.origin}: the base does not fit into the memory of {keywords['device_map']['']} "
+        f"({config.quantization_method}, {keywords['dtype']}). Set "
+        "model.quantization='{method: nf4}', choose a smaller base, or free the GPU."
+    )
 
 
 def _check_loading_info(info: dict, source: BaseSource) -> None:
