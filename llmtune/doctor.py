@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,13 @@ from llmtune.models.gguf import cache_dir
 
 GIB = 1 << 30
 LOW_DISK_BYTES = 10 * GIB
+TCMALLOC_NAMES = ("libtcmalloc_minimal.so*", "libtcmalloc.so*")
+LIBRARY_DIRS = ("/usr/lib/*-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib", "/lib64")
+TCMALLOC_GAIN = (
+    "training on two CPU cores was 1.2 times as fast with it, in a quarter less memory (measured "
+    "once, on a prototype)"
+)
+BUSY_RATIO = 0.25
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ def examine() -> list[Finding]:
         _python(),
         *_packages(),
         _processor(),
+        check_threads(psutil.cpu_percent(interval=0.3) / 100, os.environ),
+        check_allocator(Path("/proc/self/maps"), library_dirs(os.environ)),
         *_torch(),
         _memory(),
         _disk("disk of the current directory", Path.cwd()),
@@ -68,6 +77,57 @@ def _packages() -> Iterator[Finding]:
 def _processor() -> Finding:
     about = machine()
     return Finding("processor", "ok", f"{about['processor']}, {about['cores']} usable cores")
+
+
+def check_threads(busy_ratio: float, environ: Mapping[str, str]) -> Finding:
+    """Say whether other processes and waiting OpenMP threads would take each other's cores.
+
+    `busy_ratio` is the share of all cores that is in use now, 0 to 1.
+    """
+    threads = environ.get("OMP_NUM_THREADS", "one a core")
+    found = f"{threads}; {busy_ratio:.0%} of the cores are busy now"
+    is_passive = environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+    if busy_ratio < BUSY_RATIO or is_passive:
+        return Finding("OpenMP threads", "ok", found)
+    return Finding(
+        "OpenMP threads",
+        "note",
+        f"{found}: threads that wait for each other spin, and would take cores from that work",
+        "while other work runs: export OMP_WAIT_POLICY=passive, or a smaller OMP_NUM_THREADS",
+    )
+
+
+def library_dirs(environ: Mapping[str, str]) -> list[Path]:
+    """Return where shared libraries lie: the environment's own places first."""
+    named = [Path(part) for part in environ.get("LD_LIBRARY_PATH", "").split(":") if part]
+    system = [path for pattern in LIBRARY_DIRS for path in sorted(Path("/").glob(pattern[1:]))]
+    return [*named, Path(sys.prefix) / "lib", *system]
+
+
+def check_allocator(maps: Path, directories: Sequence[Path]) -> Finding:
+    """Say whether tcmalloc serves this process, or could; nothing is ever preloaded unasked.
+
+    `maps` lists what is mapped into this process, as /proc/self/maps does.
+    """
+    subject = "memory allocator"
+    mapped = maps.read_text(encoding="utf-8", errors="replace") if maps.is_file() else ""
+    if "/libtcmalloc" in mapped:
+        return Finding(subject, "ok", "tcmalloc is preloaded")
+    for name in TCMALLOC_NAMES:
+        for directory in directories:
+            if found := sorted(directory.glob(name)):
+                return Finding(
+                    subject,
+                    "note",
+                    f"the system's own; tcmalloc is here and not preloaded: {TCMALLOC_GAIN}",
+                    f"export LD_PRELOAD={found[0]}",
+                )
+    return Finding(
+        subject,
+        "ok",
+        f"the system's own; no tcmalloc is installed: {TCMALLOC_GAIN}",
+        "to try it, install libtcmalloc (Debian: libtcmalloc-minimal4) and run doctor again",
+    )
 
 
 def _torch() -> Iterator[Finding]:
