@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 MIB = 1 << 20
 WORDS_A_TOKEN = 0.72
 NUM_ROWS = 48
+ANSWER_WORDS = 4
 STEPS = 2
 TOLERANCE = 0.15
-MAIN = "from llmtune.cli import main; main()"
 
 
 class Case(NamedTuple):
@@ -86,7 +86,11 @@ def main() -> int:
     parser.add_argument("--rows", default="data/quickstart/movies_train.jsonl")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--only", help="Measure the cases whose name holds this.")
+    parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.train:
+        _train(given.train)
+        return 0
     results = []
     print(f"{'configuration':<44} {'estimated':>10} {'measured':>10} {'ratio':>7}")
     for name, case in CASES.items():
@@ -110,7 +114,7 @@ def _measure(case: Case, config: str, sentences: Path) -> dict[str, Any]:
         rows = Path(directory) / "rows.jsonl"
         rows.write_text("\n".join(_make_rows(sentences, case.row_tokens)) + "\n")
         command = [
-            *(sys.executable, "-c", MAIN, "train", config, "--json", "--quiet"),
+            *(sys.executable, __file__, "--train", config),
             *(f"run_dir={directory}/run", f"data.train=[{{path: {rows}}}]", "data.evaluation=[]"),
             *("data.max_length=null", "data.cache=false", "train.eval_every=null"),
             *("model.device=cpu", f"train.max_steps={STEPS}", "train.warmup_ratio=0"),
@@ -119,29 +123,66 @@ def _measure(case: Case, config: str, sentences: Path) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise SystemExit(done.stderr)
-        result = json.loads(done.stdout)
-    estimated, measured = result["estimate"]["total_bytes"], result["peak_bytes"]
+        result = json.loads(done.stdout.splitlines()[-1])
+    estimate, measured = result["estimate"], result["peak_bytes"]
     return {
-        "estimated_bytes": estimated,
+        "estimated_bytes": estimate["total_bytes"],
         "measured_bytes": measured,
-        "ratio": estimated / measured,
-        "components": result["estimate"]["components"],
-        "micro_batch_tokens": result["estimate"]["micro_batch_tokens"],
-        "recomputed_layers": result["estimate"]["recomputed_layers"],
+        "ratio": estimate["total_bytes"] / measured,
+        **estimate,
         "choices": result["choices"],
     }
 
 
+def _train(arguments: list[str]) -> None:
+    """Do what the train stage does until the last step, in this process, and print the peak."""
+    from llmtune.config import anchor_paths, load_config
+    from llmtune.data.prepare import prepare_examples
+    from llmtune.models.resolve import resolve_base
+    from llmtune.models.tokenizer import load_tokenizer
+
+    config = anchor_paths(load_config(arguments[0], arguments[1:]))
+    source = resolve_base(config.model)
+    tokenizer = load_tokenizer(source.dir)
+    train, evaluation = (
+        prepare_examples(config.data, tokenizer, split=split, seed=config.seed)
+        for split in ("train", "evaluation")
+    )
+
+    import torch
+
+    from llmtune.adapters.inject import inject_adapter
+    from llmtune.models.load import load_model
+    from llmtune.stages.estimate import estimate_training
+    from llmtune.training.sft import TrainRequest, train_adapter
+
+    cpu = torch.device("cpu")
+    estimate = estimate_training(config, source.dir, cpu, (train, evaluation))
+    loaded = load_model(config.model, source)
+    request = TrainRequest(
+        model=inject_adapter(loaded.model, config.adapter).model,
+        tokenizer=tokenizer,
+        train=train.examples,
+        evaluation=evaluation.examples,
+        run=config.run,
+        seed=config.seed,
+        identity={},
+        quiet=True,
+    )
+    result = train_adapter(config.train, request)
+    shown = {"estimate": estimate, "peak_bytes": result.peak_bytes, "choices": result.choices}
+    print(json.dumps(shown))
+
+
 def _make_rows(sentences: Path, tokens: int) -> Iterator[str]:
-    """Yield conversations of about this many tokens, half of them the answer's."""
+    """Yield conversations of about this many tokens; the answers are short, so is what follows."""
     words: list[str] = []
     for line in sentences.read_text(encoding="utf-8").splitlines():
         words += json.loads(line)["messages"][0]["content"].split()
-    size = max(int(tokens * WORDS_A_TOKEN), 8)
+    size = int(tokens * WORDS_A_TOKEN)
     for start in range(0, NUM_ROWS * size, size):
         text = words[start : start + size]
-        half = size // 2
-        turns = (("user", text[:half]), ("assistant", text[half:]))
+        turns = (("user", text[:-ANSWER_WORDS]), ("assistant", text[-ANSWER_WORDS:]))
         yield json.dumps(
             {"messages": [{"role": role, "content": " ".join(part)} for role, part in turns]}
         )
