@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 RECKLESS = [
     "model.quantization=null",
     "data.train=[{path: data/quickstart/movies_train.jsonl, limit: 120}]",
-    "train.learning_rate=3e-3",
+    "train.learning_rate=2e-3",
     "train.max_steps=12",
     "train.batch_size=10",
     "train.eval_every=null",
@@ -23,23 +23,23 @@ HELD = "protect.kl_to_base={weight: 1.0, source: self, rows: 3, max_length: 64}"
 
 
 def tune(run_dir, *overrides):
-    """Return the verdict, the rise of general loss (nats/token) and the tuned accuracy."""
+    """Return all verdicts that hold, the rise of general loss (nats/token), the tuned accuracy."""
     config = load_config(
         ROOT / "configs" / "quickstart.yaml", [*RECKLESS, f"run_dir={run_dir}", *overrides]
     )
     pipeline.train(config)
     scores = pipeline.evaluate(config)
     rise = scores["passages"]["comparison"]["difference"]
-    verdict = pipeline.report(config.run_dir).verdict.name
-    return verdict, rise, scores["movies"]["arms"]["tuned"]["mean"]
+    verdict = pipeline.report(config.run_dir).verdict
+    return (verdict.name, *verdict.also), rise, scores["movies"]["arms"]["tuned"]["mean"]
 
 
 @pytest.mark.slow
 def test_kl_replay_keeps_what_a_reckless_learning_rate_breaks(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    verdict, rise, accuracy = tune(tmp_path / "plain")
-    assert verdict == "BROKE-GENERAL"
-    held_verdict, held_rise, held_accuracy = tune(tmp_path / "held", HELD)
-    assert held_verdict != "BROKE-GENERAL"
+    verdicts, rise, accuracy = tune(tmp_path / "plain")
+    assert "BROKE-GENERAL" in verdicts
+    held_verdicts, held_rise, held_accuracy = tune(tmp_path / "held", HELD)
+    assert "BROKE-GENERAL" not in held_verdicts
     assert held_rise <= 0.3 * rise
     assert held_accuracy >= accuracy - 0.06
