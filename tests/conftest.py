@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -42,6 +43,15 @@ def no_network():
 def own_cache(tmp_path_factory, monkeypatch):
     """Give every test a cache directory of its own."""
     monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """Undo what a command does to the package's logger: its handler writes to a closed stream."""
+    logger = logging.getLogger("llmtune")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    yield
+    logger.handlers, logger.level, logger.propagate = before
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

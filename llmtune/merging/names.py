@@ -65,3 +65,10 @@ def near_misses(name: str, checkpoint: Mapping[str, object]) -> str:
 
 def _module(name: str) -> str:
     return name.split(".")[-2] if name.count(".") else ""
+
+
+def safetensors_name(name: str) -> str:
+    """Return the file name that a pickled shard's content has as safetensors."""
+    if not name.endswith(".bin"):
+        return name
+    return name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.merging.changes import PackedFourBit, PlannedTensor
-from llmtune.ops.nf4 import STATE_PREFIX, group_four_bit_names
+from llmtune.ops.four_bit_names import STATE_PREFIX, group_four_bit_names
 from llmtune.safetensors_io import CheckpointIndex, TensorEntry
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

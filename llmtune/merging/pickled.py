@@ -48,13 +48,6 @@ def open_pickled(directory: Path) -> CheckpointIndex:
     return CheckpointIndex(directory, shards, MappingProxyType(tensors), metadata)
 
 
-def safetensors_name(name: str) -> str:
-    """Return the file name that a pickled shard's content has as safetensors."""
-    if not name.endswith(".bin"):
-        return name
-    return name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
-
-
 def _read_structure(path: Path) -> SafetensorsFile:
     try:
         with FakeTensorMode():

@@ -16,10 +16,9 @@ from llmtune.merging.changes import (
     WeightedAdapter,
 )
 from llmtune.merging.config import Combination
-from llmtune.merging.names import find_tensor
+from llmtune.merging.names import find_tensor, safetensors_name
 from llmtune.merging.overlay import overlay
 from llmtune.merging.packed import PackedWeights, find_packed_weights
-from llmtune.merging.pickled import open_pickled, safetensors_name
 from llmtune.merging.planner import CONV1D_FAMILIES, FLOAT_DTYPES, Planner
 from llmtune.merging.ties import settle_ties
 from llmtune.models.checkpoint import (
@@ -135,6 +134,8 @@ def plan_combined_merge(
 def _open(base_dir: Path) -> CheckpointIndex:
     if has_weights(base_dir, SAFETENSORS_NAMES):
         return CheckpointIndex.open(base_dir)
+    from llmtune.merging.pickled import open_pickled  # torch, which other bases do not need
+
     return open_pickled(base_dir)
 
 

@@ -14,21 +14,14 @@ Shape suffixes: P bytes of packed codes, B blocks, O output features, I input fe
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-STATE_PREFIX = "quant_state.bitsandbytes__"
-STATE_SUFFIXES = (
-    "absmax",
-    "quant_map",
-    "nested_absmax",
-    "nested_quant_map",
-    f"{STATE_PREFIX}nf4",
-    f"{STATE_PREFIX}fp4",
-)
+from llmtune.ops.four_bit_names import STATE_PREFIX
+
 LEVELS = 16
 
 
@@ -43,33 +36,12 @@ class FourBitWeight(NamedTuple):
     dtype: torch.dtype
 
 
-def group_four_bit_names(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Find the 4-bit weights of a checkpoint by the names of its tensors.
-
-    Returns:
-        Weight name -> {suffix in `STATE_SUFFIXES`: name of that tensor}, in the order given.
-        Weights without a `quant_state` are not 4-bit and are left out.
-    """
-    known = list(names)
-    states: dict[str, dict[str, str]] = {name: {} for name in known}
-    for name in known:
-        for suffix in STATE_SUFFIXES:
-            weight_name = name.removesuffix(f".{suffix}")
-            if weight_name != name and weight_name in states:
-                states[weight_name][suffix] = name
-    return {
-        name: state
-        for name, state in states.items()
-        if any(suffix.startswith(STATE_PREFIX) for suffix in state)
-    }
-
-
 def read_four_bit_weight(weight: Tensor, state: Mapping[str, Tensor]) -> FourBitWeight:
     """Put the tensors that bitsandbytes serializes back together.
 
     Args:
         weight: the packed codes in any storage dtype.
-        state: the tensors beside it, by their suffix (`STATE_SUFFIXES`).
+        state: the tensors beside it, by their suffix (`four_bit_names.STATE_SUFFIXES`).
 
     Raises:
         ValueError: if a tensor is missing, or if sizes disagree.

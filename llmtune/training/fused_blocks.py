@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear
 from llmtune.ops.rms_norm import rms_norm
 from llmtune.ops.swiglu import swiglu_lora_linear
-from llmtune.training.fused_lora import compute_dtype, describe_linear
+from llmtune.training.fused_lora import compute_dtype, describe_linear, is_fused
 
 PROBE_TOKENS = 8
 # Largest accepted difference to the library's output, relative to the largest value.
@@ -107,7 +107,7 @@ def _is_gated_mlp(module: nn.Module) -> bool:
         all(isinstance(part, nn.Module) for part in parts)
         and _is_silu(getattr(module, "act_fn", None))
         and isinstance(down, LoraLayer)
-        and "forward" in down.__dict__  # what `fused_lora` leaves on a layer that it covers
+        and is_fused(down)
         and hasattr(module.gate_proj, "in_features")
         and _is_untouched(module)
     )

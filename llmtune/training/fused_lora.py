@@ -20,6 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear, lora_linears
 
+FUSED_MARK = "is_fused_lora"
+"""Attribute of the forward that a covered layer runs."""
+
 
 class FusedTable(NamedTuple):
     """How many LoRA layers are fused, in how many groups, and why others are not."""
@@ -69,6 +72,11 @@ def fused_lora(model: PeftModel, run_forward: Callable[[], object]) -> Iterator[
         hook.remove()
         for group in groups:
             group.detach()
+
+
+def is_fused(layer: LoraLayer) -> bool:
+    """Whether `fused_lora` covers the layer now; others may have replaced its forward too."""
+    return hasattr(layer.__dict__.get("forward"), FUSED_MARK)
 
 
 def _find_obstacle(layer: LoraLayer) -> str | None:
@@ -158,6 +166,7 @@ class _Group:
                 return type(layer).forward(layer, x, *args, **kwargs)
             return self._read_output(index, x)
 
+        setattr(forward, FUSED_MARK, True)
         return forward
 
     def _read_output(self, index: int, x: Tensor) -> Tensor:

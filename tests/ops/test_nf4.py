@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmtune.ops.four_bit_names import group_four_bit_names
 from llmtune.ops.nf4 import (
     dequantize,
     dequantize_rows,
-    group_four_bit_names,
     read_four_bit_weight,
 )
 
