@@ -10,6 +10,7 @@ from llmtune.reporting.suites import SuiteReport
 EVALUATE = "llmtune eval RUN"
 QUICK = "llmtune report RUN --quick"
 FULL = "llmtune report RUN --full"
+CURVE = "llmtune learning-curve RUN"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,6 @@ def find_missing(
         Missing("linear probe", FULL): has_choices and "probe" not in kinds,
         Missing("domain shift", FULL): diagnostics.shift is None,
         Missing("memorisation", FULL): diagnostics.memorisation is None,
-        Missing("learning curve", None): diagnostics.learning_curve is None,
+        Missing("learning curve", CURVE): diagnostics.learning_curve is None,
     }
     return tuple(missing for missing, is_absent in absent.items() if is_absent)
