@@ -341,8 +341,11 @@ def peak_while_preparing(path) -> int:
 
 
 def test_memory_of_preparing_does_not_grow_with_the_tokens(tmp_path):
-    """A row takes under 200 bytes; its 300 tokens would take 10,000 as lists of numbers."""
-    counts = (2000, 8000)
+    """A row takes under 200 bytes; its 300 tokens would take 10,000 as lists of numbers.
+
+    Both counts fill every chunk that is in flight at once, whose own memory is the same in both.
+    """
+    counts = (6000, 24_000)
     paths = [tmp_path / f"{count}.jsonl" for count in counts]
     for path, count in zip(paths, counts, strict=True):
         write_jsonl(path, [row(f"question {i}", "word number one " * 25) for i in range(count)])
