@@ -1,12 +1,14 @@
 """One row's content before it is tokenized, and the rules that a chat has to meet."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmtune.data.problems import RowError, did_you_mean, shorten
+from llmtune.data.strict_json import json_reason, parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLE_HINTS = {
@@ -33,6 +35,13 @@ MESSAGE_KEYS = frozenset(
     }
 )
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+UNREADABLE_KEYS = {
+    "function_call": "the old form of tool_calls; put the call there",
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "not text"),
+}
+"""What would be lost without a word, and what it is."""
+MAX_DEPTH = 100
+"""Levels of nesting in tool schemas and arguments; templates recurse into them."""
 
 Message = dict[str, Any]
 
@@ -51,6 +60,12 @@ class Conversation:
     trained_from: int = 0
     """Assistant turns before this message index are context only."""
     weight: float = 1.0
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of all contents."""
+        contents = sum(len(message["content"]) for message in self.messages)
+        return contents + len(self.prompt) + len(self.text)
 
 
 def chat(
@@ -78,6 +93,21 @@ def chat(
     )
 
 
+def put_system_first(messages: list, system: Any) -> list:
+    """Return `messages` with a row's system column as the first of them, where it has one."""
+    if system is None or system == "":
+        return messages
+    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    if first.get("role") != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if first.get("content") != system:
+        raise RowError(
+            "the system message stands twice: in the column system and as message 1; take one out",
+            "messages",
+        )
+    return messages
+
+
 def read_messages(value: Any) -> list[Message]:
     """Return the messages of one chat with known roles, text contents and parsed tool calls."""
     value = parse_json_text(value, "messages")
@@ -103,6 +133,9 @@ def _read_message(value: Any, index: int) -> Message:
     if role not in ROLES:
         raise _unknown_role(value, role, where)
     message["role"] = str(role)
+    for key, what in UNREADABLE_KEYS.items():
+        if value.get(key):
+            raise RowError(f"{where} ({role}) has {key}, which is {what}", "content")
     reasoning = [value[key] for key in REASONING_KEYS if value.get(key)]
     if reasoning:
         message["reasoning_content"] = check_text(reasoning[0], f"{where} ({role}): reasoning")
@@ -185,7 +218,11 @@ def _check_training_marks(message: Message, where: str) -> None:
     if train and message["role"] != "assistant":
         raise RowError(f"{where}: train is true; only assistant messages are trained", "train")
     if "weight" in message:
-        message["weight"] = read_weight(message["weight"], where)
+        weight = message["weight"] = read_weight(message["weight"], where)
+        if message["role"] != "assistant" and weight not in (0.0, 1.0):
+            raise RowError(
+                f"{where}: weight is {weight}; only assistant messages are trained", "weight"
+            )
 
 
 def read_weight(value: Any, where: str = "weight") -> float:
@@ -220,10 +257,10 @@ def _read_tool_call(call: Any, where: str) -> dict:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = parse_json(arguments or "{}")
         except (ValueError, RecursionError) as error:
             raise RowError(
-                f"{where}: the arguments of {function['name']} are not JSON ({error}): "
+                f"{where}: the arguments of {function['name']} are not JSON ({json_reason(error)}): "
                 f"{shorten(function['arguments'])}",
                 "tool-call",
             ) from None
@@ -234,6 +271,7 @@ def _read_tool_call(call: Any, where: str) -> dict:
             "tool-call",
         )
     function = {"name": function["name"], "arguments": dict(arguments)}
+    _check_json(arguments, f"{where}: the arguments of {function['name']}")
     check_text(json.dumps(function, ensure_ascii=False), f"{where}: tool call")
     call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {"type": "function", **call_id, "function": function}
@@ -254,17 +292,30 @@ def read_tools(value: Any) -> list[dict] | None:
                 '{"type": "function", "function": {"name": ..., "parameters": ...}}',
                 "tools",
             )
+        _check_json(tool, f"tools: the schemas of {function['name']}")
     return [dict(tool) for tool in value]
+
+
+def _check_json(value: Any, where: str, depth: int = 0) -> None:
+    """Refuse what a template cannot print as JSON: NaN, and nesting without end."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RowError(f"{where} hold {value}, which is not a JSON value", "tools")
+    if depth > MAX_DEPTH:
+        raise RowError(f"{where} are nested more than {MAX_DEPTH} levels deep", "tools")
+    children = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping | list):
+        for child in children:
+            _check_json(child, where, depth + 1)
 
 
 def parse_json_text(value: Any, where: str) -> Any:
     """Return `value`, parsed where it is JSON text (CSV and Parquet often hold lists so)."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            return parse_json(value)
         except (ValueError, RecursionError) as error:
             raise RowError(
-                f"{where} is text that is not JSON ({error}): {shorten(value)}"
+                f"{where} is text that is not JSON ({json_reason(error)}): {shorten(value)}"
             ) from None
     return value
 

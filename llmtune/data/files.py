@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from llmtune.data.json_list import READ_BYTES, iter_json_list, json_reason
+from llmtune.data.json_list import READ_BYTES, iter_json_list
 from llmtune.data.problems import RowProblem, shorten
+from llmtune.data.strict_json import DECODER, json_reason, parse_json
 from llmtune.errors import LlmtuneError
 
 Parsed = tuple[int, dict[str, Any]] | RowProblem
@@ -23,6 +24,11 @@ Parsed = tuple[int, dict[str, Any]] | RowProblem
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 CSV_FIELD_BYTES = 1 << 27
 BATCH_ROWS = 1024
+BATCH_BYTES = 1 << 24
+BINARY_KINDS = (".parquet", ".arrow")
+ROW_COLUMNS = ("messages", "conversations", "instruction", "prompt", "completion", "text")
+"""Where one of these stands in a JSON file's only object, that object is a row."""
+WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def iter_file(path: Path, shown: str) -> Iterator[Parsed]:
@@ -39,6 +45,8 @@ def iter_file(path: Path, shown: str) -> Iterator[Parsed]:
         )
     try:
         with _open(path) as file:
+            if kind not in BINARY_KINDS:
+                _refuse_wide_text(file, shown)
             yield from READERS[kind](file, shown)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise LlmtuneError(f"{shown}: cannot be read: {error}") from error
@@ -66,6 +74,16 @@ def _open(path: Path) -> IO[bytes]:
     return openers.get(suffix, open)(path, "rb")
 
 
+def _refuse_wide_text(file: Any, shown: str) -> None:
+    """Refuse UTF-16 and UTF-32, whose line breaks are not where UTF-8 has them."""
+    start = file.peek(4)[:4]
+    if start.startswith(WIDE_MARKS) or b"\0" in start:
+        raise LlmtuneError(
+            f"{shown}:1: not UTF-8 text but UTF-16 (it begins with the bytes {start.hex(' ')}); save "
+            "it as UTF-8"
+        )
+
+
 def _iter_jsonl(file: Iterable[bytes], shown: str) -> Iterator[Parsed]:
     for number, raw in enumerate(file, 1):
         if number == 1:
@@ -73,7 +91,7 @@ def _iter_jsonl(file: Iterable[bytes], shown: str) -> Iterator[Parsed]:
         if not raw.strip():
             continue
         try:
-            row = json.loads(raw)
+            row = parse_json(raw.decode())
         except UnicodeDecodeError as error:
             yield RowProblem(shown, number, f"not UTF-8 text ({error.reason})", "encoding")
             continue
@@ -103,7 +121,7 @@ def _iter_json(file: IO[bytes], shown: str) -> Iterator[Parsed]:
 
 def _iter_json_object(text: str, shown: str) -> Iterator[Parsed]:
     try:
-        rows = json.loads(text)
+        rows = parse_json(text)
     except (ValueError, RecursionError) as error:
         lines = [line for line in text.splitlines() if line.strip()]
         if len(lines) > 1 and all(line.lstrip().startswith("{") for line in lines[:2]):
@@ -116,8 +134,8 @@ def _iter_json_object(text: str, shown: str) -> Iterator[Parsed]:
     if not isinstance(rows, dict):
         raise LlmtuneError(f"{shown}: holds {shorten(rows)}; expected a list of objects")
     lists = [key for key, value in rows.items() if isinstance(value, list)]
-    if "messages" in rows or "conversations" in rows or len(lists) != 1:
-        yield 1, rows
+    if len(lists) != 1 or not set(rows).isdisjoint(ROW_COLUMNS):
+        yield 1, rows  # the file is one row
         return
     listed = rows[lists[0]]  # {"data": [...]}
     for row, line in zip(listed, _element_lines(text, lists[0], len(listed)), strict=True):
@@ -142,7 +160,6 @@ def _iter_lines(start: bytes, file: IO[bytes]) -> Iterator[bytes]:
 
 def _element_lines(text: str, key: str, count: int) -> Iterator[int]:
     """Yield the line on which each element of the list under `key` starts."""
-    decoder = json.JSONDecoder()
     names = "|".join({re.escape(json.dumps(key, ensure_ascii=flag)) for flag in (True, False)})
     opening = re.search(rf"(?:{names})\s*:\s*\[", text)
     if opening is None:  # the key is written with escapes that it does not need
@@ -155,7 +172,7 @@ def _element_lines(text: str, key: str, count: int) -> Iterator[int]:
         line += text.count("\n", counted, position)
         counted = position
         yield line
-        position = decoder.raw_decode(text, position)[1]
+        position = DECODER.raw_decode(text, position)[1]
 
 
 def _iter_csv(file: IO[bytes], shown: str, *, delimiter: str = ",") -> Iterator[Parsed]:
@@ -170,7 +187,7 @@ def _iter_csv(file: IO[bytes], shown: str, *, delimiter: str = ",") -> Iterator[
             values = next(reader, None)
         except UnicodeDecodeError as error:
             raise LlmtuneError(
-                f"{shown}: not UTF-8 text ({error.reason}) near line {line}"
+                f"{shown}:{line}: not UTF-8 text ({error.reason}), on this line or soon after it"
             ) from error
         except csv.Error as error:
             raise LlmtuneError(f"{shown}:{line}: not CSV ({error})") from error
@@ -180,6 +197,7 @@ def _iter_csv(file: IO[bytes], shown: str, *, delimiter: str = ",") -> Iterator[
             continue
         if header is None:
             header = _check_header(values, shown)
+            _check_delimiter(values, delimiter, shown)
         elif len(values) != len(header):
             yield RowProblem(
                 shown,
@@ -195,8 +213,18 @@ def _iter_csv(file: IO[bytes], shown: str, *, delimiter: str = ",") -> Iterator[
 def _check_header(header: list[str], shown: str) -> list[str]:
     doubled = sorted({name for name in header if header.count(name) > 1})
     if doubled:
-        raise LlmtuneError(f"{shown}:1: the header names {', '.join(doubled)} more than once")
+        raise LlmtuneError(f"{shown}:1: the columns name {', '.join(doubled)} more than once")
     return header
+
+
+def _check_delimiter(header: list[str], delimiter: str, shown: str) -> None:
+    other = next((mark for mark in ";\t|," if mark != delimiter and mark in header[0]), None)
+    if len(header) == 1 and other is not None:
+        raise LlmtuneError(
+            f"{shown}:1: the header is one column, {shorten(header[0])}; expected columns with "
+            f"{delimiter!r} between them. The file seems to use {other!r}: save it with commas as "
+            ".csv, or with tabs as .tsv"
+        )
 
 
 def _iter_tsv(file: IO[bytes], shown: str) -> Iterator[Parsed]:
@@ -209,7 +237,13 @@ def _iter_parquet(file: IO[bytes], shown: str) -> Iterator[Parsed]:
 
     try:
         with pyarrow.parquet.ParquetFile(_seekable(file)) as table:
-            yield from _iter_batches(table.iter_batches(batch_size=BATCH_ROWS))
+            _check_header(table.schema_arrow.names, shown)
+            num_bytes = sum(
+                table.metadata.row_group(group).total_byte_size
+                for group in range(table.metadata.num_row_groups)
+            )
+            size = _rows_in_batch(table.metadata.num_rows, num_bytes)
+            yield from _iter_batches(table.iter_batches(batch_size=size))
     except (pyarrow.ArrowException, UnicodeDecodeError, ValueError) as error:
         raise LlmtuneError(f"{shown}: not a Parquet file that can be read: {error}") from error
 
@@ -225,9 +259,11 @@ def _iter_arrow(file: IO[bytes], shown: str) -> Iterator[Parsed]:
         source = pyarrow.memory_map(file.name) if seekable is file else seekable
         if is_file:
             with pyarrow.ipc.open_file(source) as reader:
+                _check_header(reader.schema.names, shown)
                 yield from _iter_batches(map(reader.get_batch, range(reader.num_record_batches)))
         else:
             with pyarrow.ipc.open_stream(source) as reader:
+                _check_header(reader.schema.names, shown)
                 yield from _iter_batches(iter(reader))
     except (pyarrow.ArrowException, UnicodeDecodeError, ValueError) as error:
         raise LlmtuneError(f"{shown}: not an Arrow file that can be read: {error}") from error
@@ -243,10 +279,16 @@ def _iter_batches(batches: Iterator[Any]) -> Iterator[Parsed]:
     number = 0
     for batch in batches:
         batch.validate(full=True)  # a damaged one must not be looked into
-        for start in range(0, batch.num_rows, BATCH_ROWS):
-            for row in batch.slice(start, BATCH_ROWS).to_pylist():
+        size = _rows_in_batch(batch.num_rows, batch.nbytes)
+        for start in range(0, batch.num_rows, size):
+            for row in batch.slice(start, size).to_pylist():
                 number += 1
                 yield number, drop_nulls(row)
+
+
+def _rows_in_batch(num_rows: int, num_bytes: int) -> int:
+    """Return how many rows to unpack at once: fewer where they are long."""
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(num_bytes, 1)))
 
 
 def drop_nulls(value: Any) -> Any:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
+from llmtune.data.strict_json import DECODER, json_reason
 from llmtune.errors import LlmtuneError
 
 READ_BYTES = 1 << 20
@@ -47,7 +48,6 @@ class _Window:
     def __init__(self, start: bytes, file: IO[bytes], shown: str) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._file, self._shown = file, shown
-        self._json = json.JSONDecoder()
         self._is_whole = False
         self.text = ""
         self.position = 0
@@ -80,7 +80,7 @@ class _Window:
         """Return the JSON value that comes next."""
         while True:
             try:
-                value, end = self._json.raw_decode(self.text, self.position)
+                value, end = DECODER.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
                 is_cut = error.pos > len(self.text) - NEAR_END or "Unterminated" in error.msg
                 if self._is_whole or not is_cut:
@@ -114,8 +114,3 @@ class _Window:
             line = self.line + self.text.count("\n", self.position)
             line += data.count(b"\n", 0, error.start)
             raise LlmtuneError(f"{self._shown}:{line}: not UTF-8 text ({error.reason})") from error
-
-
-def json_reason(error: Exception) -> str:
-    """Return why a text is not JSON, in words."""
-    return str(error) if isinstance(error, ValueError) else "nested too deeply"

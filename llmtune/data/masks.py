@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtune.data.align import NOTE_APART, LabelledSequence, PendingSamples, SpanAligner
+from llmtune.data.context import ContextGuard
 from llmtune.data.conversation import Conversation
 from llmtune.data.problems import RowError, shorten
 from llmtune.data.render import encode_plain, render_texts
@@ -19,6 +21,10 @@ from llmtune.models.turns import TurnEnding, find_turn_ending, special_pattern, 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+NOTE_CONTROL = "text that holds control tokens, which are tokenized as such"
+PRINTED_KEYS = ("reasoning_content", "tool_calls", "name", "tool_call_id")
+"""What a template may print of a message beside its content."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Labeller:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         self._specials = special_pattern(tokenizer)
+        self._guard = ContextGuard(tokenizer)
         self._aligner = SpanAligner(tokenizer, use_marks=use_shortcuts)
         self._ending: TurnEnding | None = None
         self._skeletons: SkeletonBook | None = None
@@ -111,9 +118,12 @@ class Labeller:
     ) -> LabelledRow | RowError:
         sequences: list[LabelledSequence] = []
         notes = plan.notes
+        bos = self.tokenizer.bos_token_id
         for sample, result in zip(plan.samples, aligned, strict=True):
             if isinstance(result, RowError):
                 return result
+            if bos is not None and result[0].input_ids[:2] == [bos, bos]:
+                return RowError("the template writes the beginning-of-text token twice", "template")
             if sample.is_all_trained:
                 if not self.stop_ids & set(result[0].input_ids):
                     return RowError("no token that ends generation would be trained", "stop-token")
@@ -228,22 +238,31 @@ class Labeller:
             turns.append(Turn(index, weight, prompt, upto))
         try:
             if self.loss_on == "all":
+                self._guard.check_all(full, row)
                 return _train_everything(row, full, ending)
-            return plan_samples(row, full, turns, ending, self._specials)
+            return plan_samples(row, full, turns, ending, self._specials, self._guard)
         except RowError as error:
             return error
 
     def _refuse_control_text(self, row: Conversation) -> None:
         for index, message in enumerate(row.messages, 1):
-            keys = ("content", "reasoning_content") if len(message) > 2 else ("content",)
-            for key in keys:
-                found = self._specials.search(message.get(key) or "")
-                if found:
-                    raise RowError(
-                        f"message {index} ({message['role']}): {key} holds the control token "
-                        f"{shorten(found.group())}, which would end or open a turn; take it out",
-                        "control-token",
-                    )
+            texts = {"content": message["content"]}
+            if len(message) > 2:
+                texts |= {key: message[key] for key in PRINTED_KEYS if message.get(key)}
+            for key, value in texts.items():
+                self._refuse_control(value, f"message {index} ({message['role']}): {key}")
+        if row.tools:
+            self._refuse_control(row.tools, "tools")
+
+    def _refuse_control(self, value: Any, where: str) -> None:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        found = self._specials.search(text)
+        if found:
+            raise RowError(
+                f"{where} holds the control token {shorten(found.group())}, which would end or "
+                "open a turn; take it out",
+                "control-token",
+            )
 
     def _label_plain(self, row: Conversation) -> LabelledRow | RowError:
         """Label a row that goes through no template; the tokenizer's end of text closes it."""
@@ -266,7 +285,10 @@ class Labeller:
                 )
         if ids[-1:] != [eos]:
             ids = [*ids, eos]
-        return LabelledRow((LabelledSequence(ids, [(len(prompt), len(ids))], row.weight),))
+        # Text that was rendered before holds them on purpose; the user is told how often.
+        notes = (NOTE_CONTROL,) if self._specials.search(row.prompt + row.text) else ()
+        sequence = LabelledSequence(ids, [(len(prompt), len(ids))], row.weight)
+        return LabelledRow((sequence,), notes)
 
 
 def _train_everything(row: Conversation, full: str, ending: TurnEnding) -> RowSamples:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jinja2.exceptions import TemplateError
-
 from llmtune.data.problems import RowError
 from llmtune.errors import LlmtuneError
-from llmtune.models.turns import require_chat_template
+from llmtune.models.turns import TEMPLATE_ERRORS, require_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,7 +42,7 @@ def render_messages(
             tokenize=True,
             return_dict=False,
         )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
+    except TEMPLATE_ERRORS as error:
         raise LlmtuneError(f"the chat template cannot render these messages: {error}") from error
     return list(ids)
 
@@ -68,7 +66,13 @@ def render_text(
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
+    except TEMPLATE_ERRORS as error:
+        if not messages:
+            raise RowError(
+                "the first message is the assistant's and is trained, but the template has no "
+                f"prompt for it ({error}); put a user's turn before it, or give it train: false",
+                "template",
+            ) from error
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise RowError(
             f"the chat template refuses this chat ({error}); its roles are {roles}", "template"
@@ -92,7 +96,7 @@ def render_texts(
                 tokenize=False,
             )
             texts = dict(zip(plain, together, strict=True))
-        except (TemplateError, TypeError, KeyError, ValueError):
+        except TEMPLATE_ERRORS:
             pass  # one of them is refused: the loop below finds out which
     for index, (messages, tools) in enumerate(chats):
         if index not in texts:

@@ -3,8 +3,9 @@
 import difflib
 import glob
 import itertools
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmtune.data.config import SourceConfig
@@ -16,6 +17,7 @@ from llmtune.data.formats import (
     choose_format,
     missing_column,
     rename_columns,
+    unread_columns,
 )
 from llmtune.data.hub import is_hub_id, iter_hub_rows, refuse_hub_knobs
 from llmtune.data.problems import RowError, RowProblem
@@ -57,7 +59,10 @@ def open_source(source: SourceConfig) -> SourceRows:
         listed = "\n".join(str(problem) for problem in problems[:3])
         raise LlmtuneError(f"{source.path}: no row can be read:\n{listed}")
     choice = choose_format(source, objects)
-    check_columns(source, choice)
+    check_columns(source, choice, objects)
+    unread = unread_columns(source, choice, objects)
+    if unread:
+        choice = replace(choice, reason=f"{choice.reason}; not read: {', '.join(unread)}")
     return SourceRows(choice, _convert(itertools.chain(first, raw), source, choice))
 
 
@@ -73,10 +78,10 @@ def find_files(path: str) -> list[Path]:
         LlmtuneError: nothing is there, or nothing that can be read.
     """
     here = Path(path).expanduser()
-    if here.is_file():
+    if os.path.isfile(here):  # False, not an error, where the name is too long
         return [here]
-    if here.is_dir():
-        files = sorted(file for file in here.rglob("*") if file.is_file() and file_kind(file))
+    if os.path.isdir(here):
+        files = sorted(file for file in _walk(here) if file_kind(file))
         if not files:
             raise LlmtuneError(f"{path}: the directory holds no data file (.jsonl, .csv, ...)")
         return files
@@ -88,6 +93,23 @@ def find_files(path: str) -> list[Path]:
             raise LlmtuneError(f"{path}: no file matches this pattern")
         return files
     raise LlmtuneError(_missing(path, here))
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    """Yield the files below a directory, through links, without hidden ones (copies, mostly)."""
+
+    def refuse(error: OSError) -> None:
+        raise LlmtuneError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    seen: set[str] = set()
+    for here, folders, names in os.walk(directory, onerror=refuse, followlinks=True):
+        if os.path.realpath(here) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = (Path(here, name) for name in names if not name.startswith("."))
+        yield from (file for file in files if file.is_file())
 
 
 def _iter_all(source: SourceConfig) -> Iterator[tuple[str, Parsed]]:
@@ -122,6 +144,9 @@ def _convert(
 
 def _missing(path: str, here: Path) -> str:
     folder = here.parent
+    if os.path.lexists(here):
+        what = "a link that leads nowhere" if here.is_symlink() else "a pipe or a device"
+        return f"{path}: {what}, not a file; rows are read more than once, so expected a file"
     if not folder.is_dir():
         return f"{path}: no such file; the directory {folder} does not exist"
     names = [entry.name for entry in folder.iterdir()]

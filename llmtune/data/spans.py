@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llmtune.data.context import ContextGuard, call_texts, compact, json_forms
 from llmtune.data.conversation import Conversation, Message
 from llmtune.data.problems import RowError, shorten
 from llmtune.models.turns import TurnEnding
@@ -65,7 +65,8 @@ def trained_turns(conversation: Conversation, loss_on: str) -> list[tuple[int, f
     candidates = [
         index
         for index, message in enumerate(conversation.messages)
-        if message["role"] == "assistant" and index >= conversation.trained_from
+        if message["role"] == "assistant"
+        and (index >= conversation.trained_from or message.get("train"))
     ]
     chosen = []
     for index in candidates:
@@ -88,6 +89,7 @@ def plan_samples(
     turns: Sequence[Turn],
     ending: TurnEnding,
     specials: re.Pattern[str],
+    guard: ContextGuard,
 ) -> RowSamples:
     """Return the samples of one chat: one where the template allows it, else one a turn.
 
@@ -108,14 +110,14 @@ def plan_samples(
     has_one_weight = len({turn.weight for turn in turns}) == 1
     if together is not None and has_one_weight:
         text, spans = together
-        check_context(text, conversation)
+        guard.check(text, conversation)
         return RowSamples((TextSample(text, spans, turns[0].weight),), tuple(notes))
     reason = NOTE_NO_END if ending.kind == "none" else NOTE_PER_TURN
     notes.append(reason if together is None else NOTE_WEIGHTS)
     samples = []
     for turn, (start, content_end, closed) in zip(turns, found, strict=True):
         text, trained = _close(turn.upto, start, content_end, closed, ending)
-        check_context(text, conversation, turn.index)
+        guard.check(text, conversation, turn.index)
         samples.append(TextSample(text, (trained,), turn.weight))
     return RowSamples(tuple(samples), tuple(dict.fromkeys(notes)))
 
@@ -186,8 +188,8 @@ def _find_content(turn: Turn, message: Message, ending: TurnEnding, start: int) 
 def _find_respaced(turn: Turn, content: str, ending: TurnEnding, start: int) -> int:
     """Find an answer that the template prints with other spaces (a `<think>` block, mostly)."""
     content_end = len(turn.upto) - len(ending.tail)
-    if turn.upto.endswith(ending.tail) and _compact(turn.upto[start:content_end]).endswith(
-        _compact(content)
+    if turn.upto.endswith(ending.tail) and compact(turn.upto[start:content_end]).endswith(
+        compact(content)
     ):
         return content_end
     raise RowError(
@@ -211,9 +213,9 @@ def _find_calls(turn: Turn, message: Message, start: int) -> int:
                 )
             end = position + len(part)
     for call in message["tool_calls"]:
-        for part in (call["function"]["name"], *_leaves(call["function"]["arguments"])):
-            forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
-            ends = [text.find(form, start) + len(form) for form in forms if form in text[start:]]
+        for part in call_texts(call["function"]):
+            forms = {form: text.find(form, start) for form in json_forms(part)}
+            ends = [place + len(form) for form, place in forms.items() if place >= 0]
             if not ends:
                 raise RowError(
                     f"message {turn.index + 1}: the template does not print the tool call "
@@ -225,18 +227,9 @@ def _find_calls(turn: Turn, message: Message, start: int) -> int:
     return end
 
 
-def _leaves(value: object) -> list[str]:
-    """Return every key and text in a tool call's arguments."""
-    if isinstance(value, dict):
-        return [text for key, item in value.items() for text in (str(key), *_leaves(item))]
-    if isinstance(value, list):
-        return [text for item in value for text in _leaves(item)]
-    return [value] if isinstance(value, str) and value else []
-
-
 def _check_lead(lead: str, reasoning: str, ending: TurnEnding, index: int) -> None:
     if reasoning:
-        if _compact(reasoning) not in _compact(lead):
+        if compact(reasoning) not in compact(lead):
             raise RowError(
                 f"message {index + 1}: the template does not print this turn's reasoning_content; "
                 "take it out, or put it into content",
@@ -300,33 +293,6 @@ def _close(
         raise RowError("the template writes text after the answer that nothing ends", "template")
     end = len(kept) + len(ending.terminator)
     return kept + ending.terminator, TextSpan(start, len(kept), end)
-
-
-def check_context(text: str, conversation: Conversation, before: int | None = None) -> None:
-    """Refuse a chat whose system, user or tool text, or whose tools, the template leaves out."""
-    for index, message in enumerate(conversation.messages[:before]):
-        body = message["content"].strip()
-        if message["role"] == "assistant" or body in text:
-            continue
-        if json.dumps(body)[1:-1] in text or json.dumps(body, ensure_ascii=False)[1:-1] in text:
-            continue
-        raise RowError(
-            f"message {index + 1} ({message['role']}): the template does not print its content "
-            "as given; the model would not see it",
-            "template",
-        )
-    for tool in conversation.tools or []:
-        name = tool.get("function", tool)["name"]
-        if name not in text:
-            raise RowError(
-                f"tools: the chat template does not print the tool {name!r}; the model would "
-                "learn to call what it was never shown",
-                "template",
-            )
-
-
-def _compact(text: str) -> str:
-    return "".join(text.split())
 
 
 def _difference(prompt: str, upto: str) -> str:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2.exceptions import TemplateError
-
 from llmtune.adapters.manifest import MANIFEST_NAME, read_adapter_manifest
 from llmtune.data.render import encode_plain
 from llmtune.errors import LlmtuneError
 from llmtune.fingerprint import hash_json
+from llmtune.models.turns import TEMPLATE_ERRORS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -64,7 +63,7 @@ def template_fingerprint(tokenizer: PreTrainedTokenizerFast) -> TemplateIdentity
                 return_dict=False,
                 date_string=GOLDEN_DATE,
             )
-        except (TemplateError, TypeError) as error:
+        except TEMPLATE_ERRORS as error:
             raise LlmtuneError(
                 f"the chat template cannot render a plain two-turn chat: {error}"
             ) from error

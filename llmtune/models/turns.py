@@ -15,6 +15,18 @@ from llmtune.errors import LlmtuneError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    KeyError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What rendering may raise: a template is someone's program, run on someone's rows."""
+
 QUESTION = "Which number comes after twelve?"
 ANSWER = "Thirteen, of course"
 TOOL = {
@@ -166,7 +178,7 @@ def _render(
         return tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
         )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
+    except TEMPLATE_ERRORS as error:
         roles = ", ".join(message["role"] for message in messages)
         raise LlmtuneError(
             f"the chat template refuses a plain chat ({error}); its roles are {roles}; expected a "
@@ -208,7 +220,7 @@ def _call_closing(
 
 def _refuse_double_bos(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     bos = str(tokenizer.bos_token or "")
-    if bos and text.startswith(bos + bos):
+    if bos and re.match(rf"\s*{re.escape(bos)}\s*{re.escape(bos)}", text):
         raise LlmtuneError(
             f"the chat template writes the beginning-of-text token {bos!r} twice; take one out"
         )

@@ -55,6 +55,11 @@ def choose_format(source: SourceConfig, rows: Sequence[Row]) -> FormatChoice:
             f"Say which in the config, for example format: {found[0]}"
         )
     name = found[0]
+    if source.render == "plain" and name != "completion":
+        raise LlmtuneError(
+            f"{source.path}: render: plain joins a prompt and a completion; the rows are {name}. "
+            "Leave render out"
+        )
     needed = ", ".join(FORMATS[name].required)
     return FormatChoice(
         _build(name, source),
@@ -72,9 +77,10 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     return renamed
 
 
-def check_columns(source: SourceConfig, choice: FormatChoice) -> None:
-    """Refuse a `columns` entry that the format does not have."""
-    for name in source.columns:
+def check_columns(source: SourceConfig, choice: FormatChoice, rows: Sequence[Row]) -> None:
+    """Refuse a `columns` entry that the format does not have, or that none of `rows` has."""
+    given = list(dict.fromkeys(str(key) for row in rows for key in row))
+    for name, column in source.columns.items():
         if name not in choice.format.columns:
             known = choice.format.columns
             raise LlmtuneError(
@@ -82,6 +88,17 @@ def check_columns(source: SourceConfig, choice: FormatChoice) -> None:
                 f"{choice.format.name} does not have{did_you_mean(name, known)}; it reads "
                 f"{', '.join(known)}"
             )
+        if given and column not in given and name not in choice.format.required:
+            raise LlmtuneError(
+                f"{source.path}: columns takes {name} from {column!r}, which none of the first "
+                f"{len(rows)} rows has{did_you_mean(column, given)}; found {', '.join(given)}"
+            )
+
+
+def unread_columns(source: SourceConfig, choice: FormatChoice, rows: Sequence[Row]) -> list[str]:
+    """Return the columns of `rows` that the format makes no use of."""
+    renamed = {str(key) for row in rows for key in rename_columns(row, source.columns)}
+    return sorted(renamed - set(choice.format.columns))
 
 
 def missing_column(choice: FormatChoice, row: Row, source: SourceConfig) -> str | None:

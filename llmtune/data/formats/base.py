@@ -27,3 +27,9 @@ class DatasetFormat(Protocol):
             RowError: what was found in the row and what was expected.
         """
         ...
+
+
+def row_weight(row: Row) -> Any:
+    """Return a row's weight as it stands there; 1 where it has none (an empty cell of a CSV)."""
+    weight = row.get("weight")
+    return 1.0 if weight is None or weight == "" else weight

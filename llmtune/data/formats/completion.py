@@ -1,9 +1,19 @@
 """The `completion` format: a prompt and the completion that is trained."""
 
-from typing import ClassVar
+import contextlib
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from llmtune.data.conversation import Conversation, chat, check_text, read_messages, read_weight
-from llmtune.data.formats.base import Row
+from llmtune.data.conversation import (
+    Conversation,
+    chat,
+    check_text,
+    parse_json_text,
+    put_system_first,
+    read_messages,
+    read_weight,
+)
+from llmtune.data.formats.base import Row, row_weight
 from llmtune.data.problems import RowError
 
 
@@ -30,11 +40,12 @@ class CompletionFormat:
         return "prompt" in row and "completion" in row
 
     def to_conversation(self, row: Row) -> Conversation:
-        prompt, completion = row["prompt"], row["completion"]
-        given = row.get("weight")
-        weight = read_weight(1.0 if given in (None, "") else given)
+        prompt, completion = _read_side(row["prompt"]), _read_side(row["completion"])
+        weight = read_weight(row_weight(row))
+        if self.is_plain:
+            _refuse_chat_columns(row, prompt, completion)
         if isinstance(prompt, list):
-            context = read_messages(prompt)
+            context = read_messages(put_system_first(prompt, row.get("system")))
             if isinstance(completion, str):
                 completion = [{"role": "assistant", "content": completion}]
             answer = read_messages(completion)
@@ -51,10 +62,31 @@ class CompletionFormat:
             raise RowError("completion is empty; expected the text to train on", "empty")
         if self.is_plain:
             return Conversation(kind="plain", prompt=prompt, text=completion, weight=weight)
-        messages = [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": completion},
-        ]
-        if row.get("system"):
-            messages.insert(0, {"role": "system", "content": row["system"]})
+        messages = put_system_first(
+            [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": completion},
+            ],
+            row.get("system"),
+        )
         return chat(messages, row.get("tools"), trained_from=len(messages) - 1, weight=weight)
+
+
+def _read_side(value: Any) -> Any:
+    """Return messages where the text is a JSON list of them, as CSV cells hold it."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[" and '"role"' in value:
+        with contextlib.suppress(RowError):
+            parsed = parse_json_text(value, "prompt")
+            if isinstance(parsed, list) and all(isinstance(turn, Mapping) for turn in parsed):
+                return parsed
+    return value
+
+
+def _refuse_chat_columns(row: Row, prompt: Any, completion: Any) -> None:
+    used = [name for name in ("system", "tools") if row.get(name)]
+    if used:
+        raise RowError(
+            f"render: plain has no place for the column {used[0]}; leave it out, or use render: chat"
+        )
+    if isinstance(prompt, list) or isinstance(completion, list):
+        raise RowError("render: plain joins two texts; found messages, which need render: chat")

@@ -2,8 +2,14 @@
 
 from typing import Any, ClassVar
 
-from llmtune.data.conversation import Conversation, chat, check_text, parse_json_text
-from llmtune.data.formats.base import Row
+from llmtune.data.conversation import (
+    Conversation,
+    chat,
+    check_text,
+    parse_json_text,
+    put_system_first,
+)
+from llmtune.data.formats.base import Row, row_weight
 from llmtune.data.problems import RowError, shorten
 
 
@@ -20,6 +26,7 @@ class InstructionFormat:
         "output": "the answer that is trained",
         "system": "the system message",
         "history": "earlier turns, a list of [question, answer] pairs; context only",
+        "tools": "a list of tool schemas",
         "weight": "what the row's loss is multiplied by",
     }
     required: ClassVar[tuple[str, ...]] = ("instruction", "output")
@@ -37,9 +44,7 @@ class InstructionFormat:
         output = check_text(row["output"], "output")
         if not output.strip():
             raise RowError("output is empty; expected the answer to train on", "empty")
-        messages = []
-        if row.get("system"):
-            messages.append({"role": "system", "content": row["system"]})
+        messages = put_system_first([], row.get("system"))
         for pair in _read_history(row.get("history")):
             messages += [
                 {"role": "user", "content": pair[0]},
@@ -50,8 +55,7 @@ class InstructionFormat:
             {"role": "user", "content": question},
             {"role": "assistant", "content": output},
         ]
-        weight = row.get("weight")
-        return chat(messages, trained_from=context, weight=1.0 if weight in (None, "") else weight)
+        return chat(messages, row.get("tools"), trained_from=context, weight=row_weight(row))
 
 
 def _read_history(value: Any) -> list:

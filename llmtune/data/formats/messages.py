@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from llmtune.data.conversation import Conversation, chat
-from llmtune.data.formats.base import Row
+from llmtune.data.conversation import Conversation, chat, parse_json_text, put_system_first
+from llmtune.data.formats.base import Row, row_weight
 
 
 class MessagesFormat:
@@ -13,6 +13,7 @@ class MessagesFormat:
     name: ClassVar[str] = "messages"
     columns: ClassVar[dict[str, str]] = {
         "messages": "a list of turns, each with role and content",
+        "system": "the system message",
         "tools": "a list of tool schemas",
         "weight": "what the row's loss is multiplied by",
     }
@@ -25,10 +26,10 @@ class MessagesFormat:
         return "messages" in row and not _has_from_turns(value)
 
     def to_conversation(self, row: Row) -> Conversation:
-        weight = row.get("weight")
-        return chat(
-            row["messages"], row.get("tools"), weight=1.0 if weight in (None, "") else weight
-        )
+        messages = parse_json_text(row["messages"], "messages")
+        if isinstance(messages, list):
+            messages = put_system_first(messages, row.get("system"))
+        return chat(messages, row.get("tools"), weight=row_weight(row))
 
 
 def _has_from_turns(value: object) -> bool:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from llmtune.data.conversation import Conversation, chat, parse_json_text
-from llmtune.data.formats.base import Row
+from llmtune.data.conversation import Conversation, chat, parse_json_text, put_system_first
+from llmtune.data.formats.base import Row, row_weight
 from llmtune.data.problems import RowError, did_you_mean, shorten
 
 SPEAKERS = {
@@ -49,10 +49,8 @@ class ShareGptFormat:
                 '{"from": ..., "value": ...} objects'
             )
         messages = [_to_message(turn, f"turn {index}") for index, turn in enumerate(turns, 1)]
-        if row.get("system"):
-            messages.insert(0, {"role": "system", "content": row["system"]})
-        weight = row.get("weight")
-        return chat(messages, row.get("tools"), weight=1.0 if weight in (None, "") else weight)
+        messages = put_system_first(messages, row.get("system"))
+        return chat(messages, row.get("tools"), weight=row_weight(row))
 
 
 def _to_message(turn: Any, where: str) -> dict:
@@ -70,10 +68,10 @@ def _to_message(turn: Any, where: str) -> dict:
     if "value" not in turn:
         others = ", ".join(str(key) for key in turn if key != "from") or "nothing else"
         raise RowError(f'{where} ({speaker}) has no "value"; found {others}', "content")
-    kept = {key: turn[key] for key in ("train", "weight", "reasoning_content") if key in turn}
+    kept = {key: item for key, item in turn.items() if key not in ("from", "value")}
     role = SPEAKERS[speaker.lower()]
     if speaker.lower() == "function_call":
         call = parse_json_text(turn["value"], where)
         calls = call if isinstance(call, list) else [call]
-        return {"role": role, "content": None, "tool_calls": calls, **kept}
-    return {"role": role, "content": turn["value"], **kept}
+        return {**kept, "role": role, "content": None, "tool_calls": calls}
+    return {**kept, "role": role, "content": turn["value"]}

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from llmtune.data.conversation import Conversation, check_text, read_weight
-from llmtune.data.formats.base import Row
+from llmtune.data.formats.base import Row, row_weight
 from llmtune.data.problems import RowError
 
 
@@ -24,7 +24,4 @@ class TextFormat:
         text = check_text(row["text"], "text")
         if not text.strip():
             raise RowError("text is empty; expected a document", "empty")
-        weight = row.get("weight")
-        return Conversation(
-            kind="text", text=text, weight=read_weight(1.0 if weight in (None, "") else weight)
-        )
+        return Conversation(kind="text", text=text, weight=read_weight(row_weight(row)))
