@@ -99,11 +99,13 @@ def data_check(  # noqa: PLR0913 (one argument an option)
 
     show_progress(quiet)
     loaded, tokenizer = _open(config, overrides, no_cache=no_cache)
+    is_silent = quiet or as_json
     report = check_data(
         loaded.mixed_data,
         tokenizer,
         near_duplicates=not no_near_duplicates,
-        advance=None if quiet or as_json else _Progress(),
+        advance=None if is_silent else _Progress("read"),
+        compare=None if is_silent else _Progress("looked at for near duplicates"),
     )
     if html is not None:
         atomic_write_text(html, render_check_page(report))
@@ -154,17 +156,18 @@ def data_show(  # noqa: PLR0913 (one argument an option)
 
 
 class _Progress:
-    """Says on stderr how many rows were read."""
+    """Says on stderr what was done with how many rows."""
 
     every_rows = 10_000
 
-    def __init__(self) -> None:
-        self._read = 0
+    def __init__(self, done: str) -> None:
+        self._done = done
+        self._count = 0
 
     def __call__(self, num_rows: int) -> None:
-        before, self._read = self._read, self._read + num_rows
-        if self._read // self.every_rows > before // self.every_rows:
-            click.echo(f"{self._read:,} rows read", err=True)
+        before, self._count = self._count, self._count + num_rows
+        if self._count // self.every_rows > before // self.every_rows:
+            click.echo(f"{self._count:,} rows {self._done}", err=True)
 
 
 def _open(config: Path, overrides: tuple[str, ...], *, no_cache: bool = False) -> tuple[Any, Any]:

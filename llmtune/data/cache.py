@@ -47,17 +47,15 @@ NOT_IN_KEY = {"packing", "cache"}
 
 def cache_path(
     config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, split: Split, seed: int
-) -> Path | None:
-    """Return where this very preparation is kept, or None where it cannot be known beforehand.
+) -> Path:
+    """Return where this very preparation is kept.
 
     The name is a hash of everything the result depends on: the bytes of every file, the options,
     the seed, the tokenizer with its template, this package's code and the libraries' versions.
-    Rows from the hub have no bytes to hash before they are read; they are not kept. A template
+    A hub source's bytes are known by its commit, which must stand in its `revision`. A template
     that prints the date makes another entry each day.
     """
     sources = [*config.train, *config.evaluation]
-    if any(is_hub_id(source.path) for source in sources):
-        return None
     needed = sources if split == "train" else choose_sources(config, split)[0]
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -65,7 +63,10 @@ def cache_path(
     template = tokenizer.chat_template or ""
     key = {
         "files": {
-            str(file): hash_file(file) for source in needed for file in find_files(source.path)
+            str(file): hash_file(file)
+            for source in needed
+            if not is_hub_id(source.path)
+            for file in find_files(source.path)
         },
         "options": config.model_dump(mode="json", exclude=NOT_IN_KEY),
         "split": split,
@@ -187,8 +188,8 @@ def _yesterday() -> float:
 def _code_hash() -> str:
     """Return the hash of this package's code and of what it renders and tokenizes with."""
     digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for file in sorted(here.rglob("*.py")):
+    here = Path(__file__).parent.parent
+    for file in [*sorted((here / "data").rglob("*.py")), here / "models" / "turns.py"]:
         digest.update(file.relative_to(here).as_posix().encode() + b"\0" + file.read_bytes())
     for name in LIBRARIES:
         digest.update(f"{name} {importlib.metadata.version(name)}".encode())

@@ -81,11 +81,12 @@ def check_data(
     *,
     near_duplicates: bool = True,
     advance: Callable[[int], None] | None = None,
+    compare: Callable[[int], None] | None = None,
 ) -> CheckReport:
     """Read all data as a run would and report everything found, refusing nothing.
 
-    `advance` is told how many rows were read, for a progress line. Importing torch is never
-    needed.
+    `advance` is told how many rows were read, and `compare` how many were looked at for near
+    duplicates, for progress lines. Importing torch is never needed.
 
     Raises:
         LlmtuneError: a source cannot be read at all, or the tokenizer cannot serve.
@@ -111,7 +112,7 @@ def check_data(
     notebook.add_duplicates()
     notebook.add_conflicts()
     if near_duplicates:
-        notebook.add_near_duplicates()
+        notebook.add_near_duplicates(compare)
     train, evaluation = notebook.splits["train"], notebook.splits["evaluation"]
     findings = sorted(notebook.findings, key=lambda f: (f.severity != "error", -f.count, f.kind))
     return CheckReport(

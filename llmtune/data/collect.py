@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHUNK_ROWS = 512
+CHUNK_CHARACTERS = 1 << 22
+"""A chunk of long documents has fewer rows, so that memory does not grow with their length."""
 SCANNED_TOKENS = 1 << 22
 CHUNKS_AHEAD = 2
 """Chunks that are being tokenized while the next one is read and rendered."""
@@ -48,11 +49,19 @@ def choose_sources(config: DataConfig, split: Split) -> tuple[list[SourceConfig]
     """Return the sources of a split, and which rows of each: all, the kept or the held-out ones."""
     has_share = config.evaluation_share > 0
     if split == "train":
-        kinds = ["kept" if has_share and not s.replay else "all" for s in config.train]
-        return list(config.train), kinds
+        # Replay rows are never held out, but one of them may say what a held-out row says.
+        return list(config.train), ["kept" if has_share else "all"] * len(config.train)
     held_out = [source for source in config.train if has_share and not source.replay]
     kinds = ["all"] * len(config.evaluation) + ["held-out"] * len(held_out)
     return [*config.evaluation, *held_out], kinds
+
+
+def is_selected(row: LoadedRow, selection: str, config: DataConfig) -> bool:
+    """Say whether a row is one of those that `choose_sources` takes of its source."""
+    if selection == "all":
+        return True
+    held_out = is_held_out(conversation_key(row.conversation), config.evaluation_share)
+    return held_out == (selection == "held-out")
 
 
 def read_evaluation_keys(config: DataConfig) -> dict[bytes, str]:
@@ -115,7 +124,7 @@ class SplitCollector:
         tally: Counter[str] = Counter()
         self._tallies.append(tally)
         waiting: deque[tuple[list[LoadedRow | RowProblem], PendingRows]] = deque()
-        for chunk in _chunks(opened.rows):
+        for chunk in iter_chunks(opened.rows):
             tally["read"] += len(chunk)
             chosen = [row for row in chunk if self._is_chosen(row, selection, tally)]
             rows = [row.conversation for row in chosen if isinstance(row, LoadedRow)]
@@ -150,12 +159,10 @@ class SplitCollector:
     def _is_chosen(self, row: LoadedRow | RowProblem, selection: str, tally: Counter[str]) -> bool:
         if isinstance(row, RowProblem) or (selection == "all" and not self.other_keys):
             return True
+        if not is_selected(row, selection, self.config):
+            tally["held-out"] += 1
+            return False
         key = conversation_key(row.conversation)
-        if selection != "all":
-            held_out = is_held_out(key, self.config.evaluation_share)
-            if held_out != (selection == "held-out"):
-                tally["held-out"] += 1
-                return False
         if key in self.other_keys:
             self.shared.append(SharedRow(f"{row.source}:{row.line}", self.other_keys[key]))
         return True
@@ -257,8 +264,17 @@ def stop_row_ratio(table: ExampleTable, stop_ids: frozenset[int]) -> float:
     return float(has_stop.mean())
 
 
-def _chunks(rows: Iterator[LoadedRow | RowProblem]) -> Iterator[list[LoadedRow | RowProblem]]:
-    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
+def iter_chunks(rows: Iterator[LoadedRow | RowProblem]) -> Iterator[list[LoadedRow | RowProblem]]:
+    """Yield the rows in lists of at most 512, of long documents fewer."""
+    chunk: list[LoadedRow | RowProblem] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += row.conversation.num_characters if isinstance(row, LoadedRow) else 0
+        if len(chunk) >= CHUNK_ROWS or size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
         yield chunk
 
 

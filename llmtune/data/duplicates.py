@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,12 +41,14 @@ class NearPair:
     similarity: float
 
 
-def find_near_duplicates(texts: Sequence[str]) -> list[NearPair]:
+def find_near_duplicates(
+    texts: Sequence[str], advance: Callable[[int], None] | None = None
+) -> list[NearPair]:
     """Return the pairs of nearly equal texts, each later row with the earliest one it resembles.
 
     Shingles are 9-byte windows of the text; those of boilerplate are not counted. Texts that are
     equal are found too. MinHash with banded LSH (Broder 1997; Leskovec et al., ch. 3). Texts are
-    read one by one; 132 bytes a text are kept.
+    read one by one; 132 bytes a text are kept. `advance` is told how many texts were looked at.
     """
     common = _common_shingles(texts)
     kept = np.zeros(len(texts), dtype=np.int32)
@@ -58,6 +60,8 @@ def find_near_duplicates(texts: Sequence[str]) -> list[NearPair]:
             kept[count] = row
             bands[count] = _band_keys(values)
             count += 1
+        if advance is not None:
+            advance(1)
     best: dict[int, NearPair] = {}
     for one, other in sorted(_candidates(bands[:count])):
         first, second = int(kept[one]), int(kept[other])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from llmtune.deadline import call_within, first_line
 from llmtune.errors import LlmtuneError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+COMMIT = re.compile("[0-9a-f]{40}")
 HUB_KNOBS = ("revision", "split", "subset")
 LOOKUP_SECONDS = 4.0
 """The whole look-up, so that an unreachable hub is an error within 5 s."""
@@ -23,7 +25,7 @@ def is_hub_id(path: str) -> bool:
     return (
         HUB_ID.fullmatch(path) is not None
         and file_kind(Path(path)) is None
-        and not Path(path).exists()
+        and not os.path.lexists(path)
     )
 
 
@@ -40,6 +42,18 @@ def refuse_hub_knobs(source: SourceConfig) -> None:
                 f"{source.path}: {name} ({value!r}) is only for a data set of the hub (org/name); "
                 "take it out, or name the files to read in path"
             )
+
+
+def pin_source(source: SourceConfig) -> SourceConfig:
+    """Return a hub source with the commit its branch or tag is now; a commit or a file as it is.
+
+    Raises:
+        LlmtuneError: neither a file nor a data set of this name can be reached.
+    """
+    is_pinned = COMMIT.fullmatch(source.revision or "") is not None
+    if is_pinned or not is_hub_id(source.path):
+        return source
+    return source.model_copy(update={"revision": look_up_commit(source)})
 
 
 def iter_hub_rows(source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:

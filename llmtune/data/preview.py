@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from string import Template
@@ -12,12 +13,12 @@ from rich.console import Group
 from rich.rule import Rule
 from rich.text import Text
 
-from llmtune.data.collect import Split, choose_sources
+from llmtune.data.collect import Split, choose_sources, is_selected
 from llmtune.data.config import DataConfig
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.masks import Labeller
 from llmtune.data.problems import RowError, RowProblem
-from llmtune.data.rows import open_source
+from llmtune.data.rows import LoadedRow, open_source
 from llmtune.errors import LlmtuneError
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 TRAINED_STYLE = "bold black on green"
 CONTEXT_STYLE = "dim"
 LINE_BREAK = "⏎"
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
+)
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,14 @@ def preview_rows(
     labeller = Labeller(tokenizer, config.loss_on)
     previews: list[RowPreview] = []
     shown = number = 0
-    for number, found in enumerate(_iter_rows(config, split), 1):
-        if row is not None and number != row:
+    for number, (found, is_chosen) in enumerate(_iter_rows(config, split), 1):
+        if number != row if row is not None else not is_chosen:
             continue
+        if not is_chosen:
+            raise LlmtuneError(
+                f"row {row} ({found.source}:{found.line}) is not in {split}: "
+                f"data.evaluation_share={config.evaluation_share} puts it into the other split"
+            )
         if isinstance(found, RowProblem):
             if row is not None:
                 raise LlmtuneError(f"row {row} cannot be used: {found}")
@@ -156,12 +165,26 @@ def render_terminal(previews: Iterable[RowPreview]) -> Group:
         body = Text(overflow="fold")
         for token in preview.tokens:
             style = TRAINED_STYLE if token.is_trained else CONTEXT_STYLE
-            shown = token.text.replace("\n", f"{LINE_BREAK}\n") if token.is_trained else token.text
+            text = show_hidden(token.text)
+            shown = text.replace("\n", f"{LINE_BREAK}\n") if token.is_trained else text
             body.append(shown, style=style)
         parts.append(body)
         parts += [Text(f"note: {note}", style="yellow") for note in preview.notes]
     legend = Text.assemble(("trained", TRAINED_STYLE), " ", ("not trained", CONTEXT_STYLE))
     return Group(*parts, legend)
+
+
+def show_hidden(text: str) -> str:
+    """Return `text` with control and invisible characters made visible, line breaks and tabs kept.
+
+    A row must not move the cursor or colour the terminal it is shown in.
+    """
+    return HIDDEN.sub(_picture, text)
+
+
+def _picture(found: re.Match[str]) -> str:
+    point = ord(found.group())
+    return chr(0x2400 + point) if point < 0x20 else f"<U+{point:04X}>"
 
 
 def render_page(previews: Iterable[RowPreview], *, title: str = "Training data") -> str:
@@ -173,7 +196,9 @@ def render_page(previews: Iterable[RowPreview], *, title: str = "Training data")
 def _row_html(preview: RowPreview) -> str:
     spans = []
     for token in preview.tokens:
-        shown = html.escape(token.text).replace("\n", f'<i class="br">{LINE_BREAK}</i>\n')
+        shown = html.escape(show_hidden(token.text)).replace(
+            "\n", f'<i class="br">{LINE_BREAK}</i>\n'
+        )
         ids = " ".join(map(str, token.ids))
         state = "trained" if token.is_trained else "not trained"
         name = "t" if token.is_trained else "c"
@@ -182,9 +207,11 @@ def _row_html(preview: RowPreview) -> str:
     return f"<h2>{html.escape(preview.title)}</h2>{notes}<pre>{''.join(spans)}</pre>"
 
 
-def _iter_rows(config: DataConfig, split: Split) -> Iterator[Any]:
-    for source in choose_sources(config, split)[0]:
-        yield from open_source(source).rows
+def _iter_rows(config: DataConfig, split: Split) -> Iterator[tuple[LoadedRow | RowProblem, bool]]:
+    """Yield every row of the split's sources, and whether it belongs to the split."""
+    for source, selection in zip(*choose_sources(config, split), strict=True):
+        for row in open_source(source).rows:
+            yield row, isinstance(row, RowProblem) or is_selected(row, selection, config)
 
 
 PAGE = """<!DOCTYPE html>

@@ -218,3 +218,10 @@ def test_check_needs_no_torch_and_is_quick(tmp_path):
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
     assert time.monotonic() - started < 20
+
+
+def test_both_passes_over_the_rows_tell_how_far_they_are(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", clean_rows(30))
+    config, read, compared = DataConfig(train=[{"path": path}]), [], []
+    check_data(config, make_shape("chatml"), advance=read.append, compare=compared.append)
+    assert sum(read) == sum(compared) == 30

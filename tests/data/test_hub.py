@@ -173,6 +173,17 @@ def test_prepared_rows_follow_the_branch(reader):
     assert "after 0" in text
 
 
+def test_a_commit_is_prepared_once_and_its_rows_are_not_read_again(reader):
+    stand_in = reader.hub
+    stand_in.add("org/kept", "main", {"train.jsonl": rows(2, "kept")})
+    request = {"path": "org/kept", "prepare": True}
+    first = reader.read(**request)
+    commit = stand_in.revisions["org/kept"]["main"]
+    stand_in.revisions["org/kept"].clear()  # nothing could be read now
+    assert reader.read(**request, revision=commit) == first
+    assert "org/kept" in reader.read(path="org/kept", revision=commit)
+
+
 def test_a_hub_that_never_answers_is_given_up_within_five_seconds(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(30))

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from llmtune.data.config import DataConfig
+from llmtune.data.collect import iter_chunks
+from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.data.example import IGNORE_INDEX, ExampleTableBuilder
 from llmtune.data.prepare import prepare_examples
+from llmtune.data.rows import open_source
 from llmtune.errors import LlmtuneError
 from tests.data.shapes import make_shape, turns, write_jsonl
 
@@ -249,6 +251,25 @@ def test_evaluation_share_is_stable_when_rows_are_added(tmp_path):
     assert held <= texts(many, "evaluation")
     assert not held & texts(many, "train")
     assert len(held | texts(few, "train")) == 100
+
+
+def test_a_replay_row_that_says_what_a_held_out_row_says_is_not_trained_on(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows(100))
+    again = write_jsonl(tmp_path / "again.jsonl", rows(100))
+    sources = [{"path": path}, {"path": again, "replay": True}]
+    knobs = {"train": sources, "evaluation_share": 0.2, "mixture": {"replay_share": 0.5}}
+    train, held = (prepare(split=split, **knobs) for split in ("train", "evaluation"))
+    texts = [{tuple(e.input_ids) for e in data.examples} for data in (train, held)]
+    assert held.examples and not texts[0] & texts[1]
+    assert {e.source for e in train.examples} == {path, again}
+
+
+def test_chunks_of_long_documents_have_fewer_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmtune.data.collect.CHUNK_CHARACTERS", 100)
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "x" * size} for size in (60, 60, 300, 5)])
+    rows = open_source(SourceConfig(path=path)).rows
+    sizes = [[row.conversation.num_characters for row in chunk] for chunk in iter_chunks(rows)]
+    assert sizes == [[60, 60], [300], [5]]
 
 
 def test_three_rows_never_put_a_copied_row_into_both_splits(tmp_path):

@@ -114,3 +114,30 @@ def test_check_page_names_the_findings(config):
     parsed = PlainText()
     parsed.feed(page)
     assert parsed.addresses == [] and "http" not in page
+
+
+@pytest.mark.parametrize("split", ["train", "evaluation"])
+def test_rows_of_the_other_split_are_not_shown(tmp_path, split):
+    rows = [{"prompt": f"q {i}", "completion": "a"} for i in range(60)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = DataConfig(train=[{"path": path}], evaluation_share=0.3)
+    tokenizer = make_shape("chatml")
+    shown = preview_rows(config, tokenizer, split=split, limit=60)
+    used = prepare_examples(config, tokenizer, split=split, seed=0).examples
+    assert [preview.line for preview in shown] == sorted(example.line for example in used)
+    (other, *_) = set(range(1, 61)) - {preview.line for preview in shown}
+    with pytest.raises(LlmtuneError, match=f"row {other} .*is not in {split}"):
+        preview_rows(config, tokenizer, split=split, row=other)
+
+
+def test_a_row_cannot_steer_the_terminal_it_is_shown_in(tmp_path):
+    hidden = "red \x1b[31m, bell \x07, nothing \u200b, backwards \u202e"
+    rows = [{"messages": turns(hidden, hidden)}]
+    config = DataConfig(train=[{"path": write_jsonl(tmp_path / "rows.jsonl", rows)}])
+    (preview,) = preview_rows(config, make_shape("chatml"))
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render_terminal([preview]))
+    for shown in (console.file.getvalue(), render_page([preview])):
+        assert not set("\x1b\x07\u200b\u202e") & set(shown)
+        assert "␛" in shown and "U+202E" in shown
+    assert hidden in preview.text  # scripts get it as it is
