@@ -65,7 +65,8 @@ class CheckReport:
     def _iter_lines(self) -> Iterator[str]:
         for report in self.reports:
             yield from report.lines()
-        yield "roles: " + ", ".join(f"{role} {count:,}" for role, count in self.roles.items())
+        if self.roles:
+            yield "roles: " + ", ".join(f"{role} {count:,}" for role, count in self.roles.items())
         yield "scripts: " + ", ".join(f"{name} {count:,}" for name, count in self.scripts.items())
         for finding in self.findings:
             yield f"{finding.severity}: {finding.kind}: {finding.message}: {finding.count:,}"

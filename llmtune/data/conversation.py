@@ -1,14 +1,13 @@
 """One row's content before it is tokenized, and the rules that a chat has to meet."""
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmtune.data.problems import RowError, did_you_mean, shorten
-from llmtune.data.strict_json import json_reason, parse_json
+from llmtune.data.row_values import check_text, parse_json_text, read_weight
+from llmtune.data.tools import read_tool_calls, read_tools
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLE_HINTS = {
@@ -40,8 +39,6 @@ UNREADABLE_KEYS = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "not text"),
 }
 """What would be lost without a word, and what it is."""
-MAX_DEPTH = 100
-"""Levels of nesting in tool schemas and arguments; templates recurse into them."""
 
 Message = dict[str, Any]
 
@@ -140,7 +137,7 @@ def _read_message(value: Any, index: int) -> Message:
     if reasoning:
         message["reasoning_content"] = check_text(reasoning[0], f"{where} ({role}): reasoning")
     if value.get("tool_calls"):
-        message["tool_calls"] = _read_tool_calls(value["tool_calls"], where)
+        message["tool_calls"] = read_tool_calls(value["tool_calls"], where)
     else:
         message.pop("tool_calls", None)
     where = f"{where} ({role})"
@@ -223,113 +220,3 @@ def _check_training_marks(message: Message, where: str) -> None:
             raise RowError(
                 f"{where}: weight is {weight}; only assistant messages are trained", "weight"
             )
-
-
-def read_weight(value: Any, where: str = "weight") -> float:
-    """Return a loss weight: a number that is not negative."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise RowError(f"{where}: weight is {shorten(value)}; expected a number") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
-        raise RowError(
-            f"{where}: weight is {shorten(value)}; expected a number from 0 up", "weight"
-        )
-    return float(value)
-
-
-def _read_tool_calls(value: Any, where: str) -> list[dict]:
-    value = parse_json_text(value, f"{where}: tool_calls")
-    if not isinstance(value, list):
-        raise RowError(f"{where}: tool_calls is {shorten(value)}; expected a list", "tool-call")
-    return [_read_tool_call(call, where) for call in value]
-
-
-def _read_tool_call(call: Any, where: str) -> dict:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RowError(
-            f"{where}: tool call {shorten(call)} has no function name; expected "
-            '{"function": {"name": ..., "arguments": {...}}}',
-            "tool-call",
-        )
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = parse_json(arguments or "{}")
-        except (ValueError, RecursionError) as error:
-            raise RowError(
-                f"{where}: the arguments of {function['name']} are not JSON ({json_reason(error)}): "
-                f"{shorten(function['arguments'])}",
-                "tool-call",
-            ) from None
-    if not isinstance(arguments, Mapping):
-        raise RowError(
-            f"{where}: the arguments of {function['name']} are {shorten(arguments)}; expected an "
-            "object",
-            "tool-call",
-        )
-    function = {"name": function["name"], "arguments": dict(arguments)}
-    _check_json(arguments, f"{where}: the arguments of {function['name']}")
-    check_text(json.dumps(function, ensure_ascii=False), f"{where}: tool call")
-    call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {"type": "function", **call_id, "function": function}
-
-
-def read_tools(value: Any) -> list[dict] | None:
-    """Return the tool schemas of a row, or None where it has none."""
-    value = parse_json_text(value, "tools")
-    if value is None or value == [] or value == "":
-        return None
-    if not isinstance(value, list):
-        raise RowError(f"tools is {shorten(value)}; expected a list of JSON schemas", "tools")
-    for tool in value:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowError(
-                f"tools holds {shorten(tool)}; expected "
-                '{"type": "function", "function": {"name": ..., "parameters": ...}}',
-                "tools",
-            )
-        _check_json(tool, f"tools: the schemas of {function['name']}")
-    return [dict(tool) for tool in value]
-
-
-def _check_json(value: Any, where: str, depth: int = 0) -> None:
-    """Refuse what a template cannot print as JSON: NaN, and nesting without end."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RowError(f"{where} hold {value}, which is not a JSON value", "tools")
-    if depth > MAX_DEPTH:
-        raise RowError(f"{where} are nested more than {MAX_DEPTH} levels deep", "tools")
-    children = value.values() if isinstance(value, Mapping) else value
-    if isinstance(value, Mapping | list):
-        for child in children:
-            _check_json(child, where, depth + 1)
-
-
-def parse_json_text(value: Any, where: str) -> Any:
-    """Return `value`, parsed where it is JSON text (CSV and Parquet often hold lists so)."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return parse_json(value)
-        except (ValueError, RecursionError) as error:
-            raise RowError(
-                f"{where} is text that is not JSON ({json_reason(error)}): {shorten(value)}"
-            ) from None
-    return value
-
-
-def check_text(value: Any, where: str) -> str:
-    """Return `value` where it is text that can be written as UTF-8."""
-    if not isinstance(value, str):
-        raise RowError(f"{where} is {shorten(value)}; expected text", "content")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(
-            f"{where} holds half of a character pair at position {error.start} "
-            f"({shorten(value[error.start])}); expected valid Unicode",
-            "unicode",
-        ) from None
-    return value

@@ -14,17 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from llmtune.data.columnar import iter_arrow, iter_parquet, refuse_doubled_columns
 from llmtune.data.json_list import READ_BYTES, iter_json_list
-from llmtune.data.problems import RowProblem, shorten
+from llmtune.data.problems import Parsed, RowProblem, shorten
 from llmtune.data.strict_json import DECODER, json_reason, parse_json
 from llmtune.errors import LlmtuneError
 
-Parsed = tuple[int, dict[str, Any]] | RowProblem
-
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 CSV_FIELD_BYTES = 1 << 27
-BATCH_ROWS = 1024
-BATCH_BYTES = 1 << 24
 BINARY_KINDS = (".parquet", ".arrow")
 ROW_COLUMNS = ("messages", "conversations", "instruction", "prompt", "completion", "text")
 """Where one of these stands in a JSON file's only object, that object is a row."""
@@ -196,7 +193,7 @@ def _iter_csv(file: IO[bytes], shown: str, *, delimiter: str = ",") -> Iterator[
         if not values:
             continue
         if header is None:
-            header = _check_header(values, shown)
+            header = refuse_doubled_columns(values, shown)
             _check_delimiter(values, delimiter, shown)
         elif len(values) != len(header):
             yield RowProblem(
@@ -208,13 +205,6 @@ def _iter_csv(file: IO[bytes], shown: str, *, delimiter: str = ",") -> Iterator[
             )
         else:
             yield line, dict(zip(header, values, strict=True))
-
-
-def _check_header(header: list[str], shown: str) -> list[str]:
-    doubled = sorted({name for name in header if header.count(name) > 1})
-    if doubled:
-        raise LlmtuneError(f"{shown}:1: the columns name {', '.join(doubled)} more than once")
-    return header
 
 
 def _check_delimiter(header: list[str], delimiter: str, shown: str) -> None:
@@ -229,75 +219,6 @@ def _check_delimiter(header: list[str], delimiter: str, shown: str) -> None:
 
 def _iter_tsv(file: IO[bytes], shown: str) -> Iterator[Parsed]:
     return _iter_csv(file, shown, delimiter="\t")
-
-
-def _iter_parquet(file: IO[bytes], shown: str) -> Iterator[Parsed]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(_seekable(file)) as table:
-            _check_header(table.schema_arrow.names, shown)
-            num_bytes = sum(
-                table.metadata.row_group(group).total_byte_size
-                for group in range(table.metadata.num_row_groups)
-            )
-            size = _rows_in_batch(table.metadata.num_rows, num_bytes)
-            yield from _iter_batches(table.iter_batches(batch_size=size))
-    except (pyarrow.ArrowException, UnicodeDecodeError, ValueError) as error:
-        raise LlmtuneError(f"{shown}: not a Parquet file that can be read: {error}") from error
-
-
-def _iter_arrow(file: IO[bytes], shown: str) -> Iterator[Parsed]:
-    import pyarrow
-
-    try:
-        seekable = _seekable(file)
-        is_file = seekable.read(6) == b"ARROW1"
-        seekable.seek(0)
-        # A batch is as long as its writer chose, perhaps the whole file: mapped, not read.
-        source = pyarrow.memory_map(file.name) if seekable is file else seekable
-        if is_file:
-            with pyarrow.ipc.open_file(source) as reader:
-                _check_header(reader.schema.names, shown)
-                yield from _iter_batches(map(reader.get_batch, range(reader.num_record_batches)))
-        else:
-            with pyarrow.ipc.open_stream(source) as reader:
-                _check_header(reader.schema.names, shown)
-                yield from _iter_batches(iter(reader))
-    except (pyarrow.ArrowException, UnicodeDecodeError, ValueError) as error:
-        raise LlmtuneError(f"{shown}: not an Arrow file that can be read: {error}") from error
-
-
-def _seekable(file: IO[bytes]) -> IO[bytes]:
-    """Return a plain file as it is; a compressed one unpacked, for going back in it is slow."""
-    is_plain = isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO)
-    return file if is_plain else io.BytesIO(file.read())
-
-
-def _iter_batches(batches: Iterator[Any]) -> Iterator[Parsed]:
-    number = 0
-    for batch in batches:
-        batch.validate(full=True)  # a damaged one must not be looked into
-        size = _rows_in_batch(batch.num_rows, batch.nbytes)
-        for start in range(0, batch.num_rows, size):
-            for row in batch.slice(start, size).to_pylist():
-                number += 1
-                yield number, drop_nulls(row)
-
-
-def _rows_in_batch(num_rows: int, num_bytes: int) -> int:
-    """Return how many rows to unpack at once: fewer where they are long."""
-    return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(num_bytes, 1)))
-
-
-def drop_nulls(value: Any) -> Any:
-    """Return `value` without null members: Arrow gives every struct the keys of all rows."""
-    if isinstance(value, dict):
-        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [drop_nulls(item) for item in value]
-    return value
 
 
 def _iter_text(file: IO[bytes], shown: str) -> Iterator[Parsed]:
@@ -324,8 +245,8 @@ READERS: dict[str, Callable[[IO[bytes], str], Iterator[Parsed]]] = {
     ".json": _iter_json,
     ".csv": _iter_csv,
     ".tsv": _iter_tsv,
-    ".parquet": _iter_parquet,
-    ".arrow": _iter_arrow,
+    ".parquet": iter_parquet,
+    ".arrow": iter_arrow,
     ".txt": _iter_text,
     ".md": _iter_text,
 }

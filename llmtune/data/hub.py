@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.data.config import SourceConfig
-from llmtune.data.files import drop_nulls, file_kind
+from llmtune.data.columnar import drop_nulls
+from llmtune.data.files import file_kind
 from llmtune.deadline import call_within, first_line
 from llmtune.errors import LlmtuneError
 

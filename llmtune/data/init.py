@@ -97,7 +97,7 @@ def describe_data(
         evaluation_path=evaluation_path,
         left_out=left_out,
         format=opened.format.format.name,
-        reason=opened.format.reason,
+        reason=_explain(source, opened.format.reason),
         columns=source.columns,
         render=source.render,
         num_rows=len(rows) + remaining,
@@ -200,6 +200,14 @@ def _guess_source(path: str, tokenizer: PreTrainedTokenizerFast | None) -> Sourc
         if choice.format.name == "completion":
             return source.model_copy(update={"format": "completion", "render": "plain"})
     return source
+
+
+def _explain(source: SourceConfig, reason: str) -> str:
+    """Say how the columns were recognised, where it was not by the format's own names."""
+    if not source.columns:
+        return reason
+    names = ", ".join(f"{column} as {name}" for name, column in source.columns.items())
+    return reason.replace("set in the config", f"guessed from the columns: {names}")
 
 
 def _fits(name: str, row: Mapping[str, Any]) -> bool:

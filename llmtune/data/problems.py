@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llmtune.errors import LlmtuneError
 
@@ -21,6 +22,10 @@ class RowProblem:
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}: {self.message}"
+
+
+Parsed = tuple[int, dict[str, Any]] | RowProblem
+"""A row of a file with its line, or why it cannot be read."""
 
 
 class RowError(Exception):

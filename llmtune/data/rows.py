@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmtune.data.config import SourceConfig
 from llmtune.data.conversation import Conversation
-from llmtune.data.files import Parsed, file_kind, iter_file
+from llmtune.data.files import file_kind, iter_file
 from llmtune.data.formats import (
     FormatChoice,
     check_columns,
@@ -20,7 +20,7 @@ from llmtune.data.formats import (
     unread_columns,
 )
 from llmtune.data.hub import is_hub_id, iter_hub_rows, refuse_hub_knobs
-from llmtune.data.problems import RowError, RowProblem
+from llmtune.data.problems import Parsed, RowError, RowProblem
 from llmtune.errors import LlmtuneError
 
 DETECTION_ROWS = 100

@@ -4,15 +4,8 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from llmtune.data.conversation import (
-    Conversation,
-    chat,
-    check_text,
-    parse_json_text,
-    put_system_first,
-    read_messages,
-    read_weight,
-)
+from llmtune.data.conversation import Conversation, chat, put_system_first, read_messages
+from llmtune.data.row_values import check_text, parse_json_text, read_weight
 from llmtune.data.formats.base import Row, row_weight
 from llmtune.data.problems import RowError
 

@@ -2,7 +2,8 @@
 
 from typing import ClassVar
 
-from llmtune.data.conversation import Conversation, check_text, read_weight
+from llmtune.data.conversation import Conversation
+from llmtune.data.row_values import check_text, read_weight
 from llmtune.data.formats.base import Row, row_weight
 from llmtune.data.problems import RowError
 
