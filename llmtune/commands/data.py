@@ -60,7 +60,7 @@ def init(data: str, base: str | None, out: Path, quiet: bool, as_json: bool) -> 
     print_result(
         result,
         as_json,
-        lambda: f"{out}: {found.num_rows:,} rows, {found.format} ({found.reason})",
+        lambda: f"{out}: {found.num_rows:,} rows, {found.reason}",
     )
 
 

@@ -14,6 +14,7 @@ from llmtune.data.config import DataConfig
 from llmtune.data.duplicates import find_near_duplicates, find_shared_ngrams
 from llmtune.data.suspicion import main_script
 from tests.data.shapes import make_shape, turns, write_jsonl
+from tests.versions import without_torch
 
 NOUNS = [
     "fox",
@@ -205,6 +206,7 @@ def test_dropped_rows_are_warnings(tmp_path):
     assert any("rows.jsonl:11" in line for line in report.lines())
 
 
+@without_torch
 def test_check_needs_no_torch_and_is_quick(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", clean_rows(50))
     code = f"""

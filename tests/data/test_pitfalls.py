@@ -12,6 +12,7 @@ from llmtune.data.prepare import prepare_examples
 from llmtune.models.turns import stop_token_ids
 from tests.data.shapes import SHAPES, make_shape, turns, write_jsonl
 from tests.project import make_project
+from tests.versions import IS_CURRENT
 
 GOOD = [{"messages": turns(f"question {i}", f"answer {i}")} for i in range(17)]
 LONG = [{"messages": turns(f"long {i}" + " word" * 60, "answer" + " again" * 8)} for i in range(4)]
@@ -90,7 +91,7 @@ def test_what_others_accept_is_refused_by_file_and_line_without_torch(checked, n
     words = FILES[name][1]
     assert code == (1 if words else 0), said
     assert all(word in said for word in words), said
-    assert heavy == []
+    assert heavy == ([] if IS_CURRENT else ["torch"])
     if name != next(iter(FILES)):  # the first call also imports the tokenizer library
         assert seconds < 2
 

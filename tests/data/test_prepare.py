@@ -17,6 +17,7 @@ from llmtune.data.prepare import prepare_examples
 from llmtune.data.rows import open_source
 from llmtune.errors import LlmtuneError
 from tests.data.shapes import make_shape, turns, write_jsonl
+from tests.versions import without_torch
 
 
 def row(question: str, answer: str) -> dict:
@@ -334,6 +335,7 @@ def test_packing_reads_yaml_words():
     assert DataConfig(train=[{"path": "a"}], packing=False).packing == "off"
 
 
+@without_torch
 def test_preparing_never_imports_torch(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", rows(3))
     code = f"""

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from llmtune.data.config import SourceConfig
-from llmtune.data.conversation import MAX_DEPTH
+from llmtune.data.tools import MAX_DEPTH
 from llmtune.data.rows import LoadedRow, open_source
 from llmtune.errors import LlmtuneError
 

@@ -10,6 +10,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.exporting.config import GGUF_TYPES
 from llmtune.exporting.preflight import check_exportable
 from tests.exporting.conftest import FAMILIES, save_byte_level, save_sentencepiece
+from tests.versions import without_torch
 
 
 def change_json(path, change):
@@ -116,6 +117,7 @@ def test_llama3_and_smollm_are_told_apart(make_checkpoint):
         assert read_vocabulary(directory).pre.name == kind
 
 
+@without_torch
 def test_the_check_needs_no_torch(llama_dir):
     code = (
         "import sys; from pathlib import Path;"

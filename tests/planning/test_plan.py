@@ -22,6 +22,7 @@ from llmtune.planning.shape import read_shape
 from llmtune.planning.weights import base_bytes, trained_bytes
 from tests.planning.shapes import small_config
 from tests.tiny import make_model
+from tests.versions import without_torch
 
 ROOT = Path(__file__).parent.parent.parent
 EIGHT_B = ROOT / "docs" / "shapes" / "llama-3.1-8b"
@@ -131,6 +132,7 @@ def test_the_command_ends_with_1_where_it_does_not_fit(tmp_path, capsys):
     assert shown["advice"]
 
 
+@without_torch
 def test_a_plan_imports_no_torch(tmp_path):
     path = write_config(tmp_path, base=str(EIGHT_B))
     code = (

@@ -8,8 +8,11 @@ from llmtune.training.batch import pack_rows, pad_rows
 from llmtune.training.head import decoder_hidden
 from llmtune.training.packing import choose_packing, packed_attention
 from tests.training.tiny_runs import make_adapter, make_rows
+from tests.versions import IS_CURRENT
 
-PACKABLE = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi", "gpt_neox", "mixtral")
+PACKABLE = ("llama", "qwen2", "qwen3", "mistral", "phi", "gpt_neox", "mixtral")
+if IS_CURRENT:  # on transformers 5.17 the probe refuses gemma2, whose rows are padded then
+    PACKABLE += ("gemma2",)
 
 
 @pytest.mark.parametrize("family", PACKABLE)
