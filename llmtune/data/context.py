@@ -98,9 +98,7 @@ class ContextGuard:
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     ) -> set[Place]:
         """Return the places whose marks the template does not print."""
-        roles = tuple(
-            (m["role"], bool(m["content"]), "reasoning_content" in m) for m in messages
-        )
+        roles = tuple((m["role"], bool(m["content"]), "reasoning_content" in m) for m in messages)
         shape = (roles, bool(tools))
         if shape not in self._unprinted:
             if len(self._unprinted) >= MAX_KNOWN:

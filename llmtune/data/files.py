@@ -76,8 +76,8 @@ def _refuse_wide_text(file: Any, shown: str) -> None:
     start = file.peek(4)[:4]
     if start.startswith(WIDE_MARKS) or b"\0" in start:
         raise LlmtuneError(
-            f"{shown}:1: not UTF-8 text but UTF-16 (it begins with the bytes {start.hex(' ')}); save "
-            "it as UTF-8"
+            f"{shown}:1: not UTF-8 text but UTF-16 (it begins with the bytes {start.hex(' ')}); "
+            "save it as UTF-8"
         )
 
 

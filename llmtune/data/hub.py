@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmtune.data.config import SourceConfig
 from llmtune.data.columnar import drop_nulls
+from llmtune.data.config import SourceConfig
 from llmtune.data.files import file_kind
 from llmtune.deadline import call_within, first_line
 from llmtune.errors import LlmtuneError

@@ -4,6 +4,7 @@ import difflib
 import glob
 import itertools
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,9 +79,10 @@ def find_files(path: str) -> list[Path]:
         LlmtuneError: nothing is there, or nothing that can be read.
     """
     here = Path(path).expanduser()
-    if os.path.isfile(here):  # False, not an error, where the name is too long
+    mode = _mode(here)
+    if stat.S_ISREG(mode):
         return [here]
-    if os.path.isdir(here):
+    if stat.S_ISDIR(mode):
         files = sorted(file for file in _walk(here) if file_kind(file))
         if not files:
             raise LlmtuneError(f"{path}: the directory holds no data file (.jsonl, .csv, ...)")
@@ -93,6 +95,14 @@ def find_files(path: str) -> list[Path]:
             raise LlmtuneError(f"{path}: no file matches this pattern")
         return files
     raise LlmtuneError(_missing(path, here))
+
+
+def _mode(path: Path) -> int:
+    """Return a file's type and rights; 0 where nothing is there, or nothing can be so called."""
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):
+        return 0
 
 
 def _walk(directory: Path) -> Iterator[Path]:

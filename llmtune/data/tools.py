@@ -34,8 +34,8 @@ def _read_tool_call(call: Any, where: str) -> dict:
             arguments = parse_json(arguments or "{}")
         except (ValueError, RecursionError) as error:
             raise RowError(
-                f"{where}: the arguments of {function['name']} are not JSON ({json_reason(error)}): "
-                f"{shorten(function['arguments'])}",
+                f"{where}: the arguments of {function['name']} are not JSON "
+                f"({json_reason(error)}): {shorten(function['arguments'])}",
                 "tool-call",
             ) from None
     if not isinstance(arguments, Mapping):

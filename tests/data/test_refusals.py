@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 
 from llmtune.data.config import SourceConfig
-from llmtune.data.tools import MAX_DEPTH
 from llmtune.data.rows import LoadedRow, open_source
+from llmtune.data.tools import MAX_DEPTH
 from llmtune.errors import LlmtuneError
 
 ROW = '{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}'

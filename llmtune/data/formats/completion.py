@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from llmtune.data.conversation import Conversation, chat, put_system_first, read_messages
-from llmtune.data.row_values import check_text, parse_json_text, read_weight
 from llmtune.data.formats.base import Row, row_weight
 from llmtune.data.problems import RowError
+from llmtune.data.row_values import check_text, parse_json_text, read_weight
 
 
 class CompletionFormat:
@@ -79,7 +79,8 @@ def _refuse_chat_columns(row: Row, prompt: Any, completion: Any) -> None:
     used = [name for name in ("system", "tools") if row.get(name)]
     if used:
         raise RowError(
-            f"render: plain has no place for the column {used[0]}; leave it out, or use render: chat"
+            f"render: plain has no place for the column {used[0]}; leave it out, or use "
+            "render: chat"
         )
     if isinstance(prompt, list) or isinstance(completion, list):
         raise RowError("render: plain joins two texts; found messages, which need render: chat")

@@ -3,9 +3,9 @@
 from typing import Any, ClassVar
 
 from llmtune.data.conversation import Conversation, chat, put_system_first
-from llmtune.data.row_values import check_text, parse_json_text
 from llmtune.data.formats.base import Row, row_weight
 from llmtune.data.problems import RowError, shorten
+from llmtune.data.row_values import check_text, parse_json_text
 
 
 class InstructionFormat:

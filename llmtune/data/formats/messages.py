@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from llmtune.data.conversation import Conversation, chat, put_system_first
-from llmtune.data.row_values import parse_json_text
 from llmtune.data.formats.base import Row, row_weight
+from llmtune.data.row_values import parse_json_text
 
 
 class MessagesFormat:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from llmtune.data.conversation import Conversation, chat, put_system_first
-from llmtune.data.row_values import parse_json_text
 from llmtune.data.formats.base import Row, row_weight
 from llmtune.data.problems import RowError, did_you_mean, shorten
+from llmtune.data.row_values import parse_json_text
 
 SPEAKERS = {
     "system": "system",

@@ -3,9 +3,9 @@
 from typing import ClassVar
 
 from llmtune.data.conversation import Conversation
-from llmtune.data.row_values import check_text, read_weight
 from llmtune.data.formats.base import Row, row_weight
 from llmtune.data.problems import RowError
+from llmtune.data.row_values import check_text, read_weight
 
 
 class TextFormat:
