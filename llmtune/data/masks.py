@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NOTE_CONTROL = "text that holds control tokens, which are tokenized as such"
-PRINTED_KEYS = ("reasoning_content", "tool_calls", "name", "tool_call_id")
-"""What a template may print of a message beside its content."""
+PRINTED_KEYS = ("content", "reasoning_content", "tool_calls", "name", "tool_call_id")
+"""What a template may print of a message."""
 
 
 @dataclass(frozen=True)
@@ -246,23 +246,21 @@ class Labeller:
 
     def _refuse_control_text(self, row: Conversation) -> None:
         for index, message in enumerate(row.messages, 1):
-            texts = {"content": message["content"]}
-            if len(message) > 2:
-                texts |= {key: message[key] for key in PRINTED_KEYS if message.get(key)}
-            for key, value in texts.items():
-                self._refuse_control(value, f"message {index} ({message['role']}): {key}")
-        if row.tools:
-            self._refuse_control(row.tools, "tools")
+            for key in PRINTED_KEYS if len(message) > 2 else ("content",):
+                found = self._find_control(message.get(key))
+                if found:
+                    raise _holds_control(f"message {index} ({message['role']}): {key}", found)
+        found = self._find_control(row.tools)
+        if found:
+            raise _holds_control("tools", found)
 
-    def _refuse_control(self, value: Any, where: str) -> None:
+    def _find_control(self, value: Any) -> str | None:
+        """Return the first control token in a text, or in any text of a JSON value."""
+        if not value:
+            return None
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         found = self._specials.search(text)
-        if found:
-            raise RowError(
-                f"{where} holds the control token {shorten(found.group())}, which would end or "
-                "open a turn; take it out",
-                "control-token",
-            )
+        return found.group() if found else None
 
     def _label_plain(self, row: Conversation) -> LabelledRow | RowError:
         """Label a row that goes through no template; the tokenizer's end of text closes it."""
@@ -289,6 +287,14 @@ class Labeller:
         notes = (NOTE_CONTROL,) if self._specials.search(row.prompt + row.text) else ()
         sequence = LabelledSequence(ids, [(len(prompt), len(ids))], row.weight)
         return LabelledRow((sequence,), notes)
+
+
+def _holds_control(where: str, token: str) -> RowError:
+    return RowError(
+        f"{where} holds the control token {shorten(token)}, which would end or open a turn; take "
+        "it out",
+        "control-token",
+    )
 
 
 def _train_everything(row: Conversation, full: str, ending: TurnEnding) -> RowSamples:
