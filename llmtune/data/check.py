@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.data.collect import Split, SplitCollector, read_evaluation_keys
 from llmtune.data.config import DataConfig
 from llmtune.data.findings import Finding, Notebook
+from llmtune.data.hub import pin_sources
 from llmtune.data.prepare import order_epoch
 from llmtune.data.problems import LISTED_PROBLEMS
 from llmtune.data.report import DataReport
@@ -92,6 +93,7 @@ def check_data(
     Raises:
         LlmtuneError: a source cannot be read at all, or the tokenizer cannot serve.
     """
+    config = pin_sources(config)
     notebook = Notebook(config)
     reports = []
     splits: tuple[Split, ...] = ("train", "evaluation")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.data.columnar import drop_nulls
-from llmtune.data.config import SourceConfig
+from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.data.files import file_kind
 from llmtune.deadline import call_within, first_line
 from llmtune.errors import LlmtuneError
@@ -45,16 +45,18 @@ def refuse_hub_knobs(source: SourceConfig) -> None:
             )
 
 
-def pin_source(source: SourceConfig) -> SourceConfig:
-    """Return a hub source with the commit its branch or tag is now; a commit or a file as it is.
+def pin_sources(config: DataConfig) -> DataConfig:
+    """Return `config` with the hub's branches and tags as the commits they are now.
 
     Raises:
-        LlmtuneError: neither a file nor a data set of this name can be reached.
+        LlmtuneError: neither a file nor a data set of a source's name can be reached.
     """
-    is_pinned = COMMIT.fullmatch(source.revision or "") is not None
-    if is_pinned or not is_hub_id(source.path):
-        return source
-    return source.model_copy(update={"revision": look_up_commit(source)})
+    return config.model_copy(
+        update={
+            "train": [_pin_source(source) for source in config.train],
+            "evaluation": [_pin_source(source) for source in config.evaluation],
+        }
+    )
 
 
 def iter_hub_rows(source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -107,3 +109,10 @@ def look_up_commit(source: SourceConfig) -> str:
             f"{source.path}: no such file here, and as a data set of the hub it cannot be reached: "
             f"{first_line(error)}"
         ) from error
+
+
+def _pin_source(source: SourceConfig) -> SourceConfig:
+    is_pinned = COMMIT.fullmatch(source.revision or "") is not None
+    if is_pinned or not is_hub_id(source.path):
+        return source
+    return source.model_copy(update={"revision": look_up_commit(source)})

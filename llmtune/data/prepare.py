@@ -11,7 +11,7 @@ from llmtune.data.cache import cache_path, load_prepared, open_entry, save_prepa
 from llmtune.data.collect import Split, SplitCollector, read_evaluation_keys
 from llmtune.data.config import DataConfig
 from llmtune.data.example import ExampleTable
-from llmtune.data.hub import pin_source
+from llmtune.data.hub import pin_sources
 from llmtune.data.length import refuse_loss
 from llmtune.data.mixture import hash_order, mix_order, share_sources
 from llmtune.data.prepared import PreparedData, fingerprint_table
@@ -37,7 +37,7 @@ def prepare_examples(
         LlmtuneError: bad rows (the first ten are named), too much lost to `max_length`, a row
             that train and evaluation share, no row left, or a tokenizer that cannot serve.
     """
-    config = _pin_sources(config)
+    config = pin_sources(config)
     if not config.cache:
         return _prepare(config, tokenizer, (split, seed), None)
     kept_at = cache_path(config, tokenizer, split=split, seed=seed)
@@ -49,16 +49,6 @@ def prepare_examples(
         if directory is not None and prepared.source_names:
             save_prepared(kept_at, prepared, directory)
     return prepared
-
-
-def _pin_sources(config: DataConfig) -> DataConfig:
-    """Return `config` with the hub's branches and tags as commits: one state of the data."""
-    return config.model_copy(
-        update={
-            "train": [pin_source(source) for source in config.train],
-            "evaluation": [pin_source(source) for source in config.evaluation],
-        }
-    )
 
 
 def _prepare(
