@@ -18,8 +18,8 @@ TELLING_CHARACTERS = 24
 """A text this long does not stand in another one by chance."""
 MAX_KNOWN = 4096
 
-Shape = tuple[tuple[tuple[str, bool, bool], ...], bool]
-"""Of each message its role, whether it has content and reasoning; and whether there are tools."""
+Shape = tuple[tuple[tuple[str, tuple[bool, ...]], ...], bool]
+"""Of each message its role and what it has beside it; and whether there are tools."""
 Place = int | tuple[int, str] | Literal["tools"]
 """What a mark stood for: a message's content, its reasoning, or the tools."""
 
@@ -98,28 +98,29 @@ class ContextGuard:
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     ) -> set[Place]:
         """Return the places whose marks the template does not print."""
-        roles = tuple((m["role"], bool(m["content"]), "reasoning_content" in m) for m in messages)
+        parts = ("content", "reasoning_content", "tool_calls")
+        roles = tuple((m["role"], tuple(bool(m.get(key)) for key in parts)) for m in messages)
         shape = (roles, bool(tools))
         if shape not in self._unprinted:
             if len(self._unprinted) >= MAX_KNOWN:
                 self._unprinted.clear()
-            self._unprinted[shape] = self._render_marks(messages, bool(tools))
+            self._unprinted[shape] = self._render_marks(messages, tools)
         return self._unprinted[shape]
 
-    def _render_marks(self, messages: Sequence[Message], has_tools: bool) -> set[Place]:
+    def _render_marks(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+    ) -> set[Place]:
         marked, places = [], list[Place]()
         for index, message in enumerate(messages):
             keys: dict[str, Place] = {"content": index, "reasoning_content": (index, "reasoning")}
             wanted = {key: place for key, place in keys.items() if message.get(key)}
             marked.append({**message, **{key: _mark(place) for key, place in wanted.items()}})
             places += wanted.values()
-        tools = None
-        if has_tools:
-            function = {"name": _mark("tools"), "description": "", "parameters": {}}
-            tools = [{"type": "function", "function": function}]
+        marked_tools = [_rename(tool, _mark("tools")) for tool in tools or []]
+        if marked_tools:
             places.append("tools")
         try:
-            text = render_text(self._tokenizer, marked, tools=tools)
+            text = render_text(self._tokenizer, marked, tools=marked_tools or None)
         except RowError:
             return set()  # a template that reads contents; the row itself was rendered
         return {place for place in places if not _holds(text, _mark(place))}
@@ -151,6 +152,13 @@ def _leaves(value: object) -> Iterator[str]:
             yield from _leaves(item)
     elif isinstance(value, str) and value:
         yield value
+
+
+def _rename(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a tool's schema with another name and everything else as it is."""
+    if "function" in tool:
+        return {**tool, "function": {**tool["function"], "name": name}}
+    return {**tool, "name": name}
 
 
 def _mark(place: Place) -> str:
