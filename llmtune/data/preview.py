@@ -16,7 +16,7 @@ from rich.text import Text
 from llmtune.data.collect import Split, choose_sources, is_selected
 from llmtune.data.config import DataConfig
 from llmtune.data.example import IGNORE_INDEX
-from llmtune.data.masks import Labeller
+from llmtune.data.masks import LabelledRow, Labeller
 from llmtune.data.problems import RowError, RowProblem
 from llmtune.data.rows import LoadedRow, open_source
 from llmtune.errors import LlmtuneError
@@ -94,10 +94,12 @@ def preview_rows(
     Rows are counted over the split's sources, bad ones included; lengths are not cut.
 
     Raises:
-        LlmtuneError: the row asked for cannot be used (and why), or there are fewer rows.
+        LlmtuneError: the row asked for, or every row, cannot be used (and why), or there are fewer
+            rows.
     """
     labeller = Labeller(tokenizer, config.loss_on)
     previews: list[RowPreview] = []
+    first_problem: RowProblem | None = None
     shown = number = 0
     for number, (found, is_chosen) in enumerate(_iter_rows(config, split), 1):
         if number != row if row is not None else not is_chosen:
@@ -107,16 +109,11 @@ def preview_rows(
                 f"row {row} ({found.source}:{found.line}) is not in {split}: "
                 f"data.evaluation_share={config.evaluation_share} puts it into the other split"
             )
-        if isinstance(found, RowProblem):
+        labelled = _label(labeller, found)
+        if isinstance(labelled, RowProblem):
             if row is not None:
-                raise LlmtuneError(f"row {row} cannot be used: {found}")
-            continue
-        (labelled,) = labeller.label([found.conversation])
-        if isinstance(labelled, RowError):
-            if row is not None:
-                raise LlmtuneError(
-                    f"row {row} cannot be used: {found.source}:{found.line}: {labelled}"
-                )
+                raise LlmtuneError(f"row {row} cannot be used: {labelled}")
+            first_problem = first_problem or labelled
             continue
         for sequence in labelled.sequences:
             labels = [IGNORE_INDEX] * len(sequence.input_ids)
@@ -138,7 +135,18 @@ def preview_rows(
             return previews
     if row is not None:
         raise LlmtuneError(f"there is no row {row} in {split}: it has {number} rows")
+    if first_problem is not None and not previews:
+        raise LlmtuneError(f"no row of {split} can be used; the first: {first_problem}")
     return previews
+
+
+def _label(labeller: Labeller, row: LoadedRow | RowProblem) -> LabelledRow | RowProblem:
+    if isinstance(row, RowProblem):
+        return row
+    (labelled,) = labeller.label([row.conversation])
+    if isinstance(labelled, RowError):
+        return RowProblem(row.source, row.line, str(labelled), labelled.kind)
+    return labelled
 
 
 def split_tokens(

@@ -102,6 +102,13 @@ def test_bad_or_missing_row_says_why(config):
         preview_rows(config, make_shape("chatml"), row=9)
 
 
+def test_where_no_row_can_be_shown_the_first_says_why(tmp_path):
+    rows = [{"messages": turns("a", "b<|im_end|>")}, {"messages": []}]
+    config = DataConfig(train=[{"path": write_jsonl(tmp_path / "rows.jsonl", rows)}])
+    with pytest.raises(LlmtuneError, match=r"no row of train .*rows.jsonl:1: .*control token"):
+        preview_rows(config, make_shape("chatml"))
+
+
 def test_row_longer_than_the_limit_is_said(config):
     short = config.model_copy(update={"max_length": 4})
     (preview,) = preview_rows(short, make_shape("chatml"), row=1)
