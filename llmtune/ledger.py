@@ -19,16 +19,32 @@ log = logging.getLogger("llmtune")
 
 SHOWN_DIFFERENCES = 5
 
+Completion = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+def as_recorded(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return recorded inputs as they are."""
+    return inputs
+
+
+def is_same_inputs(
+    record: Mapping[str, Any], inputs: Mapping[str, Any], complete: Completion
+) -> bool:
+    """Return whether a stage's record is of these inputs."""
+    return "inputs" in record and hash_json(complete(record["inputs"])) == hash_json(inputs)
+
 
 class Ledger:
     """Runs the stages of one run directory and writes down what each was made from.
 
-    Use `open_ledger`; one process at a time holds a run.
+    Use `open_ledger`; one process at a time holds a run. `has_training` says whether training had
+    left something when it was opened; the config was then held against the one it was made with.
     """
 
-    def __init__(self, run: RunDir, manifest: Manifest) -> None:
+    def __init__(self, run: RunDir, manifest: Manifest, *, has_training: bool) -> None:
         self.run = run
         self.manifest = manifest
+        self.has_training = has_training
 
     def describe(
         self, *, base: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None
@@ -49,6 +65,7 @@ class Ledger:
         inputs: Mapping[str, Any],
         work: Callable[[], Mapping[str, Any]],
         *,
+        complete: Completion = as_recorded,
         is_there: bool = True,
         force: bool = False,
     ) -> Mapping[str, Any]:
@@ -56,13 +73,15 @@ class Ledger:
 
         `inputs` is everything that decides the result. A stage that raises stays unfinished in the
         manifest, and so does every stage after it. `is_there` says whether what the stage left
-        still exists; without it, and with `force`, the work is done again.
+        still exists; without it, and with `force`, the work is done again. `complete` gives
+        recorded inputs what this version added to them since.
         """
-        fingerprint = hash_json(inputs)
-        if self.manifest.is_finished(name, fingerprint) and is_there and not force:
+        record = self.manifest.stages.get(name, {})
+        is_same = record.get("finished") and is_same_inputs(record, inputs, complete)
+        if is_same and is_there and not force:
             log.info("%s: finished before on the same inputs, skipped", name)
-            return self.manifest.stages[name]["result"]
-        self._save(self.manifest.start(name, fingerprint, inputs))
+            return record["result"]
+        self._save(self.manifest.start(name, hash_json(inputs), inputs))
         started = time.perf_counter()
         result = work()
         self._save(
@@ -85,16 +104,17 @@ def open_ledger(
     run: RunDir,
     config: Mapping[str, Any],
     *,
-    deciding: Mapping[str, Any],
+    deciding: Completion,
     is_recorded: bool = True,
     force: bool = False,
 ) -> Iterator[Ledger]:
     """Hold the run directory, making it where there is none.
 
-    `config` is the whole config as JSON values, recorded where `is_recorded`; `deciding` are those
-    of them that may not differ from what the directory was made with, once training has left
-    something there. With `force` what earlier stages left is removed. A directory that was made
-    here disappears again if the input turns out wrong before anything was trained.
+    `config` is the whole config as JSON values, recorded where `is_recorded`; `deciding` returns
+    those of a config's that may not differ from what the directory was made with, once training has
+    left something there; what an older config lacks it returns as its default. With `force` what
+    earlier stages left is removed. A directory that was made here disappears again if the input
+    turns out wrong before anything was trained.
 
     Raises:
         LlmtuneError: another process holds the run, the directory is not a run, or it holds a run
@@ -114,12 +134,14 @@ def open_ledger(
         if force:
             _clear(run)
         manifest = Manifest(config=config)
+        has_training = False
         if run.manifest_path.exists():
             known = read_manifest(run)
-            if _has_training(run):
-                _refuse_other_config(run, known.config, deciding)
+            has_training = _has_training(run)
+            if has_training:
+                _refuse_other_config(run, deciding(known.config), deciding(config))
             manifest = replace(known, config=config) if is_recorded else known
-        ledger = Ledger(run, manifest)
+        ledger = Ledger(run, manifest, has_training=has_training)
         ledger.describe()
         try:
             yield ledger
@@ -154,7 +176,7 @@ def _refuse_other_config(
     run: RunDir, known: Mapping[str, Any], deciding: Mapping[str, Any]
 ) -> None:
     lines = [
-        f"{key}: was {old!r}, is {new!r}" for key, old, new in _differences("", known, deciding)
+        f"{key}: was {old!r}, is {new!r}" for key, old, new in differences("", known, deciding)
     ]
     if lines:
         more = f" and {len(lines) - SHOWN_DIFFERENCES} more" * (len(lines) > SHOWN_DIFFERENCES)
@@ -164,13 +186,14 @@ def _refuse_other_config(
         )
 
 
-def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+def differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted keys of `new`, below `key`, whose values differ, each with both values."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in new:
-            yield from _differences(f"{key}.{name}".lstrip("."), old.get(name), new[name])
+            yield from differences(f"{key}.{name}".lstrip("."), old.get(name), new[name])
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for place, pair in enumerate(zip(old, new, strict=True)):
-            yield from _differences(f"{key}.{place}", *pair)
+            yield from differences(f"{key}.{place}", *pair)
     elif old != new:
         yield key, old, new
 

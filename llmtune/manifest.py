@@ -29,11 +29,6 @@ class Manifest:
     data: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def is_finished(self, stage: str, fingerprint: str) -> bool:
-        """Return whether `stage` ended well on these very inputs."""
-        record = self.stages.get(stage, {})
-        return bool(record.get("finished")) and record.get("fingerprint") == fingerprint
-
     def start(self, stage: str, fingerprint: str, inputs: Mapping[str, Any]) -> "Manifest":
         """Return the manifest with `stage` begun, and with it every later stage undone."""
         kept = {name: record for name, record in self.stages.items() if not _is_after(name, stage)}

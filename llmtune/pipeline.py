@@ -15,7 +15,7 @@ from llmtune.data.prepare import PreparedData, prepare_examples
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.evaluation.config import DIAGNOSES, EXTENTS, Extent
 from llmtune.evaluation.results import arm_result_path
-from llmtune.fingerprint import hash_file, hash_json
+from llmtune.fingerprint import hash_file
 from llmtune.ledger import Ledger, open_ledger
 from llmtune.merging.config import MergeConfig, MergeSettings
 from llmtune.merging.provenance import PROVENANCE_FILE
@@ -23,6 +23,12 @@ from llmtune.models.identity import base_fingerprint
 from llmtune.models.resolve import BaseSource, resolve_base
 from llmtune.models.tokenizer import load_tokenizer
 from llmtune.run_dir import RunDir
+from llmtune.stage_inputs import (
+    complete_inputs,
+    deciding_knobs_of,
+    take_config_hash,
+    train_inputs,
+)
 
 if TYPE_CHECKING:
     from llmtune.evaluation.scores import Scores
@@ -48,8 +54,7 @@ def run(config: RunConfig, *, force: bool = False) -> "Report":
         LlmtuneError: the input is wrong; nothing was lost.
         RunInterrupted: stopped by Ctrl-C or SIGTERM after saving a checkpoint.
     """
-    load_suites(config)
-    _check_evaluation_files(config)
+    _check_evaluation_files(config, load_suites(config))
     train(config, force=force)
     merge(config)
     evaluate(config)
@@ -78,7 +83,7 @@ def train(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
         template, type = config.model.chat_template, config.export.type_for(kind)
         check_exportable(source.dir, kind, type, chat_template=template)
     data = _prepare_data(config, source)
-    inputs = _train_inputs(config, source, data)
+    inputs = train_inputs(config, source.dir, data)
     interruptions: list[str] = []
 
     def work() -> Mapping[str, Any]:
@@ -93,8 +98,11 @@ def train(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
 
     with _open(config, force=force, is_recorded=True) as ledger:
         has_adapter = config.run.adapter_dir.is_dir()
+        record = ledger.manifest.stages.get("train", {})
+        if ledger.has_training:
+            inputs = take_config_hash(inputs, record)
         if has_adapter:
-            _refuse_other_inputs(config.run, ledger.manifest.stages.get("train", {}), inputs)
+            _refuse_other_inputs(config.run, record, inputs)
         ledger.describe(
             base={**ledger.manifest.base, **source.as_dict(), "fingerprint": inputs["base"]},
             data={name: prepared.report.to_json() for name, prepared in data.items()},
@@ -160,7 +168,9 @@ def merge(
         }
         inputs |= {"dtype": settings.dtype} if settings.dtype else {}
         is_there = config.run.merged_dir.is_dir()
-        return ledger.stage("merge", inputs, work, is_there=is_there, force=force)
+        return ledger.stage(
+            "merge", inputs, work, complete=complete_inputs, is_there=is_there, force=force
+        )
 
 
 def merge_into(
@@ -267,7 +277,7 @@ def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
 
     config = anchor_paths(config)
     suites = load_suites(config)
-    _check_evaluation_files(config)
+    _check_evaluation_files(config, suites)
     source = resolve_base(config.model)
     adapter = _trained_adapter(config)
     if "merged" in config.evaluate.arms and not config.run.merged_dir.is_dir():
@@ -297,7 +307,9 @@ def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
         inputs["extent"] = extent
         made = ledger.manifest.stages.get("evaluate", {}).get("result") or {}
         is_there = all(path.is_file() for path in _evaluation_results(config, suites, made))
-        ledger.stage("evaluate", inputs, work, is_there=is_there, force=force)
+        ledger.stage(
+            "evaluate", inputs, work, complete=complete_inputs, is_there=is_there, force=force
+        )
     chosen = config.evaluate
     return read_scores(
         config.run.evaluations_dir,
@@ -429,49 +441,13 @@ def _prepare_data(config: RunConfig, source: BaseSource) -> dict[str, PreparedDa
     return prepared
 
 
-def _train_inputs(
-    config: RunConfig, source: BaseSource, data: Mapping[str, PreparedData]
-) -> dict[str, str]:
-    """Return the hashes of what decides the adapter: base, rows and order, and the knobs."""
-    inputs = {
-        "base": base_fingerprint(source.dir),
-        "data": hash_json({name: prepared.fingerprint for name, prepared in data.items()}),
-        "config": hash_json(_deciding_knobs(config)),
-    }
-    if config.adapter.init_from is not None:
-        inputs["start"] = adapter_fingerprint(config.adapter.init_from)
-    return inputs
-
-
-def _deciding_knobs(config: RunConfig) -> dict[str, Any]:
-    """Return the knobs that decide the adapter; base and rows are compared by their content."""
-    values = config.model_dump(
-        mode="json",
-        include={"seed", "model", "adapter", "data", "protect"},
-        exclude={
-            "protect": {
-                part: {"source": {"path", "revision"}}
-                for part in ("replay", "kl_to_base")
-                if isinstance(getattr(getattr(config.protect, part), "source", None), SourceConfig)
-            },
-            "model": {"base", "revision", "trust_remote_code", "cache_quantized"},
-            "data": {
-                "cache": True,
-                "train": {"__all__": {"path", "revision"}},
-                "evaluation": {"__all__": {"path", "revision"}},
-            },
-        },
-    )
-    return values | {"train": config.train.deciding_knobs()}
-
-
 def _open(
     config: RunConfig, *, force: bool = False, is_recorded: bool = False
 ) -> AbstractContextManager[Ledger]:
     return open_ledger(
         config.run,
         config.model_dump(mode="json"),
-        deciding=_deciding_knobs(config),
+        deciding=deciding_knobs_of,
         is_recorded=is_recorded,
         force=force,
     )
@@ -519,25 +495,29 @@ def _evaluation_files(config: RunConfig) -> list[Path]:
     return [*config.evaluate.prompts.values(), *config.evaluate.predictions.values()]
 
 
-def _check_evaluation_files(config: RunConfig) -> None:
+def _check_evaluation_files(config: RunConfig, suites: "Sequence[Suite]") -> None:
     """Read the user's prompt and prediction files, so that what is wrong is found before training.
 
     Raises:
         LlmtuneError: one is missing or cannot serve.
     """
-    from llmtune.evaluation.predictions import read_predictions
+    from llmtune.evaluation.few_shot import takes_demonstrations
+    from llmtune.evaluation.predictions import read_predictions, takes_predictions
     from llmtune.evaluation.prompt_file import read_prompt_file
 
     for name, path in config.evaluate.prompts.items():
-        read_prompt_file(name, path)
+        prompt = read_prompt_file(name, path)
+        for suite in filter(takes_demonstrations, suites):
+            prompt.ask(suite)
     for name, path in config.evaluate.predictions.items():
-        read_predictions(name, path)
+        predictions = read_predictions(name, path)
+        predictions.texts_by_suite([suite for suite in suites if takes_predictions(suite)])
 
 
 def _kept_extent(record: Mapping[str, Any], inputs: Mapping[str, Any], config: RunConfig) -> Extent:
     """Return the larger of the extent asked for and the one measured before on equal inputs."""
     asked = config.evaluate.extent
-    known = record.get("inputs") or {}
+    known = complete_inputs(record.get("inputs") or {})
     measured = known.get("extent")
     is_same = record.get("finished") and all(known.get(key) == inputs[key] for key in inputs)
     if measured not in EXTENTS or not is_same:

@@ -13,7 +13,7 @@ CONFIG = {"train": {"steps": 3}, "evaluate": {"limit": 1}}
 
 
 def opened(run, config=CONFIG, **options):
-    return open_ledger(run, config, deciding={"train": config["train"]}, **options)
+    return open_ledger(run, config, deciding=lambda values: {"train": values["train"]}, **options)
 
 
 @pytest.fixture

@@ -146,3 +146,40 @@ def test_a_run_is_named_by_its_directory_or_its_config(config, capsys):
     assert said[0] == said[1]
     assert run_command(["train", run_dir, "--quiet"]) == 0
     assert run_command(["run", run_dir, "--quiet"]) == 0
+
+
+def make_older(run_dir):
+    """Take out of a run's manifest what later versions added to the config and to the inputs."""
+    path = run_dir / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for section in ("protect", "export"):
+        del manifest["config"][section]
+    del manifest["config"]["data"]["length_policy"]
+    stages = manifest["stages"]
+    stages["train"]["inputs"]["config"] = "hash of fewer keys"
+    del stages["merge"]["inputs"]["merge"]["base"]
+    del stages["evaluate"]["inputs"]["evaluate"]["memorisation"]
+    stages["evaluate"]["inputs"]["merge"] = "of fewer keys"
+    for record in stages.values():
+        record["fingerprint"] = "of fewer keys"
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_run_of_an_older_version_lacks_sections_and_is_not_redone(config, caplog):
+    run(load(config))
+    run_dir = config.parent / "run"
+    make_older(run_dir)
+    before = {p: p.read_bytes() for p in run_dir.rglob("*.*") if p.suffix in (".safetensors",)}
+    with caplog.at_level("INFO", "llmtune"):
+        built = run(load(config))
+    skipped = [line for line in caplog.messages if "skipped" in line]
+    assert [line.partition(":")[0] for line in skipped] == ["train", "merge", "evaluate"]
+    assert {path: path.read_bytes() for path in before} == before
+    assert built.verdict.name and "evaluation is not finished" not in str(built.missing)
+
+
+def test_what_an_older_run_lacks_counts_as_its_default_and_nothing_else(config):
+    run(load(config))
+    make_older(config.parent / "run")
+    with pytest.raises(LlmtuneError, match=r"protect\.l2: was 0\.0, is 0\.5"):
+        run(load(config, "protect.l2=0.5"))

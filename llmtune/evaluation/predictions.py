@@ -1,7 +1,9 @@
 """Another model's answers, from a file: scored by the suite's own metric, item by item."""
 
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.suite_config import ChoiceSuite, ExactSuite
 from llmtune.evaluation.tasks import score_written
+
+logger = logging.getLogger("llmtune")
 
 SHOWN_PROBLEMS = 5
 
@@ -53,6 +57,33 @@ class PredictionsFile:
             )
         return answered
 
+    def say_unknown(self, answered: Sequence[tuple[Suite, dict[str, str]]]) -> None:
+        """Log how many lines answer no item: ids of other items, or a suite that is not there.
+
+        Args:
+            answered: what `texts_by_suite` returned.
+        """
+        used = {(suite.name, name) for suite, texts in answered for name in texts}
+        names = {name for _, name in used}
+        unknown = [
+            each
+            for each in self.predictions
+            if each.id is not None
+            and ((each.suite, each.id) not in used if each.suite else each.id not in names)
+        ]
+        if unknown:
+            first = unknown[0]
+            of_suite = f" of suite {first.suite!r}" if first.suite else ""
+            logger.warning(
+                "evaluate.predictions.%s: %d of %d lines answer no item that is measured "
+                "(first: id %r%s)",
+                self.name,
+                len(unknown),
+                len(self.predictions),
+                first.id,
+                of_suite,
+            )
+
     def _texts_for(self, suite: Suite) -> dict[str, str]:
         is_target = suite.role == "target"
         own = [
@@ -90,6 +121,10 @@ def read_predictions(name: str, path: Path) -> PredictionsFile:
             problems.append(f"{path}:{number}: {error}")
     if not problems and len({each.id is None for each in found}) > 1:
         problems.append(f"{path}: some lines have an id and some have none; give all or none")
+    times = Counter((each.suite, each.id) for each in found if each.id is not None)
+    twice = [name for (_, name), count in times.items() if count > 1]
+    if twice:
+        problems.append(f"{path}: the id {twice[0]!r} is answered more than once; give it one line")
     if problems:
         more = len(problems) - SHOWN_PROBLEMS
         raise LlmtuneError(

@@ -214,7 +214,9 @@ def plan_predictions(evaluation: Evaluation) -> list[Work]:
     for name, path in evaluation.config.evaluate.predictions.items():
         predictions = read_predictions(name, path)
         suites = [suite for suite in evaluation.suites if takes_predictions(suite)]
-        for suite, texts in predictions.texts_by_suite(suites):
+        answered = predictions.texts_by_suite(suites)
+        predictions.say_unknown(answered)
+        for suite, texts in answered:
             items = score_predictions(suite, texts)
             chosen = suite.select(set(texts))
             result = summarize_items(

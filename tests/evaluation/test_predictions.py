@@ -108,3 +108,18 @@ def test_bad_lines_are_named_with_their_place(tmp_path):
 )
 def test_a_choice_is_named_by_itself_or_as_the_only_one(text, found):
     assert find_choice(text, ["york", "new york"]) == found
+
+
+def test_lines_that_answer_no_item_are_said_and_one_id_twice_is_refused(tmp_path, caplog):
+    suite = make_suite(tmp_path)
+    first = suite.items[0].id
+    path = tmp_path / "answers.jsonl"
+    path.write_text(
+        json.dumps({"id": first, "prediction": "a"}) + "\n" + '{"id": "gone", "prediction": "a"}\n'
+    )
+    found = read_predictions("large", path)
+    found.say_unknown(found.texts_by_suite([suite]))
+    assert "1 of 2 lines answer no item that is measured (first: id 'gone')" in caplog.text
+    path.write_text(2 * (json.dumps({"id": first, "prediction": "a"}) + "\n"))
+    with pytest.raises(LlmtuneError, match="answered more than once"):
+        read_predictions("large", path)
