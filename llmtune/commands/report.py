@@ -18,7 +18,7 @@ FAIL_IF_OPTION = click.option(
 
 @click.command()
 @click.argument("target")
-@click.argument("other", required=False)
+@click.argument("others", nargs=-1, metavar="[OTHER]...")
 @FAIL_IF_OPTION
 @click.option(
     "--across",
@@ -30,30 +30,34 @@ FAIL_IF_OPTION = click.option(
 @with_output_options
 def report(  # noqa: PLR0913 (one argument an option)
     target: str,
-    other: str | None,
+    others: tuple[str, ...],
     fail_if: tuple[str, ...],
     across: tuple[str, ...],
     extent: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Rebuild the report of a run and print its tables, or compare two runs.
+    """Rebuild the report of a run and print its tables, or compare runs.
 
-    TARGET and OTHER are run directories, or their configs.
+    TARGET and OTHER are run directories, or their configs. Two runs are compared item by item.
+    Three or more must be of one recipe with other seeds: how much does training itself vary?
 
     \b
       llmtune report runs/quickstart
       llmtune report runs/quickstart --full
       llmtune report runs/quickstart --fail-if 'general_loss>0.2' --fail-if 'target_gain<0.05'
       llmtune report runs/quickstart runs/rank8
+      llmtune report runs/quickstart runs/seed1 runs/seed2
     """
     show_progress(quiet)
-    if other is not None:
-        if fail_if or extent:
-            raise LlmtuneError("--fail-if, --quick and --full are about one run; give one run")
-        return _compare(target, other, across, as_json=as_json)
-    if across:
-        raise LlmtuneError("--across is for two runs; give the other run too")
+    if others and (fail_if or extent):
+        raise LlmtuneError("--fail-if, --quick and --full are about one run; give one run")
+    if across and len(others) != 1:
+        raise LlmtuneError("--across is for two runs; give two")
+    if len(others) > 1:
+        return _compare_seeds((target, *others), as_json=as_json)
+    if others:
+        return _compare(target, others[0], across, as_json=as_json)
     return _rebuild(target, fail_if, extent, as_json=as_json)
 
 
@@ -82,3 +86,20 @@ def _compare(target: str, other: str, across: tuple[str, ...], *, as_json: bool)
     page = write_versus(versus, first.path)
     print_result(versus.as_json(), as_json, lambda: render_versus_table(versus))
     logging.getLogger("llmtune").info("comparison: %s", page)
+
+
+def _compare_seeds(targets: tuple[str, ...], *, as_json: bool) -> None:
+    from llmtune.manifest import read_manifest
+    from llmtune.reporting.seeds import SeedRun, compare_seeds
+    from llmtune.reporting.seeds_page import render_seeds_table, write_seeds
+    from llmtune.run_dir import RunDir
+    from llmtune.stage_inputs import deciding_knobs_of
+    from llmtune.targets import find_run_dir
+
+    runs = [RunDir(find_run_dir(name)) for name in targets]
+    study = compare_seeds(
+        [SeedRun(run, deciding_knobs_of(read_manifest(run).config)) for run in runs]
+    )
+    page = write_seeds(study, runs[0].path)
+    print_result(study.as_json(), as_json, lambda: render_seeds_table(study))
+    logging.getLogger("llmtune").info("seeds: %s", page)

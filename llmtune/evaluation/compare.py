@@ -124,8 +124,8 @@ def compare_arms(
     Raises:
         LlmtuneError: the items or any other part of the recipes differ.
     """
-    differing = _require_same_recipe(base, tuned, across)
-    before, after = _pair_items(base, tuned)
+    differing = require_same_recipe(base, tuned, across)
+    before, after = pair_items(base, tuned)
     comparison = _compare_items(base, tuned, before, after, resampling)
     return replace(comparison, recipe_differences=differing)
 
@@ -154,8 +154,8 @@ def compare_slices(
     Raises:
         LlmtuneError: the recipes differ, or the suite does not declare the column.
     """
-    _require_same_recipe(base, tuned, ())
-    all_before, all_after = _pair_items(base, tuned)
+    require_same_recipe(base, tuned, ())
+    all_before, all_after = pair_items(base, tuned)
     values = sorted({item.slices.get(column, "") for item in all_before})
     if values == [""]:
         declared = sorted(all_before[0].slices)
@@ -172,10 +172,14 @@ def compare_slices(
     return sorted(found, key=lambda slice_: slice_.comparison.gain)
 
 
-def _require_same_recipe(
+def require_same_recipe(
     base: ArmResult, tuned: ArmResult, across: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return the recipe keys that differ, all of them allowed to."""
+    """Return the recipe keys that differ, all of them allowed to.
+
+    Raises:
+        LlmtuneError: others differ; each is named with both values.
+    """
     differing = tuple(
         sorted(
             key
@@ -191,10 +195,13 @@ def _require_same_recipe(
     return differing
 
 
-def _pair_items(base: ArmResult, tuned: ArmResult) -> tuple[list[ItemScore], list[ItemScore]]:
+def pair_items(base: ArmResult, tuned: ArmResult) -> tuple[list[ItemScore], list[ItemScore]]:
     """Return the items that both arms have, in the base's order.
 
     Arms that were measured on all items must have the same ones.
+
+    Raises:
+        LlmtuneError: they have not, or none in common, or an item has another right answer.
     """
     others = {item.id: item for item in tuned.items}
     before = [item for item in base.items if item.id in others]
@@ -233,7 +240,7 @@ def _compare_items(
     differences = after - before
     weights = np.array([item.weight for item in base_items])
     weighing = None if (weights == 1).all() else weights
-    clusters = _cluster_names(base_items)
+    clusters = cluster_names(base_items)
     interval = paired_bootstrap(
         differences,
         weights=weighing,
@@ -274,6 +281,7 @@ def _compare_items(
     )
 
 
-def _cluster_names(items: Sequence[ItemScore]) -> list[str] | None:
+def cluster_names(items: Sequence[ItemScore]) -> list[str] | None:
+    """Return the cluster of each item; None where not every item has one."""
     names = [item.cluster for item in items if item.cluster is not None]
     return names if len(names) == len(items) else None

@@ -16,7 +16,7 @@ from torch import nn
 from llmtune.adapters.strength import adapter_strength
 from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.compare import arm_kind
+from llmtune.evaluation.compare import arm_kind, cluster_names
 from llmtune.evaluation.metrics import METRICS
 from llmtune.evaluation.prompt_file import PromptFile
 from llmtune.evaluation.requests import Demonstration
@@ -221,10 +221,8 @@ def summarize_items(  # noqa: PLR0913 (the parts of one result)
     """Return an arm's result from its items' scores."""
     scores = np.array([item.score for item in items])
     weights = np.array([item.weight for item in items])
-    clusters = [item.cluster for item in items if item.cluster is not None] or None
-    error = standard_error(
-        scores, weights=None if (weights == 1).all() else weights, clusters=clusters
-    )
+    weighing = None if (weights == 1).all() else weights
+    error = standard_error(scores, weights=weighing, clusters=cluster_names(items))
     metric = METRICS[suite.config.metric]
     return ArmResult(
         suite=suite.name,

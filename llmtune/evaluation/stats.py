@@ -1,7 +1,7 @@
 """The statistics of a paired comparison: intervals, tests, and what could have been shown."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,17 +43,62 @@ def paired_bootstrap(
         clusters: the cluster of each item, [n]; clusters are drawn whole.
     """
     sums, sizes = _cluster_sums(differences, weights, clusters)
-    means = np.empty(samples)
     random = np.random.default_rng(seed)
-    at_once = max(1, CHUNK_DRAWS // len(sums))
+    means = [
+        sums[drawn].sum(1) / sizes[drawn].sum(1) for drawn in _draw(random, len(sums), samples)
+    ]
+    return _read_interval(np.concatenate(means), confidence)
+
+
+def two_level_bootstrap(
+    differences: FloatArray,
+    *,
+    weights: FloatArray | None = None,
+    clusters: Sequence[str] | None = None,
+    samples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Resample trainings and items, so that the interval covers the noise of both.
+
+    Every draw takes as many trainings as there are, with replacement, and items (or whole clusters)
+    with replacement, the same ones for all trainings, because all of them answered the same items
+    (crossed resampling; Owen 2007, arXiv:0707.4029). So few trainings drawn with replacement vary
+    too little, by (R - 1) / R in variance: their deviations from the mean are widened by the root
+    of R / (R - 1) before.
+
+    Args:
+        differences: one row a training, [R, n], R >= 2; the columns are the same items.
+        weights, clusters: as for `paired_bootstrap`.
+    """
+    trainings = len(differences)
+    assert trainings >= 2, "one training says nothing of its noise"
+    pairs = [_cluster_sums(row, weights, clusters) for row in differences]
+    sums, sizes = np.stack([found for found, _ in pairs], axis=1), pairs[0][1]  # [C, R], [C]
+    widened = math.sqrt(trainings / (trainings - 1))
+    random = np.random.default_rng(seed)
+    means = []
+    for drawn in _draw(random, len(sums), samples):
+        by_training = sums[drawn].sum(1) / sizes[drawn].sum(1)[:, None]  # [draws, R]
+        middle = by_training.mean(1, keepdims=True)
+        chosen = random.integers(0, trainings, by_training.shape)
+        spread = np.take_along_axis(by_training - middle, chosen, axis=1).mean(1)
+        means.append(middle[:, 0] + widened * spread)
+    return _read_interval(np.concatenate(means), confidence)
+
+
+def _draw(random: np.random.Generator, count: int, samples: int) -> Iterator[FloatArray]:
+    """Yield indices of draws with replacement, [draws, count], `samples` draws in all."""
+    at_once = max(1, CHUNK_DRAWS // count)
     for start in range(0, samples, at_once):
-        count = min(at_once, samples - start)
-        drawn = random.integers(0, len(sums), (count, len(sums)))
-        means[start : start + count] = sums[drawn].sum(1) / sizes[drawn].sum(1)
+        yield random.integers(0, count, (min(at_once, samples - start), count))
+
+
+def _read_interval(means: FloatArray, confidence: float) -> Interval:
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     beyond = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    return Interval(float(low), float(high), min(1.0, 2 * (1 + beyond) / (samples + 1)))
+    return Interval(float(low), float(high), min(1.0, 2 * (1 + beyond) / (len(means) + 1)))
 
 
 def mcnemar_exact(num_lost: int, num_gained: int) -> float:

@@ -5,7 +5,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llmtune.evaluation.compare import Comparison, Resampling, arm_kind, compare_arms
+from llmtune.evaluation.compare import (
+    Comparison,
+    Resampling,
+    arm_kind,
+    cluster_names,
+    compare_arms,
+)
 from llmtune.evaluation.results import ArmResult, ItemScore, finite_or_none
 from llmtune.evaluation.stats import standard_error
 from llmtune.reporting.suites import Change, Rival
@@ -165,10 +171,6 @@ def _scores(items: Sequence[ItemScore]) -> tuple[np.ndarray, np.ndarray]:
 
 def _error(items: Sequence[ItemScore]) -> float | None:
     scores, weights = _scores(items)
-    clusters = [item.cluster for item in items if item.cluster is not None]
-    error = standard_error(
-        scores,
-        weights=None if (weights == 1).all() else weights,
-        clusters=clusters if len(clusters) == len(items) else None,
-    )
+    weighing = None if (weights == 1).all() else weights
+    error = standard_error(scores, weights=weighing, clusters=cluster_names(items))
     return finite_or_none(error)

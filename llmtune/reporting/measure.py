@@ -21,7 +21,7 @@ from llmtune.reporting.arms import (
     restrict,
     sort_arms,
 )
-from llmtune.reporting.suites import ROLES, ArmScore, CleanChange, SliceReport, SuiteReport
+from llmtune.reporting.suites import ArmScore, CleanChange, SliceReport, SuiteReport, place_of
 
 MAX_SLICE_VALUES = 50
 
@@ -70,7 +70,7 @@ def measure_suites(
         if name in leaked and leaked[name].item_ids:
             suite = replace(suite, clean=_clean(arms, set(leaked[name].item_ids), resampling))
         suites.append(suite)
-    return tuple(sorted(suites, key=_order))
+    return tuple(sorted(suites, key=lambda suite: place_of(suite.role, suite.name)))
 
 
 def measure_suite(arms: Mapping[str, ArmResult], resampling: Resampling) -> SuiteReport:
@@ -97,6 +97,7 @@ def measure_suite(arms: Mapping[str, ArmResult], resampling: Resampling) -> Suit
     if not base or not tuned:
         return suite
     found = compare_arms(base, tuned, resampling=resampling)
+    values = _count_values(base)
     return replace(
         suite,
         change=as_change(found),
@@ -105,20 +106,26 @@ def measure_suite(arms: Mapping[str, ArmResult], resampling: Resampling) -> Suit
         mcnemar_p=found.mcnemar_p,
         gained=found.gained,
         lost=found.lost,
-        slices=_measure_slices(base, tuned, resampling),
+        slices=_measure_slices(base, tuned, values, resampling),
+        wide_columns={name: n for name, n in values.items() if n > MAX_SLICE_VALUES},
     )
 
 
 def _measure_slices(
-    base: ArmResult, tuned: ArmResult, resampling: Resampling
+    base: ArmResult, tuned: ArmResult, values: Mapping[str, int], resampling: Resampling
 ) -> tuple[SliceReport, ...]:
     found: list[SliceComparison] = []
-    for column in sorted({column for item in base.items for column in item.slices}):
-        values = {item.slices.get(column, "") for item in base.items}
-        if 1 < len(values) <= MAX_SLICE_VALUES:
+    for column, count in values.items():
+        if 1 < count <= MAX_SLICE_VALUES:
             found += compare_slices(base, tuned, column, resampling=resampling)
     adjusted = holm([each.comparison.p_value for each in found])
     return tuple(map(_slice_report, found, adjusted))
+
+
+def _count_values(result: ArmResult) -> dict[str, int]:
+    """Return for each slice column how many values its items have."""
+    columns = sorted({column for item in result.items for column in item.slices})
+    return {name: len({item.slices.get(name, "") for item in result.items}) for name in columns}
 
 
 def _slice_report(found: SliceComparison, holm_p: float) -> SliceReport:
@@ -160,7 +167,7 @@ def _clean(
     found = compare_arms(restrict(base, kept), restrict(tuned, kept), resampling=resampling)
     change = as_change(found)
     assert change is not None
-    return CleanChange(found.n, change)
+    return CleanChange(found.n, found.base, found.tuned, change)
 
 
 def _arm_score(result: ArmResult) -> ArmScore:
@@ -177,7 +184,3 @@ def _arm_score(result: ArmResult) -> ArmScore:
 def _count_clusters(result: ArmResult) -> int | None:
     names: Sequence[str | None] = [item.cluster for item in result.items]
     return None if any(name is None for name in names) else len(set(names))
-
-
-def _order(suite: SuiteReport) -> tuple[int, str]:
-    return (ROLES.index(suite.role) if suite.role in ROLES else len(ROLES), suite.name)

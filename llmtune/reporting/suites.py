@@ -9,6 +9,11 @@ from llmtune.reporting.numbers import Unit, unit_of_metric
 ROLES = ("target", "transfer", "general")
 
 
+def place_of(role: str, name: str) -> tuple[int, str]:
+    """Return what sorts suites: targets first, unknown roles last, then by name."""
+    return (ROLES.index(role) if role in ROLES else len(ROLES), name)
+
+
 @dataclass(frozen=True)
 class ArmScore:
     """One arm's outcome on a suite; `mean` and `standard_error` in the metric's raw unit.
@@ -53,9 +58,11 @@ class Rival:
 
 @dataclass(frozen=True)
 class CleanChange:
-    """The change on the items that do not stand in the training rows."""
+    """Base, tuned and the change between them on the items that are not in the training rows."""
 
     n: int
+    base: float
+    tuned: float
     change: Change
 
 
@@ -114,6 +121,8 @@ class SuiteReport:
     gained: int | None = None
     lost: int | None = None
     slices: tuple[SliceReport, ...] = ()
+    wide_columns: Mapping[str, int] = field(default_factory=dict)
+    """Slice columns with too many values to break the change down by, and how many they have."""
     rivals: Mapping[str, Rival] = field(default_factory=dict)
     clean: CleanChange | None = None
 
@@ -163,6 +172,7 @@ class SuiteReport:
             "unparseable": {name: arm.unparseable for name, arm in self.arms.items()},
             "seconds": {name: arm.seconds for name, arm in self.arms.items()},
             "slices": [each.as_json() for each in self.slices],
+            "wide_columns": dict(self.wide_columns),
             "arms": {name: self._arm_as_json(name) for name in self.arms},
             "clean": asdict(self.clean) if self.clean else None,
         }

@@ -1,6 +1,6 @@
 """Two runs on the same items: which tuned model is better, with the statistics of the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from llmtune.manifest import read_manifest
 from llmtune.reporting.current import Models, current_results
 from llmtune.reporting.measure import read_results
 from llmtune.reporting.numbers import Unit, unit_of_metric, without_nan
-from llmtune.reporting.suites import ROLES
+from llmtune.reporting.suites import place_of
 from llmtune.reporting.transfer import read_resampling
 from llmtune.run_dir import RunDir
 
@@ -120,10 +120,11 @@ def compare_runs(first: RunDir, second: RunDir, *, across: tuple[str, ...] = ())
         SuiteVersus(each.suite, each.role, each, p, needed_items(each.difference, each.mde, each.n))
         for each, p in zip(found, adjusted, strict=True)
     ]
-    names = _names(first.path, second.path)
+    names = tell_apart([first.path, second.path])
     return Versus(
-        *names,
-        suites=tuple(sorted(suites, key=_order)),
+        names[0],
+        names[1],
+        suites=tuple(sorted(suites, key=lambda suite: place_of(suite.role, suite.name))),
         only_first=tuple(sorted(set(results[0]) - set(shared))),
         only_second=tuple(sorted(set(results[1]) - set(shared))),
         differences={
@@ -162,15 +163,11 @@ def _tuned_results(run: RunDir) -> dict[str, ArmResult]:
     return {name: arms[ARM] for name, arms in results.items() if ARM in arms}
 
 
-def _names(first: Path, second: Path) -> tuple[str, str]:
-    """Return what tells the two apart: their directories' names, or as they were given."""
-    names = first.resolve().name, second.resolve().name
-    return names if names[0] != names[1] else (str(first), str(second))
+def tell_apart(paths: Sequence[Path]) -> tuple[str, ...]:
+    """Return what tells runs apart: their directories' names, or as they were given."""
+    names = tuple(path.resolve().name for path in paths)
+    return names if len(set(names)) == len(names) else tuple(map(str, paths))
 
 
 def _listed(results: Mapping[str, ArmResult]) -> str:
     return ", ".join(sorted(results)) or "none"
-
-
-def _order(suite: SuiteVersus) -> tuple[int, str]:
-    return (ROLES.index(suite.role) if suite.role in ROLES else len(ROLES), suite.name)

@@ -32,14 +32,11 @@ from llmtune.evaluation.diagnosis.subject import (
     pick,
 )
 from llmtune.evaluation.items import SuiteItem
-from llmtune.evaluation.metrics import METRICS
 from llmtune.evaluation.requests import encode_prompts
-from llmtune.evaluation.results import ArmResult, ItemScore, finite_or_none
-from llmtune.evaluation.run import build_recipe
-from llmtune.evaluation.stats import standard_error
+from llmtune.evaluation.results import ArmResult, ItemScore
+from llmtune.evaluation.run import build_recipe, summarize_items
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.suite_config import ChoiceSuite
-from llmtune.evaluation.tasks import chance_accuracy, majority_accuracy
 from llmtune.fingerprint import hash_json
 
 PROBE_ARM = "probe"
@@ -70,6 +67,7 @@ class FittedProbe:
     standardizer: Standardizer
     classifier: LogisticRegression
     labels: tuple[str, ...]
+    train_rows: int
 
     def predict(self, states: TextStates) -> np.ndarray:
         """Return probabilities [N, labels]."""
@@ -106,9 +104,7 @@ def plan_probe(
     def measure() -> ProbeResult:
         result, probe = _fit(subject, settings, found, inputs)
         for suite in answerable:
-            arm = _answer_suite(subject, suite, probe, settings)
-            about = asdict(probe.cell) | {"train_rows": result.train_rows}
-            keep(replace(arm, about=about))
+            keep(_answer_suite(subject, suite, probe, settings))
         return replace(result, answered=tuple(suite.name for suite in answerable))
 
     return Diagnosis(ProbeResult, inputs, tokens, measure)
@@ -175,7 +171,7 @@ def fit_probe(states: TextStates, found: LabelledPrompts, cell: ProbeCell) -> Fi
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         classifier.fit(standardizer.apply(raw), found.classes)
-    return FittedProbe(cell, standardizer, classifier, found.labels)
+    return FittedProbe(cell, standardizer, classifier, found.labels, len(found.classes))
 
 
 def _label_prompts(
@@ -250,6 +246,7 @@ def _answer_suite(
     subject: Subject, suite: Suite, probe: FittedProbe, settings: DiagnosisSettings
 ) -> ArmResult:
     started = time.perf_counter()
+    about = asdict(probe.cell) | {"train_rows": probe.train_rows}
     scored = replace(subject.scored, identity=replace(subject.scored.identity, adapter=None))
     states = read_states(
         scored.model,
@@ -266,29 +263,14 @@ def _answer_suite(
         _score_item(suite, item, dict(zip(choices, row.tolist(), strict=True)))
         for item, row in zip(suite.items, probabilities, strict=True)
     )
-    scores = np.array([item.score for item in items])
-    clusters = [item.cluster for item in items if item.cluster is not None] or None
-    metric = METRICS[suite.config.metric]
-    recipe = build_recipe(scored, suite) | {"probe": asdict(probe.cell)}
-    return ArmResult(
-        suite=suite.name,
-        task=suite.task,
-        role=suite.role,
-        description=suite.description,
-        arm=PROBE_ARM,
-        metric=metric.name,
-        higher_is_better=metric.higher_is_better,
-        n=len(items),
-        mean=float(scores.mean()),
-        standard_error=finite_or_none(standard_error(scores, clusters=clusters)),
-        unparseable=0,
-        majority=majority_accuracy(suite),
-        chance=chance_accuracy(suite),
-        recipe=recipe,
-        recipe_hash=hash_json(recipe),
+    return summarize_items(
+        suite,
+        PROBE_ARM,
+        items,
+        recipe=build_recipe(scored, suite) | {"probe": asdict(probe.cell)},
         model=scored.identity.as_dict(),
         seconds=time.perf_counter() - started,
-        items=items,
+        about=about,
     )
 
 
