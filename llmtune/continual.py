@@ -2,68 +2,26 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmtune import pipeline
+from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.metrics import METRICS
 from llmtune.evaluation.suite import Suite
-from llmtune.run_dir import atomic_write_json
+from llmtune.reporting.sequence import SequenceResult
+from llmtune.run_dir import SEQUENCE_FILE, atomic_write_json
 
 log = logging.getLogger("llmtune")
-
-RESULT_NAME = "sequence.json"
-
-
-@dataclass(frozen=True)
-class SequenceResult:
-    """Scores after every task, and what they say about keeping and preparing.
-
-    `matrix[t][j]` is the score on task j after training on task t (both from 0), `untrained[j]`
-    the base's; each is the mean over the task's target suites. Formulas as in GEM
-    (arXiv:1706.08840), with T tasks:
-    `accuracy` = mean_j R[T-1][j], `backward_transfer` = mean over j < T-1 of R[T-1][j] - R[j][j]
-    (below 0: forgotten), `forward_transfer` = mean over j > 0 of R[j-1][j] - untrained[j].
-    """
-
-    tasks: tuple[str, ...]
-    matrix: tuple[tuple[float, ...], ...]
-    untrained: tuple[float, ...]
-
-    @property
-    def accuracy(self) -> float:
-        return _mean(self.matrix[-1])
-
-    @property
-    def backward_transfer(self) -> float:
-        last = self.matrix[-1]
-        return _mean([last[j] - self.matrix[j][j] for j in range(len(self.tasks) - 1)])
-
-    @property
-    def forward_transfer(self) -> float:
-        later = range(1, len(self.tasks))
-        return _mean([self.matrix[j - 1][j] - self.untrained[j] for j in later])
-
-    def as_json(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
-        return {
-            "tasks": list(self.tasks),
-            "matrix": [list(row) for row in self.matrix],
-            "untrained": list(self.untrained),
-            "ACC": self.accuracy,
-            "BWT": self.backward_transfer,
-            "FWT": self.forward_transfer,
-        }
 
 
 def train_sequence(configs: Sequence[RunConfig], out_dir: Path) -> SequenceResult:
     """Train every config on the adapter that the one before it left, and score all tasks each time.
 
     The runs lie in `out_dir/1-NAME`, `2-NAME`, ..., after the configs' own run directories; what
-    is finished is skipped, so the same call goes on after a stop. `sequence.json` holds the result.
+    is finished is skipped, so the same call goes on after a stop. `sequence.json` holds the result,
+    and every run has its report, which shows it.
 
     Raises:
         LlmtuneError: fewer than two configs, other bases, or a task without a target suite whose
@@ -72,6 +30,7 @@ def train_sequence(configs: Sequence[RunConfig], out_dir: Path) -> SequenceResul
     _check(configs)
     suites = [_target_suites(config) for config in configs]
     every = tuple(dict.fromkeys(name for names in suites for name in names))
+    steps: list[RunConfig] = []
     rows, untrained = [], None
     start: Path | None = None
     for number, config in enumerate(configs, start=1):
@@ -85,10 +44,18 @@ def train_sequence(configs: Sequence[RunConfig], out_dir: Path) -> SequenceResul
         rows.append(tuple(_mean([tuned[name] for name in group]) for group in names))
         untrained = untrained or tuple(_mean([base[name] for name in group]) for group in names)
         start = step.run.adapter_dir.absolute()
+        steps.append(step)
     assert untrained is not None, "there are at least two tasks"
-    tasks = tuple(config.run_dir.name for config in configs)
-    result = SequenceResult(tasks, tuple(rows), untrained)
-    atomic_write_json(out_dir / RESULT_NAME, result.as_json())
+    result = SequenceResult(
+        tasks=tuple(config.run_dir.name for config in configs),
+        matrix=tuple(rows),
+        untrained=untrained,
+        runs=tuple(step.run_dir.name for step in steps),
+        adapters=tuple(adapter_fingerprint(step.run.adapter_dir) for step in steps),
+    )
+    atomic_write_json(out_dir / SEQUENCE_FILE, result.as_json())
+    for step in steps:
+        pipeline.report(step.run_dir)
     return result
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from llmtune.fingerprint import JsonValue
 
+SEQUENCE_FILE = "sequence.json"
+"""What `llmtune sequence` leaves beside the runs of its tasks."""
+
 
 @dataclass(frozen=True)
 class RunDir:

@@ -14,6 +14,7 @@ from llmtune.config import RunConfig, load_config
 from llmtune.errors import LlmtuneError
 from llmtune.manifest import read_manifest
 from llmtune.models.config import ModelConfig
+from llmtune.reporting.sequence import read_sequence
 from llmtune.run_dir import RunDir
 from llmtune.schema import Section
 from llmtune.validation import validate_section
@@ -82,9 +83,15 @@ def require_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def find_run_dir(name: str) -> Path:
-    """Return the directory of the run that `name` is: the directory itself, or its config's."""
+    """Return the directory of the run that `name` is: the directory itself, or its config's.
+
+    What `llmtune sequence` left is named by its last run, which has learned all tasks.
+    """
     path = Path(name)
-    return load_config(path).run_dir if path.suffix in YAML_SUFFIXES else path
+    if path.suffix in YAML_SUFFIXES:
+        return load_config(path).run_dir
+    sequence = None if RunDir(path).manifest_path.exists() else read_sequence(path)
+    return path / sequence.runs[-1] if sequence else path
 
 
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -6,8 +6,10 @@ import pytest
 
 from llmtune import load_config
 from llmtune.cli import run_command
-from llmtune.continual import SequenceResult, train_sequence
+from llmtune.continual import train_sequence
 from llmtune.errors import LlmtuneError
+from llmtune.reporting.sequence import SequenceResult, find_sequence
+from llmtune.run_dir import RunDir
 from tests.project import make_project
 
 
@@ -52,6 +54,32 @@ def test_each_task_goes_on_from_the_adapter_before_it(tasks, tmp_path, capsys):
     # What is finished is skipped, and the table is shown to people.
     assert run_command(["sequence", *map(str, tasks), "--out", str(out), "-q"]) == 0
     assert "after second" in capsys.readouterr().out
+    assert run_command(["report", str(out), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["run"], report["sequence"]) == ("2-second", printed)
+    for name in ("1-run", "2-second"):
+        for page in ("report.html", "report.md"):
+            assert "after second" in (out / name / page).read_text()
+    assert "<h2>What did earlier tasks keep?" in (out / "1-run" / "report.html").read_text()
+
+
+def test_a_sequence_is_shown_only_while_its_adapters_are_the_ones_of_then(tmp_path):
+    result = SequenceResult(
+        tasks=("a", "b"),
+        matrix=((0.9, 0.3), (0.8, 0.7)),
+        untrained=(0.1, 0.2),
+        runs=("1-a", "2-b"),
+        adapters=("first", "second"),
+    )
+    path = tmp_path / "sequence.json"
+    path.write_text(json.dumps(result.as_json()))
+    run = RunDir(tmp_path / "2-b")
+    assert find_sequence(run, "second") == result
+    assert find_sequence(run, "retrained") is None
+    assert find_sequence(RunDir(tmp_path / "3-c"), "second") is None
+    path.write_text(json.dumps({"tasks": ["a", "b"], "matrix": [[1, 2], [3, 4]]}))
+    with pytest.raises(LlmtuneError, match=r"sequence\.json: not what .* make it again"):
+        find_sequence(run, "second")
 
 
 def test_what_is_no_sequence_is_refused(tasks, tmp_path):

@@ -1,5 +1,6 @@
 """sequence: tasks one after another on one adapter."""
 
+import logging
 from pathlib import Path
 
 import click
@@ -8,6 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtune.commands.options import print_result, show_progress, with_output_options
+from llmtune.run_dir import RunDir
+
+log = logging.getLogger("llmtune")
 
 
 @click.command()
@@ -23,9 +27,11 @@ def sequence(configs: tuple[Path, ...], out: Path, quiet: bool, as_json: bool) -
 
     \b
       llmtune sequence movies.yaml intents.yaml --out runs/both
+      llmtune report runs/both
     """
     from llmtune.config import load_config
-    from llmtune.continual import SequenceResult, train_sequence
+    from llmtune.continual import train_sequence
+    from llmtune.reporting.sequence import SequenceResult
 
     show_progress(quiet)
     result = train_sequence([load_config(path) for path in configs], out)
@@ -48,3 +54,4 @@ def sequence(configs: tuple[Path, ...], out: Path, quiet: bool, as_json: bool) -
         return table
 
     print_result(result.as_json(), as_json, lambda: render(result))
+    log.info("report of the last task: %s", RunDir(out / result.runs[-1]).report_html_path)

@@ -14,6 +14,7 @@ from llmtune.reporting.report import Report
 from llmtune.reporting.sections import (
     arms,
     broken,
+    continual,
     diagnoses,
     plan,
     probabilities,
@@ -31,6 +32,7 @@ SECTIONS: tuple[tuple[str, Build], ...] = (
     ("arms", arms.build),
     ("strengths", strengths.build),
     ("broken", broken.build),
+    ("continual", continual.build),
     ("slices", slices.build),
     ("probabilities", probabilities.build),
     ("training", training.build),
@@ -83,9 +85,10 @@ def make_environment() -> Environment:
         share=numbers.FRACTION.score,
         facts=list_facts,
         label=write_label,
+        together=numbers.keep_together,
         yaml=_write_yaml,
     )
-    environment.globals["write_value"] = write_value
+    environment.globals.update(write_value=write_value, nats=numbers.NATS)
     return environment
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmtune.reporting.arms import FEW_SHOT, MAIN_ARMS, split_name
 from llmtune.reporting.numbers import (
+    FRACTION,
     Unit,
     write_bytes,
     write_count,
@@ -25,6 +26,7 @@ def render_markdown(report: Report) -> str:
         _results(report),
         _alternatives(report),
         _forgetting(report),
+        _continual(report),
         _data(report),
         _training(report),
         _limits(report),
@@ -113,6 +115,24 @@ def _forgetting(report: Report) -> Iterator[str]:
     if lines:
         yield "## Distance from the base"
         yield _bullets(lines)
+
+
+def _continual(report: Report) -> Iterator[str]:
+    found = report.sequence
+    if found is None:
+        return
+    yield "## Tasks one after another"
+    rows = [("untrained", found.untrained)]
+    rows += [(f"after {task}", row) for task, row in zip(found.tasks, found.matrix, strict=True)]
+    yield _table(
+        ("score on", *found.tasks),
+        ((name, *(FRACTION.score(score) for score in scores)) for name, scores in rows),
+    )
+    yield (
+        f"Average at the end {FRACTION.score(found.accuracy)}, backward transfer "
+        f"{FRACTION.difference(found.backward_transfer)}, forward transfer "
+        f"{FRACTION.difference(found.forward_transfer)}."
+    )
 
 
 def _data(report: Report) -> Iterator[str]:

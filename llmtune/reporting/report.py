@@ -14,6 +14,7 @@ from llmtune.reporting.numbers import without_nan
 from llmtune.reporting.outcome import Verdict
 from llmtune.reporting.plan_check import check_plan
 from llmtune.reporting.probabilities import ProbabilityShift
+from llmtune.reporting.sequence import SequenceResult
 from llmtune.reporting.sources import Generation, LossCurve
 from llmtune.reporting.strengths import StrengthSweep
 from llmtune.reporting.suites import SuiteReport
@@ -40,6 +41,7 @@ class Report:
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
     strengths: StrengthSweep | None = None
     shifts: tuple[ProbabilityShift, ...] = ()
+    sequence: SequenceResult | None = None
     resampling: Resampling = field(default_factory=Resampling)
     thresholds: Thresholds = field(default_factory=Thresholds)
 
@@ -63,6 +65,7 @@ class Report:
             "suites": {suite.name: suite.as_json() for suite in self.suites},
             "strengths": self.strengths.as_json() if self.strengths else None,
             "diagnostics": self.diagnostics.as_json(),
+            "sequence": self.sequence.as_json() if self.sequence else None,
             "probability_shifts": {shift.suite: shift.as_json() for shift in self.shifts},
             "statistics": asdict(self.resampling)
             | {"thresholds": asdict(self.thresholds), "training_noise": TRAINING_NOISE},

@@ -17,6 +17,7 @@ from llmtune.reporting.measure import measure_suites, read_results
 from llmtune.reporting.missing import Missing, Present, find_missing
 from llmtune.reporting.probabilities import measure_shifts
 from llmtune.reporting.report import Report
+from llmtune.reporting.sequence import find_sequence
 from llmtune.reporting.sources import read_generations, read_loss_curve
 from llmtune.reporting.strengths import measure_strengths
 from llmtune.reporting.verdict import decide
@@ -74,6 +75,7 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
         diagnostics=diagnostics,
         strengths=strengths,
         shifts=measure_shifts(results),
+        sequence=find_sequence(run, models.adapter),
         resampling=resampling,
         thresholds=thresholds,
     )
