@@ -75,6 +75,8 @@ def draw_demonstrations(
 ) -> Draw | None:
     """Draw up to `shots` demonstrations for a suite, as many of each fixed choice as of another.
 
+    A row that asks what an item asks, in the suite's own words too, is never shown.
+
     Args:
         seed: decides the draw; the same one gives the same demonstrations.
         max_tokens: what the model can read; fewer are taken where the longest item would not fit.
@@ -83,6 +85,8 @@ def draw_demonstrations(
         None where no row can serve: no answer is one of the suite's choices, or none fits.
     """
     wording, pairs = _word_rows(rows, suite)
+    asked = {_plain(item.prompt) for item in suite.items}
+    pairs = [pair for pair in pairs if _plain(pair[0].prompt) not in asked]
     ordered = _balance(pairs, random.Random(seed))[:shots]
     longest, plain, answer = _longest_prompt(tokenizer, suite)
     for count in range(len(ordered), 0, -1):

@@ -148,3 +148,18 @@ def test_a_large_training_set_is_sampled_over_its_whole_length(tmp_path, monkeyp
     assert found != read_training_rows(data, [], seed=1)
     numbers = [int(row.question.split()[1].rstrip(".")) for row in found]
     assert numbers == sorted(numbers) and numbers[-1] > 100
+
+
+def test_a_row_that_is_an_item_in_the_suites_words_is_never_shown(tmp_path, tokenizer):
+    """The rows ask otherwise than the suite, so only the rendered prompts tell that they leak."""
+    pairs = sentences()
+    items = [{"text": text, "answer": answer} for text, answer in pairs]
+    data = make_data(
+        tmp_path,
+        [{**chat_row(f"What of this? {row['text']}", row["answer"]), **row} for row in items],
+    )
+    suite = make_suite(tmp_path, items=pairs[2:])
+    found = draw(read_training_rows(data, [suite], seed=0), suite, tokenizer, shots=64)
+    assert found.wording == SUITE_WORDING
+    shown = {demonstration.prompt for demonstration in found.demonstrations}
+    assert shown == {f"{text} positive or negative?" for text, _ in pairs[:2]}
