@@ -1,7 +1,7 @@
 """What an evaluation will cost, in forward tokens counted beforehand and in minutes."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,8 @@ from llmtune.scoring.likelihood import count_forward_tokens
 from llmtune.scoring.perplexity import cut_windows, encode_passage
 from llmtune.scoring.prefix import LONG_PREFIX_TOKENS, common_prefix
 
-FORWARDS_PER_TRAINED_TOKEN = 2.4
-"""A LoRA step costs so many forward passes a token (measured: 3.85 s against 1.60 s)."""
-
-TIMED_TOKENS = 256
+TIMED_ROWS, TIMED_TOKENS = 8, 64
+"""The rows of the trial that says how fast forward passes are, and their tokens."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +77,10 @@ class TokenCounter:
         return count_forward_tokens(encode_choices(tokenizer, suite))
 
 
-def tokens_per_second(train_result: Mapping[str, Any], model: nn.Module) -> float:
-    """Return how fast forward passes are: from training's own speed, else from a short trial."""
-    tokens, seconds = train_result.get("tokens"), train_result.get("seconds")
-    if tokens and seconds:
-        return FORWARDS_PER_TRAINED_TOKEN * tokens / seconds
+def tokens_per_second(model: nn.Module) -> float:
+    """Return how fast forward passes of this model are here and now, from a short trial."""
     device = model_device(model)
-    batch = pad_rows([list(range(TIMED_TOKENS))], device, left=False)
+    batch = pad_rows([list(range(TIMED_TOKENS))] * TIMED_ROWS, device, left=False)
     with inference(model):
         for _ in range(2):  # the first pass also warms up
             started = time.perf_counter()
@@ -93,18 +88,23 @@ def tokens_per_second(train_result: Mapping[str, Any], model: nn.Module) -> floa
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             elapsed = time.perf_counter() - started
-    return TIMED_TOKENS / elapsed
+    return TIMED_ROWS * TIMED_TOKENS / elapsed
 
 
-def cost_lines(costs: Sequence[MeasureCost]) -> list[str]:
-    """Return a small table: what is still to be measured, its tokens, its minutes."""
+def cost_lines(costs: Sequence[MeasureCost], train_seconds: float | None = None) -> list[str]:
+    """Return a small table: what is still to be measured, its tokens, its minutes.
+
+    Args:
+        train_seconds: what training took; the whole is then also told as its multiple.
+    """
     if not costs:
         return ["nothing is left to measure"]
     lines = [f"{'measure':<14} {'forward tokens':>14} {'about':>9}"]
     for cost in costs:
         lines.append(_line(cost.measure, cost.tokens, cost.estimated_seconds))
     total = sum(cost.estimated_seconds for cost in costs)
-    lines.append(_line("in all", sum(cost.tokens for cost in costs), total))
+    share = f", {total / train_seconds:.1f} x the training" if train_seconds else ""
+    lines.append(_line("in all", sum(cost.tokens for cost in costs), total) + share)
     return lines
 
 

@@ -33,7 +33,8 @@ def run_evaluate_stage(
     evaluation = Evaluation(config, suites, force=force)
     planned = {name: plan(evaluation) for name, plan in MEASURES.items()}
     costs = _estimate(evaluation, {name: work for name, work in planned.items() if work})
-    for line in cost_lines(costs):
+    train = read_manifest(config.run).stages.get("train", {}).get("result") or {}
+    for line in cost_lines(costs, train.get("seconds")):
         log.info("evaluate: %s", line)
     done = [_measure(cost, planned[cost.measure]) for cost in costs]
     return {
@@ -48,13 +49,11 @@ def run_evaluate_stage(
 
 
 def _estimate(evaluation: Evaluation, planned: dict[str, list[Work]]) -> list[MeasureCost]:
-    train = read_manifest(evaluation.config.run).stages.get("train", {}).get("result") or {}
-    speed = tokens_per_second(train, evaluation.live.model)
-    return [
-        MeasureCost(name, tokens, tokens / speed)
-        for name, work in planned.items()
-        for tokens in [sum(each.tokens for each in work)]
-    ]
+    tokens = {name: sum(each.tokens for each in work) for name, work in planned.items()}
+    if not any(tokens.values()):
+        return [MeasureCost(name, 0, 0.0) for name in tokens]
+    speed = tokens_per_second(evaluation.live.model)
+    return [MeasureCost(name, count, count / speed) for name, count in tokens.items()]
 
 
 def _measure(cost: MeasureCost, work: Sequence[Work]) -> MeasureCost:

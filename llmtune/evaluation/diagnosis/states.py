@@ -22,6 +22,10 @@ from llmtune.scoring.batches import (
     rows_budget,
     run_forward,
 )
+from llmtune.scoring.prefix import NO_PREFIX, SharedPrefix, rows_at_once, share_prefix
+
+MIN_START = 8
+"""Tokens that all texts must begin with for a pass of their own to pay."""
 
 CLIP = 5.0
 """Standard deviations at which a standardised channel is cut."""
@@ -102,7 +106,8 @@ def read_states(
     """Run the base (an adapter is switched off) over texts once and pool its hidden states.
 
     The mean leaves out the first token, whose state is the attention sink's and says nothing of
-    the text. Memory: the pooled states, and one batch.
+    the text. Without losses what all texts begin with runs once, and nothing above the last layer
+    asked for runs. Memory: the pooled states, and one batch.
 
     Args:
         sequences: token ids, none empty.
@@ -115,62 +120,127 @@ def read_states(
     """
     require_positions(model, max((len(ids) for ids in sequences), default=0))
     modules = decoder_layers(model)
-    pools: dict[tuple[str, int], list[np.ndarray]] = {
-        (pooling, layer): [] for pooling in ("mean", "last") for layer in layers
-    }
     order: list[int] = []
     losses: list[float] = []
     budget = rows_budget(model, token_budget) if with_losses else token_budget
     off = adapter_disabled(model) if has_adapter(model) else contextlib.nullcontext()
     with inference(model), off:
-        for indices in batch_by_length([len(ids) for ids in sequences], budget):
-            rows = [sequences[i] for i in indices]
-            batch = pad_rows(rows, model_device(model), left=False)
-            with _pooling(modules, layers, batch.attention_mask, pools):
-                logits = run_forward(model, batch, logits_to_keep=0 if with_losses else 1).logits
-            if with_losses:
+        start = _NOTHING if with_losses else _read_start(model, modules, layers, sequences)
+        known = start.prefix.length
+        pools = _Pools(start, layers, is_last=not with_losses)
+        lengths = [len(ids) - known for ids in sequences]
+        max_rows = None
+        if known:
+            slots = known + max(lengths)
+            max_rows = rows_at_once(model, slots=slots, kept=1, token_budget=token_budget)
+        for indices in batch_by_length(lengths, budget, max_rows=max_rows):
+            rows = [sequences[i][known:] for i in indices]
+            device = model_device(model)
+            batch = pad_rows(rows, device, left=False, known=known)
+            with pools.watching(modules, batch.attention_mask[:, known:]):
+                cache = start.prefix.for_rows(len(rows), device)
+                keep = 0 if with_losses else 1
+                logits = run_forward(model, batch, logits_to_keep=keep, cache=cache).logits
                 losses += _sum_losses(logits, rows)
             order += indices
             if on_progress is not None:
                 on_progress(len(order))
     back = np.argsort(order)
-    joined = {key: np.concatenate(parts)[back] for key, parts in pools.items()} if order else {}
     return TextStates(
-        mean={layer: joined["mean", layer] for layer in layers},
-        last={layer: joined["last", layer] for layer in layers},
+        mean={layer: pools.joined("mean", layer)[back] for layer in layers} if order else {},
+        last={layer: pools.joined("last", layer)[back] for layer in layers} if order else {},
         losses=np.array(losses)[back] if with_losses else None,
     )
 
 
-@contextlib.contextmanager
-def _pooling(
+@dataclass(frozen=True)
+class _Start:
+    """What all texts begin with, and the sums of its states after the first token, [H] a layer."""
+
+    prefix: SharedPrefix
+    sums: dict[int, torch.Tensor]
+
+
+_NOTHING = _Start(NO_PREFIX, {})
+
+
+class _LastLayerReached(Exception):
+    """Ends a forward pass whose later layers nobody asked for."""
+
+
+def _read_start(
+    model: nn.Module,
     modules: Sequence[nn.Module],
     layers: Sequence[int],
-    mask: torch.Tensor,
-    pools: dict[tuple[str, int], list[np.ndarray]],
-) -> Iterator[None]:
-    """Append to `pools` what the chosen layers give while the block runs; `mask` is [B, T]."""
-    counted = mask.clone()
-    counted[mask.sum(1) > 1, 0] = 0
-    ends = mask.sum(1) - 1
+    sequences: Sequence[Sequence[int]],
+) -> _Start:
+    """Run the texts' shared beginning once, where it is worth a pass of its own."""
+    sums: dict[int, torch.Tensor] = {}
 
-    def pool(layer: int) -> Callable[..., None]:
+    def watch(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            weights = counted.to(hidden.dtype)[:, :, None]
-            mean = (hidden * weights).float().sum(1) / counted.sum(1, keepdim=True)
-            last = hidden[torch.arange(len(hidden), device=hidden.device), ends].float()
-            pools["mean", layer].append(mean.cpu().numpy())
-            pools["last", layer].append(last.cpu().numpy())
+            sums[layer] = _hidden(output)[0, 1:].float().sum(0)
 
         return hook
 
-    handles = [modules[layer - 1].register_forward_hook(pool(layer)) for layer in layers]
+    handles = [modules[layer - 1].register_forward_hook(watch(layer)) for layer in layers]
     try:
-        yield
+        prompts = [tuple(ids) for ids in sequences]
+        prefix = share_prefix(model, prompts, longest_answer=0, min_tokens=MIN_START)
     finally:
         for handle in handles:
             handle.remove()
+    return _Start(prefix, sums) if prefix.length else _NOTHING
+
+
+class _Pools:
+    """The pooled states of every batch so far; with `is_last` a pass ends at the deepest layer."""
+
+    def __init__(self, start: _Start, layers: Sequence[int], *, is_last: bool) -> None:
+        self._start = start
+        self._layers = tuple(layers)
+        self._deepest = max(layers) if is_last else None
+        self._found: dict[tuple[str, int], list[np.ndarray]] = {}
+
+    def joined(self, pooling: str, layer: int) -> np.ndarray:
+        """Return the states of all batches, [N, H], in the order they came."""
+        return np.concatenate(self._found[pooling, layer])
+
+    @contextlib.contextmanager
+    def watching(self, modules: Sequence[nn.Module], mask: torch.Tensor) -> Iterator[None]:
+        """Take in what the layers give while the block runs; `mask` [B, T] is of its own tokens."""
+        counted = mask.clone()
+        known = self._start.prefix.length
+        if not known:
+            counted[mask.sum(1) > 1, 0] = 0
+        counts = counted.sum(1, keepdim=True) + max(0, known - 1)
+        ends = mask.sum(1) - 1
+
+        def pool(layer: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
+                hidden = _hidden(output)
+                total = (hidden * counted.to(hidden.dtype)[:, :, None]).float().sum(1)
+                if known:
+                    total = total + self._start.sums[layer]
+                last = hidden[torch.arange(len(hidden), device=hidden.device), ends].float()
+                for pooling, states in (("mean", total / counts), ("last", last)):
+                    self._found.setdefault((pooling, layer), []).append(states.cpu().numpy())
+                if layer == self._deepest:
+                    raise _LastLayerReached
+
+            return hook
+
+        handles = [modules[layer - 1].register_forward_hook(pool(layer)) for layer in self._layers]
+        try:
+            with contextlib.suppress(_LastLayerReached):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _sum_losses(logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> list[float]:

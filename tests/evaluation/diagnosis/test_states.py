@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from llmtune.evaluation.diagnosis.states import (
+    decoder_layers,
     fit_standardizer,
     quarter_layers,
     read_states,
@@ -64,3 +65,23 @@ def test_a_massive_channel_and_a_constant_one_rule_nothing():
     assert np.abs(scaled).max() <= 5.0
     assert scaled[:, 1].std() == pytest.approx(1.0, rel=0.05)
     assert (scaled[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_all_texts_begin_with_runs_once_and_changes_no_state(family):
+    model = make_model(family)
+    sequences = [[*range(40, 52), *ids] for ids in SEQUENCES]
+    found = read_states(model, sequences, (1,), token_budget=60)
+    for row, ids in enumerate(sequences):
+        states = reference(model, ids, 1)
+        assert found.last[1][row] == pytest.approx(states[-1], abs=1e-4)
+        assert found.mean[1][row] == pytest.approx(states[1:].mean(0), abs=1e-4)
+
+
+def test_nothing_above_the_last_layer_asked_for_runs():
+    model = make_model("llama", num_hidden_layers=4)
+    ran = []
+    for number, layer in enumerate(decoder_layers(model), start=1):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+    read_states(model, SEQUENCES, (1, 2), token_budget=100)
+    assert set(ran) == {1, 2}
