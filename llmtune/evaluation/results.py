@@ -9,6 +9,8 @@ from pathlib import Path
 from llmtune.errors import LlmtuneError
 from llmtune.run_dir import atomic_write_json
 
+AGAIN = "remove the file and measure it again: llmtune eval RUN"
+
 
 @dataclass(frozen=True)
 class ItemScore:
@@ -78,17 +80,27 @@ def read_arm_result(path: Path) -> ArmResult:
     """Read a result that `save_arm_result` wrote.
 
     Raises:
-        LlmtuneError: the file is missing, is not JSON, or lacks a key.
+        LlmtuneError: the file is missing, is not JSON, lacks a key, has no items, or a number of it
+            is none.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LlmtuneError(f"{path}: no such result; run `llmtune eval` first") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LlmtuneError(f"{path}: not a result of an evaluation: {error}") from None
+        raise LlmtuneError(f"{path}: not a result of an evaluation: {error}; {AGAIN}") from None
     _require_keys(path, values, ArmResult)
+    if not isinstance(values["items"], list) or not values["items"]:
+        raise LlmtuneError(f"{path}: holds no items; {AGAIN}")
     for item in values["items"]:
         _require_keys(path, item, ItemScore)
+        for name in ("score", "weight"):
+            if not _is_number(item.get(name, 1.0)):
+                raise LlmtuneError(
+                    f"{path}: item {item['id']!r}: {name} is {item[name]!r}, not a number; {AGAIN}"
+                )
+    if not _is_number(values["mean"]):
+        raise LlmtuneError(f"{path}: mean is {values['mean']!r}, not a number; {AGAIN}")
     items = tuple(ItemScore(**item) for item in values["items"])
     return ArmResult(**{**values, "items": items})
 
@@ -98,7 +110,11 @@ def _require_keys(path: Path, values: object, kind: type) -> None:
     optional = {e.name for e in fields(kind) if e.default_factory is not MISSING}
     if not isinstance(values, Mapping) or not expected - optional <= set(values) <= expected:
         found = sorted(values) if isinstance(values, Mapping) else type(values).__name__
-        raise LlmtuneError(f"{path}: expected the keys {sorted(expected)}, found {found}")
+        raise LlmtuneError(f"{path}: expected the keys {sorted(expected)}, found {found}; {AGAIN}")
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
 
 
 def finite_or_none(value: float) -> float | None:

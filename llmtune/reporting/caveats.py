@@ -7,7 +7,7 @@ from llmtune.evaluation.stats import holm
 from llmtune.reporting.alternatives import ship_at_strength
 from llmtune.reporting.evidence import Evidence, gain_of, is_above_majority
 from llmtune.reporting.numbers import FRACTION, write_count
-from llmtune.reporting.sentences import describe_change
+from llmtune.reporting.sentences import describe_change, describe_clean
 from llmtune.reporting.suites import SuiteReport
 
 UNPARSEABLE_RATIO = 0.05
@@ -23,6 +23,7 @@ def find_caveats(evidence: Evidence) -> tuple[str, ...]:
         _below_majority,
         _merged_worse,
         _slices_worse,
+        _slices_left_out,
         _unparseable,
         _general_could_be_broken,
         _some_items_leaked,
@@ -108,6 +109,15 @@ def _slices_worse(evidence: Evidence) -> Iterator[str]:
             yield f"{suite.name}: these slices lost: {', '.join(names[:MAX_SLICES])}{more}."
 
 
+def _slices_left_out(evidence: Evidence) -> Iterator[str]:
+    for suite in evidence.suites:
+        for column, count in suite.wide_columns.items():
+            yield (
+                f"{suite.name}: `{column}` has {write_count(count)} values, too many to break the "
+                "change down by; name a coarser field in the suite's `slices`."
+            )
+
+
 def _unparseable(evidence: Evidence) -> Iterator[str]:
     for suite in evidence.suites:
         for name, arm in suite.arms.items():
@@ -134,13 +144,14 @@ def _general_could_be_broken(evidence: Evidence) -> Iterator[str]:
 def _some_items_leaked(evidence: Evidence) -> Iterator[str]:
     blocked = {suite.name for suite, _ in evidence.contaminated()}
     found = evidence.contamination.suites if evidence.contamination else {}
-    for name, leaked in found.items():
-        if leaked.item_ids and name not in blocked:
+    for suite in evidence.suites:
+        leaked = found.get(suite.name)
+        if leaked and leaked.item_ids and suite.name not in blocked:
             yield (
-                f"{name}: {write_count(len(leaked.item_ids))} of {write_count(leaked.n)} items "
-                f"stand in the training rows, or nearly so (exact {leaked.exact}, near "
-                f"{leaked.near}, shared words {leaked.ngram})."
-            )
+                f"{suite.name}: {write_count(len(leaked.item_ids))} of {write_count(leaked.n)} "
+                f"items stand in the training rows, or nearly so (exact {leaked.exact}, near "
+                f"{leaked.near}, shared words {leaked.ngram}). {describe_clean(suite)}"
+            ).rstrip()
 
 
 def _smaller_strength_would_do(evidence: Evidence) -> Iterator[str]:

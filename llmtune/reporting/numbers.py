@@ -1,6 +1,7 @@
 """How the report writes numbers: percent and points, nats, seconds, bytes, probabilities."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ SECONDS_PER_MINUTE = 60
 SECONDS_PER_HOUR = 3600
 BYTES_PER_STEP = 1024
 SMALLEST_P = 0.001
+NO_BREAK = "\N{NO-BREAK SPACE}"
+UNBROKEN = re.compile(r"n = (?=\d)|(?<=\d) (?=%|points|nats|bits|items|tokens)|\[\S+ (?=\S+\])")
+"""Where a number and its unit, and the two ends of an interval, would be torn apart."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,11 @@ def write_number(value: float | None, digits: int = 4) -> str:
     if isinstance(value, int):
         return write_count(value)
     return f"{value:.{digits}g}".replace("-", MINUS, 1) if value < 0 else f"{value:.{digits}g}"
+
+
+def keep_together(text: str) -> str:
+    """Return a text in which no line ends between a number and what belongs to it."""
+    return UNBROKEN.sub(lambda match: match.group().replace(" ", NO_BREAK), text)
 
 
 def finite(value: object) -> float | None:

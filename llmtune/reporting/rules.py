@@ -6,6 +6,7 @@ from llmtune.reporting.evidence import Evidence, is_above_majority
 from llmtune.reporting.numbers import FRACTION, write_count
 from llmtune.reporting.outcome import Verdict
 from llmtune.reporting.sentences import (
+    describe_clean,
     describer,
     say_below_majority,
     say_what_would_decide,
@@ -27,12 +28,7 @@ def contaminated(evidence: Evidence) -> Verdict | None:
             f"word for word in the training rows ({FRACTION.score(leaked.exact_share)}, more than "
             f"{FRACTION.score(bound)})."
         )
-        if suite.clean is not None:
-            unit, change = suite.unit, suite.clean.change
-            reasons.append(
-                f"On its {write_count(suite.clean.n)} other items the change is "
-                f"{unit.difference(change.difference)} {unit.interval(change.low, change.high)}."
-            )
+        reasons += filter(None, [describe_clean(suite)])
         numbers[suite.name] = {"exact": leaked.exact, "n": leaked.n, "bound": bound}
     reasons.append("Take these items out of the suite or out of the training rows, and run again.")
     return Verdict("CONTAMINATED", tuple(reasons), numbers)

@@ -38,6 +38,18 @@ def describe_rival(suite: SuiteReport, arm: str, confidence: float) -> str:
     )
 
 
+def describe_clean(suite: SuiteReport) -> str:
+    """Write the scores on the items that are not in the training rows; empty where all are."""
+    if suite.clean is None:
+        return ""
+    unit, clean = suite.unit, suite.clean
+    return (
+        f"On its {write_count(clean.n)} other items: {unit.score(clean.base)} → "
+        f"{unit.score(clean.tuned)}, a change of {unit.difference(clean.change.difference)} "
+        f"{unit.interval(clean.change.low, clean.change.high)}."
+    )
+
+
 def write_change(suite: SuiteReport, change: Change, confidence: float) -> str:
     """Write a difference and its interval; the caller closes the parenthesis."""
     unit = suite.unit

@@ -173,6 +173,9 @@ def run_forward(
 
     Returns:
         Logits [B, kept, V]. Positions count the tokens that are not padding.
+
+    Raises:
+        LlmtuneError: the model computes NaN.
     """
     accepted = inspect.signature(_base_model(model).forward).parameters
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -191,6 +194,13 @@ def run_forward(
         outputs = model(**arguments)
     assert outputs.logits is not None, "the model was patched to return no logits"
     kept = outputs.logits[:, -logits_to_keep:] if logits_to_keep else outputs.logits
+    # The last position sees all before it, so a NaN anywhere in a row shows there.
+    if kept[:, -1].isnan().any():
+        raise LlmtuneError(
+            "the model computes NaN, so it cannot be scored; an adapter whose training diverged "
+            "does this (lower train.learning_rate and train again), and so does a 16-bit overflow "
+            "(try model.dtype=float32)"
+        )
     # State-space models return their state under another name: it is not reused.
     return ForwardResult(kept, outputs.get("past_key_values") if keep_cache else None)
 

@@ -1,12 +1,14 @@
 """Planted runs in which something else than tuning was as good, or a strength saves it."""
 
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 
 from llmtune.evaluation.diagnosis import results as found
 from llmtune.evaluation.diagnosis.results import write_diagnostic
 from llmtune.evaluation.halves import in_selection_half
+from llmtune.reporting.html import render_html
 from llmtune.reporting.outcome import MEANINGS
 from llmtune.reporting.transfer import build_report, write_report
 from tests.reporting.full import plant_curve, plant_full_run
@@ -97,11 +99,17 @@ def test_train_rows_among_the_target_items_block_the_verdict(tmp_path):
     assert report.verdict.name == "CONTAMINATED"
     assert report.verdict.numbers["movies"] == {"exact": 4, "n": 300, "bound": 0.01}
     assert report.verdict.also == ("SHIP",)
-    assert report.suites[0].clean.n == 296
+    clean = report.suites[0].clean
+    others = BASE[4:], TUNED[4:]
+    assert (clean.n, clean.base, clean.tuned) == (296, *(pytest.approx(mean(o)) for o in others))
+    assert f"{100 * mean(others[1]):.1f} %, a change of" in " ".join(report.verdict.reasons)
     leak(3)
     report = build_report(run)
     assert report.verdict.name == "SHIP"
-    assert any("3 of 300 items stand in the training rows" in each for each in report.caveats)
+    said = next(each for each in report.caveats if "3 of 300 items stand in the training" in each)
+    shown = [f"{100 * mean(scores):.1f} %" for scores in (BASE[3:], TUNED[3:])]
+    assert " → ".join(shown) in said
+    assert all(f"→ {score}" in render_html(report) for score in shown)
 
 
 def test_general_broken_at_full_strength_and_fine_at_half_ships_at_half(tmp_path):

@@ -12,6 +12,7 @@ from llmtune.reporting.numbers import (
     LOSS_UNITS,
     NATS,
     finite,
+    keep_together,
     write_bytes,
     write_count,
     write_number,
@@ -82,3 +83,17 @@ def test_facts_are_flat_and_read_as_words():
 def test_fingerprints_are_found_at_any_depth():
     value = {"check": {"divergences": [{"margin": 0.1}], "data_hash": "abc"}, "empty": []}
     assert find_fingerprints(value, "merge") == {"merge.check.data_hash": "abc"}
+
+
+def test_no_line_ends_between_a_number_and_its_unit():
+    said = keep_together("70.0 % → 88.0 %, +18.0 points [+13.0, +23.3], n = 300 and on")
+    assert said.split(" ") == [
+        "70.0\N{NO-BREAK SPACE}%",
+        "→",
+        "88.0\N{NO-BREAK SPACE}%,",
+        "+18.0\N{NO-BREAK SPACE}points",
+        "[+13.0,\N{NO-BREAK SPACE}+23.3],",
+        "n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}300",
+        "and",
+        "on",
+    ]

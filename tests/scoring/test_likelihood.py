@@ -151,3 +151,10 @@ def test_a_bfloat16_head_gives_float32_logits_and_is_put_back():
     log_probs = (cap * (logits / cap).tanh()).log_softmax(-1)
     for score, choice in zip(scores[0], requests[0].choice_ids, strict=True):
         assert score.log_likelihood == pytest.approx(log_probs[choice[0]].item(), abs=1e-5)
+
+
+def test_a_model_that_computes_nan_is_refused_instead_of_scored(llama):
+    with torch.no_grad():
+        llama.get_output_embeddings().weight[5] = float("nan")
+    with pytest.raises(LlmtuneError, match="computes NaN"):
+        score_continuations(llama, [ContinuationRequest((1, 2, 3), ((4,), (5,)))], token_budget=64)
