@@ -92,6 +92,10 @@ def read_arm_result(path: Path) -> ArmResult:
     _require_keys(path, values, ArmResult)
     if not isinstance(values["items"], list) or not values["items"]:
         raise LlmtuneError(f"{path}: holds no items; {AGAIN}")
+    if values["n"] != len(values["items"]):
+        raise LlmtuneError(
+            f"{path}: says n = {values['n']} and holds {len(values['items'])} items; {AGAIN}"
+        )
     for item in values["items"]:
         _require_keys(path, item, ItemScore)
         for name in ("score", "weight"):

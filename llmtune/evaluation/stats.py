@@ -1,5 +1,6 @@
 """The statistics of a paired comparison: intervals, tests, and what could have been shown."""
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ POWER_FACTOR = 2.8
 """z(0.975) + z(0.8), rounded: 80 % power at a two-sided level of 5 %."""
 
 CHUNK_DRAWS = 4_000_000
-"""Random indices held at once while resampling."""
+"""Counts of items in draws that are held at once while resampling."""
+
+KEPT_DRAWS = 8_000_000
+"""Draws of so many counts (16 MB) or fewer are kept: 10 000 draws of 800 items."""
 
 FloatArray = np.ndarray
 
@@ -43,10 +47,7 @@ def paired_bootstrap(
         clusters: the cluster of each item, [n]; clusters are drawn whole.
     """
     sums, sizes = _cluster_sums(differences, weights, clusters)
-    random = np.random.default_rng(seed)
-    means = [
-        sums[drawn].sum(1) / sizes[drawn].sum(1) for drawn in _draw(random, len(sums), samples)
-    ]
+    means = [(drawn @ sums) / (drawn @ sizes) for drawn in _iter_draws(len(sums), samples, seed)]
     return _read_interval(np.concatenate(means), confidence)
 
 
@@ -76,10 +77,10 @@ def two_level_bootstrap(
     pairs = [_cluster_sums(row, weights, clusters) for row in differences]
     sums, sizes = np.stack([found for found, _ in pairs], axis=1), pairs[0][1]  # [C, R], [C]
     widened = math.sqrt(trainings / (trainings - 1))
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng([seed, trainings])
     means = []
-    for drawn in _draw(random, len(sums), samples):
-        by_training = sums[drawn].sum(1) / sizes[drawn].sum(1)[:, None]  # [draws, R]
+    for drawn in _iter_draws(len(sums), samples, seed):
+        by_training = (drawn @ sums) / (drawn @ sizes)[:, None]  # [draws, R]
         middle = by_training.mean(1, keepdims=True)
         chosen = random.integers(0, trainings, by_training.shape)
         spread = np.take_along_axis(by_training - middle, chosen, axis=1).mean(1)
@@ -87,11 +88,30 @@ def two_level_bootstrap(
     return _read_interval(np.concatenate(means), confidence)
 
 
-def _draw(random: np.random.Generator, count: int, samples: int) -> Iterator[FloatArray]:
-    """Yield indices of draws with replacement, [draws, count], `samples` draws in all."""
+def _iter_draws(count: int, samples: int, seed: int) -> Iterator[FloatArray]:
+    """Yield how often each of `count` items is in a draw with replacement, [draws, count].
+
+    `samples` draws in all. A report compares dozens of arms on the same items: draws of a usual
+    size are kept for the next comparison.
+    """
+    if count * samples <= KEPT_DRAWS:
+        yield _keep_draws(count, samples, seed)
+        return
+    random = np.random.default_rng(seed)
     at_once = max(1, CHUNK_DRAWS // count)
     for start in range(0, samples, at_once):
-        yield random.integers(0, count, (min(at_once, samples - start), count))
+        yield _count_draws(random, count, min(at_once, samples - start))
+
+
+@functools.lru_cache(maxsize=4)
+def _keep_draws(count: int, samples: int, seed: int) -> FloatArray:
+    return _count_draws(np.random.default_rng(seed), count, samples)
+
+
+def _count_draws(random: np.random.Generator, count: int, samples: int) -> FloatArray:
+    drawn = random.integers(0, count, (samples, count)) + count * np.arange(samples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=samples * count)
+    return counts.astype(np.uint16).reshape(samples, count)
 
 
 def _read_interval(means: FloatArray, confidence: float) -> Interval:

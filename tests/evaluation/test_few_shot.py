@@ -157,6 +157,7 @@ def test_a_row_that_is_an_item_in_the_suites_words_is_never_shown(tmp_path, toke
     data = make_data(
         tmp_path,
         [{**chat_row(f"What of this? {row['text']}", row["answer"]), **row} for row in items],
+        source={"format": "messages"},
     )
     suite = make_suite(tmp_path, items=pairs[2:])
     found = draw(read_training_rows(data, [suite], seed=0), suite, tokenizer, shots=64)
