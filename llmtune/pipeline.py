@@ -16,6 +16,7 @@ from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.evaluation.config import DIAGNOSES, EXTENTS, Extent
 from llmtune.evaluation.results import arm_result_path
 from llmtune.fingerprint import hash_file
+from llmtune.first_checks import check_evaluation_files, warn_of_leaks
 from llmtune.ledger import Ledger, open_ledger
 from llmtune.merging.config import MergeConfig, MergeSettings
 from llmtune.merging.provenance import PROVENANCE_FILE
@@ -54,7 +55,10 @@ def run(config: RunConfig, *, force: bool = False) -> "Report":
         LlmtuneError: the input is wrong; nothing was lost.
         RunInterrupted: stopped by Ctrl-C or SIGTERM after saving a checkpoint.
     """
-    _check_evaluation_files(config, load_suites(config))
+    suites = load_suites(config)
+    check_evaluation_files(config.evaluate, suites)
+    if force or not config.run.adapter_dir.is_dir():
+        warn_of_leaks(config.evaluate, config.data, suites)
     train(config, force=force)
     merge(config)
     evaluate(config)
@@ -277,7 +281,7 @@ def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
 
     config = anchor_paths(config)
     suites = load_suites(config)
-    _check_evaluation_files(config, suites)
+    check_evaluation_files(config.evaluate, suites)
     source = resolve_base(config.model)
     adapter = _trained_adapter(config)
     if "merged" in config.evaluate.arms and not config.run.merged_dir.is_dir():
@@ -493,25 +497,6 @@ def _evaluation_results(
 def _evaluation_files(config: RunConfig) -> list[Path]:
     """Return the user's prompt and prediction files."""
     return [*config.evaluate.prompts.values(), *config.evaluate.predictions.values()]
-
-
-def _check_evaluation_files(config: RunConfig, suites: "Sequence[Suite]") -> None:
-    """Read the user's prompt and prediction files, so that what is wrong is found before training.
-
-    Raises:
-        LlmtuneError: one is missing or cannot serve.
-    """
-    from llmtune.evaluation.few_shot import takes_demonstrations
-    from llmtune.evaluation.predictions import read_predictions, takes_predictions
-    from llmtune.evaluation.prompt_file import read_prompt_file
-
-    for name, path in config.evaluate.prompts.items():
-        prompt = read_prompt_file(name, path)
-        for suite in filter(takes_demonstrations, suites):
-            prompt.ask(suite)
-    for name, path in config.evaluate.predictions.items():
-        predictions = read_predictions(name, path)
-        predictions.texts_by_suite([suite for suite in suites if takes_predictions(suite)])
 
 
 def _kept_extent(record: Mapping[str, Any], inputs: Mapping[str, Any], config: RunConfig) -> Extent:

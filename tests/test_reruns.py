@@ -183,3 +183,21 @@ def test_what_an_older_run_lacks_counts_as_its_default_and_nothing_else(config):
     make_older(config.parent / "run")
     with pytest.raises(LlmtuneError, match=r"protect\.l2: was 0\.0, is 0\.5"):
         run(load(config, "protect.l2=0.5"))
+
+
+def test_items_among_the_training_rows_are_told_before_training(config, caplog):
+    items = config.parent / "items.jsonl"
+    rows = (config.parent / "train.jsonl").read_text().splitlines()
+    question, answer = json.loads(rows[5])["messages"]
+    text = question["content"].removesuffix(" positive or negative?")
+    leaked = {"id": "leak", "text": text.upper(), "answer": answer["content"]}
+    items.write_text(items.read_text() + json.dumps(leaked) + "\n")
+    with caplog.at_level("INFO", "llmtune"):
+        built = run(load(config))
+    told = next(n for n, line in enumerate(caplog.messages) if "1 of its 13 items stand" in line)
+    assert f"item 'leak' in {config.parent / 'train.jsonl'}:6" in caplog.messages[told]
+    assert told < next(n for n, line in enumerate(caplog.messages) if line.startswith("train data"))
+    assert built.verdict.name == "CONTAMINATED"
+    caplog.clear()
+    run(load(config))
+    assert "stand word for word" not in " ".join(caplog.messages)

@@ -104,6 +104,24 @@ def plan_contamination(
     )
 
 
+def find_leaked(rows: Iterable[RowTexts], suites: Sequence[Suite]) -> dict[str, dict[str, str]]:
+    """Return by suite which items are word for word a passage of a row, and the first such row.
+
+    What can be said before training, row by row as they are read; `measure_contamination` also
+    looks behind frames and for what is nearly the same.
+    """
+    asked: dict[str, list[tuple[str, str]]] = {}
+    for suite in suites:
+        for item in suite.items:
+            asked.setdefault(_normalize(_text_of(item)), []).append((suite.name, item.id))
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        for passage in row.passages:
+            for name, item_id in asked.get(_normalize(passage), ()):
+                found.setdefault(name, {}).setdefault(item_id, row.place)
+    return found
+
+
 def contamination_inputs(rows: Sequence[RowTexts], suites: Sequence[Suite]) -> dict[str, str]:
     """Return what the result depends on."""
     return {

@@ -66,6 +66,17 @@ def read_row_texts(config: DataConfig, split: Split) -> list[RowTexts]:
     return found
 
 
+def iter_row_texts(config: DataConfig, split: Split) -> Iterator[RowTexts]:
+    """Yield every usable row of a split as it is read, without looking for frames.
+
+    Raises:
+        LlmtuneError: a source cannot be read at all.
+    """
+    sources, selections = choose_sources(config, split)
+    for index, (source, selection) in enumerate(zip(sources, selections, strict=True)):
+        yield from _iter_source(open_source(source).rows, index, selection, config)
+
+
 def find_frame(texts: Sequence[str]) -> Frame:
     """Return the leading and trailing words that all of `texts` share; none for fewer than two.
 
