@@ -17,6 +17,7 @@ from llmtune.evaluation.diagnosis.results import ProbeCell, ProbeResult
 from llmtune.evaluation.diagnosis.states import (
     Standardizer,
     TextStates,
+    count_state_tokens,
     fit_standardizer,
     quarter_layers,
     read_states,
@@ -99,7 +100,7 @@ def plan_probe(
         return Diagnosis(ProbeResult, inputs, 0, partial(_refusal, inputs, found))
     answerable = [suite for suite in suites if len(_answerable(suite, found.labels)) >= 2]
     asked = {s.name: encode_prompts(subject.scored.tokenizer, s) for s in answerable}
-    tokens = sum(len(ids) for prompts in (found.prompts, *asked.values()) for ids in prompts)
+    tokens = sum(map(count_state_tokens, (found.prompts, *asked.values())))
 
     def measure() -> ProbeResult:
         result, probe = _fit(subject, settings, found, inputs)

@@ -22,7 +22,13 @@ from llmtune.scoring.batches import (
     rows_budget,
     run_forward,
 )
-from llmtune.scoring.prefix import NO_PREFIX, SharedPrefix, rows_at_once, share_prefix
+from llmtune.scoring.prefix import (
+    NO_PREFIX,
+    SharedPrefix,
+    common_prefix,
+    rows_at_once,
+    share_prefix,
+)
 
 MIN_START = 8
 """Tokens that all texts must begin with for a pass of their own to pay."""
@@ -151,6 +157,13 @@ def read_states(
         last={layer: pools.joined("last", layer)[back] for layer in layers} if order else {},
         losses=np.array(losses)[back] if with_losses else None,
     )
+
+
+def count_state_tokens(sequences: Sequence[Sequence[int]]) -> int:
+    """Return the tokens that `read_states` runs without losses, the shared beginning once."""
+    known = common_prefix([tuple(ids) for ids in sequences]) if len(sequences) > 1 else 0
+    known = known if known >= MIN_START else 0
+    return known + sum(len(ids) - known for ids in sequences)
 
 
 @dataclass(frozen=True)
