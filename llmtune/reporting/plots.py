@@ -15,6 +15,8 @@ from llmtune.reporting.strengths import StrengthPoint
 
 MAX_POINTS = 300
 MAX_DOTS = 400
+BOUND_ROOM = 3
+"""A bound farther out than so many times the farthest strength is told, not drawn."""
 
 Points = Sequence[tuple[float, float]]
 
@@ -61,7 +63,7 @@ def draw_pareto(
         name: unique on the page.
         targets, generals: the same strengths on both suites.
         units: how the target's and the general suite's scores are written.
-        bound: how much the general suite may lose, raw unit.
+        bound: how much the general suite may lose, raw unit; drawn where it lies near.
     """
     by_strength = {point.strength: point for point in generals}
     pairs = [(by_strength[p.strength], p) for p in targets if p.strength in by_strength]
@@ -89,7 +91,7 @@ def draw_pareto(
             lost, gained, ("base", *(f"{t.strength:g}" for _, t in pairs)), strict=True
         ):
             axes.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", color=INK)
-        if bound is not None:
+        if bound is not None and is_bound_near(generals, bound):
             axes.axvline(bound * general.scale, color=BAD, ls=":", lw=1.2)
         _finish(
             axes,
@@ -98,6 +100,12 @@ def draw_pareto(
         )
 
     return draw(name, f"Gain against forgetting at {len(pairs)} strengths", plot, height=230)
+
+
+def is_bound_near(generals: Sequence[StrengthPoint], bound: float) -> bool:
+    """Return whether a bound can be drawn without pressing the strengths together."""
+    farthest = max(abs(point.gain) + _half(point) for point in generals)
+    return bound <= BOUND_ROOM * farthest
 
 
 def draw_learning_curve(curve: LearningCurveResult) -> Markup:

@@ -221,3 +221,11 @@ def test_every_verdict_can_be_reached_and_has_a_meaning(tmp_path):
     reached = {"SHIP", "NEGATIVE", "BROKE-GENERAL", "INCONCLUSIVE", "NOT-MEASURED"}
     reached |= {"USE-PROMPT", "USE-PROBE", "CONTAMINATED", "MORE-DATA", "SHIP at strength x"}
     assert reached == set(MEANINGS)
+
+
+def test_a_bound_far_beyond_every_strength_is_told_and_not_drawn(tmp_path):
+    arms = {"tuned": TUNED, "strength-0.5": worsen(TUNED, 0.01, seed=9)}
+    near = render_html(report_on(tmp_path / "near", arms, prose(0.15, 0.08)))
+    far = render_html(report_on(tmp_path / "far", arms, prose(0.02, 0.01)))
+    assert "the dotted line is the most that may be lost" in near
+    assert "the most that may be lost, 0.2 nats/token, lies beyond the right edge" in far

@@ -16,6 +16,7 @@ def build_contamination(report: Report) -> dict[str, Any] | None:
     return {
         "found": found,
         "by_name": {suite.name: suite for suite in report.suites},
+        "has_clean": any(suite.clean for suite in report.suites),
         "most": MAX_FOUND,
     }
 
