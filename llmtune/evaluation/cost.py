@@ -38,8 +38,8 @@ class MeasureCost:
         return {
             "measure": self.measure,
             "tokens": self.tokens,
-            "estimated_seconds": round(self.estimated_seconds, 1),
-            "seconds": None if self.seconds is None else round(self.seconds, 1),
+            "estimated_seconds": round(self.estimated_seconds, 3),
+            "seconds": None if self.seconds is None else round(self.seconds, 3),
         }
 
 
