@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from llmtune.ops import tiled_attention as tiled
-from llmtune.ops.tiled_attention import plan_tiles
+from llmtune.ops.tiled_attention import plan_stacks, plan_tiles
 from llmtune.ops.varlen_attention import (
     VARLEN_BACKENDS,
     choose_varlen_backend,
@@ -29,9 +29,14 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 def small_tiles(monkeypatch):
     """Rows of these tests are then both merged and cut."""
     monkeypatch.setattr(tiled, "TILE_QUERIES", 4)
-    plan_tiles.cache_clear()
+    clear_plans()
     yield
+    clear_plans()
+
+
+def clear_plans() -> None:
     plan_tiles.cache_clear()
+    plan_stacks.cache_clear()
 
 
 def make_inputs(lengths, dtype, *, heads=6, groups=2, seed=0) -> list[Tensor]:
@@ -164,6 +169,40 @@ def test_tiles_cover_every_query_once_and_stay_small():
     assert covered == list(range(sum(lengths)))
     largest = max(tile.queries.stop - tile.queries.start for tile in tiles)
     assert largest <= tiled.TILE_QUERIES
+
+
+def test_every_tile_is_in_one_stack_and_stacks_hold_tiles_of_about_one_size():
+    lengths = (300, 250, 200, 120, 85, 60, 3)
+    stacks = plan_stacks(lengths, None, 9)
+    stacked = [tile for stack in stacks for tile in stack.tiles]
+    assert sorted(tile.queries.start for tile in stacked) == [
+        tile.queries.start for tile in plan_tiles(lengths, None)
+    ]
+    assert any(len(stack.tiles) > 1 for stack in stacks)
+    for stack in stacks:
+        fewest = min(tile.num_keys for tile in stack.tiles)
+        assert fewest >= tiled.STACK_SHARE * stack.num_keys
+        scores = len(stack.tiles) * 9 * stack.num_queries * stack.num_keys
+        assert len(stack.tiles) == 1 or scores * 4 <= tiled.STACK_BYTES
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_padded_tiles_of_a_stack_change_nothing(name, small_tiles, monkeypatch):
+    monkeypatch.setattr(tiled, "STACK_SHARE", 0.0)  # everything in one stack, much of it padding
+    inputs = make_inputs(LENGTHS, torch.float64)
+    results = value_and_gradients(varlen_attention, inputs, LENGTHS, **SHAPES[name])
+    assert len(plan_stacks(LENGTHS, SHAPES[name].get("sliding_window"), 6)) == 1
+    expected = value_and_gradients(plain_attention, inputs, LENGTHS, **SHAPES[name])
+    for result, reference in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=0, atol=1e-10)
+
+
+def test_autocast_does_not_round_the_scores():
+    inputs = make_inputs((40, 90), torch.bfloat16)
+    plain = varlen_attention(*inputs, (40, 90), scale=SCALE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = varlen_attention(*inputs, (40, 90), scale=SCALE)
+    assert torch.equal(under_autocast, plain)
 
 
 def test_a_window_bounds_the_keys_of_a_tile():
