@@ -174,21 +174,24 @@ def _reduce_chunk(
     labels_C, weights_C, losses_C = labelled_C
     dtype = _accumulation_dtype(logits_CV.dtype)
     tile_rows = _tile_rows(logits_CV, dtype)
-    workspace_RV = logits_CV.new_empty(tile_rows, logits_CV.shape[1], dtype=dtype)
+    # Both are reused by every tile: new memory of this size costs more than the arithmetic.
+    wide_RV, probs_RV = logits_CV.new_empty(2, tile_rows, logits_CV.shape[1], dtype=dtype)
     loss = logits_CV.new_zeros((), dtype=dtype)
     for start in range(0, len(logits_CV), tile_rows):
         tile = slice(start, start + tile_rows)
         raw_RV, labels_R1 = logits_CV[tile], labels_C[tile, None]
-        logits_RV, slope_RV = _shape_logits(raw_RV, head, dtype)
-        log_probs_RV = workspace_RV[: len(raw_RV)]
-        torch.log_softmax(logits_RV, dim=-1, dtype=dtype, out=log_probs_RV)
-        losses_R1 = -log_probs_RV.gather(1, labels_R1)
+        logits_RV = wide_RV[: len(raw_RV)].copy_(raw_RV)
+        slope_RV = _shape_logits_(logits_RV, head)
+        grad_RV = probs_RV[: len(raw_RV)]
+        torch.softmax(logits_RV, dim=-1, out=grad_RV)
+        # The largest probability is 1 / sum(exp(logit - largest)): its logarithm is always finite.
+        lead_R1 = logits_RV.amax(-1, keepdim=True) - logits_RV.gather(1, labels_R1)
+        losses_R1 = lead_R1 - grad_RV.amax(-1, keepdim=True).log()
         if losses_C is not None:
             losses_C[tile] = losses_R1[:, 0]
         weights_R1 = None if weights_C is None else weights_C[tile, None].to(dtype)
         loss += (losses_R1 if weights_R1 is None else losses_R1 * weights_R1).sum()
         if needs_gradient:  # d loss / d logits = weight * (softmax - one_hot(label))
-            grad_RV = log_probs_RV.exp_()
             grad_RV.scatter_add_(1, labels_R1, grad_RV.new_full((1, 1), -1).expand_as(labels_R1))
             for factor in (weights_R1, slope_RV):
                 if factor is not None:
@@ -199,19 +202,18 @@ def _reduce_chunk(
     return loss
 
 
-def _shape_logits(
-    raw_RV: Tensor, head: FrozenHead, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Bias, scale and soft cap; returns the logits and the slope of the cap, None without one."""
-    logits_RV = raw_RV
+def _shape_logits_(logits_RV: Tensor, head: FrozenHead) -> Tensor | None:
+    """Bias, scale and soft cap in place; returns the slope of the cap, None without one."""
     if head.bias_V is not None:
-        logits_RV = logits_RV.to(dtype) + head.bias_V
+        logits_RV.add_(head.bias_V)
     if head.logit_scale != 1.0:
-        logits_RV = logits_RV.to(dtype) * head.logit_scale
+        logits_RV.mul_(head.logit_scale)
     if head.logit_softcap is None:
-        return logits_RV, None
-    tanh_RV = torch.tanh(logits_RV.to(dtype) / head.logit_softcap)
-    return tanh_RV * head.logit_softcap, 1 - tanh_RV.square()
+        return None
+    tanh_RV = logits_RV.div_(head.logit_softcap).tanh_()
+    slope_RV = 1 - tanh_RV.square()
+    tanh_RV.mul_(head.logit_softcap)
+    return slope_RV
 
 
 def _tile_rows(logits_CV: Tensor, dtype: torch.dtype) -> int:

@@ -206,3 +206,18 @@ def test_all_masked_rows_train_nothing():
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert hidden.grad.abs().max() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_label_whose_probability_underflows_has_its_true_loss(dtype):
+    """Logits of 500 apart: exp(-500) is zero in float32."""
+    hidden = torch.eye(2, WIDTH, dtype=dtype).requires_grad_()
+    head = torch.zeros(VOCAB, WIDTH, dtype=dtype)
+    head[3, 0], head[5, 1] = 500.0, -500.0
+    labels = torch.tensor([7, 5])
+    loss = linear_cross_entropy(hidden, head, labels)
+    expected = plain_loss(hidden, head, labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    (wanted,) = torch.autograd.grad(expected, hidden)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-6)
