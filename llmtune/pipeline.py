@@ -130,7 +130,8 @@ def plan(config: RunConfig, *, gpu: str | None = None, measure: bool = False) ->
         measure: time this CPU's matrix products for the time estimate.
     """
     from llmtune.planning.devices import find_device, given_gpu
-    from llmtune.planning.plan import PlanRequest, make_plan
+    from llmtune.planning.plan import make_plan
+    from llmtune.planning.workload import PlanRequest
 
     device = find_device(config.model.device) if gpu is None else given_gpu(gpu)
     return make_plan(

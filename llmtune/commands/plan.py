@@ -66,6 +66,7 @@ def _render(found: "Plan", quiet: bool) -> RenderableType:
         return headline
     parts: list[RenderableType] = [headline, Text(), _components(found)]
     parts += [Text(line) for line in _lines(found)]
+    parts += [Text(f"note         {notice}", "yellow") for notice in found.notices]
     if found.advice:
         parts.append(Text("\nWhat makes it fit:", "bold"))
         parts += [Text(f"  {line}") for line in found.advice]
@@ -120,4 +121,7 @@ def _write(size: float) -> str:
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:.0f} days"

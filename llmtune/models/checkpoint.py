@@ -1,7 +1,9 @@
 """What a checkpoint directory must hold before anything heavy is loaded from it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llmtune.errors import LlmtuneError
 
@@ -57,12 +59,8 @@ def check_checkpoint(base_dir: Path, *, allow_pickle: bool, allow_quantized: boo
             is false.
     """
     config = read_model_config(base_dir)
-    if "quantization_config" in config and not allow_quantized:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise LlmtuneError(
-            f"{base_dir}: this base is already quantized ({method}); an adapter could not be "
-            "merged into it. Give the 16-bit checkpoint and choose model.quantization instead."
-        )
+    if not allow_quantized:
+        refuse_quantized(config, str(base_dir))
     if has_weights(base_dir, SAFETENSORS_NAMES):
         return
     if has_weights(base_dir, PICKLE_NAMES):
@@ -76,6 +74,20 @@ def check_checkpoint(base_dir: Path, *, allow_pickle: bool, allow_quantized: boo
         f"{base_dir}: no weights: expected model.safetensors, or model.safetensors.index.json "
         "with its shards."
     )
+
+
+def refuse_quantized(config: Mapping[str, Any], place: str) -> None:
+    """Refuse a base whose config.json says that it is quantized already.
+
+    Raises:
+        LlmtuneError: it is; `place` names it.
+    """
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise LlmtuneError(
+            f"{place}: this base is already quantized ({method}); an adapter could not be "
+            "merged into it. Give the 16-bit checkpoint and choose model.quantization instead."
+        )
 
 
 def has_weights(base_dir: Path, names: tuple[str, str]) -> bool:

@@ -9,8 +9,9 @@ from llmtune.models.checkpoint import check_checkpoint
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# The whole look-up, name resolution included, so that an unreachable hub is an error within 5 s.
-LOOKUP_SECONDS = 4.0
+# The whole look-up, name resolution included, so that an unreachable hub is an error within 5 s of
+# the command's start.
+LOOKUP_SECONDS = 3.5
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 PICKLES = ["pytorch_model*.bin"]
 CODE = ["*.py"]

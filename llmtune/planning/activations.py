@@ -1,13 +1,15 @@
 """What one token's activations take between forward and backward pass, from a model's shape.
 
-Counted is what autograd keeps in llmtune's training step under transformers' eager layers (b is
-the bytes of an element, W the hidden width, Q and K the widths of queries and keys, I the
-feed-forward width):
+Counted is what autograd keeps in llmtune's training step, by its own operations where they stand in
+for the library's (`training/fused_lora`, `training/fused_blocks`), else under transformers' eager
+layers. b is the bytes of an element, W the hidden width, Q and K the widths of queries and keys, I
+the feed-forward width:
 
-    RMSNorm        4 (W + 1): a float32 copy of the input, and one scale
+    RMSNorm        b W + 4: input, and one float32 scale; the library's 4 (W + 1): a float32 copy
     LayerNorm      b (W + 2): input, mean and deviation; parallel blocks share the input
     attention      b (Q + 2 K) for the kernel, b Q for what the output projection reads
-    feed-forward   b I each for gate, up, activation and product; without a gate input and product
+    feed-forward   b I each for gate and up; the library's also for activation and product; without
+                   a gate input and product
     an expert      the same, and b W for its tokens gathered and b W for its output
     adapted input  b width, once where linears share it and are fused, else once a linear
     adapters       b rank: the thin products
@@ -88,7 +90,13 @@ def _by_layer(shape: ModelShape, adapted: Adapted) -> dict[int, dict[str, int]]:
 def _norm_bytes(shape: ModelShape, element_bytes: int) -> float:
     if shape.family.has_layer_norm:
         return element_bytes * (shape.width + 2)
-    return FLOAT32 * (shape.width + 1)
+    return _rms_norm_bytes(shape, element_bytes, shape.width, 1)
+
+
+def _rms_norm_bytes(shape: ModelShape, element_bytes: int, features: int, norms: int) -> float:
+    """Return what RMSNorms keep of a token: `features` over all `norms` of them."""
+    kept = element_bytes if shape.family.has_plain_norm else FLOAT32
+    return kept * features + FLOAT32 * norms
 
 
 @dataclass(frozen=True)
@@ -115,14 +123,13 @@ def _layer_bytes(layer: _Layer) -> float:
     query, kv = shape.query_width, shape.kv_width
     norms = 1 if family.has_layer_norm else family.norms  # parallel blocks read one input
     kept = norms * _norm_bytes(shape, b) + b * (query + 2 * kv)
-    if family.head_norms == "head":
-        kept += FLOAT32 * (query + kv + shape.heads + shape.kv_heads)
-    elif family.head_norms == "width":
-        kept += FLOAT32 * (query + kv + 2)
+    if family.head_norms:
+        num_norms = shape.heads + shape.kv_heads if family.head_norms == "head" else 2
+        kept += _rms_norm_bytes(shape, b, query + kv, num_norms)
     if len(family.attention) == 2:
         kept += b * (query + kv)  # values are a view of the whole projection
     down = layer.size(family.feed_forward[-1])
-    kept += _expert_bytes(layer) if down is None else b * _inner_elements(shape, down[1])
+    kept += _expert_bytes(layer) if down is None else b * _inner_elements(layer, down[1])
     for members, width in _adapted_inputs(layer):
         kept += b * width * (1 if _shares_inputs(layer) else len(members))
     return kept + _adapter_bytes(layer)
@@ -141,15 +148,30 @@ def _adapted_inputs(layer: _Layer) -> list[tuple[list[str], int]]:
     *feed_in, down = family.feed_forward
     is_parallel = family.has_layer_norm and family.norms == 1
     groups = [projections + feed_in] if is_parallel else [projections, feed_in]
-    found = [[name for name in names if name in layer.ranks] for names in (*groups, [out], [down])]
+    groups += [[out]] if _has_fused_mlp(layer) else [[out], [down]]
+    found = [[name for name in names if name in layer.ranks] for names in groups]
     return [(names, (layer.size(names[0]) or (0, 0))[1]) for names in found if names]
 
 
-def _inner_elements(shape: ModelShape, width: int) -> int:
-    """Return the elements of a feed-forward block that are kept whatever is adapted."""
+def _has_fused_mlp(layer: _Layer) -> bool:
+    """Whether llmtune's gated feed-forward block stands in for the library's."""
+    family = layer.shape.family
+    return (
+        layer.adapted.is_fused
+        and len(family.feed_forward) == len(("gate", "up", "down"))
+        and layer.shape.activation == "silu"
+        and family.feed_forward[-1] in layer.ranks
+    )
+
+
+def _inner_elements(layer: _Layer, width: int) -> int:
+    """Return the elements of a feed-forward block that are kept beside adapted inputs."""
+    shape = layer.shape
+    if _has_fused_mlp(layer):
+        return 2 * width
     if shape.family.is_gated:
         return 3 * width
-    return (4 if shape.hidden_act in EAGER_GELUS else 1) * width
+    return (4 if shape.activation in EAGER_GELUS else 1) * width
 
 
 def _expert_bytes(layer: _Layer) -> float:

@@ -9,7 +9,13 @@ from typing import Any
 
 from llmtune.deadline import call_within, first_line
 from llmtune.errors import LlmtuneError
-from llmtune.models.checkpoint import CONFIG_NAME, SAFETENSORS_NAMES, has_weights, read_model_config
+from llmtune.models.checkpoint import (
+    CONFIG_NAME,
+    SAFETENSORS_NAMES,
+    has_weights,
+    read_model_config,
+    refuse_quantized,
+)
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
 from llmtune.models.hub import LOOKUP_SECONDS, reads_as_hub_id
@@ -48,11 +54,13 @@ def read_base(model: ModelConfig) -> BaseNumbers:
     the weights are fetched.
 
     Raises:
-        LlmtuneError: there is no such path and no such model, or the hub cannot be reached.
+        LlmtuneError: there is no such path and no such model, the hub cannot be reached, or the
+            base is quantized already, which training refuses too.
     """
     path = Path(model.base).expanduser()
     if path.is_dir():
         config = read_model_config(path)
+        refuse_quantized(config, str(path))
         stored = None
         if has_weights(path, SAFETENSORS_NAMES):
             index = CheckpointIndex.open(path)
@@ -61,10 +69,15 @@ def read_base(model: ModelConfig) -> BaseNumbers:
         return BaseNumbers(config, str(path / CONFIG_NAME), stored, path if has_tokenizer else None)
     if path.suffix == ".gguf" and path.is_file():
         return BaseNumbers(read_gguf_config(path), str(path), None, _converted_before(path))
-    if path.exists() or not reads_as_hub_id(model.base):
+    if path.exists():
         raise LlmtuneError(
-            f"model.base={model.base}: expected a directory with config.json, a .gguf file, or a "
-            "hub id org/name"
+            f"model.base={model.base}: a file, but not a .gguf file. Give a directory with "
+            "config.json, a .gguf file or a hub id."
+        )
+    if not reads_as_hub_id(model.base):
+        raise LlmtuneError(
+            f"model.base={model.base}: no such local path ({path.absolute()}), and it does not "
+            "read as a hub id org/name."
         )
     return _read_hub(model.base, model.revision)
 
@@ -113,9 +126,11 @@ def _read_hub(repo: str, revision: str | None) -> BaseNumbers:
         stored = int(call_within(LOOKUP_SECONDS, measure))
     except (HTTPError, OSError, NotASafetensorsRepoError):
         stored = None
+    config = read_model_config(directory)
+    refuse_quantized(config, repo)
     has_tokenizer = (directory / TOKENIZER_NAME).is_file()
     return BaseNumbers(
-        read_model_config(directory),
+        config,
         f"{repo} on the hub",
         stored,
         directory if has_tokenizer else None,

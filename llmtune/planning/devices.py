@@ -12,6 +12,8 @@ import psutil
 from llmtune.errors import LlmtuneError
 
 GIB = 1 << 30
+SIZES_GIB = (1, 2048)
+"""What is believed to be the memory of a GPU, smallest and largest."""
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*g(?:i?b)?", re.IGNORECASE)
 
 
@@ -55,15 +57,17 @@ def given_gpu(text: str) -> Device:
     Raises:
         LlmtuneError: it is neither.
     """
-    size = SIZE.fullmatch(text.strip())
-    if size:
-        return Device(f"a GPU of {size.group(1)} GB", "cuda", int(float(size.group(1)) * GIB))
     known = KNOWN_GPUS.get(re.sub(r"[\s_]|nvidia|geforce", "", text.lower()))
-    if known is None:
+    if known is not None:
+        return Device(text, "cuda", known[0] * GIB, known[1])
+    size = SIZE.fullmatch(text.strip())
+    smallest, largest = SIZES_GIB
+    if size is None or not smallest <= float(size.group(1)) <= largest:
         raise LlmtuneError(
-            f"--gpu {text}: expected a size such as 24GB, or one of {', '.join(KNOWN_GPUS)}"
+            f"--gpu {text!r}: expected a size from {smallest}GB to {largest}GB such as 24GB, or "
+            f"one of {', '.join(KNOWN_GPUS)}"
         )
-    return Device(text, "cuda", known[0] * GIB, known[1])
+    return Device(f"a GPU of {size.group(1)} GB", "cuda", int(float(size.group(1)) * GIB))
 
 
 def find_device(wanted: str) -> Device:

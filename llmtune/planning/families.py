@@ -19,8 +19,12 @@ class Family:
     """Norms of a layer over the hidden width."""
     has_layer_norm: bool = False
     """LayerNorm with a bias; otherwise RMSNorm."""
+    adds_one_to_norm: bool = False
+    """Gemma's RMSNorm scales by 1 + weight, in float32."""
     head_norms: str = ""
     """Norms on queries and keys: `head` has one weight a head dimension, `width` one a feature."""
+    activation: str = "silu"
+    """The feed-forward block's, where config.json names none."""
     attention_bias: bool | str = False
     """Whether q, k, v and out have a bias; a text names the config key that says so."""
     out_bias: bool | None = None
@@ -35,6 +39,11 @@ class Family:
     """The config key with the number of experts; None where the family has none."""
     expert_width_key: str = "intermediate_size"
     experts: str = "mlp.experts"
+
+    @property
+    def has_plain_norm(self) -> bool:
+        """Whether llmtune's own RMSNorm can stand in for the library's."""
+        return not (self.has_layer_norm or self.adds_one_to_norm)
 
     @property
     def is_gated(self) -> bool:
@@ -74,6 +83,8 @@ FAMILIES = MappingProxyType(
             _SPLIT_ATTENTION,
             _GATED,
             norms=4,
+            adds_one_to_norm=True,
+            activation="gelu_pytorch_tanh",
             attention_bias="attention_bias",
             ties_embeddings=True,
             head_dim=256,
@@ -82,6 +93,8 @@ FAMILIES = MappingProxyType(
             _SPLIT_ATTENTION,
             _GATED,
             norms=4,
+            adds_one_to_norm=True,
+            activation="gelu_pytorch_tanh",
             head_norms="head",
             attention_bias="attention_bias",
             ties_embeddings=True,
@@ -95,6 +108,7 @@ FAMILIES = MappingProxyType(
             ("mlp.fc1", "mlp.fc2"),
             norms=1,
             has_layer_norm=True,
+            activation="gelu_new",
             attention_bias=True,
             feed_forward_bias=True,
             head_bias=True,
@@ -104,6 +118,7 @@ FAMILIES = MappingProxyType(
             ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
             layers="gpt_neox.layers",
             has_layer_norm=True,
+            activation="gelu",
             attention_bias="attention_bias",
             feed_forward_bias=True,
         ),

@@ -38,6 +38,7 @@ KEYS = MappingProxyType(
         "attention.head_count": "num_attention_heads",
         "attention.head_count_kv": "num_key_value_heads",
         "attention.key_length": "head_dim",
+        "context_length": "max_position_embeddings",
     }
 )
 

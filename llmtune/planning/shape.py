@@ -24,7 +24,8 @@ class ModelShape:
     head_dim: int
     feed_forward: int
     """Width of the feed-forward block, or of one expert's."""
-    hidden_act: str
+    activation: str
+    """Of the feed-forward block, by transformers' name."""
     vocabulary: int
     is_tied: bool
     experts: int
@@ -94,8 +95,8 @@ def read_shape(config: Config, place: str) -> ModelShape:
         place: where it was read, for messages.
 
     Raises:
-        LlmtuneError: the architecture is not one llmtune knows the parts of, or a number is
-            missing; all missing ones are named.
+        LlmtuneError: the architecture is not one llmtune knows the parts of, numbers are missing
+            (all are named), or the heads do not divide what they share.
     """
     model_type = str(config.get("model_type"))
     family = FAMILIES.get(model_type)
@@ -117,7 +118,23 @@ def read_shape(config: Config, place: str) -> ModelShape:
             f"{place}: a {model_type} model needs whole numbers for {', '.join(missing)}; "
             "config.json has none"
         )
+    _check_heads(config, family, place)
     return _build(config, model_type, family)
+
+
+def _check_heads(config: Config, family: Family, place: str) -> None:
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if not _is_count(kv_heads) or heads % kv_heads:
+        raise LlmtuneError(
+            f"{place}: num_key_value_heads={kv_heads}: expected a divisor of "
+            f"num_attention_heads={heads}"
+        )
+    if not (config.get("head_dim") or family.head_dim) and width % heads:
+        raise LlmtuneError(
+            f"{place}: num_attention_heads={heads}: expected a divisor of hidden_size={width}, as "
+            "there is no head_dim"
+        )
 
 
 def _with_key(config: Config, experts_key: str) -> Config:
@@ -164,7 +181,7 @@ def _build(config: Config, model_type: str, family: Family) -> ModelShape:
         kv_heads=kv_heads,
         head_dim=head_dim,
         feed_forward=feed_forward,
-        hidden_act=str(config.get("hidden_act", "silu" if family.is_gated else "gelu_new")),
+        activation=_activation(config, family),
         vocabulary=config["vocab_size"],
         is_tied=bool(config.get("tie_word_embeddings", family.ties_embeddings)),
         experts=experts,
@@ -174,6 +191,11 @@ def _build(config: Config, model_type: str, family: Family) -> ModelShape:
         linear_biases=biases,
         other_parameters=others + (2 if family.has_layer_norm else 1) * width,
     )
+
+
+def _activation(config: Config, family: Family) -> str:
+    """Return the activation's name; Gemma goes by `hidden_activation`, whatever the other says."""
+    return str(config.get("hidden_activation") or config.get("hidden_act") or family.activation)
 
 
 def _is_dense_layer(config: Config, index: int) -> bool:

@@ -10,9 +10,9 @@ from llmtune.data.prepared import PreparedData
 from llmtune.errors import LlmtuneError
 from llmtune.planning.base import read_base
 from llmtune.planning.devices import Device, this_cpu
-from llmtune.planning.plan import PlanRequest, plan_memory_of
 from llmtune.planning.rows import measure_rows
 from llmtune.planning.shape import read_shape
+from llmtune.planning.workload import PlanRequest, plan_memory_of
 
 
 def estimate_training(

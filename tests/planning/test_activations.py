@@ -14,6 +14,7 @@ from llmtune.planning.activations import Adapted, activation_cost, merged_expert
 from llmtune.planning.families import FAMILIES
 from llmtune.planning.shape import read_shape
 from llmtune.training.batch import pack_rows
+from llmtune.training.fused_blocks import fused_blocks
 from llmtune.training.fused_lora import fused_lora
 from llmtune.training.head import choose_head, decoder_hidden, summed_loss
 from llmtune.training.memory_plan import measure_activations
@@ -38,6 +39,7 @@ def compare(family, adapter, *, dtype=torch.bfloat16, is_fused=True):
         if is_fused:
             ids = {"input_ids": torch.arange(1, 5)[None]}
             stack.enter_context(fused_lora(injected, lambda: decoder_hidden(injected, ids)))
+        stack.enter_context(fused_blocks(injected))
         head = choose_head(injected)
         stack.enter_context(packed_attention(injected))
         injected.train()
@@ -96,9 +98,9 @@ def test_a_tiny_llamas_layer_added_up_by_hand():
     shape = read_shape({**small_config("llama", layers=1), "model_type": "llama"}, "here")
     adapted = Adapted(dict.fromkeys(shape.linear, 8), is_fused=True)
     cost = activation_cost(shape, adapted, element_bytes=2, trained_ratio=0.5)
-    norms = 4 * (64 + 1)  # of two: no gradient reaches the embeddings through the first
+    norms = 2 * 64 + 4  # of one: no gradient reaches the embeddings through the first
     attention = 2 * 64 + 2 * (64 + 2 * 32) + 2 * 64  # shared input, q k v, o's input
-    feed_forward = 2 * 64 + 2 * 4 * 128
+    feed_forward = 2 * 64 + 2 * 2 * 128  # shared input, gate and up
     assert cost.layer_bytes == norms + attention + feed_forward + 2 * 7 * 8
     assert cost.recomputed_layer_bytes == 2 * 64
-    assert cost.other_bytes == 4 * (64 + 1) + 2 * 64 * 0.5
+    assert cost.other_bytes == 2 * 64 + 4 + 2 * 64 * 0.5

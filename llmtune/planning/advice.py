@@ -1,0 +1,96 @@
+"""What to change where a run does not fit."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmtune.models.config import Nf4Quantization
+from llmtune.planning.base import BaseNumbers
+from llmtune.planning.disk import DiskEstimate
+from llmtune.planning.rows import RowFacts
+from llmtune.planning.shape import ModelShape
+from llmtune.planning.workload import PlanRequest, plan_memory_of
+
+NUM_SUGGESTIONS = 2
+SHORTEST = 256
+LOW_RANK = 8
+
+
+def advise_memory(
+    request: PlanRequest, base: BaseNumbers, shape: ModelShape, rows: RowFacts
+) -> list[str]:
+    """Return two ways to make the run fit: single settings, else several together."""
+    options = list(_options(request, rows))
+    ways = [[option] for option in options] + [
+        options[:count] for count in range(2, len(options) + 1)
+    ]
+    found: list[str] = []
+    needed = 0
+    for way in ways:
+        changed, length = _apply(request, way)
+        memory = plan_memory_of(changed, base, shape, _shorten(rows, length))
+        needed = memory.total_bytes
+        if memory.fits and len(found) < NUM_SUGGESTIONS:
+            found.append(f"{_join(way)}: {_write_gib(needed)} in all")
+    return found or [
+        f"even {_join(options)} needs {_write_gib(needed)}: choose a smaller base, or a device "
+        "with more memory"
+    ]
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A change of settings: in words, the sections it replaces, and the longest row it leaves."""
+
+    text: str
+    sections: Mapping[str, Any]
+    length: int | None = None
+
+
+def _apply(request: PlanRequest, options: Sequence[_Option]) -> tuple[PlanRequest, int | None]:
+    length = None
+    for option in options:
+        request = replace(request, **option.sections)
+        length = option.length or length
+    return request, length
+
+
+def _join(options: Sequence[_Option]) -> str:
+    return " ".join(option.text for option in options)
+
+
+def _options(request: PlanRequest, rows: RowFacts) -> Iterator[_Option]:
+    """Yield what can be changed, the mildest first."""
+    model, train = request.model, request.train
+    if train.gradient_checkpointing is False or train.micro_batch_size not in ("auto", 1):
+        milder = {"gradient_checkpointing": "auto", "micro_batch_size": "auto"}
+        yield _Option(
+            "train.gradient_checkpointing=auto train.micro_batch_size=auto",
+            {"train": train.model_copy(update=milder)},
+        )
+    if model.quantization_method in ("none", "int8"):
+        smaller = model.model_copy(update={"quantization": Nf4Quantization()})
+        yield _Option("model.quantization='{method: nf4}'", {"model": smaller})
+    if rows.longest > SHORTEST:
+        half = max(rows.longest // 2, SHORTEST)
+        yield _Option(f"data.max_length={half}", {}, half)
+    if request.adapter.rank > LOW_RANK:
+        lower = request.adapter.model_copy(update={"rank": LOW_RANK})
+        yield _Option(f"adapter.rank={LOW_RANK}", {"adapter": lower})
+
+
+def advise_disk(request: PlanRequest, disk: DiskEstimate) -> str:
+    """Return how much room is missing, and where."""
+    missing = disk.total_bytes - disk.free_bytes
+    return f"{_write_gib(missing)} more room under {request.run_dir}, or another run_dir"
+
+
+def _shorten(rows: RowFacts, length: int | None) -> RowFacts:
+    if length is None:
+        return rows
+    share = length / rows.longest
+    return replace(rows, longest=length, largest_step=round(rows.largest_step * share))
+
+
+def _write_gib(size: float) -> str:
+    return f"{size / (1 << 30):.1f} GiB"

@@ -1,0 +1,87 @@
+"""From the sections of a config to the planner's numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtune.adapters.base import LowRankAdapter
+from llmtune.adapters.targets import ModuleNames, choose_targets
+from llmtune.data.config import DataConfig
+from llmtune.models.config import ModelConfig
+from llmtune.planning.activations import Adapted
+from llmtune.planning.base import BaseNumbers
+from llmtune.planning.devices import Device
+from llmtune.planning.estimate import MemoryEstimate, Workload, estimate_memory
+from llmtune.planning.rows import RowFacts
+from llmtune.planning.shape import ModelShape
+from llmtune.training.config import TrainConfig
+
+MASK_BYTES = {"cpu": 4, "cuda": 1}
+"""Of a dropped feature: a CPU keeps the mask in float32."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """The sections of a config that decide what a run needs."""
+
+    model: ModelConfig
+    adapter: LowRankAdapter
+    data: DataConfig
+    train: TrainConfig
+    run_dir: Path
+    seed: int
+    device: Device
+    measure: bool = False
+    """Time a matrix product now for the time estimate."""
+
+
+def plan_memory_of(
+    request: PlanRequest, base: BaseNumbers, shape: ModelShape, rows: RowFacts
+) -> MemoryEstimate:
+    """Return the memory estimate for a request's sections."""
+    work = build_workload(request, base, shape, rows)
+    return estimate_memory(work, request.device.kind, request.device.memory_bytes)
+
+
+def build_workload(
+    request: PlanRequest, base: BaseNumbers, shape: ModelShape, rows: RowFacts
+) -> Workload:
+    """Turn a config's sections into the planner's numbers."""
+    model, adapter, train = request.model, request.adapter, request.train
+    chosen = choose_targets(adapter, _module_names(shape))
+    adaptable: Mapping[str, tuple[int, ...]] = {**shape.linear, **shape.fused_experts}
+    is_dora = adapter.method == "dora"
+    is_quantized = model.quantization_method != "none"
+    mapped = base.stored_bytes or shape.num_parameters * base.stored_element_bytes
+    packed = request.data.packing != "off"
+    return Workload(
+        shape=shape,
+        quantization=model.quantization,
+        element_bytes=4 if model.dtype == "float32" else 2,
+        adapted=Adapted(
+            ranks={name: adapter.rank_of(name) for name in chosen},
+            is_fused=not (is_dora or adapter.dropout > 0 or model.quantization_method == "int8"),
+            dropout_mask_bytes=MASK_BYTES[request.device.kind] if adapter.dropout > 0 else 0,
+            is_dora=is_dora,
+        ),
+        adapter_parameters=adapter.num_parameters({name: adaptable[name] for name in chosen}),
+        optimizer=train.optimizer,
+        batch_size=train.batch_size,
+        micro_batch_size=train.micro_batch_size,
+        checkpointing=train.gradient_checkpointing,
+        rows=rows.sizes(packed=packed, batch_size=train.batch_size),
+        trained_ratio=rows.trained_ratio,
+        mapped_bytes=mapped if is_quantized else 0,
+    )
+
+
+def _module_names(shape: ModelShape) -> ModuleNames:
+    parents = {name.rpartition(".")[0]: "block" for name in shape.linear}
+    norms = {f"{shape.family.layers}.{index}": "layer" for index in range(shape.layers)}
+    return ModuleNames(
+        linear=shape.linear,
+        experts=shape.fused_experts,
+        head="lm_head",
+        is_head_tied=shape.is_tied,
+        others={**parents, **norms, "model.embed_tokens": "Embedding"},
+    )
