@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmtune.models.config import Nf4Quantization
-from llmtune.planning.base import BaseNumbers
 from llmtune.planning.disk import DiskEstimate
 from llmtune.planning.rows import RowFacts
 from llmtune.planning.shape import ModelShape
@@ -16,9 +15,7 @@ SHORTEST = 256
 LOW_RANK = 8
 
 
-def advise_memory(
-    request: PlanRequest, base: BaseNumbers, shape: ModelShape, rows: RowFacts
-) -> list[str]:
+def advise_memory(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> list[str]:
     """Return two ways to make the run fit: single settings, else several together."""
     options = list(_options(request, rows))
     ways = [[option] for option in options] + [
@@ -28,7 +25,7 @@ def advise_memory(
     needed = 0
     for way in ways:
         changed, length = _apply(request, way)
-        memory = plan_memory_of(changed, base, shape, _shorten(rows, length))
+        memory = plan_memory_of(changed, shape, _shorten(rows, length))
         needed = memory.total_bytes
         if memory.fits and len(found) < NUM_SUGGESTIONS:
             found.append(f"{_join(way)}: {_write_gib(needed)} in all")

@@ -1,5 +1,6 @@
 """The peak memory of a training run by component, and what fits: arithmetic on a model's shape."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,14 +16,16 @@ from llmtune.memory import (
 )
 from llmtune.models.config import QuantizationConfig
 from llmtune.planning.activations import Adapted, activation_cost, merged_expert_bytes
+from llmtune.planning.kernels import kernel_bytes
 from llmtune.planning.shape import ModelShape
 from llmtune.planning.weights import base_bytes, trained_bytes
 
 MIB = 1 << 20
-RUNTIME_BYTES = MappingProxyType({"cpu": 640 * MIB, "cuda": 600 * MIB})
-"""Before a weight is loaded. CPU: the resident memory of the process with torch, transformers, trl,
-peft and bitsandbytes imported, measured. CUDA: the context with its kernels and cuBLAS' workspace;
-assumed, not measured."""
+RUNTIME_BYTES = MappingProxyType({"cpu": 680 * MIB, "cuda": 600 * MIB})
+"""What is there beside weights. CPU: the resident memory of the process with torch, transformers,
+trl, peft and bitsandbytes imported (546 MiB), rows prepared and a first forward pass done, less
+base and adapter: measured alike on a 16-bit and an NF4 base, torch 2.13. CUDA: the context with its
+kernels and cuBLAS' workspace; assumed, not measured."""
 USABLE_SHARE = 0.8
 """Of free memory, what activations may take; the rest is for what is not foreseen."""
 HEAD_CHUNK = 256
@@ -47,8 +50,8 @@ class Workload:
     rows: RowSizes
     trained_ratio: float
     """Share of the tokens that carry a label."""
-    mapped_bytes: int = 0
-    """A CPU quantizes from a mapped checkpoint, whose pages stay resident."""
+    steps: int | None = None
+    """Optimizer steps; None where they are not known."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,10 @@ def estimate_memory(work: Workload, device_type: str, memory_bytes: int) -> Memo
     kept = needed / WORKSPACE_FACTOR * tokens
     components = {**fixed, **_activation_components(cost, plan, tokens)}
     components["workspace"] = round(needed * tokens - kept)
+    if device_type == "cpu" and work.element_bytes < FLOAT32:
+        components["compiled kernels"] = kernel_bytes(
+            work.shape, tokens=tokens, micro_batches=_count_micro_batches(work, tokens)
+        )
     return MemoryEstimate(
         components=components,
         base=base,
@@ -112,6 +119,11 @@ def estimate_memory(work: Workload, device_type: str, memory_bytes: int) -> Memo
         bytes_a_token=needed,
         memory_bytes=memory_bytes,
     )
+
+
+def _count_micro_batches(work: Workload, tokens: int) -> int | None:
+    """Return how many micro-batches run, with the rehearsal's; None if steps are not known."""
+    return None if work.steps is None else 1 + work.steps * math.ceil(work.rows.step / tokens)
 
 
 def _largest_tokens(work: Workload, plan: MemoryPlan) -> int:
@@ -131,7 +143,6 @@ def _fixed_components(work: Workload, base: Mapping[str, int], device_type: str)
         "merged experts": merged_expert_bytes(shape, work.adapted, b),
         "LM head chunk": _head_chunk_bytes(shape, b, device_type),
         "dequantization": _dequantization_bytes(work),
-        "mapped checkpoint": work.mapped_bytes if device_type == "cpu" else 0,
     }
     return {name: size for name, size in components.items() if size}
 

@@ -12,8 +12,7 @@ from llmtune.planning.estimate import MemoryEstimate
 from llmtune.planning.rows import RowFacts, read_rows
 from llmtune.planning.shape import ModelShape, read_shape
 from llmtune.planning.speed import Rate, choose_rate, flops_a_token
-from llmtune.planning.workload import PlanRequest, build_workload, plan_memory_of
-from llmtune.training.config import TrainConfig
+from llmtune.planning.workload import PlanRequest, build_workload, count_steps, plan_memory_of
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,15 @@ def make_plan(request: PlanRequest) -> Plan:
         seed=request.seed,
         chat_template=request.model.chat_template,
     )
-    memory = plan_memory_of(request, base, shape, rows)
-    work = build_workload(request, base, shape, rows)
+    memory = plan_memory_of(request, shape, rows)
+    work = build_workload(request, shape, rows)
     disk = estimate_disk(
         request.train,
         adapter_parameters=work.adapter_parameters,
         merged_bytes=base.stored_bytes or shape.num_parameters * base.stored_element_bytes,
         run_dir=request.run_dir,
     )
-    steps, tokens = _count_steps(request.train, rows)
+    steps, tokens = count_steps(request.train, rows)
     rate = choose_rate(
         request.device,
         base=request.model.base,
@@ -126,7 +125,7 @@ def make_plan(request: PlanRequest) -> Plan:
         rate=rate,
         seconds=None if tokens is None else tokens / speed,
         advice=(
-            *([] if memory.fits else advise_memory(request, base, shape, rows)),
+            *([] if memory.fits else advise_memory(request, shape, rows)),
             *([] if disk.fits else [advise_disk(request, disk)]),
         ),
         notices=tuple(_notices(base, rows)),
@@ -140,14 +139,3 @@ def _notices(base: BaseNumbers, rows: RowFacts) -> Iterator[str]:
             f"the longest row has {rows.longest} tokens, and the base was made for {positions} "
             f"(max_position_embeddings): set data.max_length={positions} or less"
         )
-
-
-def _count_steps(train: TrainConfig, rows: RowFacts) -> tuple[int | None, int | None]:
-    """Return the optimizer steps and the tokens they take, None where rows were not counted."""
-    if train.max_steps is None and rows.num_rows is None:
-        return None, None
-    steps = train.total_steps(rows.num_rows or 0)
-    trained_rows = float(steps * train.batch_size)
-    if train.max_steps is None and rows.num_rows is not None:
-        trained_rows = (train.num_epochs or 1) * rows.num_rows
-    return steps, round(trained_rows * rows.mean)

@@ -9,7 +9,6 @@ from llmtune.adapters.targets import ModuleNames, choose_targets
 from llmtune.data.config import DataConfig
 from llmtune.models.config import ModelConfig
 from llmtune.planning.activations import Adapted
-from llmtune.planning.base import BaseNumbers
 from llmtune.planning.devices import Device
 from llmtune.planning.estimate import MemoryEstimate, Workload, estimate_memory
 from llmtune.planning.rows import RowFacts
@@ -35,24 +34,18 @@ class PlanRequest:
     """Time a matrix product now for the time estimate."""
 
 
-def plan_memory_of(
-    request: PlanRequest, base: BaseNumbers, shape: ModelShape, rows: RowFacts
-) -> MemoryEstimate:
+def plan_memory_of(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> MemoryEstimate:
     """Return the memory estimate for a request's sections."""
-    work = build_workload(request, base, shape, rows)
+    work = build_workload(request, shape, rows)
     return estimate_memory(work, request.device.kind, request.device.memory_bytes)
 
 
-def build_workload(
-    request: PlanRequest, base: BaseNumbers, shape: ModelShape, rows: RowFacts
-) -> Workload:
+def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> Workload:
     """Turn a config's sections into the planner's numbers."""
     model, adapter, train = request.model, request.adapter, request.train
     chosen = choose_targets(adapter, _module_names(shape))
     adaptable: Mapping[str, tuple[int, ...]] = {**shape.linear, **shape.fused_experts}
     is_dora = adapter.method == "dora"
-    is_quantized = model.quantization_method != "none"
-    mapped = base.stored_bytes or shape.num_parameters * base.stored_element_bytes
     packed = request.data.packing != "off"
     return Workload(
         shape=shape,
@@ -71,7 +64,7 @@ def build_workload(
         checkpointing=train.gradient_checkpointing,
         rows=rows.sizes(packed=packed, batch_size=train.batch_size),
         trained_ratio=rows.trained_ratio,
-        mapped_bytes=mapped if is_quantized else 0,
+        steps=count_steps(train, rows)[0],
     )
 
 
@@ -85,3 +78,14 @@ def _module_names(shape: ModelShape) -> ModuleNames:
         is_head_tied=shape.is_tied,
         others={**parents, **norms, "model.embed_tokens": "Embedding"},
     )
+
+
+def count_steps(train: TrainConfig, rows: RowFacts) -> tuple[int | None, int | None]:
+    """Return the optimizer steps and the tokens they take, None where rows were not counted."""
+    if train.max_steps is None and rows.num_rows is None:
+        return None, None
+    steps = train.total_steps(rows.num_rows or 0)
+    trained_rows = float(steps * train.batch_size)
+    if train.max_steps is None and rows.num_rows is not None:
+        trained_rows = (train.num_epochs or 1) * rows.num_rows
+    return steps, round(trained_rows * rows.mean)

@@ -45,7 +45,7 @@ def estimate_training(
     except LlmtuneError:
         return None
     rows = measure_rows(*data, batch_size=config.train.batch_size)
-    memory = plan_memory_of(request, base, shape, rows)
+    memory = plan_memory_of(request, shape, rows)
     components = dict(memory.components)
     if place.kind == "cuda":
         del components["runtime"]
