@@ -8,6 +8,7 @@ from typing import Any
 from llmtune.errors import LlmtuneError
 
 CONFIG_NAME = "config.json"
+GENERATION_NAME = "generation_config.json"
 SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -32,7 +33,7 @@ def read_model_config(base_dir: Path) -> dict:
 
 def read_generation_config(base_dir: Path) -> dict:
     """Return generation_config.json, or {} where there is none."""
-    path = base_dir / "generation_config.json"
+    path = base_dir / GENERATION_NAME
     if not path.is_file():
         return {}
     try:

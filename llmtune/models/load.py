@@ -8,22 +8,14 @@ from typing import Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from llmtune.errors import LlmtuneError
-from llmtune.models.checkpoint import (
-    CONFIG_NAME,
-    SAFETENSORS_NAMES,
-    has_weights,
-    read_model_config,
-)
+from llmtune.models.build import build_model
+from llmtune.models.checkpoint import SAFETENSORS_NAMES, has_weights, read_model_config
 from llmtune.models.config import ModelConfig
 from llmtune.models.generation import repair_generation_config
 from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
@@ -36,7 +28,6 @@ from llmtune.models.quantization import (
     keep_differentiable,
 )
 from llmtune.models.quantized_cache import (
-    GENERATION_FILE,
     READ_ERRORS,
     is_whole,
     keep_quantized,
@@ -45,7 +36,6 @@ from llmtune.models.quantized_cache import (
 )
 from llmtune.models.quiet import quiet_loading
 from llmtune.models.resolve import BaseSource
-from llmtune.models.stored_tensors import stored_tensors
 from llmtune.models.tokenizer import load_tokenizer
 from llmtune.models.turns import stop_token_ids
 
@@ -195,7 +185,7 @@ def _load_weights(
 ) -> PreTrainedModel:
     try:
         with quiet_loading():
-            model, info = _read_model(source, keywords)
+            model, info = build_model(source.dir, keywords)
     except torch.OutOfMemoryError as error:
         raise _too_large(config, source, keywords) from error
     except (ValueError, ImportError, RuntimeError, OSError) as error:
@@ -207,47 +197,6 @@ def _load_weights(
         ) from error
     _check_loading_info(info, source)
     return model
-
-
-def _read_model(source: BaseSource, keywords: dict[str, Any]) -> tuple[PreTrainedModel, dict]:
-    """Return the model and transformers' loading info.
-
-    What is quantized is read tensor by tensor: mapped, the whole 16-bit base would stay resident
-    beside the quantized one. What is not quantized is mapped and needs no second copy.
-    """
-    config = tensors = None
-    if "quantization_config" in keywords and _can_be_streamed(keywords):
-        config = AutoConfig.from_pretrained(str(source.dir), local_files_only=True)
-        tensors = stored_tensors(source.dir)
-    if tensors is None or not _has_own_class(config):
-        return AutoModelForCausalLM.from_pretrained(str(source.dir), **keywords)
-    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None, config=config, state_dict=tensors, **keywords
-    )
-    model.name_or_path = model.config._name_or_path = str(source.dir)
-    model.generation_config = _read_generation_config(source.dir)
-    return model, info
-
-
-def _can_be_streamed(keywords: dict[str, Any]) -> bool:
-    return keywords["use_safetensors"] and not keywords["trust_remote_code"]
-
-
-def _has_own_class(config: PreTrainedConfig | None) -> bool:
-    """Whether a causal LM is built from this very config, and not from a part of it."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return False
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return getattr(model_class, "config_class", None) is type(config)
-
-
-def _read_generation_config(directory: Path) -> GenerationConfig:
-    """Return what transformers would: generation_config.json, else what config.json says of it."""
-    if (directory / GENERATION_FILE).is_file():
-        return GenerationConfig.from_pretrained(str(directory))
-    return GenerationConfig.from_pretrained(
-        str(directory), config_file_name=CONFIG_NAME, _from_model_config=True
-    )
 
 
 def _too_large(config: ModelConfig, source: BaseSource, keywords: dict[str, Any]) -> LlmtuneError:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from llmtune.environment import package_version
 from llmtune.fingerprint import hash_file, hash_json, hash_text
-from llmtune.models.checkpoint import CONFIG_NAME
+from llmtune.models.checkpoint import CONFIG_NAME, GENERATION_NAME
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
 from llmtune.models.quiet import quiet_loading
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "quantized"
 META_FILE = "meta.txt"
-GENERATION_FILE = "generation_config.json"
 LIBRARIES = ("bitsandbytes", "transformers", "torch", "safetensors")
 WRITING = ".writing-"
 """Begins the name of a directory that is being written or taken away."""
@@ -58,7 +57,7 @@ def quantized_entry(
         return None
     if config.trust_remote_code or "quantization_config" in _read_json(source_dir / CONFIG_NAME):
         return None
-    files = [source_dir / name for name in (CONFIG_NAME, GENERATION_FILE)]
+    files = [source_dir / name for name in (CONFIG_NAME, GENERATION_NAME)]
     weights = [*source_dir.glob("*.safetensors"), *source_dir.glob("*.bin")]
     assert config.quantization is not None
     key = {
@@ -138,9 +137,9 @@ def _write(directory: Path, model: PreTrainedModel, source_dir: Path) -> None:
     written = _read_json(directory / CONFIG_NAME)["quantization_config"]
     config = {**_read_json(source_dir / CONFIG_NAME), "quantization_config": written}
     (directory / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
-    (directory / GENERATION_FILE).unlink(missing_ok=True)
-    if (source_dir / GENERATION_FILE).is_file():
-        shutil.copyfile(source_dir / GENERATION_FILE, directory / GENERATION_FILE)
+    (directory / GENERATION_NAME).unlink(missing_ok=True)
+    if (source_dir / GENERATION_NAME).is_file():
+        shutil.copyfile(source_dir / GENERATION_NAME, directory / GENERATION_NAME)
     text = json.dumps({path.name: hash_file(path) for path in sorted(directory.iterdir())})
     (directory / META_FILE).write_text(f"{hash_text(text)}\n{text}", encoding="utf-8")
 
