@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 MIB = 1 << 20
 WORDS_A_TOKEN = 0.72
 NUM_ROWS = 48
+NUM_EVALUATED = 16
 ANSWER_WORDS = 4
 STEPS = 4
 TOLERANCE = 0.15
@@ -100,9 +101,11 @@ def _line(result: dict[str, Any]) -> str:
 
 def _measure(case: Case, config: str, sentences: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
-        rows = Path(directory) / "rows.jsonl"
-        rows.write_text("\n".join(_make_rows(sentences, case.row_tokens)) + "\n")
-        evaluation = "[]" if "train.eval_every=2" not in case.overrides else f"[{{path: {rows}}}]"
+        made = list(_make_rows(sentences, case.row_tokens))
+        rows, others = (Path(directory) / name for name in ("rows.jsonl", "others.jsonl"))
+        rows.write_text("\n".join(made[:NUM_ROWS]) + "\n")
+        others.write_text("\n".join(made[NUM_ROWS:]) + "\n")
+        evaluation = f"[{{path: {others}}}]" if set(EVALUATED) <= set(case.overrides) else "[]"
         overrides = [
             *(f"run_dir={directory}/run", f"data.train=[{{path: {rows}}}]"),
             *(f"data.evaluation={evaluation}", "data.max_length=null", "data.cache=false"),
@@ -226,7 +229,7 @@ def _make_rows(sentences: Path, tokens: int) -> Iterator[str]:
     for line in sentences.read_text(encoding="utf-8").splitlines():
         words += json.loads(line)["messages"][0]["content"].split()
     size = int(tokens * WORDS_A_TOKEN)
-    for start in range(0, NUM_ROWS * size, size):
+    for start in range(0, (NUM_ROWS + NUM_EVALUATED) * size, size):
         text = words[start : start + size]
         turns = (("user", text[:-ANSWER_WORDS]), ("assistant", text[-ANSWER_WORDS:]))
         yield json.dumps(

@@ -10,9 +10,9 @@ import os
 
 from llmtune.planning.shape import ModelShape
 
-KERNEL_BYTES = 600_000
-"""Of one product: 0.57-0.58 MB in use, 0.6-0.7 resident, over 100-200 new shapes of four kinds each
-(torch 2.13, AVX-512 with bf16)."""
+KERNEL_BYTES = 580_000
+"""Of one product: 0.53 to 0.58 MiB allocated for each of 100 to 200 new shapes, five kinds of
+product (torch 2.13, AVX-512 with bf16)."""
 CAPACITY = 1024
 CAPACITY_VARIABLE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 PRODUCTS_A_LINEAR = 8
@@ -22,16 +22,27 @@ PRODUCTS_A_TILE = 5
 TILE_TOKENS = 128
 
 
-def kernel_bytes(shape: ModelShape, *, tokens: int, micro_batches: int | None) -> int:
-    """Return the bytes of the kernels kept after so many micro-batches of `tokens` tokens each.
+def kernel_bytes(shape: ModelShape, *, micro_batches: int | None, tiles: int | None) -> int:
+    """Return the bytes of the kernels kept after so many micro-batches.
 
-    None micro-batches are more than fill the cache.
+    `tiles` are the different sizes of attention's tiles in them; None is more than the cache holds.
     """
     given = os.environ.get(CAPACITY_VARIABLE, "")
     capacity = int(given) if given.isdecimal() else CAPACITY
-    if micro_batches is None:
+    if micro_batches is None or tiles is None:
         return capacity * KERNEL_BYTES
-    linears = len(set(shape.linear.values()))
-    tiles = math.ceil(tokens / TILE_TOKENS)
-    seen = micro_batches * (PRODUCTS_A_LINEAR * linears + PRODUCTS_A_TILE * tiles)
-    return min(seen, capacity) * KERNEL_BYTES
+    linears = PRODUCTS_A_LINEAR * len(set(shape.linear.values()))
+    return min(micro_batches * linears + PRODUCTS_A_TILE * tiles, capacity) * KERNEL_BYTES
+
+
+def count_tiles(num_tokens: int | None, longest: int, num_lengths: int | None) -> int | None:
+    """Return how many sizes of tiles attention meets; None if neither tokens nor lengths are known.
+
+    Short rows share a tile of any size up to TILE_TOKENS; a long row's tiles follow its length.
+    """
+    known = [] if num_tokens is None else [math.ceil(num_tokens / TILE_TOKENS)]
+    if longest <= TILE_TOKENS:
+        known.append(TILE_TOKENS)
+    elif num_lengths is not None:
+        known.append(num_lengths * math.ceil(longest / TILE_TOKENS))
+    return min(known, default=None)

@@ -35,6 +35,8 @@ class RowFacts:
     num_rows: int | None
     """Training rows of an epoch; None where they were not counted."""
     source: str
+    num_lengths: int | None = None
+    """Different lengths among the rows; None where they were not counted."""
 
     def sizes(self, *, packed: bool, batch_size: int) -> RowSizes:
         """Return what the micro-batches are planned by; padded rows count as the longest."""
@@ -91,6 +93,7 @@ def measure_rows(
         trained_ratio=report.num_trained_tokens / max(report.num_tokens, 1),
         num_rows=None if is_sampled else count,
         source=f"{seen}, tokenized",
+        num_lengths=None if is_sampled else len(np.unique(lengths)),
     )
 
 

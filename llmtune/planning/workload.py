@@ -47,6 +47,7 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
     adaptable: Mapping[str, tuple[int, ...]] = {**shape.linear, **shape.fused_experts}
     is_dora = adapter.method == "dora"
     packed = request.data.packing != "off"
+    steps, num_tokens = count_steps(train, rows)
     return Workload(
         shape=shape,
         quantization=model.quantization,
@@ -64,7 +65,9 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
         checkpointing=train.gradient_checkpointing,
         rows=rows.sizes(packed=packed, batch_size=train.batch_size),
         trained_ratio=rows.trained_ratio,
-        steps=count_steps(train, rows)[0],
+        steps=steps,
+        num_tokens=num_tokens,
+        num_lengths=rows.num_lengths,
     )
 
 

@@ -93,6 +93,14 @@ def test_the_parts_add_up_to_no_more_than_the_card(tmp_path):
     assert 0 < found.memory.recomputed_layers < 32
 
 
+def test_gradients_take_no_room_beside_the_activations_of_an_only_micro_batch(tmp_path):
+    one = ("train.batch_size=2", "train.micro_batch_size=2")
+    assert "gradients" not in plan_8b(tmp_path, *one, gpu="80GB").memory.components
+    several = ("train.batch_size=4", "train.micro_batch_size=2")
+    parts = plan_8b(tmp_path, *several, gpu="80GB").memory.components
+    assert parts["gradients"] == parts["adapter"]
+
+
 def test_less_memory_means_more_recomputation_and_never_a_larger_micro_batch(tmp_path):
     plans = [plan_8b(tmp_path, gpu=f"{size}GB").memory for size in (160, 80, 48, 24)]
     recomputed = [each.recomputed_layers for each in plans]
