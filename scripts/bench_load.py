@@ -50,7 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.dir) as place:
         base = given.base or Path(place) / "base"
         if given.base is None:
-            subprocess.run([sys.executable, __file__, "--child", f"make {given.size}", base])
+            make = [sys.executable, __file__, "--child", f"make {given.size}", str(base)]
+            subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
         results = _bench(base, Path(place) / "cache", given.rounds)
     for result in results:
         print(
