@@ -6,7 +6,7 @@ are dropped from the page cache before each load, so `read_bytes` is what came f
 is what it is held against: the quantized base, the largest shard and 64 MiB.
 
     python scripts/bench_load.py --base DIR --json FILE
-    python scripts/bench_load.py --size 1.3     # GB; a Llama of random weights in four shards
+    python scripts/bench_load.py --size 1.3     # GB; a Llama of random weights in some shards
 """
 
 import argparse
@@ -179,7 +179,9 @@ def _make_base(directory: Path, num_bytes: float) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<end>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
