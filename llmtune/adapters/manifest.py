@@ -1,6 +1,7 @@
 """What stands beside a saved adapter: its manifest, and checks that need no torch."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
@@ -61,12 +62,13 @@ def read_adapter_config(directory: Path) -> dict:
 
 
 def check_adapter(directory: Path, *, base_fingerprint: str | None) -> tuple[str, ...]:
-    """Check that the adapter belongs to the base with this fingerprint; return notices.
+    """Check that the adapter is as it was saved and belongs to this base; return notices.
 
     An adapter without our manifest cannot be checked here; its notice says so.
 
     Raises:
-        LlmtuneError: it is no usable adapter, or one of another base.
+        LlmtuneError: it is no usable adapter, its files are not those that were saved, or it is
+            one of another base.
     """
     read_adapter_config(directory)
     if not (directory / MANIFEST_NAME).is_file():
@@ -74,7 +76,9 @@ def check_adapter(directory: Path, *, base_fingerprint: str | None) -> tuple[str
             f"{directory}: not written by llmtune, so its base cannot be verified; shapes are "
             "checked",
         )
-    base = read_adapter_manifest(directory).get("base", {})
+    manifest = read_adapter_manifest(directory)
+    _require_unchanged(directory, manifest.get("files") or {})
+    base = manifest.get("base", {})
     trained_on = base.get("fingerprint")
     if base_fingerprint is not None and trained_on != base_fingerprint:
         raise LlmtuneError(
@@ -83,6 +87,20 @@ def check_adapter(directory: Path, *, base_fingerprint: str | None) -> tuple[str
             f"{base_fingerprint[:16]}. Give model.base={base.get('origin')}."
         )
     return ()
+
+
+def _require_unchanged(directory: Path, files: Mapping[str, str]) -> None:
+    """Compare config and weights with the hashes that were taken when they were saved."""
+    changed = [
+        name
+        for name in (CONFIG_NAME, WEIGHTS_NAME)
+        if name in files and hash_file(directory / name) != files[name]
+    ]
+    if changed:
+        raise LlmtuneError(
+            f"{directory}: {' and '.join(changed)} changed since the adapter was saved (by the "
+            f"hash in {MANIFEST_NAME}): damaged, or edited by hand; copy or train it again"
+        )
 
 
 def adapter_fingerprint(directory: Path) -> str:

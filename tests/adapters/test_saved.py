@@ -38,8 +38,16 @@ def saved(checkpoint, tmp_path):
 
 
 def change_weights(directory: Path, change) -> None:
+    """Change the weights as if they had been saved so."""
     path = directory / "adapter_model.safetensors"
     save_file(change(load_file(path)), path)
+    record_hash(path)
+
+
+def record_hash(path: Path) -> None:
+    manifest = read_adapter_manifest(path.parent)
+    manifest["files"][path.name] = hash_file(path)
+    (path.parent / "llmtune_adapter.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -182,8 +190,28 @@ def test_cut_file_is_one_clear_error(checkpoint, saved):
     directory, loaded, _ = saved()
     path = directory / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(LlmtuneError, match="changed since the adapter was saved"):
+        load_adapter(stock(checkpoint()), directory, base_fingerprint=loaded.fingerprint)
+    record_hash(path)
     with pytest.raises(LlmtuneError, match="cannot be read"):
         load_adapter(stock(checkpoint()), directory, base_fingerprint=loaded.fingerprint)
+
+
+def test_one_changed_byte_of_the_weights_is_seen_by_the_hash_that_was_saved(checkpoint, saved):
+    directory, loaded, _ = saved()
+    content = bytearray((directory / "adapter_model.safetensors").read_bytes())
+    content[-2] ^= 1
+    (directory / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(LlmtuneError, match="adapter_model.safetensors changed since"):
+        check_adapter(directory, base_fingerprint=loaded.fingerprint)
+
+
+def test_an_edited_alpha_is_seen_by_the_hash_that_was_saved(checkpoint, saved):
+    directory, loaded, _ = saved()
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+    with pytest.raises(LlmtuneError, match="adapter_config.json changed since"):
+        check_adapter(directory, base_fingerprint=loaded.fingerprint)
 
 
 def test_stock_adapter_loads_with_a_notice(checkpoint, tmp_path, caplog):
