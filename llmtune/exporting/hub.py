@@ -1,5 +1,6 @@
 """Push a directory to a model hub: private unless asked otherwise, token from the environment."""
 
+import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
+from llmtune.adapters.manifest import CONFIG_NAME, MANIFEST_NAME, read_adapter_manifest
 from llmtune.deadline import first_line
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.card import CARD_NAME
@@ -55,8 +57,9 @@ def check_push(repo: str | None) -> str:
 def push_directory(directory: Path, repo: str, *, card: str, public: bool) -> HubResult:
     """Create the repository if it is not there, and push every file in one commit.
 
-    Files that hold paths of this machine stay here. An existing repository keeps its visibility;
-    where it is public and `public` is not asked for, nothing is pushed.
+    Records that hold paths of this machine stay here, and an adapter names its base by the hub id
+    or the last part of its path. An existing repository keeps its visibility; where it is public
+    and `public` is not asked for, nothing is pushed.
 
     Args:
         directory: a model or an adapter.
@@ -70,7 +73,7 @@ def push_directory(directory: Path, repo: str, *, card: str, public: bool) -> Hu
     """
     api = HfApi(endpoint=os.environ.get(ENDPOINT_VARIABLE), token=check_push(repo))
     files = _files(directory)
-    operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+    operations = [CommitOperationAdd(name, _content(path)) for name, path in files.items()]
     if CARD_NAME not in files:
         operations.append(CommitOperationAdd(CARD_NAME, card.encode()))
     try:
@@ -93,6 +96,21 @@ def push_directory(directory: Path, repo: str, *, card: str, public: bool) -> Hu
         num_bytes=sum(path.stat().st_size for path in files.values()),
         files=tuple(sorted({*files, CARD_NAME})),
     )
+
+
+def _content(path: Path) -> Path | bytes:
+    """Return what is pushed of one file: the file itself, or an adapter's config without a path."""
+    if path.name != CONFIG_NAME:
+        return path
+    config = json.loads(path.read_text(encoding="utf-8"))
+    base = str(config.get("base_model_name_or_path") or "")
+    if not Path(base).is_absolute():
+        return path
+    manifest = path.with_name(MANIFEST_NAME)
+    known = read_adapter_manifest(path.parent).get("base", {}) if manifest.is_file() else {}
+    origin = str(known.get("origin") or base)
+    config["base_model_name_or_path"] = origin if known.get("revision") else Path(origin).name
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _files(directory: Path) -> dict[str, Path]:

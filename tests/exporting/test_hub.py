@@ -147,6 +147,23 @@ def test_a_directorys_own_card_is_kept(hub, model_dir):
     assert base64.b64decode(hub.files["README.md"]["content"]) == b"mine"
 
 
+@pytest.mark.parametrize(
+    ("base", "pushed"),
+    [
+        ({"origin": "/home/me/llama-1b"}, "llama-1b"),
+        ({"origin": "org/llama", "revision": "4f"}, "org/llama"),
+    ],
+)
+def test_an_adapter_is_pushed_without_the_path_of_its_base(base, pushed, hub, model_dir):
+    place = {"base_model_name_or_path": "/home/me/.cache/llmtune/bases/0a", "r": 4}
+    (model_dir / "adapter_config.json").write_text(json.dumps(place))
+    manifest = {"format": 1, "base": base, "files": {}}
+    (model_dir / "llmtune_adapter.json").write_text(json.dumps(manifest))
+    push_directory(model_dir, "org/tiny", card="", public=False)
+    config = json.loads(base64.b64decode(hub.files["adapter_config.json"]["content"]))
+    assert config == {"base_model_name_or_path": pushed, "r": 4}
+
+
 def test_public_is_only_on_request(hub, model_dir):
     push_directory(model_dir, "org/open", card="", public=True)
     assert hub.private == {"org/open": False}
