@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig, anchor_paths
 from llmtune.data.config import DataConfig, SourceConfig
-from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import PreparedData, prepare_examples
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.evaluation.config import DIAGNOSES, EXTENTS, Extent
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
     from llmtune.evaluation.suite import Suite
     from llmtune.planning.plan import Plan
     from llmtune.reporting.report import Report
-    from llmtune.stages.merge import MergeRequest
     from llmtune.stages.merge_adapters import CombineRequest
+    from llmtune.stages.merge_plan import MergeRequest
     from llmtune.targets import Target
 
 log = logging.getLogger("llmtune")
@@ -215,11 +214,12 @@ def plan_merges(
     Raises:
         LlmtuneError: there is no adapter, or it cannot be merged.
     """
-    from llmtune.stages.merge import describe_plans
+    from llmtune.stages.merge_plan import describe_plans, plan_candidates
 
     if out_dir is None and target.config is not None:
         out_dir = target.config.run.merged_dir
-    return describe_plans(_request_of_target(target, out_dir or Path(), knobs, settings))
+    request = _request_of_target(target, out_dir or Path(), knobs, settings)
+    return describe_plans(plan_candidates(request), request.out_dir)
 
 
 def combine(request: "CombineRequest", *, force: bool = False) -> Mapping[str, Any]:
@@ -240,7 +240,7 @@ def plan_combination(request: "CombineRequest") -> Mapping[str, Any]:
 def _request_of_target(
     target: "Target", out_dir: Path, knobs: MergeConfig, settings: MergeSettings
 ) -> "MergeRequest":
-    from llmtune.stages.merge import MergeRequest
+    from llmtune.stages.merge_plan import MergeRequest
 
     if target.adapter_dir is None:
         raise LlmtuneError(f"{target.name}: has no adapter to merge")
@@ -251,16 +251,18 @@ def _request_of_target(
 
 
 def _merge_request(config: RunConfig, out_dir: Path, settings: MergeSettings) -> "MergeRequest":
-    from llmtune.stages.merge import MergeRequest
+    from llmtune.stages.merge_plan import MergeRequest
+    from llmtune.stages.reference import held_out_rows
 
     source = resolve_base(config.model)
+    tokenizer = load_tokenizer(source.dir, chat_template=config.model.chat_template)
     return MergeRequest(
         model=config.model,
         source=source,
         adapter_dir=config.run.adapter_dir,
         out_dir=out_dir,
         knobs=config.merge,
-        sequences=_held_out(config, source),
+        sequences=held_out_rows(config, tokenizer),
         suites=load_suites(config),
         settings=settings,
     )
@@ -398,9 +400,11 @@ def verify(path: str | Path, against: str | Path, overrides: Sequence[str] = ())
     Raises:
         CheckFailed: they differ by more than allowed; the message says in what.
     """
-    from llmtune.stages.verify import VerifySettings, verify_target
+    from llmtune.stages.verify import VerifySettings, require_passed, verify_target
 
-    return verify_target(Path(path), str(against), overrides, VerifySettings())
+    result = verify_target(Path(path), str(against), overrides, VerifySettings())
+    require_passed(result)
+    return result
 
 
 def load_suites(config: RunConfig) -> "list[Suite]":
@@ -411,21 +415,6 @@ def load_suites(config: RunConfig) -> "list[Suite]":
         load_suite(name, seed=config.evaluate.seed, limit=config.evaluate.limit)
         for name in config.evaluate.suites
     ]
-
-
-def _held_out(config: RunConfig, source: BaseSource) -> list[list[int]]:
-    """Return the evaluation rows up to the token before the last trained one.
-
-    What a template writes behind an answer's end is never generated, so it is not compared.
-    """
-    tokenizer = load_tokenizer(source.dir, chat_template=config.model.chat_template)
-    held_out = prepare_examples(config.data, tokenizer, split="evaluation", seed=config.seed)
-    rows = []
-    for index in range(len(held_out.examples)):
-        example = held_out.examples[index]
-        trained = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
-        rows.append(list(example.input_ids[: trained[-1]]))
-    return rows
 
 
 def _prepare_data(config: RunConfig, source: BaseSource) -> dict[str, PreparedData]:

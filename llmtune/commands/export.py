@@ -6,6 +6,7 @@ import click
 
 from llmtune.commands.options import (
     FORCE_OPTION,
+    MAX_KL_OPTION,
     OVERRIDES_ARGUMENT,
     TARGET_ARGUMENT,
     print_result,
@@ -26,6 +27,7 @@ from llmtune.exporting.config import EXPORT_KINDS, GGUF_TYPES, ExportSettings
     default=None,
     help="Compare with llama.cpp itself (default: where it is installed).",
 )
+@MAX_KL_OPTION
 @click.option("--repo", help="For the hub: org/name.")
 @click.option("--public", is_flag=True, help="For the hub: readable by everyone.")
 @FORCE_OPTION
@@ -37,6 +39,7 @@ def export(  # noqa: PLR0913 (one argument an option)
     gguf_type: str | None,
     out: Path | None,
     runtime: bool | None,
+    max_kl: float | None,
     repo: str | None,
     public: bool,
     force: bool,
@@ -54,7 +57,14 @@ def export(  # noqa: PLR0913 (one argument an option)
     """
     show_progress(quiet)
     settings = ExportSettings(
-        to=kind, type=gguf_type, out=out, force=force, runtime=runtime, repo=repo, public=public
+        to=kind,
+        type=gguf_type,
+        out=out,
+        force=force,
+        runtime=runtime,
+        max_kl=max_kl,
+        repo=repo,
+        public=public,
     )
     from llmtune.stages.export import export_target
 
@@ -66,7 +76,7 @@ def export(  # noqa: PLR0913 (one argument an option)
 @click.argument("path", type=click.Path(path_type=Path))
 @OVERRIDES_ARGUMENT
 @click.option("--against", required=True, help="The run (or model) that PATH was made from.")
-@click.option("--max-kl", type=float, help="Largest KL that passes, in nats per token.")
+@MAX_KL_OPTION
 @with_output_options
 def verify(  # noqa: PLR0913 (one argument an option)
     path: Path,
@@ -78,13 +88,18 @@ def verify(  # noqa: PLR0913 (one argument an option)
 ) -> None:
     """Reload a merged directory or a GGUF file and compare it with the adapter.
 
-    Exit code 1 where it differs by more than the threshold.
+    A file is compared twice: with the merged model it was made from (is the file right?) and with
+    base + adapter (does all of it together answer as trained?). Exit code 1 where one of them
+    differs by more than its limit.
 
     \b
       llmtune verify runs/quickstart/merged --against runs/quickstart
+      llmtune verify runs/quickstart/exports/quickstart-q8_0.gguf --against runs/quickstart
     """
     show_progress(quiet)
-    from llmtune.stages.verify import VerifySettings, verify_target
+    from llmtune.stages.verify import VerifySettings, require_passed, verify_target
+    from llmtune.stages.verify_text import describe_verification
 
     result = verify_target(path, against, overrides, VerifySettings(max_kl=max_kl))
-    print_result(result, as_json, lambda: f"{path}: the same as {against} within the threshold")
+    print_result(result, as_json, lambda: describe_verification(result))
+    require_passed(result)

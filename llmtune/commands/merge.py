@@ -1,6 +1,5 @@
 """merge: one adapter, or several, added into their base."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ import click
 
 from llmtune.commands.options import (
     FORCE_OPTION,
+    MAX_KL_OPTION,
     OVERRIDES_ARGUMENT,
+    NotNegative,
     print_result,
     show_progress,
     with_output_options,
@@ -29,26 +30,13 @@ from llmtune.merging.config import (
 SHARE = click.FloatRange(min=0, max=1, min_open=True)
 
 
-class Strength(click.ParamType):
-    """A finite number that is not negative; click's own range lets nan through."""
-
-    name = "number"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Return the number, or end the command with what was given."""
-        number = click.FLOAT.convert(value, param, ctx)
-        if not (math.isfinite(number) and number >= 0):
-            self.fail(f"{value} is not a finite number of at least 0", param, ctx)
-        return number
-
-
 @click.command()
 @click.argument("target", required=False)
 @OVERRIDES_ARGUMENT
 @click.option("--base", type=click.Choice(MERGE_BASES), help="Which weights it is added to.")
-@click.option("--strength", type=Strength(), help="How much of the adapter is added (default 1).")
+@click.option(
+    "--strength", type=NotNegative(), help="How much of the adapter is added (default 1)."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Where the merged model goes.")
 @click.option("--dtype", type=click.Choice(MERGE_DTYPES), help="Default: the base's own.")
 @click.option("--device", default="cpu", help="Where the sum is computed: cpu or cuda.")
@@ -63,6 +51,7 @@ class Strength(click.ParamType):
 @click.option("--rank", type=click.IntRange(min=1), help="svd, or any with --to adapter.")
 @click.option("--seed", type=int, default=0, help="dare: the random choice.")
 @click.option("--to", type=click.Choice(["model", "adapter"]), default="model", help="Of several.")
+@MAX_KL_OPTION
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @FORCE_OPTION
 @with_output_options
@@ -80,6 +69,7 @@ def merge(  # noqa: PLR0913 (one argument an option)
     rank: int | None,
     seed: int,
     to: str,
+    max_kl: float | None,
     dry_run: bool,
     force: bool,
     quiet: bool,
@@ -97,7 +87,7 @@ def merge(  # noqa: PLR0913 (one argument an option)
       llmtune merge --adapters runs/a=0.6 runs/b=0.4 --method ties --out merged
     """
     show_progress(quiet)
-    chosen = {"base": base, "strength": strength}
+    chosen = {"base": base, "strength": strength, "max_kl": max_kl}
     given = {name: value for name, value in chosen.items() if value is not None}
     settings = MergeSettings(dtype, device)
     if adapters:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,26 @@ CONFIG_ARGUMENT = click.argument("config", type=click.Path(path_type=Path))
 TARGET_ARGUMENT = click.argument("target")
 OVERRIDES_ARGUMENT = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 FORCE_OPTION = click.option("--force", is_flag=True, help="Do again what is finished.")
+
+
+class NotNegative(click.ParamType):
+    """A finite number that is not negative; click's own range lets nan through."""
+
+    name = "number"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number, or end the command with what was given."""
+        number = click.FLOAT.convert(value, param, ctx)
+        if not (math.isfinite(number) and number >= 0):
+            self.fail(f"{value} is not a finite number of at least 0", param, ctx)
+        return number
+
+
+MAX_KL_OPTION = click.option(
+    "--max-kl", type=NotNegative(), help="Largest KL that passes, in nats per token."
+)
 
 
 def with_output_options(command: Command) -> Command:

@@ -7,10 +7,16 @@ from typing import Literal, get_args
 from llmtune.schema import Section
 
 ExportKind = Literal["gguf", "ollama", "adapter-gguf", "nf4", "hub"]
-GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+OwnType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+QuantizerType = Literal[
+    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"
+]
+"""What only llama.cpp's own quantizer makes."""
 
 EXPORT_KINDS: tuple[str, ...] = get_args(ExportKind)
-GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
+OWN_TYPES: tuple[str, ...] = get_args(OwnType)
+QUANTIZER_TYPES: tuple[str, ...] = get_args(QuantizerType)
+GGUF_TYPES: tuple[str, ...] = OWN_TYPES + QUANTIZER_TYPES
 WITH_TYPES = frozenset({"gguf", "ollama", "adapter-gguf"})
 """The kinds that are written in a GGUF type."""
 ADAPTER_TYPES = ("f32", "f16", "bf16")
@@ -24,7 +30,7 @@ class ExportConfig(Section):
 
     to: tuple[ConfiguredKind, ...] = ()
     """gguf, ollama, adapter-gguf, nf4: any of them, into the run's `exports/`."""
-    type: GgufType | None = None
+    type: OwnType | QuantizerType | None = None
     """Numbers in the file, for gguf and ollama; null is q8_0."""
 
     def type_for(self, kind: str) -> str | None:

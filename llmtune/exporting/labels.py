@@ -2,17 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from llmtune.exporting.runtime import RuntimeRequest, ask_runtime
+from llmtune.exporting.runtime import RuntimeAnswers
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
-
-SPARE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -64,40 +60,36 @@ def first_token_questions(
     return questions
 
 
-def compare_labels(
-    suite: str, model: nn.Module, path: Path, questions: Sequence[LabelQuestion]
-) -> LabelAgreement:
-    """Label every question with transformers and with the file in llama.cpp.
-
-    Raises:
-        LlmtuneError: llama.cpp is not installed, or cannot load the file.
-    """
+def label_in_model(model: nn.Module, questions: Sequence[LabelQuestion]) -> list[int]:
+    """Return the choice whose first token is likeliest in transformers, for every question."""
     requests = [
         ContinuationRequest(question.prompt_ids, tuple((token,) for token in question.first_ids))
         for question in questions
     ]
     scores = score_continuations(model, requests, token_budget=choose_token_budget(model))
-    ours = [_likeliest([score.log_likelihood for score in one]) for one in scores]
-    longest = max((len(question.prompt_ids) for question in questions), default=0)
-    found = ask_runtime(
-        path,
-        RuntimeRequest(
-            candidates=[
-                (list(question.prompt_ids), list(question.first_ids)) for question in questions
-            ],
-            context_length=longest + SPARE_TOKENS,
-            num_threads=torch.get_num_threads(),
-        ),
-    ).candidates
-    theirs = [_likeliest(values) for values in found]
+    return [_likeliest([score.log_likelihood for score in one]) for one in scores]
+
+
+def file_labels(answers: RuntimeAnswers) -> list[int]:
+    """Return the candidate that llama.cpp found likeliest, for every question it was asked."""
+    return [_likeliest(values) for values in answers.candidates]
+
+
+def compare_labels(
+    suite: str,
+    questions: Sequence[LabelQuestion],
+    model_labels: Sequence[int],
+    file_labels: Sequence[int],
+) -> LabelAgreement:
+    """Compare the labels that a model and a file gave to the same questions."""
     right = [question.answer for question in questions]
     count = max(len(questions), 1)
     return LabelAgreement(
         suite=suite,
         n=len(questions),
-        model_accuracy=_count_equal(ours, right) / count,
-        file_accuracy=_count_equal(theirs, right) / count,
-        num_same=_count_equal(ours, theirs),
+        model_accuracy=_count_equal(model_labels, right) / count,
+        file_accuracy=_count_equal(file_labels, right) / count,
+        num_same=_count_equal(model_labels, file_labels),
     )
 
 

@@ -1,9 +1,15 @@
 """A checkpoint in 4 bits (bitsandbytes NF4), that stock transformers loads as it is."""
 
+import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from llmtune.data.render import encode_plain
 from llmtune.errors import CheckFailed
@@ -19,6 +25,7 @@ from llmtune.scoring.generate import Decoding
 RELOADED_KL = 1e-3
 """Nats per token by which the reloaded checkpoint may differ from the model that was saved."""
 NUM_PROMPTS = 4
+OS_ERROR = re.compile(r"(?:os error|code:) (\d+)")
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) 
 
     Raises:
         LlmtuneError: the model cannot be quantized.
+        OSError: the disk ran full.
         CheckFailed: what was written does not load as what was saved.
     """
     config = ModelConfig(
@@ -55,7 +63,7 @@ def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) 
         chat_template=chat_template,
     )
     loaded = load_model(config, resolve_base(config))
-    with quiet_loading():
+    with quiet_loading(), _plain_errors(directory):
         loaded.model.save_pretrained(directory)
     for name in (*TOKENIZER_FILES, *TEMPLATE_FILES):
         source = source_dir / name
@@ -87,3 +95,16 @@ def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) 
         quantized_ratio=loaded.quantized.quantized_ratio,
         reloaded=reloaded,
     )
+
+
+@contextmanager
+def _plain_errors(directory: Path) -> Iterator[None]:
+    """Raise what the operating system said; safetensors has it in the words of its message only."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(directory)) from error

@@ -83,6 +83,15 @@ class ParityResult:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class ParityQuestions:
+    """What a file and a model are both asked."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    """Token ids of `OPEN_PROMPTS` as the tokenizer's chat template renders them."""
+    runtime: RuntimeRequest
+
+
 def compare_with_runtime(
     model: nn.Module, tokenizer: PreTrainedTokenizerFast, request: ParityRequest
 ) -> ParityResult:
@@ -96,41 +105,49 @@ def compare_with_runtime(
     Raises:
         LlmtuneError: llama.cpp is not installed, or cannot load the file.
     """
+    questions = build_questions(tokenizer, request)
+    file = ask_runtime(request.path, questions.runtime)
+    return compare_answers(model, tokenizer, request, (questions, file))
+
+
+def build_questions(tokenizer: PreTrainedTokenizerFast, request: ParityRequest) -> ParityQuestions:
+    """Return the questions for one file, to be asked of it once and of one model or more."""
     has_chat = bool(tokenizer.chat_template)
     conversations = [[{"role": "user", "content": question}] for question in OPEN_PROMPTS]
-    prompts = [
-        render_messages(tokenizer, messages, add_generation_prompt=True)
-        if has_chat
-        else encode_plain(tokenizer, messages[0]["content"])
+    prompts = tuple(
+        tuple(
+            render_messages(tokenizer, messages, add_generation_prompt=True)
+            if has_chat
+            else encode_plain(tokenizer, messages[0]["content"])
+        )
         for messages in conversations
-    ]
-    file = ask_runtime(
-        request.path,
-        RuntimeRequest(
-            texts=TRICKY_STRINGS,
-            conversations=conversations if has_chat else (),
-            continued=() if has_chat else prompts,
-            prompts=prompts,
-            max_new_tokens=request.max_new_tokens,
-            context_length=max(map(len, prompts)) + request.max_new_tokens + SPARE_TOKENS,
-            num_threads=request.num_threads,
-            lora=str(request.lora) if request.lora else None,
-        ),
     )
+    runtime = RuntimeRequest(
+        texts=TRICKY_STRINGS,
+        conversations=conversations if has_chat else (),
+        continued=() if has_chat else prompts,
+        prompts=prompts,
+        max_new_tokens=request.max_new_tokens,
+        context_length=max(map(len, prompts)) + request.max_new_tokens + SPARE_TOKENS,
+        num_threads=request.num_threads,
+        lora=str(request.lora) if request.lora else None,
+    )
+    return ParityQuestions(prompts, runtime)
+
+
+def compare_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    request: ParityRequest,
+    asked: tuple[ParityQuestions, RuntimeAnswers],
+) -> ParityResult:
+    """Ask a model in transformers what llama.cpp was asked, and compare."""
+    questions, file = asked
+    prompts = questions.prompts
     decoding = Decoding(request.max_new_tokens, request.stop_token_ids)
     answers = generate_texts(
         model, tokenizer, prompts, decoding, token_budget=choose_token_budget(model)
     )
-    return _compare(model, tokenizer, prompts, answers, file)
-
-
-def _compare(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Generation],
-    file: RuntimeAnswers,
-) -> ParityResult:
     odd = [
         text
         for text, ids in zip(TRICKY_STRINGS, file.text_ids, strict=True)

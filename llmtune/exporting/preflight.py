@@ -9,10 +9,12 @@ from llmtune.exporting.config import (
     DEFAULT_TYPE,
     EXPORT_KINDS,
     GGUF_TYPES,
+    QUANTIZER_TYPES,
     WITH_TYPES,
 )
 from llmtune.exporting.gguf.architectures import find_architecture
 from llmtune.exporting.gguf.vocabulary import read_vocabulary
+from llmtune.exporting.quantizer import require_quantizer
 
 
 def check_exportable(
@@ -42,7 +44,8 @@ def choose_type(to: str, type: str | None) -> str | None:
     """Return the type to write, or None where the kind has none.
 
     Raises:
-        LlmtuneError: the kind or the type is unknown, or they do not go together.
+        LlmtuneError: the kind or the type is unknown, they do not go together, or the type needs a
+            program that is not on this machine.
     """
     if to not in EXPORT_KINDS:
         raise LlmtuneError(f"--to {to}: expected one of {', '.join(EXPORT_KINDS)}")
@@ -54,8 +57,7 @@ def choose_type(to: str, type: str | None) -> str | None:
     chosen = type or (DEFAULT_ADAPTER_TYPE if is_adapter else DEFAULT_TYPE)
     known = ADAPTER_TYPES if is_adapter else GGUF_TYPES
     if chosen not in known:
-        raise LlmtuneError(
-            f"--type {chosen}: --to {to} writes {', '.join(known)}; K-quants need llama.cpp's own "
-            "quantizer: export f16 and run llama-quantize on it"
-        )
+        raise LlmtuneError(f"--type {chosen}: --to {to} writes {', '.join(known)}")
+    if chosen in QUANTIZER_TYPES:
+        require_quantizer(chosen)
     return chosen

@@ -71,12 +71,15 @@ class Server:
     def rate(self, prompt: list[int], candidates: list[int], vocabulary: int) -> list[float]:
         """Return the log-probability of every candidate after `prompt`."""
         for count in (FEW_PROBABILITIES, vocabulary):
-            found = self.next_token(prompt, count)
+            # the prompts of a suite begin alike: llama.cpp keeps what it computed of that
+            found = self.next_token(prompt, count, keeps_prefix=True)
             if all(id in found for id in candidates):
                 break
         return [found.get(id, LEAST_LIKELY) for id in candidates]
 
-    def next_token(self, prompt: list[int], count: int) -> dict[int, float]:
+    def next_token(
+        self, prompt: list[int], count: int, *, keeps_prefix: bool = False
+    ) -> dict[int, float]:
         """Return the log-probabilities of the `count` likeliest tokens after `prompt`.
 
         The server sends no probabilities beside an end of text or half a character, so the token
@@ -85,7 +88,7 @@ class Server:
         letter = self.tokenize(LETTER, add_special=False)[-1]
         body = {"prompt": prompt, "n_predict": 1, "n_probs": count}
         body["logit_bias"] = [[letter, PREFERENCE]]
-        reply = self.post("/completion", {**GREEDY, **body})
+        reply = self.post("/completion", {**GREEDY, **body, "cache_prompt": keeps_prefix})
         top = reply["completion_probabilities"][0]["top_logprobs"]
         return {one["id"]: one["logprob"] for one in top}
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +19,10 @@ from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
 from llmtune.merging.changes import ADAPTER_PREFIX, WeightedAdapter
 from llmtune.merging.combine import combine_deltas, factorize, factorize_product
 from llmtune.merging.config import Combination
-from llmtune.merging.merge import move_into_place
 from llmtune.merging.scratch import read_tensor
 from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
 from llmtune.run_dir import atomic_write_json
+from llmtune.unfinished import move_into_place, unfinished_dir
 
 
 @dataclass(frozen=True)
@@ -174,9 +173,9 @@ def _write(
     first_dir: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], out_dir: Path
 ) -> None:
     out_dir = out_dir.absolute()
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
+    with unfinished_dir(out_dir) as scratch:
+        directory = scratch / out_dir.name
+        directory.mkdir()
         save_file(dict(tensors), directory / WEIGHTS_NAME, metadata={"format": "pt"})
         (directory / WEIGHTS_NAME).chmod(0o644)
         atomic_write_json(directory / CONFIG_NAME, dict(config))
@@ -186,8 +185,6 @@ def _write(
         if (first_dir / MANIFEST_NAME).is_file():
             _write_manifest(first_dir, directory)
         move_into_place(directory, out_dir)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _write_manifest(first_dir: Path, directory: Path) -> None:

@@ -1,16 +1,9 @@
 """Adding an adapter into its base: planned from headers, streamed, and finished by one rename."""
 
-import errno
-import fcntl
 import json
-import os
-import shutil
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,8 +17,7 @@ from llmtune.merging.provenance import PROVENANCE_FILE
 from llmtune.merging.scratch import CPU
 from llmtune.merging.shards import merged_bytes, write_shards
 from llmtune.merging.sidecar import sidecar_sources, write_sidecar
-
-NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+from llmtune.unfinished import move_into_place, require_space, unfinished_dir
 
 SMALL_FILES_BYTES = 1 << 20  # config, index and provenance, when the free space is checked
 
@@ -78,99 +70,40 @@ def merge_adapter(
         LlmtuneError: as `plan_merge`; `out_dir` exists; the disk is too small; or a merged weight
             is not finite.
     """
-    plan = plan_merge(base_dir, adapter_dir, strength=strength)
-    return write_merge(plan, out_dir, num_threads=num_threads, overwrite=overwrite)
-
-
-def write_merge(
-    plan: MergePlan,
-    out_dir: Path,
-    *,
-    num_threads: int = 2,
-    overwrite: bool = False,
-    device: torch.device = CPU,
-) -> MergeResult:
-    """Carry out a plan, the arithmetic on `device`; see `merge_adapter`."""
-    start = time.monotonic()
     out_dir = out_dir.absolute()
     if out_dir.exists() and not overwrite:
         raise LlmtuneError(f"{out_dir} exists; remove it, or ask for it to be overwritten")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out_dir)
-    _check_free_space(plan, out_dir)
-    with _unfinished_dir(out_dir) as directory:
-        write_shards(plan, directory, num_threads=num_threads, device=device)
-        write_sidecar(plan, directory)
-        result = _result(plan, out_dir, time.monotonic() - start)
-        provenance = json.dumps(_provenance(plan, result), indent=2) + "\n"
-        (directory / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
-        _flush(directory)
-        move_into_place(directory, out_dir)
-    return result
+    plan = plan_merge(base_dir, adapter_dir, strength=strength)
+    require_space(out_dir, needed_bytes(plan))
+    with unfinished_dir(out_dir) as scratch:
+        result = write_merge(plan, scratch / out_dir.name, num_threads=num_threads)
+        move_into_place(result.out_dir, out_dir)
+    return replace(result, out_dir=out_dir)
 
 
-def remove_leftovers(out_dir: Path) -> None:
-    """Remove what killed merges into `out_dir` left beside it; a running one's is kept.
+def write_merge(
+    plan: MergePlan, directory: Path, *, num_threads: int = 2, device: torch.device = CPU
+) -> MergeResult:
+    """Carry out a plan into a new directory, the arithmetic on `device`; see `merge_adapter`.
 
-    A directory that was being replaced goes back to its place where the new one never came.
+    Raises:
+        LlmtuneError: a merged weight is not finite.
+        OSError: the disk ran full; `unfinished_dir` explains that and cleans up.
     """
-    if not out_dir.exists():
-        for replaced in out_dir.parent.glob(f"{out_dir.name}.old-*"):
-            replaced.rename(out_dir)
-            break
-    for pattern in (f"{out_dir.name}.tmp-*", f"{out_dir.name}.old-*"):
-        for leftover in out_dir.parent.glob(pattern):
-            descriptor = os.open(leftover, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(leftover, ignore_errors=True)
-            except BlockingIOError:
-                pass  # another process is writing there
-            finally:
-                os.close(descriptor)
-
-
-@contextmanager
-def _unfinished_dir(out_dir: Path) -> Iterator[Path]:
-    """A locked directory beside `out_dir`, gone again unless it was renamed."""
-    directory = Path(tempfile.mkdtemp(prefix=f"{out_dir.name}.tmp-", dir=out_dir.parent))
-    lock = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield directory
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise LlmtuneError(
-                f"the disk of {out_dir.parent} ran full while the merged model was written "
-                f"({os.strerror(error.errno)}); nothing was left there"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        os.close(lock)
+    start = time.monotonic()
+    directory.mkdir()
+    write_shards(plan, directory, num_threads=num_threads, device=device)
+    write_sidecar(plan, directory)
+    result = _result(plan, directory, time.monotonic() - start)
+    provenance = json.dumps(_provenance(plan, result), indent=2) + "\n"
+    (directory / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
+    return result
 
 
 def needed_bytes(plan: MergePlan) -> int:
     """Return what the merged directory takes on the disk."""
     needed = sum(merged_bytes(shard) for shard in plan.shards) + SMALL_FILES_BYTES
     return needed + sum(path.stat().st_size for path in sidecar_sources(plan).values())
-
-
-def free_bytes(out_dir: Path) -> int:
-    """Return the free bytes of the disk on which `out_dir` lies or would lie."""
-    place = next(
-        place for place in (out_dir.absolute(), *out_dir.absolute().parents) if place.exists()
-    )
-    return shutil.disk_usage(place).free
-
-
-def _check_free_space(plan: MergePlan, out_dir: Path) -> None:
-    needed, free = needed_bytes(plan), free_bytes(out_dir)
-    if free < needed:
-        raise LlmtuneError(
-            f"{out_dir} needs {needed:,} bytes and its disk has {free:,} free; free some space or "
-            "merge onto another disk"
-        )
 
 
 def _result(plan: MergePlan, out_dir: Path, seconds: float) -> MergeResult:
@@ -208,31 +141,6 @@ def _provenance(plan: MergePlan, result: MergeResult) -> dict[str, object]:
         "base_name": plan.base_name,
         "base_revision": plan.base_revision,
         **values,
+        "combination": asdict(plan.combination) if plan.combination else None,
         "versions": versions(),
     }
-
-
-def _flush(directory: Path) -> None:
-    for path in (*directory.rglob("*"), directory):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def move_into_place(directory: Path, out_dir: Path) -> None:
-    """Rename `directory` to `out_dir`; what was there stays until the new one is in place."""
-    directory.chmod(0o755)
-    replaced = None
-    if out_dir.exists():
-        replaced = Path(tempfile.mkdtemp(prefix=f"{out_dir.name}.old-", dir=out_dir.parent))
-        out_dir.rename(replaced)
-    directory.rename(out_dir)
-    descriptor = os.open(out_dir.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtune.errors import LlmtuneError
 from llmtune.run_dir import atomic_write_json
 
 PROVENANCE_FILE = "llmtune_merge.json"
@@ -17,10 +19,31 @@ def add_to_provenance(merged_dir: Path, values: Mapping[str, Any]) -> None:
     atomic_write_json(path, {**known, **values})
 
 
-def merged_base(merged_dir: Path) -> str | None:
-    """Return what an adapter was merged into: `original` or `dequantized`; None if not recorded."""
+@dataclass(frozen=True)
+class MergeRecord:
+    """What a merged directory says of itself."""
+
+    base: str
+    """What the adapter was added to: `original` or `dequantized`."""
+    strength: float
+    adapter_hash: str
+    num_adapters: int
+
+
+def read_record(merged_dir: Path) -> MergeRecord | None:
+    """Return what a directory was merged from; None for a model that was not merged here."""
     path = merged_dir / PROVENANCE_FILE
     if not path.is_file():
         return None
-    base = json.loads(path.read_text(encoding="utf-8")).get("base")
-    return base if base in {"original", "dequantized"} else None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return MergeRecord(
+            str(content["base"]),
+            float(content["strength"]),
+            str(content["adapter_hash"]),
+            max(1, len(content.get("adapters") or ())),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise LlmtuneError(
+            f"{path}: damaged ({type(error).__name__}: {error}); merge again"
+        ) from error

@@ -1,52 +1,43 @@
 """The export stage: a run, an adapter or a model written for another program, then checked."""
 
 import logging
-import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import psutil
-import torch
+from typing import Any
 
 from llmtune.adapters.manifest import adapter_fingerprint, check_adapter
 from llmtune.data.template import require_trained_template
-from llmtune.errors import CheckFailed, LlmtuneError
+from llmtune.errors import LlmtuneError
 from llmtune.exporting.card import CARD_NAME, base_name, read_report, render_card
-from llmtune.exporting.config import ExportSettings
+from llmtune.exporting.config import QUANTIZER_TYPES, ExportSettings
 from llmtune.exporting.gguf.adapter import export_adapter_gguf
+from llmtune.exporting.gguf.read import count_tensor_types
 from llmtune.exporting.gguf.vocabulary import read_vocabulary
-from llmtune.exporting.gguf.write import GgufRequest, GgufResult, export_gguf, require_new
+from llmtune.exporting.gguf.write import GgufRequest, GgufResult, write_gguf
 from llmtune.exporting.hub import check_push, push_directory
 from llmtune.exporting.nf4 import write_nf4
 from llmtune.exporting.ollama import MODELFILE_NAME, render_modelfile
-from llmtune.exporting.parity import ParityRequest, ParityResult, compare_with_runtime
+from llmtune.exporting.place import mark_export, require_new
 from llmtune.exporting.preflight import check_exportable, choose_type
-from llmtune.exporting.runtime import is_runtime_installed, require_runtime
-from llmtune.merging.verify import load_merged
+from llmtune.exporting.quantizer import quantize_file
+from llmtune.merging.provenance import read_record
 from llmtune.models.checkpoint import read_generation_config
 from llmtune.models.identity import base_fingerprint
 from llmtune.models.resolve import resolve_base
 from llmtune.models.tokenizer import load_tokenizer
 from llmtune.models.turns import stop_token_ids
 from llmtune.run_dir import atomic_write_text
+from llmtune.safetensors_io import CheckpointIndex
+from llmtune.stages.export_check import compare_file, require_parity, wants_runtime
 from llmtune.targets import Target, resolve_target
+from llmtune.unfinished import move_into_place, unfinished_dir, unfinished_file
 from llmtune.version import __version__
 
 log = logging.getLogger("llmtune")
 
 EXPORTS_DIR = "exports"
-MEMORY_SHARE = 0.5
-"""Of the free memory, what the model may take in float32 for the comparison with llama.cpp."""
-FLOAT32_OVER_16_BITS = 2
-
-# Largest KL(model || file) after a prompt, in nats, with which a file is kept. A broken file has
-# several nats; SmolLM2-135M, which suffers more than larger models, has 0.0001 in f16 and 0.007
-# in q8_0.
-MAX_KL = {"f32": 0.01, "f16": 0.01, "bf16": 0.02, "q8_0": 0.05}
-MAX_KL_SMALL = 0.6
-"""For the 4- and 5-bit types."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,7 @@ def export_target(
     if settings.to == "hub":
         return _push(target, settings)
     out = settings.out or _default_out(target, settings.to, type)
-    require_new(out, overwrite=settings.force)
+    require_new(out, settings.to, overwrite=settings.force)
     job = _Job(target, settings, type, out, _name(target), _report(target))
     result = EXPORTERS[settings.to](job)
     for notice in result.get("notices", ()):
@@ -128,10 +119,9 @@ def _source_dir(target: Target) -> Path:
 
 
 def _export_gguf(job: _Job) -> dict[str, Any]:
-    """Write the file beside its place, compare it with the model, then move it there."""
-    source = _source_dir(job.target)
-    result, parity = _write_checked(job, source, job.out)
-    return _describe(result, parity)
+    with unfinished_file(job.out) as unfinished:
+        result = _write_checked(job, _source_dir(job.target), unfinished)
+    return {**result, "path": str(job.out)}
 
 
 def _export_ollama(job: _Job) -> dict[str, Any]:
@@ -148,13 +138,13 @@ def _export_ollama(job: _Job) -> dict[str, Any]:
     )
 
     def fill(directory: Path) -> dict[str, Any]:
-        result, parity = _write_checked(job, source, directory / file_name)
+        result = _write_checked(job, source, directory / file_name)
         atomic_write_text(directory / MODELFILE_NAME, modelfile)
         files = {file_name: f"the model in {job.type}", MODELFILE_NAME: "for `ollama create`"}
         atomic_write_text(directory / CARD_NAME, render_card(job.name, job.report, files=files))
-        return _describe(replace(result, path=job.out / file_name), parity)
+        return {**result, "path": str(job.out / file_name)}
 
-    return _fill_directory(job.out, fill)
+    return _fill_directory(job, source, fill)
 
 
 def _export_adapter_gguf(job: _Job) -> dict[str, Any]:
@@ -171,10 +161,13 @@ def _export_adapter_gguf(job: _Job) -> dict[str, Any]:
         base,
         job.out,
         type=job.type,
-        provenance={**_provenance(job), "llmtune.adapter": adapter_fingerprint(adapter_dir)},
+        provenance={
+            **_provenance(job, base),
+            "llmtune.adapter": adapter_fingerprint(adapter_dir),
+        },
         overwrite=job.settings.force,
     )
-    return _describe(result, None)
+    return {**result.to_dict(), "parity": None}
 
 
 def _export_nf4(job: _Job) -> dict[str, Any]:
@@ -187,7 +180,7 @@ def _export_nf4(job: _Job) -> dict[str, Any]:
         atomic_write_text(directory / CARD_NAME, render_card(job.name, job.report, files=files))
         return result.to_dict()
 
-    return _fill_directory(job.out, fill)
+    return _fill_directory(job, source, fill)
 
 
 def _push(target: Target, settings: ExportSettings) -> dict[str, Any]:
@@ -209,102 +202,15 @@ EXPORTERS: dict[str, Callable[[_Job], dict[str, Any]]] = {
 }
 
 
-def _write_checked(job: _Job, source: Path, path: Path) -> tuple[GgufResult, ParityResult | None]:
-    assert job.type is not None
-    unchecked = path.with_name(f".{path.name}.unchecked")
-    template = job.target.model.chat_template
-    request = GgufRequest(source, unchecked, job.type, job.name, _provenance(job), template)
-    try:
-        result = export_gguf(request, overwrite=True)
-        log.info("export: %s, %d bytes, %.1f s", job.type, result.num_bytes, result.seconds)
-        parity = _compare(job, source, unchecked)
-        if parity is not None:
-            _check_parity(parity, job, path)
-        unchecked.replace(path)
-    finally:
-        unchecked.unlink(missing_ok=True)
-    return replace(result, path=path), parity
-
-
-def _provenance(job: _Job) -> dict[str, str]:
-    facts = {"llmtune.version": __version__}
-    if job.report is not None:
-        facts["general.base_model.0.name"] = base_name(job.report)
-        facts["llmtune.verdict"] = str(job.report.get("verdict"))
-    return facts
-
-
-def _compare(job: _Job, source: Path, path: Path) -> ParityResult | None:
-    """Ask llama.cpp and transformers the same, where llama.cpp is there or was asked for."""
-    if job.settings.runtime is False:
-        return None
-    if job.settings.runtime:
-        require_runtime()
-    elif not is_runtime_installed():
-        log.warning(
-            "export: llama.cpp is not installed, so the file was not run in it: "
-            "pip install 'llmtune[runtime]'"
-        )
-        return None
-    return compare_file(source, path, chat_template=job.target.model.chat_template)
-
-
-def compare_file(source: Path, path: Path, *, chat_template: Path | None = None) -> ParityResult:
-    """Compare a GGUF file in llama.cpp with the checkpoint it was made from, both on the CPU.
-
-    Raises:
-        LlmtuneError: llama.cpp is not installed or cannot load the file.
-    """
-    tokenizer = load_tokenizer(source, chat_template=chat_template)
-    dtype = getattr(torch, comparison_dtype(source))
-    model = load_merged(source, dtype=dtype, device="cpu")
-    stops = stop_token_ids(tokenizer, read_generation_config(source))
-    request = ParityRequest(path, stops, num_threads=torch.get_num_threads())
-    parity = compare_with_runtime(model, tokenizer, request)
-    log.info("export: %s", describe_parity(parity))
-    return parity
-
-
-def comparison_dtype(source: Path) -> Literal["float32", "bfloat16"]:
-    """Return float32 where the model fits so, that only the export's rounding shows."""
-    stored = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    fits = FLOAT32_OVER_16_BITS * stored <= MEMORY_SHARE * psutil.virtual_memory().available
-    return "float32" if fits else "bfloat16"
-
-
-def allowed_kl(type: str) -> float:
-    """Return the KL, in nats, with which a file of this type is kept."""
-    return MAX_KL.get(type, MAX_KL_SMALL)
-
-
-def describe_parity(parity: ParityResult) -> str:
-    """Say in one line how close file and model are."""
-    return (
-        f"llama.cpp against transformers: {parity.num_same_prompts} of {parity.num_prompts} "
-        f"prompts with the same token ids, {parity.num_same_answers} greedy answers the same, KL "
-        f"{parity.kl:.2e} nats, {parity.num_same_strings} of {parity.num_strings} tricky strings "
-        "tokenized the same"
-    )
-
-
-def _check_parity(parity: ParityResult, job: _Job, path: Path) -> None:
-    assert job.type is not None
-    limit = job.settings.max_kl if job.settings.max_kl is not None else allowed_kl(job.type)
-    if parity.num_same_prompts < parity.num_prompts:
-        raise CheckFailed(
-            f"{path}: llama.cpp makes other token ids of "
-            f"{parity.num_prompts - parity.num_same_prompts} of {parity.num_prompts} chat prompts; "
-            "the file was removed"
-        )
-    if not parity.kl <= limit:
-        raise CheckFailed(
-            f"{path}: llama.cpp's answers differ from the model's by {parity.kl:.4f} nats (KL), "
-            f"more than {limit:g}; the file was removed. Choose a finer --type than "
-            f"{job.type}, or allow more with --max-kl"
-        )
-
-
-def _describe(result: GgufResult, parity: ParityResult | None) -> dict[str, Any]:
+def _write_checked(job: _Job, source: Path, path: Path) -> dict[str, Any]:
+    """Write the file and compare it with the model; the caller removes what does not pass."""
+    result = _write_gguf(job, source, path)
+    log.info("export: %s, %d bytes, %.1f s", job.type, result.num_bytes, result.seconds)
+    parity = None
+    if wants_runtime(job.settings.runtime):
+        template = job.target.model.chat_template
+        parity = compare_file(source, path, chat_template=template)
+        require_parity(parity, result.type, job.out, max_kl=job.settings.max_kl)
     notices = list(result.notices)
     if parity is not None and parity.num_same_strings < parity.num_strings:
         notices.append(
@@ -315,16 +221,62 @@ def _describe(result: GgufResult, parity: ParityResult | None) -> dict[str, Any]
     return {**result.to_dict(), "notices": notices, "parity": described}
 
 
-def _fill_directory(out: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Let `fill` write a directory beside `out`, then put it there; `out` is replaced whole."""
-    unchecked = out.with_name(f".{out.name}.unchecked")
-    shutil.rmtree(unchecked, ignore_errors=True)
-    unchecked.mkdir(parents=True)
-    try:
-        result = fill(unchecked)
-        if out.is_dir():
-            shutil.rmtree(out)
-        unchecked.rename(out)
-    finally:
-        shutil.rmtree(unchecked, ignore_errors=True)
+def _write_gguf(job: _Job, source: Path, path: Path) -> GgufResult:
+    """Write the file, a K-quant through an exact one that llama.cpp's quantizer reads."""
+    assert job.type is not None
+    is_quantizer = job.type in QUANTIZER_TYPES
+    exact = path.with_name("exact.gguf") if is_quantizer else path
+    type = _exact_type(source) if is_quantizer else job.type
+    template = job.target.model.chat_template
+    request = GgufRequest(source, exact, type, job.name, _provenance(job, source), template)
+    result = write_gguf(request)
+    if not is_quantizer:
+        return result
+    start = time.monotonic()
+    quantize_file(exact, path, job.type)
+    exact.unlink()
+    return replace(
+        result,
+        type=job.type,
+        tensor_types=count_tensor_types(path),
+        num_bytes=path.stat().st_size,
+        seconds=result.seconds + time.monotonic() - start,
+    )
+
+
+def _exact_type(source: Path) -> str:
+    """Return the GGUF type that holds every number of the checkpoint as it is."""
+    stored = {tensor.dtype for tensor in CheckpointIndex.open(source).tensors.values()}
+    return "f32" if len(stored) > 1 else {"BF16": "bf16", "F16": "f16"}.get(stored.pop(), "f32")
+
+
+def _facts(job: _Job, source: Path) -> dict[str, str]:
+    """Return what the export was made from, without any path of this machine."""
+    facts = {"source": base_fingerprint(source), "version": __version__}
+    record = read_record(source)
+    if record is not None:
+        facts["merged_into"] = record.base
+    if job.report is not None:
+        facts["base_name"] = base_name(job.report)
+        facts["verdict"] = str(job.report.get("verdict"))
+    return facts
+
+
+def _provenance(job: _Job, source: Path) -> dict[str, str]:
+    facts = {f"llmtune.{key}": value for key, value in _facts(job, source).items()}
+    name = facts.pop("llmtune.base_name", None)
+    return facts | ({"general.base_model.0.name": name} if name else {})
+
+
+def _fill_directory(
+    job: _Job, source: Path, fill: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """Let `fill` write a directory beside its place, then put it there, whole."""
+    out = job.out.absolute()
+    with unfinished_dir(out) as scratch:
+        directory = scratch / out.name
+        directory.mkdir()
+        result = fill(directory)
+        mark_export(directory, {"to": job.settings.to, "type": job.type, **_facts(job, source)})
+        move_into_place(directory, out)
     return result

@@ -2,16 +2,16 @@
 
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 
 from llmtune.adapters.manifest import (
     CONFIG_NAME,
@@ -21,36 +21,27 @@ from llmtune.adapters.manifest import (
     read_adapter_config,
     read_adapter_manifest,
 )
-from llmtune.adapters.saved import load_adapter
 from llmtune.data.render import render_question
-from llmtune.errors import CheckFailed, LlmtuneError
+from llmtune.errors import LlmtuneError
 from llmtune.merging.changes import MergePlan, WeightedAdapter
 from llmtune.merging.combined_adapter import combine_adapters
 from llmtune.merging.config import Combination, MergeConfig, MergeSettings
-from llmtune.merging.merge import (
-    free_bytes,
-    move_into_place,
-    needed_bytes,
-    remove_leftovers,
-    write_merge,
-)
-from llmtune.merging.plan import PlanOptions, plan_combined_merge
+from llmtune.merging.merge import needed_bytes, write_merge
+from llmtune.merging.plan import plan_combined_merge
+from llmtune.merging.provenance import add_to_provenance
 from llmtune.merging.verify import VerifyPrompts, VerifyResult, load_merged, verify_merge
 from llmtune.models.config import ModelConfig
 from llmtune.models.hardware import choose_device
-from llmtune.models.load import load_model
 from llmtune.models.resolve import resolve_base
 from llmtune.models.round_trip import describe_quantized_base
 from llmtune.open_prompts import OPEN_PROMPTS
 from llmtune.scoring.generate import Decoding
 from llmtune.stages.memory import release_memory
-from llmtune.stages.merge import (
-    CHECKED_NEW_TOKENS,
-    comparison_dtype,
-    describe_check,
-    reference_model,
-)
+from llmtune.stages.merge import CHECKED_NEW_TOKENS, require_close, score_values
+from llmtune.stages.merge_plan import describe_plans, plan_options
+from llmtune.stages.reference import comparison_dtype, describe_check, load_live
 from llmtune.targets import resolve_target
+from llmtune.unfinished import move_into_place, require_space, unfinished_dir
 
 log = logging.getLogger("llmtune")
 
@@ -90,20 +81,14 @@ def combine(request: CombineRequest) -> dict[str, Any]:
         return {**asdict(made), "out_dir": str(made.out_dir), "adapters": _describe(adapters)}
     model, plan = _plan(request, adapters)
     out_dir = request.out_dir.absolute()
-    unchecked = out_dir.with_name(f".{out_dir.name}.unchecked")
-    remove_leftovers(out_dir)
-    try:
+    require_space(out_dir, needed_bytes(plan))
+    with unfinished_dir(out_dir) as scratch:
         device = choose_device(request.settings.device)
-        result = write_merge(plan, unchecked, overwrite=True, device=device)
-        check = _check(request, model, adapters, unchecked)
-        if check is not None and not check.kl <= request.knobs.max_kl:
-            raise CheckFailed(
-                f"merged model and live adapters differ by {check.kl:.4f} nats/token (KL), more "
-                f"than {request.knobs.max_kl:g}; nothing was left in {request.out_dir}"
-            )
-        move_into_place(unchecked, out_dir)
-    finally:
-        shutil.rmtree(unchecked, ignore_errors=True)
+        result = write_merge(plan, scratch / out_dir.name, device=device)
+        check = _check(request, model, adapters, result.out_dir)
+        require_close(check, request.knobs.max_kl, request.out_dir)
+        add_to_provenance(result.out_dir, {"check": None if check is None else score_values(check)})
+        move_into_place(result.out_dir, out_dir)
     return {
         **result.to_dict(),
         "out_dir": str(request.out_dir),
@@ -114,14 +99,9 @@ def combine(request: CombineRequest) -> dict[str, Any]:
 
 
 def describe_combination(request: CombineRequest) -> dict[str, Any]:
-    """Plan the combined merge and write nothing; see `stages.merge.describe_plans`."""
+    """Plan the combined merge and write nothing; see `stages.merge_plan.describe_plans`."""
     _, plan = _plan(request, _resolve(request))
-    return {
-        "out_dir": str(request.out_dir),
-        "needed_bytes": needed_bytes(plan),
-        "free_bytes": free_bytes(request.out_dir),
-        "plans": [plan.to_dict()],
-    }
+    return describe_plans([plan], request.out_dir)
 
 
 def _resolve(request: CombineRequest) -> list[WeightedAdapter]:
@@ -200,13 +180,7 @@ def _plan(
         quantized = describe_quantized_base(model, source)
         if quantized is None:
             raise LlmtuneError("--base dequantized: the adapters' base is not quantized")
-    options = PlanOptions(
-        dtype=request.settings.dtype,
-        quantized=quantized,
-        allow_pickle=model.weights == "any",
-        base_name=source.origin if source.revision else Path(source.origin).name,
-        base_revision=source.revision,
-    )
+    options = replace(plan_options(model, source, request.settings), quantized=quantized)
     return model, plan_combined_merge(
         source.dir, adapters, combination=request.how, options=options
     )
@@ -218,21 +192,21 @@ def _check(
     adapters: Sequence[WeightedAdapter],
     merged_dir: Path,
 ) -> VerifyResult | None:
-    dtype = comparison_dtype(merged_dir)
     release_memory()
     if request.how.is_dense:
         load_merged(merged_dir, dtype=None, device="cpu")
         log.info("merge: %s has no live model; loaded from disk, not compared", request.how.method)
         return None
+    first, *others = adapters
+    dtype = comparison_dtype(merged_dir, device=model.device)
     is_quantized = request.knobs.base == "dequantized"
     source = resolve_base(model, allow_quantized=True)
-    loaded = load_model(reference_model(model, dtype, is_quantized=is_quantized), source)
-    first, *others = adapters
-    live = load_adapter(loaded.model, first.directory, base_fingerprint=loaded.fingerprint)
+    live = load_live(model, source, first.directory, dtype=dtype, is_quantized=is_quantized)
+    loaded = live.loaded
     questions = [tuple(render_question(loaded.tokenizer, one)) for one in OPEN_PROMPTS]
-    with _all_active(live, first, others):
+    with _all_active(live.model, first, others):
         check = verify_merge(
-            live,
+            live.model,
             merged_dir,
             VerifyPrompts(sequences=tuple(questions)),
             decoding=Decoding(CHECKED_NEW_TOKENS, loaded.stop_token_ids),
@@ -244,9 +218,10 @@ def _check(
 
 @contextmanager
 def _all_active(
-    live: PeftModel, first: WeightedAdapter, others: Sequence[WeightedAdapter]
+    live: nn.Module, first: WeightedAdapter, others: Sequence[WeightedAdapter]
 ) -> Iterator[None]:
     """Switch on every adapter at its weight; the model is not used for anything else."""
+    assert isinstance(live, PeftModel)
     (name,) = live.peft_config
     weights = {name: first.weight}
     for place, one in enumerate(others):

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -187,7 +188,8 @@ def test_a_failed_export_leaves_nothing_and_a_killed_ones_file_goes(llama_dir, t
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".model.gguf.tmp-dead").write_text("left by a kill")
+    (out / ".model.gguf.tmp-dead").mkdir()
+    (out / ".model.gguf.tmp-dead" / "model.gguf").write_text("left by a kill")
     with pytest.raises(LlmtuneError, match="not finite"):
         export(source, out / "model.gguf")
     assert list(out.iterdir()) == []
@@ -239,10 +241,12 @@ def test_the_name_never_changes_how_llama_cpp_cuts_text(name, trims, expected):
 
 def test_a_file_that_another_process_is_writing_is_left_alone(llama_dir, tmp_path):
     other = tmp_path / ".model.gguf.tmp-other"
-    with other.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        export(llama_dir, tmp_path / "model.gguf")
-        assert other.exists()
+    other.mkdir()
+    lock = os.open(other, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    export(llama_dir, tmp_path / "model.gguf")
+    assert other.exists()
+    os.close(lock)
 
 
 def test_killed_at_any_moment_leaves_no_file_and_the_next_export_is_whole(llama_dir, tmp_path):

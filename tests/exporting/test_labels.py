@@ -9,8 +9,14 @@ from transformers import AutoModelForCausalLM
 from llmtune import export, load_config, pipeline, verify
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.exporting.gguf.write import GgufRequest, export_gguf
-from llmtune.exporting.labels import compare_labels, first_token_questions
-from llmtune.exporting.runtime import is_runtime_installed
+from llmtune.exporting.labels import (
+    compare_labels,
+    file_labels,
+    first_token_questions,
+    label_in_model,
+)
+from llmtune.exporting.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
+from llmtune.stages.verify_text import describe_verification
 from tests.project import make_project
 from tests.tiny import make_model
 
@@ -32,7 +38,10 @@ def test_labels_in_llama_cpp_are_those_of_transformers(llama_dir, tmp_path):
     # Some candidates are likely, some are far down the vocabulary.
     choices = [[[number], [number + 1], [300 + number]] for number in range(10, 22)]
     questions = first_token_questions(prompts, choices, [0] * 12)
-    found = compare_labels("tiny", model, path, questions)
+    candidates = [(question.prompt_ids, question.first_ids) for question in questions]
+    asked = ask_runtime(path, RuntimeRequest(candidates=candidates))
+    labels = label_in_model(model, questions), file_labels(asked)
+    found = compare_labels("tiny", questions, *labels)
     assert (found.n, found.num_same) == (12, 12)
     assert found.model_accuracy == found.file_accuracy
     with torch.no_grad():
@@ -70,16 +79,24 @@ def test_a_finished_export_is_skipped_and_one_that_is_gone_is_made_again(finishe
 def test_verify_compares_the_labels_of_the_target_suite(finished, tmp_path):
     path = finished.run.path / "exports" / "run-f16.gguf"
     result = verify(path, finished.run.path)
-    [labels] = result["labels"]
-    assert labels["suite"] == "sentiment"
-    assert labels["n"] == labels["num_same"] == 12
-
+    for compared, against, max_kl in (
+        (result["file"], "merged model", 0.01),
+        (result["chain"], "live adapter", 0.06),
+    ):
+        assert compared["against"] == against
+        assert compared["max_kl"] == pytest.approx(max_kl)
+        [labels] = compared["labels"]
+        assert (labels["suite"], labels["n"], labels["num_same"]) == ("sentiment", 12, 12)
+        assert compared["num_same_prompts"] == compared["num_prompts"] == 20
+    shown = describe_verification(result)
+    assert "label accuracy, sentiment" in shown
+    assert "is the file right?" in shown
     json.dumps(result)
 
     other = tmp_path / "other.gguf"
     make_model("llama", tmp_path / "other", seed=5)
     export_gguf(GgufRequest(tmp_path / "other", other, "f16", "other"))
-    with pytest.raises(CheckFailed, match="is not what"):
+    with pytest.raises(CheckFailed, match="KL to the merged model"):
         verify(other, finished.run.path)
 
 
@@ -96,4 +113,4 @@ def test_kinds_and_types_of_the_section_are_checked(tmp_path):
     with pytest.raises(LlmtuneError, match="adapter-gguf"):
         load_config(path, ["export.to=[ggfu]"])
     with pytest.raises(LlmtuneError, match="q8_0"):
-        load_config(path, ["export.type=q4_k_m"])
+        load_config(path, ["export.type=q4_9"])

@@ -98,7 +98,7 @@ def test_more_stop_tokens_than_the_file_can_name_are_refused(make_checkpoint):
     ("to", "type", "message"),
     [
         ("onnx", None, "expected one of gguf"),
-        ("gguf", "q4_k_m", "llama-quantize"),
+        ("gguf", "q4_9", "writes f32, f16"),
         ("nf4", "f16", "has no types"),
         ("adapter-gguf", "q8_0", "writes f32, f16, bf16"),
     ],

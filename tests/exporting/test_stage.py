@@ -15,7 +15,7 @@ from llmtune.exporting.gguf.write import GgufRequest, export_gguf
 from llmtune.exporting.runtime import is_runtime_installed
 from llmtune.merging.merge import merge_adapter
 from llmtune.stages.export import export_target
-from llmtune.stages.verify import VerifySettings, verify_target
+from llmtune.stages.verify import VerifySettings, require_passed, verify_target
 
 needs_runtime = pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")
 
@@ -64,6 +64,7 @@ def test_an_ollama_directory_holds_model_template_and_card(tuned, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == [
         "Modelfile",
         "README.md",
+        "llmtune_export.json",
         "merged-f16.gguf",
     ]
     assert (out / "Modelfile").read_text().startswith("FROM ./merged-f16.gguf\n")
@@ -100,7 +101,9 @@ def test_nf4_loads_as_it_was_saved(tuned, tmp_path):
 
 
 def verify(subject, against, **settings):
-    return verify_target(subject, str(against), [], VerifySettings(**settings))
+    result = verify_target(subject, str(against), [], VerifySettings(**settings))
+    require_passed(result)
+    return result
 
 
 def test_the_merged_model_is_the_adapter_model(tuned):
@@ -133,14 +136,83 @@ def test_another_template_and_lost_stop_tokens_are_seen(tuned, tmp_path):
 
 
 @needs_runtime
-def test_a_gguf_file_is_verified_against_the_adapter(tuned, tmp_path):
+def test_a_gguf_file_is_verified_against_the_adapter(tuned, llama_dir, tmp_path):
     path = tmp_path / "m.gguf"
     export_gguf(GgufRequest(tuned / "merged", path, "q8_0", "tiny"))
     result = verify(path, tuned / "adapter")
     assert result["type"] == "q8_0"
-    assert result["max_kl"] == pytest.approx(0.1)
-    with pytest.raises(CheckFailed, match="allowed are 1e-07"):
-        verify(path, tuned / "adapter", max_kl=1e-7)
+    assert result["file"] is None  # an adapter directory has no merged model beside it
+    assert result["chain"]["max_kl"] == pytest.approx(0.1)
+    assert result["chain"]["kl"] < 0.01
+    export_gguf(GgufRequest(llama_dir, tmp_path / "base.gguf", "q8_0", "tiny"))
+    with pytest.raises(CheckFailed, match=r"KL to the live adapter .* allowed are 0\.1"):
+        verify(tmp_path / "base.gguf", tuned / "adapter")
+
+
+@needs_runtime
+def test_a_file_is_verified_against_the_model_alone_where_there_is_no_adapter(tuned, tmp_path):
+    export(tuned / "merged", "gguf", tmp_path / "m.gguf", "f16", runtime=False)
+    result = verify(tmp_path / "m.gguf", tuned / "merged")
+    assert result["chain"] is None
+    assert (result["file"]["against"], result["file"]["max_kl"]) == ("model", 0.01)
+    with pytest.raises(CheckFailed, match="KL to the model .* allowed are 1e-12"):
+        verify(tmp_path / "m.gguf", tuned / "merged", max_kl=1e-12)
+
+
+@needs_runtime
+def test_a_file_of_other_weights_than_those_that_lie_there_now_is_seen(tuned, tmp_path):
+    shutil.copytree(tuned / "merged", tmp_path / "model")
+    export(tmp_path / "model", "gguf", tmp_path / "m.gguf", "f16", runtime=False)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0] += 0.001
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckFailed, match="made from other weights than those in .*model"):
+        verify(tmp_path / "m.gguf", tmp_path / "model")
+
+
+def test_a_weaker_merge_is_compared_with_the_adapter_at_that_strength(tuned, llama_dir, tmp_path):
+    merge_adapter(llama_dir, tuned / "adapter", tmp_path / "half", strength=0.5)
+    result = verify(tmp_path / "half", tuned / "adapter")
+    assert result["strength"] == 0.5
+    assert result["kl"] < 1e-5
+    record = tmp_path / "half" / "llmtune_merge.json"
+    record.write_text(record.read_text().replace('"strength": 0.5', '"strength": 1.0'))
+    with pytest.raises(CheckFailed, match="KL"):
+        verify(tmp_path / "half", tuned / "adapter")
+
+
+def test_a_merge_of_another_adapter_is_named_as_that(tuned, llama_dir, tmp_path):
+    shutil.copytree(tuned / "adapter", tmp_path / "other")
+    tensors = load_file(tmp_path / "other" / "adapter_model.safetensors")
+    save_file(
+        {name: 0.999 * one for name, one in tensors.items()},
+        tmp_path / "other" / "adapter_model.safetensors",
+    )
+    merge_adapter(llama_dir, tmp_path / "other", tmp_path / "merged")
+    with pytest.raises(CheckFailed, match="merged from another adapter"):
+        verify(tmp_path / "merged", tuned / "adapter")
+
+
+@pytest.mark.parametrize("to", ["nf4", "ollama", "gguf"])
+def test_what_is_no_export_is_never_replaced(to, tuned, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("kept")
+    with pytest.raises(LlmtuneError, match="so it is not replaced"):
+        export(tuned / "merged", to, mine, force=True, runtime=False)
+    (tmp_path / "notes.txt").write_text("kept")
+    with pytest.raises(LlmtuneError, match="so it is not replaced"):
+        export(tuned / "merged", to, tmp_path / "notes.txt", force=True, runtime=False)
+    assert (mine / "thesis.txt").read_text() == (tmp_path / "notes.txt").read_text() == "kept"
+
+
+def test_an_earlier_export_is_replaced_when_asked(tuned, tmp_path):
+    for to, name in (("gguf", "m.gguf"), ("ollama", "ollama")):
+        for type in ("f16", "q8_0"):
+            export(tuned / "merged", to, tmp_path / name, type, force=True, runtime=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "ollama"]
+    assert (tmp_path / "ollama" / "merged-q8_0.gguf").is_file()
+    assert not (tmp_path / "ollama" / "merged-f16.gguf").exists()
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.gguf"])

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmtune.errors import LlmtuneError
-from llmtune.merging.merge import PROVENANCE_FILE, merge_adapter, remove_leftovers
+from llmtune.merging.merge import PROVENANCE_FILE, merge_adapter
 from llmtune.merging.sidecar import write_sidecar
 from llmtune.safetensors_io import fingerprint_checkpoint
+from llmtune.unfinished import remove_leftovers
 from tests.merging.adapters import load_base, make_adapter, make_base
 from tests.tiny import make_tokenizer
 
@@ -127,7 +128,7 @@ def test_disk_that_runs_full_leaves_nothing(made, tmp_path):
 
 def test_killed_merge_leaves_no_finished_directory_and_restarts_clean(made, tmp_path):
     process = start(SLOW_MERGE, made, tmp_path / "out")
-    shard = wait_for(tmp_path, "out.tmp-*/model.safetensors")
+    shard = wait_for(tmp_path, ".out.tmp-*/out/model.safetensors")
     time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=10)
@@ -149,8 +150,8 @@ def test_running_merge_is_not_taken_for_a_leftover(made, tmp_path, monkeypatch):
 
 
 def test_directory_moved_aside_by_a_killed_overwrite_comes_back(tmp_path):
-    (tmp_path / "out.old-x").mkdir()
-    (tmp_path / "out.old-x" / "model").write_text("mine")
+    (tmp_path / ".out.old-x").mkdir()
+    (tmp_path / ".out.old-x" / "model").write_text("mine")
     remove_leftovers(tmp_path / "out")
     assert (tmp_path / "out" / "model").read_text() == "mine"
 

@@ -20,12 +20,12 @@ from llmtune.exporting.gguf.tensors import (
 from llmtune.exporting.gguf.write import (
     GgufResult,
     check_file,
-    require_new,
-    unfinished_file,
     write_tensors,
 )
+from llmtune.exporting.place import require_new
 from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
 from llmtune.models.checkpoint import read_model_config
+from llmtune.unfinished import unfinished_file
 
 
 def export_adapter_gguf(
@@ -55,13 +55,12 @@ def export_adapter_gguf(
             no such layer, or is not supported by llama.cpp.
     """
     start = time.monotonic()
-    require_new(path, overwrite=overwrite)
+    require_new(path, "adapter-gguf", overwrite=overwrite)
     architecture, config = find_architecture(base_dir), read_model_config(base_dir)
     adapter = AdapterFiles.open(adapter_dir)
     _refuse_more_than_lora(adapter)
     alpha = float(adapter.config.get("lora_alpha", 8))
     tensors = _plan(adapter, architecture, config, (type, alpha))
-    path.parent.mkdir(parents=True, exist_ok=True)
     with unfinished_file(path) as unfinished:
         writer = GGUFWriter(unfinished, architecture.name)
         writer.add_type(gguf.GGUFType.ADAPTER)

@@ -1,16 +1,11 @@
 """Write a merged checkpoint as one GGUF file: streamed, checked, and finished by a rename."""
 
-import errno
-import fcntl
 import os
 import re
-import shutil
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +14,14 @@ import numpy as np
 from gguf import GGUFReader, GGUFWriter, LlamaFileType
 
 from llmtune.errors import LlmtuneError
+from llmtune.exporting.config import QUANTIZER_TYPES
 from llmtune.exporting.gguf.architectures import Architecture, find_architecture, hyperparameters
 from llmtune.exporting.gguf.tensors import PlannedTensor, plan_tensors
 from llmtune.exporting.gguf.tiles import iter_tensor_bytes
 from llmtune.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
+from llmtune.exporting.place import require_new
 from llmtune.models.checkpoint import read_model_config
+from llmtune.unfinished import require_space, unfinished_file
 
 FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
@@ -34,9 +32,9 @@ FILE_TYPES = {
     "q5_0": LlamaFileType.MOSTLY_Q5_0,
     "q4_1": LlamaFileType.MOSTLY_Q4_1,
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
+    **{name: LlamaFileType[f"MOSTLY_{name.upper()}"] for name in QUANTIZER_TYPES},
 }
 PHI3_NAME = re.compile("phi-?3", re.IGNORECASE)
-NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 HEAD_BYTES = 16 << 20
 """More than any tokenizer and tensor list take."""
 
@@ -77,7 +75,7 @@ class GgufRequest:
     """A 16- or 32-bit checkpoint with its tokenizer."""
     path: Path
     type: str
-    """One of `exporting.config.GGUF_TYPES`."""
+    """One of `exporting.config.OWN_TYPES`."""
     name: str
     """`general.name`."""
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -89,22 +87,32 @@ class GgufRequest:
 def export_gguf(request: GgufRequest, *, overwrite: bool = False) -> GgufResult:
     """Write a checkpoint as one GGUF file, which appears whole or not at all.
 
+    Raises:
+        LlmtuneError: as `write_gguf`; or the file exists and `overwrite` is not given.
+    """
+    require_new(request.path, "gguf", overwrite=overwrite)
+    with unfinished_file(request.path) as unfinished:
+        result = write_gguf(replace(request, path=unfinished))
+    return replace(result, path=request.path)
+
+
+def write_gguf(request: GgufRequest) -> GgufResult:
+    """Write a checkpoint as one GGUF file, at once in its place.
+
     Memory does not grow with the model, only with its vocabulary: 150 MiB for 49,000 tokens, most
     of it while the finished head is read back.
 
     Raises:
-        LlmtuneError: the model cannot be exported, the file exists and `overwrite` is not given,
-            the disk is too small, or the finished file does not read back as planned.
+        LlmtuneError: the model cannot be exported, the disk is too small, or the finished file
+            does not read back as planned.
+        OSError: the disk ran full; `unfinished_file` explains that and cleans up.
     """
     start = time.monotonic()
     path = request.path
-    require_new(path, overwrite=overwrite)
     plan = _plan(request)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _check_free_space(path, sum(tensor.num_bytes for tensor in plan.tensors) + HEAD_BYTES)
-    with unfinished_file(path) as unfinished:
-        _write(plan, unfinished, request)
-        check_file(unfinished, plan.tensors, plan.vocabulary)
+    require_space(path, sum(tensor.num_bytes for tensor in plan.tensors) + HEAD_BYTES)
+    _write(plan, path, request)
+    check_file(path, plan.tensors, plan.vocabulary)
     return GgufResult(
         path=path,
         architecture=plan.architecture.name,
@@ -118,16 +126,6 @@ def export_gguf(request: GgufRequest, *, overwrite: bool = False) -> GgufResult:
     )
 
 
-def require_new(path: Path, *, overwrite: bool) -> None:
-    """Check that nothing is overwritten unasked.
-
-    Raises:
-        LlmtuneError: `path` exists.
-    """
-    if path.exists() and not overwrite:
-        raise LlmtuneError(f"{path}: exists already; choose another --out, or give --force")
-
-
 def _plan(request: GgufRequest) -> _Plan:
     architecture = find_architecture(request.source_dir)
     config = read_model_config(request.source_dir)
@@ -137,44 +135,6 @@ def _plan(request: GgufRequest) -> _Plan:
         read_vocabulary(request.source_dir, chat_template=request.chat_template),
         plan_tensors(request.source_dir, architecture, config, request.type),
     )
-
-
-@contextmanager
-def unfinished_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` that is flushed and renamed to it at the end, or removed.
-
-    What a killed process left of an earlier one is removed first; one in work is left alone.
-    """
-    for leftover in path.parent.glob(f".{path.name}.tmp-*"):
-        _remove_unlocked(leftover)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-")
-    unfinished = Path(temporary)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield unfinished
-        os.fsync(descriptor)
-        unfinished.chmod(0o644)
-        unfinished.replace(path)
-        _flush_directory(path.parent)
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise LlmtuneError(
-                f"the disk of {path.parent} ran full while {path.name} was written "
-                f"({os.strerror(error.errno)}); nothing was left there"
-            ) from error
-        raise
-    finally:
-        os.close(descriptor)
-        unfinished.unlink(missing_ok=True)
-
-
-def _remove_unlocked(leftover: Path) -> None:
-    with leftover.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return  # another process is writing it
-        leftover.unlink(missing_ok=True)
 
 
 def _write(plan: _Plan, path: Path, request: GgufRequest) -> None:
@@ -287,20 +247,3 @@ def check_file(path: Path, tensors: list[PlannedTensor], vocabulary: Vocabulary 
         field = reader.get_field(key)
         if (None if field is None else field.contents()) != value:
             raise LlmtuneError(f"{path}: {key} does not read back as written")
-
-
-def _check_free_space(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise LlmtuneError(
-            f"{path} needs {needed:,} bytes and its disk has {free:,} free; free some space or "
-            "give another --out"
-        )
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,28 @@
+"""How far a file may be from the model it was made from, by the type of its numbers."""
+
+# Largest KL(model || file) after a prompt, in nats, with which a file is kept. A broken file has
+# several nats; SmolLM2-135M, which suffers more than larger models, has 0.00001 in f16 and 0.010
+# in q8_0.
+MAX_KL = {"f32": 0.01, "f16": 0.01, "bf16": 0.02, "q8_0": 0.05}
+MAX_KL_SMALL = 0.6
+"""For everything of fewer than 8 bits."""
+
+MERGED_KL = 0.05
+"""Nats that a file may differ more from base + adapter than from the merged model: a merge rounds
+too. SmolLM2-135M in bfloat16 is 0.02 from its adapter at an answer's first token."""
+
+# Largest change of a suite's label accuracy, as a fraction of 1.
+ACCURACY_CHANGE = {"f32": 0.01, "f16": 0.01, "bf16": 0.02, "q8_0": 0.02}
+ACCURACY_CHANGE_SMALL = 0.10
+MERGED_ACCURACY = 0.02
+"""What the merge into 16 bits may add to that."""
+
+
+def allowed_kl(type: str) -> float:
+    """Return the KL, in nats, with which a file of this type is kept."""
+    return MAX_KL.get(type, MAX_KL_SMALL)
+
+
+def allowed_accuracy_change(type: str) -> float:
+    """Return by how much a file of this type may change a suite's label accuracy."""
+    return ACCURACY_CHANGE.get(type, ACCURACY_CHANGE_SMALL)

@@ -1,0 +1,129 @@
+"""The live model that a merged model or a file is judged by: base and adapter, unmerged."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from peft.helpers import rescale_adapter_scale
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from llmtune.adapters.saved import load_adapter
+from llmtune.config import RunConfig
+from llmtune.data.example import IGNORE_INDEX
+from llmtune.data.prepare import prepare_examples
+from llmtune.merging.verify import VerifyResult
+from llmtune.models.checkpoint import SAFETENSORS_NAMES, has_weights
+from llmtune.models.config import Fp4Quantization, ModelConfig, Nf4Quantization
+from llmtune.models.hardware import choose_device
+from llmtune.models.load import LoadedModel, load_model
+from llmtune.models.resolve import BaseSource
+from llmtune.safetensors_io import ADAPTER_FILE, CheckpointIndex, read_header
+
+FLOAT32_BYTES = 4
+BYTES_PICKLED = 2
+"""Of a number in a `.bin` file, which is not opened to count them: if it holds float32, too few."""
+MEMORY_SHARE = 0.5
+"""Of the free memory, what the compared models may take in float32."""
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """An adapter on its base, or a base alone."""
+
+    model: nn.Module
+    loaded: LoadedModel
+    is_quantized: bool
+
+
+def load_live(
+    config: ModelConfig,
+    source: BaseSource,
+    adapter_dir: Path | None,
+    *,
+    dtype: str,
+    is_quantized: bool,
+) -> LiveModel:
+    """Load a base and its adapter to be compared with what was made of them.
+
+    Args:
+        config: the base as the adapter was trained on it.
+        source: where the base lies.
+        adapter_dir: None for the base alone.
+        dtype: float32 or bfloat16, for everything that is not quantized.
+        is_quantized: as in training; else the base is loaded as it lies on the disk.
+    """
+    loaded = load_model(_reference(config, dtype, is_quantized=is_quantized), source)
+    if adapter_dir is None:
+        return LiveModel(loaded.model, loaded, is_quantized)
+    model = load_adapter(loaded.model, adapter_dir, base_fingerprint=loaded.fingerprint)
+    return LiveModel(model, loaded, is_quantized)
+
+
+def _reference(model: ModelConfig, dtype: str, *, is_quantized: bool) -> ModelConfig:
+    quantization = model.quantization if is_quantized else None
+    if isinstance(quantization, Nf4Quantization | Fp4Quantization):
+        quantization = quantization.model_copy(update={"compute_dtype": "auto"})
+    return model.model_copy(update={"quantization": quantization, "dtype": dtype})
+
+
+def at_strength(live: LiveModel, strength: float) -> AbstractContextManager[None]:
+    """Let the adapter count so much; at 1 nothing is touched, whatever the model is."""
+    return nullcontext() if strength == 1 else rescale_adapter_scale(live.model, strength)
+
+
+def is_all_low_rank(adapter_dir: Path) -> bool:
+    """Whether an adapter is products of two factors only: then a live one can be weakened."""
+    names = [entry.name for entry in read_header(adapter_dir / ADAPTER_FILE).tensors]
+    return all("lora_A" in name or "lora_B" in name for name in names) and not any(
+        name.endswith("bias") for name in names
+    )
+
+
+def comparison_dtype(directory: Path, *, num_models: int = 2, device: str = "cpu") -> str:
+    """Return float32 where the models fit so, that only what was rounded shows; else bfloat16.
+
+    Args:
+        directory: a checkpoint of the models' size.
+        num_models: how many are in memory at once.
+        device: where they run.
+    """
+    needed = num_models * FLOAT32_BYTES * _num_parameters(directory)
+    free = psutil.virtual_memory().available
+    place = choose_device(device)
+    if place.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(place)[0])
+    return "float32" if needed <= MEMORY_SHARE * free else "bfloat16"
+
+
+def _num_parameters(directory: Path) -> int:
+    if not has_weights(directory, SAFETENSORS_NAMES):
+        return sum(path.stat().st_size for path in directory.glob("*.bin")) // BYTES_PICKLED
+    return sum(math.prod(one.shape) for one in CheckpointIndex.open(directory).tensors.values())
+
+
+def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Return the run's evaluation rows, each up to the token before the last trained one.
+
+    What a template writes behind an answer's end is never generated, so it is not compared.
+    """
+    held_out = prepare_examples(config.data, tokenizer, split="evaluation", seed=config.seed)
+    rows = []
+    for index in range(len(held_out.examples)):
+        example = held_out.examples[index]
+        trained = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
+        rows.append(list(example.input_ids[: trained[-1]]))
+    return rows
+
+
+def describe_check(check: VerifyResult) -> str:
+    """Say in one line how close merged model and adapter are."""
+    return (
+        f"merged against adapter in {check.dtype}: KL {check.kl:.2e} nats/token, largest logit "
+        f"difference {check.max_logit_difference:.3f}, top-1 agreement {check.top1_agreement:.2%}, "
+        f"{check.num_same_labels} of {check.num_labels} labels and "
+        f"{check.num_same_texts} of {check.num_open_prompts} greedy texts the same"
+    )

@@ -1,0 +1,160 @@
+"""Output that appears whole or not at all: written beside its place, flushed, renamed.
+
+What a killed process left beside the place is told from what a running one writes by a lock, which
+the kernel takes away with the process.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+
+from llmtune.errors import LlmtuneError
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@contextmanager
+def unfinished_dir(out: Path) -> Iterator[Path]:
+    """A locked scratch directory beside `out`; it is removed at the end with what is still in it.
+
+    Make the output in a directory below it, and give that to `move_into_place`.
+
+    Raises:
+        LlmtuneError: the disk ran full while something was written.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
+    scratch, lock = _make_locked(out)
+    try:
+        with _explained(out):
+            yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+@contextmanager
+def unfinished_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` that is flushed and renamed to it at the end, or removed.
+
+    Raises:
+        LlmtuneError: the disk ran full while it was written.
+    """
+    with unfinished_dir(path) as scratch:
+        unfinished = scratch / path.name
+        yield unfinished
+        _flush(unfinished)
+        unfinished.replace(path)
+        _flush(path.parent)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what killed processes left beside `out`; what a running one writes is kept.
+
+    A directory that was being replaced goes back to its place where the new one never came.
+    """
+    if not out.exists():
+        for replaced in out.parent.glob(_pattern(out, "old")):
+            replaced.rename(out)
+            break
+    for kind in ("tmp", "old"):
+        for leftover in out.parent.glob(_pattern(out, kind)):
+            _remove_unlocked(leftover)
+
+
+def move_into_place(finished: Path, out: Path) -> None:
+    """Flush the directory `finished` and rename it to `out`; what is there stays until then."""
+    finished.chmod(0o755)
+    for path in (*finished.rglob("*"), finished):
+        _flush(path)
+    replaced = None
+    if out.exists():
+        replaced = Path(tempfile.mkdtemp(prefix=_prefix(out, "old"), dir=out.parent))
+        out.rename(replaced)
+    finished.rename(out)
+    _flush(out.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def free_bytes(out: Path) -> int:
+    """Return the free bytes of the disk on which `out` lies or would lie."""
+    places = (out.absolute(), *out.absolute().parents)
+    return shutil.disk_usage(next(place for place in places if place.exists())).free
+
+
+def require_space(out: Path, needed: int) -> None:
+    """Check that `needed` more bytes fit onto the disk of `out`.
+
+    Raises:
+        LlmtuneError: they do not.
+    """
+    free = free_bytes(out)
+    if free < needed:
+        raise LlmtuneError(
+            f"{out.name} needs {needed:,} bytes and its disk has {free:,} free; free some space, "
+            "or choose a place on another disk"
+        )
+
+
+def _make_locked(out: Path) -> tuple[Path, int]:
+    """Make the scratch directory and lock it; another start may take it before the lock is ours."""
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=_prefix(out, "tmp"), dir=out.parent))
+        try:
+            lock = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if scratch.exists():
+            return scratch, lock
+        os.close(lock)
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise LlmtuneError(
+            f"the disk of {out.parent} ran full while {out.name} was written "
+            f"({os.strerror(error.errno)}); nothing was left there"
+        ) from error
+
+
+def _remove_unlocked(leftover: Path) -> None:
+    try:
+        descriptor = os.open(leftover, os.O_RDONLY)
+    except FileNotFoundError:
+        return  # another start removed it
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(leftover, ignore_errors=True)
+    except BlockingIOError:
+        pass  # another process is writing there
+    finally:
+        os.close(descriptor)
+
+
+def _prefix(out: Path, kind: str) -> str:
+    return f".{out.name}.{kind}-"
+
+
+def _pattern(out: Path, kind: str) -> str:
+    return f"{escape(_prefix(out, kind))}*"
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,65 @@
+"""K-quants are made by llama.cpp's own quantizer where it is found, and by nothing else."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llmtune.errors import LlmtuneError
+from llmtune.exporting.config import ExportSettings
+from llmtune.exporting.gguf.read import read_file_type
+from llmtune.exporting.preflight import check_exportable
+from llmtune.stages.export import export_target
+from tests.tiny import make_model
+
+needs_quantizer = pytest.mark.skipif(
+    shutil.which("llama-quantize") is None, reason="needs llama-quantize on the PATH"
+)
+
+
+def program(directory: Path, text: str) -> Path:
+    """Write a shell script that stands where the quantizer would."""
+    path = directory / "llama-quantize"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def export(source: Path, out: Path):
+    settings = ExportSettings("gguf", "q4_k_m", out, runtime=False)
+    return export_target(str(source), [], settings)
+
+
+def test_without_a_quantizer_a_k_quant_is_refused_before_training(llama_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LlmtuneError, match="llama-quantize, which is not on the PATH"):
+        check_exportable(llama_dir, "gguf", "q4_k_m")
+
+
+def test_a_quantizer_that_fails_is_quoted_and_leaves_nothing(llama_dir, tmp_path, monkeypatch):
+    program(tmp_path, 'echo "loading $1" >&2; echo "cannot do $3" >&2; exit 7')
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(LlmtuneError, match=r"failed \(exit 7\): loading .* \| cannot do Q4_K_M"):
+        export(llama_dir, tmp_path / "out" / "m.gguf")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_it_reads_a_file_that_holds_the_models_numbers_exactly(llama_dir, tmp_path, monkeypatch):
+    program(tmp_path, f'cp "$1" {tmp_path}/seen.gguf; cp "$1" "$2"')
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    export(llama_dir, tmp_path / "m.gguf")
+    assert read_file_type(tmp_path / "seen.gguf") == "f32"  # as the tiny model is stored
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "llama-quantize",
+        "m.gguf",
+        "seen.gguf",
+    ]
+
+
+@needs_quantizer
+def test_the_real_quantizer_makes_a_k_quant(tmp_path):
+    make_model("llama", tmp_path / "model", hidden_size=256, intermediate_size=256)
+    result = export(tmp_path / "model", tmp_path / "m.gguf")
+    assert read_file_type(tmp_path / "m.gguf") == "q4_k_m"
+    assert result["tensor_types"]["q4_k"] > result["tensor_types"]["q6_k"] > 0
