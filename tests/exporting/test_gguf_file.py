@@ -172,12 +172,15 @@ def test_rows_without_a_token_are_unused(make_checkpoint, tmp_path):
 
 def test_an_existing_file_stays_unless_forced(llama_dir, tmp_path):
     path = tmp_path / "model.gguf"
-    path.write_text("mine")
+    path.write_bytes(b"GGUF of another day")
     with pytest.raises(LlmtuneError, match="exists already"):
         export(llama_dir, path)
-    assert path.read_text() == "mine"
+    assert path.read_bytes() == b"GGUF of another day"
     export(llama_dir, path, overwrite=True)
-    assert path.read_bytes()[:4] == b"GGUF"
+    assert GGUFReader(path).tensors
+    path.write_text("no export at all")
+    with pytest.raises(LlmtuneError, match="so it is not replaced"):
+        export(llama_dir, path, overwrite=True)
 
 
 def test_a_failed_export_leaves_nothing_and_a_killed_ones_file_goes(llama_dir, tmp_path):

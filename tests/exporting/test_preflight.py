@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.config import GGUF_TYPES
+from llmtune.exporting.config import OWN_TYPES
 from llmtune.exporting.preflight import check_exportable
 from tests.exporting.conftest import FAMILIES, save_byte_level, save_sentencepiece
 from tests.versions import without_torch
@@ -23,7 +23,7 @@ def change_json(path, change):
 def test_supported_families_pass_without_their_weights(family, make_checkpoint):
     directory = make_checkpoint(family)
     (directory / "model.safetensors").unlink()
-    for type in GGUF_TYPES:
+    for type in OWN_TYPES:
         check_exportable(directory, "gguf", type)
 
 
