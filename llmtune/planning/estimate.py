@@ -16,7 +16,7 @@ from llmtune.memory import (
 )
 from llmtune.models.config import QuantizationConfig
 from llmtune.planning.activations import Adapted, activation_cost, merged_expert_bytes
-from llmtune.planning.kernels import count_tiles, kernel_bytes
+from llmtune.planning.kernels import count_stacks, kernel_bytes
 from llmtune.planning.shape import ModelShape
 from llmtune.planning.weights import base_bytes, trained_bytes
 
@@ -116,7 +116,12 @@ def estimate_memory(work: Workload, device_type: str, memory_bytes: int) -> Memo
         components["compiled kernels"] = kernel_bytes(
             work.shape,
             micro_batches=_count_micro_batches(work, tokens),
-            tiles=count_tiles(work.num_tokens, work.rows.longest, work.num_lengths),
+            stacks=count_stacks(
+                work.num_tokens,
+                longest=work.rows.longest,
+                num_lengths=work.num_lengths,
+                heads=work.shape.heads,
+            ),
         )
     components["workspace"] = _workspace_bytes(components, device_type)
     return MemoryEstimate(

@@ -17,32 +17,41 @@ CAPACITY = 1024
 CAPACITY_VARIABLE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 PRODUCTS_A_LINEAR = 8
 """Output and gradient of the input; of the adapter two forward and four backward."""
-PRODUCTS_A_TILE = 5
+PRODUCTS_A_STACK = 5
 """Attention in 16 bits: probabilities times values, and four backward."""
 TILE_TOKENS = 128
+STACK_BYTES = 3 << 19
+"""Attention computes short tiles together up to these bytes of scores (`ops/tiled_attention`)."""
 
 
-def kernel_bytes(shape: ModelShape, *, micro_batches: int | None, tiles: int | None) -> int:
+def kernel_bytes(shape: ModelShape, *, micro_batches: int | None, stacks: int | None) -> int:
     """Return the bytes of the kernels kept after so many micro-batches.
 
-    `tiles` are the different sizes of attention's tiles in them; None is more than the cache holds.
+    `stacks` are the different sizes of attention's products in them; None is more than the cache
+    holds.
     """
     given = os.environ.get(CAPACITY_VARIABLE, "")
     capacity = int(given) if given.isdecimal() else CAPACITY
-    if micro_batches is None or tiles is None:
+    if micro_batches is None or stacks is None:
         return capacity * KERNEL_BYTES
     linears = PRODUCTS_A_LINEAR * len(set(shape.linear.values()))
-    return min(micro_batches * linears + PRODUCTS_A_TILE * tiles, capacity) * KERNEL_BYTES
+    return min(micro_batches * linears + PRODUCTS_A_STACK * stacks, capacity) * KERNEL_BYTES
 
 
-def count_tiles(num_tokens: int | None, longest: int, num_lengths: int | None) -> int | None:
-    """Return how many sizes of tiles attention meets; None if neither tokens nor lengths are known.
+def count_stacks(
+    num_tokens: int | None, *, longest: int, num_lengths: int | None, heads: int
+) -> int | None:
+    """Return how many sizes attention's products have; None if nothing is known of the rows.
 
-    Short rows share a tile of any size up to TILE_TOKENS; a long row's tiles follow its length.
+    Short rows share a tile of TILE_TOKENS, and such tiles are stacked; the tiles of a long row
+    follow its length, each alone.
     """
-    known = [] if num_tokens is None else [math.ceil(num_tokens / TILE_TOKENS)]
-    if longest <= TILE_TOKENS:
-        known.append(TILE_TOKENS)
-    elif num_lengths is not None:
-        known.append(num_lengths * math.ceil(longest / TILE_TOKENS))
+    if longest > TILE_TOKENS:
+        known = [] if num_lengths is None else [num_lengths * math.ceil(longest / TILE_TOKENS)]
+        stacked = 1
+    else:
+        known = [TILE_TOKENS]
+        stacked = max(1, STACK_BYTES // (heads * TILE_TOKENS**2 * 4))
+    if num_tokens is not None:
+        known.append(math.ceil(num_tokens / (stacked * TILE_TOKENS)))
     return min(known, default=None)

@@ -10,7 +10,7 @@ from llmtune.planning.kernels import (
     CAPACITY,
     CAPACITY_VARIABLE,
     KERNEL_BYTES,
-    count_tiles,
+    count_stacks,
     kernel_bytes,
 )
 from llmtune.planning.shape import read_shape
@@ -33,24 +33,28 @@ def shape():
 
 def test_every_micro_batch_adds_its_products(shape):
     # sizes: q and o 64 x 64, k and v 32 x 64, gate and up 128 x 64, down 64 x 128
-    assert kernel_bytes(shape, micro_batches=3, tiles=2) == (3 * 8 * 4 + 5 * 2) * KERNEL_BYTES
+    assert kernel_bytes(shape, micro_batches=3, stacks=2) == (3 * 8 * 4 + 5 * 2) * KERNEL_BYTES
 
 
 def test_a_long_run_fills_the_cache_and_no_more(shape):
-    assert kernel_bytes(shape, micro_batches=10_000, tiles=2) == CAPACITY * KERNEL_BYTES
-    assert kernel_bytes(shape, micro_batches=None, tiles=2) == CAPACITY * KERNEL_BYTES
+    assert kernel_bytes(shape, micro_batches=10_000, stacks=2) == CAPACITY * KERNEL_BYTES
+    assert kernel_bytes(shape, micro_batches=None, stacks=2) == CAPACITY * KERNEL_BYTES
 
 
 def test_a_smaller_cache_is_counted_as_set(shape, monkeypatch):
     monkeypatch.setenv(CAPACITY_VARIABLE, "64")
-    assert kernel_bytes(shape, micro_batches=None, tiles=None) == 64 * KERNEL_BYTES
+    assert kernel_bytes(shape, micro_batches=None, stacks=None) == 64 * KERNEL_BYTES
 
 
 def test_sizes_of_attention_that_come_again_are_counted_once():
-    assert count_tiles(1000, 300, 40) == 8
-    assert count_tiles(10**6, 300, 40) == 3 * 40
-    assert count_tiles(10**6, 100, 40) == 128
-    assert count_tiles(None, 300, None) is None
+    def count(num_tokens, longest, num_lengths):
+        return count_stacks(num_tokens, longest=longest, num_lengths=num_lengths, heads=9)
+
+    assert count(1000, 300, 40) == 8
+    assert count(10**6, 300, 40) == 3 * 40
+    assert count(1000, 100, 40) == 4  # two tiles of nine heads' scores are computed together
+    assert count(10**6, 100, 40) == 128
+    assert count(None, 300, None) is None
 
 
 def test_only_16_bit_products_of_a_cpu_keep_kernels():
