@@ -6,7 +6,7 @@ import torch
 from llmtune.errors import LlmtuneError
 from llmtune.training.batch import pack_rows, pad_rows
 from llmtune.training.head import decoder_hidden
-from llmtune.training.packing import choose_packing, packed_attention
+from llmtune.training.packing import choose_packing, packed_attention, relative_difference
 from tests.training.tiny_runs import make_adapter, make_rows
 from tests.versions import IS_CURRENT
 
@@ -74,6 +74,17 @@ def test_an_attention_that_ignores_the_window_is_found(monkeypatch):
     choice = choose_packing(model, "auto", make_rows(3))
     assert not choice.packed
     assert "differs" in choice.reason
+
+
+def test_one_token_turned_around_by_rounding_is_let_pass_and_a_third_of_the_row_is_not():
+    alone = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    one_off, third_off, broken = alone.clone(), alone.clone(), alone.clone()
+    one_off[0] *= -1000
+    third_off[16:] *= 1.5
+    broken[3] = torch.nan
+    assert relative_difference(one_off, alone) == 0.0
+    assert relative_difference(third_off, alone) == pytest.approx(0.5)
+    assert not relative_difference(broken, alone) <= 1.0
 
 
 def test_attention_dropout_is_not_packed():
