@@ -53,14 +53,13 @@ def render_seeds(study: SeedStudy) -> str:
 
 
 def render_seeds_table(study: SeedStudy) -> RenderableType:
-    """Return the runs with their verdicts, and the table, to print."""
+    """Return the runs with their verdicts, and the table, to print; it fits 80 columns."""
     percent = f"{study.resampling.confidence * 100:g} %"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
     table.add_column("suite", overflow="fold")
     for name in ("n", "base", "tuned", "between seeds"):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column(f"change, {percent} with seeds", justify="right", no_wrap=True)
-    table.add_column("items alone", justify="right", no_wrap=True)
     table.add_column("Holm p", justify="right", no_wrap=True)
     for suite in study.suites:
         unit = suite.unit
@@ -71,7 +70,6 @@ def render_seeds_table(study: SeedStudy) -> RenderableType:
             unit.score(sum(suite.tuned) / len(suite.tuned)),
             f"± {unit.bare_size(suite.spread)}",
             f"{unit.change(suite.difference)} {unit.interval(suite.low, suite.high)}",
-            unit.interval(*suite.items_alone),
             write_p(suite.holm_p),
         )
     runs = zip(study.names, study.seeds, study.verdicts, strict=True)

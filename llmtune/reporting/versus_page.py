@@ -16,6 +16,9 @@ from llmtune.reporting.numbers import Unit, write_count, write_p
 from llmtune.reporting.versus import SuiteVersus, Versus
 from llmtune.run_dir import atomic_write_json, atomic_write_text
 
+LONGEST_NAME = 12
+"""A longer name of a run does not head a column in the terminal."""
+
 
 @dataclass(frozen=True)
 class ShownSuite:
@@ -53,10 +56,14 @@ def render_versus(versus: Versus) -> str:
 
 
 def render_versus_table(versus: Versus) -> RenderableType:
-    """Return the table to print."""
+    """Return the table to print; long names stand above it, so that it fits 80 columns."""
+    names = {"first": versus.first, "second": versus.second}
+    is_long = max(map(len, names.values())) > LONGEST_NAME
+    shown = {side: side if is_long else name for side, name in names.items()}
+    significance = 1 - versus.resampling.confidence
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
     table.add_column("suite", overflow="fold")
-    for name in ("n", versus.first, versus.second):
+    for name in ("n", *shown.values()):
         table.add_column(Text(name), justify="right", overflow="fold")
     percent = f"{versus.resampling.confidence * 100:g} %"
     table.add_column(f"second minus first, {percent}", justify="right", no_wrap=True)
@@ -71,8 +78,9 @@ def render_versus_table(versus: Versus) -> RenderableType:
             unit.score(found.tuned),
             f"{unit.change(found.difference)} {unit.interval(found.low, found.high)}",
             write_p(suite.holm_p),
-            Text(versus.winner(suite)),
+            Text(shown.get(suite.better(significance) or "", "none shown")),
         )
+    legend = [Text(f"{side}: {name}") for side, name in names.items() if is_long]
     notes = [
         Text(f"Only in {name}: {', '.join(suites)}.")
         for name, suites in (
@@ -81,7 +89,7 @@ def render_versus_table(versus: Versus) -> RenderableType:
         )
         if suites
     ]
-    return Group(table, *notes)
+    return Group(*legend, table, *notes)
 
 
 def _gain(suite: SuiteVersus) -> tuple[float, float, float]:

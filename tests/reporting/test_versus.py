@@ -41,6 +41,17 @@ def test_the_better_run_is_named_with_the_same_statistics(tmp_path, capsys):
     assert "second minus first" in capsys.readouterr().out
 
 
+def test_runs_of_one_name_are_told_apart_in_a_table_of_80_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    first = plant(tmp_path / "a-long-enough-place" / "run", worsen(TUNED, 0.1, seed=2))
+    second = plant(tmp_path / "another-long-place" / "run", TUNED)
+    assert run_command(["report", str(first), str(second)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in lines[:2]] == [f"first: {first}", f"second: {second}"]
+    movies = next(line for line in lines if line.lstrip().startswith("movies"))
+    assert movies.rstrip().endswith("second") and len(movies) <= 80
+
+
 def test_equal_runs_show_no_difference(tmp_path, capsys):
     first, second = plant(tmp_path / "a", TUNED), plant(tmp_path / "b", TUNED)
     assert run_command(["report", str(first), str(second), "--json"]) == 0
