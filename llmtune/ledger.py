@@ -122,7 +122,7 @@ def open_ledger(
     """
     _refuse_foreign(run)
     is_new = not run.manifest_path.exists()
-    run.path.mkdir(parents=True, exist_ok=True)
+    _make(run)
     with run.lock_path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,6 +152,28 @@ def open_ledger(
                 with contextlib.suppress(OSError):  # the user keeps something else there
                     run.path.rmdir()
             raise
+
+
+def refuse_unusable(
+    run: RunDir, config: Mapping[str, Any], deciding: Completion, *, force: bool = False
+) -> None:
+    """Refuse at once, before any long work, what `open_ledger` would refuse; nothing is written.
+
+    Raises:
+        LlmtuneError: the directory is not a run, or it holds a run of another config.
+    """
+    _refuse_foreign(run)
+    if not force and run.manifest_path.exists() and _has_training(run):
+        _refuse_other_config(run, deciding(read_manifest(run).config), deciding(config))
+
+
+def _make(run: RunDir) -> None:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LlmtuneError(
+            f"{run.path}: cannot be made ({error.strerror}); choose another run_dir"
+        ) from None
 
 
 def _refuse_foreign(run: RunDir) -> None:

@@ -1,27 +1,18 @@
 """The stages of a run in order; each leaves an artifact on disk and can be rerun alone."""
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig, anchor_paths
-from llmtune.data.config import DataConfig, SourceConfig
-from llmtune.data.prepare import PreparedData, prepare_examples
 from llmtune.errors import LlmtuneError, RunInterrupted
-from llmtune.evaluation.config import DIAGNOSES, EXTENTS, Extent
-from llmtune.evaluation.results import arm_result_path
-from llmtune.fingerprint import hash_file
+from llmtune.evaluation.config import Extent
 from llmtune.first_checks import check_evaluation_files, warn_of_leaks
-from llmtune.ledger import Ledger, open_ledger
-from llmtune.merging.config import MergeConfig, MergeSettings
-from llmtune.merging.provenance import PROVENANCE_FILE
+from llmtune.ledger import Ledger, open_ledger, refuse_unusable
+from llmtune.merging.config import MergeSettings
 from llmtune.models.identity import base_fingerprint
-from llmtune.models.resolve import BaseSource, resolve_base
-from llmtune.models.tokenizer import load_tokenizer
+from llmtune.models.resolve import resolve_base
 from llmtune.run_dir import RunDir
 from llmtune.stage_inputs import (
     complete_inputs,
@@ -29,19 +20,21 @@ from llmtune.stage_inputs import (
     take_config_hash,
     train_inputs,
 )
+from llmtune.stages.sources import (
+    evaluate_inputs,
+    evaluation_results,
+    kept_extent,
+    load_suites,
+    prepare_data,
+    refuse_other_inputs,
+    trained_adapter,
+)
 
 if TYPE_CHECKING:
     from llmtune.evaluation.scores import Scores
-    from llmtune.evaluation.suite import Suite
     from llmtune.planning.plan import Plan
     from llmtune.reporting.report import Report
-    from llmtune.stages.merge_adapters import CombineRequest
-    from llmtune.stages.merge_plan import MergeRequest
-    from llmtune.targets import Target
 
-log = logging.getLogger("llmtune")
-
-MERGE_DEFAULTS = MergeConfig()
 NO_SETTINGS = MergeSettings()
 
 
@@ -79,13 +72,14 @@ def train(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
 
     config = anchor_paths(config)
     check_reporters(config.train.report_to)
+    refuse_unusable(config.run, config.model_dump(mode="json"), deciding_knobs_of, force=force)
     source = resolve_base(config.model)
     for kind in config.export.to:
         from llmtune.exporting.preflight import check_exportable
 
         template, type = config.model.chat_template, config.export.type_for(kind)
         check_exportable(source.dir, kind, type, chat_template=template)
-    data = _prepare_data(config, source)
+    data = prepare_data(config, source)
     inputs = train_inputs(config, source.dir, data)
     interruptions: list[str] = []
 
@@ -105,7 +99,7 @@ def train(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
         if ledger.has_training:
             inputs = take_config_hash(inputs, record)
         if has_adapter:
-            _refuse_other_inputs(config.run, record, inputs)
+            refuse_other_inputs(config.run, record, inputs)
         ledger.describe(
             base={**ledger.manifest.base, **source.as_dict(), "fingerprint": inputs["base"]},
             data={name: prepared.report.to_json() for name, prepared in data.items()},
@@ -156,13 +150,13 @@ def merge(
         CheckFailed: the merged model differs from base + adapter; nothing is left in `merged/`.
     """
     config = anchor_paths(config)
-    request_of = partial(_merge_request, config, config.run.merged_dir, settings)
-    adapter = _trained_adapter(config)
+    adapter = trained_adapter(config)
 
     def work() -> Mapping[str, Any]:
         from llmtune.stages.merge import run_merge_stage
+        from llmtune.stages.merge_apart import request_of_run
 
-        return run_merge_stage(request_of())
+        return run_merge_stage(request_of_run(config, config.run.merged_dir, settings))
 
     with _open(config) as ledger:
         inputs = {
@@ -175,97 +169,6 @@ def merge(
         return ledger.stage(
             "merge", inputs, work, complete=complete_inputs, is_there=is_there, force=force
         )
-
-
-def merge_into(
-    target: "Target",
-    out_dir: Path,
-    *,
-    knobs: MergeConfig = MERGE_DEFAULTS,
-    settings: MergeSettings = NO_SETTINGS,
-    force: bool = False,
-) -> Mapping[str, Any]:
-    """Merge an adapter that belongs to no run, or a run's into another place, and check it.
-
-    Args:
-        knobs: base, strength and bound of an adapter that is no run's; a run has its own.
-        force: replace an earlier merged model in `out_dir`; nothing else is ever replaced.
-
-    Raises:
-        LlmtuneError: there is no adapter, or `out_dir` may not be written.
-        CheckFailed: the merged model differs from base + adapter; `out_dir` is not made.
-    """
-    from llmtune.stages.merge import run_merge_stage
-
-    request = _request_of_target(target, out_dir, knobs, settings)
-    _refuse_to_replace(out_dir, (request.source.dir, request.adapter_dir), force=force)
-    return run_merge_stage(request)
-
-
-def plan_merges(
-    target: "Target",
-    out_dir: Path | None = None,
-    *,
-    knobs: MergeConfig = MERGE_DEFAULTS,
-    settings: MergeSettings = NO_SETTINGS,
-) -> Mapping[str, Any]:
-    """Say what a merge would change, and what it needs on the disk; nothing is written.
-
-    Raises:
-        LlmtuneError: there is no adapter, or it cannot be merged.
-    """
-    from llmtune.stages.merge_plan import describe_plans, plan_candidates
-
-    if out_dir is None and target.config is not None:
-        out_dir = target.config.run.merged_dir
-    request = _request_of_target(target, out_dir or Path(), knobs, settings)
-    return describe_plans(plan_candidates(request), request.out_dir)
-
-
-def combine(request: "CombineRequest", *, force: bool = False) -> Mapping[str, Any]:
-    """Combine several adapters into a model or a new adapter; see `stages.merge_adapters`."""
-    from llmtune.stages import merge_adapters
-
-    _refuse_to_replace(request.out_dir, (), force=force)
-    return merge_adapters.combine(request)
-
-
-def plan_combination(request: "CombineRequest") -> Mapping[str, Any]:
-    """Say what a combined merge would change; nothing is written."""
-    from llmtune.stages.merge_adapters import describe_combination
-
-    return describe_combination(request)
-
-
-def _request_of_target(
-    target: "Target", out_dir: Path, knobs: MergeConfig, settings: MergeSettings
-) -> "MergeRequest":
-    from llmtune.stages.merge_plan import MergeRequest
-
-    if target.adapter_dir is None:
-        raise LlmtuneError(f"{target.name}: has no adapter to merge")
-    if target.config is not None:
-        return _merge_request(anchor_paths(target.config), out_dir, settings)
-    source = resolve_base(target.model, allow_quantized=True)
-    return MergeRequest(target.model, source, target.adapter_dir, out_dir, knobs, settings=settings)
-
-
-def _merge_request(config: RunConfig, out_dir: Path, settings: MergeSettings) -> "MergeRequest":
-    from llmtune.stages.merge_plan import MergeRequest
-    from llmtune.stages.reference import held_out_rows
-
-    source = resolve_base(config.model)
-    tokenizer = load_tokenizer(source.dir, chat_template=config.model.chat_template)
-    return MergeRequest(
-        model=config.model,
-        source=source,
-        adapter_dir=config.run.adapter_dir,
-        out_dir=out_dir,
-        knobs=config.merge,
-        sequences=held_out_rows(config, tokenizer),
-        suites=load_suites(config),
-        settings=settings,
-    )
 
 
 def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
@@ -286,7 +189,7 @@ def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
     suites = load_suites(config)
     check_evaluation_files(config.evaluate, suites)
     source = resolve_base(config.model)
-    adapter = _trained_adapter(config)
+    adapter = trained_adapter(config)
     if "merged" in config.evaluate.arms and not config.run.merged_dir.is_dir():
         raise LlmtuneError(
             f"{config.run.path}: has no merged model; make it with: llmtune merge "
@@ -299,21 +202,16 @@ def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
         return run_evaluate_stage(config, suites, force=force)
 
     with _open(config) as ledger:
-        inputs = {
-            "adapter": adapter,
-            "base": base_fingerprint(source.dir),
-            "merge": ledger.manifest.stages.get("merge", {}).get("fingerprint"),
-            "evaluate": config.evaluate.measuring_knobs(),
-            "suites": {suite.name: suite.fingerprint for suite in suites},
-            "files": {str(path): hash_file(path) for path in _evaluation_files(config)},
-        }
-        extent = _kept_extent(ledger.manifest.stages.get("evaluate", {}), inputs, config)
+        stages = ledger.manifest.stages
+        merged = stages.get("merge", {}).get("fingerprint")
+        inputs = evaluate_inputs(config, suites, source, adapter=adapter, merge=merged)
+        extent = kept_extent(stages.get("evaluate", {}), inputs, config)
         config = config.model_copy(
             update={"evaluate": config.evaluate.model_copy(update={"extent": extent})}
         )
         inputs["extent"] = extent
-        made = ledger.manifest.stages.get("evaluate", {}).get("result") or {}
-        is_there = all(path.is_file() for path in _evaluation_results(config, suites, made))
+        made = stages.get("evaluate", {}).get("result") or {}
+        is_there = all(path.is_file() for path in evaluation_results(config, suites, made))
         ledger.stage(
             "evaluate", inputs, work, complete=complete_inputs, is_there=is_there, force=force
         )
@@ -407,34 +305,6 @@ def verify(path: str | Path, against: str | Path, overrides: Sequence[str] = ())
     return result
 
 
-def load_suites(config: RunConfig) -> "list[Suite]":
-    """Read the run's suites with all their items; what is wrong in them is found here."""
-    from llmtune.evaluation.suite import load_suite
-
-    return [
-        load_suite(name, seed=config.evaluate.seed, limit=config.evaluate.limit)
-        for name in config.evaluate.suites
-    ]
-
-
-def _prepare_data(config: RunConfig, source: BaseSource) -> dict[str, PreparedData]:
-    tokenizer = load_tokenizer(source.dir, chat_template=config.model.chat_template)
-    prepared = {
-        "train": prepare_examples(config.mixed_data, tokenizer, split="train", seed=config.seed),
-        "evaluation": prepare_examples(
-            config.data, tokenizer, split="evaluation", seed=config.seed
-        ),
-    }
-    penalty = config.protect.kl_to_base
-    if penalty is not None and isinstance(penalty.source, SourceConfig):
-        general = DataConfig(train=[penalty.source], cache=config.data.cache)
-        prepared["protect"] = prepare_examples(general, tokenizer, split="train", seed=config.seed)
-    for name, data in prepared.items():
-        for line in data.report.lines():
-            log.info("%s data: %s", name, line)
-    return prepared
-
-
 def _open(
     config: RunConfig, *, force: bool = False, is_recorded: bool = False
 ) -> AbstractContextManager[Ledger]:
@@ -445,64 +315,3 @@ def _open(
         is_recorded=is_recorded,
         force=force,
     )
-
-
-def _refuse_other_inputs(run: RunDir, record: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-    known = record.get("inputs", inputs)
-    other = [name for name in inputs if known.get(name) != inputs[name]]
-    if other:
-        raise LlmtuneError(
-            f"{run.path}: its adapter was trained on another {' and '.join(other)} (compared by "
-            "content); choose another run_dir, or redo this one with --force"
-        )
-
-
-def _refuse_to_replace(out_dir: Path, used: Sequence[Path], *, force: bool) -> None:
-    place = out_dir.resolve()
-    for path in used:
-        if place == path.resolve() or place in path.resolve().parents:
-            raise LlmtuneError(f"{out_dir}: holds what is merged; choose another --out")
-    if not out_dir.exists():
-        return
-    if not force:
-        raise LlmtuneError(f"{out_dir}: exists already; choose another --out, or give --force")
-    if not (out_dir / PROVENANCE_FILE).is_file():
-        raise LlmtuneError(f"{out_dir}: is no merged model of llmtune, so it is not replaced")
-
-
-def _evaluation_results(
-    config: RunConfig, suites: "Sequence[Suite]", made: Mapping[str, Any]
-) -> Iterator[Path]:
-    """Yield every file that the evaluate stage leaves; `made` is its result, where it has one."""
-    run, knobs = config.run, config.evaluate
-    for suite in suites:
-        arms = {arm for arm in knobs.arms if arm != "merged" or suite.role == "target"}
-        for arm in arms | set(made.get("suites", {}).get(suite.name, {})):
-            yield arm_result_path(run.evaluations_dir, suite.name, arm)
-    for name in DIAGNOSES:
-        if knobs.measures(name) and name not in made.get("left_out", {}):
-            yield run.diagnostics_dir / f"{name}.json"
-
-
-def _evaluation_files(config: RunConfig) -> list[Path]:
-    """Return the user's prompt and prediction files."""
-    return [*config.evaluate.prompts.values(), *config.evaluate.predictions.values()]
-
-
-def _kept_extent(record: Mapping[str, Any], inputs: Mapping[str, Any], config: RunConfig) -> Extent:
-    """Return the larger of the extent asked for and the one measured before on equal inputs."""
-    asked = config.evaluate.extent
-    known = complete_inputs(record.get("inputs") or {})
-    measured = known.get("extent")
-    is_same = record.get("finished") and all(known.get(key) == inputs[key] for key in inputs)
-    if measured not in EXTENTS or not is_same:
-        return asked
-    return max(asked, measured, key=EXTENTS.index)
-
-
-def _trained_adapter(config: RunConfig) -> str:
-    if not config.run.adapter_dir.is_dir():
-        raise LlmtuneError(
-            f"{config.run.path}: has no trained adapter yet; make it with: llmtune train CONFIG"
-        )
-    return adapter_fingerprint(config.run.adapter_dir)

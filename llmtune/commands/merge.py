@@ -119,20 +119,28 @@ def _merge_one(
     settings: MergeSettings,
     wanted: _Result,
 ) -> Mapping[str, Any]:
-    from llmtune import pipeline
     from llmtune.targets import resolve_target
 
     named = resolve_target(target, overrides)
     if named.config is not None:
         more = tuple(f"merge.{name}={value}" for name, value in given.items())
         named = resolve_target(target, (*overrides, *more))
+    if named.adapter_dir is None and named.config is None and not Path(target).exists():
+        raise LlmtuneError(f"{target}: no such file or directory; expected a run or an adapter")
     knobs, out = MergeConfig(**given), wanted.out
     if wanted.dry_run:
-        return pipeline.plan_merges(named, out, knobs=knobs, settings=settings)
+        from llmtune.stages import merge_apart
+
+        return merge_apart.plan_merges(named, out, knobs=knobs, settings=settings)
     if out is not None:
-        return pipeline.merge_into(named, out, knobs=knobs, settings=settings, force=wanted.force)
+        from llmtune.stages import merge_apart
+
+        force = wanted.force
+        return merge_apart.merge_into(named, out, knobs=knobs, settings=settings, force=force)
     if named.config is None:
         raise LlmtuneError(f"{target}: is not a run; say where the merged model goes with --out")
+    from llmtune import pipeline
+
     return pipeline.merge(named.config, force=wanted.force, settings=settings)
 
 
@@ -144,7 +152,7 @@ def _combine(
     wanted: _Result,
 ) -> Mapping[str, Any]:
     """Take `model.*=value` among the words for an override, and all others for adapters."""
-    from llmtune import pipeline
+    from llmtune.stages import merge_apart
     from llmtune.stages.merge_adapters import CombineRequest
 
     if wanted.out is None:
@@ -161,10 +169,10 @@ def _combine(
         settings=settings,
     )
     if wanted.dry_run and not request.to_adapter:
-        return pipeline.plan_combination(request)
+        return merge_apart.plan_combination(request)
     if wanted.dry_run:
         raise LlmtuneError("--dry-run plans a model; a new adapter is small, so just make it")
-    return pipeline.combine(request, force=wanted.force)
+    return merge_apart.combine(request, force=wanted.force)
 
 
 def _describe_one(result: Mapping[str, Any], dry_run: bool) -> str:
