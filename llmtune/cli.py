@@ -1,6 +1,7 @@
 """The command line: verbs as sub-commands, a YAML file first, dotted overrides after it."""
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -24,10 +25,18 @@ from llmtune.commands import (
     run,
     sequence,
 )
+from llmtune.commands.help import Chapters
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.version import __version__
 
 EXIT_BUG = 70
+
+OS_ADVICE = {
+    errno.ENOSPC: "; free some space, and the same command goes on from what is saved",
+    errno.EDQUOT: "; free some space, and the same command goes on from what is saved",
+    errno.EACCES: "; choose a place you may write to, or change its permissions",
+    errno.EROFS: "; choose a place that can be written to",
+}
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -44,8 +53,11 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         # A command that asks click to exit makes this call return its exit code.
         code = cli(list(arguments), prog_name="llmtune", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return LlmtuneError.exit_code
     except click.ClickException as error:
-        _print_error(error.format_message())
+        _print_error(_plain_usage(error))
         return LlmtuneError.exit_code
     except LlmtuneError as error:
         _print_error(str(error))
@@ -57,8 +69,7 @@ def run_command(arguments: Sequence[str]) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (the reader left: end in silence)
         return 0
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        _print_error(f"{place}{error.strerror or error}")
+        _print_error(_plain_failure(error))
         return LlmtuneError.exit_code
     except Exception:  # noqa: BLE001 (the last place: whatever arrives here is a bug of ours)
         traceback.print_exc()
@@ -67,38 +78,52 @@ def run_command(arguments: Sequence[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Chapters, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="llmtune")
 def cli() -> None:
     """Adapt a pretrained LLM to your task on one GPU, and know whether it worked.
 
     \b
-      llmtune run configs/quickstart.yaml            train, merge, evaluate, report
-      llmtune train my.yaml adapter.rank=8           override any key of the config
-      llmtune chat runs/quickstart                   talk to base and tuned model
+      llmtune init train.jsonl --out mine.yaml       a config for your rows
+      llmtune run mine.yaml                          train, merge, evaluate, report
+      llmtune train mine.yaml adapter.rank=8         override any key of the config
+      llmtune chat runs/mine                         talk to base and tuned model
     """
 
 
-for command in (
-    plan.plan,
-    run.run_all,
-    run.train,
-    merge.merge,
-    run.evaluate,
-    report.report,
-    curve.learning_curve,
-    sequence.sequence,
-    export.export,
-    export.verify,
-    answer.chat,
-    answer.predict,
-    data.init,
-    data.data_group,
-    config.config_group,
-    look.runs,
-    look.doctor,
-):
-    cli.add_command(command)
+COMMANDS = {
+    "Start": (data.init, data.data_group, plan.plan, config.config_group, look.doctor),
+    "Train and judge": (
+        run.run_all,
+        run.train,
+        merge.merge,
+        run.evaluate,
+        report.report,
+        look.runs,
+    ),
+    "Go further": (curve.learning_curve, sequence.sequence),
+    "Use the model": (answer.chat, answer.predict, export.export, export.verify),
+}
+for commands in COMMANDS.values():
+    for command in commands:
+        cli.add_command(command)
+cli.chapters = {
+    title: [str(command.name) for command in commands] for title, commands in COMMANDS.items()
+}
+
+
+def _plain_usage(error: click.ClickException) -> str:
+    """Return click's message on one line, and for a wrong call which help says how."""
+    message = " ".join(error.format_message().split())
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return f"{message} (see {context.command_path} --help)" if context else message
+
+
+def _plain_failure(error: OSError) -> str:
+    """Return what the operating system refused, at which path, and what helps."""
+    place = f"{error.filename}: " if error.filename else ""
+    advice = OS_ADVICE.get(error.errno or 0, "")
+    return f"{place}{error.strerror or error}{advice}"
 
 
 def _print_error(message: str) -> None:

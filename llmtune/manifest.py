@@ -54,7 +54,7 @@ def read_manifest(run: RunDir) -> Manifest:
     path = run.manifest_path
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise LlmtuneError(
             f"{run.path}: not a run (no manifest.json); start one with: llmtune run CONFIG"
         ) from None

@@ -28,6 +28,8 @@ def list_runs(directory: Path) -> list[RunSummary]:
     Raises:
         LlmtuneError: there is no such directory.
     """
+    if directory.is_file():
+        raise LlmtuneError(f"{directory}: is a file; expected a directory of runs")
     if not directory.is_dir():
         raise LlmtuneError(f"{directory}: no such directory; runs are made by: llmtune run CONFIG")
     found = [_summarize(RunDir(path.parent)) for path in sorted(directory.glob("*/manifest.json"))]

@@ -10,7 +10,7 @@ from llmtune.adapters.manifest import (
     read_adapter_config,
     read_adapter_manifest,
 )
-from llmtune.config import RunConfig, load_config
+from llmtune.config import RunConfig, load_config, read_config_tree
 from llmtune.errors import LlmtuneError
 from llmtune.manifest import read_manifest
 from llmtune.models.config import ModelConfig
@@ -22,6 +22,7 @@ from llmtune.yaml_source import SourcedTree, apply_overrides
 
 TEMPLATE_NAME = "chat_template.jinja"
 YAML_SUFFIXES = (".yaml", ".yml")
+RUN_NAMES = "a run directory, or a config (a .yaml file)"
 
 
 class ModelOnly(Section):
@@ -76,10 +77,22 @@ def require_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         LlmtuneError: it is something else.
     """
+    _require_path(name)
     target = resolve_target(name, overrides)
     if target.config is None:
-        raise LlmtuneError(f"{name}: not a run; expected a run directory or a config")
+        raise LlmtuneError(f"{name}: not a run; expected {RUN_NAMES}")
     return target.config
+
+
+def read_run_tree(name: str, overrides: Sequence[str] = ()) -> SourcedTree:
+    """Return the unchecked config of a run directory or a YAML file, and where each key stands.
+
+    Raises:
+        LlmtuneError: there is no such path, or it cannot be read.
+    """
+    _require_path(name)
+    path = Path(name)
+    return _recorded_tree(path, overrides) if path.is_dir() else read_config_tree(path, overrides)
 
 
 def find_run_dir(name: str) -> Path:
@@ -87,18 +100,30 @@ def find_run_dir(name: str) -> Path:
 
     What `llmtune sequence` left is named by its last run, which has learned all tasks.
     """
+    _require_path(name)
     path = Path(name)
     if path.suffix in YAML_SUFFIXES:
         return load_config(path).run_dir
+    if not path.is_dir():
+        raise LlmtuneError(f"{name}: not a run; expected {RUN_NAMES}")
     sequence = None if RunDir(path).manifest_path.exists() else read_sequence(path)
     return path / sequence.runs[-1] if sequence else path
 
 
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the config a run was made with; `run_dir` is where the run lies now."""
-    recorded = {**read_manifest(RunDir(run_dir)).config, "run_dir": str(run_dir)}
-    tree = apply_overrides(SourcedTree(recorded, {(): str(run_dir)}), overrides)
-    return validate_section(RunConfig, tree)
+    return validate_section(RunConfig, _recorded_tree(run_dir, overrides))
+
+
+def _recorded_tree(run_dir: Path, overrides: Sequence[str]) -> SourcedTree:
+    run = RunDir(run_dir)
+    recorded = {**read_manifest(run).config, "run_dir": str(run_dir)}
+    return apply_overrides(SourcedTree(recorded, {(): str(run.manifest_path)}), overrides)
+
+
+def _require_path(name: str) -> None:
+    if not Path(name).exists():
+        raise LlmtuneError(f"{name}: no such file or directory; expected {RUN_NAMES}")
 
 
 def adapter_base(adapter_dir: Path) -> dict[str, Any]:

@@ -21,8 +21,11 @@ class SourcedTree:
     origins: Mapping[KeyPath, str] = field(default_factory=dict)
 
     def origin(self, path: KeyPath) -> str | None:
-        """Return the place of `path`, or of the nearest parent that was written down."""
-        for length in range(len(path), 0, -1):
+        """Return the place of `path`, or of the nearest parent that was written down.
+
+        The path `()` is the whole: its place is the file.
+        """
+        for length in range(len(path), -1, -1):
             if place := self.origins.get(path[:length]):
                 return place
         return None
@@ -74,10 +77,14 @@ def read_yaml(path: Path) -> SourcedTree:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise LlmtuneError(f"{path}: no such file; give the path of a YAML file") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise LlmtuneError(f"{path}: cannot be read as a YAML file: {error}") from None
+    except IsADirectoryError:
+        raise LlmtuneError(f"{path}: is a directory; give the path of a YAML file") from None
+    except PermissionError:
+        raise LlmtuneError(f"{path}: may not be read; change its permissions") from None
+    except UnicodeDecodeError as error:
+        raise LlmtuneError(f"{path}: is not a text file in UTF-8 ({error.reason})") from None
     try:
-        origins: dict[KeyPath, str] = {}
+        origins: dict[KeyPath, str] = {(): str(path)}
         values = _parse(text, str(path), origins)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         mark = getattr(error, "problem_mark", None)

@@ -208,7 +208,7 @@ def test_a_hub_id_while_offline_fails_within_five_seconds(config):
     )
     assert done.returncode == 2, done.stderr
     assert "org/name" in done.stderr and "Traceback" not in done.stderr
-    assert time.monotonic() - started < 15  # 5 s for the hub, the rest for Python on a busy machine
+    assert time.monotonic() - started < 45  # 5 s for the hub, the rest for Python on a busy machine
 
 
 def test_an_unknown_key_names_file_line_and_nearest(config, capsys):

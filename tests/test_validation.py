@@ -56,7 +56,7 @@ def test_every_problem_is_reported_at_once(tmp_path):
     assert lines[0] == "4 problems:"
     assert "FILE:1: shape.radus: unknown key; did you mean shape.radius?" in lines
     assert "FILE:3: more.0.radius: expected a valid number, found 'wide'" in lines
-    assert "title: required, and not given" in lines
+    assert "FILE: title: required, and not given" in lines
     assert "FILE:4: with: unknown key; did you mean width?" in lines
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from llmtune.commands.help import Uncut
 from llmtune.commands.options import (
     CONFIG_ARGUMENT,
     OVERRIDES_ARGUMENT,
@@ -14,9 +15,9 @@ from llmtune.commands.options import (
 from llmtune.errors import LlmtuneError
 
 
-@click.group("config")
+@click.group("config", cls=Uncut)
 def config_group() -> None:
-    """Show a config as it takes effect, or the JSON schema of all keys."""
+    """Show a config as it takes effect, copy a recipe, or print the JSON schema of all keys."""
 
 
 @config_group.command("show")
@@ -26,13 +27,16 @@ def config_group() -> None:
 def config_show(config: Path, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Print every key's value and where it comes from.
 
+    CONFIG is a YAML file or a run directory.
+
     \b
       llmtune config show configs/quickstart.yaml adapter.rank=8
     """
-    from llmtune.config import RunConfig, effective_keys, read_config_tree
+    from llmtune.config import RunConfig, effective_keys
+    from llmtune.targets import read_run_tree
     from llmtune.validation import validate_section
 
-    tree = read_config_tree(config, overrides)
+    tree = read_run_tree(str(config), overrides)
     keys = effective_keys(validate_section(RunConfig, tree), tree)
     if as_json:
         click.echo(json.dumps([key.__dict__ for key in keys], indent=2))

@@ -29,10 +29,11 @@ def runs(directory: Path, quiet: bool, as_json: bool) -> None:
         click.echo(json.dumps([each.__dict__ for each in found], indent=2))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("run", "state", "verdict", "base", "created"):
+    for heading in ("run", "state", "verdict", "base", "created (UTC)"):
         table.add_column(heading, overflow="fold")
     for each in found:
-        cells = (each.path, each.state, each.verdict or "", each.base, each.created)
+        created = each.created[:16].replace("T", " ")
+        cells = (each.path, each.state, each.verdict or "", each.base, created)
         table.add_row(*map(Text, cells))
     stdout().print(table)
 

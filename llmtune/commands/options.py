@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 
 import click
 from rich.console import Console
+
+PIPED_WIDTH = 120
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -58,8 +61,9 @@ def print_result(result: Any, as_json: bool, render: Callable[[], Any]) -> None:
 
 
 def stdout() -> Console:
-    """Return the console for results; long lines are never wrapped by force."""
-    return Console(highlight=False)
+    """Return the console for results: as wide as the terminal, or 120 columns."""
+    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if has_width else PIPED_WIDTH)
 
 
 def show_progress(quiet: bool) -> None:

@@ -39,6 +39,7 @@ def plan(  # noqa: PLR0913 (one argument an option)
 ) -> None:
     """Say what a run needs: memory, disk, time; exit code 1 if it does not fit.
 
+    CONFIG is a YAML file or a run directory.
     Nothing is loaded: the numbers are from config.json and the headers of the weights.
 
     \b
@@ -46,10 +47,10 @@ def plan(  # noqa: PLR0913 (one argument an option)
       llmtune plan my.yaml --gpu 24GB
       llmtune plan my.yaml model.quantization=null data.max_length=4096 --gpu rtx4090 --json
     """
-    from llmtune.config import load_config
     from llmtune.pipeline import plan as plan_run
+    from llmtune.targets import require_run
 
-    found = plan_run(load_config(config, overrides), gpu=gpu, measure=measure)
+    found = plan_run(require_run(str(config), overrides), gpu=gpu, measure=measure)
     print_result(found.as_json(), as_json, lambda: _render(found, quiet))
     if not found.fits:
         raise click.exceptions.Exit(1)

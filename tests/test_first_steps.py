@@ -1,0 +1,111 @@
+"""What a new user meets first: help, a mistyped word, a path that is not what it should be."""
+
+import json
+
+import pytest
+
+from llmtune.cli import cli, run_command
+from tests.project import make_project
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project that no test here changes."""
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def trained(project):
+    """Its run directory, trained for one step."""
+    assert run_command(["train", str(project), "train.max_steps=1", "--quiet"]) == 0
+    return project.parent / "run"
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Run a command line that must be refused with exit code 2 and one line; return the line."""
+    capsys.readouterr()
+    code = run_command(list(arguments))
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
+    return captured.err.removeprefix("error: ").strip()
+
+
+@pytest.mark.parametrize("group", [[], ["config"], ["data"]])
+def test_a_group_alone_shows_its_help_and_calls_nothing_an_error(capsys, group):
+    assert run_command(group) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Usage: llmtune") and "error:" not in said
+
+
+def test_the_help_lists_every_command_with_its_whole_first_sentence(capsys):
+    assert run_command(["--help"]) == 0
+    text = capsys.readouterr().out
+    listed = [
+        line.split()[0] for line in text.splitlines() if line.startswith("  ") and line.strip()
+    ]
+    assert set(cli.commands) <= set(listed)
+    assert "..." not in text.split("Options:")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train"], "CONFIG"),
+        (["train", "x.yaml", "--rank", "3"], "--rank"),
+        (["verify", "merged"], "--against"),
+    ],
+)
+def test_a_wrong_call_names_the_help_that_says_how(capsys, arguments, words):
+    said = refused(capsys, *arguments)
+    assert words in said and said.endswith(f"(see llmtune {arguments[0]} --help)")
+
+
+def test_the_choices_of_a_missing_option_stand_on_one_line(capsys):
+    assert "gguf, ollama" in refused(capsys, "export", "runs/mine")
+
+
+def test_what_an_empty_config_lacks_is_told_with_its_name(capsys, tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    assert run_command(["config", "show", str(path)]) == 2
+    assert f"{path}: run_dir: required, and not given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["train"], ["merge"], ["eval"], ["report"], ["plan"]])
+def test_a_path_that_is_not_there_is_said_to_be_missing(capsys, tmp_path, command):
+    assert "no such" in refused(capsys, *command, str(tmp_path / "nosuch"))
+
+
+@pytest.mark.parametrize("command", [["train"], ["report"], ["plan"], ["data", "check"]])
+def test_a_file_that_is_no_config_is_said_to_be_none(capsys, tmp_path, command):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n")
+    said = refused(capsys, *command, str(path))
+    assert str(path) in said and ".yaml" in said
+
+
+@pytest.mark.parametrize("command", [["plan"], ["data", "check"], ["data", "show"]])
+def test_a_run_directory_serves_wherever_its_config_would(capsys, trained, command):
+    assert run_command([*command, str(trained), "--json"]) == 0
+    json.loads(capsys.readouterr().out.splitlines()[0] if command[-1] == "show" else "{}")
+
+
+def test_the_config_of_a_run_directory_is_shown_with_where_it_stands(capsys, trained):
+    capsys.readouterr()
+    assert run_command(["config", "show", str(trained), "adapter.rank=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("train.max_steps: 1" in line and "manifest.json" in line for line in lines)
+    assert any("adapter.rank: 2" in line and "override" in line for line in lines)
+
+
+def test_no_rows_cannot_be_shown(capsys, project):
+    assert "--limit" in refused(capsys, "data", "show", str(project), "--limit", "0")
+
+
+@pytest.mark.parametrize("place", ["config.yaml", "base"])
+def test_an_unusable_run_dir_is_refused_before_the_rows_are_read(capsys, project, place):
+    run_dir = project.parent / place
+    said = refused(capsys, "train", str(project), f"run_dir={run_dir}")
+    assert str(project.parent) in said
