@@ -43,7 +43,8 @@ def clone(tmp_path_factory):
     config["run_dir"] = "runs/quickstart"
     (directory / "configs").mkdir()
     (directory / "configs" / "quickstart.yaml").write_text(json.dumps(config))
-    write_jsonl(directory / "train.jsonl", [chat_row(*row) for row in sentences()[1::4]])
+    rows = [chat_row(f"{text[:-1]} {i}.", label) for i in (1, 2) for text, label in sentences()]
+    write_jsonl(directory / "train.jsonl", rows)
     write_jsonl(directory / "prompts.jsonl", [{"prompt": "The film is warm."}])
     shutil.copytree(ROOT / "evals" / "tasks", directory / "evals" / "tasks")
     (directory / "data" / "quickstart").mkdir(parents=True)
@@ -74,8 +75,11 @@ def test_every_command_of_the_readme_works(clone, monkeypatch, capsys):
     for command in COMMANDS:
         arguments = shlex.split(command, comments=True)[1:]
         arguments = [each for each in arguments if not each.startswith("train.max_steps")]
+        arguments = ["tiny/base" if each.endswith(".gguf") else each for each in arguments]
         code = run_command(arguments)
         assert code == 0, f"{command}\n{capsys.readouterr().err}"
+    mine = json.loads((clone / "runs" / "train" / "report.json").read_text())
+    assert mine["suites"]["mine"]["n"] >= 20, "init's suite asks the task of held-out rows"
 
 
 def test_the_script_of_the_readme_works(clone):

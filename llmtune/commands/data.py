@@ -1,11 +1,13 @@
 """init and data: from a file of rows to a config, and what is wrong with the rows."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmtune.commands.help import Uncut
 from llmtune.commands.options import (
     CONFIG_ARGUMENT,
     OVERRIDES_ARGUMENT,
@@ -14,7 +16,12 @@ from llmtune.commands.options import (
     stdout,
     with_output_options,
 )
+from llmtune.data.init_suite import NoSuite
 from llmtune.errors import CheckFailed, LlmtuneError
+from llmtune.run_dir import atomic_write_text
+
+if TYPE_CHECKING:
+    from llmtune.data.init import DataDescription
 
 
 @click.command()
@@ -29,15 +36,18 @@ from llmtune.errors import CheckFailed, LlmtuneError
 )
 @with_output_options
 def init(data: str, base: str | None, out: Path, quiet: bool, as_json: bool) -> None:
-    """Look at your rows and write a commented config for them.
+    """Look at your rows and write a commented config and a suite for them.
 
-    DATA is a file, a directory, a glob or a hub id.
+    DATA is a file, a directory, a glob or a hub id. The suite asks the task itself on rows that
+    the config holds out; without one a run ends without a verdict.
 
     \b
       llmtune init train.jsonl --base models/SmolLM2-135M-Instruct.Q4_1.gguf
       llmtune init train.jsonl --out my.yaml
     """
     from llmtune.data.init import describe_data, render_config
+    from llmtune.data.init_suite import SuiteDraft, render_items, render_suite
+    from llmtune.evaluation.suite_config import is_suite_name
     from llmtune.models.config import ModelConfig
     from llmtune.models.resolve import resolve_base
     from llmtune.models.tokenizer import load_tokenizer
@@ -45,26 +55,53 @@ def init(data: str, base: str | None, out: Path, quiet: bool, as_json: bool) -> 
     show_progress(quiet)
     tokenizer = load_tokenizer(resolve_base(ModelConfig(base=base)).dir) if base else None
     found = describe_data(data, tokenizer=tokenizer)
-    text = render_config(found, base=base)
-    try:
-        with out.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise LlmtuneError(f"{out}: exists already; choose another name with --out") from None
+    files: dict[Path, str] = {}
+    suite = None
+    if isinstance(found.suite, SuiteDraft):
+        suite, items = (out.with_name(f"{out.stem}_{end}") for end in ("suite.yaml", "items.jsonl"))
+        source = found.evaluation_path or found.train_path
+        files[items] = render_items(found.suite)
+        name = out.stem if is_suite_name(out.stem) else "task"
+        files[suite] = render_suite(found.suite, name=name, items_name=items.name, source=source)
+    files[out] = render_config(found, base=base, suite=str(suite) if suite else None)
+    _write_new(files)
     result = {
         "config": str(out),
+        "suite": str(suite) if suite else None,
         "format": found.format,
         "rows": found.num_rows,
+        "bad_rows": found.bad_rows,
         "max_length": found.max_length,
     }
-    print_result(
-        result,
-        as_json,
-        lambda: f"{out}: {found.num_rows:,} rows, {found.reason}",
-    )
+    print_result(result, as_json, lambda: "\n".join(_init_lines(found, out, suite)))
 
 
-@click.group("data")
+def _write_new(files: Mapping[Path, str]) -> None:
+    """Write all files or none; an existing one is never replaced."""
+    for path in files:
+        if path.exists():
+            raise LlmtuneError(f"{path}: exists already; choose another name with --out")
+        if not path.parent.is_dir():
+            raise LlmtuneError(
+                f"{path.parent}: no such directory; make it, or choose another --out"
+            )
+    for path, text in files.items():
+        atomic_write_text(path, text)
+
+
+def _init_lines(found: "DataDescription", out: Path, suite: Path | None) -> Iterator[str]:
+    yield f"{out}: {found.num_rows:,} rows, {found.reason}"
+    if found.bad_rows:
+        yield f"{found.bad_rows} of the first rows cannot be used: llmtune data check {out}"
+    if suite is None:
+        reason = found.suite.reason if isinstance(found.suite, NoSuite) else ""
+        yield f"no suite asks about your task ({reason}): add one, or there is no verdict"
+    else:
+        yield f"{suite}: asks your task on rows that are not trained on"
+    yield f"next: llmtune data check {out}, then llmtune run {out}"
+
+
+@click.group("data", cls=Uncut)
 def data_group() -> None:
     """Check the rows of a config, or show what is trained on."""
 
@@ -87,6 +124,7 @@ def data_check(  # noqa: PLR0913 (one argument an option)
 ) -> None:
     """Read all rows as a run would and report every fault; no model is loaded.
 
+    CONFIG is a YAML file or a run directory.
     Exit code 1 where a finding would stop a run; near-duplicates and style only warn.
 
     \b
@@ -95,7 +133,6 @@ def data_check(  # noqa: PLR0913 (one argument an option)
     """
     from llmtune.data.check import check_data
     from llmtune.data.check_page import render_check_page
-    from llmtune.run_dir import atomic_write_text
 
     show_progress(quiet)
     loaded, tokenizer = _open(config, overrides, no_cache=no_cache)
@@ -118,7 +155,9 @@ def data_check(  # noqa: PLR0913 (one argument an option)
 @CONFIG_ARGUMENT
 @OVERRIDES_ARGUMENT
 @click.option("--row", type=click.IntRange(min=1), help="Only this row, counted from 1.")
-@click.option("--limit", default=3, show_default=True, help="How many rows.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=3, show_default=True, help="How many rows."
+)
 @click.option("--split", type=click.Choice(["train", "evaluation"]), default="train")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page instead.")
 @with_output_options
@@ -134,6 +173,7 @@ def data_show(  # noqa: PLR0913 (one argument an option)
 ) -> None:
     """Show rendered rows as tokens: trained ones coloured, the rest plain.
 
+    CONFIG is a YAML file or a run directory.
     With --json one object a row: input_ids, labels, text, source, line.
 
     \b
@@ -141,7 +181,6 @@ def data_show(  # noqa: PLR0913 (one argument an option)
       llmtune data show configs/quickstart.yaml --limit 20 --html rows.html
     """
     from llmtune.data.preview import preview_rows, render_page, render_terminal
-    from llmtune.run_dir import atomic_write_text
 
     show_progress(quiet)
     loaded, tokenizer = _open(config, overrides)
@@ -171,11 +210,11 @@ class _Progress:
 
 
 def _open(config: Path, overrides: tuple[str, ...], *, no_cache: bool = False) -> tuple[Any, Any]:
-    from llmtune.config import load_config
     from llmtune.models.resolve import resolve_base
     from llmtune.models.tokenizer import load_tokenizer
+    from llmtune.targets import require_run
 
     more = ("data.cache=false",) if no_cache else ()
-    loaded = load_config(config, (*overrides, *more))
+    loaded = require_run(str(config), (*overrides, *more))
     source = resolve_base(loaded.model)
     return loaded, load_tokenizer(source.dir, chat_template=loaded.model.chat_template)

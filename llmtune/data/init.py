@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.data.config import SourceConfig
 from llmtune.data.formats import FORMATS, choose_format, rename_columns
 from llmtune.data.hub import is_hub_id
+from llmtune.data.init_suite import NoSuite, SuiteDraft, draft_suite, share_to_hold_out
 from llmtune.data.masks import LabelledRow, Labeller
 from llmtune.data.problems import RowProblem
 from llmtune.data.rows import LoadedRow, find_files, iter_raw_rows, open_source
@@ -67,6 +68,13 @@ class DataDescription:
     longest: int
     is_measured: bool
     """True where the lengths were counted with the base model's tokenizer."""
+    suite: SuiteDraft | NoSuite
+    """What asks whether the tuning worked, over the rows that the config holds out."""
+
+    @property
+    def evaluation_share(self) -> float | None:
+        """The share of the train rows to hold out; None where another file holds them."""
+        return None if self.evaluation_path else share_to_hold_out(self.num_rows)
 
     @property
     def max_length(self) -> int:
@@ -91,7 +99,14 @@ def describe_data(
         problem = next(row for row in rows if isinstance(row, RowProblem))
         raise LlmtuneError(f"{path}: no row can be used; the first: {problem}")
     # A hub set may be huge: it is not read to its end for a count.
-    remaining = 0 if is_hub_id(train_path) else sum(1 for _ in opened.rows)
+    is_hub = is_hub_id(train_path)
+    num_rows = len(rows) + (0 if is_hub else sum(1 for _ in opened.rows))
+    held_out = source.model_copy(update={"path": evaluation_path or train_path})
+    suite = draft_suite(
+        open_source(held_out).rows,
+        share=None if evaluation_path else share_to_hold_out(num_rows),
+        most_rows=LOOKED_AT_ROWS if is_hub else None,
+    )
     return DataDescription(
         train_path=train_path,
         evaluation_path=evaluation_path,
@@ -100,15 +115,21 @@ def describe_data(
         reason=_explain(source, opened.format.reason),
         columns=source.columns,
         render=source.render,
-        num_rows=len(rows) + remaining,
+        num_rows=num_rows,
         bad_rows=len(rows) - len(usable),
         longest=_longest(usable, tokenizer),
         is_measured=tokenizer is not None,
+        suite=suite,
     )
 
 
-def render_config(found: DataDescription, *, base: str | None = None) -> str:
-    """Return a commented YAML config for the data, ready for `llmtune run`."""
+def render_config(
+    found: DataDescription, *, base: str | None = None, suite: str | None = None
+) -> str:
+    """Return a commented YAML config for the data, ready for `llmtune run`.
+
+    `suite` is where the drafted suite is written; None where there is none.
+    """
     name = re.sub(r"[^\w-]+", "-", Path(found.train_path).name.split(".")[0]).strip("-") or "run"
     measured = "counted with the base's tokenizer" if found.is_measured else "guessed from the text"
     lines = [
@@ -131,7 +152,8 @@ def render_config(found: DataDescription, *, base: str | None = None) -> str:
     if found.evaluation_path is not None:
         lines += ["  evaluation:", f"    - {_source_yaml(found, found.evaluation_path)}"]
     else:
-        lines.append("  evaluation_share: 0.05   # held out by a hash of each row")
+        share = found.evaluation_share
+        lines.append(f"  evaluation_share: {share}   # held out by a hash of each row")
     lines += [f"  # left out, it looks like a test set: {name}" for name in found.left_out]
     lines += [
         f"  max_length: {found.max_length}   # tokens; the longest row has {found.longest:,} "
@@ -151,9 +173,22 @@ def render_config(found: DataDescription, *, base: str | None = None) -> str:
         f"  num_epochs: {epochs}",
         f"  batch_size: {8 if found.num_rows < FEW_ROWS else 16}",
         "",
-        "evaluate: {suites: [general]}   # add your own task's suite: see docs",
+        "evaluate:",
+        "  suites:",
+        *_suite_lines(found.suite, suite),
+        "    - general   # general knowledge that ships with llmtune: what was forgotten?",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _suite_lines(draft: SuiteDraft | NoSuite, path: str | None) -> list[str]:
+    if isinstance(draft, NoSuite) or path is None:
+        reason = f" ({draft.reason})" if isinstance(draft, NoSuite) else ""
+        return [
+            f"    # your own task's suite is missing{reason}: without one there is no verdict;",
+            "    # a suite is a short YAML file, see docs/evaluation.md",
+        ]
+    return [f"    - {_yaml(path)}   # {len(draft.items)} held-out rows: did it learn the task?"]
 
 
 def _split_files(path: str) -> tuple[str, str | None, tuple[str, ...]]:

@@ -1,0 +1,177 @@
+"""A first suite from the rows that a run holds out, so that its report can judge the task."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from llmtune.data.conversation import Conversation
+from llmtune.data.overlap import conversation_key, is_held_out
+from llmtune.data.rows import LoadedRow
+
+FEWEST_ITEMS = 20
+"""Fewer can hardly tell base and tuned model apart."""
+MOST_ITEMS = 300
+MOST_CHOICES = 20
+ROWS_A_CHOICE = 5
+"""Answers that stand in fewer rows each are no labels."""
+SHORT_ANSWER = 60
+LONGEST_ANSWER_TOKENS = 256
+CHARACTERS_PER_TOKEN = 3.0
+
+
+@dataclass(frozen=True)
+class SuiteDraft:
+    """What a suite over held-out rows asks; `choices` is empty where the answers are no labels."""
+
+    task: Literal["choice", "exact", "perplexity"]
+    items: tuple[dict[str, str], ...]
+    system: str | None = None
+    choices: tuple[str, ...] = ()
+    longest_answer: int = 0
+    """Characters."""
+
+
+@dataclass(frozen=True)
+class NoSuite:
+    """Why no suite could be drafted."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A row as a question and its answer, or as a document (without a question)."""
+
+    prompt: str | None
+    answer: str
+    system: str | None
+
+
+def share_to_hold_out(num_rows: int) -> float:
+    """Return the share of the rows to keep out of training: about 300 rows, 1 to 20 %."""
+    return round(min(0.2, max(0.01, MOST_ITEMS / num_rows)), 3)
+
+
+def draft_suite(
+    rows: Iterable[object], *, share: float | None, most_rows: int | None = None
+) -> SuiteDraft | NoSuite:
+    """Read rows once and draft a suite over those that a run with this `evaluation_share` keeps.
+
+    Args:
+        rows: `LoadedRow`s; whatever else a source yields is passed over.
+        share: None where every row is held out (a file of its own).
+        most_rows: how many rows are read (a hub set may be huge); None reads all.
+    """
+    answers: Counter[str] = Counter()
+    held_out: dict[bytes, _Turn] = {}
+    num_rows = num_asked = 0
+    for row in itertools.islice(rows, most_rows):
+        if not isinstance(row, LoadedRow):
+            continue
+        num_rows += 1
+        turn = _read_turn(row.conversation)
+        if turn is None:
+            continue
+        num_asked += 1
+        if len(answers) <= MOST_CHOICES:
+            answers[turn.answer] += 1
+        key = conversation_key(row.conversation)
+        if share is None or is_held_out(key, share):
+            held_out[key] = turn
+            if len(held_out) >= 2 * MOST_ITEMS:
+                held_out = _smallest_keys(held_out)
+    if num_rows and not num_asked:
+        return NoSuite("the rows are no single questions with an answer")
+    turns = _of_commonest_system(_smallest_keys(held_out).values())
+    if len(turns) < FEWEST_ITEMS:
+        return NoSuite(f"too few rows are held out: {len(turns)}, and {FEWEST_ITEMS} are needed")
+    if turns[0].prompt is None:
+        return SuiteDraft("perplexity", tuple({"text": turn.answer} for turn in turns))
+    return SuiteDraft(
+        task="choice" if _are_labels(answers) else "exact",
+        items=tuple({"prompt": turn.prompt or "", "answer": turn.answer} for turn in turns),
+        system=turns[0].system,
+        choices=tuple(sorted(answers)) if _are_labels(answers) else (),
+        longest_answer=max(len(turn.answer) for turn in turns),
+    )
+
+
+def render_suite(draft: SuiteDraft, *, name: str, items_name: str, source: str) -> str:
+    """Return the suite's YAML."""
+    lines = [
+        f"# Written by llmtune init: {len(draft.items)} rows of {source} that the run holds out.",
+        f"name: {json.dumps(name)}",
+        f"task: {draft.task}",
+        "role: target   # what was trained; a verdict needs such a suite",
+        f"description: {json.dumps(f'Rows of {source} that are not trained on.')}",
+        f"items: {json.dumps(items_name)}",
+    ]
+    if draft.task == "perplexity":
+        return "\n".join(lines) + "\n"
+    lines.append('prompt: "{{ prompt }}"')
+    if draft.system is not None:
+        lines.append(f"system: {json.dumps(draft.system, ensure_ascii=False)}")
+    lines += _choice_lines(draft) if draft.task == "choice" else _exact_lines(draft)
+    return "\n".join(lines) + "\n"
+
+
+def render_items(draft: SuiteDraft) -> str:
+    """Return the suite's items as JSONL."""
+    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in draft.items)
+
+
+def _choice_lines(draft: SuiteDraft) -> Iterator[str]:
+    yield f"choices: {json.dumps(draft.choices, ensure_ascii=False)}"
+    if any(a != b and b.startswith(a) for a in draft.choices for b in draft.choices):
+        yield "end_of_answer: true   # one answer begins another"
+
+
+def _exact_lines(draft: SuiteDraft) -> Iterator[str]:
+    tokens = math.ceil(draft.longest_answer / CHARACTERS_PER_TOKEN) + 8
+    yield f"max_new_tokens: {min(tokens, LONGEST_ANSWER_TOKENS)}"
+    if draft.longest_answer <= SHORT_ANSWER:
+        yield "metric: exact_match   # the whole answer; also: contains, token_f1, number_match"
+    else:
+        yield "metric: token_f1   # the words shared with the reference; long answers are never equal"
+        yield "limit: 100   # every answer is written out, which takes time"
+
+
+def _read_turn(conversation: Conversation) -> _Turn | None:
+    """Return the row's one question and answer; None where it is something else."""
+    if conversation.kind == "text":
+        return _Turn(None, conversation.text, None) if conversation.text.strip() else None
+    if conversation.kind != "chat" or conversation.tools:
+        return None
+    messages = conversation.messages
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    turns = messages[1:] if system is not None else messages
+    if [message["role"] for message in turns] != ["user", "assistant"]:
+        return None
+    prompt, answer = (message["content"] for message in turns)
+    is_plain = isinstance(prompt, str) and isinstance(answer, str) and not turns[1].get("tool_calls")
+    return _Turn(prompt, answer, system) if is_plain and prompt.strip() and answer.strip() else None
+
+
+def _smallest_keys(held_out: dict[bytes, _Turn]) -> dict[bytes, _Turn]:
+    """Keep the rows whose hashes are smallest: a choice that no order of the file decides."""
+    kept = set(sorted(held_out)[:MOST_ITEMS])
+    return {key: turn for key, turn in held_out.items() if key in kept}
+
+
+def _of_commonest_system(turns: Iterable[_Turn]) -> list[_Turn]:
+    """Return the turns under the commonest system prompt: a suite has one, or none."""
+    found = list(turns)
+    if not found:
+        return []
+    system = Counter(turn.system for turn in found).most_common(1)[0][0]
+    return [turn for turn in found if turn.system == system]
+
+
+def _are_labels(answers: Counter[str]) -> bool:
+    return 2 <= len(answers) <= MOST_CHOICES and min(answers.values()) >= ROWS_A_CHOICE

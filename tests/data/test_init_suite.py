@@ -1,0 +1,123 @@
+"""`init` drafts a suite over rows that are not trained on, so that a run ends with a verdict."""
+
+import json
+
+import pytest
+import yaml
+
+from llmtune.cli import run_command
+from llmtune.data.config import DataConfig
+from llmtune.data.init import describe_data, render_config
+from llmtune.data.init_suite import NoSuite, share_to_hold_out
+from llmtune.data.prepare import prepare_examples
+from llmtune.evaluation.suite import load_suite
+from tests.data.shapes import make_shape, turns, write_jsonl
+from tests.tiny import make_model
+
+LABELS = ("billing", "delivery", "login")
+
+
+def tickets(count: int) -> list[dict]:
+    return [{"messages": turns(f"ticket number {i}", LABELS[i % 3])} for i in range(count)]
+
+
+def test_labels_become_the_choices_and_no_item_is_trained_on(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", tickets(200))
+    found = describe_data(path)
+    assert found.suite.task == "choice" and found.suite.choices == LABELS
+    config = DataConfig.model_validate(yaml.safe_load(render_config(found))["data"])
+    tokenizer = make_shape("chatml")
+    trained, held_out = (
+        prepare_examples(config, tokenizer, split=split, seed=0) for split in ("train", "evaluation")
+    )
+    assert len(held_out.examples) == len(found.suite.items) >= 20
+    texts = " ".join(
+        tokenizer.decode(trained.examples[i].input_ids) for i in range(len(trained.examples))
+    )
+    assert not any(f"{item['prompt']}<" in texts for item in found.suite.items)
+    assert len(trained.examples) + len(held_out.examples) == 200
+
+
+def test_what_init_writes_is_a_suite_that_can_be_read(tmp_path, capsys):
+    rows = tickets(200)
+    rows[3]["messages"][1]["content"] = rows[6]["messages"][1]["content"] = "bill"
+    for i in range(10, 40, 3):
+        rows[i]["messages"][1]["content"] = "bill"
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "mine.yaml"
+    assert run_command(["init", path, "--out", str(out), "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    suite = load_suite(written["suite"])
+    assert suite.name == "mine" and suite.role == "target"
+    assert suite.config.end_of_answer, "bill begins billing"
+    assert written["suite"] in yaml.safe_load(out.read_text())["evaluate"]["suites"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "task"),
+    [
+        ([{"prompt": f"q {i}", "completion": f"answer {i}"} for i in range(150)], "exact"),
+        ([{"text": f"document number {i}"} for i in range(150)], "perplexity"),
+        ([{"instruction": f"say {i}", "output": "word " * 40 + str(i)} for i in range(150)], "exact"),
+    ],
+)
+def test_other_rows_are_asked_for_their_answers_or_their_text(tmp_path, rows, task, capsys):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert run_command(["init", path, "--out", str(tmp_path / "a.yaml"), "--json"]) == 0
+    suite = load_suite(json.loads(capsys.readouterr().out)["suite"])
+    assert suite.config.task == task
+    if task == "exact":
+        assert (suite.config.metric == "token_f1") == ("instruction" in rows[0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (tickets(30), "too few rows"),
+        ([{"messages": turns("a", "b", "c", f"d {i}")} for i in range(200)], "single questions"),
+    ],
+)
+def test_where_no_suite_can_be_drafted_the_reason_is_told(tmp_path, capsys, rows, reason):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = describe_data(path)
+    assert isinstance(found.suite, NoSuite) and reason in found.suite.reason
+    assert run_command(["init", path, "--out", str(tmp_path / "a.yaml")]) == 0
+    assert reason in capsys.readouterr().out
+    assert reason in (tmp_path / "a.yaml").read_text()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.yaml", "rows.jsonl"]
+
+
+def test_a_file_of_labels_in_order_gives_items_of_every_label(tmp_path):
+    rows = sorted(tickets(3000), key=lambda row: row["messages"][1]["content"])
+    write_jsonl(tmp_path / "train.jsonl", tickets(30))
+    write_jsonl(tmp_path / "validation.jsonl", rows)
+    suite = describe_data(str(tmp_path)).suite
+    answers = [item["answer"] for item in suite.items]
+    assert len(answers) == 300 and min(map(answers.count, LABELS)) > 60
+
+
+def test_the_share_held_out_is_about_three_hundred_rows():
+    assert share_to_hold_out(100) == 0.2
+    assert share_to_hold_out(3000) == 0.1
+    assert share_to_hold_out(10**6) == 0.01
+
+
+def test_nothing_is_written_where_one_of_the_files_exists(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "rows.jsonl", tickets(200))
+    (tmp_path / "mine_suite.yaml").write_text("mine")
+    assert run_command(["init", path, "--out", str(tmp_path / "mine.yaml")]) == 2
+    assert "mine_suite.yaml: exists already" in capsys.readouterr().err
+    assert not (tmp_path / "mine.yaml").exists() and not (tmp_path / "mine_items.jsonl").exists()
+
+
+def test_from_one_file_of_rows_a_run_ends_with_a_verdict(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model("llama", tmp_path / "base")
+    write_jsonl(tmp_path / "rows.jsonl", tickets(120))
+    assert run_command(["init", "rows.jsonl", "--base", "base", "--out", "mine.yaml"]) == 0
+    capsys.readouterr()
+    given = ["train.num_epochs=null", "train.max_steps=2", "evaluate.extent=none", "evaluate.limit=9"]
+    assert run_command(["run", "mine.yaml", *given, "--json", "--quiet"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] != "NOT-MEASURED"
+    assert report["suites"]["mine"]["interval"]
