@@ -65,7 +65,7 @@ def run_command(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         _print_error("interrupted; the same command goes on from what is saved")
         return RunInterrupted.exit_code
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # click makes an exit of a broken pipe
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (the reader left: end in silence)
         return 0
     except OSError as error:

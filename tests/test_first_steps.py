@@ -1,6 +1,8 @@
 """What a new user meets first: help, a mistyped word, a path that is not what it should be."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -109,3 +111,18 @@ def test_an_unusable_run_dir_is_refused_before_the_rows_are_read(capsys, project
     run_dir = project.parent / place
     said = refused(capsys, "train", str(project), f"run_dir={run_dir}")
     assert str(project.parent) in said
+
+
+def test_a_reader_that_leaves_early_ends_the_command_in_silence(project):
+    command = [sys.executable, "-m", "llmtune", "config", "schema"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"{\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
+def test_a_name_with_a_space_is_quoted_in_what_to_do_next(capsys, project, tmp_path):
+    out = tmp_path / "my config.yaml"
+    assert run_command(["init", str(project.parent / "train.jsonl"), "--out", str(out)]) == 0
+    assert f"llmtune run '{out}'" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """init and data: from a file of rows to a config, and what is wrong with the rows."""
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,13 +93,14 @@ def _write_new(files: Mapping[Path, str]) -> None:
 def _init_lines(found: "DataDescription", out: Path, suite: Path | None) -> Iterator[str]:
     yield f"{out}: {found.num_rows:,} rows, {found.reason}"
     if found.bad_rows:
-        yield f"{found.bad_rows} of the first rows cannot be used: llmtune data check {out}"
+        yield f"{found.bad_rows} of the first rows cannot be used; llmtune data check names them"
     if suite is None:
         reason = found.suite.reason if isinstance(found.suite, NoSuite) else ""
         yield f"no suite asks about your task ({reason}): add one, or there is no verdict"
     else:
         yield f"{suite}: asks your task on rows that are not trained on"
-    yield f"next: llmtune data check {out}, then llmtune run {out}"
+    name = shlex.quote(str(out))
+    yield f"next: llmtune data check {name}, then llmtune run {name}"
 
 
 @click.group("data", cls=Uncut)

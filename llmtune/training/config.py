@@ -105,7 +105,7 @@ class TrainConfig(Section):
         if self.max_steps is not None and self.num_epochs is not None:
             raise ValueError(
                 f"max_steps ({self.max_steps}) and num_epochs ({self.num_epochs:g}) both set the "
-                "length of the run: give one of them"
+                "length of the run: set one of them to null"
             )
         if self.early_stopping is not None and self.eval_every is None:
             raise ValueError("early_stopping needs eval_every: the steps between evaluations")
