@@ -138,7 +138,7 @@ def _exact_lines(draft: SuiteDraft) -> Iterator[str]:
     if draft.longest_answer <= SHORT_ANSWER:
         yield "metric: exact_match   # the whole answer; also: contains, token_f1, number_match"
     else:
-        yield "metric: token_f1   # the words shared with the reference; long answers are never equal"
+        yield "metric: token_f1   # words shared with the reference; long answers are never equal"
         yield "limit: 100   # every answer is written out, which takes time"
 
 
@@ -154,7 +154,9 @@ def _read_turn(conversation: Conversation) -> _Turn | None:
     if [message["role"] for message in turns] != ["user", "assistant"]:
         return None
     prompt, answer = (message["content"] for message in turns)
-    is_plain = isinstance(prompt, str) and isinstance(answer, str) and not turns[1].get("tool_calls")
+    is_plain = (
+        isinstance(prompt, str) and isinstance(answer, str) and not turns[1].get("tool_calls")
+    )
     return _Turn(prompt, answer, system) if is_plain and prompt.strip() and answer.strip() else None
 
 

@@ -28,7 +28,8 @@ def test_labels_become_the_choices_and_no_item_is_trained_on(tmp_path):
     config = DataConfig.model_validate(yaml.safe_load(render_config(found))["data"])
     tokenizer = make_shape("chatml")
     trained, held_out = (
-        prepare_examples(config, tokenizer, split=split, seed=0) for split in ("train", "evaluation")
+        prepare_examples(config, tokenizer, split=split, seed=0)
+        for split in ("train", "evaluation")
     )
     assert len(held_out.examples) == len(found.suite.items) >= 20
     texts = " ".join(
@@ -58,7 +59,10 @@ def test_what_init_writes_is_a_suite_that_can_be_read(tmp_path, capsys):
     [
         ([{"prompt": f"q {i}", "completion": f"answer {i}"} for i in range(150)], "exact"),
         ([{"text": f"document number {i}"} for i in range(150)], "perplexity"),
-        ([{"instruction": f"say {i}", "output": "word " * 40 + str(i)} for i in range(150)], "exact"),
+        (
+            [{"instruction": f"say {i}", "output": "word " * 40 + str(i)} for i in range(150)],
+            "exact",
+        ),
     ],
 )
 def test_other_rows_are_asked_for_their_answers_or_their_text(tmp_path, rows, task, capsys):
@@ -116,7 +120,12 @@ def test_from_one_file_of_rows_a_run_ends_with_a_verdict(tmp_path, capsys, monke
     write_jsonl(tmp_path / "rows.jsonl", tickets(120))
     assert run_command(["init", "rows.jsonl", "--base", "base", "--out", "mine.yaml"]) == 0
     capsys.readouterr()
-    given = ["train.num_epochs=null", "train.max_steps=2", "evaluate.extent=none", "evaluate.limit=9"]
+    given = [
+        "train.num_epochs=null",
+        "train.max_steps=2",
+        "evaluate.extent=none",
+        "evaluate.limit=9",
+    ]
     assert run_command(["run", "mine.yaml", *given, "--json", "--quiet"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["verdict"] != "NOT-MEASURED"
