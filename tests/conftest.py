@@ -12,42 +12,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-CLAIMS: pytest.StashKey[dict[Path, bool]] = pytest.StashKey()
-"""Which test files this process runs, where another shares them."""
-
 _connect = socket.socket.connect
-
-
-def pytest_addoption(parser):
-    """Let two processes share the tests: scripts/check.sh uses both cores so."""
-    parser.addoption("--share", type=Path, help="Folder in which each test file is claimed once.")
-    parser.addoption("--backwards", action="store_true", help="Take the files from the end.")
-
-
-def pytest_collection_modifyitems(config, items):
-    """With `--backwards` turn the order of the files around, not of the tests in them."""
-    if config.getoption("--backwards"):
-        files = {item.path: None for item in items}
-        place = {path: -index for index, path in enumerate(files)}
-        items.sort(key=lambda item: place[item.path])
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item):
-    """Pass over a file that the other process has claimed."""
-    folder = item.config.getoption("--share")
-    if folder is None:
-        return None
-    mine = item.config.stash.setdefault(CLAIMS, {})
-    if item.path not in mine:
-        name = str(item.path.relative_to(item.config.rootpath)).replace(os.sep, "-")
-        try:
-            (folder / name).mkdir()
-        except FileExistsError:
-            mine[item.path] = False
-        else:
-            mine[item.path] = True
-    return None if mine[item.path] else True
 
 
 def _connect_locally(self, address):
