@@ -15,9 +15,16 @@ if IS_CURRENT:  # on transformers 5.17 the probe refuses gemma2, whose rows are 
     PACKABLE += ("gemma2",)
 
 
-@pytest.mark.parametrize("family", PACKABLE)
-def test_packed_rows_equal_the_rows_alone(family):
-    model = make_adapter(family).eval()
+# Learned positions: unlike rotary ones, they would tell if positions went on over a row's border.
+LEARNED_POSITIONS = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [*((family, {}) for family in PACKABLE), ("gpt2", LEARNED_POSITIONS)],
+)
+def test_packed_rows_equal_the_rows_alone(family, overrides):
+    model = make_adapter(family, **overrides).eval()
     rows = make_rows(4, longest=90)  # longer than gemma2's sliding window of 64
     with torch.no_grad():
         alone = [decoder_hidden(model, pad_rows([row], 0))[0] for row in rows]
@@ -31,6 +38,18 @@ def test_packed_rows_equal_the_rows_alone(family):
 @pytest.mark.parametrize("family", PACKABLE)
 def test_the_probe_lets_real_families_pack(family):
     assert choose_packing(make_adapter(family), "auto", make_rows(3)).packed
+
+
+def test_positions_that_go_on_from_row_to_row_are_found(monkeypatch):
+    def pack_without_restart(rows):
+        packed = pack_rows(rows)
+        packed["position_ids"] = torch.arange(packed["input_ids"].numel())[None]
+        return packed
+
+    monkeypatch.setattr("llmtune.training.packing.pack_rows", pack_without_restart)
+    choice = choose_packing(make_adapter("gpt2", **LEARNED_POSITIONS), "auto", make_rows(3))
+    assert not choice.packed
+    assert "from the row alone" in choice.reason
 
 
 def test_the_probe_works_in_bfloat16():
