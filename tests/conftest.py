@@ -47,11 +47,16 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_log():
-    """Undo what a command does to the package's logger: its handler writes to a closed stream."""
+    """Undo what a command does to the package's logger: its handler writes to a closed stream.
+
+    Before the test too, whose fixtures of a wider scope may have called a command already.
+    """
     logger = logging.getLogger("llmtune")
-    before = (list(logger.handlers), logger.level, logger.propagate)
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
     yield
-    logger.handlers, logger.level, logger.propagate = before
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

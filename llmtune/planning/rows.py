@@ -1,6 +1,8 @@
 """How long the rows are: of the real data where it can be read, else a stated assumption."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,16 +67,28 @@ def read_rows(
     if tokenizer_dir is None or absent:
         why = f"{absent[0]} is not here" if absent else "there is no tokenizer here"
         return _assume(data, batch_size, why)
-    logging.getLogger("llmtune.data").setLevel(logging.ERROR)
-    tokenizer = load_tokenizer(tokenizer_dir, chat_template=chat_template)
-    kept_at = cache_path(data, tokenizer, split="train", seed=seed)
-    kept = load_prepared(kept_at) if data.cache and kept_at is not None else None
-    is_sampled = kept is None and sum(map(_num_bytes, sources)) > READ_BYTES
-    if is_sampled:
-        data = data.model_copy(update={"train": _limit(data.train), "cache": False})
-    train = kept or prepare_examples(data, tokenizer, split="train", seed=seed)
-    evaluation = prepare_examples(data, tokenizer, split="evaluation", seed=seed)
+    with _quiet_data():
+        tokenizer = load_tokenizer(tokenizer_dir, chat_template=chat_template)
+        kept_at = cache_path(data, tokenizer, split="train", seed=seed)
+        kept = load_prepared(kept_at) if data.cache and kept_at is not None else None
+        is_sampled = kept is None and sum(map(_num_bytes, sources)) > READ_BYTES
+        if is_sampled:
+            data = data.model_copy(update={"train": _limit(data.train), "cache": False})
+        train = kept or prepare_examples(data, tokenizer, split="train", seed=seed)
+        evaluation = prepare_examples(data, tokenizer, split="evaluation", seed=seed)
     return measure_rows(train, evaluation, batch_size=batch_size, is_sampled=is_sampled)
+
+
+@contextmanager
+def _quiet_data() -> Iterator[None]:
+    """Leave it to the run itself to tell of the rows what it has to tell."""
+    logger = logging.getLogger("llmtune.data")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def measure_rows(

@@ -105,7 +105,7 @@ def test_a_task_that_is_no_word_is_an_error_with_its_line(tmp_path, task):
 def test_a_suite_that_is_not_utf8_is_an_error(tmp_path):
     path = write_suite(tmp_path)
     path.write_bytes(CHOICE.encode() + "description: caf\xe9\n".encode("latin-1"))
-    assert "sums.yaml: cannot be read" in message_of(path)
+    assert "sums.yaml: is not a text file in UTF-8" in message_of(path)
 
 
 def test_an_item_that_is_not_utf8_is_named_with_its_line(tmp_path):

@@ -128,4 +128,5 @@ def test_a_column_of_too_many_values_is_left_out_and_said(tmp_path):
 
 
 def test_a_path_that_is_no_run_is_refused(tmp_path, capsys):
-    assert "not a run" in refused(RunDir(tmp_path / "nowhere"), capsys)
+    expected = "no such file or directory; expected a run directory"
+    assert expected in refused(RunDir(tmp_path / "nowhere"), capsys)

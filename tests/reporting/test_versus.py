@@ -107,7 +107,7 @@ def test_what_cannot_be_compared_is_one_clear_error(tmp_path, capsys):
     for arguments, words in (
         ([str(first), str(first)], "the same run twice"),
         ([str(first), str(tmp_path / "empty")], "no suite"),
-        ([str(first), str(tmp_path / "nothing")], "not a run"),
+        ([str(first), str(tmp_path / "nothing")], "nothing: no such file or directory"),
         ([str(first), str(first), "--fail-if", "movies>0"], "give one run"),
         ([str(first), "--across", "base"], "two runs"),
     ):
