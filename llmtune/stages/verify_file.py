@@ -61,6 +61,9 @@ from llmtune.targets import Target
 
 log = logging.getLogger("llmtune")
 
+ROUNDING = 1e-9
+"""What a difference of two ratios may be off by: exactly the limit is within it."""
+
 LabelledSuites = dict[str, list[LabelQuestion]]
 
 
@@ -223,8 +226,9 @@ def _problems(compared: dict[str, Any], settings: VerifySettings) -> list[str]:
         )
     for one in compared["labels"]:
         change = abs(one["file_accuracy"] - one["model_accuracy"])
+        allowed = compared["max_accuracy_change"] + ROUNDING
         # a change of one item is no sign of anything on a small suite
-        if change > compared["max_accuracy_change"] and change * one["n"] > 1:
+        if change > allowed and change * one["n"] > 1:
             found.append(
                 f"accuracy on {one['suite']} is {100 * one['file_accuracy']:.1f} % in llama.cpp "
                 f"and {100 * one['model_accuracy']:.1f} % of the {name} (allowed are "

@@ -43,7 +43,7 @@ def _file_lines(compared: Mapping[str, Any]) -> Iterator[str]:
             f"label accuracy, {one['suite']}",
             f"{100 * one['file_accuracy']:.1f} % (model {100 * one['model_accuracy']:.1f} %), "
             f"{one['num_same']} of {one['n']} labels the same",
-            f"{100 * compared['max_accuracy_change']:g} points",
+            f"at most {100 * compared['max_accuracy_change']:g} points apart",
         )
     yield _line("greedy answers the same", _answers(compared), "shown, not judged")
     yield _strings(compared)
