@@ -17,7 +17,7 @@ from llmtune.data.conversation import Conversation
 from llmtune.data.duplicates import find_near_duplicates, find_shared_ngrams
 from llmtune.data.length import MAX_LOST_RATIO
 from llmtune.data.overlap import conversation_key, normalized_text
-from llmtune.data.problems import shorten
+from llmtune.data.problems import RowProblem, shorten
 from llmtune.data.report import DataReport
 from llmtune.data.rows import LoadedRow
 from llmtune.data.spool import JoinedTexts, PlaceList, SpooledTexts, first_of_equal
@@ -147,6 +147,7 @@ class Notebook:
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         self.findings: list[Finding] = []
+        self._bad_rows: set[RowProblem] = set()
         self.splits: dict[Split, SeenRows] = {"train": SeenRows(), "evaluation": SeenRows()}
 
     def add(self, kind: str, severity: Severity, message: str, places: Iterable[Place]) -> None:
@@ -160,8 +161,11 @@ class Notebook:
             self.findings.append(Finding(kind, severity, message, count, tuple(kept)))
 
     def add_bad_rows(self, collector: SplitCollector) -> None:
+        """Note the rows that cannot be used; one of a file that both splits share counts once."""
         kinds: dict[str, list[Place]] = {}
-        for problem in collector.problems:
+        problems = [problem for problem in collector.problems if problem not in self._bad_rows]
+        self._bad_rows.update(problems)
+        for problem in problems:
             place = Place(problem.source, problem.line, problem.message)
             kinds.setdefault(problem.kind, []).append(place)
         is_error = self.config.on_bad_row == "error"

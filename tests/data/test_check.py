@@ -206,6 +206,15 @@ def test_dropped_rows_are_warnings(tmp_path):
     assert any("rows.jsonl:11" in line for line in report.lines())
 
 
+def test_a_bad_row_of_a_file_that_both_splits_share_is_one_finding(tmp_path):
+    rows = clean_rows(20)
+    rows[4]["messages"][0]["role"] = "usr"
+    report = run_check(tmp_path, rows, evaluation_share=0.3)
+    assert [(one.kind, one.count) for one in report.findings if one.severity == "error"] == [
+        ("role", 1)
+    ]
+
+
 @without_torch
 def test_check_needs_no_torch_and_is_quick(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", clean_rows(50))
