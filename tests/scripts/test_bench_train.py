@@ -44,6 +44,21 @@ def test_gate_sees_one_tensor_that_is_worse_than_stock(tmp_path):
     assert not Parity(max(ratios.values()), 1.0, 0.0, 0.0).holds
 
 
+def test_gate_is_not_decided_by_one_batch(tmp_path):
+    """Neither a batch of a large gradient nor one of unlucky rounding outweighs the rest."""
+    sizes = (100.0, 1.0, 1.0, 1.0)
+    errors = {"arm": (0.4, 0.1, 0.2, 0.1), "stock": (0.1, 0.2, 0.2, 0.2)}
+    exact = {f"{batch} a": torch.full((4,), size) for batch, size in enumerate(sizes)}
+    save_file(exact, tmp_path / "exact")
+    for name, of_batches in errors.items():
+        found = {
+            one: exact[one] * (1 + error) for one, error in zip(exact, of_batches, strict=True)
+        }
+        save_file(found, tmp_path / name)
+    ratios = compare_gradients(*(tmp_path / name for name in ("arm", "stock", "exact")))
+    assert ratios["a"] == pytest.approx(1.0, abs=1e-4)
+
+
 def test_gate_judges_the_median_loss_and_reports_the_largest():
     median, largest = compare_losses([1.0, 2.0, 3.5], [1.0, 2.001, 3.0])
     assert (median, largest) == (pytest.approx(0.001), pytest.approx(0.5))
