@@ -1,12 +1,10 @@
 """Tasks of lm-evaluation-harness, run on a model that is already loaded and kept item by item."""
 
-import contextlib
 import difflib
-import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -23,6 +21,7 @@ from llmtune.evaluation.results import ArmResult, ItemScore, finite_or_none
 from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.stats import standard_error
 from llmtune.fingerprint import hash_json
+from llmtune.quiet import quieted
 from llmtune.scoring.batches import inference
 
 LIBRARY = "lm_eval"
@@ -49,7 +48,7 @@ def run_tasks(scored: ScoredModel, arm: str, settings: HarnessSettings) -> Harne
         LlmtuneError: a task is unknown, needs the network, is unsafe, or has no value per item.
     """
     started = time.perf_counter()
-    with _quiet(), inference(scored.model):
+    with quieted(LIBRARY), inference(scored.model):
         manager = _task_manager(settings)
         tasks = _known_tasks(manager, settings)
         model = harness_model(scored, batch_size=settings.batch_size)
@@ -220,18 +219,6 @@ def _recipe(
         "precision": {"dtype": identity.dtype, "quantization": identity.quantization},
         "versions": {name: version(name) for name in ("llmtune", "torch", "transformers")},
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the harness's messages below errors; undone on leaving."""
-    logger = logging.getLogger(LIBRARY)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _one_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
 from llmtune.models.hub import LOOKUP_SECONDS, reads_as_hub_id
 from llmtune.planning.gguf_head import read_gguf_config
+from llmtune.quiet import quieted
 from llmtune.safetensors_io import CheckpointIndex
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -100,16 +101,18 @@ def _read_hub(repo: str, revision: str | None) -> BaseNumbers:
     from huggingface_hub import get_safetensors_metadata, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError
 
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of every retry
     cached = try_to_load_from_cache(repo, CONFIG_NAME, revision=revision)
 
+    # The library tells of every retry, also after the call took too long and was left to itself.
     def fetch() -> str:
         if isinstance(cached, str):
             return cached
-        return hf_hub_download(repo, CONFIG_NAME, revision=revision)
+        with quieted("huggingface_hub", logging.CRITICAL):
+            return hf_hub_download(repo, CONFIG_NAME, revision=revision)
 
     def measure() -> str:
-        shards = get_safetensors_metadata(repo, revision=revision).files_metadata.values()
+        with quieted("huggingface_hub", logging.CRITICAL):
+            shards = get_safetensors_metadata(repo, revision=revision).files_metadata.values()
         tensors = [tensor for shard in shards for tensor in shard.tensors.values()]
         return str(sum(end - begin for begin, end in (tensor.data_offsets for tensor in tensors)))
 

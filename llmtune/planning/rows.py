@@ -1,8 +1,5 @@
 """How long the rows are: of the real data where it can be read, else a stated assumption."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from llmtune.data.rows import find_files
 from llmtune.errors import LlmtuneError
 from llmtune.memory import RowSizes
 from llmtune.models.tokenizer import load_tokenizer
+from llmtune.quiet import quieted
 
 READ_BYTES = 20 << 20
 """Files larger than this together are not tokenized for a plan."""
@@ -67,7 +65,7 @@ def read_rows(
     if tokenizer_dir is None or absent:
         why = f"{absent[0]} is not here" if absent else "there is no tokenizer here"
         return _assume(data, batch_size, why)
-    with _quiet_data():
+    with quieted("llmtune.data"):  # the run itself tells of the rows what it has to tell
         tokenizer = load_tokenizer(tokenizer_dir, chat_template=chat_template)
         kept_at = cache_path(data, tokenizer, split="train", seed=seed)
         kept = load_prepared(kept_at) if data.cache and kept_at is not None else None
@@ -77,18 +75,6 @@ def read_rows(
         train = kept or prepare_examples(data, tokenizer, split="train", seed=seed)
         evaluation = prepare_examples(data, tokenizer, split="evaluation", seed=seed)
     return measure_rows(train, evaluation, batch_size=batch_size, is_sampled=is_sampled)
-
-
-@contextmanager
-def _quiet_data() -> Iterator[None]:
-    """Leave it to the run itself to tell of the rows what it has to tell."""
-    logger = logging.getLogger("llmtune.data")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def measure_rows(

@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,10 +13,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
 from llmtune.ops.varlen_attention import choose_varlen_backend, varlen_attention
+from llmtune.quiet import quieted
 from llmtune.training.batch import pack_rows, pad_rows
 from llmtune.training.head import decoder_hidden
 
 ATTENTION_NAME = "llmtune_varlen"
+SILENCED = "transformers.modeling_utils"
+"""Warns of a choice that cannot be set; that is checked here, and said by the caller."""
 PROBE_TOKENS = 24
 # Largest accepted difference between a row packed and the same row alone, as a share of the hidden
 # states' own size: rounding is far below, a lost mask, window or cap far above.
@@ -75,12 +77,12 @@ def packed_attention(model: PeftModel) -> Iterator[bool]:
     """
     base: PreTrainedModel = model.get_base_model()
     previous = base.config._attn_implementation
-    with _silenced("transformers.modeling_utils"):
+    with quieted(SILENCED):
         base.set_attn_implementation(ATTENTION_NAME)
     try:
         yield base.config._attn_implementation == ATTENTION_NAME
     finally:
-        with _silenced("transformers.modeling_utils"):
+        with quieted(SILENCED):
             base.set_attn_implementation(previous)
 
 
@@ -134,18 +136,6 @@ def no_mask(*_args: object, **_kwargs: object) -> None:
 
 AttentionInterface.register(ATTENTION_NAME, varlen_attention_forward)
 AttentionMaskInterface.register(ATTENTION_NAME, no_mask)
-
-
-@contextlib.contextmanager
-def _silenced(name: str) -> Iterator[None]:
-    """Keep a library's warning away: what it says is checked and said by the caller."""
-    library = logging.getLogger(name)
-    level = library.level
-    library.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        library.setLevel(level)
 
 
 def _describe_backend(model: PeftModel) -> str:
