@@ -66,7 +66,7 @@ def resolve_target(name: str, overrides: Sequence[str] = ()) -> Target:
     if path.is_dir() and not (path / "config.json").is_file():
         raise LlmtuneError(
             f"{name}: neither a run (manifest.json), nor an adapter (adapter_config.json), "
-            "nor a model (config.json)"
+            "nor a model (config.json); give the path of one, or copy back the file that it lost"
         )
     return Target(name, _model({"base": name}, overrides))
 

@@ -1,6 +1,7 @@
 """What a new user meets first: help, a mistyped word, a path that is not what it should be."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -126,3 +127,53 @@ def test_a_name_with_a_space_is_quoted_in_what_to_do_next(capsys, project, tmp_p
     out = tmp_path / "my config.yaml"
     assert run_command(["init", str(project.parent / "train.jsonl"), "--out", str(out)]) == 0
     assert f"llmtune run '{out}'" in capsys.readouterr().out
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    """A copy of its adapter, to be damaged."""
+    return shutil.copytree(trained / "adapter", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("lost", "advice"),
+    [
+        ("adapter_model.safetensors", "Copy them back, or make the adapter again"),
+        ("adapter_config.json", "copy back the file that it lost"),
+    ],
+)
+def test_a_lost_file_of_an_adapter_is_named_with_what_to_do(capsys, adapter, lost, advice):
+    (adapter / lost).unlink()
+    said = refused(capsys, "merge", str(adapter), "--dry-run")
+    assert said.startswith(str(adapter)) and lost in said and advice in said
+
+
+def test_an_adapter_that_lost_a_byte_is_told_with_what_to_do(capsys, adapter):
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    said = refused(capsys, "chat", str(adapter), "--quiet")
+    assert "changed since the adapter was saved" in said and "Copy the adapter again" in said
+
+
+def test_a_base_that_moved_is_found_by_the_key_that_the_refusal_names(capsys, adapter, project):
+    manifest = adapter / "llmtune_adapter.json"
+    record = json.loads(manifest.read_text())
+    record["base"] |= {"path": "/gone/base", "origin": "/gone/base"}
+    manifest.write_text(json.dumps(record))
+    assert "moved since: model.base=PATH" in refused(capsys, "merge", str(adapter), "--dry-run")
+    there = f"model.base={project.parent / 'base'}"
+    assert run_command(["merge", str(adapter), there, "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "lost"),
+    [("plan", "config.json"), ("train", "config.json"), ("train", "model.safetensors")],
+)
+def test_a_base_that_lost_a_file_is_refused_with_the_key_of_its_place(
+    capsys, project, tmp_path, command, lost
+):
+    base = shutil.copytree(project.parent / "base", tmp_path / "base")
+    (base / lost).unlink()
+    overrides = (f"model.base={base}", f"run_dir={tmp_path / 'run'}")
+    said = refused(capsys, command, str(project), *overrides)
+    assert str(base) in said and lost in said and "model.base=PATH" in said

@@ -13,6 +13,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 MANIFEST_FORMAT = 1
+COPY_AGAIN = "Copy the adapter again, or make it again"
 
 
 def read_adapter_manifest(directory: Path) -> dict:
@@ -24,17 +25,19 @@ def read_adapter_manifest(directory: Path) -> dict:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise LlmtuneError(
-            f"{directory}: no {MANIFEST_NAME}: "
+            f"{directory}: no {MANIFEST_NAME}; expected an adapter that llmtune wrote, "
             + (
-                "an adapter, but not written by llmtune."
+                "and this one is of another program or has lost that file: copy it back"
                 if _is_adapter(directory)
-                else "no adapter."
+                else "and there is no adapter here: give the directory of one (a run's is "
+                "RUN/adapter)"
             )
         )
     manifest = _read_json(path)
     if manifest.get("format") != MANIFEST_FORMAT:
         raise LlmtuneError(
-            f"{path}: format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}."
+            f"{path}: format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}. "
+            "Use the llmtune that wrote it, or train the adapter again"
         )
     return manifest
 
@@ -46,17 +49,27 @@ def read_adapter_config(directory: Path) -> dict:
         LlmtuneError: it is no adapter, of a method other than LoRA, or its weights are pickled.
     """
     if not _is_adapter(directory):
-        raise LlmtuneError(f"{directory}: no adapter here: expected {CONFIG_NAME}.")
+        raise LlmtuneError(
+            f"{directory}: no adapter here: expected {CONFIG_NAME}. Give the directory of an "
+            "adapter (a run's is RUN/adapter), or copy back what is lost"
+        )
     config = _read_json(directory / CONFIG_NAME)
     if config.get("peft_type") != "LORA":
         raise LlmtuneError(
-            f"{directory}: an adapter of type {config.get('peft_type')}; llmtune reads LORA."
+            f"{directory}: an adapter of type {config.get('peft_type')}; llmtune reads LORA. Give "
+            "an adapter of LoRA, DoRA or rsLoRA"
         )
     if not (directory / WEIGHTS_NAME).is_file():
         is_pickled = (directory / PICKLE_NAME).is_file()
         raise LlmtuneError(
-            f"{directory}: no {WEIGHTS_NAME}"
-            + (", only pickled weights, which are not read." if is_pickled else ".")
+            f"{directory}: no {WEIGHTS_NAME} beside {CONFIG_NAME}"
+            + (
+                f", only pickled weights, which are not read ({PICKLE_NAME}). Save the adapter "
+                "again as safetensors, which is what peft's save_pretrained does"
+                if is_pickled
+                else ": its weights are lost. Copy them back, or make the adapter again (a run's "
+                "with: llmtune train RUN --force)"
+            )
         )
     return config
 
@@ -99,7 +112,7 @@ def _require_unchanged(directory: Path, files: Mapping[str, str]) -> None:
     if changed:
         raise LlmtuneError(
             f"{directory}: {' and '.join(changed)} changed since the adapter was saved (by the "
-            f"hash in {MANIFEST_NAME}): damaged, or edited by hand; copy or train it again"
+            f"hash in {MANIFEST_NAME}): damaged, or edited by hand. {COPY_AGAIN}"
         )
 
 
@@ -139,7 +152,7 @@ def _read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise LlmtuneError(f"{path}: not valid JSON: {error}") from error
+        raise LlmtuneError(f"{path}: not valid JSON: {error}. {COPY_AGAIN}") from error
     if not isinstance(value, dict):
-        raise LlmtuneError(f"{path}: expected a JSON object.")
+        raise LlmtuneError(f"{path}: expected a JSON object. {COPY_AGAIN}")
     return value

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from llmtune.adapters.attach import attach
 from llmtune.adapters.manifest import (
     CONFIG_NAME,
+    COPY_AGAIN,
     MANIFEST_FORMAT,
     MANIFEST_NAME,
     WEIGHTS_NAME,
@@ -151,7 +152,7 @@ def _load_weights(model: PeftModel, directory: Path) -> None:
     try:
         saved = load_file(path)
     except SafetensorError as error:
-        raise LlmtuneError(f"{path}: cannot be read: {error}") from error
+        raise LlmtuneError(f"{path}: cannot be read: {error}. {COPY_AGAIN}") from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     problems = _differences(saved, expected)
     if problems:

@@ -73,7 +73,7 @@ def check_checkpoint(base_dir: Path, *, allow_pickle: bool, allow_quantized: boo
         )
     raise LlmtuneError(
         f"{base_dir}: no weights: expected model.safetensors, or model.safetensors.index.json "
-        "with its shards."
+        "with its shards. Copy them there, or give the base's place: model.base=PATH"
     )
 
 
@@ -110,7 +110,8 @@ def has_weights(base_dir: Path, names: tuple[str, str]) -> bool:
     if missing:
         raise LlmtuneError(
             f"{base_dir}: {len(missing)} of {len(shards)} weight shards are missing, "
-            f"the first is {missing[0]}."
+            f"the first is {missing[0]}. Copy them there, or give the base's place: "
+            "model.base=PATH"
         )
     return True
 
@@ -124,4 +125,7 @@ def _what_else(base_dir: Path) -> str:
     gguf = sorted(base_dir.glob("*.gguf"))
     if gguf:
         return f"there is no config.json; for the GGUF file in it give {gguf[0]}."
-    return "there is no config.json."
+    return (
+        "there is no config.json. Copy it there, or give the base's place: model.base=PATH "
+        "(a checkpoint directory, a .gguf file or a hub id)"
+    )

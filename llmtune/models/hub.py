@@ -26,6 +26,15 @@ def reads_as_hub_id(name: str) -> bool:
     return HUB_ID.fullmatch(name) is not None and not name.endswith((".gguf", ".safetensors"))
 
 
+def no_such_base(name: str) -> LlmtuneError:
+    """Return the error for a name that is neither a path that exists nor a hub id."""
+    return LlmtuneError(
+        f"model.base={name}: no such local path ({Path(name).expanduser().absolute()}), and it "
+        "does not read as a hub id org/name. Give the base's place, which may have moved since: "
+        "model.base=PATH (a checkpoint directory, a .gguf file or a hub id)"
+    )
+
+
 def fetch_snapshot(
     repo: str, revision: str | None, *, allow_pickle: bool, allow_code: bool
 ) -> tuple[Path, str]:

@@ -7,7 +7,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.models.checkpoint import check_checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import dense_checkpoint
-from llmtune.models.hub import HubUnreachable, fetch_snapshot, reads_as_hub_id
+from llmtune.models.hub import HubUnreachable, fetch_snapshot, no_such_base, reads_as_hub_id
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def resolve_base(config: ModelConfig, *, allow_quantized: bool = False) -> BaseS
     if path.exists():
         if config.revision is not None:
             raise LlmtuneError(
-                f"model.revision={config.revision}: {path} is a local path, which has no revisions."
+                f"model.revision={config.revision}: {path} is a local path, which has no "
+                "revisions. Leave model.revision away, or give a hub id as model.base"
             )
         source = _local_source(path.absolute())
     else:
@@ -77,10 +78,7 @@ def _local_source(path: Path) -> BaseSource:
 def _hub_source(config: ModelConfig, *, allow_pickle: bool) -> BaseSource:
     name = config.base
     if not reads_as_hub_id(name):
-        raise LlmtuneError(
-            f"model.base={name}: no such local path ({Path(name).expanduser().absolute()}), and it "
-            "does not read as a hub id org/name."
-        )
+        raise no_such_base(name)
     if config.trust_remote_code and config.revision is None:
         raise LlmtuneError(
             f"model.trust_remote_code=true runs code from {name}: pin it with "
@@ -97,6 +95,6 @@ def _hub_source(config: ModelConfig, *, allow_pickle: bool) -> BaseSource:
         raise LlmtuneError(
             f"model.base={name}: no such local path ({Path(name).absolute()}); and read as a hub "
             f"id, it is not in the local hub cache and the hub could not be reached ({error}). "
-            "Give a path that exists, or connect to the network once."
+            "Give the base's place, model.base=PATH, or connect to the network once."
         ) from error
     return BaseSource(dir=directory, origin=name, revision=commit)

@@ -18,7 +18,7 @@ from llmtune.models.checkpoint import (
 )
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
-from llmtune.models.hub import LOOKUP_SECONDS, reads_as_hub_id
+from llmtune.models.hub import LOOKUP_SECONDS, no_such_base, reads_as_hub_id
 from llmtune.planning.gguf_head import read_gguf_config
 from llmtune.quiet import quieted
 from llmtune.safetensors_io import CheckpointIndex
@@ -76,10 +76,7 @@ def read_base(model: ModelConfig) -> BaseNumbers:
             "config.json, a .gguf file or a hub id."
         )
     if not reads_as_hub_id(model.base):
-        raise LlmtuneError(
-            f"model.base={model.base}: no such local path ({path.absolute()}), and it does not "
-            "read as a hub id org/name."
-        )
+        raise no_such_base(model.base)
     return _read_hub(model.base, model.revision)
 
 
@@ -121,8 +118,8 @@ def _read_hub(repo: str, revision: str | None) -> BaseNumbers:
     except (HTTPError, OSError) as error:
         raise LlmtuneError(
             f"model.base={repo}: no such local path; and read as a hub id its config.json is not "
-            f"in the local hub cache and could not be fetched ({first_line(error)}). Give a "
-            "directory that holds config.json, or connect to the network."
+            f"in the local hub cache and could not be fetched ({first_line(error)}). Give "
+            "the base's place, model.base=PATH, or connect to the network."
         ) from error
     directory = config_path.parent
     try:

@@ -136,7 +136,7 @@ def test_name_that_is_no_hub_id_is_not_asked_for(name, monkeypatch):
 
 
 def test_revision_of_a_local_path_is_refused(checkpoint):
-    with pytest.raises(LlmtuneError, match="has no revisions"):
+    with pytest.raises(LlmtuneError, match="no revisions"):
         resolve_base(ModelConfig(base=str(checkpoint("llama")), revision="main"))
 
 
