@@ -1,6 +1,7 @@
 """YAML with a memory: every key keeps the file and the line it came from."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,10 +102,12 @@ def apply_overrides(tree: SourcedTree, overrides: Sequence[str]) -> SourcedTree:
     """Return the tree with `key.path=value` overrides laid over it; values are YAML.
 
     Raises:
-        LlmtuneError: an override has no `=`, an empty key, or reaches into a value without keys.
+        LlmtuneError: an override has no `=`, an empty key, holds bytes that are no text, or reaches
+            into a value without keys.
     """
     values, origins = _copy(tree.values), dict(tree.origins)
     for override in overrides:
+        _require_text(override)
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise LlmtuneError(
@@ -122,6 +125,20 @@ def apply_overrides(tree: SourcedTree, overrides: Sequence[str]) -> SourcedTree:
             del origins[stale]
         origins[path] = f"override {override}"
     return SourcedTree(values, origins)
+
+
+def _require_text(override: str) -> None:
+    """Refuse bytes of the command line that Python could not decode and kept as half characters."""
+    if not any("\udc80" <= character <= "\udcff" for character in override):
+        return
+    given = override.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    encoding = sys.getfilesystemencoding()
+    is_utf8 = encoding == "utf-8"
+    advice = "write it in UTF-8" if is_utf8 else "set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+    raise LlmtuneError(
+        f"override {given!r}: holds bytes that are no text in {encoding}, which this process "
+        f"reads its command line in; {advice}"
+    )
 
 
 def _parse(text: str, file: str, origins: dict[KeyPath, str]) -> Any:

@@ -1,6 +1,7 @@
 """What a new user meets first: help, a mistyped word, a path that is not what it should be."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -177,3 +178,24 @@ def test_a_base_that_lost_a_file_is_refused_with_the_key_of_its_place(
     overrides = (f"model.base={base}", f"run_dir={tmp_path / 'run'}")
     said = refused(capsys, command, str(project), *overrides)
     assert str(base) in said and lost in said and "model.base=PATH" in said
+
+
+@pytest.mark.parametrize(
+    ("environment", "value", "advice"),
+    [
+        ({"LC_ALL": "C", "PYTHONUTF8": "0"}, "ünï".encode(), "no text in ascii"),
+        ({"PYTHONUTF8": "1"}, "ünï".encode("latin-1"), "write it in UTF-8"),
+    ],
+)
+def test_an_override_that_is_no_text_in_this_locale_is_said_to_be_none(
+    project, environment, value, advice
+):
+    done = subprocess.run(
+        [sys.executable, "-m", "llmtune", "config", "show", project, b"run_dir=" + value],
+        env={**os.environ, **environment},
+        capture_output=True,
+    )
+    assert done.returncode == 2 and done.stdout == b""
+    said = done.stderr.decode()
+    assert said.startswith("error: override ") and said.count("\n") == 1
+    assert advice in said and "YAML" not in said
