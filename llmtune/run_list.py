@@ -21,6 +21,11 @@ class RunSummary:
     base: str
     created: str
 
+    @property
+    def minute(self) -> str:
+        """When it was made, in UTC and without the seconds."""
+        return self.created[:16].replace("T", " ")
+
 
 def list_runs(directory: Path) -> list[RunSummary]:
     """Return the runs directly under `directory`, newest first.

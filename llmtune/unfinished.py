@@ -89,8 +89,8 @@ def free_bytes(out: Path) -> int:
     return shutil.disk_usage(next(place for place in places if place.exists())).free
 
 
-def require_space(out: Path, needed: int) -> None:
-    """Check that `needed` more bytes fit onto the disk of `out`.
+def require_space(out: Path, needed: int, *, what: str | None = None) -> None:
+    """Check that `needed` more bytes fit onto the disk of `out`; messages call it `what`.
 
     Raises:
         LlmtuneError: they do not.
@@ -98,8 +98,8 @@ def require_space(out: Path, needed: int) -> None:
     free = free_bytes(out)
     if free < needed:
         raise LlmtuneError(
-            f"{out.name} needs {needed:,} bytes and its disk has {free:,} free; free some space, "
-            "or choose a place on another disk"
+            f"{what or out.name} needs {needed:,} bytes and its disk has {free:,} free; free some "
+            "space, or choose a place on another disk"
         )
 
 

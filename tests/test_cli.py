@@ -9,6 +9,8 @@ import time
 import pytest
 
 from llmtune.cli import cli, run_command
+from llmtune.manifest import Manifest
+from llmtune.run_dir import RunDir
 from tests.conftest import write_jsonl
 from tests.project import chat_row, make_project
 
@@ -330,3 +332,19 @@ def test_evaluation_rows_may_not_be_training_rows(config, capsys):
     write_jsonl(config.parent / "train.jsonl", shared)
     write_jsonl(config.parent / "validation.jsonl", shared[:1])
     assert "validation.jsonl" in refused(capsys, "train", str(config))
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 160, None])
+def test_the_list_of_runs_breaks_no_word_at_any_width(tmp_path, capsys, monkeypatch, columns):
+    base = "/models/of/mine/SmolLM2-135M-Instruct.Q4_1.gguf"
+    run = RunDir(tmp_path / "a-run-with-a-long-name")
+    run.path.mkdir()
+    manifest = Manifest(config={"model": {"base": base}}, created="2026-03-04T05:06:07")
+    manifest.start("evaluate", "hash", {}).save(run)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    assert run_command(["runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    for word in (str(run.path), "evaluate unfinished", base, "2026-03-04 05:06"):
+        assert word in shown

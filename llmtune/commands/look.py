@@ -1,7 +1,9 @@
 """runs and doctor: what is here."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich import box
@@ -9,7 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from llmtune.commands.options import stdout, with_output_options
+from llmtune.commands.options import has_width, stdout, with_output_options
+
+if TYPE_CHECKING:
+    from llmtune.run_list import RunSummary
+
+UNLIMITED_WIDTH = 10_000
 
 
 @click.command()
@@ -17,6 +24,8 @@ from llmtune.commands.options import stdout, with_output_options
 @with_output_options
 def runs(directory: Path, quiet: bool, as_json: bool) -> None:
     """List runs with their state and verdict (default: runs).
+
+    Where a line of the terminal is too short for a table, each run is a paragraph.
 
     \b
       llmtune runs
@@ -28,14 +37,28 @@ def runs(directory: Path, quiet: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([each.__dict__ for each in found], indent=2))
         return
+    console = stdout()
+    table = _table(found)
+    needed = console.measure(table, options=console.options.update(width=UNLIMITED_WIDTH)).maximum
+    if needed <= console.width or not has_width():
+        console.width = needed
+        console.print(table)
+        return
+    for each in found:
+        console.print(Text(each.path, "bold"), soft_wrap=True)
+        facts = (each.state, each.verdict, each.minute)
+        console.print(Text(f"  {', '.join(filter(None, facts))}"), soft_wrap=True)
+        console.print(Text(f"  {each.base}"), soft_wrap=True)
+
+
+def _table(found: "Sequence[RunSummary]") -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("run", "state", "verdict", "base", "created (UTC)"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=True)
     for each in found:
-        created = each.created[:16].replace("T", " ")
-        cells = (each.path, each.state, each.verdict or "", each.base, created)
+        cells = (each.path, each.state, each.verdict or "", each.base, each.minute)
         table.add_row(*map(Text, cells))
-    stdout().print(table)
+    return table
 
 
 @click.command()

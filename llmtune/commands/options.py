@@ -62,8 +62,12 @@ def print_result(result: Any, as_json: bool, render: Callable[[], Any]) -> None:
 
 def stdout() -> Console:
     """Return the console for results: as wide as the terminal, or 120 columns."""
-    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, width=None if has_width else PIPED_WIDTH)
+    return Console(highlight=False, width=None if has_width() else PIPED_WIDTH)
+
+
+def has_width() -> bool:
+    """Whether the output's lines have an end: it is a terminal, or the width is given."""
+    return sys.stdout.isatty() or "COLUMNS" in os.environ
 
 
 def show_progress(quiet: bool) -> None:

@@ -15,12 +15,10 @@ from llmtune.commands.options import (
     print_result,
     with_output_options,
 )
+from llmtune.sizes import MIB, write_apart, write_size
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
-
-GIB = 1 << 30
-MIB = 1 << 20
 
 
 @click.command()
@@ -59,10 +57,8 @@ def plan(  # noqa: PLR0913 (one argument an option)
 def _render(found: "Plan", quiet: bool) -> RenderableType:
     verdict = Text("fits" if found.fits else "does not fit", "green" if found.fits else "bold red")
     memory = found.memory
-    headline = Text.assemble(
-        verdict,
-        f": {_write(memory.total_bytes)} of {_write(memory.memory_bytes)} on {found.device.name}",
-    )
+    needed, there = write_apart(memory.total_bytes, memory.memory_bytes)
+    headline = Text.assemble(verdict, f": {needed} of {there} on {found.device.name}")
     if quiet:
         return headline
     parts: list[RenderableType] = [headline, Text(), _components(found)]
@@ -79,16 +75,17 @@ def _components(found: "Plan") -> Table:
     table.add_column("memory")
     table.add_column("", justify="right")
     for name, size in found.memory.components.items():
-        kept = ", ".join(f"{kind} {_write(part)}" for kind, part in found.memory.base.items())
+        kept = ", ".join(f"{kind} {write_size(part)}" for kind, part in found.memory.base.items())
         label = f"base ({kept})" if name == "base" and len(found.memory.base) > 1 else name
-        table.add_row(label, _write(size))
-    table.add_row("in all", _write(found.memory.total_bytes), style="bold")
+        table.add_row(label, write_size(size))
+    table.add_row("in all", write_size(found.memory.total_bytes), style="bold")
     return table
 
 
 def _lines(found: "Plan") -> list[str]:
     memory, disk, rows = found.memory, found.disk, found.rows
-    written = ", ".join(f"{name} {_write(size)}" for name, size in disk.components.items())
+    written = ", ".join(f"{name} {write_size(size)}" for name, size in disk.components.items())
+    needed, free = write_apart(disk.total_bytes, disk.free_bytes)
     lines = [
         "",
         f"model        {found.shape.num_parameters / 1e9:.3g} billion parameters"
@@ -96,8 +93,7 @@ def _lines(found: "Plan") -> list[str]:
         f"rows         longest {rows.longest} tokens, mean {rows.mean:.0f}: {rows.source}",
         f"micro-batch  {memory.tokens} tokens at once, {memory.recomputed_layers} of "
         f"{memory.layers} layers recomputed, {memory.bytes_a_token / MIB:.2f} MiB a token",
-        f"disk         {_write(disk.total_bytes)} ({written}); {_write(disk.free_bytes)} free"
-        f"{'' if disk.fits else ': too little'}",
+        f"disk         {needed} ({written}); {free} free{'' if disk.fits else ': too little'}",
     ]
     if found.seconds is not None:
         lines.append(
@@ -113,10 +109,6 @@ def _active(found: "Plan") -> str:
     if not found.shape.experts:
         return ""
     return f" ({found.shape.active_parameters / 1e9:.3g} billion used by a token)"
-
-
-def _write(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
 
 
 def _duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from llmtune.planning.disk import DiskEstimate
 from llmtune.planning.rows import RowFacts
 from llmtune.planning.shape import ModelShape
 from llmtune.planning.workload import PlanRequest, plan_memory_of
+from llmtune.sizes import MIB, write_size
 
 NUM_SUGGESTIONS = 2
 SHORTEST = 256
@@ -79,7 +80,8 @@ def _options(request: PlanRequest, rows: RowFacts) -> Iterator[_Option]:
 def advise_disk(request: PlanRequest, disk: DiskEstimate) -> str:
     """Return how much room is missing, and where."""
     missing = disk.total_bytes - disk.free_bytes
-    return f"{_write_gib(missing)} more room under {request.run_dir}, or another run_dir"
+    rounded_up = max(missing, MIB)
+    return f"{write_size(rounded_up)} more room under {request.run_dir}, or another run_dir"
 
 
 def _shorten(rows: RowFacts, length: int | None) -> RowFacts:

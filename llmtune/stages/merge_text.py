@@ -5,8 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llmtune.sizes import MIB, write_apart
+
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-MIB = 1 << 20
 
 
 def describe_plan(planned: Mapping[str, Any]) -> str:
@@ -14,8 +15,8 @@ def describe_plan(planned: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for plan in planned["plans"]:
         lines += _plan_lines(plan)
-    free = planned["free_bytes"] / MIB
-    lines.append(f"on the disk: {planned['needed_bytes'] / MIB:,.1f} MiB needed, {free:,.1f} free")
+    needed, free = write_apart(planned["needed_bytes"], planned["free_bytes"])
+    lines.append(f"on the disk: {needed} needed, {free} free")
     lines.append("nothing was written")
     return "\n".join(lines)
 

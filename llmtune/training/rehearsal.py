@@ -1,6 +1,5 @@
 """The end of the run tried before its beginning: the largest micro-batch, and every save."""
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.memory import MemoryPlan
 from llmtune.run_dir import RunDir
 from llmtune.training.adapter_state import save_weights
+from llmtune.unfinished import require_space
 
 # Two checkpoints (weights and two moments each) beside one being written, and the adapter itself.
 SAVED_COPIES = 10
@@ -62,12 +62,7 @@ def rehearse_save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: Run
     needed = SAVED_COPIES * trained
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(run.path).free
-        if free < needed:
-            raise LlmtuneError(
-                f"{run.path} has {free / 1e6:,.0f} MB free, and the adapter with its checkpoints "
-                f"needs {needed / 1e6:,.0f} MB. Make room or choose another run_dir."
-            )
+        require_space(run.path, needed, what=f"{run.path}: the adapter with its checkpoints")
         with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=run.path) as directory:
             _write_everything(model, tokenizer, Path(directory))
     except OSError as error:
