@@ -1,5 +1,6 @@
 """A checkpoint in 4 bits (bitsandbytes NF4), that stock transformers loads as it is."""
 
+import math
 import os
 import re
 import shutil
@@ -18,13 +19,21 @@ from llmtune.merging.verify import VerifyPrompts, VerifyResult, verify_merge
 from llmtune.models.config import ModelConfig, Nf4Quantization
 from llmtune.models.load import load_model
 from llmtune.models.quiet import quiet_loading
-from llmtune.models.resolve import resolve_base
+from llmtune.models.resolve import BaseSource, resolve_base
+from llmtune.models.round_trip import FourBitRoundTrip, describe_quantized_base
 from llmtune.open_prompts import OPEN_PROMPTS
+from llmtune.planning.weights import four_bit_bytes
+from llmtune.safetensors_io import CheckpointIndex
 from llmtune.scoring.generate import Decoding
+from llmtune.unfinished import require_space
 
 RELOADED_KL = 1e-3
 """Nats per token by which the reloaded checkpoint may differ from the model that was saved."""
 NUM_PROMPTS = 4
+STATE_BYTES = 2048
+"""What is written beside each quantized weight: code books, shape and method."""
+SMALL_FILES_BYTES = 1 << 20
+"""Configs, header and card, when the free space is checked."""
 OS_ERROR = re.compile(r"(?:os error|code:) (\d+)")
 
 
@@ -52,7 +61,8 @@ def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) 
         chat_template: a Jinja file that replaces the checkpoint's own template.
 
     Raises:
-        LlmtuneError: the model cannot be quantized.
+        LlmtuneError: the model cannot be quantized, or the disk has too little room for it, which
+            is seen before it is loaded.
         OSError: the disk ran full.
         CheckFailed: what was written does not load as what was saved.
     """
@@ -62,15 +72,16 @@ def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) 
         cache_quantized=False,  # what is exported is that very file
         chat_template=chat_template,
     )
-    loaded = load_model(config, resolve_base(config))
+    source = resolve_base(config)
+    require_space(directory, needed_bytes(config, source))
+    loaded = load_model(config, source)
     with quiet_loading(), _plain_errors(directory):
         loaded.model.save_pretrained(directory)
-    for name in (*TOKENIZER_FILES, *TEMPLATE_FILES):
-        source = source_dir / name
-        if source.is_dir():
-            shutil.copytree(source, directory / name)
-        elif source.is_file():
-            shutil.copyfile(source, directory / name)
+    for path in _copied_files(source_dir):
+        if path.is_dir():
+            shutil.copytree(path, directory / path.name)
+        else:
+            shutil.copyfile(path, directory / path.name)
     if chat_template is not None:
         shutil.copyfile(chat_template, directory / TEMPLATE_FILES[0])
     for path in directory.iterdir():  # some writers leave files that only their owner can read
@@ -95,6 +106,31 @@ def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) 
         quantized_ratio=loaded.quantized.quantized_ratio,
         reloaded=reloaded,
     )
+
+
+def needed_bytes(config: ModelConfig, source: BaseSource) -> int:
+    """Return what the 4-bit checkpoint of a base takes on the disk; no weight is read."""
+    described = describe_quantized_base(config, source)
+    assert described is not None and isinstance(described.round_trip, FourBitRoundTrip)
+    in_four_bits = described.round_trip
+    # Checkpoints of a base model alone name their tensors without its first component.
+    quantized = set(described.weights) | {name.partition(".")[2] for name in described.weights}
+    needed = SMALL_FILES_BYTES
+    for tensor in CheckpointIndex.open(source.dir).tensors.values():
+        num_weights = math.prod(tensor.shape)
+        if tensor.name in quantized:
+            double_quant = in_four_bits.has_double_quant
+            needed += STATE_BYTES + four_bit_bytes(num_weights, double_quant=double_quant)
+        else:
+            needed += num_weights * in_four_bits.load_dtype.itemsize
+    copied = [one for path in _copied_files(source.dir) for one in (path, *path.rglob("*"))]
+    return needed + sum(path.stat().st_size for path in copied if path.is_file())
+
+
+def _copied_files(source_dir: Path) -> list[Path]:
+    """Return the tokenizer's files, and directories of templates, that go along as they are."""
+    paths = (source_dir / name for name in (*TOKENIZER_FILES, *TEMPLATE_FILES))
+    return [path for path in paths if path.exists()]
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def base_bytes(
     rest = shape.num_parameters - shape.linear_parameters
     if isinstance(quantization, Nf4Quantization | Fp4Quantization):
         stored = sum(
-            _four_bit_bytes(math.prod(size), double_quant=quantization.double_quant)
+            four_bit_bytes(math.prod(size), double_quant=quantization.double_quant)
             for size in shape.linear.values()
         )
     elif isinstance(quantization, Int8Quantization):
@@ -45,7 +45,8 @@ def base_bytes(
     return {quantization.method: stored, name: rest * element_bytes}
 
 
-def _four_bit_bytes(weights: int, *, double_quant: bool) -> int:
+def four_bit_bytes(weights: int, *, double_quant: bool) -> int:
+    """Return the bytes of so many weights in NF4 or FP4, with their scales."""
     blocks = math.ceil(weights / BLOCK)
     if not double_quant:
         return math.ceil(weights / 2) + FLOAT32 * blocks

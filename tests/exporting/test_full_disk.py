@@ -6,6 +6,9 @@ import pytest
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.config import ExportSettings
+from llmtune.exporting.nf4 import SMALL_FILES_BYTES, needed_bytes, write_nf4
+from llmtune.models.config import ModelConfig, Nf4Quantization
+from llmtune.models.resolve import resolve_base
 from llmtune.stages.export import export_target
 from tests.tiny import make_model
 
@@ -19,6 +22,28 @@ def small_disk(tmp_path):
         pytest.skip("this user may not mount a small disk")
     yield place
     subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("to", ["gguf", "ollama", "nf4"])
+def test_a_disk_that_is_too_small_is_refused_before_a_model_is_loaded(to, tmp_path, monkeypatch):
+    make_model("llama", tmp_path / "model")
+    monkeypatch.setattr("llmtune.unfinished.free_bytes", lambda _: 5000)
+    monkeypatch.setattr("llmtune.exporting.nf4.load_model", lambda *_: pytest.fail("was loaded"))
+    settings = ExportSettings(to, out=tmp_path / "small" / "out", runtime=False)
+    with pytest.raises(LlmtuneError, match=r"needs [\d,]+ bytes and its disk has 5,000 free"):
+        export_target(str(tmp_path / "model"), [], settings)
+    assert list((tmp_path / "small").iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_nf4_is_said_to_need_is_what_it_writes(family, tmp_path):
+    base = tmp_path / "model"
+    make_model(family, base)
+    config = ModelConfig(base=str(base), quantization=Nf4Quantization())
+    needed = needed_bytes(config, resolve_base(config))
+    (tmp_path / "out").mkdir()
+    written = write_nf4(base, tmp_path / "out", chat_template=None).num_bytes
+    assert written <= needed < written + SMALL_FILES_BYTES + 50_000
 
 
 @pytest.mark.parametrize("to", ["gguf", "ollama", "nf4"])
