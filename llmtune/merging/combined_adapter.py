@@ -4,7 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmtune.adapters.manifest import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME
+from llmtune.adapters.manifest import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    adapter_fingerprint,
+)
 from llmtune.errors import LlmtuneError
 from llmtune.fingerprint import hash_file
 from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
@@ -23,6 +28,9 @@ from llmtune.merging.scratch import read_tensor
 from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
 from llmtune.run_dir import atomic_write_json
 from llmtune.unfinished import move_into_place, unfinished_dir
+
+COMBINED_FILE = "llmtune_combined.json"
+"""What a new adapter was made of, without any path of this machine; it marks it as ours."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,8 @@ def combine_adapters(
             if module in files.lora
         ]
         _add_module(module, parts, how, written)
-    _write(opened[0].directory, _config(opened, written), written.tensors, out_dir)
+    record = _record(adapters, how)
+    _write(opened[0].directory, _config(opened, written), written.tensors, record, out_dir)
     total = sum(written.energy.values())
     worst = max(written.lost, key=written.lost.__getitem__, default=None)
     return CombinedAdapter(
@@ -169,8 +178,24 @@ def _config(opened: Sequence[AdapterFiles], written: _Written) -> dict[str, Any]
     }
 
 
+def _record(adapters: Sequence[WeightedAdapter], how: Combination) -> dict[str, Any]:
+    parts = [
+        {
+            "name": one.directory.name,
+            "weight": one.weight,
+            "adapter_hash": adapter_fingerprint(one.directory),
+        }
+        for one in adapters
+    ]
+    return {"adapters": parts, **asdict(how)}
+
+
 def _write(
-    first_dir: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], out_dir: Path
+    first_dir: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    out_dir: Path,
 ) -> None:
     out_dir = out_dir.absolute()
     with unfinished_dir(out_dir) as scratch:
@@ -179,6 +204,7 @@ def _write(
         save_file(dict(tensors), directory / WEIGHTS_NAME, metadata={"format": "pt"})
         (directory / WEIGHTS_NAME).chmod(0o644)
         atomic_write_json(directory / CONFIG_NAME, dict(config))
+        atomic_write_json(directory / COMBINED_FILE, dict(record))
         for name in (*TOKENIZER_FILES, *TEMPLATE_FILES):
             if (first_dir / name).is_file():
                 shutil.copyfile(first_dir / name, directory / name)

@@ -104,6 +104,15 @@ def describe_combination(request: CombineRequest) -> dict[str, Any]:
     return describe_plans([plan], request.out_dir)
 
 
+def used_dirs(request: CombineRequest) -> list[Path]:
+    """Return the directories that a combination reads: the adapters', and their base's."""
+    adapters = [_read_item(item).directory for item in request.adapters]
+    bases = [read_adapter_config(one).get("base_model_name_or_path") for one in adapters]
+    if not request.to_adapter and adapters:
+        bases.append(resolve_target(str(adapters[0]), request.overrides).model.base)
+    return [*adapters, *(Path(base).expanduser() for base in bases if base)]
+
+
 def _resolve(request: CombineRequest) -> list[WeightedAdapter]:
     found = [_read_item(item) for item in request.adapters]
     if len(found) < 2:

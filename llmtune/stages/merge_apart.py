@@ -6,6 +6,7 @@ from typing import Any
 
 from llmtune.config import RunConfig, anchor_paths
 from llmtune.errors import LlmtuneError
+from llmtune.merging.combined_adapter import COMBINED_FILE
 from llmtune.merging.config import MergeConfig, MergeSettings
 from llmtune.merging.provenance import PROVENANCE_FILE
 from llmtune.models.resolve import resolve_base
@@ -20,6 +21,9 @@ from llmtune.targets import Target
 
 MERGE_DEFAULTS = MergeConfig()
 NO_SETTINGS = MergeSettings()
+# What --force may replace: the file that marks it, and what it is called.
+MERGED_MODEL = (PROVENANCE_FILE, "merged model")
+NEW_ADAPTER = (COMBINED_FILE, "adapter that --to adapter made")
 
 
 def merge_into(
@@ -64,8 +68,18 @@ def plan_merges(
 
 
 def combine(request: CombineRequest, *, force: bool = False) -> Mapping[str, Any]:
-    """Combine several adapters into a model or a new adapter; see `stages.merge_adapters`."""
-    _refuse_to_replace(request.out_dir, (), force=force)
+    """Combine several adapters into a model or a new adapter; see `stages.merge_adapters`.
+
+    Args:
+        force: replace an earlier result of the same kind in `out_dir`; nothing else ever is.
+
+    Raises:
+        LlmtuneError: as `stages.merge_adapters.combine`, or `out_dir` may not be written.
+    """
+    if request.out_dir.exists():
+        used = merge_adapters.used_dirs(request)
+        kind = NEW_ADAPTER if request.to_adapter else MERGED_MODEL
+        _refuse_to_replace(request.out_dir, used, force=force, kind=kind)
     return merge_adapters.combine(request)
 
 
@@ -101,7 +115,11 @@ def _request_of_target(
     return MergeRequest(target.model, source, target.adapter_dir, out_dir, knobs, settings=settings)
 
 
-def _refuse_to_replace(out_dir: Path, used: Sequence[Path], *, force: bool) -> None:
+def _refuse_to_replace(
+    out_dir: Path, used: Sequence[Path], *, force: bool, kind: tuple[str, str] = MERGED_MODEL
+) -> None:
+    """Refuse a place that holds what is read, or anything but a result of this kind."""
+    marker, name = kind
     place = out_dir.resolve()
     for path in used:
         if place == path.resolve() or place in path.resolve().parents:
@@ -110,5 +128,8 @@ def _refuse_to_replace(out_dir: Path, used: Sequence[Path], *, force: bool) -> N
         return
     if not force:
         raise LlmtuneError(f"{out_dir}: exists already; choose another --out, or give --force")
-    if not (out_dir / PROVENANCE_FILE).is_file():
-        raise LlmtuneError(f"{out_dir}: is no merged model of llmtune, so it is not replaced")
+    if not (out_dir / marker).is_file():
+        raise LlmtuneError(
+            f"{out_dir}: is no {name} (there is no {marker}), so it is not replaced; choose "
+            "another --out"
+        )

@@ -191,6 +191,35 @@ def test_plan_of_several_names_every_delta(place, capsys):
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("to", ["adapter", "model"])
+def test_an_earlier_result_is_replaced_when_asked(place, capsys, to):
+    merge(capsys, "--to", to, "--out", "out")
+    weights = next(Path("out").glob("*model.safetensors"))
+    before = weights.read_bytes()
+    command = ["merge", "--adapters", "a=1", "b=2", "--to", to, "--out", "out", "--quiet"]
+    assert run_command(command) == 2
+    assert "give --force" in capsys.readouterr().err and weights.read_bytes() == before
+    assert run_command([*command, "--force"]) == 0
+    assert weights.read_bytes() != before
+    assert sorted(path.name for path in place.iterdir()) == ["a", "b", "base", "out"]
+
+
+@pytest.mark.parametrize(
+    ("to", "out"),
+    [("adapter", "a"), ("adapter", "base"), ("model", "base"), ("adapter", "."), ("model", "mine")],
+)
+def test_what_is_no_such_result_or_is_read_is_never_replaced(place, capsys, to, out):
+    Path("mine").mkdir()
+    for marker in ("llmtune_merge.json", "llmtune_combined.json"):
+        Path("base", marker).write_text("{}")
+        Path("a", marker).write_text("{}")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    command = ["merge", "--adapters", "a=1", "b=2", "--to", to, "--out", out, "--force", "--quiet"]
+    assert run_command(command) == 2
+    assert "choose another --out" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
 def test_adapters_that_cannot_be_combined_are_refused(place, capsys):
     pair = ("--adapters", "a=1", "--adapters", "b=1")
     assert "at least two" in refused(capsys, "--adapters", "a=1")
