@@ -141,7 +141,8 @@ def _read_message(value: Any, index: int) -> Message:
     else:
         message.pop("tool_calls", None)
     where = f"{where} ({role})"
-    message["content"] = _read_content(value, where, has_calls="tool_calls" in message)
+    has_more = "tool_calls" in message or bool(reasoning and role == "assistant")
+    message["content"] = _read_content(value, where, has_more=has_more)
     _check_training_marks(message, where)
     return message
 
@@ -178,19 +179,20 @@ def _unknown_role(value: Mapping, role: Any, where: str) -> RowError:
     return RowError(f"{where}: {found}; expected one of {', '.join(ROLES)}{hint}", "role")
 
 
-def _read_content(value: Mapping, where: str, *, has_calls: bool) -> str:
+def _read_content(value: Mapping, where: str, *, has_more: bool) -> str:
+    """Return a message's text, which may be empty where the message has calls or reasoning."""
     content = value.get("content")
     if isinstance(content, list):
         content = _join_parts(content, where)
     if content is None:
-        if has_calls:
+        if has_more:
             return ""
         if "content" not in value:
             others = ", ".join(str(key) for key in value if key != "role") or "nothing else"
             raise RowError(f'{where} has no "content"; found {others}', "content")
         raise RowError(f"{where}: content is null; expected text", "content")
     content = check_text(content, f"{where}: content")
-    if not content.strip() and not has_calls and value["role"] in ("user", "assistant"):
+    if not content.strip() and not has_more and value["role"] in ("user", "assistant"):
         raise RowError(f"{where}: content is empty; expected text", "empty")
     return content
 

@@ -63,6 +63,7 @@ SUSPICION_WORDS = {
     "html": "HTML entities",
     "spaces": "answers with spaces around them",
     "refusal": "answers that refuse or speak of being an AI",
+    "no-answer": "turns of reasoning that no answer follows",
     "loop": "answers that repeat themselves",
     "turn-order": "turns in an odd order",
     "unanswered": "chats whose last turn is never answered",
@@ -78,6 +79,8 @@ def find_suspicions(conversation: Conversation) -> Iterator[tuple[str, str]]:
         yield from _look_at_text(message["content"], where)
         if message["role"] == "assistant":
             yield from _look_at_answer(message["content"], where)
+            if not message["content"].strip() and "tool_calls" not in message:
+                yield "no-answer", f"{where}: reasoning alone; the model learns to end after it"
     for name, text in (("prompt", conversation.prompt), ("text", conversation.text)):
         yield from _look_at_text(text, name)
     yield from _look_at_turns(conversation.messages)

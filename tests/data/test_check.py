@@ -236,3 +236,12 @@ def test_both_passes_over_the_rows_tell_how_far_they_are(tmp_path):
     config, read, compared = DataConfig(train=[{"path": path}]), [], []
     check_data(config, make_shape("chatml"), advance=read.append, compare=compared.append)
     assert sum(read) == sum(compared) == 30
+
+
+def test_reasoning_that_no_answer_follows_is_warned_of(tmp_path):
+    thinking = {"role": "assistant", "reasoning_content": "Hm.", "content": ""}
+    path = write_jsonl(tmp_path / "rows.jsonl", [*clean_rows(4), {"messages": [A, thinking]}])
+    report = check_data(DataConfig(train=[{"path": path}]), make_shape("qwen3"))
+    (finding,) = [finding for finding in report.findings if finding.kind == "no-answer"]
+    assert [place.line for place in finding.places] == [5]
+    assert report.is_ok

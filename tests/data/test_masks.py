@@ -86,6 +86,17 @@ def test_template_that_drops_thinking_gives_one_example_a_turn():
     assert "one example a turn" in row.notes[0]
 
 
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_turn_of_reasoning_alone_is_trained_as_rendered(content):
+    messages = make_turns("So?", "A fox.", "And then?", "x")
+    messages[3] |= {"reasoning_content": "It has a tail.", "content": content}
+    tokenizer = make_shape("qwen3")
+    row = label(tokenizer, messages)
+    assert trained_texts(tokenizer, row)[-1] == "<think>\nIt has a tail.\n</think>\n\n<|im_end|>"
+    refused = label(make_shape("chatml"), messages)
+    assert isinstance(refused, RowError) and "reasoning_content" in str(refused)
+
+
 def test_thinking_inside_content_is_trained_as_rendered():
     tokenizer = make_shape("qwen3")
     row = label(tokenizer, make_turns("So?", "<think>\nWell.\n</think>\n\nA fox."))
@@ -243,6 +254,7 @@ def chats(draw):
         answer = {"role": "assistant", "content": draw(TEXT)}
         if draw(st.integers(0, 3)) == 0:
             answer["reasoning_content"] = draw(TEXT)
+            answer["content"] = draw(st.sampled_from([answer["content"], ""]))
         messages.append(answer)
     return messages
 
