@@ -113,20 +113,23 @@ def find_checkpoint(
     Args:
         checkpoints_dir: where the run keeps its checkpoints.
         identity: what the run is made of, name to hash; must equal what the checkpoint recorded.
-        say: is told of every damaged checkpoint that is passed over.
+        say: is told of every damaged checkpoint that is passed over, and if none is whole.
 
     Raises:
         LlmtuneError: the checkpoint belongs to other data, another base or another config.
     """
     remove_unfinished(checkpoints_dir)
-    for checkpoint in list_checkpoints(checkpoints_dir):
+    found = list_checkpoints(checkpoints_dir)
+    for checkpoint in found:
         try:
             check_files(checkpoint)
         except DamagedCheckpointError as error:
-            say(f"{checkpoint} is damaged ({error}): falling back to the one before it")
+            say(f"{checkpoint} is damaged ({error}), so it is passed over")
             continue
         _check_identity(checkpoint, identity)
         return checkpoint
+    if found:
+        say(f"{checkpoints_dir} holds no whole checkpoint: training starts anew at step 0")
     return None
 
 
@@ -135,10 +138,17 @@ def read_progress(checkpoint: Path) -> dict:
     return json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))
 
 
-def remove_old_checkpoints(checkpoints_dir: Path, *, keep: int, best_step: int | None) -> None:
-    """Delete all but the `keep` newest checkpoints and the best one."""
-    for checkpoint in list_checkpoints(checkpoints_dir)[keep:]:
-        if step_of(checkpoint) != best_step:
+def remove_old_checkpoints(newest: Path, *, keep: int, best_step: int | None) -> None:
+    """Delete all but the `keep` newest checkpoints, of which `newest` is the last, and the best.
+
+    Those of later steps go too: they are damaged ones that the run passed over when it began, and
+    would otherwise be kept in the place of whole ones.
+    """
+    found = list_checkpoints(newest.parent)
+    later = [checkpoint for checkpoint in found if step_of(checkpoint) > step_of(newest)]
+    earlier = [checkpoint for checkpoint in found if checkpoint not in later]
+    for checkpoint in [*later, *earlier[keep:]]:
+        if checkpoint in later or step_of(checkpoint) != best_step:
             shutil.rmtree(checkpoint)
 
 

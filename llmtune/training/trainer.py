@@ -252,7 +252,7 @@ class AdapterTrainer(SFTTrainer):
             check_finite(self.model, self.state.global_step)
             write_checkpoint(target, self._write_files)
             remove_old_checkpoints(
-                context.run.checkpoints_dir,
+                target,
                 keep=context.config.keep_checkpoints,
                 best_step=context.totals.best_step,
             )

@@ -130,6 +130,24 @@ def test_training_falls_back_to_the_checkpoint_before_a_damaged_one(tmp_path, ca
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+def test_damaged_checkpoints_are_not_kept_in_the_place_of_whole_ones(tmp_path):
+    for step in (6, 8):
+        checkpoints.write_checkpoint(checkpoints.checkpoint_dir(tmp_path, step), write_some_files)
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"")
+    said = []
+    assert checkpoints.find_checkpoint(tmp_path, {"data": "d"}, said.append) is None
+    assert "checkpoint-8 is damaged" in said[0] and "checkpoint-6 is damaged" in said[1]
+    assert "no whole checkpoint: training starts anew" in said[2]
+    for step in (2, 4, 7):
+        newest = checkpoints.checkpoint_dir(tmp_path, step)
+        checkpoints.write_checkpoint(newest, write_some_files)
+        checkpoints.remove_old_checkpoints(newest, keep=2, best_step=2)
+        assert checkpoints.find_checkpoint(tmp_path, {"data": "d"}, print) == newest
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"checkpoint-{step}" for step in (2, 4, 7)
+    }
+
+
 def test_other_data_and_another_base_are_refused_by_name(tmp_path):
     run(tmp_path, max_steps=2)
     with pytest.raises(LlmtuneError, match="another base and another data"):
@@ -200,8 +218,9 @@ def write(directory):
     (directory / "llmtune.json").write_text(json.dumps({"identity": {"data": "d"}}))
 root = pathlib.Path(sys.argv[1])
 for step in range(1, 100_000):
-    checkpoint.write_checkpoint(checkpoint.checkpoint_dir(root, step), write)
-    checkpoint.remove_old_checkpoints(root, keep=2, best_step=None)
+    newest = checkpoint.checkpoint_dir(root, step)
+    checkpoint.write_checkpoint(newest, write)
+    checkpoint.remove_old_checkpoints(newest, keep=2, best_step=None)
     print(step, flush=True)
 """
 
