@@ -26,7 +26,7 @@ from llmtune.commands import (
     sequence,
 )
 from llmtune.commands.help import Chapters
-from llmtune.errors import LlmtuneError, RunInterrupted
+from llmtune.errors import INTERRUPTED, LlmtuneError, RunInterrupted
 from llmtune.version import __version__
 
 EXIT_BUG = 70
@@ -63,7 +63,7 @@ def run_command(arguments: Sequence[str]) -> int:
         _print_error(str(error))
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _print_error("interrupted; the same command goes on from what is saved")
+        _print_error(INTERRUPTED)
         return RunInterrupted.exit_code
     except (BrokenPipeError, SystemExit):  # click makes an exit of a broken pipe
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (the reader left: end in silence)

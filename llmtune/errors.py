@@ -1,5 +1,7 @@
 """The errors a user can cause or ask for; each carries the exit code its message ends with."""
 
+INTERRUPTED = "interrupted; the same command goes on from what is saved"
+
 
 class LlmtuneError(Exception):
     """The input is wrong: the message says what was given, what was expected and what to do."""

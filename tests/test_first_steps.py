@@ -124,6 +124,25 @@ def test_a_reader_that_leaves_early_ends_the_command_in_silence(project):
         assert process.wait() == 0
 
 
+STOPPED_AT_THE_DOOR = """
+import sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "llmtune.commands.merge":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stop())
+from llmtune.__main__ import main
+main()
+"""
+
+
+def test_ctrl_c_while_the_modules_are_read_is_one_line_too():
+    command = [sys.executable, "-c", STOPPED_AT_THE_DOOR]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: interrupted") and done.stderr.count("\n") == 1
+
+
 def test_a_name_with_a_space_is_quoted_in_what_to_do_next(capsys, project, tmp_path):
     out = tmp_path / "my config.yaml"
     assert run_command(["init", str(project.parent / "train.jsonl"), "--out", str(out)]) == 0
