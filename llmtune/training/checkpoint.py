@@ -57,8 +57,10 @@ def write_checkpoint(target_dir: Path, write_files: Callable[[Path], None]) -> N
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(_existing_parent(parent)).free
+        # torch and safetensors tell of a full disk in words of their own, and of no error number
+        reason = getattr(error, "strerror", None) or "a file could not be written to its end"
         raise LlmtuneError(
-            f"could not write the checkpoint {target_dir}: {error}. {free / 1e6:,.0f} MB are free "
+            f"could not write the checkpoint {target_dir}: {reason}. {free:,} bytes are free "
             "there. Earlier checkpoints are kept: make room (or choose another run_dir) and run "
             "the same command again to continue from the newest one."
         ) from error
