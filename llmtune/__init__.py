@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from llmtune.kernel_cache import limit_kernel_cache
 from llmtune.version import __version__
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ __all__ = [
     "train",
     "verify",
 ]
+
+# Here, because oneDNN reads it once, at the first product of a process, whoever asks for that:
+# a command, a script that imports llmtune, or a process that one of them starts.
+limit_kernel_cache()
 
 
 def __getattr__(name: str) -> Any:
