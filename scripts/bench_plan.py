@@ -1,10 +1,11 @@
 """Hold the planner's estimates against the measured peak and time of short trainings on the CPU.
 
 Every configuration trains in a process of its own, for four steps, on the quickstart's model (or a
-Qwen3 of random weights with its tokenizer) and rows made of its sentences. What counts is the
-largest resident memory of the process, imports and loading included, against the estimate that the
-train stage records before it loads the base; and the seconds of training, evaluation aside, against
-the plan's with the matrix products of this machine timed just before (`plan --measure`).
+Qwen3 of random weights with its tokenizer) and rows made of its sentences; the last one is the
+quickstart's own training, all of its steps. What counts is the largest resident memory of the
+process, imports and loading included, against the estimate that the train stage records before it
+loads the base; and the seconds of training, evaluation aside, against the plan's with the matrix
+products of this machine timed just before (`plan --measure`).
 
     python scripts/bench_plan.py [--json FILE] [--only NAME]
 """
@@ -31,7 +32,8 @@ TOLERANCE = 0.15
 class Case(NamedTuple):
     """One configuration: how long its rows are, and what it overrides."""
 
-    row_tokens: int
+    row_tokens: int | None
+    """None: the config's own rows and steps."""
     overrides: tuple[str, ...]
     family: str | None = None
     """A base of random weights of this family, in place of the quickstart's."""
@@ -64,6 +66,7 @@ CASES = {
     "qwen3 of 8 layers, 16-bit, rank 4, 2048 tokens x 1": Case(
         2048, (IN_16_BIT, "adapter.rank=4", *_fixed(1)), "qwen3"
     ),
+    "the quickstart, all of its steps": Case(None, ()),
 }
 
 
@@ -101,17 +104,11 @@ def _line(result: dict[str, Any]) -> str:
 
 def _measure(case: Case, config: str, sentences: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
-        made = list(_make_rows(sentences, case.row_tokens))
-        rows, others = (Path(directory) / name for name in ("rows.jsonl", "others.jsonl"))
-        rows.write_text("\n".join(made[:NUM_ROWS]) + "\n")
-        others.write_text("\n".join(made[NUM_ROWS:]) + "\n")
-        evaluation = f"[{{path: {others}}}]" if set(EVALUATED) <= set(case.overrides) else "[]"
-        overrides = [
-            *(f"run_dir={directory}/run", f"data.train=[{{path: {rows}}}]"),
-            *(f"data.evaluation={evaluation}", "data.max_length=null", "data.cache=false"),
-            *("train.eval_every=null", "train.save_every=100", "model.device=cpu"),
-            *(f"train.max_steps={STEPS}", "train.warmup_ratio=0", *case.overrides),
-        ]
+        short = []
+        if case.row_tokens is not None:
+            rows = list(_make_rows(sentences, case.row_tokens))
+            short = _short_training(rows, Path(directory), set(case.overrides))
+        overrides = [f"run_dir={directory}/run", "model.device=cpu", *short, *case.overrides]
         if case.family:
             base = str(Path(directory) / "base")
             _run(["--train", "make", case.family, config, base])
@@ -128,6 +125,20 @@ def _measure(case: Case, config: str, sentences: Path) -> dict[str, Any]:
         **result["estimate"],
         "choices": result["choices"],
     }
+
+
+def _short_training(made: list[str], directory: Path, overrides: set[str]) -> list[str]:
+    """Write the rows and return the settings that train on them for a few steps."""
+    rows, others = (directory / name for name in ("rows.jsonl", "others.jsonl"))
+    rows.write_text("\n".join(made[:NUM_ROWS]) + "\n")
+    others.write_text("\n".join(made[NUM_ROWS:]) + "\n")
+    evaluation = f"[{{path: {others}}}]" if set(EVALUATED) <= overrides else "[]"
+    return [
+        *(f"data.train=[{{path: {rows}}}]", f"data.evaluation={evaluation}"),
+        *("data.max_length=null", "data.cache=false"),
+        *("train.eval_every=null", "train.save_every=100"),
+        *(f"train.max_steps={STEPS}", "train.warmup_ratio=0"),
+    ]
 
 
 def _run(arguments: list[str]) -> str:

@@ -16,7 +16,7 @@ from llmtune.memory import (
 )
 from llmtune.models.config import QuantizationConfig
 from llmtune.planning.activations import Adapted, activation_cost, merged_expert_bytes
-from llmtune.planning.kernels import count_stacks, kernel_bytes
+from llmtune.planning.kernels import advise_capacity, count_sizes, kernel_bytes
 from llmtune.planning.shape import ModelShape
 from llmtune.planning.weights import base_bytes, trained_bytes
 
@@ -75,6 +75,8 @@ class MemoryEstimate:
     """With this many layers recomputed, workspace included."""
     memory_bytes: int
     """What the device has."""
+    notice: str | None = None
+    """What the user should know of it before starting."""
 
     @property
     def total_bytes(self) -> int:
@@ -112,16 +114,14 @@ def estimate_memory(work: Workload, device_type: str, memory_bytes: int) -> Memo
         # One micro-batch a step: gradients come while activations go.
         kept = sum(components[name] for name in ACTIVATIONS if name in components)
         components["gradients"] = max(fixed["gradients"] - kept, 0)
+    notice = None
     if device_type == "cpu" and work.element_bytes < FLOAT32:
-        components["compiled kernels"] = kernel_bytes(
-            work.shape,
+        num_sizes = count_sizes(work.shape, tokens, longest=work.rows.longest)
+        notice = advise_capacity(num_sizes)
+        components["compiled kernels"], components["dropped kernels"] = kernel_bytes(
+            num_sizes,
             micro_batches=_count_micro_batches(work, tokens),
-            stacks=count_stacks(
-                work.num_tokens,
-                longest=work.rows.longest,
-                num_lengths=work.num_lengths,
-                heads=work.shape.heads,
-            ),
+            num_lengths=work.num_lengths,
         )
     components["workspace"] = _workspace_bytes(components, device_type)
     return MemoryEstimate(
@@ -132,6 +132,7 @@ def estimate_memory(work: Workload, device_type: str, memory_bytes: int) -> Memo
         layers=work.shape.layers,
         bytes_a_token=cost.bytes_a_token(plan.recomputed_layers),
         memory_bytes=memory_bytes,
+        notice=notice,
     )
 
 
@@ -142,7 +143,9 @@ def _workspace_bytes(components: Mapping[str, int], device_type: str) -> int:
     NF4 runs, in which activations, kernels and gradients came and went. A GPU: temporaries of the
     backward pass and blocks that its allocator cannot reuse; assumed.
     """
-    whole = {"runtime", "base"} if device_type == "cpu" else set(components) - set(ACTIVATIONS)
+    whole = {"runtime", "base", "dropped kernels"}
+    if device_type != "cpu":
+        whole = set(components) - set(ACTIVATIONS)
     varying = sum(size for name, size in components.items() if name not in whole)
     return round((WORKSPACE_FACTOR - 1) * varying)
 

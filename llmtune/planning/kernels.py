@@ -1,57 +1,76 @@
 """What a CPU keeps of compiled matrix products: oneDNN makes a kernel for every new shape.
 
-oneDNN compiles a 16-bit product for its very sizes and keeps the last 1,024 of them (its primitive
-cache; ONEDNN_PRIMITIVE_CACHE_CAPACITY changes that). Rows differ in length, so almost every
-micro-batch brings its own sizes. float32 products go elsewhere and keep nothing.
+A 16-bit product is compiled for its very sizes, and the last ones are kept (`llmtune.kernel_cache`
+says how many). Rows differ in length, so almost every micro-batch brings its own sizes, and a few
+of them fill the cache; what is dropped leaves holes in the heap. float32 products go elsewhere and
+keep nothing.
 """
 
 import math
-import os
+from typing import NamedTuple
 
+from llmtune.kernel_cache import VARIABLES, read_capacity
 from llmtune.planning.shape import ModelShape
 
+FLOAT32 = 4
 KERNEL_BYTES = 580_000
-"""Of one product: 0.53 to 0.58 MiB allocated for each of 100 to 200 new shapes, five kinds of
-product (torch 2.13, AVX-512 with bf16)."""
-CAPACITY = 1024
-CAPACITY_VARIABLE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+"""Of one product: 0.52 to 0.58 MiB allocated for each of 100 new shapes, eight kinds of product
+(torch 2.13, AVX-512 with bf16)."""
+PLACES = 1000
+"""Dropped kernels whose memory stays, as holes of the heap. Fitted to the quickstart's 60 steps
+(some 3,000 sizes), whose peak was 2,719 MiB with 1,024 kernels kept and 2,313 with 256; runs of 600
+sizes took as much with 256 as with 1,024."""
 PRODUCTS_A_LINEAR = 8
 """Output and gradient of the input; of the adapter two forward and four backward."""
 PRODUCTS_A_STACK = 5
 """Attention in 16 bits: probabilities times values, and four backward."""
 TILE_TOKENS = 128
 STACK_BYTES = 3 << 19
-"""Attention computes short tiles together up to these bytes of scores (`ops/tiled_attention`)."""
+"""Attention computes tiles of short rows together up to these bytes of scores; those of a long row
+count as one each (`ops/tiled_attention`)."""
 
 
-def kernel_bytes(shape: ModelShape, *, micro_batches: int | None, stacks: int | None) -> int:
-    """Return the bytes of the kernels kept after so many micro-batches.
+class KernelBytes(NamedTuple):
+    """What kernels take after a number of micro-batches."""
 
-    `stacks` are the different sizes of attention's products in them; None is more than the cache
-    holds.
+    kept: int
+    dropped: int
+    """Of those that are no longer kept."""
+
+
+def kernel_bytes(
+    num_sizes: int, *, micro_batches: int | None, num_lengths: int | None
+) -> KernelBytes:
+    """Return what the kernels of so many micro-batches take, each with `num_sizes` products.
+
+    `micro_batches` None is a long run. Rows of one length bring the same sizes again.
     """
-    given = os.environ.get(CAPACITY_VARIABLE, "")
-    capacity = int(given) if given.isdecimal() else CAPACITY
-    if micro_batches is None or stacks is None:
-        return capacity * KERNEL_BYTES
-    linears = PRODUCTS_A_LINEAR * len(set(shape.linear.values()))
-    return min(micro_batches * linears + PRODUCTS_A_STACK * stacks, capacity) * KERNEL_BYTES
+    capacity = read_capacity()
+    compiled = capacity + PLACES
+    if micro_batches is not None:
+        compiled = (1 if num_lengths == 1 else micro_batches) * num_sizes
+    return KernelBytes(
+        kept=min(compiled, capacity) * KERNEL_BYTES,
+        dropped=min(max(compiled - capacity, 0), PLACES) * KERNEL_BYTES,
+    )
 
 
-def count_stacks(
-    num_tokens: int | None, *, longest: int, num_lengths: int | None, heads: int
-) -> int | None:
-    """Return how many sizes attention's products have; None if nothing is known of the rows.
+def count_sizes(shape: ModelShape, tokens: int, *, longest: int) -> int:
+    """Return how many different products a micro-batch has at most; its layers share them."""
+    stacked = 1
+    if longest <= TILE_TOKENS:
+        stacked = max(1, STACK_BYTES // (shape.heads * TILE_TOKENS**2 * FLOAT32))
+    stacks = math.ceil(tokens / (stacked * TILE_TOKENS))
+    return PRODUCTS_A_LINEAR * len(set(shape.linear.values())) + PRODUCTS_A_STACK * stacks
 
-    Short rows share a tile of TILE_TOKENS, and such tiles are stacked; the tiles of a long row
-    follow its length, each alone.
-    """
-    if longest > TILE_TOKENS:
-        known = [] if num_lengths is None else [num_lengths * math.ceil(longest / TILE_TOKENS)]
-        stacked = 1
-    else:
-        known = [TILE_TOKENS]
-        stacked = max(1, STACK_BYTES // (heads * TILE_TOKENS**2 * 4))
-    if num_tokens is not None:
-        known.append(math.ceil(num_tokens / (stacked * TILE_TOKENS)))
-    return min(known, default=None)
+
+def advise_capacity(num_sizes: int) -> str | None:
+    """Return what to set where the layers of one micro-batch cannot share their products."""
+    capacity = read_capacity()
+    if num_sizes <= capacity:
+        return None
+    return (
+        f"a micro-batch has up to {num_sizes} different matrix products, and oneDNN keeps "
+        f"{capacity} compiled ones, so every layer compiles its own: "
+        f"export {VARIABLES[0]}={2 ** math.ceil(math.log2(num_sizes))}"
+    )

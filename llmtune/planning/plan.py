@@ -128,11 +128,13 @@ def make_plan(request: PlanRequest) -> Plan:
             *([] if memory.fits else advise_memory(request, shape, rows)),
             *([] if disk.fits else [advise_disk(request, disk)]),
         ),
-        notices=tuple(_notices(base, rows)),
+        notices=tuple(_notices(base, rows, memory)),
     )
 
 
-def _notices(base: BaseNumbers, rows: RowFacts) -> Iterator[str]:
+def _notices(base: BaseNumbers, rows: RowFacts, memory: MemoryEstimate) -> Iterator[str]:
+    if memory.notice:
+        yield memory.notice
     positions = base.config.get("max_position_embeddings")
     if isinstance(positions, int) and rows.longest > positions:
         yield (

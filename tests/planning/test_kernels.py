@@ -1,18 +1,14 @@
-"""On a CPU compiled kernels are kept until their cache is full; float32 and GPUs keep none."""
+"""On a CPU compiled kernels take memory until a run is long; float32 and GPUs keep none."""
 
 import json
 from dataclasses import replace
 
 import pytest
 
+from llmtune.kernel_cache import CAPACITY, VARIABLES
+from llmtune.memory import RowSizes
 from llmtune.planning.estimate import estimate_memory
-from llmtune.planning.kernels import (
-    CAPACITY,
-    CAPACITY_VARIABLE,
-    KERNEL_BYTES,
-    count_stacks,
-    kernel_bytes,
-)
+from llmtune.planning.kernels import KERNEL_BYTES, PLACES, count_sizes, kernel_bytes
 from llmtune.planning.shape import read_shape
 from tests.planning.shapes import small_config
 from tests.planning.test_speed import make_workload
@@ -22,7 +18,9 @@ NAME = "compiled kernels"
 
 @pytest.fixture(autouse=True)
 def own_capacity(monkeypatch):
-    monkeypatch.delenv(CAPACITY_VARIABLE, raising=False)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(VARIABLES[0], str(CAPACITY))
 
 
 @pytest.fixture
@@ -31,30 +29,43 @@ def shape():
     return read_shape(json.loads(json.dumps(config)), "here")
 
 
-def test_every_micro_batch_adds_its_products(shape):
+def count(num_sizes=42, *, micro_batches, num_lengths=40):
+    """Return the kernels kept and those dropped."""
+    taken = kernel_bytes(num_sizes, micro_batches=micro_batches, num_lengths=num_lengths)
+    return tuple(size // KERNEL_BYTES for size in taken)
+
+
+def test_a_micro_batch_has_the_products_of_its_linears_and_of_its_attention(shape):
     # sizes: q and o 64 x 64, k and v 32 x 64, gate and up 128 x 64, down 64 x 128
-    assert kernel_bytes(shape, micro_batches=3, stacks=2) == (3 * 8 * 4 + 5 * 2) * KERNEL_BYTES
+    assert count_sizes(shape, 200, longest=200) == 8 * 4 + 5 * 2
+    assert count_sizes(shape, 1024, longest=1024) == 8 * 4 + 5 * 8
 
 
-def test_a_long_run_fills_the_cache_and_no_more(shape):
-    assert kernel_bytes(shape, micro_batches=10_000, stacks=2) == CAPACITY * KERNEL_BYTES
-    assert kernel_bytes(shape, micro_batches=None, stacks=2) == CAPACITY * KERNEL_BYTES
+def test_tiles_of_short_rows_are_computed_together(shape):
+    # of four heads' scores, 256 KiB a tile
+    assert count_sizes(shape, 1024, longest=128) == 8 * 4 + 5 * 2
 
 
-def test_a_smaller_cache_is_counted_as_set(shape, monkeypatch):
-    monkeypatch.setenv(CAPACITY_VARIABLE, "64")
-    assert kernel_bytes(shape, micro_batches=None, stacks=None) == 64 * KERNEL_BYTES
+def test_every_micro_batch_adds_its_products():
+    assert count(micro_batches=3) == (3 * 42, 0)
 
 
-def test_sizes_of_attention_that_come_again_are_counted_once():
-    def count(num_tokens, longest, num_lengths):
-        return count_stacks(num_tokens, longest=longest, num_lengths=num_lengths, heads=9)
+def test_rows_of_one_length_need_the_same_products_again():
+    assert count(micro_batches=3, num_lengths=1) == (42, 0)
 
-    assert count(1000, 300, 40) == 8
-    assert count(10**6, 300, 40) == 3 * 40
-    assert count(1000, 100, 40) == 4  # two tiles of nine heads' scores are computed together
-    assert count(10**6, 100, 40) == 128
-    assert count(None, 300, None) is None
+
+def test_what_the_cache_drops_stays_in_the_heap_up_to_a_number_of_places():
+    assert count(micro_batches=10) == (CAPACITY, 420 - CAPACITY)
+    assert count(micro_batches=10_000) == (CAPACITY, PLACES)
+    assert count(micro_batches=None) == (CAPACITY, PLACES)
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_the_users_own_cache_is_counted_as_set(monkeypatch, name):
+    for each in VARIABLES:
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "64")
+    assert count(micro_batches=None) == (64, PLACES)
 
 
 def test_only_16_bit_products_of_a_cpu_keep_kernels():
@@ -64,13 +75,37 @@ def test_only_16_bit_products_of_a_cpu_keep_kernels():
     assert NAME not in estimate_memory(replace(work, element_bytes=4), "cpu", 2**36).components
 
 
-def test_more_steps_keep_more_up_to_the_cache():
+def test_more_steps_take_more_until_every_place_is_taken():
     work = make_workload("qwen3-0.6b")
-    sizes = [
+    estimates = [
         estimate_memory(
             replace(work, steps=steps, num_tokens=steps and 1000 * steps), "cpu", 2**35
-        ).components[NAME]
+        ).components
         for steps in (1, 5, 500, None)
     ]
-    assert sizes == sorted(sizes)
-    assert sizes[0] < sizes[1] < sizes[2] == sizes[3] == CAPACITY * KERNEL_BYTES
+    taken = [each[NAME] + each.get("dropped kernels", 0) for each in estimates]
+    assert taken == sorted(taken)
+    assert taken[0] < taken[1] < taken[2] == taken[3]
+
+
+def test_the_holes_of_dropped_kernels_have_no_workspace_of_their_own():
+    work = make_workload("qwen3-0.6b")
+    short, long = (
+        estimate_memory(replace(work, steps=steps, num_tokens=steps * 1000), "cpu", 2**35)
+        for steps in (5, 500)
+    )
+    assert short.components[NAME] == long.components[NAME]
+    assert short.components["workspace"] == long.components["workspace"]
+
+
+def test_a_micro_batch_of_more_products_than_are_kept_is_told_how_to_keep_them():
+    def notice(tokens, device="cpu", element_bytes=2):
+        rows = RowSizes(tokens, tokens)
+        work = replace(make_workload("qwen3-0.6b"), rows=rows, element_bytes=element_bytes)
+        return estimate_memory(work, device, 2**40).notice
+
+    assert notice(2048) is None
+    # five sizes of linears, 64 tiles of attention
+    assert f"{5 * 8 + 64 * 5} different matrix products" in notice(8192)
+    assert notice(8192).endswith(f"{VARIABLES[0]}=512")
+    assert notice(8192, device="cuda") is notice(8192, element_bytes=4) is None
