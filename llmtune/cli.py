@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import click
 from rich.console import Console
@@ -52,7 +52,8 @@ def run_command(arguments: Sequence[str]) -> int:
     _prepare_process()
     try:
         # A command that asks click to exit makes this call return its exit code.
-        code = cli(list(arguments), prog_name="llmtune", standalone_mode=False)
+        with _interruptions_seen():
+            code = cli(list(arguments), prog_name="llmtune", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return LlmtuneError.exit_code
@@ -110,6 +111,20 @@ for commands in COMMANDS.values():
 cli.chapters = {
     title: [str(command.name) for command in commands] for title, commands in COMMANDS.items()
 }
+
+
+@contextlib.contextmanager
+def _interruptions_seen() -> Iterator[None]:
+    """Take for a Ctrl-C what a library made of one: a lazy import that it broke off, mostly."""
+    try:
+        yield
+    except Exception as error:
+        origin: BaseException | None = error
+        while origin is not None:
+            if isinstance(origin, KeyboardInterrupt):
+                raise origin from None
+            origin = origin.__cause__ or origin.__context__
+        raise
 
 
 def _plain_usage(error: click.ClickException) -> str:

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from llmtune.cli import cli, run_command
+from llmtune.errors import LlmtuneError
 from tests.project import make_project
 
 
@@ -141,6 +142,22 @@ def test_ctrl_c_while_the_modules_are_read_is_one_line_too():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 3
     assert done.stderr.startswith("error: interrupted") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [ModuleNotFoundError, LlmtuneError])
+def test_a_ctrl_c_that_a_library_made_another_error_of_is_still_one(
+    kind, capsys, tmp_path, monkeypatch
+):
+    def broken_off(_directory):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise kind("Could not import module 'BloomPreTrainedModel'") from error
+
+    monkeypatch.setattr("llmtune.run_list.list_runs", broken_off)
+    assert run_command(["runs", str(tmp_path)]) == 3
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: interrupted") and "\n" not in said
 
 
 def test_a_name_with_a_space_is_quoted_in_what_to_do_next(capsys, project, tmp_path):
