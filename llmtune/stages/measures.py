@@ -1,6 +1,5 @@
 """What an evaluation can measure: each entry of MEASURES plans what of it is still missing."""
 
-import gc
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from llmtune.models.identity import base_fingerprint
 from llmtune.run_dir import atomic_write_json
 from llmtune.scoring.batches import position_limit
 from llmtune.stages import side_by_side
+from llmtune.stages.memory import release_memory
 from llmtune.targets import Target
 
 log = logging.getLogger("llmtune")
@@ -90,7 +90,7 @@ class Evaluation:
     def load_merged(self) -> ScoredModel:
         """Give the base's memory back and load the merged model in its place."""
         self._live = self.subject = None
-        gc.collect()
+        release_memory()
         return load_live(self._target, "merged").scored
 
     def score(self, plan: ArmPlan) -> None:
