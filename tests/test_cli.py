@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -193,24 +192,22 @@ def test_a_missing_base_gives_both_readings(config, capsys):
     assert not (config.parent / "run").exists()
 
 
-def test_a_hub_id_while_offline_fails_within_five_seconds(config):
-    """In a process of its own, with the hub client believing it is online."""
-    started = time.monotonic()
+def test_a_hub_id_while_offline_is_one_clear_error(config):
+    """In a process of its own, with the hub client believing it is online.
+
+    That it is given up within five seconds is tested with the look-up, without the imports.
+    """
     program = (
-        "import sys, tests.conftest as c, socket\n"
+        "import sys, tests.conftest as c, os, socket\n"
         "socket.socket.connect = c._connect_locally\n"
+        "del os.environ['HF_HUB_OFFLINE']\n"
         "from llmtune.cli import run_command\n"
         f"sys.exit(run_command(['train', {str(config)!r}, 'model.base=org/name', '-q']))"
     )
-    import os
-
-    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "org/name" in done.stderr and "Traceback" not in done.stderr
-    assert time.monotonic() - started < 45  # 5 s for the hub, the rest for Python on a busy machine
+    assert "hub could not be reached" in done.stderr and "offline mode" not in done.stderr
 
 
 def test_an_unknown_key_names_file_line_and_nearest(config, capsys):
@@ -319,7 +316,7 @@ def test_a_disk_that_is_full_leaves_a_clear_line(config, capsys, tmp_path, comma
         assert "space" in said or "disk" in said
         assert not (small / "run" / "adapter").exists()
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", "-l", str(small)], check=True)
 
 
 def test_an_empty_training_file_is_refused(config, capsys):

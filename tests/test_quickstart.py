@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -104,12 +103,10 @@ def test_stock_libraries_load_adapter_and_merged_model(run_dir):
 
 def test_a_second_call_skips_what_is_finished(run_dir):
     before = json.loads((run_dir / "manifest.json").read_text())["stages"]
-    started = time.monotonic()
     done = quickstart(run_dir)
     assert done.returncode == 0, done.stderr
     assert json.loads((run_dir / "manifest.json").read_text())["stages"] == before
     assert done.stderr.count("skipped") == 3
-    assert time.monotonic() - started < 120
 
 
 def test_the_smoke_recipe_runs_with_the_network_blocked(tmp_path):

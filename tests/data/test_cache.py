@@ -146,7 +146,7 @@ def test_two_processes_share_the_cache(tmp_path):
     workers = [context.Process(target=_prepare_many, args=(path, queue)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    found = [queue.get(timeout=120) for _ in workers]
+    found = [queue.get(timeout=300) for _ in workers]
     for worker in workers:
         worker.join()
     assert found[0] == found[1] and len(set(found[0])) == 2

@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 
@@ -216,7 +215,7 @@ def test_a_bad_row_of_a_file_that_both_splits_share_is_one_finding(tmp_path):
 
 
 @without_torch
-def test_check_needs_no_torch_and_is_quick(tmp_path):
+def test_check_needs_no_torch(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", clean_rows(50))
     code = f"""
         import sys
@@ -226,9 +225,7 @@ def test_check_needs_no_torch_and_is_quick(tmp_path):
         check_data(DataConfig(train=[{{"path": {path!r}}}]), make_shape("chatml"))
         assert not {{"torch", "datasets", "trl", "peft"}} & set(sys.modules)
     """
-    started = time.monotonic()
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
-    assert time.monotonic() - started < 20
 
 
 def test_both_passes_over_the_rows_tell_how_far_they_are(tmp_path):

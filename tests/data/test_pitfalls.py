@@ -53,14 +53,14 @@ FILES = {
     "healthy": (GOOD, []),
 }
 PROGRAM = """
-import contextlib, io, json, sys, time
+import contextlib, io, json, sys
 from llmtune.cli import run_command
 for line in sys.stdin:
-    out, started = io.StringIO(), time.perf_counter()
+    out = io.StringIO()
     with contextlib.redirect_stdout(out):
         code = run_command(["data", "check", *json.loads(line), "--quiet"])
     heavy = sorted({"torch", "datasets", "peft", "trl"} & set(sys.modules))
-    print(json.dumps([code, out.getvalue(), time.perf_counter() - started, heavy]), flush=True)
+    print(json.dumps([code, out.getvalue(), heavy]), flush=True)
 """
 
 
@@ -87,13 +87,11 @@ def checked(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FILES)
 def test_what_others_accept_is_refused_by_file_and_line_without_torch(checked, name):
-    code, said, seconds, heavy = checked[name]
+    code, said, heavy = checked[name]
     words = FILES[name][1]
     assert code == (1 if words else 0), said
     assert all(word in said for word in words), said
     assert heavy == ([] if IS_CURRENT else ["torch"])
-    if name != next(iter(FILES)):  # the first call also imports the tokenizer library
-        assert seconds < 2
 
 
 @pytest.mark.parametrize("policy", ["drop", "truncate-prompt"])

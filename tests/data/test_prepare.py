@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from llmtune.data import collect
 from llmtune.data.collect import iter_chunks
 from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.data.example import IGNORE_INDEX, ExampleTableBuilder
+from llmtune.data.masks import Labeller
 from llmtune.data.prepare import prepare_examples
 from llmtune.data.rows import open_source
 from llmtune.errors import LlmtuneError
@@ -363,12 +365,35 @@ def peak_while_preparing(path) -> int:
         tracemalloc.stop()
 
 
-def test_memory_of_preparing_does_not_grow_with_the_tokens(tmp_path):
+def test_no_more_chunks_are_in_flight_than_said(tmp_path, monkeypatch):
+    """What is read, rendered and tokenized and not yet written: the memory that is in use."""
+    in_flight, most = [], []
+
+    def start(self, rows):
+        in_flight.append(len(rows))
+        most.append(len(in_flight))
+        return start_rows(self, rows)
+
+    def finish(self, pending):
+        in_flight.pop()
+        return finish_rows(self, pending)
+
+    start_rows, finish_rows = Labeller.start, Labeller.finish
+    monkeypatch.setattr(Labeller, "start", start)
+    monkeypatch.setattr(Labeller, "finish", finish)
+    monkeypatch.setattr(collect, "CHUNK_ROWS", 4)
+    prepare(train=[{"path": write_jsonl(tmp_path / "rows.jsonl", rows(60))}], cache=False)
+    assert len(most) == 15 and max(most) == collect.CHUNKS_AHEAD + 1 and not in_flight
+
+
+def test_memory_of_preparing_does_not_grow_with_the_tokens(tmp_path, monkeypatch):
     """A row takes under 200 bytes; its 300 tokens would take 10,000 as lists of numbers.
 
-    Both counts fill every chunk that is in flight at once, whose own memory is the same in both.
+    One chunk at a time: how many of those that may be in flight hold their tokens at one moment
+    is chance.
     """
-    counts = (6000, 24_000)
+    monkeypatch.setattr(collect, "CHUNKS_AHEAD", 0)
+    counts = (2000, 8000)
     paths = [tmp_path / f"{count}.jsonl" for count in counts]
     for path, count in zip(paths, counts, strict=True):
         write_jsonl(path, [row(f"question {i}", "word number one " * 25) for i in range(count)])

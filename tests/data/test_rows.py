@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import lzma
-import time
 import tracemalloc
 
 import pyarrow as pa
@@ -72,11 +71,11 @@ FILES = {
     "a.tsv": as_csv(ROWS, "\t"),
     "a.parquet": as_parquet(ROWS),
     "a.arrow": as_arrow(ROWS),
-    "a.jsonl.gz": gzip.compress(JSONL),
+    "a.jsonl.gz": gzip.compress(JSONL, mtime=0),
     "a.jsonl.bz2": bz2.compress(JSONL),
     "a.csv.xz": lzma.compress(as_csv(ROWS)),
     "a.jsonl.zst": pa.compress(JSONL, codec="zstd", asbytes=True),
-    "a.parquet.gz": gzip.compress(as_parquet(ROWS)),
+    "a.parquet.gz": gzip.compress(as_parquet(ROWS), mtime=0),
 }
 
 
@@ -234,11 +233,9 @@ def test_hub_ids_are_told_from_files(tmp_path, monkeypatch):
     assert not is_hub_id("org/name")
 
 
-def test_hub_that_cannot_be_reached_is_an_error_with_both_readings_at_once(monkeypatch):
-    started = time.monotonic()
+def test_hub_that_cannot_be_reached_is_an_error_with_both_readings():
     with pytest.raises(LlmtuneError, match="no such file here, and as a data set of the hub"):
         load("org/name")
-    assert time.monotonic() - started < 5
 
 
 GOOD = {

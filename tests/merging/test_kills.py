@@ -1,11 +1,12 @@
 """Whenever a merge is killed, what stands there is nothing, or the whole merged model."""
 
+import itertools
 import multiprocessing
 import os
-import random
+import shutil
 import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from llmtune.merging.merge import merge_adapter
 from tests.merging.adapters import make_adapter, make_base
 
 NUM_KILLS = 10
-SECONDS_A_TILE = 0.004
+FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.")
 
 
 @pytest.fixture(scope="module")
@@ -28,25 +29,41 @@ def made(tmp_path_factory) -> Path:
     return place
 
 
-def merge_slowly(made: Path, out_dir: Path) -> None:
-    """Merge in many tiles, each after a pause; runs in a process of its own."""
+def merge_until(made: Path, out_dir: Path, fatal: int, reached, options: dict) -> None:
+    """Merge in many tiles, and die at moment `fatal`; runs in a process of its own.
+
+    A moment is a tile, or a call that opens, makes, renames or removes a file: told by their
+    number, and not by a clock, the kills fall on the same places on every machine.
+    """
     tiling.TILE_ELEMENTS = 64 * 64
     merge_tile = tiles.TensorMerger.merge_tile
+    moments = itertools.count(1)
 
-    def slow(self, *tile):
-        time.sleep(SECONDS_A_TILE)
+    def pass_moment() -> None:
+        reached.value = moment = next(moments)
+        if moment == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(self, *tile):
+        pass_moment()
         return merge_tile(self, *tile)
 
-    tiles.TensorMerger.merge_tile = slow
+    tiles.TensorMerger.merge_tile = counted
     torch.set_num_threads(1)
-    merge_adapter(made / "base", made / "adapter", out_dir, num_threads=1)
+    sys.addaudithook(lambda event, _: event.startswith(FILE_EVENTS) and pass_moment())
+    merge_adapter(made / "base", made / "adapter", out_dir, num_threads=1, **options)
 
 
-def start(made: Path, out_dir: Path) -> multiprocessing.Process:
+def run(made: Path, out_dir: Path, fatal: int = 0, **options) -> int:
+    """Merge in a process that dies at moment `fatal`; return the moments it had."""
     # a fork: the libraries are loaded already, so that every kill falls into the merge
-    process = multiprocessing.get_context("fork").Process(target=merge_slowly, args=(made, out_dir))
+    context = multiprocessing.get_context("fork")
+    reached = context.RawValue("i", 0)
+    process = context.Process(target=merge_until, args=(made, out_dir, fatal, reached, options))
     process.start()
-    return process
+    process.join(timeout=600)
+    assert process.exitcode == 0 or (fatal and process.exitcode == -signal.SIGKILL)
+    return reached.value
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -58,55 +75,47 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(made) -> tuple[dict[str, bytes], float]:
-    """What a merge that nobody kills leaves, and how long it takes."""
-    started = time.monotonic()
-    process = start(made, made / "whole")
-    process.join(timeout=60)
-    assert process.exitcode == 0
-    return contents(made / "whole"), time.monotonic() - started
+def whole(made) -> dict[str, bytes]:
+    """What a merge that nobody kills leaves; what is loaded on first use is loaded after it."""
+    merge_adapter(made / "base", made / "adapter", made / "whole")
+    return contents(made / "whole")
 
 
-def test_killed_at_ten_random_moments_it_restarts_clean(made, whole, tmp_path):
-    expected, seconds = whole
-    moments = random.Random(0)
-    out, num_unfinished = tmp_path / "out", 0
-    for _ in range(NUM_KILLS):
-        process = start(made, out)
-        time.sleep(moments.uniform(0, seconds))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join(timeout=10)
-        if out.exists():  # the kill came after the rename: then it is whole
-            assert contents(out) == expected
-            for path in out.iterdir():
-                path.unlink()
-            out.rmdir()
+def test_killed_at_ten_moments_it_restarts_clean(made, whole, tmp_path):
+    moments = run(made, tmp_path / "out")
+    assert moments > 10 * NUM_KILLS
+    num_unfinished = 0
+    # Three lie around the rename at the end, the others are spread over the whole merge.
+    spread = [1 + moments * kill // NUM_KILLS for kill in range(NUM_KILLS - 3)]
+    for fatal in (*spread, moments - 4, moments - 2, moments):
+        place = tmp_path / str(fatal)
+        run(made, place / "out", fatal)
+        if (place / "out").exists():  # the kill came after the rename: then it is whole
+            assert contents(place / "out") == whole
         else:
             num_unfinished += 1
+        merge_adapter(made / "base", made / "adapter", place / "out", overwrite=True)
+        assert contents(place / "out") == whole
+        assert list(place.iterdir()) == [place / "out"]  # nothing is left of the killed one
     assert num_unfinished > NUM_KILLS // 2
-    merge_adapter(made / "base", made / "adapter", out)
-    assert contents(out) == expected
-    assert list(tmp_path.iterdir()) == [out]  # nothing is left of the killed ones
 
 
 def test_killed_while_replacing_it_leaves_the_old_or_the_new_model(made, whole, tmp_path):
-    out = tmp_path / "out"
-    merge_adapter(made / "base", made / "adapter", out, strength=0.5)
-    old = contents(out)
-    process = multiprocessing.get_context("fork").Process(
-        target=merge_adapter,
-        args=(made / "base", made / "adapter", out),
-        kwargs={"overwrite": True},
-    )
-    process.start()
-    time.sleep(random.Random(1).uniform(0, 0.1))
-    process.kill()
-    process.join(timeout=10)
-    if out.exists():
-        assert contents(out) in (old, whole[0])
-    merge_adapter(made / "base", made / "adapter", out, overwrite=True)
-    assert contents(out) == whole[0]
-    assert list(tmp_path.iterdir()) == [out]
+    merge_adapter(made / "base", made / "adapter", tmp_path / "old", strength=0.5)
+    old, found = contents(tmp_path / "old"), []
+    shutil.copytree(tmp_path / "old", tmp_path / "out")
+    moments = run(made, tmp_path / "out", overwrite=True)
+    for fatal in (moments // 2, *range(moments - 12, moments + 1, 2)):
+        place = tmp_path / str(fatal)
+        shutil.copytree(tmp_path / "old", place / "out")
+        run(made, place / "out", fatal, overwrite=True)
+        if (place / "out").exists():
+            found.append(contents(place / "out"))
+            assert found[-1] in (old, whole)
+        merge_adapter(made / "base", made / "adapter", place / "out", overwrite=True)
+        assert contents(place / "out") == whole
+        assert list(place.iterdir()) == [place / "out"]
+    assert old in found and whole in found
 
 
 def test_disk_of_a_few_kilobytes_is_an_error_and_stays_empty(made, tmp_path):
@@ -120,7 +129,7 @@ def test_disk_of_a_few_kilobytes_is_an_error_and_stays_empty(made, tmp_path):
             merge_adapter(made / "base", made / "adapter", small / "out")
         assert not list(small.iterdir())
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", "-l", str(small)], check=True)
 
 
 def test_disk_that_fills_on_the_way_is_an_error_and_stays_empty(made, tmp_path, monkeypatch):
@@ -136,4 +145,4 @@ def test_disk_that_fills_on_the_way_is_an_error_and_stays_empty(made, tmp_path, 
             merge_adapter(made / "base", made / "adapter", small / "out")
         assert not list(small.iterdir())
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", "-l", str(small)], check=True)

@@ -1,7 +1,6 @@
 """What a plan cannot be made for is one line that says what was given and what to do."""
 
 import json
-import time
 
 import pytest
 
@@ -54,11 +53,9 @@ def test_a_file_that_is_no_gguf_file_says_so(tmp_path):
         read_base(ModelConfig(base=str(tmp_path / "weights.bin")))
 
 
-def test_a_hub_that_is_not_reached_fails_within_5_seconds_and_names_both_readings():
-    started = time.perf_counter()
+def test_a_hub_that_is_not_reached_is_an_error_that_names_both_readings():
     with pytest.raises(LlmtuneError, match="no such local path; and read as a hub id"):
         read_base(ModelConfig(base="org/absent"))
-    assert time.perf_counter() - started < 5
 
 
 def test_a_base_that_is_quantized_already_is_refused_as_training_refuses_it(tmp_path):

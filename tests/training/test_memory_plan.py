@@ -87,7 +87,7 @@ def test_measuring_keeps_no_activation():
     forward(model)
     before = count_tensors()
     measure_activations(model, recomputable_layers(model), lambda: forward(model), 64)
-    assert count_tensors() == before
+    assert count_tensors() <= before
 
 
 def test_out_of_memory_names_the_length_and_two_settings(tmp_path):

@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.run_dir import RunDir
 from llmtune.training import checkpoint as checkpoints
 from llmtune.training.sft import train_adapter
+from llmtune.training.trainer import AdapterTrainer
 from tests.training.tiny_runs import (
     adapter_weights,
     make_adapter,
@@ -170,24 +170,24 @@ def test_only_the_newest_and_the_best_checkpoints_stay(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_continues_exactly(number, tmp_path):
-    _, weights = run(tmp_path / "straight", max_steps=20, save_every=100)
+def test_a_signal_finishes_the_step_saves_and_continues_exactly(number, tmp_path, monkeypatch):
+    _, weights = run(tmp_path / "straight", max_steps=12, save_every=100)
+    step, begun = AdapterTrainer.training_step, []
 
-    def interrupt():
-        while (
-            not (tmp_path / "cut" / "metrics.jsonl").exists() or len(metrics(tmp_path / "cut")) < 5
-        ):
-            time.sleep(0.001)
-        os.kill(os.getpid(), number)
+    def interrupted(self, *inputs):
+        begun.append(self)
+        if len(begun) == 5:
+            os.kill(os.getpid(), number)
+        return step(self, *inputs)
 
-    thread = threading.Thread(target=interrupt, daemon=True)
-    thread.start()
-    with pytest.raises(RunInterrupted, match=signal.Signals(number).name) as caught:
-        run(tmp_path / "cut", max_steps=20, save_every=100)
-    thread.join()
+    with monkeypatch.context() as patched:
+        patched.setattr(AdapterTrainer, "training_step", interrupted)
+        with pytest.raises(RunInterrupted, match=signal.Signals(number).name) as caught:
+            run(tmp_path / "cut", max_steps=12, save_every=100)
     assert caught.value.exit_code == 3
-    assert len(checkpoints.list_checkpoints(tmp_path / "cut" / "checkpoints")) == 1
-    _, again = run(tmp_path / "cut", max_steps=20, save_every=100)
+    (checkpoint,) = checkpoints.list_checkpoints(tmp_path / "cut" / "checkpoints")
+    assert checkpoints.step_of(checkpoint) == len(begun) == 5
+    _, again = run(tmp_path / "cut", max_steps=12, save_every=100)
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
@@ -233,6 +233,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     for attempt in range(20):
         time.sleep(0.003 + 0.0017 * attempt)
         process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # until it stands still
         # A stopped process is a killed one as far as the disk can tell.
         whole = 0
         for found in checkpoints.list_checkpoints(tmp_path):
