@@ -234,7 +234,9 @@ def _clear(run: RunDir) -> None:
         run.manifest_path,
         run.metrics_path,
         run.generations_path,
+        run.own_text_path,
         run.report_html_path,
         run.report_json_path,
+        run.report_md_path,
     ):
         file.unlink(missing_ok=True)
