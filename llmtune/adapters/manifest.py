@@ -74,6 +74,16 @@ def read_adapter_config(directory: Path) -> dict:
     return config
 
 
+def has_strengths(directory: Path) -> bool:
+    """Whether a live adapter can be weakened (`adapters.strength`): no bias or token row of it."""
+    config = read_adapter_config(directory)
+    tensors = read_header(directory / WEIGHTS_NAME).tensors
+    has_biases = config.get("bias", "none") != "none" or any(
+        entry.name.endswith(".bias") for entry in tensors
+    )
+    return not has_biases and not config.get("trainable_token_indices")
+
+
 def check_adapter(directory: Path, *, base_fingerprint: str | None) -> tuple[str, ...]:
     """Check that the adapter is as it was saved and belongs to this base; return notices.
 

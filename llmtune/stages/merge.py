@@ -200,8 +200,8 @@ def _check(request: MergeRequest, live: LiveModel, merged_dir: Path) -> VerifyRe
     """
     if not has_live_model(request):
         log.warning(
-            "merge: not checked: at strength %g only plain LoRA has a live model to compare with, "
-            "and this adapter also has magnitudes, biases or whole tensors",
+            "merge: not checked: this adapter also has biases or single token rows, so there is "
+            "no live model of strength %g to compare with",
             request.knobs.strength,
         )
         return None

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llmtune.adapters.manifest import has_strengths
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.suite import Suite
 from llmtune.merging.changes import MergePlan
@@ -14,7 +15,6 @@ from llmtune.merging.plan import PlanOptions, plan_merge
 from llmtune.models.config import ModelConfig
 from llmtune.models.resolve import BaseSource
 from llmtune.models.round_trip import QuantizedBase, describe_quantized_base
-from llmtune.stages.reference import is_all_low_rank
 from llmtune.unfinished import free_bytes
 
 
@@ -53,9 +53,9 @@ def plan_candidates(request: MergeRequest) -> list[MergePlan]:
         )
     if knobs.base == "auto" and quantized is not None and not has_live_model(request):
         raise LlmtuneError(
-            f"merge.base=auto at strength {knobs.strength:g}: only plain LoRA has a live model to "
-            "compare the two bases with, and this adapter also has magnitudes, biases or whole "
-            "tensors; choose merge.base=original or dequantized"
+            f"merge.base=auto at strength {knobs.strength:g}: this adapter also has biases or "
+            "single token rows, so there is no live model of that strength to compare the two "
+            "bases with; choose merge.base=original or dequantized"
         )
     bases: list[QuantizedBase | None] = [quantized] if knobs.base == "dequantized" else [None]
     if knobs.base == "auto" and quantized is not None:
@@ -102,4 +102,4 @@ def describe_plans(plans: Sequence[MergePlan], out_dir: Path) -> dict[str, Any]:
 
 def has_live_model(request: MergeRequest) -> bool:
     """Whether the adapter can be switched on at the strength asked for."""
-    return request.knobs.strength == 1 or is_all_low_rank(request.adapter_dir)
+    return request.knobs.strength == 1 or has_strengths(request.adapter_dir)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from peft.helpers import rescale_adapter_scale
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.adapters.saved import load_adapter
+from llmtune.adapters.strength import adapter_strength
 from llmtune.config import RunConfig
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import prepare_examples
@@ -21,7 +22,7 @@ from llmtune.models.config import Fp4Quantization, ModelConfig, Nf4Quantization
 from llmtune.models.hardware import choose_device
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import BaseSource
-from llmtune.safetensors_io import ADAPTER_FILE, CheckpointIndex, read_header
+from llmtune.safetensors_io import CheckpointIndex
 
 FLOAT32_BYTES = 4
 BYTES_PICKLED = 2
@@ -71,16 +72,10 @@ def _reference(model: ModelConfig, dtype: str, *, is_quantized: bool) -> ModelCo
 
 
 def at_strength(live: LiveModel, strength: float) -> AbstractContextManager[None]:
-    """Let the adapter count so much; at 1 nothing is touched, whatever the model is."""
-    return nullcontext() if strength == 1 else rescale_adapter_scale(live.model, strength)
-
-
-def is_all_low_rank(adapter_dir: Path) -> bool:
-    """Whether an adapter is products of two factors only: then a live one can be weakened."""
-    names = [entry.name for entry in read_header(adapter_dir / ADAPTER_FILE).tensors]
-    return all("lora_A" in name or "lora_B" in name for name in names) and not any(
-        name.endswith("bias") for name in names
-    )
+    """Let the adapter count so much; at 1 nothing is touched, and a base alone never is."""
+    if strength == 1 or not isinstance(live.model, PeftModel):
+        return nullcontext()
+    return adapter_strength(live.model, strength)
 
 
 def comparison_dtype(directory: Path, *, num_models: int = 2, device: str = "cpu") -> str:

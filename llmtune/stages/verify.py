@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.adapters.manifest import adapter_fingerprint
+from llmtune.adapters.manifest import adapter_fingerprint, has_strengths
 from llmtune.data.render import render_question
 from llmtune.data.template import require_trained_template
 from llmtune.errors import CheckFailed, LlmtuneError
@@ -28,7 +28,6 @@ from llmtune.stages.reference import (
     comparison_dtype,
     describe_check,
     held_out_rows,
-    is_all_low_rank,
     load_live,
 )
 from llmtune.targets import Target, resolve_target
@@ -113,10 +112,10 @@ def load_reference(target: Target, record: MergeRecord | None, dtype: str) -> Li
             f"{target.name}: what is to be verified was merged from {record.num_adapters} adapters "
             "and is no single one; it was compared when it was merged"
         )
-    if strength_of(record) != 1 and target.adapter_dir and not is_all_low_rank(target.adapter_dir):
+    if strength_of(record) != 1 and target.adapter_dir and not has_strengths(target.adapter_dir):
         raise LlmtuneError(
             f"{target.name}: merged at strength {strength_of(record):g}, and an adapter with "
-            "magnitudes, biases or whole tensors has no live model of that strength to compare with"
+            "biases or single token rows has no live model of that strength to compare with"
         )
     is_quantized = record is not None and record.base == "dequantized"
     source = resolve_base(target.model, allow_quantized=True)

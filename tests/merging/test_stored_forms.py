@@ -146,6 +146,29 @@ def test_strength_must_be_a_finite_number(adapter, tmp_path, capsys, strength):
     assert "finite" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "is_checked"),
+    [
+        ({}, True),
+        ({"use_dora": True, "modules_to_save": ["norm"]}, True),
+        ({"bias": "all"}, False),
+        ({"trainable_token_indices": [5, 17]}, False),
+    ],
+)
+def test_half_of_an_adapter_is_checked_against_the_live_half(tmp_path, capsys, config, is_checked):
+    base = make_base(tmp_path / "base", "qwen2")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], **config)
+    out = tmp_path / "out"
+    command = ["merge", str(adapter), "--out", str(out), "--strength", "0.5", "--json"]
+    assert run_command([*command, "-q"]) == 0
+    captured = capsys.readouterr()
+    check = json.loads(captured.out)["check"]
+    assert (check is not None) == is_checked
+    assert check is None or check["kl"] < 1e-5
+    verified = run_command(["verify", str(out), "--against", str(adapter), "--json", "-q"])
+    assert verified == (0 if is_checked else 2)
+
+
 def test_nothing_to_dequantize_is_an_error(adapter, tmp_path, capsys):
     command = ["merge", str(adapter), "--out", str(tmp_path / "out"), "--base", "dequantized"]
     assert run_command(command) == 2
