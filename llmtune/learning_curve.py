@@ -1,7 +1,6 @@
 """The learning curve: the run's own training on an eighth, a quarter and half of its rows."""
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,26 +98,26 @@ def plan_learning_curve(config: RunConfig, *, suite: str | None = None) -> Curve
     Raises:
         LlmtuneError: as for `measure_learning_curve`.
     """
-    from llmtune.evaluation.diagnosis.prepare import TrainedSteps
+    from llmtune.stages.diagnose import trained_steps
 
     config = anchor_paths(config)
     chosen = _choose_suite(config, suite)
     full = _read_result(config.run, chosen)
     record = read_manifest(config.run).stages["train"]["result"]
-    steps = TrainedSteps(record["steps"], config.train.batch_size, config.seed)
+    steps = trained_steps(config)
     tokenizer = load_tokenizer(
         resolve_base(config.model).dir, chat_template=config.model.chat_template
     )
-    table = prepare_examples(config.data, tokenizer, split="train", seed=config.seed).examples
+    table = prepare_examples(config.mixed_data, tokenizer, split="train", seed=config.seed).examples
     is_split = config.data.length_policy == "split"
-    places = seen_places(table, steps.seen(len(table)), is_split=is_split)
+    places = seen_places(table, steps.seen(table), is_split=is_split)
     rows = order_rows(config.data.train, places)
     if len(rows) < 2 * FRACTIONS[0]:
         raise LlmtuneError(
             f"{config.run.path}: training saw {len(rows)} rows; a learning curve needs at least "
             f"{2 * FRACTIONS[0]}"
         )
-    epochs = max(1.0, steps.steps / math.ceil(len(table) / config.train.batch_size))
+    epochs = max(1.0, steps.num_epochs(len(table)))
     trainings = []
     for fraction in FRACTIONS:
         part = rows[: len(rows) // fraction]

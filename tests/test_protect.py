@@ -6,6 +6,7 @@ import pytest
 
 from llmtune import load_config, pipeline
 from llmtune.errors import LlmtuneError
+from llmtune.stages.diagnose import trained_steps
 from tests.conftest import write_jsonl
 from tests.project import make_project
 
@@ -25,6 +26,8 @@ def test_the_bases_own_text_is_replayed_held_to_and_kept(tmp_path):
     config = load_config(path, ["train.num_epochs=1", "train.max_steps=null"])
     result = pipeline.train(config)
     assert result["protect"] == {"replayed_rows": 6, "rows_held_to_base": 64}
+    trained = trained_steps(config)
+    assert (trained.num_sources, trained.num_added, trained.num_epochs(48)) == (1, 6, 1)
     written = json.loads(config.run.own_text_path.read_text())
     assert {name: len(texts) for name, texts in written.items()} == {"replay": 6, "kl_to_base": 64}
     losses = [line for line in read_metrics(config) if "loss" in line]
@@ -58,6 +61,25 @@ def test_files_can_be_replayed_and_held_to(tmp_path):
 def test_a_run_without_protection_records_none(tmp_path):
     result = pipeline.train(load_config(make_project(tmp_path)))
     assert result["protect"] is None
+
+
+def test_a_run_refused_after_the_base_wrote_its_text_leaves_nothing(tmp_path):
+    path = make_project(tmp_path, protect={"kl_to_base": EVERYTHING["kl_to_base"]})
+    config = load_config(path, ["adapter.modules_to_save=[lm_head]"])
+    with pytest.raises(LlmtuneError, match="frozen linear LM head"):
+        pipeline.train(config)
+    assert not config.run.path.exists()
+    assert pipeline.train(load_config(path))["steps"] == 3
+
+
+def test_what_is_redone_keeps_no_page_and_no_text_of_before(tmp_path):
+    path = make_project(tmp_path, protect={"replay": EVERYTHING["replay"]})
+    config = load_config(path)
+    pipeline.train(config)
+    pipeline.report(config.run_dir)
+    pipeline.train(load_config(path, ["protect.replay=null"]), force=True)
+    left = {each.name for each in config.run.path.iterdir()}
+    assert left == {".lock", "adapter", "checkpoints", "manifest.json", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from llmtune.adapters.strength import adapter_strength
+from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.diagnosis import (
     contamination,
@@ -75,12 +76,26 @@ def evaluation_subject(evaluation: Evaluation) -> Subject:
     """Return the loaded model with its rows, prepared once."""
     if evaluation.subject is None:
         config = evaluation.config
-        record = read_manifest(config.run).stages.get("train", {}).get("result") or {}
-        steps = TrainedSteps(record.get("steps", 0), config.train.batch_size, config.seed)
         evaluation.subject = prepare_subject(
-            evaluation.live.scored, evaluation.suites, config.data, steps
+            evaluation.live.scored,
+            evaluation.suites,
+            config.data,
+            config.mixed_data,
+            trained_steps(config),
         )
     return evaluation.subject
+
+
+def trained_steps(config: RunConfig) -> TrainedSteps:
+    """Return how much the run trained, by its manifest, and on which rows."""
+    result = read_manifest(config.run).stages.get("train", {}).get("result") or {}
+    return TrainedSteps(
+        result.get("steps", 0),
+        config.train.batch_size,
+        config.seed,
+        num_sources=len(config.data.train),
+        num_added=(result.get("protect") or {}).get("replayed_rows", 0),
+    )
 
 
 def diagnosis_settings(evaluation: Evaluation) -> DiagnosisSettings:
