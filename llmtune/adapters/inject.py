@@ -18,9 +18,7 @@ from llmtune.adapters.base import LowRankAdapter
 from llmtune.adapters.saved import start_from_adapter
 from llmtune.adapters.targets import ModuleNames, choose_targets, shorten_targets
 from llmtune.errors import LlmtuneError
-from llmtune.models.quantization import LAYER_NUMBER, logical_size
-
-EXPERT_DIMENSIONS = 3  # fused experts are one parameter [expert, out, in]
+from llmtune.models.quantization import EXPERT_DIMENSIONS, LAYER_NUMBER, logical_size
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.data.files import file_kind
 from llmtune.deadline import call_within, first_line
 from llmtune.errors import LlmtuneError
+from llmtune.models.hub import COMMIT, HUB_ID
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-COMMIT = re.compile("[0-9a-f]{40}")
 HUB_KNOBS = ("revision", "split", "subset")
 LOOKUP_SECONDS = 4.0
 """The whole look-up, so that an unreachable hub is an error within 5 s."""

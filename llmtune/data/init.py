@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 from llmtune.data.config import SourceConfig
 from llmtune.data.formats import FORMATS, choose_format, rename_columns
 from llmtune.data.hub import is_hub_id
-from llmtune.data.init_suite import NoSuite, SuiteDraft, draft_suite, share_to_hold_out
+from llmtune.data.init_suite import (
+    CHARACTERS_PER_TOKEN,
+    NoSuite,
+    SuiteDraft,
+    draft_suite,
+    share_to_hold_out,
+)
 from llmtune.data.masks import LabelledRow, Labeller
 from llmtune.data.problems import RowProblem
 from llmtune.data.rows import LoadedRow, find_files, iter_raw_rows, open_source
@@ -24,8 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LOOKED_AT_ROWS = 1000
-CHARACTERS_PER_TOKEN = 3.0
-"""English runs at 4 or so; a low guess asks for more length, never for less."""
 LENGTH_STEP = 64
 FEW_ROWS = 200
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

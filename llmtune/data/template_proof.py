@@ -23,9 +23,6 @@ TYPE_TESTS = {"defined", "undefined", "none", "string", "mapping", "iterable", "
 """Tests that have the same answer for every text."""
 
 
-BLOCKS = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock)
-
-
 class _UnprovableError(Exception):
     """The template does something with a content that this proof does not follow."""
 

@@ -20,7 +20,7 @@ from llmtune.evaluation.suite_config import (
 )
 
 MAX_PROBLEMS = 10
-_RENDERING_ERRORS = (
+RENDERING_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
     AttributeError,
@@ -168,7 +168,7 @@ def _field(fields: dict, name: str) -> object:
 def _render_prompt(template: jinja2.Template, fields: dict) -> str:
     try:
         prompt = template.render(fields)
-    except _RENDERING_ERRORS as error:
+    except RENDERING_ERRORS as error:
         raise _BadItem(f"the prompt cannot be rendered: {error}") from None
     if not prompt.strip():
         raise _BadItem("the prompt is empty")

@@ -8,21 +8,12 @@ from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.items import RENDERING_ERRORS
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.suite_config import PromptedSuite
 from llmtune.fingerprint import hash_json
 
 VARIABLES = {"prompt", "choices", "system"}
-_RENDERING_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ class PromptFile:
         """Return the system message and the text; ends of lines around them are the file's."""
         try:
             module = template.make_module({"prompt": prompt, "choices": list(choices)})
-        except _RENDERING_ERRORS as error:
+        except RENDERING_ERRORS as error:
             raise LlmtuneError(f"{self.path}: the prompt cannot be rendered: {error}") from None
         return str(getattr(module, "system", "")).strip(), str(module).strip("\n")
 

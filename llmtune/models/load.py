@@ -21,6 +21,7 @@ from llmtune.models.generation import repair_generation_config
 from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
 from llmtune.models.identity import base_fingerprint
 from llmtune.models.quantization import (
+    EXPERT_DIMENSIONS,
     QuantizationTable,
     bitsandbytes_config,
     check_quantization,
@@ -38,8 +39,6 @@ from llmtune.models.quiet import quiet_loading
 from llmtune.models.resolve import BaseSource
 from llmtune.models.tokenizer import load_tokenizer
 from llmtune.models.turns import stop_token_ids
-
-EXPERT_DIMENSIONS = 3  # fused experts are one parameter [expert, out, in]
 
 
 @dataclass(frozen=True)

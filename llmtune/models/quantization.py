@@ -17,6 +17,7 @@ from llmtune.models.config import (
     QuantizationConfig,
 )
 
+EXPERT_DIMENSIONS = 3  # fused experts are one parameter [expert, out, in]
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 

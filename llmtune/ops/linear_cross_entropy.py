@@ -9,7 +9,7 @@ Shape suffixes: B batch, S positions, T labelled tokens, C tokens of a chunk, R 
 D hidden width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - keyword-only options, like torch.nn
 ) -> Tensor:
     """Sum of `weights_T * -log softmax(logits)[labels]` over the tokens given.
 
-    Only positions that carry a label belong in here (`labelled_positions`, `select_labelled`).
+    Only positions that carry a label belong in here (`select_labelled`).
     The logits are `cap(logit_scale * (hidden @ head.T + bias))` with
     `cap(x) = softcap * tanh(x / softcap)`, the order Gemma and Cohere use. The products run in
     the head's dtype (autocast does not apply), the softmax and the sum in float32.
@@ -77,41 +77,8 @@ def linear_cross_entropy(  # noqa: PLR0913 - keyword-only options, like torch.nn
     return _FrozenHeadCrossEntropy.apply(hidden_TD, head, labelled, chunk_size)
 
 
-def labelled_positions(
-    labels_BS: Tensor, *, lengths: Sequence[int] | None = None, ignore_index: int = -100
-) -> tuple[Tensor, Tensor]:
-    """Where the hidden states that predict a label are, and the labels they predict.
-
-    Meant for the collator: on CPU tensors it costs no device synchronisation, and the two results
-    travel to the device like any other part of the batch.
-
-    Args:
-        labels_BS: unshifted labels (the Hugging Face convention), int64.
-        lengths: lengths of the samples packed in a `[1, S]` batch. The last token of a sample
-            then never predicts the first token of the next, labelled or not.
-        ignore_index: the label of positions that are not trained.
-
-    Returns:
-        `(positions_T, targets_T)`, both int64: indices into the flattened `[B * S]` hidden states,
-        ascending, and the token each has to predict.
-    """
-    shifted_BS = torch.full_like(labels_BS, ignore_index)
-    shifted_BS[:, :-1] = labels_BS[:, 1:]
-    if lengths is not None:
-        if labels_BS.shape[0] != 1 or sum(lengths) != labels_BS.shape[1]:
-            raise ValueError(
-                f"lengths sum to {sum(lengths)}, expected one packed row of that many labels, "
-                f"got labels of shape {tuple(labels_BS.shape)}"
-            )
-        last_positions = torch.tensor(lengths, dtype=torch.int64).cumsum(0) - 1
-        shifted_BS[0, last_positions] = ignore_index
-    targets_N = shifted_BS.flatten()
-    positions_T = (targets_N != ignore_index).nonzero().flatten()
-    return positions_T, targets_N[positions_T]
-
-
 def select_labelled(hidden_BSD: Tensor, positions_T: Tensor) -> Tensor:
-    """The hidden states `[T, D]` at `labelled_positions`' indices, differentiably, without sync."""
+    """The hidden states `[T, D]` at places of the flattened batch, differentiably, without sync."""
     return hidden_BSD.flatten(0, 1).index_select(0, positions_T)
 
 

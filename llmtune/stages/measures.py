@@ -18,7 +18,6 @@ from llmtune.evaluation.few_shot import (
 from llmtune.evaluation.halves import in_half_size
 from llmtune.evaluation.predictions import read_predictions, score_predictions, takes_predictions
 from llmtune.evaluation.prompt_file import read_prompt_file
-from llmtune.evaluation.requests import encode_prompts
 from llmtune.evaluation.results import ArmResult, save_arm_result
 from llmtune.evaluation.run import (
     ArmPlan,
@@ -77,10 +76,6 @@ class Evaluation:
     def counter(self) -> TokenCounter:
         """Counts what arms cost."""
         return TokenCounter(self.live.loaded.tokenizer)
-
-    def prompts_of(self, suite: Suite) -> list[tuple[int, ...]]:
-        """Return a suite's prompts as token ids."""
-        return encode_prompts(self.live.loaded.tokenizer, suite)
 
     def leave_out(self, measure: str, reason: str) -> None:
         """Say, and keep for the result, why something that was asked for is not measured."""

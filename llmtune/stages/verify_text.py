@@ -10,7 +10,6 @@ QUESTIONS = {
     "live adapter": "the file in llama.cpp against base + adapter: do merge and file together "
     "answer as what was trained?",
 }
-CLOSEST_SHOWN = 3
 
 
 def describe_verification(result: Mapping[str, Any]) -> str:

@@ -1,7 +1,5 @@
 """What a token's activations cost, measured, and the memory there is and was used."""
 
-import resource
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +8,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from llmtune.environment import peak_memory_bytes
 from llmtune.memory import ActivationCost
 
 USABLE_SHARE = 0.8
@@ -94,8 +93,7 @@ def peak_bytes(device: torch.device) -> int:
     """Return the peak memory so far: allocated on a GPU, resident (with loading) on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory_bytes()
 
 
 def _container_bytes() -> float:

@@ -6,11 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtune.ops import linear_cross_entropy as op
-from llmtune.ops.linear_cross_entropy import (
-    labelled_positions,
-    linear_cross_entropy,
-    select_labelled,
-)
+from llmtune.ops.linear_cross_entropy import linear_cross_entropy, select_labelled
 
 WIDTH, VOCAB = 16, 97
 HEADS = {
@@ -175,33 +171,28 @@ def test_wrong_shapes_are_named():
         linear_cross_entropy(hidden, head, labels[:2])
 
 
-def test_labelled_positions_give_the_usual_shifted_loss():
+def test_selected_positions_give_the_usual_shifted_loss():
     torch.manual_seed(0)
     hidden = torch.randn(2, 6, WIDTH, dtype=torch.float64)
     head = torch.randn(VOCAB, WIDTH, dtype=torch.float64)
     labels = torch.randint(VOCAB, (2, 6))
     labels[0, :3] = -100
     labels[1, 4:] = -100
-    positions, targets = labelled_positions(labels)
-    loss = linear_cross_entropy(select_labelled(hidden, positions), head, targets)
+    positions = torch.tensor([2, 3, 4, 6, 7, 8])  # each one before a label
+    loss = linear_cross_entropy(
+        select_labelled(hidden, positions), head, labels.flatten()[positions + 1]
+    )
     shifted = F.cross_entropy(
         (hidden[:, :-1] @ head.T).flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
     )
     torch.testing.assert_close(loss, shifted)
 
 
-def test_packed_samples_never_predict_their_neighbour():
-    labels = torch.tensor([[5, 6, 7, 8, 9, 1]])
-    positions, targets = labelled_positions(labels, lengths=[3, 1, 2])
-    assert positions.tolist() == [0, 1, 4]
-    assert targets.tolist() == [6, 7, 1]
-
-
-def test_all_masked_rows_train_nothing():
-    positions, targets = labelled_positions(torch.full((2, 5), -100))
+def test_no_position_trains_nothing():
+    nothing = torch.empty(0, dtype=torch.int64)
     hidden = torch.randn(2, 5, WIDTH, requires_grad=True)
     loss = linear_cross_entropy(
-        select_labelled(hidden, positions), torch.randn(VOCAB, WIDTH), targets
+        select_labelled(hidden, nothing), torch.randn(VOCAB, WIDTH), nothing
     )
     loss.backward()
     assert float(loss.detach()) == 0.0
