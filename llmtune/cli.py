@@ -66,13 +66,13 @@ def run_command(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         _print_error(INTERRUPTED)
         return RunInterrupted.exit_code
-    except (BrokenPipeError, SystemExit):  # click makes an exit of a broken pipe
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (the reader left: end in silence)
-        return 0
-    except OSError as error:
-        _print_error(_plain_failure(error))
-        return LlmtuneError.exit_code
-    except Exception:  # noqa: BLE001 (the last place: whatever arrives here is a bug of ours)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (the last place before the user)
+        if _is_broken_pipe(error):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (the reader left: silence)
+            return 0
+        if isinstance(error, OSError):
+            _print_error(_plain_failure(error))
+            return LlmtuneError.exit_code
         traceback.print_exc()
         _print_error("this is a bug in llmtune; please report it with the lines above")
         return EXIT_BUG
@@ -125,6 +125,12 @@ def _interruptions_seen() -> Iterator[None]:
                 raise origin from None
             origin = origin.__cause__ or origin.__context__
         raise
+
+
+def _is_broken_pipe(error: BaseException) -> bool:
+    """Whether the reader of our output left; click makes an exit of that error."""
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    return isinstance(cause, BrokenPipeError)
 
 
 def _plain_usage(error: click.ClickException) -> str:

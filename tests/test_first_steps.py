@@ -160,6 +160,13 @@ def test_a_ctrl_c_that_a_library_made_another_error_of_is_still_one(
     assert said.startswith("error: interrupted") and "\n" not in said
 
 
+def test_a_library_that_ends_the_process_is_no_success(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmtune.run_list.list_runs", lambda _directory: sys.exit(0))
+    assert run_command(["runs", str(tmp_path)]) == 70
+    said = capsys.readouterr().err
+    assert "SystemExit" in said and "this is a bug in llmtune" in said
+
+
 def test_a_name_with_a_space_is_quoted_in_what_to_do_next(capsys, project, tmp_path):
     out = tmp_path / "my config.yaml"
     assert run_command(["init", str(project.parent / "train.jsonl"), "--out", str(out)]) == 0
