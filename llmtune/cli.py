@@ -50,6 +50,7 @@ def main() -> None:
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code: 0, 1, 2, 3, or 70 for a bug of ours."""
     _prepare_process()
+    output = sys.stdout
     try:
         # A command that asks click to exit makes this call return its exit code.
         with _interruptions_seen():
@@ -67,7 +68,7 @@ def run_command(arguments: Sequence[str]) -> int:
         _print_error(INTERRUPTED)
         return RunInterrupted.exit_code
     except (Exception, SystemExit) as error:  # noqa: BLE001 (the last place before the user)
-        if _is_broken_pipe(error):
+        if _has_left(error, output):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (the reader left: silence)
             return 0
         if isinstance(error, OSError):
@@ -127,10 +128,14 @@ def _interruptions_seen() -> Iterator[None]:
         raise
 
 
-def _is_broken_pipe(error: BaseException) -> bool:
-    """Whether the reader of our output left; click makes an exit of that error."""
-    cause = error.__context__ if isinstance(error, SystemExit) else error
-    return isinstance(cause, BrokenPipeError)
+def _has_left(error: BaseException, output: object) -> bool:
+    """Whether the reader of our output left.
+
+    Two libraries make an exit of that: click, which replaces the output, and rich.
+    """
+    if isinstance(error, SystemExit):
+        return sys.stdout is not output or isinstance(error.__context__, BrokenPipeError)
+    return isinstance(error, BrokenPipeError)
 
 
 def _plain_usage(error: click.ClickException) -> str:

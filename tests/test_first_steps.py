@@ -116,6 +116,19 @@ def test_an_unusable_run_dir_is_refused_before_the_rows_are_read(capsys, project
     assert str(project.parent) in said
 
 
+@pytest.mark.parametrize("command", [["config", "schema"], ["--help"], ["doctor"]])
+def test_a_reader_that_was_never_there_ends_the_command_in_silence(command):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "llmtune", *command], stdout=write_end, stderr=subprocess.PIPE
+        )
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_reader_that_leaves_early_ends_the_command_in_silence(project):
     command = [sys.executable, "-m", "llmtune", "config", "schema"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
