@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 
 from llmtune.environment import machine, package_version
 from llmtune.models.gguf import cache_dir
+from llmtune.sizes import GIB
 
-GIB = 1 << 30
 LOW_DISK_BYTES = 10 * GIB
 TCMALLOC_NAMES = ("libtcmalloc_minimal.so*", "libtcmalloc.so*")
 LIBRARY_DIRS = ("/usr/lib/*-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib", "/lib64")

@@ -9,7 +9,7 @@ from llmtune.planning.disk import DiskEstimate
 from llmtune.planning.rows import RowFacts
 from llmtune.planning.shape import ModelShape
 from llmtune.planning.workload import PlanRequest, plan_memory_of
-from llmtune.sizes import MIB, write_size
+from llmtune.sizes import GIB, MIB, write_size
 
 NUM_SUGGESTIONS = 2
 SHORTEST = 256
@@ -92,4 +92,4 @@ def _shorten(rows: RowFacts, length: int | None) -> RowFacts:
 
 
 def _write_gib(size: float) -> str:
-    return f"{size / (1 << 30):.1f} GiB"
+    return f"{size / GIB:.1f} GiB"

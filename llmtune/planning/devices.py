@@ -10,8 +10,8 @@ from types import MappingProxyType
 import psutil
 
 from llmtune.errors import LlmtuneError
+from llmtune.sizes import GIB
 
-GIB = 1 << 30
 SIZES_GIB = (1, 2048)
 """What is believed to be the memory of a GPU, smallest and largest."""
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*g(?:i?b)?", re.IGNORECASE)

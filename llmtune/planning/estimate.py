@@ -19,8 +19,8 @@ from llmtune.planning.activations import Adapted, activation_cost, merged_expert
 from llmtune.planning.kernels import advise_capacity, count_sizes, kernel_bytes
 from llmtune.planning.shape import ModelShape
 from llmtune.planning.weights import base_bytes, trained_bytes
+from llmtune.sizes import MIB
 
-MIB = 1 << 20
 RUNTIME_BYTES = MappingProxyType({"cpu": 680 * MIB, "cuda": 600 * MIB})
 """What is there beside weights. CPU: the resident memory of the process with torch, transformers,
 trl, peft and bitsandbytes imported (546 MiB), rows prepared and a first forward pass done, less

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from llmtune.adapters.inject import InjectionTable
 from llmtune.models.load import LoadedModel
 from llmtune.models.quantization import QuantizationTable
+from llmtune.sizes import MIB
 
-MIB = 1 << 20
 MILLION = 1e6
 
 
