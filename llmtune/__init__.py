@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from llmtune.kernel_cache import limit_kernel_cache
+from llmtune.io.kernel_cache import limit_kernel_cache
 from llmtune.version import __version__
 
 if TYPE_CHECKING:
     from llmtune.config import load_config
-    from llmtune.pipeline import evaluate, export, merge, report, run, train, verify
+    from llmtune.runs.pipeline import evaluate, export, merge, report, run, train, verify
 
 __all__ = [
     "__version__",
@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Any:
 
         return load_config
     if name in __all__:
-        from llmtune import pipeline
+        from llmtune.runs import pipeline
 
         return getattr(pipeline, name)
     raise AttributeError(f"module 'llmtune' has no attribute {name!r}")

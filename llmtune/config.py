@@ -12,14 +12,14 @@ from llmtune.adapters.lora import LoraAdapter
 from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.exporting.config import ExportConfig
+from llmtune.io.run_dir import RunDir
+from llmtune.io.validation import validate_section
+from llmtune.io.yaml_source import KeyPath, SourcedTree, apply_overrides, read_yaml
 from llmtune.merging.config import MergeConfig
 from llmtune.models.config import ModelConfig
-from llmtune.run_dir import RunDir
 from llmtune.schema import Section
 from llmtune.training.config import TrainConfig
 from llmtune.training.protect import ProtectConfig, add_replay
-from llmtune.validation import validate_section
-from llmtune.yaml_source import KeyPath, SourcedTree, apply_overrides, read_yaml
 
 
 class RunConfig(Section):

@@ -143,7 +143,7 @@ def make_base(num_bytes: float, directory: Path) -> int:
     """Write a random bf16 Llama of about `num_bytes`; return the size of its weights' file."""
     import torch
 
-    from llmtune.safetensors_io import SINGLE_FILE, build_preamble
+    from llmtune.io.safetensors import SINGLE_FILE, build_preamble
 
     attention = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
     mlp = {f"mlp.{name}_proj": (INNER, HIDDEN) for name in ("gate", "up")}
@@ -178,7 +178,7 @@ def make_adapter(base_dir: Path, directory: Path) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    from llmtune.safetensors_io import CheckpointIndex
+    from llmtune.io.safetensors import CheckpointIndex
 
     tensors = {}
     for name, entry in CheckpointIndex.open(base_dir).tensors.items():

@@ -158,7 +158,7 @@ def _train(arguments: list[str]) -> None:
     from llmtune.data.prepare import prepare_examples
     from llmtune.models.resolve import resolve_base
     from llmtune.models.tokenizer import load_tokenizer
-    from llmtune.pipeline import plan
+    from llmtune.runs.pipeline import plan
 
     config = anchor_paths(load_config(arguments[0], arguments[1:]))
     source = resolve_base(config.model)

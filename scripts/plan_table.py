@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from llmtune.config import load_config
-from llmtune.pipeline import plan
+from llmtune.runs.pipeline import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from llmtune.cli import cli, run_command
-from llmtune.manifest import Manifest
-from llmtune.run_dir import RunDir
+from llmtune.io.manifest import Manifest
+from llmtune.io.run_dir import RunDir
 from tests.conftest import write_jsonl
 from tests.project import chat_row, make_project
 

@@ -10,8 +10,8 @@ import pytest
 from llmtune import evaluate, load_config, merge, train
 from llmtune.evaluation.compare import Resampling, compare_arms
 from llmtune.evaluation.results import arm_result_path, read_arm_result
-from llmtune.manifest import read_manifest
-from llmtune.pipeline import measure
+from llmtune.io.manifest import read_manifest
+from llmtune.runs.pipeline import measure
 from llmtune.stages import measures
 from tests.conftest import write_jsonl
 from tests.project import make_project

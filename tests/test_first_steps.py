@@ -167,14 +167,14 @@ def test_a_ctrl_c_that_a_library_made_another_error_of_is_still_one(
         except KeyboardInterrupt as error:
             raise kind("Could not import module 'BloomPreTrainedModel'") from error
 
-    monkeypatch.setattr("llmtune.run_list.list_runs", broken_off)
+    monkeypatch.setattr("llmtune.runs.listing.list_runs", broken_off)
     assert run_command(["runs", str(tmp_path)]) == 3
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: interrupted") and "\n" not in said
 
 
 def test_a_library_that_ends_the_process_is_no_success(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmtune.run_list.list_runs", lambda _directory: sys.exit(0))
+    monkeypatch.setattr("llmtune.runs.listing.list_runs", lambda _directory: sys.exit(0))
     assert run_command(["runs", str(tmp_path)]) == 70
     said = capsys.readouterr().err
     assert "SystemExit" in said and "this is a bug in llmtune" in said

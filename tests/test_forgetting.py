@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from llmtune import load_config, pipeline
+from llmtune import load_config
+from llmtune.runs import pipeline
 
 ROOT = Path(__file__).parent.parent
 RECKLESS = [

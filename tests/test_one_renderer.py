@@ -8,8 +8,6 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.adapters.manifest import read_adapter_manifest
-from llmtune.answering.chat import Chat, ChatSettings
-from llmtune.answering.live import load_live
 from llmtune.cli import run_command
 from llmtune.config import load_config
 from llmtune.data.prepare import prepare_examples
@@ -18,7 +16,9 @@ from llmtune.data.template import template_fingerprint
 from llmtune.evaluation.requests import encode_prompts
 from llmtune.evaluation.suite import load_suite
 from llmtune.models.tokenizer import load_tokenizer
-from llmtune.targets import resolve_target
+from llmtune.runs.targets import resolve_target
+from llmtune.serving.chat import Chat, ChatSettings
+from llmtune.serving.live import load_live
 from tests.conftest import write_jsonl
 from tests.project import make_project
 from tests.tiny import CHATML
@@ -124,7 +124,7 @@ def test_training_evaluation_and_chat_give_the_model_the_same_ids(finished, monk
         given.append(list(prompt))
         return iter(())
 
-    monkeypatch.setattr("llmtune.answering.chat.stream_text", watched)
+    monkeypatch.setattr("llmtune.serving.chat.stream_text", watched)
     settings = ChatSettings(arm=None, max_new_tokens=4, temperature=0.0, system=None, as_json=True)
     Chat(load_live(resolve_target(str(finished / "run"), [])), settings).answer(question)
     assert given == [prompt]

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from llmtune import load_config, pipeline
+from llmtune import load_config
 from llmtune.errors import LlmtuneError
+from llmtune.runs import pipeline
 from llmtune.stages.diagnose import trained_steps
 from tests.conftest import write_jsonl
 from tests.project import make_project

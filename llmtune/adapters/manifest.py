@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
-from llmtune.fingerprint import hash_file, hash_json
-from llmtune.safetensors_io import read_header
+from llmtune.io.fingerprint import hash_file, hash_json
+from llmtune.io.safetensors import read_header
 
 MANIFEST_NAME = "llmtune_adapter.json"
 CONFIG_NAME = "adapter_config.json"

@@ -30,8 +30,8 @@ from llmtune.adapters.manifest import (
     read_adapter_config,
 )
 from llmtune.errors import LlmtuneError
-from llmtune.fingerprint import JsonValue, hash_file
-from llmtune.run_dir import atomic_write_json
+from llmtune.io.fingerprint import JsonValue, hash_file
+from llmtune.io.run_dir import atomic_write_json
 
 # What must be equal for an adapter to be a start: {peft's name: the config's}.
 SHAPE_KNOBS = {

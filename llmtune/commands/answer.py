@@ -71,7 +71,7 @@ def chat(  # noqa: PLR0913 (one argument an option)
       llmtune chat runs/quickstart
       llmtune chat runs/quickstart/merged --temperature 0.7
     """
-    from llmtune.answering.chat import ChatSettings, run_chat
+    from llmtune.serving.chat import ChatSettings, run_chat
 
     show_progress(quiet)
     run_chat(target, overrides, ChatSettings(arm, system, max_new_tokens, temperature, as_json))
@@ -105,7 +105,7 @@ def predict(  # noqa: PLR0913 (one argument an option)
       llmtune predict runs/quickstart --input prompts.jsonl --output answers.jsonl
       llmtune predict runs/quickstart --arm base --input prompts.jsonl --output base.jsonl
     """
-    from llmtune.answering.predict import PredictSettings, run_predict
+    from llmtune.serving.predict import PredictSettings, run_predict
 
     show_progress(quiet)
     result = run_predict(

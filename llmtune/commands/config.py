@@ -33,8 +33,8 @@ def config_show(config: Path, overrides: tuple[str, ...], quiet: bool, as_json: 
       llmtune config show configs/quickstart.yaml adapter.rank=8
     """
     from llmtune.config import RunConfig, effective_keys
-    from llmtune.targets import read_run_tree
-    from llmtune.validation import validate_section
+    from llmtune.io.validation import validate_section
+    from llmtune.runs.targets import read_run_tree
 
     tree = read_run_tree(str(config), overrides)
     keys = effective_keys(validate_section(RunConfig, tree), tree)
@@ -54,7 +54,7 @@ def config_list(quiet: bool, as_json: bool) -> None:
     \b
       llmtune config list
     """
-    from llmtune.shipped import shipped_files
+    from llmtune.io.shipped import shipped_files
 
     recipes = shipped_files("configs")
     about = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in recipes.items()}
@@ -75,7 +75,7 @@ def config_copy(recipe: str, destination: Path, quiet: bool, as_json: bool) -> N
     \b
       llmtune config copy qlora-8b-24gb my.yaml
     """
-    from llmtune.shipped import shipped_files
+    from llmtune.io.shipped import shipped_files
 
     recipes = shipped_files("configs")
     if recipe not in recipes:

@@ -36,9 +36,9 @@ def learning_curve(  # noqa: PLR0913 (one argument an option)
     """
     from dataclasses import asdict
 
-    from llmtune.learning_curve import measure_learning_curve
+    from llmtune.experiments.learning_curve import measure_learning_curve
     from llmtune.reporting.curve_lines import curve_lines
-    from llmtune.targets import require_run
+    from llmtune.runs.targets import require_run
 
     show_progress(quiet)
     loaded = require_run(target, overrides)

@@ -19,7 +19,7 @@ from llmtune.commands.options import (
 )
 from llmtune.data.init_suite import NoSuite
 from llmtune.errors import CheckFailed, LlmtuneError
-from llmtune.run_dir import atomic_write_text
+from llmtune.io.run_dir import atomic_write_text
 
 if TYPE_CHECKING:
     from llmtune.data.init import DataDescription
@@ -214,7 +214,7 @@ class _Progress:
 def _open(config: Path, overrides: tuple[str, ...], *, no_cache: bool = False) -> tuple[Any, Any]:
     from llmtune.models.resolve import resolve_base
     from llmtune.models.tokenizer import load_tokenizer
-    from llmtune.targets import require_run
+    from llmtune.runs.targets import require_run
 
     more = ("data.cache=false",) if no_cache else ()
     loaded = require_run(str(config), (*overrides, *more))

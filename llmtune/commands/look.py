@@ -14,7 +14,7 @@ from rich.text import Text
 from llmtune.commands.options import has_width, stdout, with_output_options
 
 if TYPE_CHECKING:
-    from llmtune.run_list import RunSummary
+    from llmtune.runs.listing import RunSummary
 
 UNLIMITED_WIDTH = 10_000
 
@@ -31,7 +31,7 @@ def runs(directory: Path, quiet: bool, as_json: bool) -> None:
       llmtune runs
       llmtune runs /data/runs --json
     """
-    from llmtune.run_list import list_runs
+    from llmtune.runs.listing import list_runs
 
     found = list_runs(directory)
     if as_json:
@@ -69,7 +69,7 @@ def doctor(quiet: bool, as_json: bool) -> None:
     \b
       llmtune doctor
     """
-    from llmtune.doctor import examine
+    from llmtune.runs.doctor import examine
 
     findings = examine()
     if as_json:

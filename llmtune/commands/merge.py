@@ -119,7 +119,7 @@ def _merge_one(
     settings: MergeSettings,
     wanted: _Result,
 ) -> Mapping[str, Any]:
-    from llmtune.targets import resolve_target
+    from llmtune.runs.targets import resolve_target
 
     named = resolve_target(target, overrides)
     if named.config is not None:
@@ -139,7 +139,7 @@ def _merge_one(
         return merge_apart.merge_into(named, out, knobs=knobs, settings=settings, force=force)
     if named.config is None:
         raise LlmtuneError(f"{target}: is not a run; say where the merged model goes with --out")
-    from llmtune import pipeline
+    from llmtune.runs import pipeline
 
     return pipeline.merge(named.config, force=wanted.force, settings=settings)
 

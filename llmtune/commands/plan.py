@@ -15,7 +15,7 @@ from llmtune.commands.options import (
     print_result,
     with_output_options,
 )
-from llmtune.sizes import MIB, write_apart, write_size
+from llmtune.io.sizes import MIB, write_apart, write_size
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
@@ -45,8 +45,8 @@ def plan(  # noqa: PLR0913 (one argument an option)
       llmtune plan my.yaml --gpu 24GB
       llmtune plan my.yaml model.quantization=null data.max_length=4096 --gpu rtx4090 --json
     """
-    from llmtune.pipeline import plan as plan_run
-    from llmtune.targets import require_run
+    from llmtune.runs.pipeline import plan as plan_run
+    from llmtune.runs.targets import require_run
 
     found = plan_run(require_run(str(config), overrides), gpu=gpu, measure=measure)
     print_result(found.as_json(), as_json, lambda: _render(found, quiet))

@@ -62,10 +62,10 @@ def report(  # noqa: PLR0913 (one argument an option)
 
 
 def _rebuild(target: str, fail_if: tuple[str, ...], extent: str | None, *, as_json: bool) -> None:
-    from llmtune import pipeline
     from llmtune.reporting.budgets import check_budgets, parse_budgets
     from llmtune.reporting.terminal import render_terminal
-    from llmtune.targets import find_run_dir, require_run
+    from llmtune.runs import pipeline
+    from llmtune.runs.targets import find_run_dir, require_run
 
     budgets = parse_budgets(fail_if)
     if extent is not None:
@@ -76,10 +76,10 @@ def _rebuild(target: str, fail_if: tuple[str, ...], extent: str | None, *, as_js
 
 
 def _compare(target: str, other: str, across: tuple[str, ...], *, as_json: bool) -> None:
-    from llmtune.reporting.versus import compare_runs
-    from llmtune.reporting.versus_page import render_versus_table, write_versus
-    from llmtune.run_dir import RunDir
-    from llmtune.targets import find_run_dir
+    from llmtune.experiments.versus import compare_runs
+    from llmtune.experiments.versus_page import render_versus_table, write_versus
+    from llmtune.io.run_dir import RunDir
+    from llmtune.runs.targets import find_run_dir
 
     first, second = (RunDir(find_run_dir(name)) for name in (target, other))
     versus = compare_runs(first, second, across=across)
@@ -89,12 +89,12 @@ def _compare(target: str, other: str, across: tuple[str, ...], *, as_json: bool)
 
 
 def _compare_seeds(targets: tuple[str, ...], *, as_json: bool) -> None:
-    from llmtune.manifest import read_manifest
-    from llmtune.reporting.seeds import SeedRun, compare_seeds
-    from llmtune.reporting.seeds_page import render_seeds_table, write_seeds
-    from llmtune.run_dir import RunDir
-    from llmtune.stage_inputs import deciding_knobs_of
-    from llmtune.targets import find_run_dir
+    from llmtune.experiments.seeds import SeedRun, compare_seeds
+    from llmtune.experiments.seeds_page import render_seeds_table, write_seeds
+    from llmtune.io.manifest import read_manifest
+    from llmtune.io.run_dir import RunDir
+    from llmtune.runs.stage_inputs import deciding_knobs_of
+    from llmtune.runs.targets import find_run_dir
 
     runs = [RunDir(find_run_dir(name)) for name in targets]
     study = compare_seeds(

@@ -44,10 +44,10 @@ def run_all(  # noqa: PLR0913 (one argument an option)
       llmtune run configs/quickstart.yaml --force
       llmtune run configs/quickstart.yaml --fail-if 'general_loss>0.2'
     """
-    from llmtune import pipeline
     from llmtune.reporting.budgets import check_budgets, parse_budgets, require_known_names
     from llmtune.reporting.terminal import render_terminal
-    from llmtune.targets import require_run
+    from llmtune.runs import pipeline
+    from llmtune.runs.targets import require_run
 
     show_progress(quiet)
     loaded = require_run(str(config), overrides)
@@ -77,8 +77,8 @@ def train(
       llmtune train configs/quickstart.yaml adapter.rank=8 train.learning_rate=1e-4 run_dir=runs/r8
       llmtune train my.yaml data.train='[{path: mine.jsonl}]' run_dir=runs/mine
     """
-    from llmtune import pipeline
-    from llmtune.targets import require_run
+    from llmtune.runs import pipeline
+    from llmtune.runs.targets import require_run
 
     show_progress(quiet)
     loaded = require_run(str(config), overrides)
@@ -123,21 +123,21 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
 
     show_progress(quiet)
     if harness is not None:
-        from llmtune.answering.harness import run_harness
         from llmtune.evaluation.harness import HarnessSettings
+        from llmtune.serving.harness import run_harness
 
         if suites:
             raise LlmtuneError("give --suite or --lm-eval, one at a time")
         arms = harness.pop("arms")
         scores = run_harness(target, overrides, HarnessSettings(**harness), arms)
     elif suites:
-        from llmtune.answering.score import score_target
+        from llmtune.serving.score import score_target
 
         # Such scores are printed and not kept, so there is nothing that --force would redo.
         scores = score_target(target, overrides, suites)
     else:
-        from llmtune import pipeline
-        from llmtune.targets import require_run
+        from llmtune.runs import pipeline
+        from llmtune.runs.targets import require_run
 
         scores = pipeline.evaluate(require_run(target, overrides), force=force)
     print_result(scores, as_json, lambda: render_scores(scores))

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtune.commands.options import print_result, show_progress, with_output_options
-from llmtune.run_dir import RunDir
+from llmtune.io.run_dir import RunDir
 
 log = logging.getLogger("llmtune")
 
@@ -30,7 +30,7 @@ def sequence(configs: tuple[Path, ...], out: Path, quiet: bool, as_json: bool) -
       llmtune report runs/both
     """
     from llmtune.config import load_config
-    from llmtune.continual import train_sequence
+    from llmtune.experiments.sequence import train_sequence
     from llmtune.reporting.sequence import SequenceResult
 
     show_progress(quiet)

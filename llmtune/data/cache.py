@@ -28,7 +28,7 @@ from llmtune.data.prepared import PreparedData, fingerprint_table
 from llmtune.data.report import DataReport
 from llmtune.data.rows import find_files
 from llmtune.data.stored import read_stored
-from llmtune.fingerprint import hash_file, hash_json, hash_text
+from llmtune.io.fingerprint import hash_file, hash_json, hash_text
 from llmtune.models.gguf import cache_dir
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.adapters.manifest import MANIFEST_NAME, read_adapter_manifest
 from llmtune.data.render import encode_plain
 from llmtune.errors import LlmtuneError
-from llmtune.fingerprint import hash_json
+from llmtune.io.fingerprint import hash_json
 from llmtune.models.turns import TEMPLATE_ERRORS
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from llmtune.evaluation.harness import HARNESS_TASK, HarnessSettings, suite_name
 from llmtune.evaluation.results import ArmResult, ItemScore, finite_or_none
 from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.stats import standard_error
-from llmtune.fingerprint import hash_json
-from llmtune.quiet import quieted
+from llmtune.io.fingerprint import hash_json
+from llmtune.io.quiet import quieted
 from llmtune.scoring.batches import inference
 
 LIBRARY = "lm_eval"

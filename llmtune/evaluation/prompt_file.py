@@ -11,7 +11,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.items import RENDERING_ERRORS
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.suite_config import PromptedSuite
-from llmtune.fingerprint import hash_json
+from llmtune.io.fingerprint import hash_json
 
 VARIABLES = {"prompt", "choices", "system"}
 

@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
-from llmtune.run_dir import atomic_write_json
+from llmtune.io.run_dir import atomic_write_json
 
 AGAIN = "remove the file and measure it again: llmtune eval RUN"
 

@@ -32,7 +32,7 @@ from llmtune.evaluation.scored_model import ModelIdentity, ScoredModel
 from llmtune.evaluation.stats import standard_error
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.tasks import chance_accuracy, majority_accuracy, score_items
-from llmtune.fingerprint import hash_json
+from llmtune.io.fingerprint import hash_json
 from llmtune.scoring.batches import adapter_disabled, choose_token_budget, has_adapter
 
 if TYPE_CHECKING:

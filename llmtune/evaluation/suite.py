@@ -15,10 +15,10 @@ from llmtune.evaluation.suite_config import (
     Role,
     is_suite_name,
 )
-from llmtune.fingerprint import hash_json
-from llmtune.shipped import shipped_files
-from llmtune.validation import validate_section
-from llmtune.yaml_source import read_yaml
+from llmtune.io.fingerprint import hash_json
+from llmtune.io.shipped import shipped_files
+from llmtune.io.validation import validate_section
+from llmtune.io.yaml_source import read_yaml
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from llmtune.adapters.manifest import CONFIG_NAME, MANIFEST_NAME, read_adapter_manifest
-from llmtune.deadline import first_line
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.card import CARD_NAME
+from llmtune.io.deadline import first_line
 from llmtune.models.hub import reads_as_hub_id
 
 TOKEN_VARIABLE = "HF_TOKEN"

@@ -12,8 +12,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import encode_plain
 from llmtune.errors import CheckFailed
+from llmtune.io.safetensors import CheckpointIndex
+from llmtune.io.unfinished import require_space
 from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
 from llmtune.merging.verify import VerifyPrompts, VerifyResult, verify_merge
 from llmtune.models.config import ModelConfig, Nf4Quantization
@@ -21,11 +24,8 @@ from llmtune.models.load import load_model
 from llmtune.models.quiet import quiet_loading
 from llmtune.models.resolve import BaseSource, resolve_base
 from llmtune.models.round_trip import FourBitRoundTrip, describe_quantized_base
-from llmtune.open_prompts import OPEN_PROMPTS
 from llmtune.planning.weights import four_bit_bytes
-from llmtune.safetensors_io import CheckpointIndex
 from llmtune.scoring.generate import Decoding
-from llmtune.unfinished import require_space
 
 RELOADED_KL = 1e-3
 """Nats per token by which the reloaded checkpoint may differ from the model that was saved."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import encode_plain, render_messages
 from llmtune.exporting.runtime import (
     RuntimeAnswer,
@@ -17,7 +18,6 @@ from llmtune.exporting.runtime import (
     ask_runtime,
 )
 from llmtune.exporting.tricky_strings import TRICKY_STRINGS
-from llmtune.open_prompts import OPEN_PROMPTS
 from llmtune.scoring.batches import (
     choose_token_budget,
     inference,

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmtune.environment import versions
 from llmtune.errors import LlmtuneError
-from llmtune.run_dir import atomic_write_text
+from llmtune.io.environment import versions
+from llmtune.io.run_dir import atomic_write_text
 
 EXPORT_FILE = "llmtune_export.json"
 """What a directory was made from, without any path of this machine; it marks it as ours."""

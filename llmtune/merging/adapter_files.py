@@ -9,9 +9,9 @@ from typing import Any
 
 from llmtune.adapters.manifest import WEIGHTS_NAME, read_adapter_config
 from llmtune.errors import LlmtuneError
+from llmtune.io.safetensors import TensorEntry, read_header
 from llmtune.merging.changes import ADAPTER_PREFIX
 from llmtune.merging.compare import have_same_bytes
-from llmtune.safetensors_io import TensorEntry, read_header
 
 # Settings that change nothing about how the saved tensors are added into a base.
 INERT_SETTINGS = frozenset(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.safetensors_io import SafetensorsFile, TensorEntry, tensor_bytes
+from llmtune.io.safetensors import SafetensorsFile, TensorEntry, tensor_bytes
 
 if TYPE_CHECKING:
     from llmtune.merging.config import Combination

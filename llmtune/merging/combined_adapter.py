@@ -19,15 +19,15 @@ from llmtune.adapters.manifest import (
     adapter_fingerprint,
 )
 from llmtune.errors import LlmtuneError
-from llmtune.fingerprint import hash_file
+from llmtune.io.fingerprint import hash_file
+from llmtune.io.run_dir import atomic_write_json
+from llmtune.io.unfinished import move_into_place, unfinished_dir
 from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
 from llmtune.merging.changes import ADAPTER_PREFIX, WeightedAdapter
 from llmtune.merging.combine import combine_deltas, factorize, factorize_product
 from llmtune.merging.config import Combination
 from llmtune.merging.scratch import read_tensor
 from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
-from llmtune.run_dir import atomic_write_json
-from llmtune.unfinished import move_into_place, unfinished_dir
 
 COMBINED_FILE = "llmtune_combined.json"
 """What a new adapter was made of, without any path of this machine; it marks it as ours."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llmtune.safetensors_io import DTYPE_BITS, TensorEntry
+from llmtune.io.safetensors import DTYPE_BITS, TensorEntry
 
 PIECE_ELEMENTS = 1 << 20
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.safetensors import TensorEntry
 from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
 from llmtune.merging.changes import Block, LowRankDelta
 from llmtune.merging.names import find_tensor
-from llmtune.safetensors_io import TensorEntry
 
 # Parameters that transformers 5 fuses over the experts, and the linear layers a checkpoint holds
 # for each expert instead, in the order in which their rows are stacked.

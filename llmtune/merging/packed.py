@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.safetensors import CheckpointIndex, TensorEntry
 from llmtune.merging.changes import PackedFourBit, PlannedTensor
 from llmtune.ops.four_bit_names import STATE_PREFIX, group_four_bit_names
-from llmtune.safetensors_io import CheckpointIndex, TensorEntry
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 

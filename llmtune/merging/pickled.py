@@ -10,8 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.safetensors import CheckpointIndex, SafetensorsFile, TensorEntry
 from llmtune.models.checkpoint import PICKLE_NAMES
-from llmtune.safetensors_io import CheckpointIndex, SafetensorsFile, TensorEntry
 
 DTYPES = {
     torch.bfloat16: "BF16",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.adapters.manifest import check_adapter, has_effect
 from llmtune.errors import LlmtuneError
+from llmtune.io.safetensors import CheckpointIndex
 from llmtune.merging.adapter_files import AdapterFiles
 from llmtune.merging.changes import (
     MergePlan,
@@ -28,7 +29,6 @@ from llmtune.models.checkpoint import (
     read_model_config,
 )
 from llmtune.models.identity import base_fingerprint
-from llmtune.safetensors_io import CheckpointIndex
 
 if TYPE_CHECKING:
     from llmtune.models.round_trip import QuantizedBase

@@ -5,13 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.safetensors import CheckpointIndex, TensorEntry
 from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
 from llmtune.merging.changes import Block, LowRankDelta, PlannedTensor
 from llmtune.merging.compare import agree
 from llmtune.merging.experts import plan_experts
 from llmtune.merging.names import find_tensor, is_embedding, is_head, near_misses
 from llmtune.merging.packed import PackedWeights
-from llmtune.safetensors_io import CheckpointIndex, TensorEntry
 
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
-from llmtune.run_dir import atomic_write_json
+from llmtune.io.run_dir import atomic_write_json
 
 PROVENANCE_FILE = "llmtune_merge.json"
 

@@ -6,7 +6,7 @@ import threading
 import torch
 
 from llmtune.errors import LlmtuneError
-from llmtune.safetensors_io import DTYPE_BITS, TensorEntry
+from llmtune.io.safetensors import DTYPE_BITS, TensorEntry
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,

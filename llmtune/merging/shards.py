@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
+from llmtune.io.safetensors import build_preamble, tensor_bytes
 from llmtune.merging.changes import MergePlan, PlannedShard, PlannedTensor
 from llmtune.merging.scratch import CPU
 from llmtune.merging.source import AdapterTensors
 from llmtune.merging.tiles import MergeArithmetic, TensorMerger
 from llmtune.merging.tiling import iter_tiles
-from llmtune.safetensors_io import build_preamble, tensor_bytes
 
 COPY_BYTES = 64 << 20  # one piece of an untouched range
 FALLBACK_BYTES = 4 << 20  # the buffer where the kernel cannot copy between the two files

@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from llmtune.io.safetensors import INDEX_FILE, tensor_bytes
 from llmtune.merging.changes import MergePlan
-from llmtune.safetensors_io import INDEX_FILE, tensor_bytes
 
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 

@@ -5,11 +5,11 @@ from typing import Protocol
 
 import torch
 
+from llmtune.io.safetensors import TensorEntry
 from llmtune.merging.changes import PackedFourBit, PlannedTensor, Requantized
 from llmtune.merging.scratch import buffer, read_rows, read_tensor
 from llmtune.merging.tiling import iter_tiles
 from llmtune.ops.nf4 import FourBitWeight, dequantize_rows, read_four_bit_weight
-from llmtune.safetensors_io import TensorEntry
 
 
 class RoundTrip(Protocol):

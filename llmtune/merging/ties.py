@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.safetensors import CheckpointIndex
 from llmtune.merging.changes import PlannedTensor
 from llmtune.merging.compare import have_same_bytes
 from llmtune.merging.names import find_embedding, head_name, is_embedding, is_head
-from llmtune.safetensors_io import CheckpointIndex
 
 
 @dataclass(frozen=True)

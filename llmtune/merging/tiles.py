@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.safetensors import TensorEntry
 from llmtune.merging.changes import Block, LowRankDelta, PlannedTensor
 from llmtune.merging.combine import combine_deltas
 from llmtune.merging.config import Combination
 from llmtune.merging.scratch import CPU, TORCH_DTYPES, buffer
 from llmtune.merging.source import AdapterTensors, BaseRows, RoundTrip
 from llmtune.merging.tiling import iter_tiles
-from llmtune.safetensors_io import TensorEntry
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
-from llmtune.fingerprint import hash_file
+from llmtune.io.fingerprint import hash_file
+from llmtune.io.run_dir import atomic_write_json
 from llmtune.models.checkpoint import CONFIG_NAME
-from llmtune.run_dir import atomic_write_json
 
 RECORD_NAME = "llmtune_base.json"
 GGUF_MAGIC = b"GGUF"

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from llmtune.deadline import call_within, first_line
 from llmtune.errors import LlmtuneError
+from llmtune.io.deadline import call_within, first_line
 from llmtune.models.checkpoint import check_checkpoint
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from llmtune.fingerprint import hash_file, hash_json
+from llmtune.io.fingerprint import hash_file, hash_json
+from llmtune.io.safetensors import fingerprint_checkpoint
 from llmtune.models.checkpoint import SAFETENSORS_NAMES, has_weights
-from llmtune.safetensors_io import fingerprint_checkpoint
 
 
 def base_fingerprint(base_dir: Path) -> str:

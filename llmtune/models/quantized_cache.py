@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from llmtune.environment import package_version
-from llmtune.fingerprint import hash_file, hash_json, hash_text
+from llmtune.io.environment import package_version
+from llmtune.io.fingerprint import hash_file, hash_json, hash_text
 from llmtune.models.checkpoint import CONFIG_NAME, GENERATION_NAME
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmtune.errors import LlmtuneError
-from llmtune.safetensors_io import CheckpointIndex, TensorEntry
+from llmtune.io.safetensors import CheckpointIndex, TensorEntry
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {

@@ -22,8 +22,8 @@ A layer that is recomputed keeps its input, b W.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmtune.memory import ActivationCost
 from llmtune.planning.shape import ModelShape
+from llmtune.training.memory.arithmetic import ActivationCost
 
 FLOAT32 = 4
 ROUTING_BYTES = 40

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llmtune.io.sizes import GIB, MIB, write_size
 from llmtune.models.config import Nf4Quantization
 from llmtune.planning.disk import DiskEstimate
 from llmtune.planning.rows import RowFacts
 from llmtune.planning.shape import ModelShape
 from llmtune.planning.workload import PlanRequest, plan_memory_of
-from llmtune.sizes import GIB, MIB, write_size
 
 NUM_SUGGESTIONS = 2
 SHORTEST = 256

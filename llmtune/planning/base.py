@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.deadline import call_within, first_line
 from llmtune.errors import LlmtuneError
+from llmtune.io.deadline import call_within, first_line
+from llmtune.io.quiet import quieted
+from llmtune.io.safetensors import CheckpointIndex
 from llmtune.models.checkpoint import (
     CONFIG_NAME,
     SAFETENSORS_NAMES,
@@ -20,8 +22,6 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
 from llmtune.models.hub import LOOKUP_SECONDS, no_such_base, reads_as_hub_id
 from llmtune.planning.gguf_head import read_gguf_config
-from llmtune.quiet import quieted
-from llmtune.safetensors_io import CheckpointIndex
 
 TOKENIZER_NAME = "tokenizer.json"
 RECORD_NAME = "llmtune_base.json"

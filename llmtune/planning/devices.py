@@ -10,7 +10,7 @@ from types import MappingProxyType
 import psutil
 
 from llmtune.errors import LlmtuneError
-from llmtune.sizes import GIB
+from llmtune.io.sizes import GIB
 
 SIZES_GIB = (1, 2048)
 """What is believed to be the memory of a GPU, smallest and largest."""

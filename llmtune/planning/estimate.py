@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from llmtune.memory import (
+from llmtune.io.sizes import MIB
+from llmtune.models.config import QuantizationConfig
+from llmtune.planning.activations import Adapted, activation_cost, merged_expert_bytes
+from llmtune.planning.kernels import advise_capacity, count_sizes, kernel_bytes
+from llmtune.planning.shape import ModelShape
+from llmtune.planning.weights import base_bytes, trained_bytes
+from llmtune.training.memory.arithmetic import (
     USEFUL_TOKENS,
     WORKSPACE_FACTOR,
     ActivationCost,
@@ -14,12 +20,6 @@ from llmtune.memory import (
     RowSizes,
     plan_memory,
 )
-from llmtune.models.config import QuantizationConfig
-from llmtune.planning.activations import Adapted, activation_cost, merged_expert_bytes
-from llmtune.planning.kernels import advise_capacity, count_sizes, kernel_bytes
-from llmtune.planning.shape import ModelShape
-from llmtune.planning.weights import base_bytes, trained_bytes
-from llmtune.sizes import MIB
 
 RUNTIME_BYTES = MappingProxyType({"cpu": 680 * MIB, "cuda": 600 * MIB})
 """What is there beside weights. CPU: the resident memory of the process with torch, transformers,

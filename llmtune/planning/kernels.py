@@ -1,15 +1,15 @@
 """What a CPU keeps of compiled matrix products: oneDNN makes a kernel for every new shape.
 
-A 16-bit product is compiled for its very sizes, and the last ones are kept (`llmtune.kernel_cache`
-says how many). Rows differ in length, so almost every micro-batch brings its own sizes, and a few
-of them fill the cache; what is dropped leaves holes in the heap. float32 products go elsewhere and
-keep nothing.
+A 16-bit product is compiled for its very sizes, and the last ones are kept
+(`llmtune.io.kernel_cache` says how many). Rows differ in length, so almost every micro-batch brings
+its own sizes, and a few of them fill the cache; what is dropped leaves holes in the heap. float32
+products go elsewhere and keep nothing.
 """
 
 import math
 from typing import NamedTuple
 
-from llmtune.kernel_cache import VARIABLES, read_capacity
+from llmtune.io.kernel_cache import VARIABLES, read_capacity
 from llmtune.planning.shape import ModelShape
 
 FLOAT32 = 4

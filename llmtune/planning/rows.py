@@ -12,9 +12,9 @@ from llmtune.data.prepare import prepare_examples
 from llmtune.data.prepared import PreparedData
 from llmtune.data.rows import find_files
 from llmtune.errors import LlmtuneError
-from llmtune.memory import RowSizes
+from llmtune.io.quiet import quieted
 from llmtune.models.tokenizer import load_tokenizer
-from llmtune.quiet import quieted
+from llmtune.training.memory.arithmetic import RowSizes
 
 READ_BYTES = 20 << 20
 """Files larger than this together are not tokenized for a plan."""

@@ -6,12 +6,12 @@ from typing import Any
 
 from llmtune.evaluation.compare import arm_kind
 from llmtune.evaluation.results import ArmResult
-from llmtune.manifest import Manifest
+from llmtune.io.manifest import Manifest
+from llmtune.io.run_dir import RunDir
 from llmtune.reporting.arms import FEW_SHOT
 from llmtune.reporting.diagnostics import Diagnostics
 from llmtune.reporting.numbers import finite
 from llmtune.reporting.sources import weights_bytes
-from llmtune.run_dir import RunDir
 
 TIMED_STAGES = ("train", "merge", "evaluate")
 TRAIN_TOKEN_COST = 2.4

@@ -8,9 +8,9 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import arm_kind
 from llmtune.evaluation.harness import HARNESS_TASK
 from llmtune.evaluation.results import ArmResult
-from llmtune.manifest import Manifest
+from llmtune.io.manifest import Manifest
+from llmtune.io.run_dir import RunDir
 from llmtune.models.identity import base_fingerprint
-from llmtune.run_dir import RunDir
 
 MAIN_KINDS = ("base", "tuned", "merged")
 

@@ -16,7 +16,7 @@ from llmtune.evaluation.diagnosis.results import (
     StopsResult,
     read_diagnostic,
 )
-from llmtune.run_dir import RunDir
+from llmtune.io.run_dir import RunDir
 
 
 @dataclass(frozen=True)

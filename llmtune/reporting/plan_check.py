@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmtune.manifest import Manifest
+from llmtune.io.manifest import Manifest
 from llmtune.reporting.numbers import finite
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llmtune.evaluation.compare import Resampling
-from llmtune.manifest import Manifest
+from llmtune.io.manifest import Manifest
 from llmtune.reporting.cost import Cost
 from llmtune.reporting.diagnostics import Diagnostics
 from llmtune.reporting.evidence import Thresholds

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
-from llmtune.run_dir import SEQUENCE_FILE, RunDir
+from llmtune.io.run_dir import SEQUENCE_FILE, RunDir
 
 KEYS = ("tasks", "runs", "adapters", "matrix", "untrained")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.run_dir import RunDir
 from llmtune.reporting.numbers import finite
-from llmtune.run_dir import RunDir
 
 WEIGHT_FILES = "*.safetensors"
 

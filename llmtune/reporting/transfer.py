@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmtune.evaluation.compare import Resampling
-from llmtune.manifest import Manifest, read_manifest
+from llmtune.io.manifest import Manifest, read_manifest
+from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
 from llmtune.reporting.caveats import find_caveats, find_training_caveats
 from llmtune.reporting.cost import TIMED_STAGES, measure_cost
 from llmtune.reporting.current import Models, current_results, is_finished
@@ -21,7 +22,6 @@ from llmtune.reporting.sequence import find_sequence
 from llmtune.reporting.sources import read_generations, read_loss_curve
 from llmtune.reporting.strengths import measure_strengths
 from llmtune.reporting.verdict import decide
-from llmtune.run_dir import RunDir, atomic_write_json, atomic_write_text
 
 
 def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report:

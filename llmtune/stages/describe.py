@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from llmtune.adapters.inject import InjectionTable
+from llmtune.io.sizes import MIB
 from llmtune.models.load import LoadedModel
 from llmtune.models.quantization import QuantizationTable
-from llmtune.sizes import MIB
 
 MILLION = 1e6
 

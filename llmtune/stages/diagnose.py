@@ -23,7 +23,7 @@ from llmtune.evaluation.diagnosis.rows import read_row_texts
 from llmtune.evaluation.diagnosis.subject import DiagnosisSettings, Subject
 from llmtune.evaluation.results import arm_result_path, read_arm_result
 from llmtune.evaluation.run import Progress
-from llmtune.manifest import read_manifest
+from llmtune.io.manifest import read_manifest
 from llmtune.stages.measures import Evaluation, Plan, Work
 
 log = logging.getLogger("llmtune")

@@ -22,17 +22,17 @@ from llmtune.exporting.ollama import MODELFILE_NAME, render_modelfile
 from llmtune.exporting.place import mark_export, require_new
 from llmtune.exporting.preflight import check_exportable, choose_type
 from llmtune.exporting.quantizer import quantize_file
+from llmtune.io.run_dir import atomic_write_text
+from llmtune.io.safetensors import CheckpointIndex
+from llmtune.io.unfinished import move_into_place, unfinished_dir, unfinished_file
 from llmtune.merging.provenance import read_record
 from llmtune.models.checkpoint import read_generation_config
 from llmtune.models.identity import base_fingerprint
 from llmtune.models.resolve import resolve_base
 from llmtune.models.tokenizer import load_tokenizer
 from llmtune.models.turns import stop_token_ids
-from llmtune.run_dir import atomic_write_text
-from llmtune.safetensors_io import CheckpointIndex
+from llmtune.runs.targets import Target, resolve_target
 from llmtune.stages.export_check import compare_file, require_parity, wants_runtime
-from llmtune.targets import Target, resolve_target
-from llmtune.unfinished import move_into_place, unfinished_dir, unfinished_file
 from llmtune.version import __version__
 
 log = logging.getLogger("llmtune")

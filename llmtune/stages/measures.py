@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-from llmtune.answering.live import LiveTarget, load_live
-from llmtune.answering.score import scoring_settings
 from llmtune.config import RunConfig
 from llmtune.evaluation.cost import TokenCounter
 from llmtune.evaluation.diagnosis.subject import Subject
@@ -28,13 +26,15 @@ from llmtune.evaluation.run import (
 )
 from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.suite import Suite, choose_ids
-from llmtune.fingerprint import hash_file
+from llmtune.io.fingerprint import hash_file
+from llmtune.io.run_dir import atomic_write_json
 from llmtune.models.identity import base_fingerprint
-from llmtune.run_dir import atomic_write_json
+from llmtune.runs.targets import Target
 from llmtune.scoring.batches import position_limit
+from llmtune.serving.live import LiveTarget, load_live
+from llmtune.serving.score import scoring_settings
 from llmtune.stages import side_by_side
 from llmtune.stages.memory import release_memory
-from llmtune.targets import Target
 
 log = logging.getLogger("llmtune")
 

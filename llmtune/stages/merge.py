@@ -8,11 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import render_question
 from llmtune.data.template import require_trained_template
 from llmtune.errors import CheckFailed
 from llmtune.evaluation.requests import build_choice_requests
 from llmtune.evaluation.suite import Suite
+from llmtune.io.unfinished import move_into_place, require_space, unfinished_dir
 from llmtune.merging.changes import MergePlan
 from llmtune.merging.merge import MergeResult, needed_bytes, write_merge
 from llmtune.merging.provenance import add_to_provenance
@@ -20,7 +22,6 @@ from llmtune.merging.verify import VerifyPrompts, VerifyResult, verify_merge
 from llmtune.models.hardware import choose_device
 from llmtune.models.load import LoadedModel
 from llmtune.models.tokenizer import load_tokenizer
-from llmtune.open_prompts import OPEN_PROMPTS
 from llmtune.scoring.generate import Decoding
 from llmtune.scoring.likelihood import ContinuationRequest
 from llmtune.stages.memory import release_memory
@@ -32,7 +33,6 @@ from llmtune.stages.reference import (
     describe_check,
     load_live,
 )
-from llmtune.unfinished import move_into_place, require_space, unfinished_dir
 
 log = logging.getLogger("llmtune")
 

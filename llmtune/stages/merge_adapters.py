@@ -21,8 +21,10 @@ from llmtune.adapters.manifest import (
     read_adapter_config,
     read_adapter_manifest,
 )
+from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import render_question
 from llmtune.errors import LlmtuneError
+from llmtune.io.unfinished import move_into_place, require_space, unfinished_dir
 from llmtune.merging.changes import MergePlan, WeightedAdapter
 from llmtune.merging.combined_adapter import combine_adapters
 from llmtune.merging.config import Combination, MergeConfig, MergeSettings
@@ -34,14 +36,12 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.hardware import choose_device
 from llmtune.models.resolve import resolve_base
 from llmtune.models.round_trip import describe_quantized_base
-from llmtune.open_prompts import OPEN_PROMPTS
+from llmtune.runs.targets import resolve_target
 from llmtune.scoring.generate import Decoding
 from llmtune.stages.memory import release_memory
 from llmtune.stages.merge import CHECKED_NEW_TOKENS, require_close, score_values
 from llmtune.stages.merge_plan import describe_plans, plan_options
 from llmtune.stages.reference import comparison_dtype, describe_check, load_live
-from llmtune.targets import resolve_target
-from llmtune.unfinished import move_into_place, require_space, unfinished_dir
 
 log = logging.getLogger("llmtune")
 

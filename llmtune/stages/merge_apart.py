@@ -11,13 +11,13 @@ from llmtune.merging.config import MergeConfig, MergeSettings
 from llmtune.merging.provenance import PROVENANCE_FILE
 from llmtune.models.resolve import resolve_base
 from llmtune.models.tokenizer import load_tokenizer
+from llmtune.runs.targets import Target
 from llmtune.stages import merge_adapters
 from llmtune.stages.merge import run_merge_stage
 from llmtune.stages.merge_adapters import CombineRequest
 from llmtune.stages.merge_plan import MergeRequest, describe_plans, plan_candidates
 from llmtune.stages.reference import held_out_rows
 from llmtune.stages.sources import load_suites
-from llmtune.targets import Target
 
 MERGE_DEFAULTS = MergeConfig()
 NO_SETTINGS = MergeSettings()

@@ -8,6 +8,7 @@ from typing import Any
 from llmtune.adapters.manifest import has_strengths
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.suite import Suite
+from llmtune.io.unfinished import free_bytes
 from llmtune.merging.changes import MergePlan
 from llmtune.merging.config import MergeConfig, MergeSettings
 from llmtune.merging.merge import needed_bytes
@@ -15,7 +16,6 @@ from llmtune.merging.plan import PlanOptions, plan_merge
 from llmtune.models.config import ModelConfig
 from llmtune.models.resolve import BaseSource
 from llmtune.models.round_trip import QuantizedBase, describe_quantized_base
-from llmtune.unfinished import free_bytes
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llmtune.sizes import MIB, write_apart
+from llmtune.io.sizes import MIB, write_apart
 
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 

@@ -9,8 +9,8 @@ from llmtune.config import RunConfig
 from llmtune.data.example import Example
 from llmtune.data.prepare import PreparedData
 from llmtune.errors import LlmtuneError
+from llmtune.io.run_dir import atomic_write_json
 from llmtune.models.load import LoadedModel
-from llmtune.run_dir import atomic_write_json
 from llmtune.training.own_text import as_example, rows_for_share, write_own_text
 from llmtune.training.protect import OWN_TEXT
 from llmtune.training.protection import ProtectionRequest, probe_base

@@ -16,13 +16,13 @@ from llmtune.adapters.strength import adapter_strength
 from llmtune.config import RunConfig
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import prepare_examples
+from llmtune.io.safetensors import CheckpointIndex
 from llmtune.merging.verify import VerifyResult
 from llmtune.models.checkpoint import SAFETENSORS_NAMES, has_weights
 from llmtune.models.config import Fp4Quantization, ModelConfig, Nf4Quantization
 from llmtune.models.hardware import choose_device
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import BaseSource
-from llmtune.safetensors_io import CheckpointIndex
 
 FLOAT32_BYTES = 4
 BYTES_PICKLED = 2

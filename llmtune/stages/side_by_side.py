@@ -6,16 +6,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from llmtune.answering.live import LiveTarget
 from llmtune.config import RunConfig
 from llmtune.data.example import IGNORE_INDEX
+from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.prepare import prepare_examples
 from llmtune.data.render import render_messages
 from llmtune.evaluation.requests import encode_prompts
 from llmtune.evaluation.suite import Suite
-from llmtune.open_prompts import OPEN_PROMPTS
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.generate import Decoding, generate_texts
+from llmtune.serving.live import LiveTarget
 
 SHOWN_ROWS = 4
 SHOWN_OPEN_PROMPTS = 4

@@ -13,12 +13,12 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import DIAGNOSES, EXTENTS, Extent
 from llmtune.evaluation.results import arm_result_path
 from llmtune.evaluation.suite import Suite, load_suite
-from llmtune.fingerprint import hash_file
+from llmtune.io.fingerprint import hash_file
+from llmtune.io.run_dir import RunDir
 from llmtune.models.identity import base_fingerprint
 from llmtune.models.resolve import BaseSource
 from llmtune.models.tokenizer import load_tokenizer
-from llmtune.run_dir import RunDir
-from llmtune.stage_inputs import complete_inputs
+from llmtune.runs.stage_inputs import complete_inputs
 
 log = logging.getLogger("llmtune")
 

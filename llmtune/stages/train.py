@@ -15,8 +15,8 @@ from llmtune.adapters.saved import save_adapter
 from llmtune.config import RunConfig
 from llmtune.data.prepare import PreparedData
 from llmtune.data.template import template_fingerprint
-from llmtune.environment import versions
-from llmtune.fingerprint import hash_json
+from llmtune.io.environment import versions
+from llmtune.io.fingerprint import hash_json
 from llmtune.models.hardware import choose_device
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import BaseSource

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.adapters.manifest import adapter_fingerprint, has_strengths
+from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import render_question
 from llmtune.data.template import require_trained_template
 from llmtune.errors import CheckFailed, LlmtuneError
@@ -20,7 +21,7 @@ from llmtune.models.load import LoadedModel
 from llmtune.models.resolve import resolve_base
 from llmtune.models.tokenizer import load_tokenizer
 from llmtune.models.turns import stop_token_ids
-from llmtune.open_prompts import OPEN_PROMPTS
+from llmtune.runs.targets import Target, resolve_target
 from llmtune.scoring.generate import Decoding
 from llmtune.stages.reference import (
     LiveModel,
@@ -30,7 +31,6 @@ from llmtune.stages.reference import (
     held_out_rows,
     load_live,
 )
-from llmtune.targets import Target, resolve_target
 
 log = logging.getLogger("llmtune")
 

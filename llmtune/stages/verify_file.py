@@ -46,6 +46,7 @@ from llmtune.models.identity import base_fingerprint
 from llmtune.models.resolve import resolve_base
 from llmtune.models.tokenizer import load_tokenizer
 from llmtune.models.turns import stop_token_ids
+from llmtune.runs.targets import Target
 from llmtune.stages.export_check import describe_parity
 from llmtune.stages.memory import release_memory
 from llmtune.stages.reference import at_strength, comparison_dtype
@@ -57,7 +58,6 @@ from llmtune.stages.verify import (
     strength_of,
     string_problems,
 )
-from llmtune.targets import Target
 
 log = logging.getLogger("llmtune")
 

@@ -3,7 +3,7 @@
 import torch
 from trl import SFTConfig
 
-from llmtune.run_dir import RunDir
+from llmtune.io.run_dir import RunDir
 from llmtune.training.config import TrainConfig
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 from llmtune.data.example import IGNORE_INDEX, Example
 from llmtune.data.pack import pack_lengths
-from llmtune.memory import BatchLimits
+from llmtune.training.memory.arithmetic import BatchLimits
 
 LARGEST_SEED = 2**63 - 1
 SMALLEST_WEIGHT = 1e-30

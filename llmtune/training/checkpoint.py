@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from llmtune.errors import LlmtuneError
-from llmtune.fingerprint import hash_file
+from llmtune.io.fingerprint import hash_file
 
 PREFIX = "checkpoint-"
 WRITING_PREFIX = ".writing-"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmtune.run_dir import RunDir
+from llmtune.io.run_dir import RunDir
 from llmtune.training.checkpoint import read_progress
 from llmtune.training.config import TrainConfig
 from llmtune.training.head import HeadChoice

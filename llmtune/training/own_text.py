@@ -7,8 +7,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.example import Example
+from llmtune.data.open_prompts import OPEN_PROMPTS, OPENERS
 from llmtune.data.render import render_messages
-from llmtune.open_prompts import OPEN_PROMPTS, OPENERS
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.generate import Decoding, generate_texts
 

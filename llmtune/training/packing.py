@@ -12,8 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
+from llmtune.io.quiet import quieted
 from llmtune.ops.varlen_attention import choose_varlen_backend, varlen_attention
-from llmtune.quiet import quieted
 from llmtune.training.batch import pack_rows, pad_rows
 from llmtune.training.head import decoder_hidden
 

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.example import IGNORE_INDEX, Example, ExampleTable
-from llmtune.run_dir import RunDir
+from llmtune.io.run_dir import RunDir
 from llmtune.training.protection import ProtectionRequest
 
 Technique = Literal["fused_lora", "fused_blocks", "frozen_head"]

@@ -9,7 +9,12 @@ import torch
 from peft import PeftModel
 
 from llmtune.errors import LlmtuneError
-from llmtune.memory import (
+from llmtune.training.batch import StepCollator, largest_micro_batches
+from llmtune.training.config import TrainConfig
+from llmtune.training.fused_blocks import fused_blocks
+from llmtune.training.fused_lora import fused_lora
+from llmtune.training.head import HeadChoice, choose_head, decoder_hidden, summed_loss
+from llmtune.training.memory.arithmetic import (
     UNLIMITED,
     USEFUL_TOKENS,
     ActivationCost,
@@ -18,16 +23,11 @@ from llmtune.memory import (
     plan_memory,
     shrink_plan,
 )
-from llmtune.training.batch import StepCollator, largest_micro_batches
-from llmtune.training.config import TrainConfig
-from llmtune.training.fused_blocks import fused_blocks
-from llmtune.training.fused_lora import fused_lora
-from llmtune.training.head import HeadChoice, choose_head, decoder_hidden, summed_loss
-from llmtune.training.memory_plan import available_bytes, measure_activations
+from llmtune.training.memory.dry_run import DoesNotFitError, is_out_of_memory, rehearse_step
+from llmtune.training.memory.plan import available_bytes, measure_activations
 from llmtune.training.neftune import noisy_embeddings
 from llmtune.training.packing import choose_packing, move_to, packed_attention
 from llmtune.training.recompute import recomputable_layers, recomputing
-from llmtune.training.rehearsal import DoesNotFitError, is_out_of_memory, rehearse_step
 from llmtune.training.request import JoinedExamples, TrainRequest
 
 # Tried in this order: the fewer, the less exact.

@@ -14,7 +14,7 @@ from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
 from llmtune.errors import LlmtuneError, RunInterrupted
-from llmtune.fingerprint import hash_json
+from llmtune.io.fingerprint import hash_json
 from llmtune.training.adapter_state import load_weights
 from llmtune.training.arguments import build_arguments
 from llmtune.training.borrow import borrowed
@@ -28,11 +28,11 @@ from llmtune.training.checkpoint import (
 from llmtune.training.config import TrainConfig
 from llmtune.training.context import RunContext, RunTotals
 from llmtune.training.interrupt import catch_interruption
-from llmtune.training.memory_plan import peak_bytes
+from llmtune.training.memory.dry_run import is_out_of_memory, rehearse_save
+from llmtune.training.memory.plan import peak_bytes
 from llmtune.training.metrics import MetricsLog
 from llmtune.training.progress import ProgressLine
 from llmtune.training.protection import Protection
-from llmtune.training.rehearsal import is_out_of_memory, rehearse_save
 from llmtune.training.reporters import check_reporters
 from llmtune.training.request import (
     TrainRequest,

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from llmtune.run_dir import atomic_write_json
+from llmtune.io.run_dir import atomic_write_json
 from llmtune.training.adapter_state import check_finite, load_weights, save_weights
 from llmtune.training.batch import SMALLEST_WEIGHT, EpochSampler
 from llmtune.training.checkpoint import (
@@ -28,7 +28,7 @@ from llmtune.training.checkpoint import (
 )
 from llmtune.training.context import RunContext, StepRecord
 from llmtune.training.head import summed_loss
-from llmtune.training.memory_plan import peak_bytes
+from llmtune.training.memory.plan import peak_bytes
 from llmtune.training.metrics import MetricsLog
 from llmtune.training.packing import move_to
 from llmtune.training.schedule import learning_rate_factor

@@ -24,10 +24,10 @@ from bench_arms.base import dequantize_base, load_base, make_tokenizer, set_adap
 from bench_arms.job import ALPHA, RANK, Answer, Job
 from bench_arms.rows import LONGEST, MEAN_LENGTHS, make_rows, read_stream
 from llmtune.data.example import Example
-from llmtune.run_dir import RunDir
+from llmtune.io.run_dir import RunDir
 from llmtune.training.batch import EpochSampler
 from llmtune.training.config import TrainConfig
-from llmtune.training.memory_plan import peak_bytes
+from llmtune.training.memory.plan import peak_bytes
 from llmtune.training.sft import TrainRequest, train_adapter
 
 SEED = 0

@@ -18,11 +18,11 @@ from transformers import (
 
 from bench_arms.job import Job
 from llmtune.errors import LlmtuneError
+from llmtune.io.safetensors import build_preamble
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
 from llmtune.models.quantization import keep_differentiable
 from llmtune.models.resolve import resolve_base
-from llmtune.safetensors_io import build_preamble
 from llmtune.training.fused_lora import dequantize_four_bit
 
 GGUF_FILE = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -17,7 +17,7 @@ from llmtune.adapters.manifest import check_adapter, has_effect, read_adapter_ma
 from llmtune.adapters.rslora import RsLoraAdapter
 from llmtune.adapters.saved import load_adapter, save_adapter
 from llmtune.errors import LlmtuneError
-from llmtune.fingerprint import hash_file
+from llmtune.io.fingerprint import hash_file
 from tests.adapters.conftest import load, logits, manifest_of, stock, train_a_little
 from tests.tiny import FAMILIES, make_model
 

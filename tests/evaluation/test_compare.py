@@ -8,7 +8,7 @@ import pytest
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import Resampling, compare_arms, compare_slices
 from llmtune.evaluation.results import ArmResult, ItemScore, read_arm_result, save_arm_result
-from llmtune.fingerprint import hash_json
+from llmtune.io.fingerprint import hash_json
 
 FAST = Resampling(samples=1000)
 RECIPE = {"items": "i", "scoring": {"chat": True}, "template": "t", "precision": "bf16"}

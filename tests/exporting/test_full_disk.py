@@ -27,7 +27,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("to", ["gguf", "ollama", "nf4"])
 def test_a_disk_that_is_too_small_is_refused_before_a_model_is_loaded(to, tmp_path, monkeypatch):
     make_model("llama", tmp_path / "model")
-    monkeypatch.setattr("llmtune.unfinished.free_bytes", lambda _: 5000)
+    monkeypatch.setattr("llmtune.io.unfinished.free_bytes", lambda _: 5000)
     monkeypatch.setattr("llmtune.exporting.nf4.load_model", lambda *_: pytest.fail("was loaded"))
     settings = ExportSettings(to, out=tmp_path / "small" / "out", runtime=False)
     with pytest.raises(LlmtuneError, match=r"needs [\d,]+ bytes and its disk has 5,000 free"):
@@ -52,7 +52,7 @@ def test_a_disk_that_fills_on_the_way_is_an_error_and_stays_empty(
 ):
     make_model("llama", tmp_path / "model")
     # as if another program took the space after the check
-    monkeypatch.setattr("llmtune.unfinished.free_bytes", lambda _: 1 << 40)
+    monkeypatch.setattr("llmtune.io.unfinished.free_bytes", lambda _: 1 << 40)
     settings = ExportSettings(to, out=small_disk / "out", runtime=False)
     with pytest.raises(LlmtuneError, match="ran full while out was written.*nothing was left"):
         export_target(str(tmp_path / "model"), [], settings)

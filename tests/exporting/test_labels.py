@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmtune import export, load_config, pipeline, verify
+from llmtune import export, load_config, verify
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.exporting.gguf.write import GgufRequest, export_gguf
 from llmtune.exporting.labels import (
@@ -16,6 +16,7 @@ from llmtune.exporting.labels import (
     label_in_model,
 )
 from llmtune.exporting.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
+from llmtune.runs import pipeline
 from llmtune.stages.verify_text import describe_verification
 from tests.project import make_project
 from tests.tiny import make_model

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.safetensors import fingerprint_checkpoint
+from llmtune.io.unfinished import remove_leftovers
 from llmtune.merging.merge import PROVENANCE_FILE, merge_adapter
 from llmtune.merging.sidecar import write_sidecar
-from llmtune.safetensors_io import fingerprint_checkpoint
-from llmtune.unfinished import remove_leftovers
 from tests.merging.adapters import load_base, make_adapter, make_base
 from tests.tiny import make_tokenizer
 

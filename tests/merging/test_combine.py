@@ -10,9 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from llmtune.cli import run_command
+from llmtune.io.safetensors import fingerprint_checkpoint
 from llmtune.merging.combine import combine_deltas, drop_and_rescale, factorize_product, ties
 from llmtune.merging.config import Combination
-from llmtune.safetensors_io import fingerprint_checkpoint
 from tests.merging.adapters import load_adapter, load_base, logits, make_adapter, make_base
 
 WEIGHTS = (0.6, 0.4)

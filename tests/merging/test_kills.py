@@ -140,7 +140,7 @@ def test_disk_that_fills_on_the_way_is_an_error_and_stays_empty(made, tmp_path, 
         pytest.skip("this user may not mount a small disk")
     try:
         # as if another program took the space after the check
-        monkeypatch.setattr("llmtune.unfinished.free_bytes", lambda _: 1 << 40)
+        monkeypatch.setattr("llmtune.io.unfinished.free_bytes", lambda _: 1 << 40)
         with pytest.raises(LlmtuneError, match="ran full.*nothing was left"):
             merge_adapter(made / "base", made / "adapter", small / "out")
         assert not list(small.iterdir())

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from llmtune.io.safetensors import SINGLE_FILE, CheckpointIndex, read_header
 from llmtune.merging import tiling
 from llmtune.merging.merge import merge_adapter
-from llmtune.safetensors_io import SINGLE_FILE, CheckpointIndex, read_header
 from tests.merging.adapters import load_adapter, load_base, logits, make_adapter, make_base
 from tests.tiny import FAMILIES
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.safetensors import fingerprint_checkpoint
 from llmtune.merging.plan import plan_merge
-from llmtune.safetensors_io import fingerprint_checkpoint
 from tests.merging.adapters import load_adapter, load_base, make_adapter, make_base
 
 PREFIX = "base_model.model.model.layers.0.self_attn."

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmtune.errors import LlmtuneError
-from llmtune.fingerprint import hash_file
+from llmtune.io.fingerprint import hash_file
 from llmtune.models import gguf as gguf_room
 from llmtune.models.config import ModelConfig
 from llmtune.models.load import load_model

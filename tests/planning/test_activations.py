@@ -17,7 +17,7 @@ from llmtune.training.batch import pack_rows
 from llmtune.training.fused_blocks import fused_blocks
 from llmtune.training.fused_lora import fused_lora
 from llmtune.training.head import choose_head, decoder_hidden, summed_loss
-from llmtune.training.memory_plan import measure_activations
+from llmtune.training.memory.plan import measure_activations
 from llmtune.training.packing import packed_attention
 from llmtune.training.recompute import recomputable_layers
 from tests.planning.shapes import small_config

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from llmtune.kernel_cache import CAPACITY, VARIABLES
-from llmtune.memory import RowSizes
+from llmtune.io.kernel_cache import CAPACITY, VARIABLES
 from llmtune.planning.estimate import estimate_memory
 from llmtune.planning.kernels import KERNEL_BYTES, PLACES, count_sizes, kernel_bytes
 from llmtune.planning.shape import read_shape
+from llmtune.training.memory.arithmetic import RowSizes
 from tests.planning.shapes import small_config
 from tests.planning.test_speed import make_workload
 

@@ -14,12 +14,12 @@ from llmtune.errors import LlmtuneError
 from llmtune.models.config import ModelConfig, Nf4Quantization
 from llmtune.models.load import load_model
 from llmtune.models.resolve import resolve_base
-from llmtune.pipeline import plan
 from llmtune.planning.base import read_base
 from llmtune.planning.devices import GIB, given_gpu
 from llmtune.planning.estimate import RUNTIME_BYTES
 from llmtune.planning.shape import read_shape
 from llmtune.planning.weights import base_bytes, trained_bytes
+from llmtune.runs.pipeline import plan
 from tests.planning.shapes import small_config
 from tests.tiny import make_model
 from tests.versions import without_torch

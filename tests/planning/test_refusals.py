@@ -8,10 +8,10 @@ from llmtune.cli import run_command
 from llmtune.config import load_config
 from llmtune.errors import LlmtuneError
 from llmtune.models.config import ModelConfig
-from llmtune.pipeline import plan
 from llmtune.planning.base import read_base
 from llmtune.planning.devices import GIB, given_gpu
 from llmtune.planning.shape import read_shape
+from llmtune.runs.pipeline import plan
 from tests.planning.shapes import small_config
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from llmtune.evaluation.diagnosis import results as found
 from llmtune.evaluation.halves import in_half_size
-from llmtune.manifest import Manifest
-from llmtune.run_dir import RunDir, atomic_write_text
+from llmtune.io.manifest import Manifest
+from llmtune.io.run_dir import RunDir, atomic_write_text
 from tests.reporting.planted import (
     PlantedSuite,
     improve,

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmtune.evaluation.results import ArmResult, ItemScore, save_arm_result
-from llmtune.manifest import Manifest
-from llmtune.run_dir import RunDir, atomic_write_json, atomic_write_text
+from llmtune.io.manifest import Manifest
+from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
 
 SAMPLES = 400
 

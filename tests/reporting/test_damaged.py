@@ -7,9 +7,9 @@ import pytest
 from llmtune.cli import run_command
 from llmtune.evaluation.diagnosis.results import StopCount, StopsResult, write_diagnostic
 from llmtune.evaluation.results import arm_result_path
-from llmtune.manifest import Manifest
+from llmtune.io.manifest import Manifest
+from llmtune.io.run_dir import RunDir
 from llmtune.reporting.transfer import build_report
-from llmtune.run_dir import RunDir
 from tests.reporting.planted import PlantedSuite, improve, plant_generations, plant_run, right_wrong
 
 BASE = right_wrong(60, 0.6, seed=0)

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from llmtune.manifest import Manifest
+from llmtune.io.manifest import Manifest
 from llmtune.reporting.figures import draw_interval, interval_limit
 from llmtune.reporting.html import render_html
 from llmtune.reporting.merge_check import describe_check

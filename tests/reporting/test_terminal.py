@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from llmtune.manifest import Manifest
+from llmtune.io.manifest import Manifest
 from llmtune.reporting.terminal import render_terminal
 from llmtune.reporting.transfer import build_report
 from tests.reporting.planted import PlantedSuite, improve, plant_run, right_wrong

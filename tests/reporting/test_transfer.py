@@ -12,11 +12,11 @@ from safetensors.numpy import save_file
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.results import arm_result_path, read_arm_result, save_arm_result
-from llmtune.manifest import Manifest, read_manifest
+from llmtune.io.manifest import Manifest, read_manifest
+from llmtune.io.run_dir import RunDir, atomic_write_text
 from llmtune.models.identity import base_fingerprint
 from llmtune.reporting.terminal import write_cost
 from llmtune.reporting.transfer import build_report, write_report
-from llmtune.run_dir import RunDir, atomic_write_text
 from tests.reporting.planted import (
     PlantedSuite,
     improve,

@@ -8,7 +8,7 @@ import pytest
 
 from llmtune import load_config, train
 from llmtune.data.example import IGNORE_INDEX, Example
-from llmtune.manifest import read_manifest
+from llmtune.io.manifest import read_manifest
 from llmtune.models.turns import stop_token_ids
 from llmtune.reporting.caveats import find_training_caveats
 from llmtune.stages.stop_check import MAX_NEW_TOKENS, check_stops

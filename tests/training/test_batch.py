@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.data.example import IGNORE_INDEX, Example
-from llmtune.memory import BatchLimits
 from llmtune.training.batch import (
     EpochSampler,
     StepCollator,
@@ -15,6 +14,7 @@ from llmtune.training.batch import (
     pad_rows,
     plan_micro_batches,
 )
+from llmtune.training.memory.arithmetic import BatchLimits
 from tests.training.tiny_runs import make_rows
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=24)

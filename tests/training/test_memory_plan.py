@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from llmtune.errors import LlmtuneError
-from llmtune.memory import UNLIMITED_TOKENS, ActivationCost, BatchLimits, RowSizes, plan_memory
-from llmtune.training.memory_plan import measure_activations
+from llmtune.training.memory.arithmetic import (
+    UNLIMITED_TOKENS,
+    ActivationCost,
+    BatchLimits,
+    RowSizes,
+    plan_memory,
+)
+from llmtune.training.memory.dry_run import rehearse_save, rehearse_step
+from llmtune.training.memory.plan import measure_activations
 from llmtune.training.recompute import recomputable_layers, recomputing
-from llmtune.training.rehearsal import rehearse_save, rehearse_step
 from llmtune.training.sft import train_adapter
 from tests.training.tiny_runs import make_adapter, make_config, make_request, make_rows
 

@@ -9,10 +9,10 @@ import torch
 
 from llmtune.data.config import DataConfig
 from llmtune.errors import LlmtuneError
-from llmtune.memory import UNLIMITED
 from llmtune.scoring.divergence import measure_divergence
 from llmtune.training.batch import StepCollator
 from llmtune.training.head import choose_head
+from llmtune.training.memory.arithmetic import UNLIMITED
 from llmtune.training.own_text import as_example, rows_for_share, write_own_text
 from llmtune.training.packing import packed_attention
 from llmtune.training.protect import ProtectConfig, add_replay

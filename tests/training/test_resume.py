@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llmtune.errors import LlmtuneError, RunInterrupted
-from llmtune.run_dir import RunDir
+from llmtune.io.run_dir import RunDir
 from llmtune.training import checkpoint as checkpoints
 from llmtune.training.sft import train_adapter
 from llmtune.training.trainer import AdapterTrainer

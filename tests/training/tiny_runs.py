@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from llmtune.data.example import IGNORE_INDEX, Example
-from llmtune.run_dir import RunDir
+from llmtune.io.run_dir import RunDir
 from llmtune.training.config import TrainConfig
 from llmtune.training.request import TrainRequest
 from tests.tiny import VOCAB_SIZE, make_model, make_tokenizer

@@ -18,7 +18,7 @@ from llmtune.evaluation.diagnosis.results import (
 from llmtune.evaluation.diagnosis.rows import MIN_OWN_WORDS, RowTexts, find_frame
 from llmtune.evaluation.items import SuiteItem
 from llmtune.evaluation.suite import Suite
-from llmtune.fingerprint import hash_json
+from llmtune.io.fingerprint import hash_json
 
 LONG_NGRAM = 13
 SHORT_NGRAM = 8

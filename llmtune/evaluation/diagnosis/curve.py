@@ -11,7 +11,7 @@ from llmtune.evaluation.diagnosis.results import CurvePoint, LearningCurveResult
 from llmtune.evaluation.items import SuiteItem
 from llmtune.evaluation.results import ArmResult, ItemScore
 from llmtune.evaluation.suite import Suite
-from llmtune.fingerprint import hash_json
+from llmtune.io.fingerprint import hash_json
 
 Trained = tuple[int, int, ArmResult]
 """Rows, seed and what the training scored."""

@@ -21,7 +21,7 @@ from llmtune.evaluation.diagnosis.subject import (
     target_prompts,
 )
 from llmtune.evaluation.stats import paired_bootstrap
-from llmtune.fingerprint import hash_json
+from llmtune.io.fingerprint import hash_json
 from llmtune.scoring.divergence import Divergence, Variant, measure_divergence
 
 GENERAL_TEXTS = 32

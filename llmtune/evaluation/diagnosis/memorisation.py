@@ -20,7 +20,7 @@ from llmtune.evaluation.diagnosis.subject import (
     model_inputs,
     pick,
 )
-from llmtune.fingerprint import hash_json
+from llmtune.io.fingerprint import hash_json
 from llmtune.scoring.batches import (
     adapter_disabled,
     batch_by_length,

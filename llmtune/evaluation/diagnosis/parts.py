@@ -11,8 +11,8 @@ from llmtune.data.config import SourceConfig
 from llmtune.data.example import ExampleTable
 from llmtune.data.problems import RowProblem
 from llmtune.data.rows import iter_raw_rows, open_source
-from llmtune.fingerprint import hash_text
-from llmtune.run_dir import atomic_write_text
+from llmtune.io.fingerprint import hash_text
+from llmtune.io.run_dir import atomic_write_text
 
 Place = tuple[int, str, int]
 """A row by its source's number, its file and its line."""

@@ -38,7 +38,7 @@ from llmtune.evaluation.results import ArmResult, ItemScore
 from llmtune.evaluation.run import build_recipe, summarize_items
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.suite_config import ChoiceSuite
-from llmtune.fingerprint import hash_json
+from llmtune.io.fingerprint import hash_json
 
 PROBE_ARM = "probe"
 MAX_ROWS = 1000

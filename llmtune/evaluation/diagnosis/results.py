@@ -8,8 +8,8 @@ from typing import ClassVar, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from llmtune.errors import LlmtuneError
-from llmtune.fingerprint import hash_json
-from llmtune.run_dir import atomic_write_json
+from llmtune.io.fingerprint import hash_json
+from llmtune.io.run_dir import atomic_write_json
 
 Interval = tuple[float, float]
 DiagnosticT = TypeVar("DiagnosticT", bound="Diagnostic")

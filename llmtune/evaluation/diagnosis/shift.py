@@ -18,7 +18,7 @@ from llmtune.evaluation.diagnosis.subject import (
     pick,
 )
 from llmtune.evaluation.scored_model import ScoredModel
-from llmtune.fingerprint import hash_json
+from llmtune.io.fingerprint import hash_json
 from llmtune.scoring.perplexity import encode_passage
 
 MAX_TEXTS = 300

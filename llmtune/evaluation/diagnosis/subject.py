@@ -13,7 +13,7 @@ from llmtune.evaluation.requests import encode_prompts
 from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.suite import Suite
 from llmtune.evaluation.suite_config import ChoiceSuite, PerplexitySuite, Role
-from llmtune.fingerprint import hash_json
+from llmtune.io.fingerprint import hash_json
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.perplexity import encode_passage
 

@@ -23,9 +23,9 @@ from llmtune.exporting.gguf.write import (
     write_tensors,
 )
 from llmtune.exporting.place import require_new
+from llmtune.io.unfinished import unfinished_file
 from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
 from llmtune.models.checkpoint import read_model_config
-from llmtune.unfinished import unfinished_file
 
 
 def export_adapter_gguf(

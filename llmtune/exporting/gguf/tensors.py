@@ -16,7 +16,7 @@ from llmtune.exporting.gguf.architectures import (
     Config,
     rope_factors,
 )
-from llmtune.safetensors_io import CheckpointIndex, TensorEntry
+from llmtune.io.safetensors import CheckpointIndex, TensorEntry
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 FUSED_EXPERTS = re.compile(r"^(.*\.experts)\.(gate_up_proj|down_proj)$")

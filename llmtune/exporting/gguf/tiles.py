@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType, quants
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf.tensors import PlannedTensor, Rows
-from llmtune.safetensors_io import DTYPE_BITS
+from llmtune.io.safetensors import DTYPE_BITS
 
 TILE_NUMBERS = 1 << 20
 """Numbers in one tile; the work on it takes about 40 bytes each."""

@@ -20,8 +20,8 @@ from llmtune.exporting.gguf.tensors import PlannedTensor, plan_tensors
 from llmtune.exporting.gguf.tiles import iter_tensor_bytes
 from llmtune.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
 from llmtune.exporting.place import require_new
+from llmtune.io.unfinished import require_space, unfinished_file
 from llmtune.models.checkpoint import read_model_config
-from llmtune.unfinished import require_space, unfinished_file
 
 FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,

@@ -1,0 +1,75 @@
+"""A run's manifest: its config, its sources, and which stages are finished on which inputs."""
+
+import datetime
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llmtune.errors import LlmtuneError
+from llmtune.io.environment import machine, versions
+from llmtune.io.run_dir import RunDir, atomic_write_json
+
+STAGES = ("train", "merge", "evaluate")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` holds; every change is a new value, written whole by `save`.
+
+    `stages.<name>` holds the stage's `inputs` and their `fingerprint`, `started`, `finished`
+    (absent while it runs or after it failed), `seconds`, `peak_bytes` and `result`.
+    """
+
+    config: Mapping[str, Any]
+    created: str = field(default_factory=lambda: _now())
+    machine: Mapping[str, Any] = field(default_factory=machine)
+    versions: Mapping[str, Any] = field(default_factory=versions)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def start(self, stage: str, fingerprint: str, inputs: Mapping[str, Any]) -> "Manifest":
+        """Return the manifest with `stage` begun, and with it every later stage undone."""
+        kept = {name: record for name, record in self.stages.items() if not _is_after(name, stage)}
+        kept[stage] = {"fingerprint": fingerprint, "inputs": inputs, "started": _now()}
+        return replace(self, stages=kept)
+
+    def finish(self, stage: str, **record: Any) -> "Manifest":
+        """Return the manifest with `stage` done; `record` holds seconds, peak_bytes and result."""
+        done = {**self.stages[stage], **record, "finished": _now()}
+        return replace(self, stages={**self.stages, stage: done})
+
+    def save(self, run: RunDir) -> None:
+        """Write `manifest.json` whole or not at all."""
+        atomic_write_json(run.manifest_path, {"format": 1, **self.__dict__})
+
+
+def read_manifest(run: RunDir) -> Manifest:
+    """Read a run's manifest.
+
+    Raises:
+        LlmtuneError: there is none, or it is not one of ours.
+    """
+    path = run.manifest_path
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise LlmtuneError(
+            f"{run.path}: not a run (no manifest.json); start one with: llmtune run CONFIG"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LlmtuneError(f"{path}: damaged ({error}); rerun with --force to redo it") from None
+    if not isinstance(value, dict) or value.pop("format", None) != 1:
+        raise LlmtuneError(f"{path}: not a manifest that this version reads (expected format 1)")
+    return Manifest(**{key: value[key] for key in Manifest.__dataclass_fields__ if key in value})
+
+
+def _is_after(stage: str, other: str) -> bool:
+    """Whether `stage` builds on `other`; what is not among `STAGES` (an export) has none after."""
+    is_ordered = stage in STAGES and other in STAGES
+    return is_ordered and STAGES.index(stage) > STAGES.index(other)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,93 @@
+"""The names of a run's files, and writing them so that a reader never sees half a file."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtune.io.fingerprint import JsonValue
+
+SEQUENCE_FILE = "sequence.json"
+"""What `llmtune sequence` leaves beside the runs of its tasks."""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Where a run keeps what. Paths inside a run are relative to it, so a moved run still works."""
+
+    path: Path
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def merged_dir(self) -> Path:
+        return self.path / "merged"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations_dir(self) -> Path:
+        return self.path / "evaluations"
+
+    @property
+    def diagnostics_dir(self) -> Path:
+        return self.path / "diagnostics"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def generations_path(self) -> Path:
+        return self.path / "generations.json"
+
+    @property
+    def own_text_path(self) -> Path:
+        """What the base wrote to be held to, where `protect` asks for it."""
+        return self.path / "own_text.json"
+
+    @property
+    def report_html_path(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def report_md_path(self) -> Path:
+        return self.path / "report.md"
+
+    @property
+    def report_json_path(self) -> Path:
+        return self.path / "report.json"
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all: a temporary file beside it, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def atomic_write_json(path: Path, value: JsonValue) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

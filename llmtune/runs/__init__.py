@@ -1,0 +1,1 @@
+"""One run: its directory, its ledger, and its stages in their order."""

@@ -1,0 +1,242 @@
+"""An open run: locked against other processes, and knowing which stages are finished."""
+
+import contextlib
+import fcntl
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from llmtune.errors import LlmtuneError
+from llmtune.io.environment import peak_memory_bytes
+from llmtune.io.fingerprint import hash_json
+from llmtune.io.manifest import Manifest, read_manifest
+from llmtune.io.run_dir import RunDir
+
+log = logging.getLogger("llmtune")
+
+SHOWN_DIFFERENCES = 5
+
+Completion = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+def as_recorded(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return recorded inputs as they are."""
+    return inputs
+
+
+def is_same_inputs(
+    record: Mapping[str, Any], inputs: Mapping[str, Any], complete: Completion
+) -> bool:
+    """Return whether a stage's record is of these inputs."""
+    return "inputs" in record and hash_json(complete(record["inputs"])) == hash_json(inputs)
+
+
+class Ledger:
+    """Runs the stages of one run directory and writes down what each was made from.
+
+    Use `open_ledger`; one process at a time holds a run. `has_training` says whether training had
+    left something when it was opened; the config was then held against the one it was made with.
+    """
+
+    def __init__(self, run: RunDir, manifest: Manifest, *, has_training: bool) -> None:
+        self.run = run
+        self.manifest = manifest
+        self.has_training = has_training
+
+    def describe(
+        self, *, base: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write what the run stands on into the manifest; what is not given stays."""
+        now = self.manifest
+        self._save(
+            replace(
+                now,
+                base=now.base if base is None else base,
+                data=now.data if data is None else data,
+            )
+        )
+
+    def stage(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        work: Callable[[], Mapping[str, Any]],
+        *,
+        complete: Completion = as_recorded,
+        is_there: bool = True,
+        force: bool = False,
+    ) -> Mapping[str, Any]:
+        """Return the stage's recorded result, or do `work` and record it.
+
+        `inputs` is everything that decides the result. A stage that raises stays unfinished in the
+        manifest, and so does every stage after it. `is_there` says whether what the stage left
+        still exists; without it, and with `force`, the work is done again. `complete` gives
+        recorded inputs what this version added to them since.
+        """
+        record = self.manifest.stages.get(name, {})
+        is_same = record.get("finished") and is_same_inputs(record, inputs, complete)
+        if is_same and is_there and not force:
+            log.info("%s: finished before on the same inputs, skipped", name)
+            return record["result"]
+        self._save(self.manifest.start(name, hash_json(inputs), inputs))
+        started = time.perf_counter()
+        result = work()
+        self._save(
+            self.manifest.finish(
+                name,
+                seconds=round(time.perf_counter() - started, 3),
+                peak_bytes=peak_memory_bytes(),
+                result=result,
+            )
+        )
+        return result
+
+    def _save(self, manifest: Manifest) -> None:
+        manifest.save(self.run)
+        self.manifest = manifest
+
+
+@contextlib.contextmanager
+def open_ledger(
+    run: RunDir,
+    config: Mapping[str, Any],
+    *,
+    deciding: Completion,
+    is_recorded: bool = True,
+    force: bool = False,
+) -> Iterator[Ledger]:
+    """Hold the run directory, making it where there is none.
+
+    `config` is the whole config as JSON values, recorded where `is_recorded`; `deciding` returns
+    those of a config's that may not differ from what the directory was made with, once training has
+    left something there; what an older config lacks it returns as its default. With `force` what
+    earlier stages left is removed. A directory that was made here disappears again if the input
+    turns out wrong before anything was trained.
+
+    Raises:
+        LlmtuneError: another process holds the run, the directory is not a run, or it holds a run
+            of another config.
+    """
+    _refuse_foreign(run)
+    is_new = not run.manifest_path.exists()
+    _make(run)
+    with run.lock_path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LlmtuneError(
+                f"{run.path}: another llmtune process is working in this run; "
+                "wait for it or choose another run_dir"
+            ) from None
+        if force:
+            _clear(run)
+        manifest = Manifest(config=config)
+        has_training = False
+        if run.manifest_path.exists():
+            known = read_manifest(run)
+            has_training = _has_training(run)
+            if has_training:
+                _refuse_other_config(run, deciding(known.config), deciding(config))
+            manifest = replace(known, config=config) if is_recorded else known
+        ledger = Ledger(run, manifest, has_training=has_training)
+        ledger.describe()
+        try:
+            yield ledger
+        except LlmtuneError:
+            if is_new and not _has_training(run):
+                _clear(run)
+                run.lock_path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # the user keeps something else there
+                    run.path.rmdir()
+            raise
+
+
+def refuse_unusable(
+    run: RunDir, config: Mapping[str, Any], deciding: Completion, *, force: bool = False
+) -> None:
+    """Refuse at once, before any long work, what `open_ledger` would refuse; nothing is written.
+
+    Raises:
+        LlmtuneError: the directory is not a run, or it holds a run of another config.
+    """
+    _refuse_foreign(run)
+    if not force and run.manifest_path.exists() and _has_training(run):
+        _refuse_other_config(run, deciding(read_manifest(run).config), deciding(config))
+
+
+def _make(run: RunDir) -> None:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LlmtuneError(
+            f"{run.path}: cannot be made ({error.strerror}); choose another run_dir"
+        ) from None
+
+
+def _refuse_foreign(run: RunDir) -> None:
+    if run.path.exists() and not run.path.is_dir():
+        raise LlmtuneError(f"{run.path}: is a file; run_dir must be a directory to make or reuse")
+    if run.path.is_dir() and not run.manifest_path.exists():
+        found = sorted(child.name for child in run.path.iterdir() if not child.name.startswith("."))
+        if found:
+            raise LlmtuneError(
+                f"{run.path}: holds {found[0]!r} and no manifest.json, so it is not a run; "
+                "choose another run_dir"
+            )
+
+
+def _has_training(run: RunDir) -> bool:
+    return run.adapter_dir.exists() or (
+        run.checkpoints_dir.is_dir() and any(run.checkpoints_dir.iterdir())
+    )
+
+
+def _refuse_other_config(
+    run: RunDir, known: Mapping[str, Any], deciding: Mapping[str, Any]
+) -> None:
+    lines = [
+        f"{key}: was {old!r}, is {new!r}" for key, old, new in differences("", known, deciding)
+    ]
+    if lines:
+        more = f" and {len(lines) - SHOWN_DIFFERENCES} more" * (len(lines) > SHOWN_DIFFERENCES)
+        raise LlmtuneError(
+            f"{run.path}: holds a run of another config ({'; '.join(lines[:SHOWN_DIFFERENCES])}"
+            f"{more}); choose another run_dir, or redo this one with --force"
+        )
+
+
+def differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted keys of `new`, below `key`, whose values differ, each with both values."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in new:
+            yield from differences(f"{key}.{name}".lstrip("."), old.get(name), new[name])
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for place, pair in enumerate(zip(old, new, strict=True)):
+            yield from differences(f"{key}.{place}", *pair)
+    elif old != new:
+        yield key, old, new
+
+
+def _clear(run: RunDir) -> None:
+    for directory in (
+        run.adapter_dir,
+        run.merged_dir,
+        run.checkpoints_dir,
+        run.evaluations_dir,
+        run.diagnostics_dir,
+    ):
+        if directory.exists():
+            shutil.rmtree(directory)
+    for file in (
+        run.manifest_path,
+        run.metrics_path,
+        run.generations_path,
+        run.own_text_path,
+        run.report_html_path,
+        run.report_json_path,
+        run.report_md_path,
+    ):
+        file.unlink(missing_ok=True)

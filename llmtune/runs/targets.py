@@ -1,0 +1,181 @@
+"""What a path on the command line names: a config, a run, an adapter, or a whole model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtune.adapters.manifest import (
+    MANIFEST_NAME,
+    read_adapter_config,
+    read_adapter_manifest,
+)
+from llmtune.config import RunConfig, load_config, read_config_tree
+from llmtune.errors import LlmtuneError
+from llmtune.io.manifest import read_manifest
+from llmtune.io.run_dir import RunDir
+from llmtune.io.validation import validate_section
+from llmtune.io.yaml_source import SourcedTree, apply_overrides
+from llmtune.models.config import ModelConfig
+from llmtune.reporting.sequence import read_sequence
+from llmtune.schema import Section
+
+TEMPLATE_NAME = "chat_template.jinja"
+YAML_SUFFIXES = (".yaml", ".yml")
+RUN_NAMES = "a run directory, or a config (a .yaml file)"
+
+
+class ModelOnly(Section):
+    """The keys that can be overridden where the target is an adapter or a model."""
+
+    model: ModelConfig
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to load: a base, the adapter on it if any, the merged model of a run if any."""
+
+    name: str
+    model: ModelConfig
+    adapter_dir: Path | None = None
+    merged_dir: Path | None = None
+    config: RunConfig | None = None
+    """The run's config, where the target is a run."""
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Who can answer, the default first."""
+        arms = ["tuned"] if self.adapter_dir else []
+        arms.append("base")
+        return tuple(arms + (["merged"] if self.merged_dir else []))
+
+
+def resolve_target(name: str, overrides: Sequence[str] = ()) -> Target:
+    """Say what `name` is: a YAML config, a run, an adapter directory, a checkpoint or a hub id.
+
+    Raises:
+        LlmtuneError: it is none of these, or an override does not fit it.
+    """
+    path = Path(name)
+    if path.suffix in YAML_SUFFIXES:
+        return _run_target(name, load_config(path, overrides))
+    if (path / "manifest.json").is_file():
+        return _run_target(name, load_run_config(path, overrides))
+    if (path / "adapter_config.json").is_file():
+        return Target(name, _model(adapter_base(path), overrides), adapter_dir=path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise LlmtuneError(
+            f"{name}: neither a run (manifest.json), nor an adapter (adapter_config.json), "
+            "nor a model (config.json); give the path of one, or copy back the file that it lost"
+        )
+    return Target(name, _model({"base": name}, overrides))
+
+
+def require_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the config of the run that `name` is: its directory or its YAML file.
+
+    Raises:
+        LlmtuneError: it is something else.
+    """
+    _require_path(name)
+    target = resolve_target(name, overrides)
+    if target.config is None:
+        raise LlmtuneError(f"{name}: not a run; expected {RUN_NAMES}")
+    return target.config
+
+
+def read_run_tree(name: str, overrides: Sequence[str] = ()) -> SourcedTree:
+    """Return the unchecked config of a run directory or a YAML file, and where each key stands.
+
+    Raises:
+        LlmtuneError: there is no such path, or it cannot be read.
+    """
+    _require_path(name)
+    path = Path(name)
+    return _recorded_tree(path, overrides) if path.is_dir() else read_config_tree(path, overrides)
+
+
+def find_run_dir(name: str) -> Path:
+    """Return the directory of the run that `name` is: the directory itself, or its config's.
+
+    What `llmtune sequence` left is named by its last run, which has learned all tasks.
+    """
+    _require_path(name)
+    path = Path(name)
+    if path.suffix in YAML_SUFFIXES:
+        return load_config(path).run_dir
+    if not path.is_dir():
+        raise LlmtuneError(f"{name}: not a run; expected {RUN_NAMES}")
+    sequence = None if RunDir(path).manifest_path.exists() else read_sequence(path)
+    return path / sequence.runs[-1] if sequence else path
+
+
+def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the config a run was made with; `run_dir` is where the run lies now."""
+    return validate_section(RunConfig, _recorded_tree(run_dir, overrides))
+
+
+def _recorded_tree(run_dir: Path, overrides: Sequence[str]) -> SourcedTree:
+    run = RunDir(run_dir)
+    recorded = {**read_manifest(run).config, "run_dir": str(run_dir)}
+    return apply_overrides(SourcedTree(recorded, {(): str(run.manifest_path)}), overrides)
+
+
+def _require_path(name: str) -> None:
+    if not Path(name).exists():
+        raise LlmtuneError(f"{name}: no such file or directory; expected {RUN_NAMES}")
+
+
+def adapter_base(adapter_dir: Path) -> dict[str, Any]:
+    """Return the `model` section for an adapter's base, as the adapter recorded it.
+
+    The chat template saved beside the adapter is the one it was trained with, and the base is
+    quantized as it was in training.
+
+    Raises:
+        LlmtuneError: the adapter cannot be read, or names no base.
+    """
+    config = read_adapter_config(adapter_dir)
+    if (adapter_dir / MANIFEST_NAME).is_file():
+        model = _recorded_base(adapter_dir)
+    else:
+        model = {"base": config.get("base_model_name_or_path"), "revision": config.get("revision")}
+        if not model["base"]:
+            raise LlmtuneError(
+                f"{adapter_dir}: adapter_config.json names no base model; give it: model.base=PATH"
+            )
+    template = adapter_dir / TEMPLATE_NAME
+    return model | ({"chat_template": str(template)} if template.is_file() else {})
+
+
+def _recorded_base(adapter_dir: Path) -> dict[str, Any]:
+    manifest = read_adapter_manifest(adapter_dir)
+    base = manifest.get("base")
+    if not isinstance(base, dict) or not all(
+        isinstance(base.get(key), str) for key in ("origin", "path")
+    ):
+        raise LlmtuneError(
+            f"{adapter_dir / MANIFEST_NAME}: damaged: expected `base` with origin and path"
+        )
+    trained = manifest.get("config", {}).get("model", {})
+    quantization = {"quantization": trained.get("quantization")}
+    if base.get("revision"):
+        return {"base": base["origin"], "revision": base["revision"]} | quantization
+    is_local = Path(base["path"]).is_dir()
+    return {"base": base["path"] if is_local else base["origin"]} | quantization
+
+
+def _run_target(name: str, config: RunConfig) -> Target:
+    run = config.run
+    return Target(
+        name,
+        config.model,
+        adapter_dir=run.adapter_dir if run.adapter_dir.is_dir() else None,
+        merged_dir=run.merged_dir if run.merged_dir.is_dir() else None,
+        config=config,
+    )
+
+
+def _model(values: dict[str, Any], overrides: Sequence[str]) -> ModelConfig:
+    tree = apply_overrides(SourcedTree({"model": values}), overrides)
+    return validate_section(ModelOnly, tree).model

@@ -1,0 +1,113 @@
+"""A conversation in the terminal with base or tuned model, streamed as it is written."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import click
+
+from llmtune.data.render import render_messages
+from llmtune.errors import LlmtuneError
+from llmtune.models.turns import require_chat_template
+from llmtune.runs.targets import resolve_target
+from llmtune.scoring.generate import Decoding, stream_text
+from llmtune.serving.live import LiveTarget, load_live
+
+HELP = "/base and /tuned switch who answers, /clear starts over, /quit ends"
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How a conversation is held; `arm` None takes the target's first."""
+
+    arm: str | None = None
+    system: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    as_json: bool = False
+
+
+class Chat:
+    """The messages so far, and who answers next."""
+
+    def __init__(self, live: LiveTarget, settings: ChatSettings) -> None:
+        self.live = live
+        self.settings = settings
+        self.arm = settings.arm or live.arms[0]
+        self.messages: list[dict[str, str]] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Start over, with the system prompt if there is one."""
+        system = self.settings.system
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def switch(self, arm: str) -> None:
+        """Let `arm` answer from now on; the messages stay."""
+        if arm not in self.live.arms:
+            raise LlmtuneError(f"no {arm} model here; there is: {', '.join(self.live.arms)}")
+        self.arm = arm
+
+    def answer(self, question: str) -> str:
+        """Write the answer to stdout as it comes, and keep both turns."""
+        asked = [*self.messages, {"role": "user", "content": question}]
+        tokenizer = self.live.loaded.tokenizer
+        prompt = render_messages(tokenizer, asked, add_generation_prompt=True)
+        decoding = Decoding(
+            max_new_tokens=self.settings.max_new_tokens,
+            stop_token_ids=self.live.loaded.stop_token_ids,
+            temperature=self.settings.temperature,
+        )
+        pieces = []
+        with self.live.answering_as(self.arm) as model:
+            for piece in stream_text(model, tokenizer, prompt, decoding):
+                pieces.append(piece)
+                if not self.settings.as_json:
+                    click.echo(piece, nl=False)
+                    sys.stdout.flush()
+        text = "".join(pieces)
+        if self.settings.as_json:
+            click.echo(json.dumps({"model": self.arm, "question": question, "answer": text}))
+        else:
+            click.echo()
+        self.messages = [*asked, {"role": "assistant", "content": text}]
+        return text
+
+
+def run_chat(name: str, overrides: Sequence[str], settings: ChatSettings) -> None:
+    """Hold a conversation until /quit or the end of input.
+
+    Raises:
+        LlmtuneError: the target cannot be loaded or has no chat template.
+    """
+    live = load_live(resolve_target(name, overrides), settings.arm)
+    require_chat_template(live.loaded.tokenizer)
+    chat = Chat(live, settings)
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        click.echo(f"{chat.arm} model. {HELP}.", err=True)
+    while True:
+        if is_terminal:
+            click.echo(f"{chat.arm}> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() in {"/quit", "/exit"}:
+            return
+        try:
+            _take(chat, line.strip())
+        except LlmtuneError as error:
+            click.echo(f"error: {error}", err=True)
+
+
+def _take(chat: Chat, line: str) -> None:
+    if not line:
+        return
+    if line == "/clear":
+        chat.clear()
+    elif line in {"/base", "/tuned", "/merged"}:
+        chat.switch(line[1:])
+        click.echo(f"{chat.arm} answers from now on", err=True)
+    elif line.startswith("/"):
+        click.echo(HELP, err=True)
+    else:
+        chat.answer(line)

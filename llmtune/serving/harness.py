@@ -1,0 +1,107 @@
+"""lm-evaluation-harness on any target: base and adapter on one loaded base, or a merged model."""
+
+import gc
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.compare import Resampling
+from llmtune.evaluation.config import EvaluateConfig
+from llmtune.evaluation.harness import HarnessSettings, suite_name
+from llmtune.evaluation.results import ArmResult, save_arm_result
+from llmtune.evaluation.scores import Scores, summarize_scores
+from llmtune.io.run_dir import RunDir
+from llmtune.runs.targets import Target, resolve_target
+from llmtune.serving.live import load_live
+
+log = logging.getLogger("llmtune")
+
+HOW_TO_INSTALL = 'install it with: pip install "llmtune[lm-eval]"'
+
+
+def run_harness(
+    name: str, overrides: Sequence[str], settings: HarnessSettings, arms: Sequence[str] = ()
+) -> Scores:
+    """Run tasks on the target's arms; base and tuned are one loaded model.
+
+    Where the target is a run, the results are kept with its own and its next report shows them.
+
+    Args:
+        arms: base, tuned, merged; empty is base and tuned, or the model alone.
+
+    Raises:
+        LlmtuneError: the harness is not installed, the target has no such arm, or a task cannot
+            be run.
+    """
+    target = resolve_target(name, overrides)
+    chosen = _chosen_arms(target, arms)
+    results_dir = _results_dir(target)
+    results: dict[str, dict[str, ArmResult]] = {}
+    summaries: dict[str, dict[str, Any]] = {}
+    for group in _by_loaded_model(chosen):
+        live = load_live(target, "tuned" if "tuned" in group else group[0])
+        for arm in group:
+            with live.scored_as(arm) as scored:
+                log.info("lm-eval: %s on %s", ", ".join(settings.tasks), arm)
+                run = _run(scored, arm, settings)
+            for result in run.results:
+                results.setdefault(result.suite, {})[arm] = result
+                if results_dir is not None:
+                    save_arm_result(result, results_dir)
+            summaries[arm] = run.summary
+        del live
+        gc.collect()
+    knobs = target.config.evaluate if target.config else EvaluateConfig()
+    resampling = Resampling(knobs.confidence, knobs.bootstrap_samples, knobs.seed)
+    scores = summarize_scores(results, resampling)
+    for arm, summary in summaries.items():
+        for task, values in summary.items():
+            if suite_name(task) in scores:
+                scores[suite_name(task)]["arms"][arm]["lm_eval"] = _plain(values)
+    return scores
+
+
+def _run(scored: Any, arm: str, settings: HarnessSettings) -> Any:
+    try:
+        from llmtune.evaluation.lm_eval import run_tasks
+    except ImportError as error:
+        if error.name is None or not error.name.startswith("lm_eval"):
+            raise
+        raise LlmtuneError(
+            f"--lm-eval: lm-evaluation-harness is not installed; {HOW_TO_INSTALL}"
+        ) from None
+    return run_tasks(scored, arm, settings)
+
+
+def _chosen_arms(target: Target, arms: Sequence[str]) -> tuple[str, ...]:
+    missing = [arm for arm in arms if arm not in target.arms]
+    if missing:
+        raise LlmtuneError(
+            f"{target.name}: has no {missing[0]} model; there is: {', '.join(target.arms)}"
+        )
+    return tuple(arms) or tuple(arm for arm in ("base", "tuned") if arm in target.arms)
+
+
+def _by_loaded_model(arms: Sequence[str]) -> list[tuple[str, ...]]:
+    """Group arms by what must be loaded for them: base and tuned are one model."""
+    live = tuple(arm for arm in arms if arm != "merged")
+    return [group for group in (live, ("merged",) if "merged" in arms else ()) if group]
+
+
+def _results_dir(target: Target) -> Path | None:
+    if target.config is None or not target.config.run.manifest_path.is_file():
+        return None
+    return RunDir(target.config.run.path).evaluations_dir
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the harness's own numbers of a task, `metric,filter` -> value."""
+    return {
+        key: value
+        for key, value in values.items()
+        if "," in key
+        and isinstance(value, int | float)
+        and not key.split(",")[0].endswith("_stderr")
+    }

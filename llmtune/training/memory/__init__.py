@@ -1,0 +1,1 @@
+"""How much memory a training step takes, planned by arithmetic and tried by a dry run."""

@@ -1,0 +1,90 @@
+"""Trainings that differ in their seed alone: the interval covers them, anything else is refused."""
+
+import json
+
+import pytest
+
+from llmtune.cli import run_command
+from llmtune.config import RunConfig
+from llmtune.io.manifest import Manifest
+from tests.reporting.planted import PlantedSuite, improve, plant_run, right_wrong
+
+BASE = right_wrong(300, 0.6, seed=0)
+
+
+def plant(path, seed, tuned, *, rows=48, **sections):
+    """Write a run of a seed whose tuned model has these scores; return its directory as text."""
+    config = RunConfig(
+        run_dir=path,
+        seed=seed,
+        model={"base": "base"},
+        data={"train": [{"path": "rows.jsonl"}]},
+        **sections,
+    ).model_dump(mode="json")
+    config["evaluate"]["bootstrap_samples"] = 400
+    counts = {"rows_read": rows, "rows_kept": rows, "examples": rows}
+    manifest = Manifest(config=config, data={"train": {"sources": [counts]}})
+    suites = [PlantedSuite("movies", "target", {"base": BASE, "tuned": tuned})]
+    plant_run(path, suites, manifest=manifest)
+    return str(path)
+
+
+def plant_seeds(tmp_path, gains):
+    return [
+        plant(tmp_path / f"seed-{number}", number, improve(BASE, gain, seed=number))
+        for number, gain in enumerate(gains)
+    ]
+
+
+def test_a_gain_that_every_seed_has_is_shown_and_one_that_seeds_disagree_on_is_not(
+    tmp_path, capsys
+):
+    outcomes = {}
+    for name, gains in (("steady", (0.15, 0.16, 0.17)), ("wild", (0.0, 0.1, 0.3))):
+        assert run_command(["report", *plant_seeds(tmp_path / name, gains), "--json"]) == 0
+        outcomes[name] = json.loads(capsys.readouterr().out)["suites"]["movies"]
+    steady, wild = outcomes["steady"], outcomes["wild"]
+    assert steady["outcome"] == "better" and wild["outcome"] == "no difference shown"
+    assert steady["changes"] == pytest.approx([0.15, 0.16, 0.17], abs=0.004)
+    assert steady["spread"] == pytest.approx(0.01, abs=0.004)
+    assert wild["high"] - wild["low"] > 2 * (wild["items_alone"][1] - wild["items_alone"][0])
+    page = (tmp_path / "wild" / "seed-0" / "seeds.html").read_text()
+    assert "3 seeds" in page and "no difference shown" in page
+    assert json.loads((tmp_path / "wild" / "seed-0" / "seeds.json").read_text())["runs"][2] == {
+        "run": "seed-2",
+        "seed": 2,
+        "verdict": "SHIP",
+    }
+
+
+def test_the_table_names_every_seed_with_its_verdict(tmp_path, capsys):
+    assert run_command(["report", *plant_seeds(tmp_path, (0.15, 0.16, 0.0)), "-q"]) == 0
+    printed = capsys.readouterr().out
+    assert "seed-1, seed 1: SHIP" in printed and "seed-2, seed 2: INCONCLUSIVE" in printed
+    assert "between seeds" in printed and max(map(len, printed.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"adapter": {"method": "lora", "rank": 4}}, "adapter.rank: 16 / 4"),
+        ({"train": {"learning_rate": 0.5}}, "train.learning_rate: 0.0002 / 0.5"),
+        ({"protect": {"l2": 0.5}}, "protect.l2: 0.0 / 0.5"),
+        ({"rows": 47}, "another rows"),
+        ({"seed": 1}, "both were trained with seed 1"),
+    ],
+)
+def test_anything_but_another_seed_is_refused_by_name(tmp_path, capsys, change, named):
+    runs = plant_seeds(tmp_path, (0.15, 0.16))
+    settings = {"seed": 2, "tuned": BASE} | change
+    runs.append(plant(tmp_path / "other", **settings))
+    assert run_command(["report", *runs]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "seed-0" / "seeds.html").exists()
+
+
+def test_options_that_are_about_one_run_or_two_are_refused(tmp_path, capsys):
+    runs = plant_seeds(tmp_path, (0.15, 0.16, 0.17))
+    for option in (["--full"], ["--fail-if", "seconds>1"], ["--across", "base"]):
+        assert run_command(["report", *runs, *option]) == 2
+        assert capsys.readouterr().err.startswith("error: --")
