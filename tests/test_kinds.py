@@ -1,8 +1,8 @@
 """Contract: a kind is named in its own folder and nowhere else in the package.
 
-The members of a union carry their behaviour. A room that asks which member it holds, by its name or
-by its class, has to be changed with every new member; so no room may. What a room needs of a kind it
-asks the member itself.
+The members of a union carry their behaviour. A room that asks which member it holds, by its name
+or by its class, has to be changed with every new member; so no room may. What a room needs of a
+kind it asks the member itself.
 """
 
 import ast
