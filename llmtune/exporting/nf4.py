@@ -12,13 +12,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from llmtune.checks.merged import VerifyPrompts, VerifyResult, verify_merge
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import encode_plain
 from llmtune.errors import CheckFailed
 from llmtune.io.safetensors import CheckpointIndex
 from llmtune.io.unfinished import require_space
 from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
-from llmtune.merging.verify import VerifyPrompts, VerifyResult, verify_merge
 from llmtune.models.config import ModelConfig, Nf4Quantization
 from llmtune.models.load import load_model
 from llmtune.models.quiet import quiet_loading

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.checks.merged import VerifyPrompts, VerifyResult, verify_merge
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import render_question
 from llmtune.data.template import require_trained_template
@@ -18,7 +19,6 @@ from llmtune.io.unfinished import move_into_place, require_space, unfinished_dir
 from llmtune.merging.changes import MergePlan
 from llmtune.merging.merge import MergeResult, needed_bytes, write_merge
 from llmtune.merging.provenance import add_to_provenance
-from llmtune.merging.verify import VerifyPrompts, VerifyResult, verify_merge
 from llmtune.models.hardware import choose_device
 from llmtune.models.load import LoadedModel
 from llmtune.models.tokenizer import load_tokenizer

@@ -21,6 +21,7 @@ from llmtune.adapters.manifest import (
     read_adapter_config,
     read_adapter_manifest,
 )
+from llmtune.checks.merged import VerifyPrompts, VerifyResult, load_merged, verify_merge
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import render_question
 from llmtune.errors import LlmtuneError
@@ -31,7 +32,6 @@ from llmtune.merging.config import Combination, MergeConfig, MergeSettings
 from llmtune.merging.merge import needed_bytes, write_merge
 from llmtune.merging.plan import plan_combined_merge
 from llmtune.merging.provenance import add_to_provenance
-from llmtune.merging.verify import VerifyPrompts, VerifyResult, load_merged, verify_merge
 from llmtune.models.config import ModelConfig
 from llmtune.models.hardware import choose_device
 from llmtune.models.resolve import resolve_base

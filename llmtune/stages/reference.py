@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 from llmtune.adapters.saved import load_adapter
 from llmtune.adapters.strength import adapter_strength
+from llmtune.checks.merged import VerifyResult
 from llmtune.config import RunConfig
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import prepare_examples
 from llmtune.io.safetensors import CheckpointIndex
-from llmtune.merging.verify import VerifyResult
 from llmtune.models.checkpoint import SAFETENSORS_NAMES, has_weights
 from llmtune.models.config import Fp4Quantization, ModelConfig, Nf4Quantization
 from llmtune.models.hardware import choose_device

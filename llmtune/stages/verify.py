@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.adapters.manifest import adapter_fingerprint, has_strengths
+from llmtune.checks.merged import VerifyPrompts, verify_merge
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import render_question
 from llmtune.data.template import require_trained_template
@@ -15,7 +16,6 @@ from llmtune.exporting.limits import MERGED_KL, allowed_kl
 from llmtune.exporting.tricky_strings import TRICKY_STRINGS
 from llmtune.merging.config import MergeConfig
 from llmtune.merging.provenance import MergeRecord, read_record
-from llmtune.merging.verify import VerifyPrompts, verify_merge
 from llmtune.models.checkpoint import read_generation_config, read_model_config
 from llmtune.models.load import LoadedModel
 from llmtune.models.resolve import resolve_base

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.checks.merged import load_merged
 from llmtune.evaluation.requests import build_choice_requests
 from llmtune.evaluation.suite import load_suite
 from llmtune.exporting.gguf.read import read_file_type, read_source
@@ -40,7 +41,6 @@ from llmtune.exporting.parity import (
 )
 from llmtune.exporting.runtime import RuntimeAnswers, ask_runtime, require_runtime
 from llmtune.merging.provenance import MergeRecord, read_record
-from llmtune.merging.verify import load_merged
 from llmtune.models.checkpoint import read_generation_config
 from llmtune.models.identity import base_fingerprint
 from llmtune.models.resolve import resolve_base

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmtune.checks.merged import VerifyPrompts, verify_merge
 from llmtune.errors import LlmtuneError
 from llmtune.merging.merge import merge_adapter
-from llmtune.merging.verify import VerifyPrompts, verify_merge
 from llmtune.scoring.generate import Decoding
 from llmtune.scoring.likelihood import ContinuationRequest
 from tests.merging.adapters import PROMPTS, load_adapter, make_adapter, make_base
