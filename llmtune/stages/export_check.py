@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
+from llmtune.checks.limits import allowed_kl
 from llmtune.checks.merged import load_merged
+from llmtune.checks.parity import ParityRequest, ParityResult, compare_with_runtime
+from llmtune.checks.runtime import is_runtime_installed, require_runtime
 from llmtune.errors import CheckFailed
-from llmtune.exporting.limits import allowed_kl
-from llmtune.exporting.parity import ParityRequest, ParityResult, compare_with_runtime
-from llmtune.exporting.runtime import is_runtime_installed, require_runtime
 from llmtune.models.checkpoint import read_generation_config
 from llmtune.models.tokenizer import load_tokenizer
 from llmtune.models.turns import stop_token_ids

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.adapters.manifest import adapter_fingerprint, has_strengths
+from llmtune.checks.limits import MERGED_KL, allowed_kl
 from llmtune.checks.merged import VerifyPrompts, verify_merge
+from llmtune.checks.tricky_strings import TRICKY_STRINGS
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import render_question
 from llmtune.data.template import require_trained_template
 from llmtune.errors import CheckFailed, LlmtuneError
-from llmtune.exporting.limits import MERGED_KL, allowed_kl
-from llmtune.exporting.tricky_strings import TRICKY_STRINGS
 from llmtune.merging.config import MergeConfig
 from llmtune.merging.provenance import MergeRecord, read_record
 from llmtune.models.checkpoint import read_generation_config, read_model_config

@@ -14,11 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from llmtune.checks.merged import load_merged
-from llmtune.evaluation.requests import build_choice_requests
-from llmtune.evaluation.suite import load_suite
-from llmtune.exporting.gguf.read import read_file_type, read_source
-from llmtune.exporting.labels import (
+from llmtune.checks.labels import (
     LabelAgreement,
     LabelQuestion,
     compare_labels,
@@ -26,20 +22,24 @@ from llmtune.exporting.labels import (
     first_token_questions,
     label_in_model,
 )
-from llmtune.exporting.limits import (
+from llmtune.checks.limits import (
     MERGED_ACCURACY,
     MERGED_KL,
     allowed_accuracy_change,
     allowed_kl,
 )
-from llmtune.exporting.parity import (
+from llmtune.checks.merged import load_merged
+from llmtune.checks.parity import (
     SPARE_TOKENS,
     ParityQuestions,
     ParityRequest,
     build_questions,
     compare_answers,
 )
-from llmtune.exporting.runtime import RuntimeAnswers, ask_runtime, require_runtime
+from llmtune.checks.runtime import RuntimeAnswers, ask_runtime, require_runtime
+from llmtune.evaluation.requests import build_choice_requests
+from llmtune.evaluation.suite import load_suite
+from llmtune.exporting.gguf.read import read_file_type, read_source
 from llmtune.merging.provenance import MergeRecord, read_record
 from llmtune.models.checkpoint import read_generation_config
 from llmtune.models.identity import base_fingerprint

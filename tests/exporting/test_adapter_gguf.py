@@ -6,10 +6,10 @@ from gguf import GGUFReader
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from llmtune.checks.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf.adapter import export_adapter_gguf
 from llmtune.exporting.gguf.write import GgufRequest, export_gguf
-from llmtune.exporting.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
 
 PROMPT = [2, 40, 50, 60, 70, 80]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

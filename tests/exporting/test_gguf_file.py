@@ -19,7 +19,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf import tiles, write
 from llmtune.exporting.gguf.write import GgufRequest, export_gguf, runtime_name
 from llmtune.models.tokenizer import load_tokenizer
-from tests.exporting.conftest import FAMILIES
+from tests.checkpoints import FAMILIES
 
 
 def export(source, path, type="f32", *, overwrite=False, **keywords):

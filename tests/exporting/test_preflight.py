@@ -9,7 +9,7 @@ import pytest
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.config import OWN_TYPES
 from llmtune.exporting.preflight import check_exportable
-from tests.exporting.conftest import FAMILIES, save_byte_level, save_sentencepiece
+from tests.checkpoints import FAMILIES, save_byte_level, save_sentencepiece
 from tests.versions import without_torch
 
 

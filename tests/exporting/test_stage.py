@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmtune.checks.runtime import is_runtime_installed
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.exporting.config import ExportSettings
 from llmtune.exporting.gguf.write import GgufRequest, export_gguf
-from llmtune.exporting.runtime import is_runtime_installed
 from llmtune.merging.merge import merge_adapter
 from llmtune.stages.export import export_target
 from llmtune.stages.verify import VerifySettings, require_passed, verify_target

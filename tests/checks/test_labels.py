@@ -7,15 +7,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmtune import export, load_config, verify
-from llmtune.errors import CheckFailed, LlmtuneError
-from llmtune.exporting.gguf.write import GgufRequest, export_gguf
-from llmtune.exporting.labels import (
+from llmtune.checks.labels import (
     compare_labels,
     file_labels,
     first_token_questions,
     label_in_model,
 )
-from llmtune.exporting.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
+from llmtune.checks.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
+from llmtune.errors import CheckFailed, LlmtuneError
+from llmtune.exporting.gguf.write import GgufRequest, export_gguf
 from llmtune.runs import pipeline
 from llmtune.stages.verify_text import describe_verification
 from tests.project import make_project

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmtune.checks.parity import ParityRequest, compare_with_runtime
+from llmtune.checks.runtime import is_runtime_installed
 from llmtune.exporting.gguf.write import GgufRequest, export_gguf
-from llmtune.exporting.parity import ParityRequest, compare_with_runtime
-from llmtune.exporting.runtime import is_runtime_installed
 from llmtune.models.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llmtune.checks import runtime
+from llmtune.checks.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
+from llmtune.checks.tricky_strings import TRICKY_STRINGS
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
-from llmtune.exporting import runtime
 from llmtune.exporting.gguf.write import GgufRequest, export_gguf
-from llmtune.exporting.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
-from llmtune.exporting.tricky_strings import TRICKY_STRINGS
 from llmtune.models.tokenizer import load_tokenizer
-from tests.exporting.conftest import (
+from tests.checkpoints import (
     BYTE_LEVEL_KINDS,
     FAMILIES,
     save_byte_level,

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from llmtune.data.open_prompts import OPEN_PROMPTS
-from llmtune.data.render import encode_plain, render_messages
-from llmtune.exporting.runtime import (
+from llmtune.checks.runtime import (
     RuntimeAnswer,
     RuntimeAnswers,
     RuntimeRequest,
     ask_runtime,
 )
-from llmtune.exporting.tricky_strings import TRICKY_STRINGS
+from llmtune.checks.tricky_strings import TRICKY_STRINGS
+from llmtune.data.open_prompts import OPEN_PROMPTS
+from llmtune.data.render import encode_plain, render_messages
 from llmtune.scoring.batches import (
     choose_token_budget,
     inference,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from llmtune.exporting.runtime import RuntimeAnswers
+from llmtune.checks.runtime import RuntimeAnswers
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
 

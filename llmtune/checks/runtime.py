@@ -92,7 +92,7 @@ def ask_runtime(path: Path, request: RuntimeRequest) -> RuntimeAnswers:
     with tempfile.TemporaryDirectory() as directory:
         question, answer = Path(directory, "question.json"), Path(directory, "answer.json")
         question.write_text(json.dumps({"path": str(path), **asdict(request)}), encoding="utf-8")
-        command = [sys.executable, "-m", "llmtune.exporting.runtime_worker"]
+        command = [sys.executable, "-m", "llmtune.checks.runtime_worker"]
         try:
             done = subprocess.run(
                 [*command, str(question), str(answer)],
