@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapters.attach import attach
 from llmtune.adapters.base import LowRankAdapter
+from llmtune.adapters.module_selection import ModuleNames, choose_targets, shorten_targets
 from llmtune.adapters.saved import start_from_adapter
-from llmtune.adapters.targets import ModuleNames, choose_targets, shorten_targets
 from llmtune.errors import LlmtuneError
 from llmtune.models.quantization import EXPERT_DIMENSIONS, LAYER_NUMBER, logical_size
 

@@ -21,7 +21,7 @@ from llmtune.merging.names import find_tensor, safetensors_name
 from llmtune.merging.overlay import overlay
 from llmtune.merging.packed import PackedWeights, find_packed_weights
 from llmtune.merging.planner import CONV1D_FAMILIES, FLOAT_DTYPES, Planner
-from llmtune.merging.ties import settle_ties
+from llmtune.merging.tied_embeddings import settle_ties
 from llmtune.models.checkpoint import (
     SAFETENSORS_NAMES,
     check_checkpoint,

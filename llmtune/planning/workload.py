@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.adapters.base import LowRankAdapter
-from llmtune.adapters.targets import ModuleNames, choose_targets
+from llmtune.adapters.module_selection import ModuleNames, choose_targets
 from llmtune.data.config import DataConfig
 from llmtune.models.config import ModelConfig
 from llmtune.planning.activations import Adapted

@@ -3,7 +3,7 @@
 import pytest
 
 from llmtune.adapters.lora import LoraAdapter
-from llmtune.adapters.targets import ModuleNames, choose_targets, shorten_targets
+from llmtune.adapters.module_selection import ModuleNames, choose_targets, shorten_targets
 from llmtune.errors import LlmtuneError
 
 LAYERS = range(4)
