@@ -15,7 +15,7 @@ from llmtune.commands.options import (
     print_result,
     with_output_options,
 )
-from llmtune.io.sizes import MIB, write_apart, write_size
+from llmtune.io.sizes import MIB, format_apart, format_size
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
@@ -57,7 +57,7 @@ def plan(  # noqa: PLR0913 (one argument an option)
 def _render(found: "Plan", quiet: bool) -> RenderableType:
     verdict = Text("fits" if found.fits else "does not fit", "green" if found.fits else "bold red")
     memory = found.memory
-    needed, there = write_apart(memory.total_bytes, memory.memory_bytes)
+    needed, there = format_apart(memory.total_bytes, memory.memory_bytes)
     headline = Text.assemble(verdict, f": {needed} of {there} on {found.device.name}")
     if quiet:
         return headline
@@ -75,17 +75,17 @@ def _components(found: "Plan") -> Table:
     table.add_column("memory")
     table.add_column("", justify="right")
     for name, size in found.memory.components.items():
-        kept = ", ".join(f"{kind} {write_size(part)}" for kind, part in found.memory.base.items())
+        kept = ", ".join(f"{kind} {format_size(part)}" for kind, part in found.memory.base.items())
         label = f"base ({kept})" if name == "base" and len(found.memory.base) > 1 else name
-        table.add_row(label, write_size(size))
-    table.add_row("in all", write_size(found.memory.total_bytes), style="bold")
+        table.add_row(label, format_size(size))
+    table.add_row("in all", format_size(found.memory.total_bytes), style="bold")
     return table
 
 
 def _lines(found: "Plan") -> list[str]:
     memory, disk, rows = found.memory, found.disk, found.rows
-    written = ", ".join(f"{name} {write_size(size)}" for name, size in disk.components.items())
-    needed, free = write_apart(disk.total_bytes, disk.free_bytes)
+    written = ", ".join(f"{name} {format_size(size)}" for name, size in disk.components.items())
+    needed, free = format_apart(disk.total_bytes, disk.free_bytes)
     lines = [
         "",
         f"model        {found.shape.num_parameters / 1e9:.3g} billion parameters"

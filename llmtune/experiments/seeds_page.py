@@ -13,7 +13,7 @@ from llmtune.experiments.seeds import SeedStudy, SeedSuite
 from llmtune.io.run_dir import atomic_write_json, atomic_write_text
 from llmtune.reporting.figures import draw_interval, interval_limit
 from llmtune.reporting.html import make_environment
-from llmtune.reporting.numbers import Unit, write_count, write_p
+from llmtune.reporting.numbers import Unit, format_count, format_p
 
 PAGE_NAME = "seeds.html"
 
@@ -65,12 +65,12 @@ def render_seeds_table(study: SeedStudy) -> RenderableType:
         unit = suite.unit
         table.add_row(
             Text(suite.name),
-            write_count(suite.n),
+            format_count(suite.n),
             unit.score(suite.base),
             unit.score(sum(suite.tuned) / len(suite.tuned)),
             f"± {unit.bare_size(suite.spread)}",
             f"{unit.change(suite.difference)} {unit.interval(suite.low, suite.high)}",
-            write_p(suite.holm_p),
+            format_p(suite.holm_p),
         )
     runs = zip(study.names, study.seeds, study.verdicts, strict=True)
     lines = [Text(f"{name}, seed {seed}: {verdict}") for name, seed, verdict in runs]

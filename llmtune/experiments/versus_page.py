@@ -14,7 +14,7 @@ from llmtune.experiments.versus import SuiteVersus, Versus
 from llmtune.io.run_dir import atomic_write_json, atomic_write_text
 from llmtune.reporting.figures import draw_interval, interval_limit
 from llmtune.reporting.html import make_environment
-from llmtune.reporting.numbers import Unit, write_count, write_p
+from llmtune.reporting.numbers import Unit, format_count, format_p
 
 LONGEST_NAME = 12
 """A longer name of a run does not head a column in the terminal."""
@@ -73,11 +73,11 @@ def render_versus_table(versus: Versus) -> RenderableType:
         found, unit = suite.found, suite.unit
         table.add_row(
             Text(suite.name),
-            write_count(found.n),
+            format_count(found.n),
             unit.score(found.base),
             unit.score(found.tuned),
             f"{unit.change(found.difference)} {unit.interval(found.low, found.high)}",
-            write_p(suite.holm_p),
+            format_p(suite.holm_p),
             Text(shown.get(suite.better(significance) or "", "none shown")),
         )
     legend = [Text(f"{side}: {name}") for side, name in names.items() if is_long]

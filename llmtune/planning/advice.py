@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmtune.io.sizes import GIB, MIB, write_size
+from llmtune.io.sizes import GIB, MIB, format_size
 from llmtune.models.config import Nf4Quantization
 from llmtune.planning.disk import DiskEstimate
 from llmtune.planning.rows import RowFacts
@@ -29,9 +29,9 @@ def advise_memory(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> li
         memory = plan_memory_of(changed, shape, _shorten(rows, length))
         needed = memory.total_bytes
         if memory.fits and len(found) < NUM_SUGGESTIONS:
-            found.append(f"{_join(way)}: {_write_gib(needed)} in all")
+            found.append(f"{_join(way)}: {_format_gib(needed)} in all")
     return found or [
-        f"even {_join(options)} needs {_write_gib(needed)}: choose a smaller base, or a device "
+        f"even {_join(options)} needs {_format_gib(needed)}: choose a smaller base, or a device "
         "with more memory"
     ]
 
@@ -81,7 +81,7 @@ def advise_disk(request: PlanRequest, disk: DiskEstimate) -> str:
     """Return how much room is missing, and where."""
     missing = disk.total_bytes - disk.free_bytes
     rounded_up = max(missing, MIB)
-    return f"{write_size(rounded_up)} more room under {request.run_dir}, or another run_dir"
+    return f"{format_size(rounded_up)} more room under {request.run_dir}, or another run_dir"
 
 
 def _shorten(rows: RowFacts, length: int | None) -> RowFacts:
@@ -91,5 +91,5 @@ def _shorten(rows: RowFacts, length: int | None) -> RowFacts:
     return replace(rows, longest=length, largest_step=round(rows.largest_step * share))
 
 
-def _write_gib(size: float) -> str:
+def _format_gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"

@@ -7,15 +7,15 @@ from typing import Any
 from llmtune.evaluation.compare import arm_kind
 from llmtune.reporting.arms import FEW_SHOT, PROMPTING, split_name
 from llmtune.reporting.evidence import Evidence
-from llmtune.reporting.numbers import NATS, write_count
+from llmtune.reporting.numbers import NATS, format_count
 from llmtune.reporting.outcome import AT_STRENGTH, Verdict
 from llmtune.reporting.rules import inconclusive
 from llmtune.reporting.sentences import (
-    describe_rival,
-    describer,
+    change_formatter,
+    format_bounds,
+    format_difference,
+    format_rival,
     word_for,
-    write_bounds,
-    write_change,
 )
 from llmtune.reporting.strengths import StrengthChoice
 from llmtune.reporting.suites import Change, Rival, SuiteReport
@@ -31,7 +31,7 @@ def use_prompt(evidence: Evidence) -> Verdict | None:
     as_good = [name for name in arms if _is_as_good(evidence, name, among=arms)]
     if not as_good:
         return None
-    reasons = list(_describe(evidence, as_good))
+    reasons = list(_format(evidence, as_good))
     reasons.append("A prompt needs no training, no merging and no weights to keep: use it.")
     return Verdict("USE-PROMPT", tuple(reasons), _numbers(evidence, as_good))
 
@@ -40,7 +40,7 @@ def use_probe(evidence: Evidence) -> Verdict | None:
     """USE-PROBE: a linear probe beats the bare base, and is not beaten by tuning."""
     if not _is_as_good(evidence, "probe", among=["probe"]):
         return None
-    reasons = list(_describe(evidence, ["probe"]))
+    reasons = list(_format(evidence, ["probe"]))
     reasons.append(
         "A probe leaves the base as it is, so nothing else can break, and it costs one forward "
         "pass: use it."
@@ -74,11 +74,11 @@ def ship_at_strength(evidence: Evidence) -> Verdict | None:
     above = [s for s in better if s.majority is None or choice.held_scores[s.name][1] > s.majority]
     if worse or is_broken or not above:
         return None
-    reasons = [_describe_held(suite, choice, evidence.confidence) for suite in targets + generals]
+    reasons = [_format_held(suite, choice, evidence.confidence) for suite in targets + generals]
     reasons.append(
         f"At full strength general ability lost more than it needs to (bound "
-        f"{write_bounds(evidence, tuple(costly))}). The strength was chosen on "
-        f"{write_count(choice.num_selection)} other items: the smallest that keeps the target "
+        f"{format_bounds(evidence, tuple(costly))}). The strength was chosen on "
+        f"{format_count(choice.num_selection)} other items: the smallest that keeps the target "
         f"within one standard error and general ability within its bound."
     )
     reasons.append(f"Merge it with: llmtune merge RUN --strength {choice.strength:g}")
@@ -101,9 +101,9 @@ def more_data(evidence: Evidence) -> Verdict | None:
     law = curve.fit
     reasons = (
         *undecided.reasons,
-        f"{curve.suite}: with twice the rows ({write_count(law.at_2n.rows)}) the {curve.loss_name} "
-        f"would fall by {NATS.bare_size(law.gain_at_2n)} (interval {NATS.bare_size(low)} to "
-        f"{NATS.bare_size(high)}), from {NATS.score(law.at_n.loss)} to "
+        f"{curve.suite}: with twice the rows ({format_count(law.at_2n.rows)}) the "
+        f"{curve.loss_name} would fall by {NATS.bare_size(law.gain_at_2n)} (interval "
+        f"{NATS.bare_size(low)} to {NATS.bare_size(high)}), from {NATS.score(law.at_n.loss)} to "
         f"{NATS.score(law.at_2n.loss)}.",
     )
     numbers = {"gain_at_2n": law.gain_at_2n, "interval": [low, high], "rows": law.at_2n.rows}
@@ -147,26 +147,24 @@ def _p(suite: SuiteReport, arm: str) -> float:
     return change.p_value if change else 1.0
 
 
-def _describe(evidence: Evidence, arms: Iterable[str]) -> Iterable[str]:
+def _format(evidence: Evidence, arms: Iterable[str]) -> Iterable[str]:
     for arm in arms:
         for suite in evidence.with_role("target"):
             over_base = _change(suite, arm, "over_base")
             if over_base is None:
                 continue
-            yield describe_rival(suite, arm, evidence.confidence)
-            yield (
-                f"Over the bare base that is {write_change(suite, over_base, evidence.confidence)}"
-                f"): {word_for(suite, over_base)}."
-            )
-    yield from map(describer(evidence), evidence.broken())
+            yield format_rival(suite, arm, evidence.confidence)
+            over = format_difference(suite, over_base, evidence.confidence)
+            yield f"Over the bare base that is {over}): {word_for(suite, over_base)}."
+    yield from map(change_formatter(evidence), evidence.broken())
 
 
-def _describe_held(suite: SuiteReport, choice: StrengthChoice, confidence: float) -> str:
+def _format_held(suite: SuiteReport, choice: StrengthChoice, confidence: float) -> str:
     base, here, full = choice.held_scores[suite.name]
     change, unit = choice.held[suite.name], suite.unit
     return (
         f"{suite.name}, on the half that did not choose: {unit.score(base)} → {unit.score(here)} "
-        f"at strength {choice.strength:g}, {write_change(suite, change, confidence)}): "
+        f"at strength {choice.strength:g}, {format_difference(suite, change, confidence)}): "
         f"{word_for(suite, change)}; {unit.score(full)} at full strength."
     )
 

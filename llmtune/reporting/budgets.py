@@ -81,7 +81,7 @@ def check_budgets(report: Report, budgets: Sequence[Budget]) -> None:
         if value is None:
             problems.append(f"{budget}: {budget.name} was not measured in this run")
         elif OPERATORS[budget.op](value, budget.bound):
-            problems.append(f"{budget}: {budget.name} is {_write(value)}")
+            problems.append(f"{budget}: {budget.name} is {_format(value)}")
     if problems:
         raise CheckFailed("--fail-if: " + "; ".join(problems))
 
@@ -195,5 +195,5 @@ MEASURES: Mapping[str, Number] = {
 """What a budget may name beside suites; docs/report.md explains each."""
 
 
-def _write(value: float) -> str:
+def _format(value: float) -> str:
     return f"{value:.6g}".replace("-", MINUS, 1)

@@ -6,8 +6,8 @@ from typing import Any
 from llmtune.evaluation.stats import holm
 from llmtune.reporting.alternatives import ship_at_strength
 from llmtune.reporting.evidence import Evidence, gain_of, is_above_majority
-from llmtune.reporting.numbers import FRACTION, write_count
-from llmtune.reporting.sentences import describe_change, describe_clean
+from llmtune.reporting.numbers import FRACTION, format_count
+from llmtune.reporting.sentences import format_change, format_clean
 from llmtune.reporting.suites import SuiteReport
 
 UNPARSEABLE_RATIO = 0.05
@@ -60,7 +60,7 @@ def worse_slices(suite: SuiteReport, significance: float) -> list[str]:
 
 def _transfer_worse(evidence: Evidence) -> Iterator[str]:
     for suite in evidence.worse("transfer"):
-        sentence = describe_change(suite, evidence.confidence)
+        sentence = format_change(suite, evidence.confidence)
         yield f"A domain outside the training data lost. {sentence}"
 
 
@@ -113,7 +113,7 @@ def _slices_left_out(evidence: Evidence) -> Iterator[str]:
     for suite in evidence.suites:
         for column, count in suite.wide_columns.items():
             yield (
-                f"{suite.name}: `{column}` has {write_count(count)} values, too many to break the "
+                f"{suite.name}: `{column}` has {format_count(count)} values, too many to break the "
                 "change down by; name a coarser field in the suite's `slices`."
             )
 
@@ -148,9 +148,9 @@ def _some_items_leaked(evidence: Evidence) -> Iterator[str]:
         leaked = found.get(suite.name)
         if leaked and leaked.item_ids and suite.name not in blocked:
             yield (
-                f"{suite.name}: {write_count(len(leaked.item_ids))} of {write_count(leaked.n)} "
+                f"{suite.name}: {format_count(len(leaked.item_ids))} of {format_count(leaked.n)} "
                 f"items stand in the training rows, or nearly so (exact {leaked.exact}, near "
-                f"{leaked.near}, shared words {leaked.ngram}). {describe_clean(suite)}"
+                f"{leaked.near}, shared words {leaked.ngram}). {format_clean(suite)}"
             ).rstrip()
 
 

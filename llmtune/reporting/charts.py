@@ -70,8 +70,8 @@ def draw(name: str, label: str, plot: Callable[[Axes], None], *, height: int = H
     return Markup(_inline(written.getvalue(), name, label))  # noqa: S704 (texts were escaped)
 
 
-def write_tick(value: float, _: object = None) -> str:
-    """Write an axis value with a true minus sign and no needless digits."""
+def format_tick(value: float, _: object = None) -> str:
+    """Format an axis value with a true minus sign and no needless digits."""
     text = f"{abs(value):.6g}"
     return MINUS + text if value < 0 and float(text) else text
 

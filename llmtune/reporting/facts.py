@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmtune.reporting.numbers import FRACTION, write_bytes, write_number, write_seconds
+from llmtune.reporting.numbers import FRACTION, format_bytes, format_number, format_seconds
 
 HASH_ENDINGS = ("fingerprint", "hash", "sha256")
 MAX_LISTED = 6
@@ -31,12 +31,12 @@ def list_facts(value: Mapping[str, Any], *, without: Sequence[str] = ()) -> tupl
             continue
         if isinstance(inner, Mapping):
             nested = list_facts(inner, without=without)
-            facts += [Fact(f"{write_label(key)}: {f.label}", f.value) for f in nested]
+            facts += [Fact(f"{format_label(key)}: {f.label}", f.value) for f in nested]
         elif isinstance(inner, list | tuple):
             if inner and not any(isinstance(each, Mapping | list | tuple) for each in inner):
-                facts.append(Fact(write_label(key), _write_list(inner)))
+                facts.append(Fact(format_label(key), _format_list(inner)))
         else:
-            facts.append(Fact(write_label(key, inner), write_value(key, inner)))
+            facts.append(Fact(format_label(key, inner), format_value(key, inner)))
     return tuple(facts)
 
 
@@ -53,7 +53,7 @@ def find_fingerprints(value: Any, path: str = "") -> dict[str, str]:
     return found
 
 
-def write_label(key: str, value: Any = None) -> str:
+def format_label(key: str, value: Any = None) -> str:
     """Turn a key into words: `top1_agreement` becomes `top-1 agreement`; a unit's suffix goes."""
     words = str(key).removeprefix("num_").split("_")
     if len(words) > 1 and _unit(key, value) in ("bytes", "seconds"):
@@ -61,20 +61,20 @@ def write_label(key: str, value: Any = None) -> str:
     return " ".join(ABBREVIATIONS.get(word, word) for word in words)
 
 
-def write_value(key: str, value: Any) -> str:
-    """Write a single value by what its key says of its unit (`_bytes`, `_seconds`, `agreement`)."""
+def format_value(key: str, value: Any) -> str:
+    """Format a single value in the unit its key names (`_bytes`, `_seconds`, `agreement`)."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not isinstance(value, int | float):
         return str(value)
     unit = _unit(key, value)
     if unit == "bytes":
-        return write_bytes(value)
+        return format_bytes(value)
     if unit == "seconds":
-        return write_seconds(value)
+        return format_seconds(value)
     if unit == "share":
         return FRACTION.score(value)
-    return write_number(value)
+    return format_number(value)
 
 
 def _unit(key: str, value: Any) -> str | None:
@@ -85,7 +85,7 @@ def _unit(key: str, value: Any) -> str | None:
     return "share" if is_share and 0 <= value <= 1 else None
 
 
-def _write_list(values: Sequence[Any]) -> str:
-    shown = ", ".join(write_value("", each) for each in values[:MAX_LISTED])
+def _format_list(values: Sequence[Any]) -> str:
+    shown = ", ".join(format_value("", each) for each in values[:MAX_LISTED])
     more = len(values) - MAX_LISTED
     return f"{shown} and {more} more" if more > 0 else shown

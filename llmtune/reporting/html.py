@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from llmtune.reporting import numbers
-from llmtune.reporting.facts import list_facts, write_label, write_value
+from llmtune.reporting.facts import format_label, format_value, list_facts
 from llmtune.reporting.report import Report
 from llmtune.reporting.sections import (
     arms,
@@ -77,18 +77,18 @@ def make_environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        count=numbers.write_count,
-        seconds=numbers.write_seconds,
-        bytes=numbers.write_bytes,
-        p=numbers.write_p,
-        number=numbers.write_number,
+        count=numbers.format_count,
+        seconds=numbers.format_seconds,
+        bytes=numbers.format_bytes,
+        p=numbers.format_p,
+        number=numbers.format_number,
         share=numbers.FRACTION.score,
         facts=list_facts,
-        label=write_label,
+        label=format_label,
         together=numbers.keep_together,
-        yaml=_write_yaml,
+        yaml=_format_yaml,
     )
-    environment.globals.update(write_value=write_value, nats=numbers.NATS)
+    environment.globals.update(format_value=format_value, nats=numbers.NATS)
     return environment
 
 
@@ -107,5 +107,5 @@ def _headline(report: Report) -> list[str]:
     return [part for part in parts if part]
 
 
-def _write_yaml(value: Any) -> str:
+def _format_yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=90)

@@ -8,10 +8,10 @@ from llmtune.reporting.arms import FEW_SHOT, MAIN_ARMS, split_name
 from llmtune.reporting.numbers import (
     FRACTION,
     Unit,
-    write_bytes,
-    write_count,
-    write_number,
-    write_seconds,
+    format_bytes,
+    format_count,
+    format_number,
+    format_seconds,
 )
 from llmtune.reporting.report import Report
 from llmtune.reporting.suites import Change, SuiteReport
@@ -66,9 +66,9 @@ def _result_row(suite: SuiteReport) -> tuple[str, ...]:
     return (
         suite.name,
         suite.role,
-        write_count(suite.n),
+        format_count(suite.n),
         *(unit.score(suite.score(arm)) for arm in MAIN_ARMS),
-        write_interval(unit, change),
+        format_interval(unit, change),
         unit.bare_size(suite.mde) if suite.mde else "–",
     )
 
@@ -92,7 +92,7 @@ def _alternatives(report: Report) -> Iterator[str]:
 
 def _over(suite: SuiteReport, name: str) -> tuple[str, str]:
     change, unit = suite.rivals[name].tuned_over, suite.unit
-    return write_interval(unit, change), write_count(suite.arms[name].unparseable)
+    return format_interval(unit, change), format_count(suite.arms[name].unparseable)
 
 
 def _forgetting(report: Report) -> Iterator[str]:
@@ -104,7 +104,7 @@ def _forgetting(report: Report) -> Iterator[str]:
     ):
         if found is not None:
             lines.append(
-                f"KL from the base on {name}: {write_number(found.kl)} nats/token; the likeliest "
+                f"KL from the base on {name}: {format_number(found.kl)} nats/token; the likeliest "
                 f"token changed at {100 * found.top1_flips:.1f} % of positions."
             )
     if stops is not None:
@@ -141,7 +141,7 @@ def _data(report: Report) -> Iterator[str]:
         if isinstance(described, dict):
             for source in described.get("sources", []):
                 name = Path(str(source.get("path", ""))).name
-                rows.append((split, name, write_count(source.get("rows_kept"))))
+                rows.append((split, name, format_count(source.get("rows_kept"))))
     if rows:
         yield "## Data"
         yield _table(("split", "source", "rows"), rows)
@@ -156,9 +156,9 @@ def _training(report: Report) -> Iterator[str]:
         ("base in", report.manifest.base.get("quantization")),
         ("learning rate", train.get("learning_rate")),
         ("optimizer steps", cost.steps),
-        ("tokens read", write_count(cost.tokens) if cost.tokens else None),
-        ("time", write_seconds(cost.total_seconds) if cost.total_seconds else None),
-        ("adapter", write_bytes(cost.adapter_bytes) if cost.adapter_bytes else None),
+        ("tokens read", format_count(cost.tokens) if cost.tokens else None),
+        ("time", format_seconds(cost.total_seconds) if cost.total_seconds else None),
+        ("adapter", format_bytes(cost.adapter_bytes) if cost.adapter_bytes else None),
     )
     lines = [f"{name}: {value}" for name, value in known if value is not None]
     if lines:
@@ -180,8 +180,8 @@ def _limits(report: Report) -> Iterator[str]:
     yield f"Made with llmtune {report.manifest.versions.get('llmtune', '')}.".replace(" .", ".")
 
 
-def write_interval(unit: Unit, change: Change | None) -> str:
-    """Write a difference and its interval without the unit; a dash where there is none."""
+def format_interval(unit: Unit, change: Change | None) -> str:
+    """Format a difference and its interval without the unit; a dash where there is none."""
     if change is None:
         return "–"
     return f"{unit.change(change.difference)} {unit.interval(change.low, change.high)}"

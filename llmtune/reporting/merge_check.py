@@ -6,7 +6,7 @@ from typing import Any
 
 from llmtune.reporting.changed_words import Passage, mark_changes
 from llmtune.reporting.facts import Fact
-from llmtune.reporting.numbers import FRACTION, write_count, write_number
+from llmtune.reporting.numbers import FRACTION, format_count, format_number
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ def describe_check(check: Mapping[str, Any] | None) -> ShownCheck | None:
     sentence = f"Merged model and base + adapter, both computed in {check.get('dtype', 'one type')}"
     sentence += f", gave the same {' and '.join(same)}." if same else " and compared."
     values = (
-        ("tokens compared", write_count(check.get("num_tokens"))),
-        ("KL to base + adapter, nats/token", write_number(check.get("kl"), 3)),
-        ("largest logit difference", write_number(check.get("max_logit_difference"), 3)),
+        ("tokens compared", format_count(check.get("num_tokens"))),
+        ("KL to base + adapter, nats/token", format_number(check.get("kl"), 3)),
+        ("largest logit difference", format_number(check.get("max_logit_difference"), 3)),
         ("positions with the same likeliest token", FRACTION.score(check.get("top1_agreement"))),
     )
     keys = ("num_tokens", "kl", "max_logit_difference", "top1_agreement")
@@ -75,7 +75,7 @@ def _title(row: Mapping[str, Any], prompts: Sequence[str]) -> str:
     prompt = f"Open prompt {place + 1}" if isinstance(place, int) else str(place)
     if isinstance(place, int) and place < len(prompts):
         prompt = f"“{prompts[place]}”"
-    live, merged = (write_number(row.get(f"{arm}_margin"), 3) for arm in ("live", "merged"))
+    live, merged = (format_number(row.get(f"{arm}_margin"), 3) for arm in ("live", "merged"))
     return (
         f"{prompt}: they part after {row.get('position')} tokens, where the likeliest token led "
         f"the second by {live} in logits (base + adapter) and {merged} (merged)"

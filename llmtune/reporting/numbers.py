@@ -28,35 +28,35 @@ class Unit:
     difference_suffix: str
 
     def score(self, value: float | None) -> str:
-        """Write a score, as `89.7 %` or `3.412`; a dash where there is none."""
+        """Format a score, as `89.7 %` or `3.412`; a dash where there is none."""
         if value is None:
             return NO_VALUE
         return _signed(value * self.scale, self.decimals) + self.score_suffix
 
     def difference(self, value: float | None) -> str:
-        """Write a difference with its sign and its unit, as `+16.4 points`."""
+        """Format a difference with its sign and its unit, as `+16.4 points`."""
         if value is None:
             return NO_VALUE
         return self.change(value) + self.difference_suffix
 
     def change(self, value: float) -> str:
-        """Write a difference with its sign and without its unit, as `+16.4`."""
+        """Format a difference with its sign and without its unit, as `+16.4`."""
         return _signed(value * self.scale, self.decimals, plus=True)
 
     def interval(self, low: float, high: float) -> str:
-        """Write an interval of a difference without its unit, as `[+13.6, +19.2]`."""
+        """Format an interval of a difference without its unit, as `[+13.6, +19.2]`."""
         return f"[{self.change(low)}, {self.change(high)}]"
 
     def size(self, value: float) -> str:
-        """Write how large a difference is, without its sign, as `16.4 points`."""
+        """Format how large a difference is, without its sign, as `16.4 points`."""
         return self.bare_size(value) + self.difference_suffix
 
     def bare_size(self, value: float) -> str:
-        """Write how large a difference is, without sign and unit, as `16.4`."""
+        """Format how large a difference is, without sign and unit, as `16.4`."""
         return f"{abs(value) * self.scale:.{self.decimals}f}"
 
     def bound(self, value: float) -> str:
-        """Write a chosen size, with the digits it was chosen with, as `5 points`."""
+        """Format a chosen size, with the digits it was chosen with, as `5 points`."""
         return f"{abs(value) * self.scale:g}{self.difference_suffix}"
 
 
@@ -71,15 +71,15 @@ def unit_of_metric(metric: str) -> Unit:
     return LOSS_UNITS.get(metric, FRACTION)
 
 
-def write_count(value: float | None) -> str:
-    """Write a whole number with thin groups of three digits, as `12 345`."""
+def format_count(value: float | None) -> str:
+    """Format a whole number with thin groups of three digits, as `12 345`."""
     if value is None:
         return NO_VALUE
     return f"{round(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
-def write_seconds(seconds: float | None) -> str:
-    """Write a duration in at most two units, as `3 min 29 s`."""
+def format_seconds(seconds: float | None) -> str:
+    """Format a duration in at most two units, as `3 min 29 s`."""
     if seconds is None:
         return NO_VALUE
     if seconds < SECONDS_PER_MINUTE:
@@ -92,8 +92,8 @@ def write_seconds(seconds: float | None) -> str:
     return f"{hours} h {rest // SECONDS_PER_MINUTE} min"
 
 
-def write_bytes(size: float | None) -> str:
-    """Write a number of bytes with a binary unit, as `3.7 GiB`."""
+def format_bytes(size: float | None) -> str:
+    """Format a number of bytes with a binary unit, as `3.7 GiB`."""
     if size is None:
         return NO_VALUE
     value, units = float(size), ("B", "KiB", "MiB", "GiB", "TiB")
@@ -104,19 +104,19 @@ def write_bytes(size: float | None) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def write_p(p_value: float | None) -> str:
-    """Write a p-value, as `0.031` or `< 0.001`."""
+def format_p(p_value: float | None) -> str:
+    """Format a p-value, as `0.031` or `< 0.001`."""
     if p_value is None:
         return NO_VALUE
     return f"< {SMALLEST_P}" if p_value < SMALLEST_P else f"{p_value:.3f}"
 
 
-def write_number(value: float | None, digits: int = 4) -> str:
-    """Write a whole number as a count, another with `digits` significant digits."""
+def format_number(value: float | None, digits: int = 4) -> str:
+    """Format a whole number as a count, another with `digits` significant digits."""
     if value is None:
         return NO_VALUE
     if isinstance(value, int):
-        return write_count(value)
+        return format_count(value)
     return f"{value:.{digits}g}".replace("-", MINUS, 1) if value < 0 else f"{value:.{digits}g}"
 
 

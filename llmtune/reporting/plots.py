@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from llmtune.evaluation.diagnosis.results import LearningCurveResult, PowerLaw
-from llmtune.reporting.charts import BAD, BASE, GOOD, INK, OPEN, PAPER, QUIET, draw, write_tick
+from llmtune.reporting.charts import BAD, BASE, GOOD, INK, OPEN, PAPER, QUIET, draw, format_tick
 from llmtune.reporting.numbers import Unit
 from llmtune.reporting.probabilities import ProbabilityShift
 from llmtune.reporting.strengths import StrengthPoint
@@ -126,7 +126,7 @@ def draw_learning_curve(curve: LearningCurveResult) -> Markup:
         axes.minorticks_off()
         _finish(axes, "training rows", curve.loss_name)
         ticks = sorted({p.rows for p in curve.points} | _forecast_rows(curve.fit))
-        axes.set_xticks(ticks, [write_tick(rows) for rows in ticks])
+        axes.set_xticks(ticks, [format_tick(rows) for rows in ticks])
 
     return draw("learning", f"Loss over training rows, {len(curve.points)} trainings", plot)
 
@@ -197,6 +197,6 @@ def _finish(axes: Axes, x_label: str, y_label: str, *, whole: bool = False) -> N
     axes.set_ylabel(y_label)
     if axes.get_xscale() == "linear":
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
-        axes.xaxis.set_major_formatter(FuncFormatter(write_tick))
+        axes.xaxis.set_major_formatter(FuncFormatter(format_tick))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(write_tick))
+    axes.yaxis.set_major_formatter(FuncFormatter(format_tick))

@@ -3,14 +3,14 @@
 from typing import Any
 
 from llmtune.reporting.evidence import Evidence, is_above_majority
-from llmtune.reporting.numbers import FRACTION, write_count
+from llmtune.reporting.numbers import FRACTION, format_count
 from llmtune.reporting.outcome import Verdict
 from llmtune.reporting.sentences import (
-    describe_clean,
-    describer,
-    say_below_majority,
-    say_what_would_decide,
-    write_bounds,
+    change_formatter,
+    format_below_majority,
+    format_bounds,
+    format_clean,
+    format_what_would_decide,
 )
 from llmtune.reporting.suites import SuiteReport
 
@@ -24,11 +24,11 @@ def contaminated(evidence: Evidence) -> Verdict | None:
     reasons, numbers = [], {}
     for suite, leaked in found:
         reasons.append(
-            f"{suite.name}: {write_count(leaked.exact)} of {write_count(leaked.n)} items stand "
+            f"{suite.name}: {format_count(leaked.exact)} of {format_count(leaked.n)} items stand "
             f"word for word in the training rows ({FRACTION.score(leaked.exact_share)}, more than "
             f"{FRACTION.score(bound)})."
         )
-        reasons += filter(None, [describe_clean(suite)])
+        reasons += filter(None, [format_clean(suite)])
         numbers[suite.name] = {"exact": leaked.exact, "n": leaked.n, "bound": bound}
     reasons.append("Take these items out of the suite or out of the training rows, and run again.")
     return Verdict("CONTAMINATED", tuple(reasons), numbers)
@@ -52,8 +52,8 @@ def negative(evidence: Evidence) -> Verdict | None:
     worse = evidence.worse("target")
     if not worse:
         return None
-    describe = describer(evidence)
-    reasons = [*map(describe, worse), *map(describe, evidence.broken())]
+    format_suite = change_formatter(evidence)
+    reasons = [*map(format_suite, worse), *map(format_suite, evidence.broken())]
     reasons.append(
         "The tuning hurt the very task it was trained on: check labels and format first."
     )
@@ -65,9 +65,9 @@ def broke_general(evidence: Evidence) -> Verdict | None:
     broken = evidence.broken()
     if not broken:
         return None
-    describe = describer(evidence)
-    reasons = [describe(suite) for suite in (*evidence.with_role("target"), *broken)]
-    reasons.append(f"General ability may lose {write_bounds(evidence, broken)}, and lost more.")
+    format_suite = change_formatter(evidence)
+    reasons = [format_suite(suite) for suite in (*evidence.with_role("target"), *broken)]
+    reasons.append(f"General ability may lose {format_bounds(evidence, broken)}, and lost more.")
     return Verdict("BROKE-GENERAL", tuple(reasons), suite_numbers(broken))
 
 
@@ -78,13 +78,13 @@ def ship(evidence: Evidence) -> Verdict | None:
         return None
     if any(not is_above_majority(suite) for suite in better):
         return None
-    describe = describer(evidence)
-    reasons = [describe(suite) for suite in evidence.with_role("target")]
+    format_suite = change_formatter(evidence)
+    reasons = [format_suite(suite) for suite in evidence.with_role("target")]
     generals = evidence.with_role("general")
-    reasons += [describe(suite) for suite in generals]
+    reasons += [format_suite(suite) for suite in generals]
     if generals:
         reasons.append(
-            f"No general suite is shown to have lost {write_bounds(evidence, generals)}."
+            f"No general suite is shown to have lost {format_bounds(evidence, generals)}."
         )
     return Verdict("SHIP", tuple(reasons), suite_numbers((*better, *generals)))
 
@@ -97,12 +97,12 @@ def inconclusive(evidence: Evidence) -> Verdict | None:
         return None
     if better and all(is_above_majority(suite) for suite in better):
         return None
-    describe = describer(evidence)
+    format_suite = change_formatter(evidence)
     reasons: list[str] = []
     for suite in targets:
-        reasons.append(describe(suite))
+        reasons.append(format_suite(suite))
         reasons.append(
-            say_below_majority(suite) if suite in better else say_what_would_decide(suite)
+            format_below_majority(suite) if suite in better else format_what_would_decide(suite)
         )
     return Verdict("INCONCLUSIVE", tuple(filter(None, reasons)), suite_numbers(targets))
 

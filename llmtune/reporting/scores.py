@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from llmtune.reporting.numbers import Unit, unit_of_metric, write_count
+from llmtune.reporting.numbers import Unit, format_count, unit_of_metric
 
 ARMS = ("base", "tuned", "merged")
 
@@ -23,16 +23,16 @@ def render_scores(scores: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column("tuned - base", justify="right")
     for name, suite in scores.items():
         unit = unit_of_metric(suite["metric"])
-        cells = [name, write_count(suite["n"])]
+        cells = [name, format_count(suite["n"])]
         cells += [unit.score(suite["arms"].get(arm, {}).get("mean")) for arm in arms]
         cells.append(unit.score(suite["majority"]))
         if is_compared:
             change = suite["comparison"]
-            cells.append(_write_change(unit, change) if change else "")
+            cells.append(_format_change(unit, change) if change else "")
         table.add_row(*cells)
     return table
 
 
-def _write_change(unit: Unit, change: Mapping[str, Any]) -> str:
+def _format_change(unit: Unit, change: Mapping[str, Any]) -> str:
     interval = unit.interval(change["low"], change["high"])
     return f"{unit.change(change['difference'])} {interval}"

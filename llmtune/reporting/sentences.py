@@ -5,25 +5,25 @@ from collections.abc import Callable
 
 from llmtune.reporting.arms import split_name
 from llmtune.reporting.evidence import Evidence, gain_of
-from llmtune.reporting.numbers import FRACTION, write_count
+from llmtune.reporting.numbers import FRACTION, format_count
 from llmtune.reporting.suites import Change, SuiteReport
 
 
-def describe_change(suite: SuiteReport, confidence: float) -> str:
-    """Write one suite's change as a sentence made from its numbers."""
+def format_change(suite: SuiteReport, confidence: float) -> str:
+    """Format one suite's change as a sentence made from its numbers."""
     assert suite.change is not None, "only compared suites are described"
     unit, change = suite.unit, suite.change
     base, tuned = suite.arms["base"].mean, suite.arms["tuned"].mean
     factor = f", perplexity ×{math.exp(change.difference):.2f}" if unit.name == "nats/token" else ""
     return (
         f"{suite.name}: {unit.score(base)} → {unit.score(tuned)}, a change of "
-        f"{write_change(suite, change, confidence)}, n = {suite.n}{factor}): "
+        f"{format_difference(suite, change, confidence)}, n = {suite.n}{factor}): "
         f"{word_for(suite, change)}."
     )
 
 
-def describe_rival(suite: SuiteReport, arm: str, confidence: float) -> str:
-    """Write how the tuned model stands against another arm, with what the items can show."""
+def format_rival(suite: SuiteReport, arm: str, confidence: float) -> str:
+    """Format how the tuned model stands against another arm, with what the items can show."""
     rival, unit = suite.rivals[arm], suite.unit
     assert rival.tuned_over is not None, "only compared arms are described"
     draws = suite.arms[arm].about.get("draws") or {}
@@ -33,25 +33,25 @@ def describe_rival(suite: SuiteReport, arm: str, confidence: float) -> str:
     return (
         f"{suite.name}: {label}{drawn} {unit.score(suite.score(arm))}, tuned "
         f"{unit.score(suite.score('tuned'))}, tuned minus it "
-        f"{write_change(suite, rival.tuned_over, confidence)}): "
+        f"{format_difference(suite, rival.tuned_over, confidence)}): "
         f"{word_for(suite, rival.tuned_over)}.{mde}"
     )
 
 
-def describe_clean(suite: SuiteReport) -> str:
-    """Write the scores on the items that are not in the training rows; empty where all are."""
+def format_clean(suite: SuiteReport) -> str:
+    """Format the scores on the items that are not in the training rows; empty where all are."""
     if suite.clean is None:
         return ""
     unit, clean = suite.unit, suite.clean
     return (
-        f"On its {write_count(clean.n)} other items: {unit.score(clean.base)} → "
+        f"On its {format_count(clean.n)} other items: {unit.score(clean.base)} → "
         f"{unit.score(clean.tuned)}, a change of {unit.difference(clean.change.difference)} "
         f"{unit.interval(clean.change.low, clean.change.high)}."
     )
 
 
-def write_change(suite: SuiteReport, change: Change, confidence: float) -> str:
-    """Write a difference and its interval; the caller closes the parenthesis."""
+def format_difference(suite: SuiteReport, change: Change, confidence: float) -> str:
+    """Format a difference and its interval; the caller closes the parenthesis."""
     unit = suite.unit
     return (
         f"{unit.difference(change.difference)} ({confidence * 100:g} % interval "
@@ -65,19 +65,19 @@ def word_for(suite: SuiteReport, change: Change) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
 
 
-def describer(evidence: Evidence) -> Callable[[SuiteReport], str]:
+def change_formatter(evidence: Evidence) -> Callable[[SuiteReport], str]:
     """Return what writes a suite's change at the confidence of this evidence."""
-    return lambda suite: describe_change(suite, evidence.confidence)
+    return lambda suite: format_change(suite, evidence.confidence)
 
 
-def write_bounds(evidence: Evidence, suites: tuple[SuiteReport, ...]) -> str:
-    """Write how much these suites may lose, each unit once."""
+def format_bounds(evidence: Evidence, suites: tuple[SuiteReport, ...]) -> str:
+    """Format how much these suites may lose, each unit once."""
     units = dict.fromkeys(suite.unit for suite in suites)
     return " or ".join(unit.bound(evidence.thresholds.general_bound(unit)) for unit in units)
 
 
-def say_what_would_decide(suite: SuiteReport) -> str:
-    """Say how many items would decide this difference, or why none would."""
+def format_what_would_decide(suite: SuiteReport) -> str:
+    """Format how many items would decide this difference, or why none would."""
     assert suite.change is not None
     mde = f" {suite.n} items can show {suite.unit.size(suite.mde)} or more." if suite.mde else ""
     _, low, high = gain_of(suite)
@@ -89,13 +89,13 @@ def say_what_would_decide(suite: SuiteReport) -> str:
         return f"The two are equal on {suite.name}, so no number of items would decide.{mde}"
     size = suite.unit.size(suite.change.difference)
     return (
-        f"About {write_count(suite.needed_items)} items would decide a difference of "
+        f"About {format_count(suite.needed_items)} items would decide a difference of "
         f"{size} on {suite.name}.{mde}"
     )
 
 
-def say_below_majority(suite: SuiteReport) -> str:
-    """Say that a gain stays below the most frequent answer."""
+def format_below_majority(suite: SuiteReport) -> str:
+    """Return the sentence for a gain that stays below the most frequent answer."""
     return (
         f"The gain on {suite.name} is real, but always giving its most frequent answer scores "
         f"{FRACTION.score(suite.majority)}, and the tuned model is not above that."

@@ -6,7 +6,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from llmtune.reporting.numbers import write_bytes, write_count, write_seconds
+from llmtune.reporting.numbers import format_bytes, format_count, format_seconds
 from llmtune.reporting.report import Report
 from llmtune.reporting.sections.arms import arm_rows
 from llmtune.reporting.suites import Change, SuiteReport
@@ -28,8 +28,8 @@ def render_terminal(report: Report) -> RenderableType:
         parts += [Text("Read this too:", style="bold")]
         parts += [_indented(f"- {caveat}") for caveat in report.caveats]
     if report.missing:
-        parts += [_sentence(line) for line in write_missing(report)]
-    if cost := write_cost(report):
+        parts += [_sentence(line) for line in format_missing(report)]
+    if cost := format_cost(report):
         parts.append(_sentence(cost))
     return Group(*parts)
 
@@ -51,12 +51,12 @@ def suites_table(report: Report) -> Table:
         unit = suite.unit
         table.add_row(
             Text(suite.name),
-            write_count(suite.n),
+            format_count(suite.n),
             unit.score(suite.score("base")),
             unit.score(suite.score("tuned")),
             unit.score(suite.score("merged")),
             unit.score(suite.majority),
-            _write_change(suite, suite.change),
+            _format_change(suite, suite.change),
         )
     return table
 
@@ -76,16 +76,16 @@ def arms_table(report: Report) -> Table:
             if not row.is_tuned:
                 table.add_row(
                     Text(f"  {row.label}"),
-                    write_count(row.n),
+                    format_count(row.n),
                     row.score,
-                    write_count(row.unparseable),
-                    _write_change(suite, row.tuned_over),
+                    format_count(row.unparseable),
+                    _format_change(suite, row.tuned_over),
                 )
     return table
 
 
-def write_missing(report: Report) -> list[str]:
-    """Write what was not measured, and the commands that measure it."""
+def format_missing(report: Report) -> list[str]:
+    """Format what was not measured, and the commands that measure it."""
     by_command: dict[str | None, list[str]] = {}
     for missing in report.missing:
         by_command.setdefault(missing.command, []).append(missing.name)
@@ -96,18 +96,18 @@ def write_missing(report: Report) -> list[str]:
     return lines
 
 
-def write_cost(report: Report) -> str:
-    """Write time, peak memory, trained tokens and adapter size in one line; what is known."""
+def format_cost(report: Report) -> str:
+    """Format time, peak memory, trained tokens and adapter size in one line; what is known."""
     cost = report.cost
-    parts = [f"{stage} {write_seconds(spent)}" for stage, spent in cost.seconds.items()]
+    parts = [f"{stage} {format_seconds(spent)}" for stage, spent in cost.seconds.items()]
     if cost.largest_peak_bytes is not None:
-        parts.append(f"peak {write_bytes(cost.largest_peak_bytes)}")
+        parts.append(f"peak {format_bytes(cost.largest_peak_bytes)}")
     if cost.training_gpu_peak_bytes is not None:
-        parts.append(f"training {write_bytes(cost.training_gpu_peak_bytes)} on the GPU")
+        parts.append(f"training {format_bytes(cost.training_gpu_peak_bytes)} on the GPU")
     if cost.trained_tokens is not None:
-        parts.append(f"{write_count(cost.trained_tokens)} tokens trained on")
+        parts.append(f"{format_count(cost.trained_tokens)} tokens trained on")
     if cost.adapter_bytes is not None:
-        parts.append(f"adapter {write_bytes(cost.adapter_bytes)}")
+        parts.append(f"adapter {format_bytes(cost.adapter_bytes)}")
     return ", ".join(parts)
 
 
@@ -120,7 +120,7 @@ def _indented(text: str) -> Padding:
     return Padding(_sentence(text), (0, 0, 0, 2))
 
 
-def _write_change(suite: SuiteReport, change: Change | None) -> Text:
+def _format_change(suite: SuiteReport, change: Change | None) -> Text:
     if change is None:
         return Text("–")
     _, low, high = suite.gain(change)

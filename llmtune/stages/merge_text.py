@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llmtune.io.sizes import MIB, write_apart
+from llmtune.io.sizes import MIB, format_apart
 
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -15,7 +15,7 @@ def describe_plan(planned: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for plan in planned["plans"]:
         lines += _plan_lines(plan)
-    needed, free = write_apart(planned["needed_bytes"], planned["free_bytes"])
+    needed, free = format_apart(planned["needed_bytes"], planned["free_bytes"])
     lines.append(f"on the disk: {needed} needed, {free} free")
     lines.append("nothing was written")
     return "\n".join(lines)

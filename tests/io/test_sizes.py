@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.io.sizes import GIB, MIB, write_apart, write_size
+from llmtune.io.sizes import GIB, MIB, format_apart, format_size
 from llmtune.io.unfinished import free_bytes, require_space
 
 
@@ -19,19 +19,19 @@ from llmtune.io.unfinished import free_bytes, require_space
     ],
 )
 def test_two_sizes_get_the_digits_that_tell_them_apart(one, other, written):
-    assert write_apart(one, other) == written
-    assert write_apart(other, one) == written[::-1]
+    assert format_apart(one, other) == written
+    assert format_apart(other, one) == written[::-1]
 
 
 @given(st.integers(0, 2**44), st.integers(-5, 5))
 def test_any_two_different_numbers_of_bytes_read_differently(size, step):
-    one, other = write_apart(size, max(size + step, 0))
+    one, other = format_apart(size, max(size + step, 0))
     assert (one == other) == (size == max(size + step, 0))
 
 
 def test_a_size_alone_is_written_short():
-    assert write_size(10 * GIB / 3) == "3.33 GiB"
-    assert write_size(500_000) == "0 MiB"
+    assert format_size(10 * GIB / 3) == "3.33 GiB"
+    assert format_size(500_000) == "0 MiB"
 
 
 def test_a_disk_that_lacks_a_single_byte_is_refused_with_both_numbers(tmp_path, monkeypatch):

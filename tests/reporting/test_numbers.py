@@ -12,12 +12,12 @@ from llmtune.reporting.numbers import (
     LOSS_UNITS,
     NATS,
     finite,
+    format_bytes,
+    format_count,
+    format_number,
+    format_p,
+    format_seconds,
     keep_together,
-    write_bytes,
-    write_count,
-    write_number,
-    write_p,
-    write_seconds,
 )
 
 
@@ -42,17 +42,17 @@ def test_scores_and_differences():
      (3599.6, "1 h 0 min"), (7384, "2 h 3 min")],
 )  # fmt: skip
 def test_seconds(seconds, text):
-    assert write_seconds(seconds) == text
+    assert format_seconds(seconds) == text
 
 
 def test_bytes_counts_and_probabilities():
-    assert write_bytes(512) == "512 B"
-    assert write_bytes(3.7 * 2**30) == "3.7 GiB"
-    assert write_bytes(5 * 2**50) == "5120.0 TiB"
-    assert write_count(12345) == "12\N{NARROW NO-BREAK SPACE}345"
-    assert write_p(0.0002) == "< 0.001"
-    assert write_p(1.0) == "1.000"
-    assert write_number(-2.1e-7) == "\N{MINUS SIGN}2.1e-07"
+    assert format_bytes(512) == "512 B"
+    assert format_bytes(3.7 * 2**30) == "3.7 GiB"
+    assert format_bytes(5 * 2**50) == "5120.0 TiB"
+    assert format_count(12345) == "12\N{NARROW NO-BREAK SPACE}345"
+    assert format_p(0.0002) == "< 0.001"
+    assert format_p(1.0) == "1.000"
+    assert format_number(-2.1e-7) == "\N{MINUS SIGN}2.1e-07"
 
 
 def test_only_finite_numbers_count():

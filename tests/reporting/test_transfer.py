@@ -15,7 +15,7 @@ from llmtune.evaluation.results import arm_result_path, read_arm_result, save_ar
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_text
 from llmtune.models.identity import base_fingerprint
-from llmtune.reporting.terminal import write_cost
+from llmtune.reporting.terminal import format_cost
 from llmtune.reporting.transfer import build_report, write_report
 from tests.reporting.planted import (
     PlantedSuite,
@@ -306,7 +306,7 @@ def test_gpu_memory_of_training_is_told_apart_from_the_host_peak(full_run):
         assert written["peak_bytes"] == 4_000
         page = full_run.report_html_path.read_text()
         assert ("peak memory of training (GPU)" in page) == (device == "cuda:0")
-        assert ("on the GPU" in write_cost(report)) == (device == "cuda:0")
+        assert ("on the GPU" in format_cost(report)) == (device == "cuda:0")
 
 
 def test_a_log_may_hold_any_character_in_its_strings(full_run):

@@ -5,8 +5,8 @@ from typing import Any
 from llmtune.evaluation.compare import arm_kind
 from llmtune.reporting.arms import split_name
 from llmtune.reporting.cost import Cost
-from llmtune.reporting.facts import Fact, write_label
-from llmtune.reporting.numbers import write_bytes, write_count
+from llmtune.reporting.facts import Fact, format_label
+from llmtune.reporting.numbers import format_bytes, format_count
 from llmtune.reporting.plots import draw_kl_gauge, draw_loss_curve
 from llmtune.reporting.report import Report
 
@@ -29,12 +29,12 @@ def build(report: Report) -> dict[str, Any] | None:
 def _facts(cost: Cost) -> tuple[Fact, ...]:
     """Return what is known of tokens and sizes; time and memory have their own table."""
     known = (
-        ("optimizer steps", cost.steps, write_count),
-        ("tokens read in training", cost.tokens, write_count),
-        ("tokens trained on", cost.trained_tokens, write_count),
-        ("tokens per second", cost.tokens_per_second, write_count),
-        ("adapter on disk", cost.adapter_bytes, write_bytes),
-        ("merged model on disk", cost.merged_bytes, write_bytes),
+        ("optimizer steps", cost.steps, format_count),
+        ("tokens read in training", cost.tokens, format_count),
+        ("tokens trained on", cost.trained_tokens, format_count),
+        ("tokens per second", cost.tokens_per_second, format_count),
+        ("adapter on disk", cost.adapter_bytes, format_bytes),
+        ("merged model on disk", cost.merged_bytes, format_bytes),
     )
     return tuple(Fact(name, write(value)) for name, value, write in known if value is not None)
 
@@ -44,4 +44,4 @@ def _label(name: str) -> str:
     if name in words:
         return words[name]
     is_arm = arm_kind(name) in ("base", "tuned", "merged", "probe", "other")
-    return split_name(name).label.lower() if is_arm else write_label(name)
+    return split_name(name).label.lower() if is_arm else format_label(name)
