@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from llmtune.checks.prompts import ComparedPrompts
 from llmtune.errors import LlmtuneError
 from llmtune.models.quiet import quiet_loading
 from llmtune.scoring.batches import (
@@ -23,15 +24,6 @@ from llmtune.scoring.generate import Decoding, Generation, generate_texts
 from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
 
 MAX_MEAN_LOSS = 100.0  # nats; keeps the perplexity of a broken model a number
-
-
-@dataclass(frozen=True)
-class VerifyPrompts:
-    """What the two models are compared on, all as token ids; any of the three may be empty."""
-
-    sequences: tuple[tuple[int, ...], ...] = ()  # logits and KL at every position
-    labels: tuple[ContinuationRequest, ...] = ()  # the likelier continuation must be the same
-    open_prompts: tuple[tuple[int, ...], ...] = ()  # greedy answers
 
 
 @dataclass(frozen=True)
@@ -81,11 +73,20 @@ class VerifyResult:
         """Return the result as JSON."""
         return asdict(self)
 
+    def summary(self) -> str:
+        """Say in one line how close merged model and adapter are."""
+        return (
+            f"merged against adapter in {self.dtype}: KL {self.kl:.2e} nats/token, largest logit "
+            f"difference {self.max_logit_difference:.3f}, top-1 agreement "
+            f"{self.top1_agreement:.2%}, {self.num_same_labels} of {self.num_labels} labels and "
+            f"{self.num_same_texts} of {self.num_open_prompts} greedy texts the same"
+        )
+
 
 def verify_merge(
     live: nn.Module,
     merged_dir: Path,
-    prompts: VerifyPrompts,
+    prompts: ComparedPrompts,
     *,
     decoding: Decoding,
     dtype: torch.dtype | None = None,

@@ -12,7 +12,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from llmtune.checks.merged import VerifyPrompts, VerifyResult, verify_merge
+from llmtune.checks.merged import VerifyResult, verify_merge
+from llmtune.checks.prompts import ComparedPrompts
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import encode_plain
 from llmtune.errors import CheckFailed
@@ -92,7 +93,7 @@ def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) 
     reloaded = verify_merge(
         loaded.model,
         directory,
-        VerifyPrompts(sequences=prompts),
+        ComparedPrompts(sequences=prompts),
         decoding=Decoding(1, loaded.stop_token_ids),
         dtype=loaded.dtype,
     )

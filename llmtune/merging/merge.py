@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from llmtune.adapters.manifest import adapter_fingerprint
+from llmtune.checks.provenance import PROVENANCE_FILE
 from llmtune.errors import LlmtuneError
 from llmtune.io.environment import versions
 from llmtune.io.unfinished import move_into_place, require_space, unfinished_dir
 from llmtune.merging.changes import MergePlan
 from llmtune.merging.plan import plan_merge
-from llmtune.merging.provenance import PROVENANCE_FILE
 from llmtune.merging.scratch import CPU
 from llmtune.merging.shards import merged_bytes, write_shards
 from llmtune.merging.sidecar import sidecar_sources, write_sidecar

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.adapters.manifest import adapter_fingerprint, check_adapter
+from llmtune.checks.provenance import read_record
 from llmtune.data.template import require_trained_template
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.card import CARD_NAME, base_name, read_report, render_card
@@ -25,7 +26,6 @@ from llmtune.exporting.quantizer import quantize_file
 from llmtune.io.run_dir import atomic_write_text
 from llmtune.io.safetensors import CheckpointIndex
 from llmtune.io.unfinished import move_into_place, unfinished_dir, unfinished_file
-from llmtune.merging.provenance import read_record
 from llmtune.models.checkpoint import read_generation_config
 from llmtune.models.identity import base_fingerprint
 from llmtune.models.resolve import resolve_base

@@ -8,12 +8,12 @@ import torch
 from llmtune.checks.limits import allowed_kl
 from llmtune.checks.merged import load_merged
 from llmtune.checks.parity import ParityRequest, ParityResult, compare_with_runtime
+from llmtune.checks.reference import comparison_dtype
 from llmtune.checks.runtime import is_runtime_installed, require_runtime
 from llmtune.errors import CheckFailed
 from llmtune.models.checkpoint import read_generation_config
 from llmtune.models.tokenizer import load_tokenizer
 from llmtune.models.turns import stop_token_ids
-from llmtune.stages.reference import comparison_dtype
 
 log = logging.getLogger("llmtune")
 

@@ -6,38 +6,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
-from llmtune.checks.merged import VerifyPrompts, VerifyResult, verify_merge
-from llmtune.data.open_prompts import OPEN_PROMPTS
-from llmtune.data.render import render_question
-from llmtune.data.template import require_trained_template
-from llmtune.errors import CheckFailed
-from llmtune.evaluation.requests import build_choice_requests
-from llmtune.evaluation.suite import Suite
-from llmtune.io.unfinished import move_into_place, require_space, unfinished_dir
-from llmtune.merging.changes import MergePlan
-from llmtune.merging.merge import MergeResult, needed_bytes, write_merge
-from llmtune.merging.provenance import add_to_provenance
-from llmtune.models.hardware import choose_device
-from llmtune.models.load import LoadedModel
-from llmtune.models.tokenizer import load_tokenizer
-from llmtune.scoring.generate import Decoding
-from llmtune.scoring.likelihood import ContinuationRequest
-from llmtune.stages.memory import release_memory
-from llmtune.stages.merge_plan import MergeRequest, has_live_model, plan_candidates
-from llmtune.stages.reference import (
+from llmtune.checks.merged import VerifyResult, verify_merge
+from llmtune.checks.prompts import NUM_NEW_TOKENS, ComparedPrompts, build_prompts
+from llmtune.checks.provenance import add_to_provenance
+from llmtune.checks.reference import (
     LiveModel,
     at_strength,
     comparison_dtype,
-    describe_check,
     load_live,
 )
+from llmtune.data.open_prompts import OPEN_PROMPTS
+from llmtune.data.template import require_trained_template
+from llmtune.errors import CheckFailed
+from llmtune.io.unfinished import move_into_place, require_space, unfinished_dir
+from llmtune.merging.changes import MergePlan
+from llmtune.merging.merge import MergeResult, needed_bytes, write_merge
+from llmtune.models.hardware import choose_device
+from llmtune.models.tokenizer import load_tokenizer
+from llmtune.scoring.generate import Decoding
+from llmtune.stages.memory import release_memory
+from llmtune.stages.merge_plan import MergeRequest, has_live_model, plan_candidates
 
 log = logging.getLogger("llmtune")
-
-NUM_CHECKED = 20
-CHECKED_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -61,6 +51,7 @@ def run_merge_stage(request: MergeRequest) -> dict[str, Any]:
     """
     tokenizer = load_tokenizer(request.source.dir, chat_template=request.model.chat_template)
     require_trained_template(tokenizer, request.adapter_dir)
+    prompts = build_prompts(tokenizer, request.held_out)
     release_memory()
     plans = plan_candidates(request)
     for notice in plans[0].notices:
@@ -69,10 +60,10 @@ def run_merge_stage(request: MergeRequest) -> dict[str, Any]:
     require_space(out_dir, sum(needed_bytes(plan) for plan in plans))
     with unfinished_dir(out_dir) as scratch:
         candidates = [_write(plan, scratch / plan.base, request) for plan in plans]
-        kept, live, scores = _choose(request, candidates)
+        kept, live, scores = _choose(request, candidates, prompts)
         # One list of stop tokens for everything that is saved, and a config that can be saved.
         live.loaded.model.generation_config.save_pretrained(kept.directory)
-        check = _check(request, live, kept.directory)
+        check = _check(request, live, kept.directory, prompts)
         require_close(check, request.knobs.max_kl, request.out_dir)
         record: dict[str, Any] = {}
         if scores:
@@ -130,7 +121,7 @@ def _write(plan: MergePlan, directory: Path, request: MergeRequest) -> _Candidat
 
 
 def _choose(
-    request: MergeRequest, candidates: Sequence[_Candidate]
+    request: MergeRequest, candidates: Sequence[_Candidate], prompts: ComparedPrompts
 ) -> tuple[_Candidate, LiveModel, Mapping[str, VerifyResult]]:
     """Return the closer candidate, the live model it is checked by, and both scores if there are.
 
@@ -141,7 +132,7 @@ def _choose(
     if len(candidates) == 1:
         return kept, _load_live(request, kept, is_quantized=_is_dequantized(kept)), {}
     live = _load_live(request, kept, is_quantized=True)
-    scores = _score(request, live, candidates)
+    scores = _score(request, live, candidates, replace(prompts, open_prompts=()))
     kept = min(candidates, key=lambda one: scores[one.plan.base].kl)
     if not _is_dequantized(kept):
         del live
@@ -167,11 +158,13 @@ def _load_live(request: MergeRequest, candidate: _Candidate, *, is_quantized: bo
 
 
 def _score(
-    request: MergeRequest, live: LiveModel, candidates: Sequence[_Candidate]
+    request: MergeRequest,
+    live: LiveModel,
+    candidates: Sequence[_Candidate],
+    prompts: ComparedPrompts,
 ) -> dict[str, VerifyResult]:
     """Compare every candidate with the quantized model and its adapter on the held-out rows."""
-    prompts = replace(_prompts(request, live.loaded), open_prompts=())
-    decoding = Decoding(CHECKED_NEW_TOKENS, live.loaded.stop_token_ids)
+    decoding = Decoding(NUM_NEW_TOKENS, live.loaded.stop_token_ids)
     scores = {}
     for one in candidates:
         with at_strength(live, request.knobs.strength):
@@ -192,7 +185,9 @@ def _score(
     return scores
 
 
-def _check(request: MergeRequest, live: LiveModel, merged_dir: Path) -> VerifyResult | None:
+def _check(
+    request: MergeRequest, live: LiveModel, merged_dir: Path, prompts: ComparedPrompts
+) -> VerifyResult | None:
     """Compare the live adapter with the merged directory as read from disk.
 
     At a strength that the live adapter cannot have there is nothing to compare with, and None is
@@ -205,13 +200,12 @@ def _check(request: MergeRequest, live: LiveModel, merged_dir: Path) -> VerifyRe
             request.knobs.strength,
         )
         return None
-    decoding = Decoding(CHECKED_NEW_TOKENS, live.loaded.stop_token_ids)
-    prompts = _prompts(request, live.loaded)
+    decoding = Decoding(NUM_NEW_TOKENS, live.loaded.stop_token_ids)
     with at_strength(live, request.knobs.strength):
         check = verify_merge(
             live.model, merged_dir, prompts, decoding=decoding, dtype=live.loaded.dtype
         )
-    log.info("merge: %s", describe_check(check))
+    log.info("merge: %s", check.summary())
     for each in check.label_differences:
         log.info(
             "merge: label of prompt %d differs: it led by %.3f nats (adapter) and %.3f (merged)",
@@ -223,21 +217,4 @@ def _check(request: MergeRequest, live: LiveModel, merged_dir: Path) -> VerifyRe
 
 
 def _check_values(check: VerifyResult) -> dict[str, Any]:
-    return {**check.to_dict(), "open_prompts": list(OPEN_PROMPTS[:NUM_CHECKED])}
-
-
-def _prompts(request: MergeRequest, loaded: LoadedModel) -> VerifyPrompts:
-    open_prompts = [tuple(render_question(loaded.tokenizer, question)) for question in OPEN_PROMPTS]
-    sequences = [tuple(ids) for ids in request.sequences[:NUM_CHECKED]] or open_prompts
-    return VerifyPrompts(
-        sequences=tuple(sequences),
-        labels=tuple(_labels(request.suites, loaded.tokenizer)),
-        open_prompts=tuple(open_prompts[:NUM_CHECKED]),
-    )
-
-
-def _labels(
-    suites: Sequence[Suite], tokenizer: PreTrainedTokenizerFast
-) -> list[ContinuationRequest]:
-    choices = [suite for suite in suites if suite.task == "choice" and suite.role == "target"]
-    return build_choice_requests(tokenizer, choices[0])[:NUM_CHECKED] if choices else []
+    return {**check.to_dict(), "open_prompts": list(OPEN_PROMPTS)}

@@ -21,9 +21,10 @@ from llmtune.adapters.manifest import (
     read_adapter_config,
     read_adapter_manifest,
 )
-from llmtune.checks.merged import VerifyPrompts, VerifyResult, load_merged, verify_merge
-from llmtune.data.open_prompts import OPEN_PROMPTS
-from llmtune.data.render import render_question
+from llmtune.checks.merged import VerifyResult, load_merged, verify_merge
+from llmtune.checks.prompts import NUM_NEW_TOKENS, build_prompts
+from llmtune.checks.provenance import add_to_provenance
+from llmtune.checks.reference import comparison_dtype, load_live
 from llmtune.errors import LlmtuneError
 from llmtune.io.unfinished import move_into_place, require_space, unfinished_dir
 from llmtune.merging.changes import MergePlan, WeightedAdapter
@@ -31,7 +32,6 @@ from llmtune.merging.combined_adapter import combine_adapters
 from llmtune.merging.config import Combination, MergeConfig, MergeSettings
 from llmtune.merging.merge import needed_bytes, write_merge
 from llmtune.merging.plan import plan_combined_merge
-from llmtune.merging.provenance import add_to_provenance
 from llmtune.models.config import ModelConfig
 from llmtune.models.hardware import choose_device
 from llmtune.models.resolve import resolve_base
@@ -39,9 +39,8 @@ from llmtune.models.round_trip import describe_quantized_base
 from llmtune.runs.targets import resolve_target
 from llmtune.scoring.generate import Decoding
 from llmtune.stages.memory import release_memory
-from llmtune.stages.merge import CHECKED_NEW_TOKENS, require_close, score_values
+from llmtune.stages.merge import require_close, score_values
 from llmtune.stages.merge_plan import describe_plans, plan_options
-from llmtune.stages.reference import comparison_dtype, describe_check, load_live
 
 log = logging.getLogger("llmtune")
 
@@ -212,16 +211,16 @@ def _check(
     source = resolve_base(model, allow_quantized=True)
     live = load_live(model, source, first.directory, dtype=dtype, is_quantized=is_quantized)
     loaded = live.loaded
-    questions = [tuple(render_question(loaded.tokenizer, one)) for one in OPEN_PROMPTS]
+    prompts = replace(build_prompts(loaded.tokenizer), open_prompts=())
     with _all_active(live.model, first, others):
         check = verify_merge(
             live.model,
             merged_dir,
-            VerifyPrompts(sequences=tuple(questions)),
-            decoding=Decoding(CHECKED_NEW_TOKENS, loaded.stop_token_ids),
+            prompts,
+            decoding=Decoding(NUM_NEW_TOKENS, loaded.stop_token_ids),
             dtype=loaded.dtype,
         )
-    log.info("merge: %s", describe_check(check))
+    log.info("merge: %s", check.summary())
     return check
 
 

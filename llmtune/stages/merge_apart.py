@@ -4,19 +4,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmtune.checks.prompts import HeldOut
+from llmtune.checks.provenance import PROVENANCE_FILE
 from llmtune.config import RunConfig, anchor_paths
 from llmtune.errors import LlmtuneError
 from llmtune.merging.combined_adapter import COMBINED_FILE
 from llmtune.merging.config import MergeConfig, MergeSettings
-from llmtune.merging.provenance import PROVENANCE_FILE
 from llmtune.models.resolve import resolve_base
-from llmtune.models.tokenizer import load_tokenizer
 from llmtune.runs.targets import Target
 from llmtune.stages import merge_adapters
 from llmtune.stages.merge import run_merge_stage
 from llmtune.stages.merge_adapters import CombineRequest
 from llmtune.stages.merge_plan import MergeRequest, describe_plans, plan_candidates
-from llmtune.stages.reference import held_out_rows
 from llmtune.stages.sources import load_suites
 
 MERGE_DEFAULTS = MergeConfig()
@@ -91,15 +90,13 @@ def plan_combination(request: CombineRequest) -> Mapping[str, Any]:
 def request_of_run(config: RunConfig, out_dir: Path, settings: MergeSettings) -> MergeRequest:
     """Return a merge of a run's adapter, checked on its held-out rows and its suites."""
     source = resolve_base(config.model)
-    tokenizer = load_tokenizer(source.dir, chat_template=config.model.chat_template)
     return MergeRequest(
         model=config.model,
         source=source,
         adapter_dir=config.run.adapter_dir,
         out_dir=out_dir,
         knobs=config.merge,
-        sequences=held_out_rows(config, tokenizer),
-        suites=load_suites(config),
+        held_out=HeldOut(config.data, config.seed, tuple(load_suites(config))),
         settings=settings,
     )
 

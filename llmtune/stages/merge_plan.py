@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.adapters.manifest import has_strengths
+from llmtune.checks.prompts import HeldOut
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.suite import Suite
 from llmtune.io.unfinished import free_bytes
 from llmtune.merging.changes import MergePlan
 from llmtune.merging.config import MergeConfig, MergeSettings
@@ -27,10 +27,8 @@ class MergeRequest:
     adapter_dir: Path
     out_dir: Path
     knobs: MergeConfig
-    sequences: Sequence[Sequence[int]] = ()
-    """Held-out rows as token ids; without any the open prompts are compared."""
-    suites: Sequence[Suite] = ()
-    """The first target suite of choices among these gives the labels to compare."""
+    held_out: HeldOut | None = None
+    """Without any the open prompts are compared."""
     settings: MergeSettings = field(default_factory=MergeSettings)
 
 

@@ -8,34 +8,30 @@ from typing import Any
 
 from llmtune.adapters.manifest import adapter_fingerprint, has_strengths
 from llmtune.checks.limits import MERGED_KL, allowed_kl
-from llmtune.checks.merged import VerifyPrompts, verify_merge
+from llmtune.checks.merged import verify_merge
+from llmtune.checks.prompts import NUM_NEW_TOKENS, HeldOut, build_prompts
+from llmtune.checks.provenance import MergeRecord, read_record
+from llmtune.checks.reference import (
+    LiveModel,
+    at_strength,
+    comparison_dtype,
+    load_live,
+)
 from llmtune.checks.tricky_strings import TRICKY_STRINGS
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import render_question
 from llmtune.data.template import require_trained_template
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.merging.config import MergeConfig
-from llmtune.merging.provenance import MergeRecord, read_record
 from llmtune.models.checkpoint import read_generation_config, read_model_config
-from llmtune.models.load import LoadedModel
 from llmtune.models.resolve import resolve_base
 from llmtune.models.tokenizer import load_tokenizer
 from llmtune.models.turns import stop_token_ids
 from llmtune.runs.targets import Target, resolve_target
 from llmtune.scoring.generate import Decoding
-from llmtune.stages.reference import (
-    LiveModel,
-    at_strength,
-    comparison_dtype,
-    describe_check,
-    held_out_rows,
-    load_live,
-)
 
 log = logging.getLogger("llmtune")
 
-NUM_ROWS = 20
-NUM_NEW_TOKENS = 32
 GGUF_SUFFIX = ".gguf"
 QUANTIZED_TYPE = "nf4"
 
@@ -161,11 +157,11 @@ def _verify_directory(directory: Path, target: Target, settings: VerifySettings)
         check = verify_merge(
             live.model,
             directory,
-            _prompts(loaded, target),
+            build_prompts(loaded.tokenizer, _held_out(target)),
             decoding=Decoding(NUM_NEW_TOKENS, loaded.stop_token_ids),
             dtype=loaded.dtype,
         )
-    log.info("verify: %s", describe_check(check))
+    log.info("verify: %s", check.summary())
     max_kl = settings.max_kl if settings.max_kl is not None else _bound(type, target)
     if not check.kl <= max_kl:
         problems.append(f"KL {check.kl:.4f} nats per token, allowed are {max_kl:g}")
@@ -203,11 +199,6 @@ def _bound(type: str | None, target: Target) -> float:
     return (target.config.merge if target.config else MergeConfig()).max_kl
 
 
-def _prompts(loaded: LoadedModel, target: Target) -> VerifyPrompts:
-    tokenizer = loaded.tokenizer
-    questions = tuple(tuple(render_question(tokenizer, question)) for question in OPEN_PROMPTS)
-    rows: tuple[tuple[int, ...], ...] = ()
-    if target.config is not None:
-        held_out = held_out_rows(target.config, tokenizer)
-        rows = tuple(tuple(ids) for ids in held_out[:NUM_ROWS])
-    return VerifyPrompts(sequences=rows or questions, open_prompts=questions)
+def _held_out(target: Target) -> HeldOut | None:
+    config = target.config
+    return None if config is None else HeldOut(config.data, config.seed)

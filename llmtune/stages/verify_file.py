@@ -36,11 +36,13 @@ from llmtune.checks.parity import (
     build_questions,
     compare_answers,
 )
+from llmtune.checks.prompts import NUM_NEW_TOKENS
+from llmtune.checks.provenance import MergeRecord, read_record
+from llmtune.checks.reference import at_strength, comparison_dtype
 from llmtune.checks.runtime import RuntimeAnswers, ask_runtime, require_runtime
 from llmtune.evaluation.requests import build_choice_requests
 from llmtune.evaluation.suite import load_suite
 from llmtune.exporting.gguf.read import read_file_type, read_source
-from llmtune.merging.provenance import MergeRecord, read_record
 from llmtune.models.checkpoint import read_generation_config
 from llmtune.models.identity import base_fingerprint
 from llmtune.models.resolve import resolve_base
@@ -49,9 +51,7 @@ from llmtune.models.turns import stop_token_ids
 from llmtune.runs.targets import Target
 from llmtune.stages.export_check import describe_parity
 from llmtune.stages.memory import release_memory
-from llmtune.stages.reference import at_strength, comparison_dtype
 from llmtune.stages.verify import (
-    NUM_NEW_TOKENS,
     VerifySettings,
     adapter_problems,
     load_reference,

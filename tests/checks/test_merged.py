@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmtune.checks.merged import VerifyPrompts, verify_merge
+from llmtune.checks.merged import verify_merge
+from llmtune.checks.prompts import ComparedPrompts
 from llmtune.errors import LlmtuneError
 from llmtune.merging.merge import merge_adapter
 from llmtune.scoring.generate import Decoding
@@ -24,10 +25,10 @@ def merged(tmp_path):
     return tmp_path
 
 
-def prompts() -> VerifyPrompts:
+def prompts() -> ComparedPrompts:
     ids = tuple(tuple(prompt) for prompt in PROMPTS)
     labels = tuple(ContinuationRequest(one, ((5, 6), (7,), (9,))) for one in ids)
-    return VerifyPrompts(sequences=ids, labels=labels, open_prompts=ids)
+    return ComparedPrompts(sequences=ids, labels=labels, open_prompts=ids)
 
 
 def verify(place, dtype=torch.float32):

@@ -9,14 +9,9 @@ import psutil
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from llmtune.adapters.saved import load_adapter
 from llmtune.adapters.strength import adapter_strength
-from llmtune.checks.merged import VerifyResult
-from llmtune.config import RunConfig
-from llmtune.data.example import IGNORE_INDEX
-from llmtune.data.prepare import prepare_examples
 from llmtune.io.safetensors import CheckpointIndex
 from llmtune.models.checkpoint import SAFETENSORS_NAMES, has_weights
 from llmtune.models.config import Fp4Quantization, ModelConfig, Nf4Quantization
@@ -98,27 +93,3 @@ def _num_parameters(directory: Path) -> int:
     if not has_weights(directory, SAFETENSORS_NAMES):
         return sum(path.stat().st_size for path in directory.glob("*.bin")) // BYTES_PICKLED
     return sum(math.prod(one.shape) for one in CheckpointIndex.open(directory).tensors.values())
-
-
-def held_out_rows(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Return the run's evaluation rows, each up to the token before the last trained one.
-
-    What a template writes behind an answer's end is never generated, so it is not compared.
-    """
-    held_out = prepare_examples(config.data, tokenizer, split="evaluation", seed=config.seed)
-    rows = []
-    for index in range(len(held_out.examples)):
-        example = held_out.examples[index]
-        trained = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
-        rows.append(list(example.input_ids[: trained[-1]]))
-    return rows
-
-
-def describe_check(check: VerifyResult) -> str:
-    """Say in one line how close merged model and adapter are."""
-    return (
-        f"merged against adapter in {check.dtype}: KL {check.kl:.2e} nats/token, largest logit "
-        f"difference {check.max_logit_difference:.3f}, top-1 agreement {check.top1_agreement:.2%}, "
-        f"{check.num_same_labels} of {check.num_labels} labels and "
-        f"{check.num_same_texts} of {check.num_open_prompts} greedy texts the same"
-    )
