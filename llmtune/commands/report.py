@@ -93,7 +93,7 @@ def _compare_seeds(targets: tuple[str, ...], *, as_json: bool) -> None:
     from llmtune.experiments.seeds_page import render_seeds_table, write_seeds
     from llmtune.io.manifest import read_manifest
     from llmtune.io.run_dir import RunDir
-    from llmtune.runs.stage_inputs import deciding_knobs_of
+    from llmtune.runs.deciding import deciding_knobs_of
     from llmtune.runs.targets import find_run_dir
 
     runs = [RunDir(find_run_dir(name)) for name in targets]

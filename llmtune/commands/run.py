@@ -53,7 +53,9 @@ def run_all(  # noqa: PLR0913 (one argument an option)
     loaded = require_run(str(config), overrides)
     budgets = parse_budgets(fail_if)
     if budgets:
-        require_known_names(budgets, [suite.name for suite in pipeline.load_suites(loaded)])
+        require_known_names(
+            budgets, [suite.name for suite in pipeline.load_suites(loaded.evaluate)]
+        )
     report = pipeline.run(loaded, force=force)
     print_result(report.as_json(), as_json, lambda: render_terminal(report))
     logging.getLogger("llmtune").info("report: %s", loaded.run.report_html_path)

@@ -133,7 +133,7 @@ def plan_learning_curve(config: RunConfig, *, suite: str | None = None) -> Curve
 
 
 def _choose_suite(config: RunConfig, name: str | None) -> Suite:
-    suites = pipeline.load_suites(config)
+    suites = pipeline.load_suites(config.evaluate)
     found = [s for s in suites if s.name == name or (name is None and s.role == "target")]
     if not found:
         there = ", ".join(suite.name for suite in suites) or "none"

@@ -85,7 +85,7 @@ def _check(configs: Sequence[RunConfig]) -> None:
 
 def _target_suites(config: RunConfig) -> dict[str, Suite]:
     """Return the suites of a task: its config's target suites, by what the config calls them."""
-    loaded = zip(config.evaluate.suites, pipeline.load_suites(config), strict=True)
+    loaded = zip(config.evaluate.suites, pipeline.load_suites(config.evaluate), strict=True)
     found = {name: suite for name, suite in loaded if suite.role == "target"}
     bad = [s.name for s in found.values() if not METRICS[s.config.metric].higher_is_better]
     if not found or bad:

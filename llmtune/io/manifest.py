@@ -4,7 +4,7 @@ import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.environment import machine, versions
@@ -13,13 +13,21 @@ from llmtune.io.run_dir import RunDir, atomic_write_json
 STAGES = ("train", "merge", "evaluate")
 
 
+class StageRecord(TypedDict, total=False):
+    """What is recorded of one stage; from `finished` on it is absent until the stage is done."""
+
+    inputs: Mapping[str, Any]
+    fingerprint: str
+    started: str
+    finished: str
+    seconds: float
+    peak_bytes: int
+    result: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` holds; every change is a new value, written whole by `save`.
-
-    `stages.<name>` holds the stage's `inputs` and their `fingerprint`, `started`, `finished`
-    (absent while it runs or after it failed), `seconds`, `peak_bytes` and `result`.
-    """
+    """What `manifest.json` holds; every change is a new value, written whole by `save`."""
 
     config: Mapping[str, Any]
     created: str = field(default_factory=lambda: _now())
@@ -27,7 +35,7 @@ class Manifest:
     versions: Mapping[str, Any] = field(default_factory=versions)
     base: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
-    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    stages: Mapping[str, StageRecord] = field(default_factory=dict)
 
     def start(self, stage: str, fingerprint: str, inputs: Mapping[str, Any]) -> "Manifest":
         """Return the manifest with `stage` begun, and with it every later stage undone."""
@@ -35,9 +43,13 @@ class Manifest:
         kept[stage] = {"fingerprint": fingerprint, "inputs": inputs, "started": _now()}
         return replace(self, stages=kept)
 
-    def finish(self, stage: str, **record: Any) -> "Manifest":
-        """Return the manifest with `stage` done; `record` holds seconds, peak_bytes and result."""
-        done = {**self.stages[stage], **record, "finished": _now()}
+    def finish(
+        self, stage: str, *, seconds: float, peak_bytes: int, result: Mapping[str, Any]
+    ) -> "Manifest":
+        """Return the manifest with `stage` done."""
+        done = self.stages[stage] | StageRecord(
+            seconds=seconds, peak_bytes=peak_bytes, result=result, finished=_now()
+        )
         return replace(self, stages={**self.stages, stage: done})
 
     def save(self, run: RunDir) -> None:

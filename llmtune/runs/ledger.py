@@ -5,14 +5,15 @@ import fcntl
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.environment import peak_memory_bytes
 from llmtune.io.fingerprint import hash_json
-from llmtune.io.manifest import Manifest, read_manifest
+from llmtune.io.manifest import Manifest, StageRecord, read_manifest
 from llmtune.io.run_dir import RunDir
 
 log = logging.getLogger("llmtune")
@@ -20,31 +21,18 @@ log = logging.getLogger("llmtune")
 SHOWN_DIFFERENCES = 5
 
 Completion = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-
-
-def as_recorded(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return recorded inputs as they are."""
-    return inputs
-
-
-def is_same_inputs(
-    record: Mapping[str, Any], inputs: Mapping[str, Any], complete: Completion
-) -> bool:
-    """Return whether a stage's record is of these inputs."""
-    return "inputs" in record and hash_json(complete(record["inputs"])) == hash_json(inputs)
+Outputs = Callable[[StageRecord], Iterable[Path]]
 
 
 class Ledger:
     """Runs the stages of one run directory and writes down what each was made from.
 
-    Use `open_ledger`; one process at a time holds a run. `has_training` says whether training had
-    left something when it was opened; the config was then held against the one it was made with.
+    Use `open_ledger`; one process at a time holds a run.
     """
 
-    def __init__(self, run: RunDir, manifest: Manifest, *, has_training: bool) -> None:
+    def __init__(self, run: RunDir, manifest: Manifest) -> None:
         self.run = run
         self.manifest = manifest
-        self.has_training = has_training
 
     def describe(
         self, *, base: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None
@@ -65,20 +53,19 @@ class Ledger:
         inputs: Mapping[str, Any],
         work: Callable[[], Mapping[str, Any]],
         *,
-        complete: Completion = as_recorded,
-        is_there: bool = True,
+        complete: Completion = lambda inputs: inputs,
+        outputs: Outputs = lambda record: (),
         force: bool = False,
     ) -> Mapping[str, Any]:
         """Return the stage's recorded result, or do `work` and record it.
 
         `inputs` is everything that decides the result. A stage that raises stays unfinished in the
-        manifest, and so does every stage after it. `is_there` says whether what the stage left
-        still exists; without it, and with `force`, the work is done again. `complete` gives
-        recorded inputs what this version added to them since.
+        manifest, and so does every stage after it. `complete` gives recorded inputs what this
+        version added to them since. `outputs` names what a finished stage has left; if any of it is
+        gone, and with `force`, the work is done again.
         """
         record = self.manifest.stages.get(name, {})
-        is_same = record.get("finished") and is_same_inputs(record, inputs, complete)
-        if is_same and is_there and not force:
+        if not force and _is_finished(record, inputs, complete, outputs):
             log.info("%s: finished before on the same inputs, skipped", name)
             return record["result"]
         self._save(self.manifest.start(name, hash_json(inputs), inputs))
@@ -97,6 +84,18 @@ class Ledger:
     def _save(self, manifest: Manifest) -> None:
         manifest.save(self.run)
         self.manifest = manifest
+
+
+def _is_finished(
+    record: StageRecord, inputs: Mapping[str, Any], complete: Completion, outputs: Outputs
+) -> bool:
+    """Whether a stage is finished on these inputs, and what it left is all there."""
+    return (
+        bool(record.get("finished"))
+        and "inputs" in record
+        and hash_json(complete(record["inputs"])) == hash_json(inputs)
+        and all(path.exists() for path in outputs(record))
+    )
 
 
 @contextlib.contextmanager
@@ -134,19 +133,17 @@ def open_ledger(
         if force:
             _clear(run)
         manifest = Manifest(config=config)
-        has_training = False
         if run.manifest_path.exists():
             known = read_manifest(run)
-            has_training = _has_training(run)
-            if has_training:
+            if has_training(run):
                 _refuse_other_config(run, deciding(known.config), deciding(config))
             manifest = replace(known, config=config) if is_recorded else known
-        ledger = Ledger(run, manifest, has_training=has_training)
+        ledger = Ledger(run, manifest)
         ledger.describe()
         try:
             yield ledger
         except LlmtuneError:
-            if is_new and not _has_training(run):
+            if is_new and not has_training(run):
                 _clear(run)
                 run.lock_path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # the user keeps something else there
@@ -163,7 +160,7 @@ def refuse_unusable(
         LlmtuneError: the directory is not a run, or it holds a run of another config.
     """
     _refuse_foreign(run)
-    if not force and run.manifest_path.exists() and _has_training(run):
+    if not force and run.manifest_path.exists() and has_training(run):
         _refuse_other_config(run, deciding(read_manifest(run).config), deciding(config))
 
 
@@ -188,7 +185,11 @@ def _refuse_foreign(run: RunDir) -> None:
             )
 
 
-def _has_training(run: RunDir) -> bool:
+def has_training(run: RunDir) -> bool:
+    """Whether training has left an adapter or a checkpoint.
+
+    An opened run that has some was made with the same deciding knobs: `open_ledger` checks it.
+    """
     return run.adapter_dir.exists() or (
         run.checkpoints_dir.is_dir() and any(run.checkpoints_dir.iterdir())
     )

@@ -11,12 +11,12 @@ from llmtune.errors import LlmtuneError
 from llmtune.merging.combined_adapter import COMBINED_FILE
 from llmtune.merging.config import MergeConfig, MergeSettings
 from llmtune.models.resolve import resolve_base
+from llmtune.runs.evaluate import load_suites
 from llmtune.runs.targets import Target
 from llmtune.stages import merge_adapters
 from llmtune.stages.merge import run_merge_stage
 from llmtune.stages.merge_adapters import CombineRequest
 from llmtune.stages.merge_plan import MergeRequest, describe_plans, plan_candidates
-from llmtune.stages.sources import load_suites
 
 MERGE_DEFAULTS = MergeConfig()
 NO_SETTINGS = MergeSettings()
@@ -96,7 +96,7 @@ def request_of_run(config: RunConfig, out_dir: Path, settings: MergeSettings) ->
         adapter_dir=config.run.adapter_dir,
         out_dir=out_dir,
         knobs=config.merge,
-        held_out=HeldOut(config.data, config.seed, tuple(load_suites(config))),
+        held_out=HeldOut(config.data, config.seed, tuple(load_suites(config.evaluate))),
         settings=settings,
     )
 

@@ -78,7 +78,7 @@ def test_the_command_measures_the_curve_and_goes_on_where_it_was(config, capsys)
 
 
 def test_the_loss_of_an_item_is_that_of_its_right_choice(config):
-    [suite] = [suite for suite in load_suites(config) if suite.name == "sentiment"]
+    [suite] = [suite for suite in load_suites(config.evaluate) if suite.name == "sentiment"]
     result = read_arm_result(config.run.evaluations_dir / "sentiment.tuned.json")
     curve = summarize_curve(suite, [(rows, 0, result) for rows in (6, 12, 24, 48)])
     losses = []

@@ -1,0 +1,165 @@
+"""The evaluate stage: base, tuned and merged model on the run's suites, and the diagnoses."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from llmtune.data.config import DataConfig
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.config import DIAGNOSES, EXTENTS, EvaluateConfig, Extent
+from llmtune.evaluation.results import arm_result_path
+from llmtune.evaluation.suite import Suite, load_suite
+from llmtune.io.fingerprint import hash_file
+from llmtune.io.manifest import Manifest, StageRecord
+from llmtune.models.identity import base_fingerprint
+from llmtune.runs.stage import Stage
+
+if TYPE_CHECKING:
+    from llmtune.evaluation.scores import Scores
+
+log = logging.getLogger("llmtune")
+
+
+class EvaluateStage(Stage):
+    """Score the arms on the suites and measure what `evaluate.extent` asks for beside them.
+
+    What an earlier call measured to a larger extent on the same inputs stays part of the run.
+    """
+
+    name = "evaluate"
+
+    @cached_property
+    def suites(self) -> list[Suite]:
+        """The run's suites with all their items."""
+        return load_suites(self.config.evaluate)
+
+    def check(self) -> None:
+        """Read the suites and the user's files, and require the models that are to be scored."""
+        config = self.config
+        check_evaluation_files(config.evaluate, self.suites)
+        self.source  # noqa: B018 (raises if the base cannot be found)
+        self.adapter  # noqa: B018 (raises without an adapter)
+        if "merged" in config.evaluate.arms and not config.run.merged_dir.is_dir():
+            raise LlmtuneError(
+                f"{config.run.path}: has no merged model; make it with: llmtune merge "
+                f"{config.run.path}, or leave it out with evaluate.arms='[base, tuned]'"
+            )
+
+    def inputs(self, manifest: Manifest) -> dict[str, Any]:
+        """Return what decides the scores: models, suites, files, knobs and the extent."""
+        knobs = self.config.evaluate
+        files = [*knobs.prompts.values(), *knobs.predictions.values()]
+        inputs = {
+            "adapter": self.adapter,
+            "base": base_fingerprint(self.source.dir),
+            "merge": manifest.stages.get("merge", {}).get("fingerprint"),
+            "evaluate": knobs.measuring_knobs(),
+            "suites": {suite.name: suite.fingerprint for suite in self.suites},
+            "files": {str(path): hash_file(path) for path in files},
+        }
+        record = manifest.stages.get(self.name, {})
+        return inputs | {"extent": self._kept_extent(record, inputs)}
+
+    def _kept_extent(self, record: StageRecord, inputs: Mapping[str, Any]) -> Extent:
+        """Return the larger of the extent asked for and the one measured on equal inputs."""
+        asked = self.config.evaluate.extent
+        known = self.complete(record.get("inputs") or {})
+        measured = known.get("extent")
+        is_same = record.get("finished") and all(known.get(key) == inputs[key] for key in inputs)
+        if measured not in EXTENTS or not is_same:
+            return asked
+        return max(asked, measured, key=EXTENTS.index)
+
+    def complete(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return recorded inputs with the knobs that came later, as defaults."""
+        try:
+            knobs = EvaluateConfig(**inputs["evaluate"]).measuring_knobs()
+        except (KeyError, TypeError, ValidationError):
+            return inputs  # of a version whose knobs are no longer there: other inputs
+        return {**inputs, "evaluate": knobs}
+
+    def outputs(self, record: StageRecord) -> Iterator[Path]:
+        """Yield the results of every arm and diagnosis."""
+        run, knobs = self.config.run, self._knobs(record.get("inputs") or {})
+        made = record.get("result") or {}
+        for suite in self.suites:
+            arms = {arm for arm in knobs.arms if arm != "merged" or suite.role == "target"}
+            for arm in arms | set(made.get("suites", {}).get(suite.name, {})):
+                yield arm_result_path(run.evaluations_dir, suite.name, arm)
+        for name in DIAGNOSES:
+            if knobs.measures(name) and name not in made.get("left_out", {}):
+                yield run.diagnostics_dir / f"{name}.json"
+
+    def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Measure what is missing; what is finished for the same model and recipe is read."""
+        from llmtune.stages.evaluate import run_evaluate_stage
+
+        config = self.config.model_copy(update={"evaluate": self._knobs(inputs)})
+        return run_evaluate_stage(config, self.suites, force=self.force)
+
+    def _knobs(self, inputs: Mapping[str, Any]) -> EvaluateConfig:
+        """Return the config's section to the extent that these inputs name."""
+        knobs = self.config.evaluate
+        return knobs.model_copy(update={"extent": inputs.get("extent", knobs.extent)})
+
+    def scores(self) -> "Scores":
+        """Read the arms' scores, with the difference of tuned and base and its interval."""
+        from llmtune.evaluation.compare import Resampling
+        from llmtune.evaluation.scores import read_scores
+
+        knobs = self.config.evaluate
+        return read_scores(
+            self.config.run.evaluations_dir,
+            [suite.name for suite in self.suites],
+            Resampling(knobs.confidence, knobs.bootstrap_samples, knobs.seed),
+            arms=knobs.arms,
+        )
+
+
+def load_suites(knobs: EvaluateConfig) -> list[Suite]:
+    """Read the suites with all their items; what is wrong in them is found here."""
+    return [load_suite(name, seed=knobs.seed, limit=knobs.limit) for name in knobs.suites]
+
+
+def check_evaluation_files(knobs: EvaluateConfig, suites: Sequence[Suite]) -> None:
+    """Read the user's prompt and prediction files and hold them against the suites.
+
+    Raises:
+        LlmtuneError: one is missing or cannot serve.
+    """
+    from llmtune.evaluation.few_shot import takes_demonstrations
+    from llmtune.evaluation.predictions import read_predictions, takes_predictions
+    from llmtune.evaluation.prompt_file import read_prompt_file
+
+    for name, path in knobs.prompts.items():
+        prompt = read_prompt_file(name, path)
+        for suite in filter(takes_demonstrations, suites):
+            prompt.ask(suite)
+    for name, path in knobs.predictions.items():
+        predictions = read_predictions(name, path)
+        predictions.texts_by_suite([suite for suite in suites if takes_predictions(suite)])
+
+
+def warn_of_leaks(knobs: EvaluateConfig, data: DataConfig, suites: Sequence[Suite]) -> None:
+    """Log which items of the suites are word for word in the training rows."""
+    if not knobs.measures("contamination") or not suites:
+        return
+    from llmtune.evaluation.diagnosis.contamination import find_leaked
+    from llmtune.evaluation.diagnosis.rows import iter_row_texts
+
+    sizes = {suite.name: len(suite.items) for suite in suites}
+    for name, leaked in find_leaked(iter_row_texts(data, "train"), suites).items():
+        item, place = next(iter(leaked.items()))
+        log.warning(
+            "suite %s: %d of its %d items stand word for word in the training rows (first: item %r "
+            "in %s); its score will show memory. Take them out of one of the two before training",
+            name,
+            len(leaked),
+            sizes[name],
+            item,
+            place,
+        )

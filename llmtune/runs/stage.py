@@ -1,0 +1,102 @@
+"""What a stage of a run is: what decides it, what it leaves, and how it is done."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llmtune.adapters.manifest import adapter_fingerprint
+from llmtune.config import RunConfig, anchor_paths
+from llmtune.errors import LlmtuneError
+from llmtune.io.manifest import Manifest, StageRecord
+from llmtune.models.resolve import BaseSource, resolve_base
+from llmtune.runs.deciding import deciding_knobs_of
+from llmtune.runs.ledger import Ledger, open_ledger
+
+
+class Stage(ABC):
+    """One stage of a run, with its config.
+
+    A finished stage of equal `inputs` whose `outputs` are all there is skipped; with `force` it is
+    done again.
+    """
+
+    name: str
+    is_first: ClassVar[bool] = False
+    """Whether it begins the run: it records the config, and `force` clears the run directory."""
+
+    def __init__(self, config: RunConfig, *, force: bool = False) -> None:
+        self.config = anchor_paths(config)
+        self.force = force
+
+    def check(self) -> None:  # noqa: B027 (a stage may have nothing to check)
+        """Find what is wrong with the input before the run directory is opened.
+
+        Raises:
+            LlmtuneError: the stage cannot be done.
+        """
+
+    @abstractmethod
+    def inputs(self, manifest: Manifest) -> dict[str, Any]:
+        """Return everything that decides the result, as JSON values."""
+
+    def complete(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return recorded inputs with what this version has added to them, as its defaults."""
+        return inputs
+
+    @abstractmethod
+    def outputs(self, record: StageRecord) -> Iterable[Path]:
+        """Return the paths that the stage has left, by its record of equal inputs."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Do the work and return the result as JSON values."""
+
+    def do(self) -> Mapping[str, Any]:
+        """Check the input, open the run, and do the stage or skip it; return its result."""
+        self.check()
+        with self.open() as ledger:
+            return self.carry_out(ledger)
+
+    def open(self) -> AbstractContextManager[Ledger]:
+        """Hold the run directory."""
+        return open_ledger(
+            self.config.run,
+            self.config.model_dump(mode="json"),
+            deciding=deciding_knobs_of,
+            is_recorded=self.is_first,
+            force=self.is_first and self.force,
+        )
+
+    def carry_out(self, ledger: Ledger) -> Mapping[str, Any]:
+        """Do the stage or skip it, and record it."""
+        inputs = self.inputs(ledger.manifest)
+        return ledger.stage(
+            self.name,
+            inputs,
+            lambda: self.run(inputs),
+            complete=self.complete,
+            outputs=self.outputs,
+            force=self.force,
+        )
+
+    @cached_property
+    def source(self) -> BaseSource:
+        """The base of the run."""
+        return resolve_base(self.config.model)
+
+    @cached_property
+    def adapter(self) -> str:
+        """The fingerprint of the run's adapter.
+
+        Raises:
+            LlmtuneError: nothing was trained yet.
+        """
+        run = self.config.run
+        if not run.adapter_dir.is_dir():
+            raise LlmtuneError(
+                f"{run.path}: has no trained adapter yet; make it with: llmtune train CONFIG"
+            )
+        return adapter_fingerprint(run.adapter_dir)

@@ -1,0 +1,158 @@
+"""The train stage: rows and base in, adapter out."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llmtune.adapters.manifest import adapter_fingerprint
+from llmtune.config import RunConfig
+from llmtune.data.config import DataConfig, SourceConfig
+from llmtune.data.prepare import PreparedData, prepare_examples
+from llmtune.errors import LlmtuneError, RunInterrupted
+from llmtune.io.fingerprint import hash_json
+from llmtune.io.manifest import Manifest, StageRecord
+from llmtune.models.identity import base_fingerprint
+from llmtune.models.resolve import BaseSource
+from llmtune.models.tokenizer import load_tokenizer
+from llmtune.runs.deciding import deciding_knobs, deciding_knobs_of
+from llmtune.runs.ledger import has_training, refuse_unusable
+from llmtune.runs.stage import Stage
+
+log = logging.getLogger("llmtune")
+
+
+class TrainStage(Stage):
+    """Fit an adapter and save it in `adapter/`; continue from a checkpoint if there is one."""
+
+    name = "train"
+    is_first = True
+
+    def __init__(self, config: RunConfig, *, force: bool = False) -> None:
+        super().__init__(config, force=force)
+        self._interrupted_by: str | None = None
+
+    def check(self) -> None:
+        """Find everything that can be wrong with the input; the rows are read and tokenized."""
+        from llmtune.training.reporters import check_reporters
+
+        config = self.config
+        check_reporters(config.train.report_to)
+        values = config.model_dump(mode="json")
+        refuse_unusable(config.run, values, deciding_knobs_of, force=self.force)
+        base_dir = self.source.dir
+        for kind in config.export.to:
+            from llmtune.exporting.preflight import check_exportable
+
+            template, type = config.model.chat_template, config.export.type_for(kind)
+            check_exportable(base_dir, kind, type, chat_template=template)
+        self.data  # noqa: B018 (prepared here, before the run is opened)
+
+    @cached_property
+    def data(self) -> dict[str, PreparedData]:
+        """The rows of both splits, and those that `protect` holds the model to, tokenized."""
+        return prepare_data(self.config, self.source)
+
+    @cached_property
+    def _content(self) -> dict[str, str]:
+        config = self.config
+        inputs = {
+            "base": base_fingerprint(self.source.dir),
+            "data": hash_json({name: prepared.fingerprint for name, prepared in self.data.items()}),
+            "config": hash_json(deciding_knobs(config)),
+        }
+        if config.adapter.init_from is not None:
+            inputs["start"] = adapter_fingerprint(config.adapter.init_from)
+        return inputs
+
+    def inputs(self, manifest: Manifest) -> dict[str, str]:
+        """Return the hashes of what decides the adapter: base, rows and order, and the knobs.
+
+        Once there is training the recorded hash of the knobs stands: the ledger has compared the
+        knobs themselves, key by key, and an older version hashed fewer of them.
+        """
+        record = manifest.stages.get(self.name, {})
+        known = (record.get("inputs") or {}).get("config")
+        if known is None or not has_training(self.config.run):
+            return self._content
+        return {**self._content, "config": known}
+
+    def outputs(self, record: StageRecord) -> Iterator[Path]:
+        """Yield the adapter's directory."""
+        yield self.config.run.adapter_dir
+
+    def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Train, and return what the manifest records: steps, tokens, losses, choices and more."""
+        from llmtune.stages.train import TrainInputs, run_train_stage
+
+        data = self.data
+        result = run_train_stage(
+            self.config,
+            TrainInputs(
+                self.source, data["train"], data["evaluation"], inputs, data.get("protect")
+            ),
+        )
+        self._interrupted_by = result.pop("interrupted_by")
+        return result
+
+    def do(self) -> Mapping[str, Any]:
+        """Train or skip it, and describe base and rows in the manifest.
+
+        Raises:
+            RunInterrupted: Ctrl-C or SIGTERM came during the last step; the adapter is saved.
+        """
+        self.check()
+        with self.open() as ledger:
+            inputs = self.inputs(ledger.manifest)
+            if self.config.run.adapter_dir.is_dir():
+                self._refuse_other(ledger.manifest.stages.get(self.name, {}), inputs)
+            source = {**self.source.as_dict(), "fingerprint": inputs["base"]}
+            ledger.describe(
+                base={**ledger.manifest.base, **source},
+                data={name: prepared.report.to_json() for name, prepared in self.data.items()},
+            )
+            result = self.carry_out(ledger)
+            quantization = self.config.model.quantization_method
+            precision = {"dtype": result["dtype"], "quantization": quantization}
+            ledger.describe(base={**ledger.manifest.base, **precision})
+        if self._interrupted_by:
+            raise RunInterrupted(
+                f"stopped by {self._interrupted_by} after the last step; the adapter is saved. The "
+                "same command continues from here."
+            )
+        return result
+
+    def _refuse_other(self, record: StageRecord, inputs: Mapping[str, str]) -> None:
+        """Refuse to continue with an adapter of a different base, other rows or another start."""
+        known = record.get("inputs", inputs)
+        other = [name for name in inputs if known.get(name) != inputs[name]]
+        if other:
+            raise LlmtuneError(
+                f"{self.config.run.path}: its adapter was trained on another "
+                f"{' and '.join(other)} (compared by content); choose another run_dir, or redo "
+                "this one with --force"
+            )
+
+
+def prepare_data(config: RunConfig, source: BaseSource) -> dict[str, PreparedData]:
+    """Tokenize the rows of both splits, and those that `protect` holds the model to.
+
+    Raises:
+        LlmtuneError: rows cannot be used, or are in both splits.
+    """
+    tokenizer = load_tokenizer(source.dir, chat_template=config.model.chat_template)
+    prepared = {
+        "train": prepare_examples(config.mixed_data, tokenizer, split="train", seed=config.seed),
+        "evaluation": prepare_examples(
+            config.data, tokenizer, split="evaluation", seed=config.seed
+        ),
+    }
+    penalty = config.protect.kl_to_base
+    if penalty is not None and isinstance(penalty.source, SourceConfig):
+        general = DataConfig(train=[penalty.source], cache=config.data.cache)
+        prepared["protect"] = prepare_examples(general, tokenizer, split="train", seed=config.seed)
+    for name, data in prepared.items():
+        for line in data.report.lines():
+            log.info("%s", line.replace(f"{data.report.split}:", f"{name} data:", 1))
+    return prepared
