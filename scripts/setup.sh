@@ -6,8 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 extras="${1:-}"
+# Which versions: the pinned ones, or a different file of constraints.
+constraints="${LLMTUNE_CONSTRAINTS:-constraints.txt}"
 stamp=".venv/.installed-${extras:-run}"
-wanted="$(cat pyproject.toml constraints.txt | cksum)"
+wanted="$(cat pyproject.toml "$constraints" | cksum)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     exit 0
 fi
@@ -34,8 +36,8 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     echo "Making .venv with $("$python" --version) ..." >&2
     "$python" -m venv --clear .venv || fail "$PWD/.venv could not be made; see above"
 fi
-echo "Installing llmtune${extras:+ with [$extras]} by constraints.txt ..." >&2
+echo "Installing llmtune${extras:+ with [$extras]} by $constraints ..." >&2
 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable ".${extras:+[$extras]}" ||
+    --constraint "$constraints" --editable ".${extras:+[$extras]}" ||
     fail "the packages could not be installed; check the network and the free disk space, and run this again"
 echo "$wanted" >"$stamp"
