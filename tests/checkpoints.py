@@ -9,7 +9,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.checks.tricky_strings import TRICKY_STRINGS
-from llmtune.exporting.gguf.pretokenizers import LLAMA3_PATTERN, QWEN2_PATTERN, QWEN35_PATTERN
+from llmtune.exporting.gguf_writer.pretokenizers import (
+    LLAMA3_PATTERN,
+    QWEN2_PATTERN,
+    QWEN35_PATTERN,
+)
 from tests.tiny import CHATML, CORPUS, SPECIAL_TOKENS, make_model
 
 # {family: what tests/tiny.py does not set}

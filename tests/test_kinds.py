@@ -27,7 +27,15 @@ class Kind:
     """Files of the folder that other rooms may import: the union and what is shared."""
 
 
-KINDS: dict[str, Kind] = {}
+KINDS: dict[str, Kind] = {
+    "exporter": Kind(
+        folder="exporting",
+        # nf4 is also a quantization, and belongs to that kind
+        names=frozenset({"gguf", "ollama", "adapter-gguf", "hub"}),
+        classes="Exporter",
+        unions=frozenset({"base", "config", "export"}),
+    ),
+}
 """Each kind that the contract holds for."""
 
 

@@ -1,5 +1,6 @@
 """A GGUF file run in llama.cpp against the same model in transformers."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.checks.limits import allowed_kl
+from llmtune.checks.merged import load_merged
+from llmtune.checks.reference import comparison_dtype
 from llmtune.checks.runtime import (
     RuntimeAnswer,
     RuntimeAnswers,
@@ -18,6 +22,10 @@ from llmtune.checks.runtime import (
 from llmtune.checks.tricky_strings import TRICKY_STRINGS
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import encode_plain, render_messages
+from llmtune.errors import CheckFailed
+from llmtune.models.checkpoint import read_generation_config
+from llmtune.models.tokenizer import load_tokenizer
+from llmtune.models.turns import stop_token_ids
 from llmtune.scoring.batches import (
     choose_token_budget,
     inference,
@@ -26,6 +34,8 @@ from llmtune.scoring.batches import (
     run_forward,
 )
 from llmtune.scoring.generate import Decoding, Generation, generate_texts
+
+log = logging.getLogger("llmtune")
 
 NUM_SHOWN = 5
 LIKELY = 1e-3
@@ -78,6 +88,17 @@ class ParityResult:
     odd_strings: tuple[str, ...]
     differences: tuple[AnswerDifference, ...]
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know of it, although the file is kept."""
+        different = self.num_strings - self.num_same_strings
+        if not different:
+            return ()
+        return (
+            f"llama.cpp tokenizes {different} of {self.num_strings} tricky strings differently, "
+            f"such as {self.odd_strings[0]!r}",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON."""
         return asdict(self)
@@ -90,6 +111,53 @@ class ParityQuestions:
     prompts: tuple[tuple[int, ...], ...]
     """Token ids of `OPEN_PROMPTS` as the tokenizer's chat template renders them."""
     runtime: RuntimeRequest
+
+
+def compare_file(source: Path, path: Path, *, chat_template: Path | None = None) -> ParityResult:
+    """Compare a GGUF file in llama.cpp with the checkpoint it was made from, both on the CPU.
+
+    Raises:
+        LlmtuneError: llama.cpp is not installed or cannot load the file.
+    """
+    tokenizer = load_tokenizer(source, chat_template=chat_template)
+    dtype = getattr(torch, comparison_dtype(source, num_models=1))
+    model = load_merged(source, dtype=dtype, device="cpu")
+    stops = stop_token_ids(tokenizer, read_generation_config(source))
+    request = ParityRequest(path, stops, num_threads=torch.get_num_threads())
+    parity = compare_with_runtime(model, tokenizer, request)
+    log.info("export: %s", describe_parity(parity))
+    return parity
+
+
+def describe_parity(parity: ParityResult) -> str:
+    """Say in one line how close file and model are."""
+    return (
+        f"llama.cpp against transformers: {parity.num_same_prompts} of {parity.num_prompts} "
+        f"prompts with the same token ids, {parity.num_same_answers} greedy answers the same, KL "
+        f"{parity.kl:.2e} nats, {parity.num_same_strings} of {parity.num_strings} tricky strings "
+        "tokenized the same"
+    )
+
+
+def require_parity(parity: ParityResult, type: str, path: Path, *, max_kl: float | None) -> None:
+    """Check that a file of this type answers as its model does.
+
+    Raises:
+        CheckFailed: it does not.
+    """
+    limit = allowed_kl(type) if max_kl is None else max_kl
+    different = parity.num_prompts - parity.num_same_prompts
+    if different:
+        raise CheckFailed(
+            f"{path}: llama.cpp makes other token ids of {different} of {parity.num_prompts} chat "
+            "prompts; the file was removed"
+        )
+    if not parity.kl <= limit:
+        raise CheckFailed(
+            f"{path}: llama.cpp's answers differ from the model's by {parity.kl:.4f} nats (KL), "
+            f"more than {limit:g}; the file was removed. Choose a finer --type than {type}, or "
+            "allow more with --max-kl"
+        )
 
 
 def compare_with_runtime(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+
+log = logging.getLogger("llmtune")
 
 PACKAGE = "xllamacpp"
 TIMEOUT_SECONDS = 3600
@@ -77,6 +80,24 @@ def require_runtime() -> None:
             f"checking a GGUF file needs llama.cpp ({PACKAGE}), which is not installed: "
             "pip install 'llmtune[runtime]'"
         )
+
+
+def wants_runtime(asked: bool | None) -> bool:
+    """Whether a file is run in llama.cpp: as asked, or if it is installed.
+
+    Raises:
+        LlmtuneError: it was asked for and is not installed.
+    """
+    if asked:
+        require_runtime()
+    if asked is not None:
+        return asked
+    if not is_runtime_installed():
+        log.warning(
+            "export: llama.cpp is not installed, so the file was not run in it: "
+            "pip install 'llmtune[runtime]'"
+        )
+    return is_runtime_installed()
 
 
 def ask_runtime(path: Path, request: RuntimeRequest) -> RuntimeAnswers:

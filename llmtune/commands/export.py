@@ -1,6 +1,8 @@
 """export and verify: files for other programs, and proof that they answer as the adapter did."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -9,42 +11,55 @@ from llmtune.commands.options import (
     MAX_KL_OPTION,
     OVERRIDES_ARGUMENT,
     TARGET_ARGUMENT,
+    NotNegative,
     print_result,
     show_progress,
     with_output_options,
 )
-from llmtune.exporting.config import EXPORT_KINDS, GGUF_TYPES, ExportSettings
+from llmtune.exporting.config import EXPORT_TYPES, EXPORTERS, ExportSettings
+
+
+def _exporter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that the exporters read, each once."""
+    options = {option.name: option for exporter in EXPORTERS for option in exporter.options}
+    for option in reversed(options.values()):
+        flag = f"--{option.name.replace('_', '-')}"
+        if option.kind == "switch":
+            add = click.option(f"{flag}/--no-{flag[2:]}", default=None, help=option.help)
+        elif option.kind == "flag":
+            add = click.option(flag, is_flag=True, help=option.help)
+        else:
+            type = NotNegative() if option.kind == "limit" else str
+            add = click.option(flag, type=type, help=option.help)
+        command = add(command)
+    return command
 
 
 @click.command()
 @TARGET_ARGUMENT
 @OVERRIDES_ARGUMENT
-@click.option("--to", "kind", type=click.Choice(EXPORT_KINDS), required=True, help="What to make.")
-@click.option("--type", "gguf_type", type=click.Choice(GGUF_TYPES), help="Numbers in a GGUF file.")
-@click.option("--out", type=click.Path(path_type=Path), help="The file or directory to make.")
 @click.option(
-    "--runtime/--no-runtime",
-    default=None,
-    help="Compare with llama.cpp itself (default: where it is installed).",
+    "--to",
+    "kind",
+    type=click.Choice([exporter.name for exporter in EXPORTERS]),
+    required=True,
+    help="What to make.",
 )
-@MAX_KL_OPTION
-@click.option("--repo", help="For the hub: org/name.")
-@click.option("--public", is_flag=True, help="For the hub: readable by everyone.")
+@click.option("--type", "chosen_type", type=click.Choice(EXPORT_TYPES), help="Numbers in the file.")
+@click.option("--out", type=click.Path(path_type=Path), help="The file or directory to make.")
+@_exporter_options
 @FORCE_OPTION
 @with_output_options
 def export(  # noqa: PLR0913 (one argument an option)
     target: str,
     overrides: tuple[str, ...],
     kind: str,
-    gguf_type: str | None,
+    chosen_type: str | None,
     out: Path | None,
-    runtime: bool | None,
-    max_kl: float | None,
-    repo: str | None,
-    public: bool,
     force: bool,
     quiet: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Write a model for another program, and check the file.
 
@@ -56,20 +71,13 @@ def export(  # noqa: PLR0913 (one argument an option)
       llmtune export runs/quickstart --to adapter-gguf
     """
     show_progress(quiet)
-    settings = ExportSettings(
-        to=kind,
-        type=gguf_type,
-        out=out,
-        force=force,
-        runtime=runtime,
-        max_kl=max_kl,
-        repo=repo,
-        public=public,
-    )
-    from llmtune.stages.export import export_target
+    from llmtune.exporting.export import run_export
+    from llmtune.runs.targets import export_source, resolve_target
 
-    result = export_target(target, overrides, settings)
-    print_result(result, as_json, lambda: f"{kind} written to {result.get('out', repo)}")
+    source = export_source(resolve_target(target, overrides))
+    settings = ExportSettings(kind, chosen_type, out, force=force, options=options)
+    exported = run_export(source, settings)
+    print_result(exported.to_dict(), as_json, lambda: f"{kind} written to {exported.out}")
 
 
 @click.command()

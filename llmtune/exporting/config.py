@@ -1,45 +1,63 @@
-"""What can be exported, as which types, and the settings of one export (light)."""
+"""The exporters, the config's `export` section, and the settings of one export (light)."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
+from llmtune.errors import LlmtuneError
+from llmtune.exporting.adapter_gguf import AdapterGgufExporter
+from llmtune.exporting.base import Exporter
+from llmtune.exporting.gguf import GgufExporter
+from llmtune.exporting.hub import HubExporter
+from llmtune.exporting.nf4 import Nf4Exporter
+from llmtune.exporting.ollama import OllamaExporter
 from llmtune.schema import Section
 
-ExportKind = Literal["gguf", "ollama", "adapter-gguf", "nf4", "hub"]
-OwnType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
-QuantizerType = Literal[
-    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"
-]
-"""What only llama.cpp's own quantizer makes."""
+EXPORTERS: tuple[Exporter, ...] = (
+    GgufExporter(),
+    OllamaExporter(),
+    AdapterGgufExporter(),
+    Nf4Exporter(),
+    HubExporter(),
+)
+"""Every exporter, in the order in which the command line names them."""
 
-EXPORT_KINDS: tuple[str, ...] = get_args(ExportKind)
-OWN_TYPES: tuple[str, ...] = get_args(OwnType)
-QUANTIZER_TYPES: tuple[str, ...] = get_args(QuantizerType)
-GGUF_TYPES: tuple[str, ...] = OWN_TYPES + QUANTIZER_TYPES
-WITH_TYPES = frozenset({"gguf", "ollama", "adapter-gguf"})
-"""The kinds that are written in a GGUF type."""
-ADAPTER_TYPES = ("f32", "f16", "bf16")
+EXPORT_TYPES = tuple(dict.fromkeys(type for exporter in EXPORTERS for type in exporter.types))
+"""The types of numbers that any exporter writes."""
 
-ConfiguredKind = Literal["gguf", "ollama", "adapter-gguf", "nf4"]
-"""What a run can make by itself; a push to the hub is asked for by its own command."""
+if TYPE_CHECKING:
+    ConfiguredExport = str
+    ConfiguredType = str
+else:
+    ConfiguredExport = Literal[
+        tuple(exporter.name for exporter in EXPORTERS if exporter.is_made_by_runs)
+    ]
+    ConfiguredType = Literal[
+        tuple(
+            dict.fromkeys(
+                type
+                for exporter in EXPORTERS
+                if exporter.has_type_of_run
+                for type in exporter.types
+            )
+        )
+    ]
 
 
 class ExportConfig(Section):
     """What `run` exports at its end, and is checked for before it trains."""
 
-    to: tuple[ConfiguredKind, ...] = ()
+    to: tuple[ConfiguredExport, ...] = ()
     """gguf, ollama, adapter-gguf, nf4: any of them, into the run's `exports/`."""
-    type: OwnType | QuantizerType | None = None
+    type: ConfiguredType | None = None
     """Numbers in the file, for gguf and ollama; null is q8_0."""
 
-    def type_for(self, kind: str) -> str | None:
-        """Return the type that a kind is written in; None is its default."""
-        return self.type if kind in ("gguf", "ollama") else None
-
-
-DEFAULT_TYPE = "q8_0"
-DEFAULT_ADAPTER_TYPE = "f16"
+    def exports(self) -> Iterator[tuple[Exporter, str | None]]:
+        """Yield each exporter and the type that it is asked to write; None is its default."""
+        for name in self.to:
+            exporter = find_exporter(name)
+            yield exporter, self.type if exporter.has_type_of_run else None
 
 
 @dataclass(frozen=True)
@@ -47,20 +65,44 @@ class ExportSettings:
     """One export as asked for on the command line."""
 
     to: str
-    """One of `EXPORT_KINDS`."""
+    """The name of an exporter."""
     type: str | None = None
-    """One of `GGUF_TYPES`; None is q8_0 for a model and f16 for an adapter."""
+    """One of the exporter's types; None is its default."""
     out: Path | None = None
-    """The file (gguf, adapter-gguf) or directory to make; None is `exports/` of the run."""
+    """The file or directory to make; None is `exports/` of the run."""
     force: bool = False
     """Replace what is there."""
-    runtime: bool | None = None
-    """Run the file in llama.cpp and compare with transformers; None does so where it is
-    installed."""
-    max_kl: float | None = None
-    """Largest KL(model || file) after a prompt, in nats, with which a GGUF file is kept; None is
-    the bound of its type."""
-    repo: str | None = None
-    """For the hub: `org/name`."""
-    public: bool = False
-    """For the hub: readable by everyone."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the exporter's own options, by their names."""
+
+
+def find_exporter(name: str) -> Exporter:
+    """Return the exporter of this name.
+
+    Raises:
+        LlmtuneError: there is none.
+    """
+    for exporter in EXPORTERS:
+        if exporter.name == name:
+            return exporter
+    known = ", ".join(exporter.name for exporter in EXPORTERS)
+    raise LlmtuneError(f"--to {name}: expected one of {known}")
+
+
+def check_exportable(
+    base_dir: Path, to: str, type: str | None = None, *, chat_template: Path | None = None
+) -> None:
+    """Check that a checkpoint of this base can be exported; reads its small files only.
+
+    Args:
+        base_dir: the 16-bit base, or a model merged from it.
+        to: the name of an exporter.
+        type: one of the exporter's types; None is its default.
+        chat_template: a Jinja file that replaces the checkpoint's own template.
+
+    Raises:
+        LlmtuneError: an unknown exporter or type, or a base that cannot be exported so.
+    """
+    exporter = find_exporter(to)
+    exporter.choose_type(type)
+    exporter.check_base(base_dir, chat_template=chat_template)

@@ -1,24 +1,50 @@
-"""Push a directory to a model hub: private unless asked otherwise, token from the environment."""
+"""Push a model to a hub: private unless asked otherwise, token from the environment."""
 
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from typing import TYPE_CHECKING, Any
 
 from llmtune.adapters.manifest import CONFIG_NAME, MANIFEST_NAME, read_adapter_manifest
 from llmtune.errors import LlmtuneError
+from llmtune.exporting.base import Exported, Exporter, ExportOption
 from llmtune.exporting.card import CARD_NAME
 from llmtune.io.deadline import first_line
 from llmtune.models.hub import reads_as_hub_id
+
+if TYPE_CHECKING:
+    from llmtune.exporting.export import ExportJob
 
 TOKEN_VARIABLE = "HF_TOKEN"
 ENDPOINT_VARIABLE = "HF_ENDPOINT"
 KEPT_HERE = frozenset({"llmtune_merge.json", "llmtune_adapter.json", "llmtune_base.json"})
 """Our own records, which hold paths of this machine."""
+
+
+class HubExporter(Exporter):
+    """A run's merged model, an adapter or a whole model, pushed with its model card."""
+
+    name = "hub"
+    is_made_by_runs = False
+    options = (
+        ExportOption("repo", "For the hub: org/name.", "text"),
+        ExportOption("public", "For the hub: readable by everyone.", "flag"),
+    )
+
+    def export(self, job: "ExportJob") -> Exported:
+        """Push every file in one commit, after the token was found."""
+        repo = job.option("repo")
+        check_push(repo)
+        source = job.source
+        is_adapter = source.run_dir is None and source.adapter_dir is not None
+        result = push_directory(
+            job.adapter_dir if is_adapter else job.model_dir,
+            repo,
+            card=job.card(repo.partition("/")[2], {}),
+            public=bool(job.option("public")),
+        )
+        return Exported(self.name, result.url, result.to_dict())
 
 
 @dataclass(frozen=True)
@@ -41,7 +67,7 @@ def check_push(repo: str | None) -> str:
     """Check that a push can begin, before anything is computed for it; return the token.
 
     Raises:
-        LlmtuneError: there is no token in the environment, or `repo` is no `org/name`.
+        LlmtuneError: there is no token in the environment, or `repo` is not `org/name`.
     """
     if repo is None or not reads_as_hub_id(repo):
         raise LlmtuneError(f"--repo {repo}: expected org/name")
@@ -71,6 +97,9 @@ def push_directory(directory: Path, repo: str, *, card: str, public: bool) -> Hu
         LlmtuneError: no token, no access, an existing public repository, or the hub cannot be
             reached. The token is in no message.
     """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
     api = HfApi(endpoint=os.environ.get(ENDPOINT_VARIABLE), token=check_push(repo))
     files = _files(directory)
     operations = [CommitOperationAdd(name, _content(path)) for name, path in files.items()]

@@ -1,147 +1,40 @@
-"""A checkpoint in 4 bits (bitsandbytes NF4), that stock transformers loads as it is."""
+"""Export a directory that stock transformers loads in 4 bits (bitsandbytes NF4)."""
 
-import math
-import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from llmtune.exporting.base import DirectoryExporter, Written
 
-from llmtune.checks.merged import VerifyResult, verify_merge
-from llmtune.checks.prompts import ComparedPrompts
-from llmtune.data.open_prompts import OPEN_PROMPTS
-from llmtune.data.render import encode_plain
-from llmtune.errors import CheckFailed
-from llmtune.io.safetensors import CheckpointIndex
-from llmtune.io.unfinished import require_space
-from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
-from llmtune.models.config import ModelConfig, Nf4Quantization
-from llmtune.models.load import load_model
-from llmtune.models.quiet import quiet_loading
-from llmtune.models.resolve import BaseSource, resolve_base
-from llmtune.models.round_trip import FourBitRoundTrip, describe_quantized_base
-from llmtune.planning.weights import four_bit_bytes
-from llmtune.scoring.generate import Decoding
-
-RELOADED_KL = 1e-3
-"""Nats per token by which the reloaded checkpoint may differ from the model that was saved."""
-NUM_PROMPTS = 4
-STATE_BYTES = 2048
-"""What is written beside each quantized weight: code books, shape and method."""
-SMALL_FILES_BYTES = 1 << 20
-"""Configs, header and card, when the free space is checked."""
-OS_ERROR = re.compile(r"(?:os error|code:) (\d+)")
+if TYPE_CHECKING:
+    from llmtune.exporting.export import ExportJob
 
 
-@dataclass(frozen=True)
-class Nf4Result:
-    """A 4-bit checkpoint, and how it compares with itself after a reload."""
+class Nf4Exporter(DirectoryExporter):
+    """A merged model in NF4 with double quantization."""
 
-    num_bytes: int
-    quantized_ratio: float
-    reloaded: VerifyResult
+    name = "nf4"
+    product = "directory that --to nf4 made"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as JSON."""
-        return asdict(self)
+    def output_name(self, stem: str) -> str:
+        """Return the name of the directory."""
+        return self.name
 
+    def write(self, job: "ExportJob", path: Path) -> Written:
+        """Quantize the merged model and save it."""
+        from llmtune.exporting.nf4_checkpoint import write_nf4
 
-def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) -> Nf4Result:
-    """Quantize a 16-bit checkpoint to NF4 with double quantization, into an empty directory.
-
-    The tokenizer's files are the source's, byte for byte.
-
-    Args:
-        source_dir: a merged or other 16-bit checkpoint.
-        directory: where the files go.
-        chat_template: a Jinja file that replaces the checkpoint's own template.
-
-    Raises:
-        LlmtuneError: the model cannot be quantized, or the disk has too little room for it, which
-            is seen before it is loaded.
-        OSError: the disk ran full.
-        CheckFailed: what was written does not load as what was saved.
-    """
-    config = ModelConfig(
-        base=str(source_dir),
-        quantization=Nf4Quantization(),
-        cache_quantized=False,  # what is exported is that very file
-        chat_template=chat_template,
-    )
-    source = resolve_base(config)
-    require_space(directory, needed_bytes(config, source))
-    loaded = load_model(config, source)
-    with quiet_loading(), _plain_errors(directory):
-        loaded.model.save_pretrained(directory)
-    for path in _copied_files(source_dir):
-        if path.is_dir():
-            shutil.copytree(path, directory / path.name)
-        else:
-            shutil.copyfile(path, directory / path.name)
-    if chat_template is not None:
-        shutil.copyfile(chat_template, directory / TEMPLATE_FILES[0])
-    for path in directory.iterdir():  # some writers leave files that only their owner can read
-        path.chmod(0o644 if path.is_file() else 0o755)
-    prompts = tuple(
-        tuple(encode_plain(loaded.tokenizer, text)) for text in OPEN_PROMPTS[:NUM_PROMPTS]
-    )
-    reloaded = verify_merge(
-        loaded.model,
-        directory,
-        ComparedPrompts(sequences=prompts),
-        decoding=Decoding(1, loaded.stop_token_ids),
-        dtype=loaded.dtype,
-    )
-    if not reloaded.kl <= RELOADED_KL:
-        raise CheckFailed(
-            f"{directory}: the 4-bit checkpoint does not load as it was saved (KL "
-            f"{reloaded.kl:.4f} nats per token); nothing was kept"
+        result = write_nf4(job.model_dir, path, chat_template=job.chat_template)
+        files = {"model.safetensors": "the model in 4 bits (bitsandbytes NF4)"}
+        return Written(
+            {"num_bytes": result.num_bytes, "quantized_ratio": result.quantized_ratio},
+            files,
+            live=result.live,
         )
-    return Nf4Result(
-        num_bytes=sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
-        quantized_ratio=loaded.quantized.quantized_ratio,
-        reloaded=reloaded,
-    )
 
+    def check(self, job: "ExportJob", path: Path, written: Written) -> Mapping[str, Any]:
+        """Reload the checkpoint and compare it with the model that was saved."""
+        from llmtune.exporting.nf4_checkpoint import check_reloaded
 
-def needed_bytes(config: ModelConfig, source: BaseSource) -> int:
-    """Return what the 4-bit checkpoint of a base takes on the disk; no weight is read."""
-    described = describe_quantized_base(config, source)
-    assert described is not None and isinstance(described.round_trip, FourBitRoundTrip)
-    in_four_bits = described.round_trip
-    # Checkpoints of a base model alone name their tensors without its first component.
-    quantized = set(described.weights) | {name.partition(".")[2] for name in described.weights}
-    needed = SMALL_FILES_BYTES
-    for tensor in CheckpointIndex.open(source.dir).tensors.values():
-        num_weights = math.prod(tensor.shape)
-        if tensor.name in quantized:
-            double_quant = in_four_bits.has_double_quant
-            needed += STATE_BYTES + four_bit_bytes(num_weights, double_quant=double_quant)
-        else:
-            needed += num_weights * in_four_bits.load_dtype.itemsize
-    copied = [one for path in _copied_files(source.dir) for one in (path, *path.rglob("*"))]
-    return needed + sum(path.stat().st_size for path in copied if path.is_file())
-
-
-def _copied_files(source_dir: Path) -> list[Path]:
-    """Return the tokenizer's files, and directories of templates, that go along as they are."""
-    paths = (source_dir / name for name in (*TOKENIZER_FILES, *TEMPLATE_FILES))
-    return [path for path in paths if path.exists()]
-
-
-@contextmanager
-def _plain_errors(directory: Path) -> Iterator[None]:
-    """Raise what the operating system said; safetensors has it in the words of its message only."""
-    try:
-        yield
-    except SafetensorError as error:
-        found = OS_ERROR.search(str(error))
-        if found is None:
-            raise
-        number = int(found[1])
-        raise OSError(number, os.strerror(number), str(directory)) from error
+        assert written.live is not None
+        return {"reloaded": check_reloaded(written.live, path).to_dict()}

@@ -5,24 +5,33 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config import RunConfig
+from llmtune.exporting.base import Exporter
+from llmtune.exporting.config import ExportSettings
 from llmtune.io.manifest import Manifest, StageRecord
 from llmtune.runs.stage import Stage
+from llmtune.runs.targets import export_source, run_target
+
+STAGE_OF = {"merged": "merge", "adapter": "train"}
+"""The stage that makes what an exporter takes."""
 
 
 class ExportStage(Stage):
-    """Make one of the kinds that the config's `export` section names, and check it."""
+    """Make one of the exports that the config's `export` section names, and check it."""
 
-    def __init__(self, config: RunConfig, kind: str, *, force: bool = False) -> None:
+    def __init__(
+        self, config: RunConfig, exporter: Exporter, type: str | None, *, force: bool = False
+    ) -> None:
         super().__init__(config, force=force)
-        self.kind = kind
-        self.name = f"export {kind}"
+        self.exporter = exporter
+        self.type = type
+        self.name = f"export {exporter.name}"
 
     def inputs(self, manifest: Manifest) -> dict[str, Any]:
         """Return the fingerprint of the stage that it is made from, and the file's type."""
-        made_from = "train" if self.kind == "adapter-gguf" else "merge"
+        made_by = STAGE_OF[self.exporter.made_from]
         return {
-            made_from: manifest.stages.get(made_from, {}).get("fingerprint"),
-            "type": self.config.export.type_for(self.kind),
+            made_by: manifest.stages.get(made_by, {}).get("fingerprint"),
+            "type": self.type,
         }
 
     def outputs(self, record: StageRecord) -> Iterator[Path]:
@@ -31,8 +40,8 @@ class ExportStage(Stage):
 
     def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Write the file and check it; an earlier one is replaced."""
-        from llmtune.exporting.config import ExportSettings
-        from llmtune.stages.export import export_target
+        from llmtune.exporting.export import run_export
 
-        settings = ExportSettings(to=self.kind, type=inputs["type"], force=True)
-        return export_target(str(self.config.run.path), (), settings)
+        source = export_source(run_target(str(self.config.run.path), self.config))
+        settings = ExportSettings(self.exporter.name, self.type, force=True)
+        return run_export(source, settings).to_dict()

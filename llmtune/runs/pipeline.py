@@ -150,7 +150,10 @@ def export(config: RunConfig, *, force: bool = False) -> dict[str, Mapping[str, 
         LlmtuneError: there is no merged model, or it cannot be exported so.
         CheckFailed: a file's answers are not the model's; it is not kept.
     """
-    return {kind: ExportStage(config, kind, force=force).do() for kind in config.export.to}
+    return {
+        exporter.name: ExportStage(config, exporter, type, force=force).do()
+        for exporter, type in config.export.exports()
+    }
 
 
 def verify(path: str | Path, against: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from llmtune.adapters.manifest import (
 )
 from llmtune.config import RunConfig, load_config, read_config_tree
 from llmtune.errors import LlmtuneError
+from llmtune.exporting.base import ExportSource
 from llmtune.io.manifest import read_manifest
 from llmtune.io.run_dir import RunDir
 from llmtune.io.validation import validate_section
@@ -58,9 +59,9 @@ def resolve_target(name: str, overrides: Sequence[str] = ()) -> Target:
     """
     path = Path(name)
     if path.suffix in YAML_SUFFIXES:
-        return _run_target(name, load_config(path, overrides))
+        return run_target(name, load_config(path, overrides))
     if (path / "manifest.json").is_file():
-        return _run_target(name, load_run_config(path, overrides))
+        return run_target(name, load_run_config(path, overrides))
     if (path / "adapter_config.json").is_file():
         return Target(name, _model(adapter_base(path), overrides), adapter_dir=path)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -69,6 +70,17 @@ def resolve_target(name: str, overrides: Sequence[str] = ()) -> Target:
             "nor a model (config.json); give the path of one, or copy back the file that it lost"
         )
     return Target(name, _model({"base": name}, overrides))
+
+
+def export_source(target: Target) -> ExportSource:
+    """Return what an export of a target is made from."""
+    return ExportSource(
+        name=target.name,
+        model=target.model,
+        adapter_dir=target.adapter_dir,
+        merged_dir=target.merged_dir,
+        run_dir=target.config.run_dir if target.config else None,
+    )
 
 
 def require_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -165,7 +177,8 @@ def _recorded_base(adapter_dir: Path) -> dict[str, Any]:
     return {"base": base["path"] if is_local else base["origin"]} | quantization
 
 
-def _run_target(name: str, config: RunConfig) -> Target:
+def run_target(name: str, config: RunConfig) -> Target:
+    """Return the target that a run is."""
     run = config.run
     return Target(
         name,

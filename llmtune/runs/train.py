@@ -41,12 +41,9 @@ class TrainStage(Stage):
         check_reporters(config.train.report_to)
         values = config.model_dump(mode="json")
         refuse_unusable(config.run, values, deciding_knobs_of, force=self.force)
-        base_dir = self.source.dir
-        for kind in config.export.to:
-            from llmtune.exporting.preflight import check_exportable
-
-            template, type = config.model.chat_template, config.export.type_for(kind)
-            check_exportable(base_dir, kind, type, chat_template=template)
+        for exporter, type in config.export.exports():
+            exporter.choose_type(type)
+            exporter.check_base(self.source.dir, chat_template=config.model.chat_template)
         self.data  # noqa: B018 (prepared here, before the run is opened)
 
     @cached_property

@@ -35,6 +35,7 @@ from llmtune.checks.parity import (
     ParityRequest,
     build_questions,
     compare_answers,
+    describe_parity,
 )
 from llmtune.checks.prompts import NUM_NEW_TOKENS
 from llmtune.checks.provenance import MergeRecord, read_record
@@ -42,14 +43,13 @@ from llmtune.checks.reference import at_strength, comparison_dtype
 from llmtune.checks.runtime import RuntimeAnswers, ask_runtime, require_runtime
 from llmtune.evaluation.requests import build_choice_requests
 from llmtune.evaluation.suite import load_suite
-from llmtune.exporting.gguf.read import read_file_type, read_source
+from llmtune.exporting.gguf_writer.read import read_file_type, read_source
 from llmtune.models.checkpoint import read_generation_config
 from llmtune.models.identity import base_fingerprint
 from llmtune.models.resolve import resolve_base
 from llmtune.models.tokenizer import load_tokenizer
 from llmtune.models.turns import stop_token_ids
 from llmtune.runs.targets import Target
-from llmtune.stages.export_check import describe_parity
 from llmtune.stages.memory import release_memory
 from llmtune.stages.verify import (
     VerifySettings,

@@ -11,7 +11,7 @@ from llmtune.checks.runtime import RuntimeRequest, ask_runtime, is_runtime_insta
 from llmtune.checks.tricky_strings import TRICKY_STRINGS
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.gguf.write import GgufRequest, export_gguf
+from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 from llmtune.models.tokenizer import load_tokenizer
 from tests.checkpoints import (
     BYTE_LEVEL_KINDS,
@@ -47,7 +47,7 @@ ROPES = {
 
 def export(source: Path) -> Path:
     path = source / "model.gguf"
-    export_gguf(GgufRequest(source, path, "f32", "tiny"), overwrite=True)
+    write_gguf(GgufRequest(source, path, "f32", "tiny"))
     return path
 
 

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.checks.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.gguf.adapter import export_adapter_gguf
-from llmtune.exporting.gguf.write import GgufRequest, export_gguf
+from llmtune.exporting.gguf_writer.adapter import write_adapter_gguf
+from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 
 PROMPT = [2, 40, 50, 60, 70, 80]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -37,8 +37,8 @@ def save_adapter(base, directory, **settings):
 def test_llama_cpp_applies_the_adapter_as_peft_does(settings, llama_dir, tmp_path):
     adapter = save_adapter(llama_dir, tmp_path / "adapter", **settings)
     base, lora = tmp_path / "base.gguf", tmp_path / "adapter.gguf"
-    export_gguf(GgufRequest(llama_dir, base, "f32", "tiny"))
-    export_adapter_gguf(adapter, llama_dir, lora, type="f32", provenance={})
+    write_gguf(GgufRequest(llama_dir, base, "f32", "tiny"))
+    write_adapter_gguf(adapter, llama_dir, lora, type="f32", provenance={})
     found = ask_runtime(base, RuntimeRequest(prompts=[PROMPT], lora=str(lora))).distributions[0]
     plain = AutoModelForCausalLM.from_pretrained(llama_dir)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_llama_cpp_applies_the_adapter_as_peft_does(settings, llama_dir, tmp_pat
 
 def test_the_file_says_that_it_is_an_adapter(llama_dir, tmp_path):
     adapter = save_adapter(llama_dir, tmp_path / "adapter")
-    export_adapter_gguf(
+    write_adapter_gguf(
         adapter, llama_dir, tmp_path / "a.gguf", type="f16", provenance={"llmtune.adapter": "x"}
     )
     reader = GGUFReader(tmp_path / "a.gguf")
@@ -74,5 +74,5 @@ def test_the_file_says_that_it_is_an_adapter(llama_dir, tmp_path):
 def test_what_llama_cpp_adapters_cannot_hold_is_refused(settings, message, llama_dir, tmp_path):
     adapter = save_adapter(llama_dir, tmp_path / "adapter", **settings)
     with pytest.raises(LlmtuneError, match=message):
-        export_adapter_gguf(adapter, llama_dir, tmp_path / "a.gguf", type="f16", provenance={})
+        write_adapter_gguf(adapter, llama_dir, tmp_path / "a.gguf", type="f16", provenance={})
     assert not (tmp_path / "a.gguf").exists()

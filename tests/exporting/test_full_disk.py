@@ -5,11 +5,10 @@ import subprocess
 import pytest
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.config import ExportSettings
-from llmtune.exporting.nf4 import SMALL_FILES_BYTES, needed_bytes, write_nf4
+from llmtune.exporting.nf4_checkpoint import SMALL_FILES_BYTES, needed_bytes, write_nf4
 from llmtune.models.config import ModelConfig, Nf4Quantization
 from llmtune.models.resolve import resolve_base
-from llmtune.stages.export import export_target
+from tests.exporting.exports import export_model
 from tests.tiny import make_model
 
 
@@ -28,10 +27,11 @@ def small_disk(tmp_path):
 def test_a_disk_that_is_too_small_is_refused_before_a_model_is_loaded(to, tmp_path, monkeypatch):
     make_model("llama", tmp_path / "model")
     monkeypatch.setattr("llmtune.io.unfinished.free_bytes", lambda _: 5000)
-    monkeypatch.setattr("llmtune.exporting.nf4.load_model", lambda *_: pytest.fail("was loaded"))
-    settings = ExportSettings(to, out=tmp_path / "small" / "out", runtime=False)
+    monkeypatch.setattr(
+        "llmtune.exporting.nf4_checkpoint.load_model", lambda *_: pytest.fail("was loaded")
+    )
     with pytest.raises(LlmtuneError, match=r"needs [\d,]+ bytes and its disk has 5,000 free"):
-        export_target(str(tmp_path / "model"), [], settings)
+        export_model(tmp_path / "model", to, tmp_path / "small" / "out", runtime=False)
     assert list((tmp_path / "small").iterdir()) == []
 
 
@@ -53,7 +53,6 @@ def test_a_disk_that_fills_on_the_way_is_an_error_and_stays_empty(
     make_model("llama", tmp_path / "model")
     # as if another program took the space after the check
     monkeypatch.setattr("llmtune.io.unfinished.free_bytes", lambda _: 1 << 40)
-    settings = ExportSettings(to, out=small_disk / "out", runtime=False)
     with pytest.raises(LlmtuneError, match="ran full while out was written.*nothing was left"):
-        export_target(str(tmp_path / "model"), [], settings)
+        export_model(tmp_path / "model", to, small_disk / "out", runtime=False)
     assert list(small_disk.iterdir()) == []

@@ -16,15 +16,17 @@ from gguf import GGUFReader, quants
 from safetensors.torch import load_file, save_file
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.gguf import tiles, write
-from llmtune.exporting.gguf.write import GgufRequest, export_gguf, runtime_name
+from llmtune.exporting.gguf_writer import tiles, write
+from llmtune.exporting.gguf_writer.write import GgufRequest, runtime_name, write_gguf
+from llmtune.io.unfinished import unfinished_file
 from llmtune.models.tokenizer import load_tokenizer
 from tests.checkpoints import FAMILIES
+from tests.exporting.exports import export_model
 
 
-def export(source, path, type="f32", *, overwrite=False, **keywords):
-    request = GgufRequest(source, path, type, "tiny", **keywords)
-    return export_gguf(request, overwrite=overwrite)
+def export(source, path, type="f32", **keywords):
+    with unfinished_file(path) as unfinished:
+        return write_gguf(GgufRequest(source, unfinished, type, "tiny", **keywords))
 
 
 def read_tensors(path):
@@ -174,13 +176,13 @@ def test_an_existing_file_stays_unless_forced(llama_dir, tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF of another day")
     with pytest.raises(LlmtuneError, match="exists already"):
-        export(llama_dir, path)
+        export_model(llama_dir, "gguf", path)
     assert path.read_bytes() == b"GGUF of another day"
-    export(llama_dir, path, overwrite=True)
+    export_model(llama_dir, "gguf", path, force=True, runtime=False)
     assert GGUFReader(path).tensors
     path.write_text("no export at all")
     with pytest.raises(LlmtuneError, match="so it is not replaced"):
-        export(llama_dir, path, overwrite=True)
+        export_model(llama_dir, "gguf", path, force=True, runtime=False)
 
 
 def test_a_failed_export_leaves_nothing_and_a_killed_ones_file_goes(llama_dir, tmp_path):
@@ -256,11 +258,13 @@ def test_killed_at_any_moment_leaves_no_file_and_the_next_export_is_whole(llama_
     path = tmp_path / "model.gguf"
     code = (
         "import sys; from pathlib import Path;"
-        "from llmtune.exporting.gguf import tiles, write;"
+        "from llmtune.exporting.gguf_writer import tiles, write;"
+        "from llmtune.io.unfinished import unfinished_file;"
         "tiles.TILE_NUMBERS = 64;"
         "print('ready', flush=True);"
-        f"write.export_gguf(write.GgufRequest(Path({str(llama_dir)!r}), Path({str(path)!r}),"
-        " 'q4_0', 'tiny'));"
+        f"place = unfinished_file(Path({str(path)!r})); path = place.__enter__();"
+        f"write.write_gguf(write.GgufRequest(Path({str(llama_dir)!r}), path, 'q4_0', 'tiny'));"
+        "place.__exit__(None, None, None)"
     )
     for delay in (0.02, 0.1, 0.2):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

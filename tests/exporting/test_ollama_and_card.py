@@ -4,7 +4,7 @@ import pytest
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.card import render_card
-from llmtune.exporting.ollama import find_turns, render_modelfile
+from llmtune.exporting.modelfile import find_turns, render_modelfile
 from tests.tiny import make_tokenizer
 
 LLAMA3 = (

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.config import OWN_TYPES
-from llmtune.exporting.preflight import check_exportable
+from llmtune.exporting.config import check_exportable
+from llmtune.exporting.gguf_writer.types import OWN_TYPES
 from tests.checkpoints import FAMILIES, save_byte_level, save_sentencepiece
 from tests.versions import without_torch
 
@@ -109,7 +109,7 @@ def test_unknown_kinds_and_types_are_refused(to, type, message, llama_dir):
 
 
 def test_llama3_and_smollm_are_told_apart(make_checkpoint):
-    from llmtune.exporting.gguf.vocabulary import read_vocabulary
+    from llmtune.exporting.gguf_writer.vocabulary import read_vocabulary
 
     directory = make_checkpoint("llama")
     for kind in ("smollm", "llama-bpe", "dbrx", "qwen2"):
@@ -121,7 +121,7 @@ def test_llama3_and_smollm_are_told_apart(make_checkpoint):
 def test_the_check_needs_no_torch(llama_dir):
     code = (
         "import sys; from pathlib import Path;"
-        "from llmtune.exporting.preflight import check_exportable;"
+        "from llmtune.exporting.config import check_exportable;"
         f"check_exportable(Path({str(llama_dir)!r}), 'gguf', 'q8_0');"
         "assert not {'torch', 'gguf', 'peft'} & set(sys.modules)"
     )

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.config import ExportSettings
-from llmtune.exporting.gguf.read import read_file_type
-from llmtune.exporting.preflight import check_exportable
-from llmtune.stages.export import export_target
+from llmtune.exporting.config import check_exportable
+from llmtune.exporting.gguf_writer.read import read_file_type
+from tests.exporting.exports import export_model
 from tests.tiny import make_model
 
 needs_quantizer = pytest.mark.skipif(
@@ -26,8 +25,7 @@ def program(directory: Path, text: str) -> Path:
 
 
 def export(source: Path, out: Path):
-    settings = ExportSettings("gguf", "q4_k_m", out, runtime=False)
-    return export_target(str(source), [], settings)
+    return export_model(source, "gguf", out, "q4_k_m", runtime=False)
 
 
 def test_without_a_quantizer_a_k_quant_is_refused_before_training(llama_dir, tmp_path, monkeypatch):

@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.checks.runtime import is_runtime_installed
 from llmtune.errors import CheckFailed, LlmtuneError
-from llmtune.exporting.config import ExportSettings
-from llmtune.exporting.gguf.write import GgufRequest, export_gguf
+from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 from llmtune.merging.merge import merge_adapter
-from llmtune.stages.export import export_target
 from llmtune.stages.verify import VerifySettings, require_passed, verify_target
+from tests.exporting.exports import export_model
 
 needs_runtime = pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")
 
@@ -38,13 +37,9 @@ def tuned(llama_dir, tmp_path_factory):
     return directory
 
 
-def export(source, to, out, type=None, **settings):
-    return export_target(str(source), [], ExportSettings(to, type, out, **settings))
-
-
 @needs_runtime
 def test_gguf_is_checked_in_llama_cpp_before_it_appears(tuned, tmp_path):
-    result = export(tuned / "merged", "gguf", tmp_path / "m.gguf", "f16", runtime=True)
+    result = export_model(tuned / "merged", "gguf", tmp_path / "m.gguf", "f16", runtime=True)
     assert result["parity"]["num_same_prompts"] == 20
     assert result["parity"]["kl"] < 1e-3
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
@@ -54,13 +49,15 @@ def test_gguf_is_checked_in_llama_cpp_before_it_appears(tuned, tmp_path):
 @needs_runtime
 def test_a_file_that_answers_otherwise_is_not_kept(tuned, tmp_path):
     with pytest.raises(CheckFailed, match="the file was removed"):
-        export(tuned / "merged", "gguf", tmp_path / "m.gguf", "q4_0", runtime=True, max_kl=0.0)
+        export_model(
+            tuned / "merged", "gguf", tmp_path / "m.gguf", "q4_0", runtime=True, max_kl=0.0
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_ollama_directory_holds_model_template_and_card(tuned, tmp_path):
     out = tmp_path / "ollama"
-    result = export(tuned / "merged", "ollama", out, "f16", runtime=False)
+    result = export_model(tuned / "merged", "ollama", out, "f16", runtime=False)
     assert sorted(path.name for path in out.iterdir()) == [
         "Modelfile",
         "README.md",
@@ -70,27 +67,27 @@ def test_an_ollama_directory_holds_model_template_and_card(tuned, tmp_path):
     assert (out / "Modelfile").read_text().startswith("FROM ./merged-f16.gguf\n")
     assert result["path"] == str(out / "merged-f16.gguf")
     with pytest.raises(LlmtuneError, match="exists already"):
-        export(tuned / "merged", "ollama", out, "f16", runtime=False)
+        export_model(tuned / "merged", "ollama", out, "f16", runtime=False)
 
 
 def test_an_adapter_must_be_merged_before_its_model_is_exported(tuned, tmp_path):
     with pytest.raises(LlmtuneError, match="llmtune merge"):
-        export(tuned / "adapter", "gguf", tmp_path / "m.gguf")
+        export_model(tuned / "adapter", "gguf", tmp_path / "m.gguf")
 
 
 def test_an_adapter_is_exported_alone(tuned, tmp_path):
-    result = export(tuned / "adapter", "adapter-gguf", tmp_path / "a.gguf")
+    result = export_model(tuned / "adapter", "adapter-gguf", tmp_path / "a.gguf")
     assert result["num_tensors"] == 2 * 2 * 2
     assert result["type"] == "f16"
 
 
 def test_a_directory_needs_a_place_for_its_export(tuned):
     with pytest.raises(LlmtuneError, match="--out"):
-        export(tuned / "merged", "gguf", None)
+        export_model(tuned / "merged", "gguf", None)
 
 
 def test_nf4_loads_as_it_was_saved(tuned, tmp_path):
-    result = export(tuned / "merged", "nf4", tmp_path / "nf4")
+    result = export_model(tuned / "merged", "nf4", tmp_path / "nf4")
     assert result["reloaded"]["kl"] <= 1e-3
     assert result["quantized_ratio"] > 0.3
     config = json.loads((tmp_path / "nf4" / "config.json").read_text())
@@ -138,20 +135,20 @@ def test_another_template_and_lost_stop_tokens_are_seen(tuned, tmp_path):
 @needs_runtime
 def test_a_gguf_file_is_verified_against_the_adapter(tuned, llama_dir, tmp_path):
     path = tmp_path / "m.gguf"
-    export_gguf(GgufRequest(tuned / "merged", path, "q8_0", "tiny"))
+    write_gguf(GgufRequest(tuned / "merged", path, "q8_0", "tiny"))
     result = verify(path, tuned / "adapter")
     assert result["type"] == "q8_0"
     assert result["file"] is None  # an adapter directory has no merged model beside it
     assert result["chain"]["max_kl"] == pytest.approx(0.1)
     assert result["chain"]["kl"] < 0.01
-    export_gguf(GgufRequest(llama_dir, tmp_path / "base.gguf", "q8_0", "tiny"))
+    write_gguf(GgufRequest(llama_dir, tmp_path / "base.gguf", "q8_0", "tiny"))
     with pytest.raises(CheckFailed, match=r"KL to the live adapter .* allowed are 0\.1"):
         verify(tmp_path / "base.gguf", tuned / "adapter")
 
 
 @needs_runtime
 def test_a_file_is_verified_against_the_model_alone_where_there_is_no_adapter(tuned, tmp_path):
-    export(tuned / "merged", "gguf", tmp_path / "m.gguf", "f16", runtime=False)
+    export_model(tuned / "merged", "gguf", tmp_path / "m.gguf", "f16", runtime=False)
     result = verify(tmp_path / "m.gguf", tuned / "merged")
     assert result["chain"] is None
     assert (result["file"]["against"], result["file"]["max_kl"]) == ("model", 0.01)
@@ -162,7 +159,7 @@ def test_a_file_is_verified_against_the_model_alone_where_there_is_no_adapter(tu
 @needs_runtime
 def test_a_file_of_other_weights_than_those_that_lie_there_now_is_seen(tuned, tmp_path):
     shutil.copytree(tuned / "merged", tmp_path / "model")
-    export(tmp_path / "model", "gguf", tmp_path / "m.gguf", "f16", runtime=False)
+    export_model(tmp_path / "model", "gguf", tmp_path / "m.gguf", "f16", runtime=False)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"][0] += 0.001
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
@@ -199,17 +196,17 @@ def test_what_is_no_export_is_never_replaced(to, tuned, tmp_path):
     mine.mkdir()
     (mine / "thesis.txt").write_text("kept")
     with pytest.raises(LlmtuneError, match="so it is not replaced"):
-        export(tuned / "merged", to, mine, force=True, runtime=False)
+        export_model(tuned / "merged", to, mine, force=True, runtime=False)
     (tmp_path / "notes.txt").write_text("kept")
     with pytest.raises(LlmtuneError, match="so it is not replaced"):
-        export(tuned / "merged", to, tmp_path / "notes.txt", force=True, runtime=False)
+        export_model(tuned / "merged", to, tmp_path / "notes.txt", force=True, runtime=False)
     assert (mine / "thesis.txt").read_text() == (tmp_path / "notes.txt").read_text() == "kept"
 
 
 def test_an_earlier_export_is_replaced_when_asked(tuned, tmp_path):
     for to, name in (("gguf", "m.gguf"), ("ollama", "ollama")):
         for type in ("f16", "q8_0"):
-            export(tuned / "merged", to, tmp_path / name, type, force=True, runtime=False)
+            export_model(tuned / "merged", to, tmp_path / name, type, force=True, runtime=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "ollama"]
     assert (tmp_path / "ollama" / "merged-q8_0.gguf").is_file()
     assert not (tmp_path / "ollama" / "merged-f16.gguf").exists()
@@ -223,6 +220,6 @@ def test_a_subject_that_is_not_there_is_an_error(name, tuned, tmp_path):
 
 @needs_runtime
 def test_an_adapter_file_is_no_model(tuned, tmp_path):
-    export(tuned / "adapter", "adapter-gguf", tmp_path / "a.gguf")
+    export_model(tuned / "adapter", "adapter-gguf", tmp_path / "a.gguf")
     with pytest.raises(LlmtuneError, match="holds an adapter"):
         verify(tmp_path / "a.gguf", tuned / "adapter")

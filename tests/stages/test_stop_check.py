@@ -105,7 +105,7 @@ def test_every_stop_token_is_written_into_everything_that_is_saved(tmp_path):
 
     from llmtune import merge
     from llmtune.adapters.manifest import read_adapter_manifest
-    from llmtune.exporting.gguf.vocabulary import read_vocabulary
+    from llmtune.exporting.gguf_writer.vocabulary import read_vocabulary
 
     config = load_config(path, ["train.max_steps=2"])
     train(config)

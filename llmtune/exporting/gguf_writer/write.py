@@ -14,13 +14,17 @@ import numpy as np
 from gguf import GGUFReader, GGUFWriter, LlamaFileType
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.config import QUANTIZER_TYPES
-from llmtune.exporting.gguf.architectures import Architecture, find_architecture, hyperparameters
-from llmtune.exporting.gguf.tensors import PlannedTensor, plan_tensors
-from llmtune.exporting.gguf.tiles import iter_tensor_bytes
-from llmtune.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
-from llmtune.exporting.place import require_new
-from llmtune.io.unfinished import require_space, unfinished_file
+from llmtune.exporting.gguf_writer.architectures import (
+    Architecture,
+    find_architecture,
+    hyperparameters,
+)
+from llmtune.exporting.gguf_writer.tensors import PlannedTensor, plan_tensors
+from llmtune.exporting.gguf_writer.tiles import iter_tensor_bytes
+from llmtune.exporting.gguf_writer.types import QUANTIZER_TYPES, quantize_file
+from llmtune.exporting.gguf_writer.vocabulary import Vocabulary, read_vocabulary
+from llmtune.io.safetensors import CheckpointIndex
+from llmtune.io.unfinished import require_space
 from llmtune.models.checkpoint import read_model_config
 
 FILE_TYPES = {
@@ -75,7 +79,7 @@ class GgufRequest:
     """A 16- or 32-bit checkpoint with its tokenizer."""
     path: Path
     type: str
-    """One of `exporting.config.OWN_TYPES`."""
+    """One of `OWN_TYPES`; for `write_model`, of `GGUF_TYPES`."""
     name: str
     """`general.name`."""
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -84,16 +88,39 @@ class GgufRequest:
     """A Jinja file that replaces the checkpoint's own template."""
 
 
-def export_gguf(request: GgufRequest, *, overwrite: bool = False) -> GgufResult:
-    """Write a checkpoint as one GGUF file, which appears whole or not at all.
+def write_model(request: GgufRequest) -> GgufResult:
+    """Write a GGUF file of any type, a K-quant through an exact file that the quantizer reads.
 
     Raises:
-        LlmtuneError: as `write_gguf`; or the file exists and `overwrite` is not given.
+        LlmtuneError: as `write_gguf`; or the quantizer is not on this machine, or fails.
+        OSError: the disk ran full.
     """
-    require_new(request.path, "gguf", overwrite=overwrite)
-    with unfinished_file(request.path) as unfinished:
-        result = write_gguf(replace(request, path=unfinished))
-    return replace(result, path=request.path)
+    path = request.path
+    if request.type not in QUANTIZER_TYPES:
+        return write_gguf(request)
+    exact = path.with_name("exact.gguf")
+    result = write_gguf(replace(request, path=exact, type=_exact_type(request.source_dir)))
+    start = time.monotonic()
+    quantize_file(exact, path, request.type)
+    exact.unlink()
+    return replace(
+        result,
+        path=path,
+        type=request.type,
+        tensor_types=_count_tensor_types(path),
+        num_bytes=path.stat().st_size,
+        seconds=result.seconds + time.monotonic() - start,
+    )
+
+
+def _exact_type(source_dir: Path) -> str:
+    """Return the GGUF type that holds every number of the checkpoint as it is."""
+    stored = {tensor.dtype for tensor in CheckpointIndex.open(source_dir).tensors.values()}
+    return "f32" if len(stored) > 1 else {"BF16": "bf16", "F16": "f16"}.get(stored.pop(), "f32")
+
+
+def _count_tensor_types(path: Path) -> dict[str, int]:
+    return dict(Counter(tensor.tensor_type.name.lower() for tensor in GGUFReader(path).tensors))
 
 
 def write_gguf(request: GgufRequest) -> GgufResult:
@@ -105,7 +132,7 @@ def write_gguf(request: GgufRequest) -> GgufResult:
     Raises:
         LlmtuneError: the model cannot be exported, the disk is too small, or the finished file
             does not read back as planned.
-        OSError: the disk ran full; `unfinished_file` explains that and cleans up.
+        OSError: the disk ran full; `io.unfinished` explains that and cleans up.
     """
     start = time.monotonic()
     path = request.path

@@ -9,67 +9,56 @@ import gguf
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.gguf.architectures import Architecture, Config, find_architecture
-from llmtune.exporting.gguf.tensors import (
+from llmtune.exporting.gguf_writer.architectures import Architecture, Config, find_architecture
+from llmtune.exporting.gguf_writer.tensors import (
     SUFFIXES,
     PlannedTensor,
     Rows,
     rotary_heads,
     tensor_names,
 )
-from llmtune.exporting.gguf.write import (
+from llmtune.exporting.gguf_writer.write import (
     GgufResult,
     check_file,
     write_tensors,
 )
-from llmtune.exporting.place import require_new
-from llmtune.io.unfinished import unfinished_file
 from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
 from llmtune.models.checkpoint import read_model_config
 
 
-def export_adapter_gguf(
-    adapter_dir: Path,
-    base_dir: Path,
-    path: Path,
-    *,
-    type: str,
-    provenance: Mapping[str, str],
-    overwrite: bool = False,
+def write_adapter_gguf(
+    adapter_dir: Path, base_dir: Path, path: Path, *, type: str, provenance: Mapping[str, str]
 ) -> GgufResult:
-    """Write the adapter in `adapter_dir` as the GGUF file `path`, whole or not at all.
+    """Write the adapter in `adapter_dir` as the GGUF file `path`.
 
     llama.cpp adds `alpha / rank * B @ A` with one alpha for all modules; where a module's scaling
-    is another, its B is multiplied so that the product is the same.
+    differs, its B is multiplied so that the product is the same.
 
     Args:
         adapter_dir: a LoRA adapter in PEFT's format.
         base_dir: the base checkpoint, for its architecture.
         path: the file to make.
-        type: one of `exporting.config.ADAPTER_TYPES`.
+        type: one of `ADAPTER_TYPES`.
         provenance: further text for the file's head, by key.
-        overwrite: replace an existing file.
 
     Raises:
-        LlmtuneError: it trains something that is no plain LoRA of a linear layer, or the base has
-            no such layer, or is not supported by llama.cpp.
+        LlmtuneError: it trains something other than plain LoRA of a linear layer, or the base has
+            no such layer, or llama.cpp does not support the base.
     """
     start = time.monotonic()
-    require_new(path, "adapter-gguf", overwrite=overwrite)
     architecture, config = find_architecture(base_dir), read_model_config(base_dir)
     adapter = AdapterFiles.open(adapter_dir)
     _refuse_more_than_lora(adapter)
     alpha = float(adapter.config.get("lora_alpha", 8))
     tensors = _plan(adapter, architecture, config, (type, alpha))
-    with unfinished_file(path) as unfinished:
-        writer = GGUFWriter(unfinished, architecture.name)
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        for key, text in provenance.items():
-            writer.add_string(key, text)
-        write_tensors(writer, tensors)
-        check_file(unfinished, tensors, None)
+    writer = GGUFWriter(path, architecture.name)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for key, text in provenance.items():
+        writer.add_string(key, text)
+    write_tensors(writer, tensors)
+    check_file(path, tensors, None)
     return GgufResult(
         path=path,
         architecture=architecture.name,

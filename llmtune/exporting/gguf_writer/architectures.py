@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.gguf.rope import llama3_factors, read_rope, rope_problem
+from llmtune.exporting.gguf_writer.rope import llama3_factors, read_rope, rope_problem
 from llmtune.models.checkpoint import read_model_config
 
 Config = Mapping[str, Any]

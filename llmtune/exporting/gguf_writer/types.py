@@ -1,4 +1,4 @@
-"""llama.cpp's own quantizer, where it is on this machine: K-quants are made by nothing else."""
+"""The types of GGUF files; llama.cpp's own quantizer makes those that nothing else does (light)."""
 
 import shutil
 import subprocess
@@ -6,8 +6,34 @@ from pathlib import Path
 
 from llmtune.errors import LlmtuneError
 
+OWN_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+QUANTIZER_TYPES = (
+    "q2_k",
+    "q3_k_s",
+    "q3_k_m",
+    "q3_k_l",
+    "q4_k_s",
+    "q4_k_m",
+    "q5_k_s",
+    "q5_k_m",
+    "q6_k",
+)
+"""What only llama.cpp's own quantizer makes."""
+GGUF_TYPES = OWN_TYPES + QUANTIZER_TYPES
+DEFAULT_TYPE = "q8_0"
+ADAPTER_TYPES = ("f32", "f16", "bf16")
+DEFAULT_ADAPTER_TYPE = "f16"
+GGUF_MAGIC = b"GGUF"
 PROGRAM = "llama-quantize"
 LAST_LINES = 3
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a file that begins as a GGUF file does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
 
 
 def require_quantizer(type: str) -> str:

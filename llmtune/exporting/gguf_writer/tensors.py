@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.gguf.architectures import (
+from llmtune.exporting.gguf_writer.architectures import (
     Architecture,
     Config,
     rope_factors,

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.gguf.pretokenizers import PreTokenizer, recognise_pre_tokenizer
+from llmtune.exporting.gguf_writer.architectures import find_architecture
+from llmtune.exporting.gguf_writer.pretokenizers import PreTokenizer, recognise_pre_tokenizer
 from llmtune.models.checkpoint import embedding_rows, read_generation_config
 from llmtune.models.tokenizer import TOKENIZER_NAME, load_tokenizer
 from llmtune.models.turns import stop_token_ids
@@ -50,6 +51,16 @@ class Vocabulary:
     trims_as_phi3: bool
     """Special tokens take the spaces after them, as llama.cpp does for a model named Phi-3."""
     notices: tuple[str, ...]
+
+
+def check_convertible(base_dir: Path, *, chat_template: Path | None = None) -> None:
+    """Check that llama.cpp computes a checkpoint as transformers does, and has its tokenizer.
+
+    Raises:
+        LlmtuneError: its architecture, a number in its config, or its tokenizer is not supported.
+    """
+    find_architecture(base_dir)
+    read_vocabulary(base_dir, chat_template=chat_template)
 
 
 def read_tokenizer_json(directory: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.gguf.tensors import PlannedTensor, Rows
+from llmtune.exporting.gguf_writer.tensors import PlannedTensor, Rows
 from llmtune.io.safetensors import DTYPE_BITS
 
 TILE_NUMBERS = 1 << 20

@@ -1,13 +1,12 @@
 """What a GGUF file says of itself."""
 
-from collections import Counter
 from pathlib import Path
 
 import gguf
 from gguf import GGUFReader
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.gguf.write import FILE_TYPES
+from llmtune.exporting.gguf_writer.write import FILE_TYPES
 
 SOURCE_KEY = "llmtune.source"
 """The fingerprint of the checkpoint's weights that a file was made from."""
@@ -32,11 +31,6 @@ def read_source(path: Path) -> str | None:
     """Return the fingerprint of the checkpoint the file was made from, or None if it has none."""
     field = _open(path).get_field(SOURCE_KEY)
     return None if field is None else field.contents()
-
-
-def count_tensor_types(path: Path) -> dict[str, int]:
-    """Return the number of tensors by type."""
-    return dict(Counter(tensor.tensor_type.name.lower() for tensor in _open(path).tensors))
 
 
 def _open(path: Path) -> GGUFReader:

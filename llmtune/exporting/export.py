@@ -1,0 +1,195 @@
+"""Export a run, an adapter or a model for another program, then check what was written."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llmtune.checks.provenance import read_record
+from llmtune.data.template import require_trained_template
+from llmtune.errors import LlmtuneError
+from llmtune.exporting.base import (
+    EXPORT_FILE,
+    DirectoryExporter,
+    Exported,
+    ExportSource,
+    FileExporter,
+    WritingExporter,
+)
+from llmtune.exporting.card import CARD_NAME, base_name, read_report, render_card
+from llmtune.exporting.config import ExportSettings, find_exporter
+from llmtune.io.environment import versions
+from llmtune.io.run_dir import RunDir, atomic_write_text
+from llmtune.io.unfinished import move_into_place, unfinished_dir, unfinished_file
+from llmtune.models.identity import base_fingerprint
+from llmtune.models.resolve import resolve_base
+from llmtune.models.tokenizer import load_tokenizer
+from llmtune.version import __version__
+
+log = logging.getLogger("llmtune")
+
+EXPORTS_DIR = "exports"
+
+
+def run_export(source: ExportSource, settings: ExportSettings) -> Exported:
+    """Export `source` and check the result; nothing is left by a failed check.
+
+    Raises:
+        LlmtuneError: there is nothing to export, or it cannot be exported so.
+        CheckFailed: what was written is not what it was made from.
+    """
+    exporter = find_exporter(settings.to)
+    job = ExportJob(source, settings, exporter.choose_type(settings.type))
+    exported = exporter.export(job)
+    for notice in exported.notices:
+        log.warning("%s", notice)
+    return exported
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """One export on its way: what it is made from, what was asked for, and where it goes."""
+
+    source: ExportSource
+    settings: ExportSettings
+    type: str | None
+    """The type to write; None if the exporter has none."""
+
+    @property
+    def name(self) -> str:
+        """The model's name: that of the run's or the model's directory."""
+        return (self.source.run_dir or Path(self.source.name)).resolve().name
+
+    @property
+    def chat_template(self) -> Path | None:
+        """A Jinja file that replaces the checkpoint's own template."""
+        return self.source.model.chat_template
+
+    def option(self, name: str) -> Any:
+        """Return the value of an option of the exporter; None if it was not given."""
+        return self.settings.options.get(name)
+
+    @cached_property
+    def model_dir(self) -> Path:
+        """The 16-bit model to export: a run's merged one, or the model named.
+
+        Raises:
+            LlmtuneError: it has not been merged.
+        """
+        source = self.source
+        if source.merged_dir is not None:
+            if source.adapter_dir is not None:
+                tokenizer = load_tokenizer(source.merged_dir, chat_template=self.chat_template)
+                require_trained_template(tokenizer, source.adapter_dir)
+            return source.merged_dir
+        if source.run_dir is not None or source.adapter_dir is not None:
+            raise LlmtuneError(
+                f"{source.name}: there is no merged model yet; make it with: "
+                f"llmtune merge {source.name}"
+            )
+        return self.base_dir
+
+    @property
+    def adapter_dir(self) -> Path:
+        """The adapter to export.
+
+        Raises:
+            LlmtuneError: there is none.
+        """
+        if self.source.adapter_dir is None:
+            raise LlmtuneError(f"{self.source.name}: has no adapter to export")
+        return self.source.adapter_dir
+
+    @cached_property
+    def base_dir(self) -> Path:
+        """The checkpoint of the base, or of the whole model."""
+        return resolve_base(self.source.model).dir
+
+    @cached_property
+    def report(self) -> dict[str, Any] | None:
+        """The run's report.json, if there is one."""
+        run_dir = self.source.run_dir
+        return None if run_dir is None else read_report(RunDir(run_dir).report_json_path)
+
+    @property
+    def out(self) -> Path:
+        """The file or directory to make."""
+        assert self.settings.out is not None
+        return self.settings.out
+
+    def card(self, name: str, files: Mapping[str, str]) -> str:
+        """Return the text of the model card."""
+        return render_card(name, self.report, files=files)
+
+    def provenance(self, model_dir: Path) -> dict[str, str]:
+        """Return what an export of `model_dir` was made from, as keys of a GGUF file's head."""
+        facts = {f"llmtune.{key}": value for key, value in self._facts(model_dir).items()}
+        name = facts.pop("llmtune.base_name", None)
+        return facts | ({"general.base_model.0.name": name} if name else {})
+
+    def write_file(self, exporter: FileExporter) -> Exported:
+        """Let an exporter write and check a file beside its place, then put it there."""
+        job = self._placed(exporter)
+        with unfinished_file(job.out) as unfinished:
+            written = exporter.write(job, unfinished)
+            checked = exporter.check(job, unfinished, written)
+        return Exported(exporter.name, str(job.out), {**written.details, **checked})
+
+    def write_directory(self, exporter: DirectoryExporter) -> Exported:
+        """Let an exporter fill and check a directory beside its place, then put it there, whole."""
+        job = self._placed(exporter)
+        out = job.out.absolute()
+        with unfinished_dir(out) as scratch:
+            directory = scratch / out.name
+            directory.mkdir()
+            written = exporter.write(job, directory)
+            checked = exporter.check(job, directory, written)
+            atomic_write_text(directory / CARD_NAME, job.card(job.name, written.files))
+            facts = {"to": exporter.name, "type": job.type, **job._facts(job.model_dir)}
+            content = {**facts, "versions": versions()}
+            atomic_write_text(directory / EXPORT_FILE, json.dumps(content, indent=2) + "\n")
+            move_into_place(directory, out)
+        return Exported(exporter.name, str(job.out), {**written.details, **checked})
+
+    def _placed(self, exporter: WritingExporter) -> "ExportJob":
+        """Return the job with the place that it writes to.
+
+        Raises:
+            LlmtuneError: no place is given, or what is there may not be replaced.
+        """
+        out = self.settings.out
+        if out is None:
+            run_dir = self.source.run_dir
+            if run_dir is None:
+                raise LlmtuneError(
+                    f"{self.source.name}: is not a run; say where the export goes with --out"
+                )
+            out = run_dir / EXPORTS_DIR / exporter.output_name(f"{self.name}-{self.type}")
+        _require_new(out, exporter, overwrite=self.settings.force)
+        return replace(self, settings=replace(self.settings, out=out))
+
+    def _facts(self, model_dir: Path) -> dict[str, str]:
+        """Return what the export was made from, without any path of this machine."""
+        facts = {"source": base_fingerprint(model_dir), "version": __version__}
+        record = read_record(model_dir)
+        if record is not None:
+            facts["merged_into"] = record.base
+        if self.report is not None:
+            facts["base_name"] = base_name(self.report)
+            facts["verdict"] = str(self.report.get("verdict"))
+        return facts
+
+
+def _require_new(out: Path, exporter: WritingExporter, *, overwrite: bool) -> None:
+    """Check that nothing is overwritten unasked, and nothing but an earlier export at all."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise LlmtuneError(f"{out}: exists already; choose another --out, or give --force")
+    if not exporter.is_own(out):
+        raise LlmtuneError(
+            f"{out}: is not a {exporter.product}, so it is not replaced; choose another --out"
+        )

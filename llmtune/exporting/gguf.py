@@ -1,0 +1,101 @@
+"""Export one GGUF file, for llama.cpp and the programs built on it."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.exporting.base import ExportOption, FileExporter, WritingExporter, Written
+from llmtune.exporting.gguf_writer.types import (
+    DEFAULT_TYPE,
+    GGUF_TYPES,
+    QUANTIZER_TYPES,
+    is_gguf,
+    require_quantizer,
+)
+
+if TYPE_CHECKING:
+    from llmtune.exporting.export import ExportJob
+
+log = logging.getLogger("llmtune")
+
+
+class GgufModelExporter(WritingExporter):
+    """What the exporters of a whole model in a GGUF file have in common."""
+
+    types = GGUF_TYPES
+    default_type = DEFAULT_TYPE
+    has_type_of_run = True
+    options = (
+        ExportOption(
+            "runtime",
+            "Compare with llama.cpp itself (default: where it is installed).",
+            "switch",
+        ),
+        ExportOption("max_kl", "Largest KL that passes, in nats per token.", "limit"),
+    )
+
+    def choose_type(self, type: str | None) -> str | None:
+        """Return the type to write.
+
+        Raises:
+            LlmtuneError: the type is unknown, or llama.cpp's quantizer makes it and is not here.
+        """
+        chosen = super().choose_type(type)
+        if chosen in QUANTIZER_TYPES:
+            require_quantizer(chosen)
+        return chosen
+
+    def check_base(self, base_dir: Path, *, chat_template: Path | None) -> None:
+        """Check that llama.cpp computes this model, and has this tokenizer."""
+        from llmtune.exporting.gguf_writer.vocabulary import check_convertible
+
+        check_convertible(base_dir, chat_template=chat_template)
+
+    def write_model(self, job: "ExportJob", path: Path, out: Path) -> dict[str, Any]:
+        """Write the GGUF file `path`, which will be `out`; return the result as JSON."""
+        from llmtune.exporting.gguf_writer.write import GgufRequest, write_model
+
+        assert job.type is not None
+        source = job.model_dir
+        result = write_model(
+            GgufRequest(source, path, job.type, job.name, job.provenance(source), job.chat_template)
+        )
+        log.info("export: %s, %d bytes, %.1f s", job.type, result.num_bytes, result.seconds)
+        return {**result.to_dict(), "path": str(out)}
+
+    def check_model(self, job: "ExportJob", path: Path, written: Written) -> dict[str, Any]:
+        """Compare the file with the model in llama.cpp, if asked for or if it is installed."""
+        from llmtune.checks.parity import compare_file, require_parity
+        from llmtune.checks.runtime import wants_runtime
+
+        if not wants_runtime(job.option("runtime")):
+            return {"parity": None}
+        assert job.type is not None
+        parity = compare_file(job.model_dir, path, chat_template=job.chat_template)
+        require_parity(parity, job.type, job.out, max_kl=job.option("max_kl"))
+        notices = (*written.details["notices"], *parity.notices)
+        return {"notices": notices, "parity": parity.to_dict()}
+
+
+class GgufExporter(GgufModelExporter, FileExporter):
+    """A merged model as one GGUF file."""
+
+    name = "gguf"
+    product = "GGUF file"
+
+    def output_name(self, stem: str) -> str:
+        """Return the name of the file."""
+        return f"{stem}.gguf"
+
+    def is_own(self, out: Path) -> bool:
+        """Whether a GGUF file is there."""
+        return is_gguf(out)
+
+    def write(self, job: "ExportJob", path: Path) -> Written:
+        """Write the merged model."""
+        return Written(self.write_model(job, path, job.out))
+
+    def check(self, job: "ExportJob", path: Path, written: Written) -> Mapping[str, Any]:
+        """Compare the file with the merged model."""
+        return self.check_model(job, path, written)
