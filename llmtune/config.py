@@ -19,7 +19,7 @@ from llmtune.merging.config import MergeConfig
 from llmtune.models.config import ModelConfig
 from llmtune.schema import Section
 from llmtune.training.config import TrainConfig
-from llmtune.training.protect import ProtectConfig, add_replay
+from llmtune.training.protect.config import ProtectConfig, add_replay
 
 
 class RunConfig(Section):

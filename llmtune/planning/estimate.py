@@ -13,6 +13,7 @@ from llmtune.planning.kernels import advise_capacity, count_sizes, kernel_bytes
 from llmtune.planning.shape import ModelShape
 from llmtune.planning.weights import base_bytes, trained_bytes
 from llmtune.training.memory.arithmetic import (
+    USABLE_SHARE,
     USEFUL_TOKENS,
     WORKSPACE_FACTOR,
     ActivationCost,
@@ -26,8 +27,6 @@ RUNTIME_BYTES = MappingProxyType({"cpu": 680 * MIB, "cuda": 600 * MIB})
 trl, peft and bitsandbytes imported (546 MiB), rows prepared and a first forward pass done, less
 base and adapter: measured alike on a 16-bit and an NF4 base, torch 2.13. CUDA: the context with its
 kernels and cuBLAS' workspace; assumed, not measured."""
-USABLE_SHARE = 0.8
-"""Of free memory, what activations may take; the rest is for what is not foreseen."""
 ACTIVATIONS = ("activations", "recomputed layers")
 HEAD_CHUNK = 256
 HEAD_TILE_BYTES = 8 * MIB

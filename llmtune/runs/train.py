@@ -35,7 +35,7 @@ class TrainStage(Stage):
 
     def check(self) -> None:
         """Find everything that can be wrong with the input; the rows are read and tokenized."""
-        from llmtune.training.reporters import check_reporters
+        from llmtune.training.config import check_reporters
 
         config = self.config
         check_reporters(config.train.report_to)

@@ -22,10 +22,10 @@ from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import BaseSource
 from llmtune.stages.describe import describe_injected, describe_loaded
 from llmtune.stages.estimate import estimate_training
-from llmtune.stages.protect import prepare_protection
-from llmtune.stages.stop_check import check_stops
 from llmtune.training.batch import hash_epochs
-from llmtune.training.sft import TrainRequest, train_adapter
+from llmtune.training.protect.prepare import prepare_protection
+from llmtune.training.stop_check import check_stops
+from llmtune.training.train import TrainRequest, train_adapter
 
 log = logging.getLogger("llmtune")
 
@@ -51,7 +51,14 @@ def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
     )
     loaded = load_model(config.model, inputs.source)
     log_lines(describe_loaded(loaded))
-    protection = prepare_protection(config, len(inputs.train.examples), inputs.general, loaded)
+    protection = prepare_protection(
+        config.protect,
+        loaded,
+        num_rows=len(inputs.train.examples),
+        general=None if inputs.general is None else inputs.general.examples,
+        seed=config.seed,
+        own_text_path=config.run.own_text_path,
+    )
     torch.manual_seed(config.seed)
     injected = inject_adapter(loaded.model, config.adapter, base_fingerprint=loaded.fingerprint)
     log_lines(describe_injected(injected.table))

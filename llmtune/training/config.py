@@ -1,12 +1,16 @@
 """The knobs of the training stage."""
 
 import math
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from llmtune.errors import LlmtuneError
 from llmtune.schema import Section
-from llmtune.training.reporters import Reporter
+
+Reporter = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class EarlyStopping(Section):
@@ -123,3 +127,19 @@ class TrainConfig(Section):
         if self.max_steps is not None:
             return self.max_steps
         return math.ceil((self.num_epochs or 1) * math.ceil(num_rows / self.batch_size))
+
+
+def check_reporters(report_to: Sequence[Reporter]) -> None:
+    """Check that the package behind every tracker is installed, before anything is loaded.
+
+    Raises:
+        LlmtuneError: names every missing package at once, and how to install it.
+    """
+    missing = [name for name in report_to if find_spec(name) is None]
+    if missing:
+        raise LlmtuneError(
+            f"train.report_to names {', '.join(missing)}, but this environment does not have the "
+            f"package{'s' if len(missing) > 1 else ''}. Install with "
+            f"`pip install {' '.join(missing)}`, or take {'them' if len(missing) > 1 else 'it'} "
+            "out of train.report_to."
+        )

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmtune.io.interrupt import Interruption
 from llmtune.io.run_dir import RunDir
 from llmtune.training.checkpoint import read_progress
 from llmtune.training.config import TrainConfig
-from llmtune.training.head import HeadChoice
-from llmtune.training.interrupt import Interruption
-from llmtune.training.progress import ProgressLine
-from llmtune.training.protection import Protection
+from llmtune.training.loss import HeadChoice
+from llmtune.training.metrics import ProgressLine
+from llmtune.training.protect.penalties import Protection
 
 
 @dataclass(frozen=True)

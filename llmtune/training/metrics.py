@@ -1,8 +1,16 @@
-"""The run's metrics file: one JSON object a line, written as it happens."""
+"""The metrics of a run as they happen: a file of JSON lines, and one line on the screen."""
 
 import json
 import math
+import time
 from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+# Between lines on a screen that cannot renew them (a file, a pipe).
+SECONDS_BETWEEN_LINES = 5.0
 
 
 class MetricsLog:
@@ -47,3 +55,61 @@ def _format(line: dict) -> str:
         for name, value in line.items()
     }
     return json.dumps(finite) + "\n"
+
+
+class ProgressLine:
+    """Shows the run on standard error: renewed in place in a terminal, line by line elsewhere."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._live: Live | None = None
+        self._last = -math.inf
+
+    def note(self, text: str) -> None:
+        """Say something that stays on the screen."""
+        self._console.print(text, soft_wrap=True, markup=False)
+
+    def update(self, line: dict[str, float], total_steps: int) -> None:
+        """Show the newest line of metrics."""
+        text = format_metrics(line, total_steps)
+        if not self._console.is_terminal:
+            now = time.monotonic()
+            is_last = line["step"] == total_steps
+            if "eval_loss" in line or is_last or now - self._last >= SECONDS_BETWEEN_LINES:
+                self.note(text)
+                self._last = now
+            return
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False, transient=False)
+            self._live.start()
+        self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def stop(self) -> None:
+        """Leave the last line on the screen."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def format_metrics(line: dict[str, float], total_steps: int) -> str:
+    """Return one readable line of a step's or an evaluation's metrics."""
+    step = f"step {line['step']}/{total_steps}"
+    if "eval_loss" in line:
+        return f"{step}  evaluation loss {line['eval_loss']:.4f}"
+    return "  ".join(
+        (
+            step,
+            f"loss {line['loss']:.4f}",
+            f"lr {line['learning_rate']:.2e}",
+            f"{line['tokens_per_second']:,.0f} tokens/s",
+            f"peak {line['peak_bytes'] / 2**30:.1f} GiB",
+            f"left {format_seconds(line['seconds_left'])}",
+        )
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as 1:05 or 2:03:20."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.example import IGNORE_INDEX, Example, ExampleTable
 from llmtune.io.run_dir import RunDir
-from llmtune.training.protection import ProtectionRequest
+from llmtune.training.protect.penalties import ProtectionRequest
 
 Technique = Literal["fused_lora", "fused_blocks", "frozen_head"]
 

@@ -11,9 +11,10 @@ from peft import PeftModel
 from llmtune.errors import LlmtuneError
 from llmtune.training.batch import StepCollator, largest_micro_batches
 from llmtune.training.config import TrainConfig
-from llmtune.training.fused_blocks import fused_blocks
-from llmtune.training.fused_lora import fused_lora
-from llmtune.training.head import HeadChoice, choose_head, decoder_hidden, summed_loss
+from llmtune.training.fused.blocks import fused_blocks
+from llmtune.training.fused.lora import fused_lora
+from llmtune.training.fused.packing import choose_packing, move_to, packed_attention
+from llmtune.training.loss import HeadChoice, choose_head, decoder_hidden, summed_loss
 from llmtune.training.memory.arithmetic import (
     UNLIMITED,
     USEFUL_TOKENS,
@@ -24,10 +25,9 @@ from llmtune.training.memory.arithmetic import (
     shrink_plan,
 )
 from llmtune.training.memory.dry_run import DoesNotFitError, is_out_of_memory, rehearse_step
-from llmtune.training.memory.plan import available_bytes, measure_activations
+from llmtune.training.memory.gradient_checkpointing import recomputable_layers, recomputing
+from llmtune.training.memory.measure import available_bytes, measure_activations
 from llmtune.training.neftune import noisy_embeddings
-from llmtune.training.packing import choose_packing, move_to, packed_attention
-from llmtune.training.recompute import recomputable_layers, recomputing
 from llmtune.training.request import JoinedExamples, TrainRequest
 
 # Tried in this order: the fewer, the less exact.

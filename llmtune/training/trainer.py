@@ -18,19 +18,21 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from llmtune.io.run_dir import atomic_write_json
-from llmtune.training.adapter_state import check_finite, load_weights, save_weights
 from llmtune.training.batch import SMALLEST_WEIGHT, EpochSampler
 from llmtune.training.checkpoint import (
     PROGRESS_NAME,
+    check_finite,
     checkpoint_dir,
+    load_weights,
     remove_old_checkpoints,
+    save_weights,
     write_checkpoint,
 )
 from llmtune.training.context import RunContext, StepRecord
-from llmtune.training.head import summed_loss
-from llmtune.training.memory.plan import peak_bytes
+from llmtune.training.fused.packing import move_to
+from llmtune.training.loss import summed_loss
+from llmtune.training.memory.measure import peak_bytes
 from llmtune.training.metrics import MetricsLog
-from llmtune.training.packing import move_to
 from llmtune.training.schedule import learning_rate_factor
 from llmtune.training.source_losses import SourceLosses
 

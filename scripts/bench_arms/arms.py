@@ -27,8 +27,8 @@ from llmtune.data.example import Example
 from llmtune.io.run_dir import RunDir
 from llmtune.training.batch import EpochSampler
 from llmtune.training.config import TrainConfig
-from llmtune.training.memory.plan import peak_bytes
-from llmtune.training.sft import TrainRequest, train_adapter
+from llmtune.training.memory.measure import peak_bytes
+from llmtune.training.train import TrainRequest, train_adapter
 
 SEED = 0
 LEARNING_RATE = 2e-4

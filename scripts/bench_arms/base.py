@@ -23,7 +23,7 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
 from llmtune.models.quantization import keep_differentiable
 from llmtune.models.resolve import resolve_base
-from llmtune.training.fused_lora import dequantize_four_bit
+from llmtune.training.fused.lora import dequantize_four_bit
 
 GGUF_FILE = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 LLAMA = {

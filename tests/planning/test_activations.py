@@ -14,12 +14,12 @@ from llmtune.planning.activations import Adapted, activation_cost, merged_expert
 from llmtune.planning.families import FAMILIES
 from llmtune.planning.shape import read_shape
 from llmtune.training.batch import pack_rows
-from llmtune.training.fused_blocks import fused_blocks
-from llmtune.training.fused_lora import fused_lora
-from llmtune.training.head import choose_head, decoder_hidden, summed_loss
-from llmtune.training.memory.plan import measure_activations
-from llmtune.training.packing import packed_attention
-from llmtune.training.recompute import recomputable_layers
+from llmtune.training.fused.blocks import fused_blocks
+from llmtune.training.fused.lora import fused_lora
+from llmtune.training.fused.packing import packed_attention
+from llmtune.training.loss import choose_head, decoder_hidden, summed_loss
+from llmtune.training.memory.gradient_checkpointing import recomputable_layers
+from llmtune.training.memory.measure import measure_activations
 from tests.planning.shapes import small_config
 
 LAYERS = 6  # the more, the less the first layer's own counts

@@ -4,8 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from llmtune.errors import LlmtuneError
-from llmtune.training.config import TrainConfig
-from llmtune.training.reporters import check_reporters
+from llmtune.training.config import TrainConfig, check_reporters
 
 
 def test_giving_both_lengths_is_refused():
@@ -32,7 +31,7 @@ def test_early_stopping_without_evaluations_is_refused():
 
 
 def test_a_missing_tracker_is_named_with_how_to_install_it(monkeypatch):
-    monkeypatch.setattr("llmtune.training.reporters.find_spec", lambda name: None)
+    monkeypatch.setattr("llmtune.training.config.find_spec", lambda name: None)
     with pytest.raises(LlmtuneError, match="trackio.*pip install trackio"):
         check_reporters(["trackio"])
 

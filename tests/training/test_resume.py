@@ -15,7 +15,7 @@ import torch
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.run_dir import RunDir
 from llmtune.training import checkpoint as checkpoints
-from llmtune.training.sft import train_adapter
+from llmtune.training.train import train_adapter
 from llmtune.training.trainer import AdapterTrainer
 from tests.training.tiny_runs import (
     adapter_weights,

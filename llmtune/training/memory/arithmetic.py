@@ -6,6 +6,8 @@ from typing import Literal
 # More tokens at once than this gain nothing: the products are large enough to run at full speed.
 # On two CPU cores 1024 are as fast as 4096, for a third of the memory (docs/performance.md).
 USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
+USABLE_SHARE = 0.8
+"""Of free memory, what activations may take; the rest is for what is not foreseen."""
 WORKSPACE_FACTOR = 1.3
 UNLIMITED_TOKENS = 2**62
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import RunDir
 from llmtune.io.unfinished import require_space
-from llmtune.training.adapter_state import save_weights
+from llmtune.training.checkpoint import save_weights
 from llmtune.training.memory.arithmetic import MemoryPlan
 
 # Two checkpoints (weights and two moments each) beside one being written, and the adapter itself.

@@ -1,19 +1,18 @@
-"""What `protect` needs of the bare base: its own text, and what it computes without an adapter."""
+"""Before the adapter is attached: the text that the base writes itself, and what it computes."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from llmtune.config import RunConfig
 from llmtune.data.example import Example
-from llmtune.data.prepare import PreparedData
 from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.models.load import LoadedModel
-from llmtune.training.own_text import as_example, rows_for_share, write_own_text
-from llmtune.training.protect import OWN_TEXT
-from llmtune.training.protection import ProtectionRequest, probe_base
+from llmtune.training.protect.config import OWN_TEXT, KlToBaseConfig, ProtectConfig
+from llmtune.training.protect.own_text import as_example, rows_for_share, write_own_text
+from llmtune.training.protect.penalties import ProtectionRequest, probe_base
 
 log = logging.getLogger("llmtune")
 
@@ -47,57 +46,65 @@ class Prepared:
 
 
 def prepare_protection(
-    config: RunConfig, num_rows: int, general: PreparedData | None, loaded: LoadedModel
+    protect: ProtectConfig,
+    loaded: LoadedModel,
+    *,
+    num_rows: int,
+    general: Sequence[Example] | None,
+    seed: int,
+    own_text_path: Path,
 ) -> Prepared:
-    """Write the base's own text where it is asked for, and record who the base is.
+    """Write the base's own text if it is asked for, and record what the base computes.
 
     Args:
+        protect: what to protect with.
+        loaded: the base, without an adapter.
         num_rows: training rows, to which the replayed ones are added.
-        general: the prepared file of `protect.kl_to_base.source`, where it is one.
+        general: the rows of `protect.kl_to_base.source`, if it is a file.
+        seed: decides what the base writes.
+        own_text_path: JSON file that keeps what the base wrote.
 
     Raises:
         LlmtuneError: the file to hold the model to has no row of two tokens.
     """
-    protect = config.protect
     if not protect.is_on:
         return Prepared()
     replay: tuple[Example, ...] = ()
     if protect.replay is not None and protect.replay.source == OWN_TEXT:
         count = rows_for_share(num_rows, protect.replay.share)
-        replay = _write(config, loaded, num_rows=count, num_tokens=REPLAY_TOKENS)
-    held = _rows_to_hold(config, general, loaded)
+        replay = _write(loaded, seed, num_rows=count, num_tokens=REPLAY_TOKENS)
+    held: tuple[Example, ...] = ()
+    if protect.kl_to_base is not None:
+        held = _rows_to_hold(protect.kl_to_base, general, loaded, seed)
     if protect.needs_own_text:
-        _keep(config, loaded, {"replay": replay, "kl_to_base": held})
+        _keep(own_text_path, loaded, {"replay": replay, "kl_to_base": held})
     probe = probe_base(loaded.model, held[0]) if held else None
     return Prepared(ProtectionRequest(protect, held, probe), replay, len(held))
 
 
 def _rows_to_hold(
-    config: RunConfig, general: PreparedData | None, loaded: LoadedModel
+    penalty: KlToBaseConfig, general: Sequence[Example] | None, loaded: LoadedModel, seed: int
 ) -> tuple[Example, ...]:
-    penalty = config.protect.kl_to_base
-    if penalty is None:
-        return ()
     if general is None:
-        return _write(config, loaded, num_rows=KEPT_ROWS, num_tokens=penalty.max_length)
-    cut = (row.input_ids[: penalty.max_length] for row in general.examples)
+        return _write(loaded, seed, num_rows=KEPT_ROWS, num_tokens=penalty.max_length)
+    cut = (row.input_ids[: penalty.max_length] for row in general)
     rows = [as_example(ids, "protect", line) for line, ids in enumerate(cut, 1) if len(ids) > 1]
     if not rows:
         raise LlmtuneError("protect.kl_to_base.source: has no row of at least two tokens")
     return tuple(rows)
 
 
-def _keep(config: RunConfig, loaded: LoadedModel, rows: Mapping[str, Sequence[Example]]) -> None:
+def _keep(path: Path, loaded: LoadedModel, rows: Mapping[str, Sequence[Example]]) -> None:
     """Leave what the base wrote in the run directory, to be looked at."""
     texts = {
         name: [loaded.tokenizer.decode(row.input_ids) for row in some if row.source != "protect"]
         for name, some in rows.items()
     }
-    atomic_write_json(config.run.own_text_path, texts)
+    atomic_write_json(path, texts)
 
 
 def _write(
-    config: RunConfig, loaded: LoadedModel, *, num_rows: int, num_tokens: int
+    loaded: LoadedModel, seed: int, *, num_rows: int, num_tokens: int
 ) -> tuple[Example, ...]:
     log.info("protect: the base writes %d rows of its own", num_rows)
     rows = write_own_text(
@@ -105,6 +112,6 @@ def _write(
         loaded.tokenizer,
         num_rows=num_rows,
         num_tokens=num_tokens,
-        seed=config.seed,
+        seed=seed,
     )
     return tuple(row for row in rows if len(row.input_ids) > 1)

@@ -11,8 +11,8 @@ from llmtune.data.example import IGNORE_INDEX, Example
 from llmtune.io.manifest import read_manifest
 from llmtune.models.turns import stop_token_ids
 from llmtune.reporting.caveats import find_training_caveats
-from llmtune.stages.stop_check import MAX_NEW_TOKENS, check_stops
-from llmtune.training.sft import train_adapter
+from llmtune.training.stop_check import MAX_NEW_TOKENS, check_stops
+from llmtune.training.train import train_adapter
 from tests.conftest import write_jsonl
 from tests.project import chat_row, make_project
 from tests.training.tiny_runs import make_adapter, make_config, make_request, shared_tokenizer

@@ -5,7 +5,7 @@ import torch
 
 from llmtune.errors import LlmtuneError
 from llmtune.training import checkpoint as checkpoints
-from llmtune.training.sft import train_adapter
+from llmtune.training.train import train_adapter
 from tests.training.tiny_runs import lora_layers, make_adapter, make_config, make_request
 
 

@@ -14,9 +14,9 @@ from llmtune.training.memory.arithmetic import (
     plan_memory,
 )
 from llmtune.training.memory.dry_run import rehearse_save, rehearse_step
-from llmtune.training.memory.plan import measure_activations
-from llmtune.training.recompute import recomputable_layers, recomputing
-from llmtune.training.sft import train_adapter
+from llmtune.training.memory.gradient_checkpointing import recomputable_layers, recomputing
+from llmtune.training.memory.measure import measure_activations
+from llmtune.training.train import train_adapter
 from tests.training.tiny_runs import make_adapter, make_config, make_request, make_rows
 
 COST = ActivationCost(layers=10, layer_bytes=1000, recomputed_layer_bytes=100, other_bytes=0)

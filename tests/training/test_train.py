@@ -12,10 +12,10 @@ import torch
 from llmtune.data.example import Example, ExampleTableBuilder
 from llmtune.errors import LlmtuneError
 from llmtune.training.batch import BatchLimits, EpochSampler, StepCollator, hash_epochs
-from llmtune.training.head import choose_head, summed_loss
-from llmtune.training.packing import packed_attention
+from llmtune.training.fused.packing import packed_attention
+from llmtune.training.loss import choose_head, summed_loss
 from llmtune.training.request import find_untrained
-from llmtune.training.sft import train_adapter
+from llmtune.training.train import train_adapter
 from llmtune.training.trainer import AdapterTrainer
 from tests.tiny import FAMILIES, make_model
 from tests.training.tiny_runs import (

@@ -5,8 +5,8 @@ import torch
 
 from llmtune.errors import LlmtuneError
 from llmtune.training.batch import pack_rows, pad_rows
-from llmtune.training.head import decoder_hidden
-from llmtune.training.packing import choose_packing, packed_attention, relative_difference
+from llmtune.training.fused.packing import choose_packing, packed_attention, relative_difference
+from llmtune.training.loss import decoder_hidden
 from tests.training.tiny_runs import make_adapter, make_rows
 from tests.versions import IS_CURRENT
 
@@ -46,7 +46,7 @@ def test_positions_that_go_on_from_row_to_row_are_found(monkeypatch):
         packed["position_ids"] = torch.arange(packed["input_ids"].numel())[None]
         return packed
 
-    monkeypatch.setattr("llmtune.training.packing.pack_rows", pack_without_restart)
+    monkeypatch.setattr("llmtune.training.fused.packing.pack_rows", pack_without_restart)
     choice = choose_packing(make_adapter("gpt2", **LEARNED_POSITIONS), "auto", make_rows(3))
     assert not choice.packed
     assert "from the row alone" in choice.reason
@@ -81,7 +81,7 @@ def test_demanding_packing_of_a_model_that_mixes_is_an_error():
 
 
 def test_an_attention_that_ignores_the_window_is_found(monkeypatch):
-    from llmtune.training import packing
+    from llmtune.training.fused import packing
 
     model = make_adapter("gemma2", sliding_window=8)
     real = packing.varlen_attention

@@ -11,19 +11,19 @@ from llmtune.data.config import DataConfig
 from llmtune.errors import LlmtuneError
 from llmtune.scoring.divergence import measure_divergence
 from llmtune.training.batch import StepCollator
-from llmtune.training.head import choose_head
+from llmtune.training.fused.packing import packed_attention
+from llmtune.training.loss import choose_head
 from llmtune.training.memory.arithmetic import UNLIMITED
-from llmtune.training.own_text import as_example, rows_for_share, write_own_text
-from llmtune.training.packing import packed_attention
-from llmtune.training.protect import ProtectConfig, add_replay
-from llmtune.training.protection import (
+from llmtune.training.protect.config import ProtectConfig, add_replay
+from llmtune.training.protect.own_text import as_example, rows_for_share, write_own_text
+from llmtune.training.protect.penalties import (
     BaseProbe,
     Protection,
     ProtectionRequest,
     probe_base,
     squared_update_norm,
 )
-from llmtune.training.sft import train_adapter
+from llmtune.training.train import train_adapter
 from tests.tiny import make_model
 from tests.training.tiny_runs import (
     adapter_weights,

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.io.environment import peak_memory_bytes
-from llmtune.training.memory.arithmetic import ActivationCost
-
-USABLE_SHARE = 0.8
+from llmtune.training.memory.arithmetic import USABLE_SHARE, ActivationCost
 
 
 def measure_activations(

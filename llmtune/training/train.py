@@ -15,25 +15,24 @@ from transformers.integrations import TensorBoardCallback
 
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import hash_json
-from llmtune.training.adapter_state import load_weights
+from llmtune.io.interrupt import catch_interruption
 from llmtune.training.arguments import build_arguments
 from llmtune.training.borrow import borrowed
+from llmtune.training.callbacks import build_watches
 from llmtune.training.checkpoint import (
     checkpoint_dir,
     find_checkpoint,
+    load_weights,
     read_progress,
     remove_all_checkpoints,
     step_of,
 )
-from llmtune.training.config import TrainConfig
+from llmtune.training.config import TrainConfig, check_reporters
 from llmtune.training.context import RunContext, RunTotals
-from llmtune.training.interrupt import catch_interruption
 from llmtune.training.memory.dry_run import is_out_of_memory, rehearse_save
-from llmtune.training.memory.plan import peak_bytes
-from llmtune.training.metrics import MetricsLog
-from llmtune.training.progress import ProgressLine
-from llmtune.training.protection import Protection
-from llmtune.training.reporters import check_reporters
+from llmtune.training.memory.measure import peak_bytes
+from llmtune.training.metrics import MetricsLog, ProgressLine
+from llmtune.training.protect.penalties import Protection
 from llmtune.training.request import (
     TrainRequest,
     TrainResult,
@@ -43,7 +42,6 @@ from llmtune.training.request import (
 )
 from llmtune.training.setup import Setup, set_up
 from llmtune.training.trainer import AdapterTrainer
-from llmtune.training.watch import build_watches
 
 __all__ = ["TrainRequest", "TrainResult", "train_adapter"]
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that is granted after the current step."""
+"""Defer SIGINT and SIGTERM until the work at hand has reached a good place to stop."""
 
 import contextlib
 import signal

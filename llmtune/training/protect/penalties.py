@@ -14,10 +14,10 @@ from llmtune.errors import LlmtuneError
 from llmtune.ops.linear_cross_entropy import FrozenHead
 from llmtune.ops.linear_kl import linear_kl_divergence
 from llmtune.scoring.batches import adapter_disabled
-from llmtune.training.head import HeadChoice, decoder_hidden
+from llmtune.training.fused.packing import move_to
+from llmtune.training.loss import HeadChoice, decoder_hidden
 from llmtune.training.memory.dry_run import is_out_of_memory
-from llmtune.training.packing import move_to
-from llmtune.training.protect import KlToBaseConfig, ProtectConfig
+from llmtune.training.protect.config import KlToBaseConfig, ProtectConfig
 
 BASE_TOLERANCE = 2e-2
 """Largest difference, relative to the largest hidden state, of the base before and after the

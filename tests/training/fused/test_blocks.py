@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from llmtune.training.fused_blocks import fused_blocks
-from llmtune.training.fused_lora import fused_lora
-from llmtune.training.head import decoder_hidden
+from llmtune.training.fused.blocks import fused_blocks
+from llmtune.training.fused.lora import fused_lora
+from llmtune.training.loss import decoder_hidden
 from tests.training.tiny_runs import make_adapter
 
 INPUTS = {"input_ids": torch.arange(4, 20)[None]}

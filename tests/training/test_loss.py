@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmtune.training.batch import StepCollator, pad_rows
-from llmtune.training.head import HeadChoice, choose_head, summed_loss
+from llmtune.training.loss import HeadChoice, choose_head, summed_loss
 from llmtune.training.memory.arithmetic import UNLIMITED
 from tests.tiny import FAMILIES, make_model
 from tests.training.tiny_runs import add_lora, make_adapter, make_rows

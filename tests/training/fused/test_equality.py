@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmtune.models.quantization import keep_differentiable
-from llmtune.training.fused_lora import dequantize_four_bit
-from llmtune.training.sft import train_adapter
+from llmtune.training.fused.lora import dequantize_four_bit
+from llmtune.training.train import train_adapter
 from tests.tiny import make_model
 from tests.training.tiny_runs import adapter_weights, add_lora, make_config, make_request
 

@@ -15,7 +15,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.quiet import quieted
 from llmtune.ops.varlen_attention import choose_varlen_backend, varlen_attention
 from llmtune.training.batch import pack_rows, pad_rows
-from llmtune.training.head import decoder_hidden
+from llmtune.training.loss import decoder_hidden
 
 ATTENTION_NAME = "llmtune_varlen"
 SILENCED = "transformers.modeling_utils"

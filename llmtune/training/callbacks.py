@@ -8,10 +8,10 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.interrupt import Interruption
 from llmtune.training.batch import Examples
 from llmtune.training.config import EarlyStopping
 from llmtune.training.context import StepRecord
-from llmtune.training.interrupt import Interruption
 from llmtune.training.trainer import AdapterTrainer
 
 CHECKED_STEPS = 2

@@ -1,0 +1,1 @@
+"""What keeps the adapted model near its base: replayed text and penalties."""
