@@ -35,6 +35,7 @@ KINDS: dict[str, Kind] = {
         classes="Exporter",
         unions=frozenset({"base", "config", "export"}),
     ),
+    "suite task": Kind("evaluation/tasks", frozenset(), "Suite", frozenset({"base", "config"})),
 }
 """Each kind that the contract holds for."""
 

@@ -9,8 +9,7 @@ from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.prepare import prepare_examples
 from llmtune.data.render import render_question
-from llmtune.evaluation.requests import build_choice_requests
-from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.tasks.base import Suite
 from llmtune.scoring.likelihood import ContinuationRequest
 
 NUM_ROWS = 20
@@ -74,5 +73,7 @@ def _read_rows(
 def _build_labels(
     tokenizer: PreTrainedTokenizerFast, held_out: HeldOut
 ) -> tuple[ContinuationRequest, ...]:
-    suites = [one for one in held_out.suites if one.task == "choice" and one.role == "target"]
-    return tuple(build_choice_requests(tokenizer, suites[0])[:NUM_LABELS]) if suites else ()
+    for suite in held_out.suites:
+        if suite.role == "target" and (requests := suite.config.choice_requests(tokenizer, suite)):
+            return tuple(requests[:NUM_LABELS])
+    return ()

@@ -48,7 +48,7 @@ def init(data: str, base: str | None, out: Path, quiet: bool, as_json: bool) -> 
     """
     from llmtune.data.init import describe_data, render_config
     from llmtune.data.init_suite import SuiteDraft, render_items, render_suite
-    from llmtune.evaluation.suite_config import is_suite_name
+    from llmtune.evaluation.tasks.base import is_suite_name
     from llmtune.models.config import ModelConfig
     from llmtune.models.resolve import resolve_base
     from llmtune.models.tokenizer import load_tokenizer

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -90,7 +91,7 @@ class Comparison:
             return "no difference shown"
         return "better" if self.gain > 0 else "worse"
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, with the interval as one pair, the gain and the verdict."""
         derived = {"interval": list(self.interval), "gain": self.gain, "verdict": self.verdict}
         return asdict(self) | derived
@@ -216,7 +217,7 @@ def pair_items(base: ArmResult, tuned: ArmResult) -> tuple[list[ItemScore], list
 
 
 def _num_whole(result: ArmResult) -> int:
-    return result.recipe.get("num_items", len(result.items))
+    return int(result.recipe.get("num_items", len(result.items)))
 
 
 def _refusal(base: ArmResult, tuned: ArmResult, reasons: Sequence[str]) -> LlmtuneError:

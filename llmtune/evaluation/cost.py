@@ -2,20 +2,15 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from llmtune.evaluation.requests import encode_choices, encode_prompts
 from llmtune.evaluation.run import ArmPlan
-from llmtune.evaluation.suite_config import ExactSuite, PerplexitySuite
 from llmtune.scoring.batches import inference, model_device, pad_rows, run_forward
-from llmtune.scoring.likelihood import count_forward_tokens
-from llmtune.scoring.perplexity import cut_windows, encode_passage
-from llmtune.scoring.prefix import LONG_PREFIX_TOKENS, common_prefix
 
 TIMED_ROWS, TIMED_TOKENS = 8, 64
 """The rows of the trial that says how fast forward passes are, and their tokens."""
@@ -60,21 +55,8 @@ class TokenCounter:
         key = (plan.suite.name, len(plan.suite.items), prompt.name if prompt else "")
         if key not in self._known:
             suite = prompt.ask(plan.suite) if prompt else plan.suite
-            self._known[key] = self._count(replace(plan, suite=suite))
+            self._known[key] = suite.config.count_tokens(self._tokenizer, suite)
         return self._known[key] + shared_tokens
-
-    def _count(self, plan: ArmPlan) -> int:
-        suite, config, tokenizer = plan.suite, plan.suite.config, self._tokenizer
-        if isinstance(config, PerplexitySuite):
-            passages = [encode_passage(tokenizer, item.text) for item in suite.items]
-            return sum(len(w) for p in passages for w in cut_windows(p, config.max_length))
-        if isinstance(config, ExactSuite):
-            prompts = encode_prompts(tokenizer, suite)
-            shared = common_prefix(prompts) if len(prompts) > 1 else 0
-            shared = shared if shared >= LONG_PREFIX_TOKENS else 0
-            new = config.max_new_tokens * len(prompts)
-            return shared + sum(len(ids) - shared for ids in prompts) + new
-        return count_forward_tokens(encode_choices(tokenizer, suite))
 
 
 def tokens_per_second(model: nn.Module) -> float:

@@ -5,6 +5,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -14,10 +15,14 @@ from llmtune.data.conversation import Conversation
 from llmtune.data.overlap import conversation_key, is_held_out
 from llmtune.data.problems import RowProblem
 from llmtune.data.rows import LoadedRow, iter_raw_rows, open_source
-from llmtune.evaluation.items import render_rows
-from llmtune.evaluation.requests import Demonstration, encode_prompts
-from llmtune.evaluation.suite import Suite
-from llmtune.evaluation.suite_config import ChoiceSuite, ExactSuite, PromptedSuite
+from llmtune.evaluation.requests import encode_prompts
+from llmtune.evaluation.tasks.base import (
+    BadItem,
+    Demonstration,
+    PromptedSuite,
+    Suite,
+    SuiteItem,
+)
 
 log = logging.getLogger("llmtune")
 
@@ -34,7 +39,7 @@ class TrainingRow:
 
     question: str
     answer: str
-    fields: dict
+    fields: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def draw_demonstrations(
 
 def takes_demonstrations(suite: Suite) -> bool:
     """Return whether few-shot means something: a question of the task, here or elsewhere."""
-    return isinstance(suite.config, PromptedSuite) and suite.role in ("target", "transfer")
+    return suite.asks and suite.role in ("target", "transfer")
 
 
 def _iter_rows(config: DataConfig) -> Iterator[TrainingRow]:
@@ -139,18 +144,25 @@ def _word_rows(
     The suite's own prompt is used where every row has the fields that it asks for.
     """
     config = suite.config
-    assert isinstance(config, ChoiceSuite | ExactSuite)
-    rendered = render_rows(config, suite.items_path, (row.fields for row in rows))
+    assert isinstance(config, PromptedSuite)
+    rendered = _render_rows(config, rows)
     if rendered:
-        wording, texts = SUITE_WORDING, rendered
-    else:
-        wording, texts = ROW_WORDING, [(row.question, row.answer) for row in rows]
-    choices = config.choices if isinstance(config, ChoiceSuite) else None
-    if choices is None:
-        return wording, [(Demonstration(question, answer), "") for question, answer in texts]
-    spelling = {choice.strip().casefold(): choice for choice in choices}
-    known = [(question, spelling.get(answer.strip().casefold())) for question, answer in texts]
-    return wording, [(Demonstration(q, choice), choice) for q, choice in known if choice]
+        return SUITE_WORDING, config.class_answers(rendered)
+    return ROW_WORDING, config.class_answers([(row.question, row.answer) for row in rows])
+
+
+def _render_rows(
+    config: PromptedSuite, rows: Sequence[TrainingRow]
+) -> list[tuple[str, str]] | None:
+    """Return the rows' questions and right answers in the words of the suite.
+
+    None where a row has not the fields that the suite's prompt and answer need.
+    """
+    try:
+        items = [config.read_item(row.fields, SuiteItem(id="", line=0)) for row in rows]
+    except BadItem:
+        return None
+    return [(item.prompt, item.right_answer) for item in items]
 
 
 def _balance(
@@ -177,12 +189,8 @@ def _longest_prompt(tokenizer: PreTrainedTokenizerFast, suite: Suite) -> tuple[S
     """Return the suite with its longest item alone, that prompt's tokens, and its answer's."""
     prompts = encode_prompts(tokenizer, suite)
     longest = max(range(len(prompts)), key=lambda place: len(prompts[place]))
-    answer = 1
-    if isinstance(suite.config, ExactSuite):
-        answer = suite.config.max_new_tokens
-    else:
-        texts = {choice for item in suite.items for choice in item.choices}
-        answer += max(len(tokenizer(text)["input_ids"]) for text in texts) + 1
+    assert isinstance(suite.config, PromptedSuite)
+    answer = suite.config.answer_tokens(tokenizer, suite)
     return replace(suite, items=(suite.items[longest],)), len(prompts[longest]), answer
 
 

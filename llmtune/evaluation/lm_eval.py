@@ -193,7 +193,7 @@ def _item_score(row: Mapping[str, Any], metric: str) -> ItemScore:
 
 
 def _direction(task: _Task, metric: str) -> bool:
-    return task.found["higher_is_better"].get(task.name, {}).get(metric, True)
+    return bool(task.found["higher_is_better"].get(task.name, {}).get(metric, True))
 
 
 def _recipe(

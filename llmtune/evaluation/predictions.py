@@ -2,18 +2,14 @@
 
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.items import SuiteItem
 from llmtune.evaluation.results import ItemScore
-from llmtune.evaluation.suite import Suite
-from llmtune.evaluation.suite_config import ChoiceSuite, ExactSuite
-from llmtune.evaluation.tasks import score_written
+from llmtune.evaluation.tasks.base import PromptedSuite, Suite
 
 logger = logging.getLogger("llmtune")
 
@@ -142,48 +138,9 @@ def score_predictions(suite: Suite, texts: Mapping[str, str]) -> list[ItemScore]
         LlmtuneError: the suite's metric needs probabilities, which a text has not.
     """
     config = suite.config
-    answered = [item for item in suite.items if item.id in texts]
-    if isinstance(config, ExactSuite):
-        return [score_written(config, item, texts[item.id]) for item in answered]
-    assert isinstance(config, ChoiceSuite)
-    if config.metric != "accuracy":
-        raise LlmtuneError(
-            f"suite {suite.name}: {config.metric} needs the probabilities of the choices, so "
-            "predictions from a file cannot be scored; leave it out or use metric: accuracy"
-        )
-    return [_score_choice(item, texts[item.id]) for item in answered]
-
-
-def takes_predictions(suite: Suite) -> bool:
-    """Return whether a text can answer the suite's items."""
-    return isinstance(suite.config, ChoiceSuite | ExactSuite)
-
-
-def find_choice(text: str, choices: Sequence[str]) -> int | None:
-    """Return which choice a text names: it is that choice, or holds just one as whole words."""
-    plain = _plain(text)
-    for place, choice in enumerate(choices):
-        if plain == _plain(choice):
-            return place
-    named = [
-        place
-        for place, choice in enumerate(choices)
-        if _plain(choice) and re.search(rf"(?<!\w){re.escape(_plain(choice))}(?!\w)", plain)
-    ]
-    return named[0] if len(named) == 1 else None
-
-
-def _score_choice(item: SuiteItem, text: str) -> ItemScore:
-    chosen = find_choice(text, item.choices)
-    return ItemScore(
-        id=item.id,
-        score=float(chosen == item.answer),
-        prediction=text if chosen is None else item.choices[chosen],
-        answer=item.choices[item.answer],
-        cluster=item.cluster,
-        parsed=chosen is not None,
-        slices=dict(item.slices),
-    )
+    assert isinstance(config, PromptedSuite)
+    config.require_text_metric(suite.name)
+    return [config.score_text(item, texts[item.id]) for item in suite.items if item.id in texts]
 
 
 def _read_line(line: bytes) -> Prediction:
@@ -198,7 +155,3 @@ def _read_line(line: bytes) -> Prediction:
         raise ValueError(f'expected "prediction" with a text; the line has {sorted(row)}')
     names = (None if row.get(key) is None else str(row[key]) for key in ("id", "suite"))
     return Prediction(str(text), *names)
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split())

@@ -8,9 +8,8 @@ from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.items import RENDERING_ERRORS
-from llmtune.evaluation.suite import Suite
-from llmtune.evaluation.suite_config import PromptedSuite
+from llmtune.evaluation.tasks.base import PromptedSuite, Suite
+from llmtune.evaluation.templates import RENDERING_ERRORS, compile_template
 from llmtune.io.fingerprint import hash_json
 
 VARIABLES = {"prompt", "choices", "system"}
@@ -42,7 +41,7 @@ class PromptFile:
         """
         config = suite.config
         assert isinstance(config, PromptedSuite)
-        template = _compile(self.text)
+        template = compile_template(self.text, str(self.path))
         system = self._render(template, prompt="", choices=())[0] or config.system
         items = []
         for item in suite.items:
@@ -93,10 +92,3 @@ def read_prompt_file(name: str, path: Path) -> PromptFile:
     if unknown:
         raise LlmtuneError(f"{where}: asks for {unknown[0]!r}; there are prompt and choices")
     return PromptFile(name, path, text)
-
-
-def _compile(text: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )
-    return environment.from_string(text)

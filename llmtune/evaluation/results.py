@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import atomic_write_json
@@ -29,7 +30,7 @@ class ItemScore:
     weight: float = 1.0
     parsed: bool = True
     slices: dict[str, str] = field(default_factory=dict)
-    details: dict = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ class ArmResult:
     unparseable: int
     majority: float | None
     chance: float | None
-    recipe: dict
+    recipe: dict[str, Any]
     recipe_hash: str
-    model: dict
+    model: dict[str, Any]
     seconds: float
     items: tuple[ItemScore, ...]
-    about: dict = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def arm_result_path(results_dir: Path, suite: str, arm: str) -> Path:

@@ -17,9 +17,7 @@ from llmtune.adapters.strength import adapter_strength
 from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import arm_kind, cluster_names
-from llmtune.evaluation.metrics import METRICS
 from llmtune.evaluation.prompt_file import PromptFile
-from llmtune.evaluation.requests import Demonstration
 from llmtune.evaluation.results import (
     ArmResult,
     ItemScore,
@@ -30,8 +28,7 @@ from llmtune.evaluation.results import (
 )
 from llmtune.evaluation.scored_model import ModelIdentity, ScoredModel
 from llmtune.evaluation.stats import standard_error
-from llmtune.evaluation.suite import Suite
-from llmtune.evaluation.tasks import chance_accuracy, majority_accuracy, score_items
+from llmtune.evaluation.tasks.base import Demonstration, Scoring, Suite
 from llmtune.io.fingerprint import hash_json
 from llmtune.scoring.batches import adapter_disabled, choose_token_budget, has_adapter
 
@@ -112,7 +109,7 @@ def evaluate_arms(
     names = [suite.name for suite in suites]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise LlmtuneError(f"two suites are named {repeated[0]!r}: give one another `name`")
+        raise LlmtuneError(f"two suites are named {repeated[0]!r}; rename one")
     results: dict[str, dict[str, ArmResult]] = {name: {} for name in names}
     for arm in arms:
         for suite in suites:
@@ -196,7 +193,7 @@ def evaluate_suite(
 
     budget = settings.token_budget or choose_token_budget(scored.model)
     asked = suite if settings.prompt is None else settings.prompt.ask(suite)
-    items = score_items(scored, asked, settings.demonstrations, budget, report)
+    items = asked.config.score(scored, asked, Scoring(budget, settings.demonstrations, report))
     return summarize_items(
         suite,
         arm,
@@ -213,8 +210,8 @@ def summarize_items(  # noqa: PLR0913 (the parts of one result)
     arm: str,
     items: Sequence[ItemScore],
     *,
-    recipe: dict,
-    model: dict,
+    recipe: dict[str, Any],
+    model: dict[str, Any],
     seconds: float,
     about: Mapping[str, Any] = NOTHING,
 ) -> ArmResult:
@@ -223,7 +220,7 @@ def summarize_items(  # noqa: PLR0913 (the parts of one result)
     weights = np.array([item.weight for item in items])
     weighing = None if (weights == 1).all() else weights
     error = standard_error(scores, weights=weighing, clusters=cluster_names(items))
-    metric = METRICS[suite.config.metric]
+    metric = suite.config.chosen_metric
     return ArmResult(
         suite=suite.name,
         task=suite.task,
@@ -236,8 +233,8 @@ def summarize_items(  # noqa: PLR0913 (the parts of one result)
         mean=float(np.average(scores, weights=weights)),
         standard_error=finite_or_none(error),
         unparseable=sum(not item.parsed for item in items),
-        majority=majority_accuracy(suite),
-        chance=chance_accuracy(suite),
+        majority=suite.config.majority(suite.items),
+        chance=suite.config.chance(suite.items),
         recipe=recipe,
         recipe_hash=hash_json(recipe),
         model=model,
@@ -249,7 +246,7 @@ def summarize_items(  # noqa: PLR0913 (the parts of one result)
 
 def build_recipe(
     scored: ScoredModel, suite: Suite, settings: ScoringSettings = DEFAULT_SETTINGS
-) -> dict:
+) -> dict[str, Any]:
     """Return everything that must be the same for two results to be comparable."""
     config = suite.config.model_dump(mode="json", exclude=NOT_SCORING)
     template = template_fingerprint(scored.tokenizer).to_json() if config.get("chat") else None

@@ -130,7 +130,7 @@ def mcnemar_exact(num_lost: int, num_gained: int) -> float:
     if total == 0:
         return 1.0
     tail = sum(math.comb(total, j) for j in range(min(num_lost, num_gained) + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return float(min(1.0, 2 * tail / 2**total))
 
 
 def standard_error(

@@ -2,64 +2,30 @@
 
 import difflib
 import hashlib
-from collections.abc import Container, Sequence
-from dataclasses import asdict, dataclass, replace
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.items import SuiteItem, read_items
-from llmtune.evaluation.suite_config import (
+from llmtune.evaluation.tasks.base import (
     NAME_RULE,
-    TASKS,
-    AnySuiteConfig,
-    Role,
+    BadItem,
+    Suite,
+    SuiteConfig,
+    SuiteItem,
     is_suite_name,
+    read_field,
 )
+from llmtune.evaluation.tasks.config import TASKS
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.shipped import shipped_files
 from llmtune.io.validation import validate_section
 from llmtune.io.yaml_source import read_yaml
 
-
-@dataclass(frozen=True)
-class Suite:
-    """A suite read whole: its declaration, its items in file order, and their fingerprint."""
-
-    name: str
-    path: Path
-    config: AnySuiteConfig
-    items: tuple[SuiteItem, ...]
-    items_path: Path
-    items_fingerprint: str
-    whole: int | None = None
-    """Items of the suite that these were selected from; None where these are all."""
-
-    @property
-    def num_whole(self) -> int:
-        """How many items the suite has, selected here or not."""
-        return len(self.items) if self.whole is None else self.whole
-
-    def select(self, ids: Container[str]) -> "Suite":
-        """Return the suite with some of its items; its fingerprint stays that of all of them."""
-        items = tuple(item for item in self.items if item.id in ids)
-        return self if items == self.items else replace(self, items=items, whole=self.num_whole)
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of the declaration and of every item."""
-        return hash_json([self.config.model_dump(mode="json"), self.items_fingerprint])
-
-    @property
-    def task(self) -> str:
-        return self.config.task
-
-    @property
-    def role(self) -> Role:
-        return self.config.role
-
-    @property
-    def description(self) -> str:
-        return self.config.description
+MAX_PROBLEMS = 10
 
 
 def find_suite(name_or_path: str | Path) -> Path:
@@ -104,6 +70,39 @@ def load_suite(name_or_path: str | Path, *, seed: int = 0, limit: int | None = N
     return Suite(name, path, config, items, items_path, fingerprint)
 
 
+def read_items(config: SuiteConfig, path: Path) -> tuple[SuiteItem, ...]:
+    """Read and check every line of a suite's items.
+
+    Raises:
+        LlmtuneError: the file is missing or empty, or lines are wrong (`file:line: what`, up to
+            ten of them and how many more).
+    """
+    if not path.is_file():
+        raise LlmtuneError(f"{path}: the suite's items are not there")
+    config.check_templates(path)
+    items: list[SuiteItem] = []
+    problems: list[str] = []
+    with path.open("rb") as file:
+        for line, content in enumerate(file, start=1):
+            if not content.strip():
+                continue
+            try:
+                items.append(_read_item(config, content, line))
+            except BadItem as error:
+                problems.append(f"{path}:{line}: {error}")
+    names = Counter(item.id for item in items)
+    for item in items:
+        if names[item.id] > 1:
+            problems.append(f"{path}:{item.line}: the id {item.id!r} is not unique")
+    if problems:
+        more = len(problems) - MAX_PROBLEMS
+        tail = [f"... and {more} more"] if more > 0 else []
+        raise LlmtuneError("\n".join(problems[:MAX_PROBLEMS] + tail))
+    if not items:
+        raise LlmtuneError(f"{path}: the suite has no items")
+    return tuple(items)
+
+
 def choose_ids(ids: Sequence[str], limit: int | None, seed: int) -> set[str]:
     """Choose `limit` ids by a seeded hash of each, so that a larger limit chooses these too."""
     if limit is None or limit >= len(ids):
@@ -112,7 +111,25 @@ def choose_ids(ids: Sequence[str], limit: int | None, seed: int) -> set[str]:
     return set(order[:limit])
 
 
-def _read_config(path: Path) -> AnySuiteConfig:
+def _read_item(config: SuiteConfig, content: bytes, line: int) -> SuiteItem:
+    try:
+        fields = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadItem(f"not UTF-8 text: {error}; save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise BadItem(f"not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise BadItem(f"expected a JSON object, found {type(fields).__name__}")
+    item = SuiteItem(
+        id=str(fields.get(config.id, line)),
+        line=line,
+        cluster=None if config.cluster is None else str(read_field(fields, config.cluster)),
+        slices=tuple((name, str(read_field(fields, name))) for name in config.slices),
+    )
+    return config.read_item(fields, item)
+
+
+def _read_config(path: Path) -> SuiteConfig:
     tree = read_yaml(path)
     task = tree.values.get("task")
     if not isinstance(task, str) or task not in TASKS:
@@ -121,7 +138,7 @@ def _read_config(path: Path) -> AnySuiteConfig:
     return validate_section(TASKS[task], tree)
 
 
-def _name_of(path: Path, config: AnySuiteConfig) -> str:
+def _name_of(path: Path, config: SuiteConfig) -> str:
     """Return the declared name, or the file's stem where that may name result files."""
     if config.name is not None:
         return config.name
@@ -133,7 +150,7 @@ def _name_of(path: Path, config: AnySuiteConfig) -> str:
     return path.stem
 
 
-def _item_content(item: SuiteItem) -> dict:
+def _item_content(item: SuiteItem) -> dict[str, Any]:
     content = asdict(item)
     del content["line"]
     return content

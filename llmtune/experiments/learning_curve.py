@@ -11,7 +11,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.diagnosis.parts import order_rows, seen_places, write_part
 from llmtune.evaluation.diagnosis.results import LearningCurveResult, write_diagnostic
 from llmtune.evaluation.results import ArmResult, arm_result_path, read_arm_result
-from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.manifest import read_manifest
 from llmtune.io.run_dir import RunDir
 from llmtune.models.resolve import resolve_base

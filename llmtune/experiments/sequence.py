@@ -7,8 +7,7 @@ from pathlib import Path
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.metrics import METRICS
-from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.run_dir import SEQUENCE_FILE, atomic_write_json
 from llmtune.reporting.sequence import SequenceResult
 from llmtune.runs import pipeline
@@ -87,7 +86,7 @@ def _target_suites(config: RunConfig) -> dict[str, Suite]:
     """Return the suites of a task: its config's target suites, by what the config calls them."""
     loaded = zip(config.evaluate.suites, pipeline.load_suites(config.evaluate), strict=True)
     found = {name: suite for name, suite in loaded if suite.role == "target"}
-    bad = [s.name for s in found.values() if not METRICS[s.config.metric].higher_is_better]
+    bad = [s.name for s in found.values() if not s.config.chosen_metric.higher_is_better]
     if not found or bad:
         raise LlmtuneError(
             f"{config.run_dir}: a task needs a target suite (role: target) whose metric is better "

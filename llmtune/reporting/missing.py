@@ -35,7 +35,7 @@ def find_missing(
 ) -> tuple[Missing, ...]:
     """Return what was not made, in the order of the report."""
     kinds = {arm_kind(name) for suite in suites for name in suite.arms}
-    has_choices = any(suite.task == "choice" for suite in suites if suite.role == "target")
+    has_choices = any(suite.chance is not None for suite in suites if suite.role == "target")
     absent: Mapping[Missing, bool] = {
         Missing("evaluation of the base model", EVALUATE): "base" not in kinds,
         Missing("evaluation of the tuned model", EVALUATE): "tuned" not in kinds,

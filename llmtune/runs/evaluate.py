@@ -12,7 +12,8 @@ from llmtune.data.config import DataConfig
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import DIAGNOSES, EXTENTS, EvaluateConfig, Extent
 from llmtune.evaluation.results import arm_result_path
-from llmtune.evaluation.suite import Suite, load_suite
+from llmtune.evaluation.suite import load_suite
+from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_file
 from llmtune.io.manifest import Manifest, StageRecord
 from llmtune.models.identity import base_fingerprint
@@ -132,7 +133,7 @@ def check_evaluation_files(knobs: EvaluateConfig, suites: Sequence[Suite]) -> No
         LlmtuneError: one is missing or cannot serve.
     """
     from llmtune.evaluation.few_shot import takes_demonstrations
-    from llmtune.evaluation.predictions import read_predictions, takes_predictions
+    from llmtune.evaluation.predictions import read_predictions
     from llmtune.evaluation.prompt_file import read_prompt_file
 
     for name, path in knobs.prompts.items():
@@ -141,7 +142,7 @@ def check_evaluation_files(knobs: EvaluateConfig, suites: Sequence[Suite]) -> No
             prompt.ask(suite)
     for name, path in knobs.predictions.items():
         predictions = read_predictions(name, path)
-        predictions.texts_by_suite([suite for suite in suites if takes_predictions(suite)])
+        predictions.texts_by_suite([suite for suite in suites if suite.asks])
 
 
 def warn_of_leaks(knobs: EvaluateConfig, data: DataConfig, suites: Sequence[Suite]) -> None:

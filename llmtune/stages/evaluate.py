@@ -7,7 +7,7 @@ from typing import Any
 
 from llmtune.config import RunConfig
 from llmtune.evaluation.cost import MeasureCost, cost_lines, tokens_per_second
-from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.manifest import read_manifest
 from llmtune.stages.diagnose import DIAGNOSES
 from llmtune.stages.measures import ARM_MEASURES, LAST_MEASURES, Evaluation, Plan, Work

@@ -14,7 +14,7 @@ from llmtune.evaluation.few_shot import (
     takes_demonstrations,
 )
 from llmtune.evaluation.halves import in_half_size
-from llmtune.evaluation.predictions import read_predictions, score_predictions, takes_predictions
+from llmtune.evaluation.predictions import read_predictions, score_predictions
 from llmtune.evaluation.prompt_file import read_prompt_file
 from llmtune.evaluation.results import ArmResult, save_arm_result
 from llmtune.evaluation.run import (
@@ -25,7 +25,8 @@ from llmtune.evaluation.run import (
     summarize_items,
 )
 from llmtune.evaluation.scored_model import ScoredModel
-from llmtune.evaluation.suite import Suite, choose_ids
+from llmtune.evaluation.suite import choose_ids
+from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_file
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.models.identity import base_fingerprint
@@ -208,7 +209,7 @@ def plan_predictions(evaluation: Evaluation) -> list[Work]:
     work = []
     for name, path in evaluation.config.evaluate.predictions.items():
         predictions = read_predictions(name, path)
-        suites = [suite for suite in evaluation.suites if takes_predictions(suite)]
+        suites = [suite for suite in evaluation.suites if suite.asks]
         answered = predictions.texts_by_suite(suites)
         predictions.say_unknown(answered)
         for suite, texts in answered:

@@ -12,7 +12,7 @@ from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.prepare import prepare_examples
 from llmtune.data.render import render_messages
 from llmtune.evaluation.requests import encode_prompts
-from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.tasks.base import Suite
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.generate import Decoding, generate_texts
 from llmtune.serving.live import LiveTarget
@@ -80,14 +80,13 @@ def _prompts(live: LiveTarget, config: RunConfig, suites: Sequence[Suite]) -> li
 
 def _suite_prompts(suites: Sequence[Suite], tokenizer: PreTrainedTokenizerFast) -> list[_Shown]:
     """Return the first items of the first target suite that asks something."""
-    asking = [s for s in suites if s.role == "target" and s.task in {"choice", "exact"}]
+    asking = [suite for suite in suites if suite.role == "target" and suite.asks]
     if not asking:
         return []
     suite = asking[0]
     shown = []
     for item, ids in zip(suite.items, encode_prompts(tokenizer, suite), strict=True):
-        reference = item.choices[item.answer] if item.choices else item.references[0]
-        shown.append(_Shown(item.prompt, ids, reference))
+        shown.append(_Shown(item.prompt, ids, item.right_answer))
     return shown[:SHOWN_ROWS]
 
 

@@ -41,7 +41,6 @@ from llmtune.checks.prompts import NUM_NEW_TOKENS
 from llmtune.checks.provenance import MergeRecord, read_record
 from llmtune.checks.reference import at_strength, comparison_dtype
 from llmtune.checks.runtime import RuntimeAnswers, ask_runtime, require_runtime
-from llmtune.evaluation.requests import build_choice_requests
 from llmtune.evaluation.suite import load_suite
 from llmtune.exporting.gguf_writer.read import read_file_type, read_source
 from llmtune.models.checkpoint import read_generation_config
@@ -158,9 +157,9 @@ def _label_questions(target: Target, tokenizer: PreTrainedTokenizerFast) -> Labe
     found = {}
     for name in knobs.suites:
         suite = load_suite(name, seed=knobs.seed, limit=knobs.limit)
-        if suite.role != "target" or suite.task != "choice":
+        if suite.role != "target":
             continue
-        requests = build_choice_requests(tokenizer, suite)
+        requests = suite.config.choice_requests(tokenizer, suite)
         questions = first_token_questions(
             [request.prompt_ids for request in requests],
             [request.choice_ids for request in requests],

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llmtune.evaluation.suite import load_suite
-from llmtune.evaluation.suite_config import TASKS
+from llmtune.evaluation.tasks.config import TASKS
 
 EVALS_DIR = Path(__file__).resolve().parents[2] / "evals"
 SUITE_FILES = sorted(EVALS_DIR.glob("*.yaml"))

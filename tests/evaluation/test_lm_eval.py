@@ -10,7 +10,6 @@ from tokenizers.processors import TemplateProcessing
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import Resampling, compare_arms
-from llmtune.evaluation.requests import build_choice_requests
 from llmtune.evaluation.run import evaluate_suite
 from llmtune.evaluation.scored_model import ModelIdentity, ScoredModel
 from llmtune.evaluation.suite import load_suite
@@ -106,7 +105,7 @@ def test_both_read_the_same_token_ids(model, make, tmp_path):
     scored = ScoredModel(model, make(), IDENTITY)
     theirs = harness_model(scored)
     for item, request in zip(
-        suite.items, build_choice_requests(scored.tokenizer, suite), strict=True
+        suite.items, suite.config.choice_requests(scored.tokenizer, suite), strict=True
     ):
         for choice, ids in zip(item.choices, request.choice_ids, strict=True):
             context, continuation = theirs._encode_pair(item.prompt, " " + choice)

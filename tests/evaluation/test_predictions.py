@@ -5,8 +5,9 @@ import json
 import pytest
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.predictions import find_choice, read_predictions, score_predictions
+from llmtune.evaluation.predictions import read_predictions, score_predictions
 from llmtune.evaluation.suite import load_suite
+from llmtune.evaluation.tasks.choice import find_choice
 from tests.conftest import write_jsonl
 
 ITEMS = [{"id": f"i{n}", "q": f"{n}?", "answer": "yes" if n % 2 else "no"} for n in range(4)]

@@ -9,7 +9,6 @@ from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.requests import (
     Demonstration,
-    build_choice_requests,
     encode_prompts,
     split_continuation,
 )
@@ -39,13 +38,17 @@ def make_suite(tmp_path):
     return make
 
 
+def choice_requests(tokenizer, suite):
+    return suite.config.choice_requests(tokenizer, suite)
+
+
 def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_a_chat_prompt_and_its_choice_are_the_rendered_conversation(make_suite):
     tokenizer = make_tokenizer()
-    [request] = build_choice_requests(tokenizer, make_suite(system="Be brief."))
+    [request] = choice_requests(tokenizer, make_suite(system="Be brief."))
     talk = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "is 12 more than 3?"},
@@ -58,7 +61,7 @@ def test_a_chat_prompt_and_its_choice_are_the_rendered_conversation(make_suite):
 
 def test_what_a_template_writes_before_an_answer_belongs_to_the_prompt(make_suite):
     tokenizer = make_tokenizer(chat_template=THINKING)
-    [request] = build_choice_requests(tokenizer, make_suite())
+    [request] = choice_requests(tokenizer, make_suite())
     talk = [
         {"role": "user", "content": "is 12 more than 3?"},
         {"role": "assistant", "content": "no"},
@@ -90,7 +93,7 @@ def test_demonstrations_precede_a_raw_prompt(make_suite):
 
 def test_the_end_of_an_answer_is_scored_where_asked(make_suite):
     tokenizer = make_tokenizer()
-    [request] = build_choice_requests(tokenizer, make_suite(end_of_answer=True))
+    [request] = choice_requests(tokenizer, make_suite(end_of_answer=True))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert [ids[-1] for ids in request.choice_ids] == [end, end]
     assert [ids[:-1] for ids in request.choice_ids] == [
@@ -100,17 +103,17 @@ def test_the_end_of_an_answer_is_scored_where_asked(make_suite):
 
 def test_a_choice_that_begins_another_is_warned_of_unless_its_end_counts(make_suite, caplog):
     tokenizer = make_tokenizer()
-    build_choice_requests(tokenizer, make_suite(choices=("44", "4")))
+    choice_requests(tokenizer, make_suite(choices=("44", "4")))
     assert "items.jsonl: in 1 items (first: line 1) one choice begins another" in caplog.text
     caplog.clear()
     for keys in ({"end_of_answer": True}, {"normalize": "length"}, {"choices": ("44", "5")}):
-        build_choice_requests(tokenizer, make_suite(**({"choices": ("44", "4")} | keys)))
+        choice_requests(tokenizer, make_suite(**({"choices": ("44", "4")} | keys)))
     assert not caplog.text
 
 
 def test_a_chat_without_template_is_refused(make_suite):
     with pytest.raises(LlmtuneError, match="no chat template"):
-        build_choice_requests(make_tokenizer(chat_template=None), make_suite())
+        choice_requests(make_tokenizer(chat_template=None), make_suite())
 
 
 @pytest.mark.parametrize(
@@ -130,12 +133,12 @@ def test_a_raw_prompt_begins_with_the_bos_that_the_tokenizer_adds(make_suite):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
     )
-    [request] = build_choice_requests(tokenizer, make_suite(chat=False))
+    [request] = choice_requests(tokenizer, make_suite(chat=False))
     assert request.prompt_ids[0] == tokenizer.bos_token_id
     assert request.prompt_ids.count(tokenizer.bos_token_id) == 1
     assert request.choice_ids[0] == tuple(ids_of(tokenizer, " yes"))
 
 
 def test_the_delimiter_stands_before_a_raw_choice(make_suite):
-    [request] = build_choice_requests(make_tokenizer(), make_suite(chat=False, delimiter=""))
+    [request] = choice_requests(make_tokenizer(), make_suite(chat=False, delimiter=""))
     assert request.choice_ids[0] == tuple(ids_of(make_tokenizer(), "yes"))

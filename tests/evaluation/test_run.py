@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import Resampling, compare_arms
-from llmtune.evaluation.requests import Demonstration
 from llmtune.evaluation.run import (
     ScoringSettings,
     evaluate_arms,
@@ -18,6 +17,7 @@ from llmtune.evaluation.run import (
 )
 from llmtune.evaluation.scored_model import ModelIdentity, ScoredModel
 from llmtune.evaluation.suite import load_suite
+from llmtune.evaluation.tasks.base import Demonstration
 from tests.tiny import CHATML, make_model, make_tokenizer
 
 WORDS = ["dog", "fox", "film", "plot", "quick", "lazy", "warm", "funny"]

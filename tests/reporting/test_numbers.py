@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llmtune.evaluation.metrics import METRICS
+from llmtune.evaluation.tasks.config import METRICS
 from llmtune.reporting.facts import find_fingerprints, list_facts
 from llmtune.reporting.numbers import (
     BITS,

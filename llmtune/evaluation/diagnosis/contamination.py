@@ -16,8 +16,7 @@ from llmtune.evaluation.diagnosis.results import (
     SuiteContamination,
 )
 from llmtune.evaluation.diagnosis.rows import MIN_OWN_WORDS, RowTexts, find_frame
-from llmtune.evaluation.items import SuiteItem
-from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.tasks.base import Suite, SuiteItem
 from llmtune.io.fingerprint import hash_json
 
 LONG_NGRAM = 13

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import log_softmax
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.diagnosis.curve_fit import Measured, fit_curve
 from llmtune.evaluation.diagnosis.results import CurvePoint, LearningCurveResult
-from llmtune.evaluation.items import SuiteItem
-from llmtune.evaluation.results import ArmResult, ItemScore
-from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.results import ArmResult
+from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_json
 
 Trained = tuple[int, int, ArmResult]
@@ -51,7 +49,7 @@ def summarize_curve(
         seconds=sum(result.seconds for result in results),
         suite=suite.name,
         metric=results[0].metric,
-        loss_name="-log p(right choice), nats" if suite.task == "choice" else "error",
+        loss_name=suite.config.loss_name,
         points=tuple(
             CurvePoint(rows, seed, measured.mean, result.mean, result.n)
             for (rows, seed, result), measured in zip(trained, losses, strict=True)
@@ -63,20 +61,14 @@ def summarize_curve(
 
 
 def _measure(suite: Suite, rows: int, result: ArmResult, *, is_error: bool) -> Measured:
-    if suite.task == "choice" and not is_error:
-        pairs = zip(suite.items, result.items, strict=True)
-        values = [_choice_loss(item, score) for item, score in pairs]
-    elif result.higher_is_better:
-        values = [1.0 - score.score for score in result.items]
-    else:
-        values = [score.score for score in result.items]
+    values = []
+    for item, score in zip(suite.items, result.items, strict=True):
+        loss = None if is_error else suite.config.item_loss(item, score)
+        if loss is None:
+            loss = 1.0 - score.score if result.higher_is_better else score.score
+        values.append(loss)
     weights = np.array([score.weight for score in result.items])
     return Measured(rows, np.array(values), weights)
-
-
-def _choice_loss(item: SuiteItem, score: ItemScore) -> float:
-    likelihoods = np.array(score.details["log_likelihoods"])
-    return float(-log_softmax(likelihoods)[item.answer])
 
 
 def _require_same_items(suite: Suite, results: Sequence[ArmResult]) -> None:

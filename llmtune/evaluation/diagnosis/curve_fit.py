@@ -157,7 +157,7 @@ def _log_slopes(rows: np.ndarray, losses: np.ndarray) -> np.ndarray:
     The law itself never rises; this may, so its interval can include no gain.
     """
     centred = np.log(rows) - np.log(rows).mean()
-    return losses @ centred / (centred**2).sum()
+    return np.asarray(losses @ centred / (centred**2).sum())
 
 
 def _training_spread(points: Sequence[Measured]) -> float:

@@ -187,13 +187,14 @@ def _trained_losses(logits: torch.Tensor, rows: Sequence[Example]) -> list[float
 
 def _gap(seen: RowLosses, held_out: RowLosses, first: np.ndarray, second: np.ndarray) -> float:
     def differences(losses: RowLosses, rows: np.ndarray) -> float:
-        return (losses.tuned[rows] - losses.base[rows]).sum() / losses.num_tokens[rows].sum()
+        changes = losses.tuned[rows] - losses.base[rows]
+        return float(changes.sum() / losses.num_tokens[rows].sum())
 
     return float(differences(held_out, second) - differences(seen, first))
 
 
 def _auc(seen: RowLosses, held_out: RowLosses, first: np.ndarray, second: np.ndarray) -> float:
     def gains(losses: RowLosses, rows: np.ndarray) -> np.ndarray:
-        return (losses.base[rows] - losses.tuned[rows]) / losses.num_tokens[rows]
+        return np.asarray((losses.base[rows] - losses.tuned[rows]) / losses.num_tokens[rows])
 
     return membership_auc(gains(seen, first), gains(held_out, second))

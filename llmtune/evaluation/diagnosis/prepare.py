@@ -12,7 +12,7 @@ from llmtune.evaluation.diagnosis.rows import MIN_OWN_WORDS, RowTexts, find_fram
 from llmtune.evaluation.diagnosis.shift import GENERAL, TRAIN
 from llmtune.evaluation.diagnosis.subject import Subject, asking_suites, general_texts
 from llmtune.evaluation.scored_model import ScoredModel
-from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.tasks.base import Suite
 from llmtune.training.batch import EpochSampler
 
 EVALUATION = "evaluation"

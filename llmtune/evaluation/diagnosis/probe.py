@@ -32,12 +32,10 @@ from llmtune.evaluation.diagnosis.subject import (
     model_inputs,
     pick,
 )
-from llmtune.evaluation.items import SuiteItem
 from llmtune.evaluation.requests import encode_prompts
 from llmtune.evaluation.results import ArmResult, ItemScore
 from llmtune.evaluation.run import build_recipe, summarize_items
-from llmtune.evaluation.suite import Suite
-from llmtune.evaluation.suite_config import ChoiceSuite
+from llmtune.evaluation.tasks.base import Suite, SuiteItem
 from llmtune.io.fingerprint import hash_json
 
 PROBE_ARM = "probe"
@@ -73,7 +71,7 @@ class FittedProbe:
     def predict(self, states: TextStates) -> np.ndarray:
         """Return probabilities [N, labels]."""
         features = self.standardizer.apply(states.pooled(self.cell.pooling, self.cell.layer))
-        return self.classifier.predict_proba(features)
+        return np.asarray(self.classifier.predict_proba(features))
 
 
 def plan_probe(
@@ -181,7 +179,7 @@ def _label_prompts(
     """Return the train prompts with their classes, or why there are none."""
     if not suites:
         return "no target or transfer suite asks for one of fixed choices"
-    choices = {fold(choice) for suite in suites for choice in _choices(suite)}
+    choices = {fold(choice) for suite in suites for choice in suite.config.fixed_choices}
     places = pick(subject.trained, MAX_ROWS, settings.seed)
     turns = [turn for turn in (last_turn(subject.train[place]) for place in places) if turn]
     answers = [fold(answer_text(subject.scored.tokenizer, turn)) for turn in turns]
@@ -216,7 +214,7 @@ def _rotate(features: np.ndarray) -> np.ndarray:
     if features.shape[1] <= features.shape[0]:
         return features
     left, singular, _ = np.linalg.svd(features, full_matrices=False)
-    return left * singular
+    return np.asarray(left * singular)
 
 
 def _classifier(strength: float) -> LogisticRegression:
@@ -234,13 +232,8 @@ def _accuracy(
         return float(cross_val_score(classifier, features, classes, cv=folds).mean())
 
 
-def _choices(suite: Suite) -> tuple[str, ...]:
-    assert isinstance(suite.config, ChoiceSuite)
-    return suite.config.choices or ()
-
-
 def _answerable(suite: Suite, labels: Sequence[str]) -> list[str]:
-    return [choice for choice in _choices(suite) if fold(choice) in labels]
+    return [choice for choice in suite.config.fixed_choices if fold(choice) in labels]
 
 
 def _answer_suite(

@@ -68,7 +68,7 @@ class Standardizer:
         activations, Sun et al. 2024, arXiv:2402.17762): scaled and cut, none rules the rest.
         Channels that never change become 0.
         """
-        return np.clip((states - self.mean) / self.scale, -CLIP, CLIP)
+        return np.asarray(np.clip((states - self.mean) / self.scale, -CLIP, CLIP))
 
 
 def fit_standardizer(states: np.ndarray) -> Standardizer:

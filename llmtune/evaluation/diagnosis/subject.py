@@ -8,11 +8,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.example import IGNORE_INDEX, Example, ExampleTable
-from llmtune.evaluation.items import SuiteItem
 from llmtune.evaluation.requests import encode_prompts
 from llmtune.evaluation.scored_model import ScoredModel
-from llmtune.evaluation.suite import Suite
-from llmtune.evaluation.suite_config import ChoiceSuite, PerplexitySuite, Role
+from llmtune.evaluation.tasks.base import Role, Suite
 from llmtune.io.fingerprint import hash_json
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.perplexity import encode_passage
@@ -121,10 +119,10 @@ def general_sequences(
 def general_texts(suites: Sequence[Suite]) -> list[str]:
     """Return the texts of the general suites: passages, or else questions with their answers."""
     general = [suite for suite in suites if suite.role == "general"]
-    passages = [suite for suite in general if isinstance(suite.config, PerplexitySuite)]
+    passages = [suite for suite in general if not suite.asks]
     if passages:
         return [item.text for suite in passages for item in suite.items]
-    return [f"{item.prompt} {_right_answer(item)}" for suite in general for item in suite.items]
+    return [f"{item.prompt} {item.right_answer}" for suite in general for item in suite.items]
 
 
 def target_prompts(subject: Subject, *, limit: int, seed: int) -> list[tuple[int, ...]]:
@@ -145,11 +143,7 @@ def target_prompts(subject: Subject, *, limit: int, seed: int) -> list[tuple[int
 
 def asking_suites(suites: Sequence[Suite], roles: Sequence[Role]) -> list[Suite]:
     """Return the suites of these roles that have prompts."""
-    return [
-        suite
-        for suite in suites
-        if suite.role in roles and not isinstance(suite.config, PerplexitySuite)
-    ]
+    return [suite for suite in suites if suite.role in roles and suite.asks]
 
 
 def fixed_choice_suites(suites: Sequence[Suite]) -> list[Suite]:
@@ -157,14 +151,10 @@ def fixed_choice_suites(suites: Sequence[Suite]) -> list[Suite]:
     return [
         suite
         for suite in asking_suites(suites, ("target", "transfer"))
-        if isinstance(suite.config, ChoiceSuite) and suite.config.choices is not None
+        if suite.config.fixed_choices
     ]
 
 
 def answer_text(tokenizer: PreTrainedTokenizerFast, turn: Turn) -> str:
     """Return a trained answer without the tokens that end it."""
-    return tokenizer.decode(list(turn.answer_ids), skip_special_tokens=True).strip()
-
-
-def _right_answer(item: SuiteItem) -> str:
-    return item.choices[item.answer] if item.choices else item.references[0]
+    return str(tokenizer.decode(list(turn.answer_ids), skip_special_tokens=True)).strip()

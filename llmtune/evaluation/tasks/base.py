@@ -1,0 +1,341 @@
+"""What every task of a suite says itself: its items, how they are asked, scored and counted."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from llmtune.evaluation.results import ItemScore
+from llmtune.io.fingerprint import hash_json
+from llmtune.schema import Section
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from llmtune.evaluation.scored_model import ScoredModel
+    from llmtune.scoring.likelihood import ContinuationRequest
+
+Role = Literal["target", "transfer", "general"]
+NAME_RULE = "letters, digits, `_`, `-` and `.`, no dot or dash first"
+ERROR = "error"
+"""What a learning curve calls the loss of a task that has no likelihood of the right answer."""
+
+Fields = Mapping[str, Any]
+
+
+class BadItem(ValueError):
+    """What is wrong with one line of a suite's items; the reader adds the place."""
+
+
+@dataclass(frozen=True)
+class SuiteItem:
+    """One question, rendered. What a task does not use is empty.
+
+    `answer` is the index of the right choice (-1: none); `references` are the accepted texts.
+    """
+
+    id: str
+    line: int
+    prompt: str = ""
+    choices: tuple[str, ...] = ()
+    answer: int = -1
+    references: tuple[str, ...] = ()
+    text: str = ""
+    cluster: str | None = None
+    slices: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def right_answer(self) -> str:
+        """The right choice, or the first accepted text."""
+        return self.choices[self.answer] if self.choices else self.references[0]
+
+    def scored(
+        self,
+        score: float,
+        *,
+        prediction: str | None,
+        answer: str | None,
+        weight: float = 1.0,
+        parsed: bool = True,
+        details: dict[str, Any] | None = None,
+    ) -> ItemScore:
+        """Return the item's score, with what results are grouped by."""
+        return ItemScore(
+            id=self.id,
+            score=score,
+            prediction=prediction,
+            answer=answer,
+            cluster=self.cluster,
+            weight=weight,
+            parsed=parsed,
+            slices=dict(self.slices),
+            details=details or {},
+        )
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A worked example shown before the question (few-shot): a prompt and its right answer."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is read: its direction, and what one unit means."""
+
+    name: str
+    higher_is_better: bool
+    unit: str
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the items of a suite are scored: padded tokens in a batch, and what is shown before."""
+
+    token_budget: int
+    demonstrations: Sequence[Demonstration] = ()
+    on_items: Callable[[int], None] | None = None
+
+
+class SuiteConfig(Section):
+    """What every suite declares. Paths are relative to the suite file.
+
+    A task is a subclass with a literal `task`, its own knobs, and `metric`, one of `METRICS`.
+    """
+
+    METRICS: ClassVar[tuple[Metric, ...]] = ()
+    """The metrics that the task can be scored by."""
+
+    if TYPE_CHECKING:
+        task: str
+        metric: str
+
+    name: str | None = Field(default=None, description="Name in results; default: the file's stem.")
+    description: str = Field(default="", description="One line for people.")
+    items: Path = Field(description="JSONL file, one item a line.")
+    id: str = Field(default="id", description="Field with an item's name; default: its line.")
+    cluster: str | None = Field(
+        default=None, description="Field by which items belong together (a document)."
+    )
+    slices: tuple[str, ...] = Field(default=(), description="Fields to break results down by.")
+    limit: int | None = Field(default=None, ge=1, description="Items at most; null takes all.")
+    role: Role = Field(
+        default="target",
+        description="What was trained, a domain never seen, or general ability.",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _require_file_name(cls, name: str | None) -> str | None:
+        if name is not None and not is_suite_name(name):
+            raise ValueError(f"{name!r} cannot name the suite's results: {NAME_RULE}")
+        return name
+
+    @property
+    def chosen_metric(self) -> Metric:
+        """The metric that items are scored by."""
+        return next(metric for metric in self.METRICS if metric.name == self.metric)
+
+    def check_templates(self, items_path: Path) -> None:
+        """Raise a `LlmtuneError` where a template of the declaration cannot be compiled."""
+
+    def read_item(self, fields: Fields, item: SuiteItem) -> SuiteItem:
+        """Return `item` with what the task asks, read from the fields of its line.
+
+        Raises:
+            BadItem: a field is missing or wrong.
+        """
+        raise NotImplementedError
+
+    def score(self, scored: "ScoredModel", suite: "Suite", scoring: Scoring) -> list[ItemScore]:
+        """Score every item of a suite of this task, in the suite's order."""
+        raise NotImplementedError
+
+    def count_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: "Suite") -> int:
+        """Return the forward tokens of scoring, written ones as many as there may be."""
+        raise NotImplementedError
+
+    def majority(self, items: Sequence[SuiteItem]) -> float | None:
+        """Return what always giving the commonest answer scores; None where it means nothing."""
+        return None
+
+    def chance(self, items: Sequence[SuiteItem]) -> float | None:
+        """Return what guessing among the choices would score; None where there are none."""
+        return None
+
+    @property
+    def fixed_choices(self) -> tuple[str, ...]:
+        """The choices that every item has; empty where an item has its own, or none."""
+        return ()
+
+    def choice_requests(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        suite: "Suite",
+        demonstrations: Sequence[Demonstration] = (),
+    ) -> "list[ContinuationRequest]":
+        """Return each item's prompt and choices as token ids; empty where items have no choices."""
+        return []
+
+    @property
+    def loss_name(self) -> str:
+        """What a learning curve plots of this task."""
+        return ERROR
+
+    def item_loss(self, item: SuiteItem, score: ItemScore) -> float | None:
+        """Return an item's loss for a learning curve; None where that is only its error."""
+        return None
+
+
+class PromptedSuite(SuiteConfig):
+    """A suite that asks: a prompt rendered over each item's fields."""
+
+    prompt: str = Field(description="Jinja2 template over an item's fields.")
+    system: str | None = Field(default=None, description="System message (chat only).")
+    chat: bool = Field(
+        default=True, description="Prompt is a user message; false: raw text, no template."
+    )
+    answer: str = Field(default="answer", description="Field with the right answer.")
+
+    @model_validator(mode="after")
+    def _require_chat_for_system(self) -> "PromptedSuite":
+        if self.system is not None and not self.chat:
+            raise ValueError("system needs chat: true; with chat: false write it into the prompt")
+        return self
+
+    def check_templates(self, items_path: Path) -> None:
+        """Compile the prompt.
+
+        Raises:
+            LlmtuneError: it is not a Jinja2 template.
+        """
+        from llmtune.evaluation.templates import compile_template
+
+        compile_template(self.prompt, f"prompt of the suite over {items_path}")
+
+    def render_prompt(self, fields: Fields) -> str:
+        """Return the prompt over an item's fields.
+
+        Raises:
+            BadItem: it cannot be rendered, or is empty.
+        """
+        from llmtune.evaluation.templates import RENDERING_ERRORS, compile_template
+
+        try:
+            prompt = compile_template(self.prompt, "prompt").render(fields)
+        except RENDERING_ERRORS as error:
+            raise BadItem(f"the prompt cannot be rendered: {error}") from None
+        if not prompt.strip():
+            raise BadItem("the prompt is empty")
+        return prompt
+
+    @property
+    def separator(self) -> str:
+        """What is written between a prompt and its answer where there is no chat template."""
+        return " "
+
+    def read_item(self, fields: Fields, item: SuiteItem) -> SuiteItem:
+        """Return `item` with its prompt and its right answer."""
+        return self.read_answer(fields, replace(item, prompt=self.render_prompt(fields)))
+
+    def read_answer(self, fields: Fields, item: SuiteItem) -> SuiteItem:
+        """Return `item` with what counts as right.
+
+        Raises:
+            BadItem: the answer is missing or wrong.
+        """
+        raise NotImplementedError
+
+    def class_answers(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Demonstration, str]]:
+        """Return questions and answers as demonstrations, each with the class that it belongs to.
+
+        A pair whose answer could not be right in any item is left out.
+        """
+        return [(Demonstration(question, answer), "") for question, answer in pairs]
+
+    def answer_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: "Suite") -> int:
+        """Return how many tokens an answer can need at most, its end included."""
+        raise NotImplementedError
+
+    def score_text(self, item: SuiteItem, text: str) -> ItemScore:
+        """Score an answer that was written out; one that cannot be read scores 0."""
+        raise NotImplementedError
+
+    def require_text_metric(self, name: str) -> None:
+        """Raise a `LlmtuneError` where the metric of suite `name` cannot score a written answer."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite read whole: its declaration, its items in file order, and their fingerprint."""
+
+    name: str
+    path: Path
+    config: SuiteConfig
+    items: tuple[SuiteItem, ...]
+    items_path: Path
+    items_fingerprint: str
+    whole: int | None = None
+    """Items of the suite that these were selected from; None where these are all."""
+
+    @property
+    def num_whole(self) -> int:
+        """How many items the suite has, selected here or not."""
+        return len(self.items) if self.whole is None else self.whole
+
+    def select(self, ids: Container[str]) -> "Suite":
+        """Return the suite with some of its items; its fingerprint stays that of all of them."""
+        items = tuple(item for item in self.items if item.id in ids)
+        return self if items == self.items else replace(self, items=items, whole=self.num_whole)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the declaration and of every item."""
+        return hash_json([self.config.model_dump(mode="json"), self.items_fingerprint])
+
+    @property
+    def asks(self) -> bool:
+        """Whether the items have prompts, so that a text can answer them."""
+        return isinstance(self.config, PromptedSuite)
+
+    @property
+    def task(self) -> str:
+        """The name of the suite's task."""
+        return self.config.task
+
+    @property
+    def role(self) -> Role:
+        """What the suite is there for."""
+        return self.config.role
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        return self.config.description
+
+
+def is_suite_name(text: str) -> bool:
+    """Return whether a name can stand in the names of result files without leading elsewhere."""
+    return re.fullmatch(r"\w[\w.-]*", text) is not None
+
+
+def read_field(fields: Fields, name: str) -> Any:
+    """Return a field of an item's line.
+
+    Raises:
+        BadItem: it is missing or null.
+    """
+    if fields.get(name) is None:
+        raise BadItem(f"field {name!r} is missing; the item has {', '.join(sorted(fields))}")
+    return fields[name]
+
+
+def commonest_share(answers: Sequence[str]) -> float:
+    """Return the share of the commonest answer."""
+    return Counter(answers).most_common(1)[0][1] / len(answers)

@@ -1,0 +1,17 @@
+"""The tasks that there are: a new one is its file and its entry here."""
+
+from llmtune.evaluation.tasks.base import Metric, SuiteConfig
+from llmtune.evaluation.tasks.choice import ChoiceSuite
+from llmtune.evaluation.tasks.exact import ExactSuite
+from llmtune.evaluation.tasks.perplexity import PerplexitySuite
+
+TASKS: dict[str, type[SuiteConfig]] = {
+    "choice": ChoiceSuite,
+    "exact": ExactSuite,
+    "perplexity": PerplexitySuite,
+}
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric for task in TASKS.values() for metric in task.METRICS
+}
+"""The metrics of all tasks."""

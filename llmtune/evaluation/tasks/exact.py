@@ -1,0 +1,199 @@
+"""A generated answer compared with the reference."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from llmtune.evaluation.results import ItemScore
+from llmtune.evaluation.tasks.base import (
+    BadItem,
+    Fields,
+    Metric,
+    PromptedSuite,
+    Scoring,
+    Suite,
+    SuiteItem,
+    commonest_share,
+    read_field,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from llmtune.evaluation.scored_model import ScoredModel
+
+Normalization = Literal["strip", "lowercase", "punctuation", "articles", "whitespace"]
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class ExactSuite(PromptedSuite):
+    """A generated answer compared with the reference."""
+
+    METRICS: ClassVar[tuple[Metric, ...]] = (
+        Metric("exact_match", True, "share of items"),
+        Metric("contains", True, "share of items"),
+        Metric("token_f1", True, "F1 of words"),
+        Metric("number_match", True, "share of items"),
+    )
+
+    task: Literal["exact"]
+    max_new_tokens: int = Field(default=16, ge=1, description="Length of an answer in tokens.")
+    normalize: tuple[Normalization, ...] = Field(
+        default=("strip", "lowercase", "whitespace"),
+        description="Applied to prediction and reference before they are compared.",
+    )
+    extract: str | None = Field(
+        default=None,
+        description="Regex with one group that finds the answer; no match is unparseable.",
+    )
+    metric: Literal["exact_match", "contains", "token_f1", "number_match"] = "exact_match"
+    """What an item scores."""
+
+    @field_validator("extract")
+    @classmethod
+    def _require_one_group(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            try:
+                groups = re.compile(pattern).groups
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+            if groups != 1:
+                raise ValueError(f"the pattern needs exactly one group, it has {groups}")
+        return pattern
+
+    def read_answer(self, fields: Fields, item: SuiteItem) -> SuiteItem:
+        """Return `item` with the accepted texts."""
+        answer = read_field(fields, self.answer)
+        references = answer if isinstance(answer, list) else [answer]
+        plain = all(isinstance(ref, str | int | float) for ref in references)
+        if not references or not plain or not all(str(ref).strip() for ref in references):
+            raise BadItem(f"field {self.answer!r} must be a text, a number or a list of those")
+        return replace(item, references=tuple(str(reference) for reference in references))
+
+    def score(self, scored: "ScoredModel", suite: Suite, scoring: Scoring) -> list[ItemScore]:
+        """Write an answer to every item and score it."""
+        from llmtune.evaluation.requests import encode_prompts
+        from llmtune.scoring.generate import Decoding, generate_texts
+
+        written = generate_texts(
+            scored.model,
+            scored.tokenizer,
+            encode_prompts(scored.tokenizer, suite, scoring.demonstrations),
+            Decoding(self.max_new_tokens, scored.stops),
+            token_budget=scoring.token_budget,
+            on_progress=scoring.on_items,
+        )
+        return [
+            self._score_written(
+                item,
+                answer.text,
+                {"stopped": answer.stopped, "num_tokens": len(answer.token_ids)},
+            )
+            for item, answer in zip(suite.items, written, strict=True)
+        ]
+
+    def count_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> int:
+        """Return the tokens of the prompts, a long shared beginning once, and of the answers."""
+        from llmtune.evaluation.requests import encode_prompts
+        from llmtune.scoring.prefix import LONG_PREFIX_TOKENS, common_prefix
+
+        prompts = encode_prompts(tokenizer, suite)
+        shared = common_prefix(prompts) if len(prompts) > 1 else 0
+        shared = shared if shared >= LONG_PREFIX_TOKENS else 0
+        new = self.max_new_tokens * len(prompts)
+        return shared + sum(len(ids) - shared for ids in prompts) + new
+
+    def majority(self, items: Sequence[SuiteItem]) -> float | None:
+        """Return the share of the commonest reference."""
+        return commonest_share([normalize_text(i.references[0], self.normalize) for i in items])
+
+    def answer_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> int:
+        """Return `max_new_tokens`."""
+        return self.max_new_tokens
+
+    def score_text(self, item: SuiteItem, text: str) -> ItemScore:
+        """Score an answer by the suite's metric."""
+        return self._score_written(item, text)
+
+    def _score_written(
+        self, item: SuiteItem, text: str, details: dict[str, Any] | None = None
+    ) -> ItemScore:
+        found: str | None = text
+        if self.extract is not None:
+            match = re.search(self.extract, text)
+            found = match.group(1) if match else None
+        score = 0.0
+        if found is not None:
+            prediction = normalize_text(found, self.normalize)
+            references = [normalize_text(text, self.normalize) for text in item.references]
+            score = max(METRIC_FUNCTIONS[self.metric](prediction, text) for text in references)
+        return item.scored(
+            score,
+            prediction=text,
+            answer=item.references[0],
+            parsed=bool(found and found.strip()),
+            details=details,
+        )
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1 where the two normalised texts are the same."""
+    return float(prediction == reference)
+
+
+def contains(prediction: str, reference: str) -> float:
+    """1 where the normalised reference stands anywhere in the prediction as whole words."""
+    pattern = rf"(?<!\w){re.escape(reference)}(?!\w)"
+    return float(re.search(pattern, prediction) is not None)
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """Harmonic mean of the precision and recall of words (SQuAD); 0 where none is shared."""
+    written, expected = prediction.split(), reference.split()
+    if not written or not expected:
+        return float(written == expected)
+    shared = sum((Counter(written) & Counter(expected)).values())
+    return 2 * shared / (len(written) + len(expected))
+
+
+def number_match(prediction: str, reference: str) -> float:
+    """1 where the last number in the prediction equals the last number in the reference."""
+    written, expected = last_number(prediction), last_number(reference)
+    return float(written is not None and written == expected)
+
+
+METRIC_FUNCTIONS = {
+    "exact_match": exact_match,
+    "contains": contains,
+    "token_f1": token_f1,
+    "number_match": number_match,
+}
+"""What an item scores, by metric: the normalised prediction against one normalised reference."""
+
+
+def last_number(text: str) -> float | None:
+    """Return the last number written in `text` (thousands commas allowed), or None."""
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def normalize_text(text: str, steps: Sequence[Normalization]) -> str:
+    """Apply the steps in a fixed order: lowercase, punctuation, articles, whitespace, strip."""
+    if "lowercase" in steps:
+        text = text.lower()
+    if "punctuation" in steps:
+        text = text.translate(PUNCTUATION)
+    if "articles" in steps:
+        text = ARTICLES.sub(" ", text)
+    if "whitespace" in steps:
+        text = " ".join(text.split())
+    if "strip" in steps:
+        text = text.strip()
+    return text

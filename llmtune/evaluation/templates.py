@@ -1,0 +1,39 @@
+"""Jinja2 templates of prompts, compiled once and rendered in a sandbox."""
+
+from functools import lru_cache
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llmtune.errors import LlmtuneError
+
+RENDERING_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What an expression in a prompt template can raise: `{{ text + 1 }}`, `{{ 1 / 0 }}`."""
+
+
+@lru_cache(maxsize=64)
+def compile_template(text: str, where: str) -> jinja2.Template:
+    """Return a template in which a variable that is not there is an error.
+
+    Args:
+        where: names the template in the message.
+
+    Raises:
+        LlmtuneError: its syntax is wrong.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    try:
+        return environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise LlmtuneError(f"{where}: {error}") from None
