@@ -8,16 +8,15 @@ from llmtune.evaluation.compare import Resampling
 from llmtune.io.manifest import Manifest
 from llmtune.reporting.cost import Cost
 from llmtune.reporting.diagnostics import Diagnostics
-from llmtune.reporting.evidence import Thresholds
 from llmtune.reporting.missing import Missing
 from llmtune.reporting.numbers import without_nan
-from llmtune.reporting.outcome import Verdict
 from llmtune.reporting.plan_check import check_plan
 from llmtune.reporting.probabilities import ProbabilityShift
 from llmtune.reporting.sequence import SequenceResult
 from llmtune.reporting.sources import Generation, LossCurve
 from llmtune.reporting.strengths import StrengthSweep
-from llmtune.reporting.suites import SuiteReport
+from llmtune.reporting.suites import SuiteReport, Thresholds
+from llmtune.reporting.verdict.outcome import Verdict
 
 FORMAT = 1
 TRAINING_NOISE = "not measured (one training seed)"

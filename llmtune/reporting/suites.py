@@ -15,6 +15,28 @@ def place_of(role: str, name: str) -> tuple[int, str]:
 
 
 @dataclass(frozen=True)
+class Thresholds:
+    """What counts as broken; a general change beyond its bound with an interval clear of 0 does.
+
+    `general_drop` is a fraction of 1, `general_loss_rise` in nats/token, `general_bits_rise` in
+    bits/byte (0.2 nats/token at about four bytes a token). More than `contaminated_share` of a
+    target suite's items among the training rows block the verdict. A smaller strength is advised
+    where the full one uses up more than `strength_share` of a bound.
+    """
+
+    general_drop: float = 0.05
+    general_loss_rise: float = 0.2
+    general_bits_rise: float = 0.07
+    contaminated_share: float = 0.01
+    strength_share: float = 0.5
+
+    def general_bound(self, unit: Unit) -> float:
+        """Return the largest tolerated worsening of a general suite, in its raw unit."""
+        bounds = {"nats/token": self.general_loss_rise, "bits/byte": self.general_bits_rise}
+        return bounds.get(unit.name, self.general_drop)
+
+
+@dataclass(frozen=True)
 class ArmScore:
     """One arm's outcome on a suite; `mean` and `standard_error` in the metric's raw unit.
 

@@ -6,11 +6,9 @@ from typing import Any
 from llmtune.evaluation.compare import Resampling
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
-from llmtune.reporting.caveats import find_caveats, find_training_caveats
 from llmtune.reporting.cost import TIMED_STAGES, measure_cost
 from llmtune.reporting.current import Models, current_results, is_finished
 from llmtune.reporting.diagnostics import read_diagnostics
-from llmtune.reporting.evidence import Evidence, Thresholds
 from llmtune.reporting.facts import find_fingerprints
 from llmtune.reporting.html import render_html
 from llmtune.reporting.markdown import render_markdown
@@ -21,7 +19,10 @@ from llmtune.reporting.report import Report
 from llmtune.reporting.sequence import find_sequence
 from llmtune.reporting.sources import read_generations, read_loss_curve
 from llmtune.reporting.strengths import measure_strengths
-from llmtune.reporting.verdict import decide
+from llmtune.reporting.suites import Thresholds
+from llmtune.reporting.verdict.caveats import find_caveats, find_training_caveats
+from llmtune.reporting.verdict.evidence import Evidence
+from llmtune.reporting.verdict.rules import decide
 
 
 def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report:

@@ -10,7 +10,7 @@ from llmtune import load_config, train
 from llmtune.data.example import IGNORE_INDEX, Example
 from llmtune.io.manifest import read_manifest
 from llmtune.models.turns import stop_token_ids
-from llmtune.reporting.caveats import find_training_caveats
+from llmtune.reporting.verdict.caveats import find_training_caveats
 from llmtune.training.stop_check import MAX_NEW_TOKENS, check_stops
 from llmtune.training.train import train_adapter
 from tests.conftest import write_jsonl

@@ -6,10 +6,9 @@ from functools import partial
 
 from markupsafe import Markup
 
-from llmtune.reporting.evidence import Thresholds
 from llmtune.reporting.figures import draw_interval, interval_limit
 from llmtune.reporting.numbers import Unit
-from llmtune.reporting.suites import Change, SliceReport, SuiteReport
+from llmtune.reporting.suites import Change, SliceReport, SuiteReport, Thresholds
 
 
 @dataclass(frozen=True)

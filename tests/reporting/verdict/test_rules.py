@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.reporting.caveats import find_caveats
-from llmtune.reporting.evidence import Evidence, Thresholds
-from llmtune.reporting.outcome import MEANINGS, Verdict
-from llmtune.reporting.suites import ArmScore, Change, SliceReport, SuiteReport
-from llmtune.reporting.verdict import decide
+from llmtune.reporting.suites import ArmScore, Change, SliceReport, SuiteReport, Thresholds
+from llmtune.reporting.verdict.caveats import find_caveats
+from llmtune.reporting.verdict.evidence import Evidence
+from llmtune.reporting.verdict.outcome import MEANINGS, Verdict
+from llmtune.reporting.verdict.rules import decide
 
 
 def suite(
@@ -130,7 +130,7 @@ def test_without_a_compared_target_nothing_is_claimed(suites):
 
 
 def test_every_verdict_is_explained_in_the_documentation():
-    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "report.md").read_text(encoding="utf-8")
     for name in MEANINGS:
         assert f"| `{name}` |" in page
 

@@ -1,12 +1,13 @@
 """Sentences about changes, made from their numbers, for the rules and the caveats."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from llmtune.reporting.arms import split_name
-from llmtune.reporting.evidence import Evidence, gain_of
 from llmtune.reporting.numbers import FRACTION, format_count
+from llmtune.reporting.strengths import StrengthChoice
 from llmtune.reporting.suites import Change, SuiteReport
+from llmtune.reporting.verdict.evidence import Evidence, gain_of, over_base
 
 
 def format_change(suite: SuiteReport, confidence: float) -> str:
@@ -35,6 +36,30 @@ def format_rival(suite: SuiteReport, arm: str, confidence: float) -> str:
         f"{unit.score(suite.score('tuned'))}, tuned minus it "
         f"{format_difference(suite, rival.tuned_over, confidence)}): "
         f"{word_for(suite, rival.tuned_over)}.{mde}"
+    )
+
+
+def format_rivals(evidence: Evidence, arms: Iterable[str]) -> Iterator[str]:
+    """Yield how these arms compare with the tuned model and with the bare base, and what broke."""
+    for arm in arms:
+        for suite in evidence.with_role("target"):
+            change = over_base(suite, arm)
+            if change is None:
+                continue
+            yield format_rival(suite, arm, evidence.confidence)
+            over = format_difference(suite, change, evidence.confidence)
+            yield f"Over the bare base that is {over}): {word_for(suite, change)}."
+    yield from map(change_formatter(evidence), evidence.broken())
+
+
+def format_at_strength(suite: SuiteReport, choice: StrengthChoice, confidence: float) -> str:
+    """Format a suite's change at the chosen strength, on the items that did not choose it."""
+    base, here, full = choice.held_scores[suite.name]
+    change, unit = choice.held[suite.name], suite.unit
+    return (
+        f"{suite.name}, on the half that did not choose: {unit.score(base)} → {unit.score(here)} "
+        f"at strength {choice.strength:g}, {format_difference(suite, change, confidence)}): "
+        f"{word_for(suite, change)}; {unit.score(full)} at full strength."
     )
 
 

@@ -1,6 +1,6 @@
-"""The numbers that the rules look at, and the bounds they hold them against."""
+"""The facts that the rules look at: measured changes, held against bounds and chance."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from llmtune.evaluation.diagnosis.results import (
@@ -9,31 +9,8 @@ from llmtune.evaluation.diagnosis.results import (
     SuiteContamination,
 )
 from llmtune.evaluation.stats import holm
-from llmtune.reporting.numbers import Unit
 from llmtune.reporting.strengths import StrengthSweep
-from llmtune.reporting.suites import Change, SuiteReport
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What counts as broken; a general change beyond its bound with an interval clear of 0 does.
-
-    `general_drop` is a fraction of 1, `general_loss_rise` in nats/token, `general_bits_rise` in
-    bits/byte (0.2 nats/token at about four bytes a token). More than `contaminated_share` of a
-    target suite's items among the training rows block the verdict. A smaller strength is advised
-    where the full one uses up more than `strength_share` of a bound.
-    """
-
-    general_drop: float = 0.05
-    general_loss_rise: float = 0.2
-    general_bits_rise: float = 0.07
-    contaminated_share: float = 0.01
-    strength_share: float = 0.5
-
-    def general_bound(self, unit: Unit) -> float:
-        """Return the largest tolerated worsening of a general suite, in its raw unit."""
-        bounds = {"nats/token": self.general_loss_rise, "bits/byte": self.general_bits_rise}
-        return bounds.get(unit.name, self.general_drop)
+from llmtune.reporting.suites import Change, SuiteReport, Thresholds
 
 
 @dataclass(frozen=True)
@@ -109,6 +86,23 @@ class Evidence:
             and found[suite.name].exact_share > self.thresholds.contaminated_share
         )
 
+    def is_as_good(self, arm: str, *, among: Sequence[str]) -> bool:
+        """Return whether tuning nowhere beats this arm, and the arm somewhere beats the bare base.
+
+        Both are Holm-adjusted over the target suites. Beating the base counts with its p-value
+        times the number of arms in `among`: the best of many prompts is not believed for being the
+        best.
+        """
+        measured = [suite for suite in self.with_role("target") if tuned_over(suite, arm)]
+        if not measured or self.clear(measured, lambda suite: tuned_over(suite, arm), sign=1):
+            return False
+        tried = max(len(among), 1)
+        return any(
+            change.p_value * tried <= self.significance
+            for suite in self.clear(measured, lambda suite: over_base(suite, arm), sign=1)
+            if (change := over_base(suite, arm))
+        )
+
 
 def gain_of(suite: SuiteReport) -> tuple[float, float, float]:
     """Return the change from base to tuned and its interval, turned so that positive is better."""
@@ -120,3 +114,15 @@ def is_above_majority(suite: SuiteReport) -> bool:
     """Return whether the tuned model beats always giving the most frequent right answer."""
     tuned = suite.score("tuned")
     return suite.majority is None or tuned is None or tuned > suite.majority
+
+
+def over_base(suite: SuiteReport, arm: str) -> Change | None:
+    """Return the change from the base to an arm, None if it was not measured."""
+    rival = suite.rivals.get(arm)
+    return rival.over_base if rival else None
+
+
+def tuned_over(suite: SuiteReport, arm: str) -> Change | None:
+    """Return the change from an arm to the tuned model, None if it was not measured."""
+    rival = suite.rivals.get(arm)
+    return rival.tuned_over if rival else None

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmtune.evaluation.stats import holm
-from llmtune.reporting.alternatives import ship_at_strength
-from llmtune.reporting.evidence import Evidence, gain_of, is_above_majority
 from llmtune.reporting.numbers import FRACTION, format_count
-from llmtune.reporting.sentences import format_change, format_clean
 from llmtune.reporting.suites import SuiteReport
+from llmtune.reporting.verdict.evidence import Evidence, gain_of, is_above_majority
+from llmtune.reporting.verdict.rules import ship_at_strength
+from llmtune.reporting.verdict.sentences import format_change, format_clean
 
 UNPARSEABLE_RATIO = 0.05
 MAX_SLICES = 5

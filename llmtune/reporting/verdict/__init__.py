@@ -1,0 +1,1 @@
+"""Whether the tuning worked: facts in (`evidence`), rules in order (`rules`), outcome out."""

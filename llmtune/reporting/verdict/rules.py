@@ -1,0 +1,262 @@
+"""The rules in their order; the first that holds decides."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+from llmtune.evaluation.compare import arm_kind
+from llmtune.reporting.arms import FEW_SHOT, PROMPTING, split_name
+from llmtune.reporting.numbers import FRACTION, NATS, format_count
+from llmtune.reporting.suites import SuiteReport
+from llmtune.reporting.verdict.evidence import Evidence, is_above_majority
+from llmtune.reporting.verdict.outcome import AT_STRENGTH, Verdict
+from llmtune.reporting.verdict.sentences import (
+    change_formatter,
+    format_at_strength,
+    format_below_majority,
+    format_bounds,
+    format_clean,
+    format_rivals,
+    format_what_would_decide,
+)
+
+Rule = Callable[[Evidence], Verdict | None]
+
+
+def contaminated(evidence: Evidence) -> Verdict | None:
+    """CONTAMINATED: too many items of a target suite stand word for word in the training rows."""
+    found = evidence.contaminated()
+    if not found:
+        return None
+    bound = evidence.thresholds.contaminated_share
+    reasons, numbers = [], {}
+    for suite, leaked in found:
+        reasons.append(
+            f"{suite.name}: {format_count(leaked.exact)} of {format_count(leaked.n)} items stand "
+            f"word for word in the training rows ({FRACTION.score(leaked.exact_share)}, more than "
+            f"{FRACTION.score(bound)})."
+        )
+        reasons += filter(None, [format_clean(suite)])
+        numbers[suite.name] = {"exact": leaked.exact, "n": leaked.n, "bound": bound}
+    reasons.append("Take these items out of the suite or out of the training rows, and run again.")
+    return Verdict("CONTAMINATED", tuple(reasons), numbers)
+
+
+def not_measured(evidence: Evidence) -> Verdict | None:
+    """NOT-MEASURED: no target suite has both a base and a tuned score."""
+    if evidence.with_role("target"):
+        return None
+    has_suites = any(suite.change for suite in evidence.suites)
+    reason = (
+        "No suite has the role `target`, so whether the tuning worked on its task is unknown."
+        if has_suites
+        else "Base and tuned model were not compared on any suite, so there is nothing to judge."
+    )
+    return Verdict("NOT-MEASURED", (reason,))
+
+
+def negative(evidence: Evidence) -> Verdict | None:
+    """NEGATIVE: on a target suite the tuned model is worse, its interval clear of 0."""
+    worse = evidence.worse("target")
+    if not worse:
+        return None
+    format_suite = change_formatter(evidence)
+    reasons = [*map(format_suite, worse), *map(format_suite, evidence.broken())]
+    reasons.append(
+        "The tuning hurt the very task it was trained on: check labels and format first."
+    )
+    return Verdict("NEGATIVE", tuple(reasons), _suite_numbers(worse))
+
+
+def beyond_rescue(evidence: Evidence) -> Verdict | None:
+    """BROKE-GENERAL where no smaller strength mends it."""
+    return None if ship_at_strength(evidence) else broke_general(evidence)
+
+
+def use_prompt(evidence: Evidence) -> Verdict | None:
+    """USE-PROMPT: few-shot or an own prompt beats the bare base, and is not beaten by tuning."""
+    targets = evidence.with_role("target")
+    arms = [
+        name
+        for name in dict.fromkeys(name for suite in targets for name in suite.rivals)
+        if arm_kind(name) in PROMPTING and not _is_single_draw(name)
+    ]
+    as_good = [name for name in arms if evidence.is_as_good(name, among=arms)]
+    if not as_good:
+        return None
+    reasons = list(format_rivals(evidence, as_good))
+    reasons.append("A prompt needs no training, no merging and no weights to keep: use it.")
+    return Verdict("USE-PROMPT", tuple(reasons), _rival_numbers(evidence, as_good))
+
+
+def use_probe(evidence: Evidence) -> Verdict | None:
+    """USE-PROBE: a linear probe beats the bare base, and is not beaten by tuning."""
+    if not evidence.is_as_good("probe", among=["probe"]):
+        return None
+    reasons = list(format_rivals(evidence, ["probe"]))
+    reasons.append(
+        "A probe leaves the base as it is, so nothing else can break, and it costs one forward "
+        "pass: use it."
+    )
+    return Verdict("USE-PROBE", tuple(reasons), _rival_numbers(evidence, ["probe"]))
+
+
+def ship_at_strength(evidence: Evidence) -> Verdict | None:
+    """SHIP at strength x: the full adapter forgets too much, and a smaller strength does not.
+
+    The strength was chosen on the selection half of the items; every number here is of the other
+    half. It holds where a target gains clear of 0 and above the majority there, none loses, and
+    every general suite that the full strength broke was measured and is not broken.
+    """
+    choice = evidence.strengths.choice if evidence.strengths else None
+    if choice is None:
+        return None
+    costly = [
+        suite
+        for suite in evidence.worse("general")
+        if evidence.used_bound(suite, suite.change) > evidence.thresholds.strength_share
+    ]
+    if not costly or any(suite.name not in choice.held for suite in costly):
+        return None
+    targets = [suite for suite in evidence.with_role("target") if suite.name in choice.held]
+    better = evidence.clear(targets, lambda suite: choice.held[suite.name], sign=1)
+    worse = evidence.clear(targets, lambda suite: choice.held[suite.name], sign=-1)
+    generals = [suite for suite in evidence.with_role("general") if suite.name in choice.held]
+    lost = evidence.clear(generals, lambda suite: choice.held[suite.name], sign=-1)
+    is_broken = any(evidence.used_bound(suite, choice.held[suite.name]) > 1 for suite in lost)
+    above = [s for s in better if s.majority is None or choice.held_scores[s.name][1] > s.majority]
+    if worse or is_broken or not above:
+        return None
+    reasons = [
+        format_at_strength(suite, choice, evidence.confidence) for suite in targets + generals
+    ]
+    reasons.append(
+        f"At full strength general ability lost more than it needs to (bound "
+        f"{format_bounds(evidence, tuple(costly))}). The strength was chosen on "
+        f"{format_count(choice.num_selection)} other items: the smallest that keeps the target "
+        f"within one standard error and general ability within its bound."
+    )
+    reasons.append(f"Merge it with: llmtune merge RUN --strength {choice.strength:g}")
+    name = f"{AT_STRENGTH} {choice.strength:g}"
+    numbers = {"strength": choice.strength} | {
+        suite.name: asdict(choice.held[suite.name]) for suite in targets + generals
+    }
+    return Verdict(name, tuple(reasons), numbers)
+
+
+def broke_general(evidence: Evidence) -> Verdict | None:
+    """BROKE-GENERAL: a general suite lost more than the bound, its interval clear of 0."""
+    broken = evidence.broken()
+    if not broken:
+        return None
+    format_suite = change_formatter(evidence)
+    reasons = [format_suite(suite) for suite in (*evidence.with_role("target"), *broken)]
+    reasons.append(f"General ability may lose {format_bounds(evidence, broken)}, and lost more.")
+    return Verdict("BROKE-GENERAL", tuple(reasons), _suite_numbers(broken))
+
+
+def ship(evidence: Evidence) -> Verdict | None:
+    """SHIP: a target gain clear of 0 and above the majority class, and general not broken."""
+    better = evidence.better("target")
+    if evidence.worse("target") or evidence.broken() or not better:
+        return None
+    if any(not is_above_majority(suite) for suite in better):
+        return None
+    format_suite = change_formatter(evidence)
+    reasons = [format_suite(suite) for suite in evidence.with_role("target")]
+    generals = evidence.with_role("general")
+    reasons += [format_suite(suite) for suite in generals]
+    if generals:
+        reasons.append(
+            f"No general suite is shown to have lost {format_bounds(evidence, generals)}."
+        )
+    return Verdict("SHIP", tuple(reasons), _suite_numbers((*better, *generals)))
+
+
+def more_data(evidence: Evidence) -> Verdict | None:
+    """MORE-DATA: no gain is shown, and the learning curve says twice the rows lower the loss."""
+    curve = evidence.learning_curve
+    undecided = inconclusive(evidence)
+    if undecided is None or curve is None or curve.fit is None or curve.refused:
+        return None
+    low, high = curve.fit.gain_interval
+    if low <= 0:
+        return None
+    law = curve.fit
+    reasons = (
+        *undecided.reasons,
+        f"{curve.suite}: with twice the rows ({format_count(law.at_2n.rows)}) the "
+        f"{curve.loss_name} would fall by {NATS.bare_size(law.gain_at_2n)} (interval "
+        f"{NATS.bare_size(low)} to {NATS.bare_size(high)}), from {NATS.score(law.at_n.loss)} to "
+        f"{NATS.score(law.at_2n.loss)}.",
+    )
+    numbers = {"gain_at_2n": law.gain_at_2n, "interval": [low, high], "rows": law.at_2n.rows}
+    return Verdict("MORE-DATA", reasons, undecided.numbers | {"learning_curve": numbers})
+
+
+def inconclusive(evidence: Evidence) -> Verdict | None:
+    """INCONCLUSIVE: neither a gain nor a loss on the target is shown by these items."""
+    targets = evidence.with_role("target")
+    better = evidence.better("target")
+    if not targets or evidence.worse("target"):
+        return None
+    if better and all(is_above_majority(suite) for suite in better):
+        return None
+    format_suite = change_formatter(evidence)
+    reasons: list[str] = []
+    for suite in targets:
+        reasons.append(format_suite(suite))
+        reasons.append(
+            format_below_majority(suite) if suite in better else format_what_would_decide(suite)
+        )
+    return Verdict("INCONCLUSIVE", tuple(filter(None, reasons)), _suite_numbers(targets))
+
+
+RULES: tuple[Rule, ...] = (
+    contaminated,
+    not_measured,
+    negative,
+    beyond_rescue,
+    use_prompt,
+    use_probe,
+    ship_at_strength,
+    broke_general,
+    ship,
+    more_data,
+    inconclusive,
+)
+
+
+def decide(evidence: Evidence) -> Verdict:
+    """Return the first rule's verdict that holds; `also` names the later ones that hold too."""
+    fired = [verdict for rule in RULES if (verdict := rule(evidence)) is not None]
+    names = list(dict.fromkeys(verdict.name for verdict in fired))
+    return replace(fired[0], also=tuple(names[1:]))
+
+
+def _suite_numbers(suites: tuple[SuiteReport, ...]) -> dict[str, Any]:
+    """Return the numbers of base against tuned by suite, as report.json holds what decided."""
+    return {
+        suite.name: {
+            "role": suite.role,
+            "difference": suite.change.difference,
+            "interval": [suite.change.low, suite.change.high],
+            "n": suite.n,
+            "mde": suite.mde,
+            "needed_items": suite.needed_items,
+        }
+        for suite in suites
+        if suite.change is not None
+    }
+
+
+def _rival_numbers(evidence: Evidence, arms: Iterable[str]) -> dict[str, Any]:
+    return {
+        suite.name: {arm: asdict(suite.rivals[arm]) for arm in arms if arm in suite.rivals}
+        for suite in evidence.with_role("target")
+    }
+
+
+def _is_single_draw(name: str) -> bool:
+    taken_apart = split_name(name)
+    return taken_apart.kind == FEW_SHOT and bool(taken_apart.rest)
