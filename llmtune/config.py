@@ -7,8 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from llmtune.adapters.config import AdapterConfig
-from llmtune.adapters.lora import LoraAdapter
+from llmtune.adapters.config import DEFAULT_ADAPTER, AdapterConfig
 from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.exporting.config import ExportConfig
@@ -30,7 +29,7 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Decides data order, adapter initialisation, dropout and bootstrap samples."""
     model: ModelConfig
-    adapter: AdapterConfig = LoraAdapter()
+    adapter: AdapterConfig = DEFAULT_ADAPTER
     data: DataConfig
     train: TrainConfig = TrainConfig()
     protect: ProtectConfig = ProtectConfig()

@@ -2,7 +2,7 @@
 
 import warnings
 
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from transformers import PreTrainedModel
 
 # peft reads a property that transformers renamed, and corrects fan_in_fan_out itself where
@@ -13,7 +13,7 @@ UNWANTED = (
 )
 
 
-def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """Return `model` (changed in place) with freshly initialized adapter layers, in float32.
 
     Raises:

@@ -1,70 +1,63 @@
-"""The knobs that all low-rank adapters share, and the arithmetic a planner needs of them."""
+"""What every adapter method says of itself: its knobs, its cost, its saved form, its arithmetic."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from llmtune.adapters.update import Factors, ModuleTensors, Part, Place, WeightUpdate, Widths
+from llmtune.errors import LlmtuneError
 from llmtune.schema import Section
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import Tensor
 
-Number = TypeVar("Number", int, float)
+SavedConfig = Mapping[str, Any]
+"""The content of an `adapter_config.json`."""
 
 
-class LowRankAdapter(Section):
-    """W + scaling * B A, with A [rank, in] and B [out, rank]; W stays frozen (arXiv:2106.09685)."""
+class Adapter(Section):
+    """A small change of chosen layers that is trained while the base stays frozen.
+
+    The methods of an instance serve a config: injecting and planning. The class methods serve an
+    adapter that exists, in a file or in a live model, whoever made it: `adapters.config.method_of`
+    returns the class whose own it is.
+    """
+
+    PEFT_TYPE: ClassVar[str]
+    """What peft calls it in `peft_type`."""
+    TENSOR_MARK: ClassVar[str]
+    """What the names of its own tensors hold and no other name does."""
+    USED_SETTINGS: ClassVar[frozenset[str]] = frozenset()
+    """Settings of a saved config whose meaning `plan_updates` carries out."""
+    INERT_SETTINGS: ClassVar[frozenset[str]] = frozenset()
+    """Settings that change nothing about what the saved tensors do to the base."""
+    REFUSED_SETTINGS: ClassVar[Mapping[str, str]] = {}
+    """Settings with which no single set of weights equals the adapter, and why."""
+    SHAPE_KNOBS: ClassVar[Mapping[str, str]] = {}
+    """What must be equal for a saved adapter to be a start: {peft's name: the config's}."""
+    KEPT_OUTPUTS: ClassVar[int] = 0
+    """Results as wide as the layer's output that its forward pass keeps for the backward pass."""
+    DENSE_COPIES: ClassVar[int] = 0
+    """Float32 tables of a weight's size that its forward pass makes."""
 
     method: str  # each method narrows it to its own name
-    rank: Annotated[int, Field(gt=0)] = 16
-    """Rows of A: the width of the update."""
-    alpha: Annotated[float, Field(gt=0)] = 32
-    """Strength of the update before it is divided by (a function of) the rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs dropped while training."""
     target_modules: str | list[str] = "all-linear"
     """all-linear (every linear layer but the head, and fused experts), names ([q_proj, v_proj];
     `experts` for fused expert weights), or one regex that matches whole names."""
     layers: Annotated[str, Field(pattern=r"^(all|last-[1-9]\d*)$")] | list[int] = "all"
     """all, the last N as last-N, or layer numbers counted from 0."""
-    rank_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
-    """Another rank for some modules: {name or regex: rank}; the first match counts."""
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Another alpha for some modules: {name or regex: alpha}; the first match counts."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Modules trained whole beside the adapter and saved with it, such as lm_head."""
     init_from: Path | None = None
-    """A saved adapter of the same shape to start from; null starts with no effect (B = 0)."""
+    """A saved adapter of the same shape to start from; null starts with no effect."""
 
-    def scaling(self, rank: int, alpha: float) -> float:
-        """Return the factor before B A."""
-        return alpha / rank
-
-    def rank_of(self, module: str) -> int:
-        """Return the rank for the module of this full name."""
-        return _first_match(self.rank_pattern, module, self.rank)
-
-    def alpha_of(self, module: str) -> float:
-        """Return alpha for the module of this full name."""
-        return _first_match(self.alpha_pattern, module, self.alpha)
-
-    def why_no_experts(self) -> str | None:
-        """Say why fused expert weights cannot be adapted with these knobs; None if they can."""
-        return "they cannot have dropout (adapter.dropout=0)" if self.dropout > 0 else None
-
-    def num_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Return the trainable parameters for adapted weights {name: shape}.
-
-        A shape is (out, in), or (experts, out, in) for fused experts.
-        """
-        return sum(
-            math.prod(shape[:-2]) * self._parameters_of(self.rank_of(name), *shape[-2:])
-            for name, shape in shapes.items()
-        )
+    # Injecting
 
     def to_peft(
         self,
@@ -72,45 +65,221 @@ class LowRankAdapter(Section):
         target_parameters: Sequence[str] = (),
         *,
         fan_in_fan_out: bool = False,
-    ) -> "LoraConfig":
+    ) -> "PeftConfig":
         """Return peft's config for exactly these targets (full names or shared endings).
 
         Args:
-            target_modules: the linear layers that `adapters.targets` chose.
+            target_modules: the linear layers that `adapters.module_selection` chose.
             target_parameters: the fused expert weights it chose.
             fan_in_fan_out: the layers keep their weight as [in, out] (GPT-2's Conv1D).
         """
-        from peft import LoraConfig
+        raise NotImplementedError
 
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=list(target_modules),
-            target_parameters=list(target_parameters) or None,
-            rank_pattern=dict(self.rank_pattern),
-            alpha_pattern=dict(self.alpha_pattern),
-            modules_to_save=list(self.modules_to_save) or None,
-            fan_in_fan_out=fan_in_fan_out,
-            bias="none",
-            **self._peft_method(),
+    def why_no_experts(self) -> str | None:
+        """Say why fused expert weights cannot be adapted with these knobs; None if they can."""
+        return f"adapter.method={self.method} cannot adapt them"
+
+    @property
+    def patterns(self) -> Mapping[str, Mapping[str, float]]:
+        """The knobs that name modules by patterns: {knob: {pattern: value}}."""
+        return {}
+
+    def check_layer(self, name: str, layer: "BaseTunerLayer") -> None:
+        """Assert that peft adapted the module of this full name as the knobs say."""
+
+    @classmethod
+    def layer_settings(cls, layer: "BaseTunerLayer") -> dict[str, float]:
+        """Return what a table should say of an adapted layer, by name; empty if nothing."""
+        return {}
+
+    # Planning
+
+    def num_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Return the trainable parameters for adapted weights {name: shape}.
+
+        A shape is (out, in), or (experts, out, in) for fused experts.
+        """
+        return sum(
+            math.prod(shape[:-2]) * self.parameters_of(name, *shape[-2:])
+            for name, shape in shapes.items()
         )
 
-    def _parameters_of(self, rank: int, num_out: int, num_in: int) -> int:
-        return rank * (num_out + num_in)
+    def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
+        """Return the trainable parameters of one adapted weight [out, in]."""
+        raise NotImplementedError
 
-    def _peft_method(self) -> dict[str, bool]:
-        return {}
+    def thin_width(self, module: str) -> int:
+        """Return the width of the product that a layer keeps beside its input; 0 without one."""
+        return 0
+
+    @property
+    def drops_inputs(self) -> bool:
+        """Whether every layer drops some of its inputs while training."""
+        return False
+
+    @property
+    def is_fusable(self) -> bool:
+        """Whether training's own linears can stand in for peft's with these knobs."""
+        return False
+
+    def lighter(self) -> "tuple[str, Adapter] | None":
+        """Return an override that needs less memory and the section with it; None without one."""
+        return None
+
+    # A live adapter
+
+    @classmethod
+    def why_not_fused(cls, layer: "BaseTunerLayer") -> str | None:
+        """Say why training's own linear cannot stand in for this layer; None if it can."""
+        return f"{type(layer).__name__} layers are not covered"
+
+    @classmethod
+    def factors_of(
+        cls, layer: "BaseTunerLayer", adapter: str
+    ) -> "tuple[Tensor, Tensor, float] | None":
+        """Return A [rank, in], B [out, rank] and the scaling before B A; None if it is not that."""
+        return None
+
+    @classmethod
+    def learns_at_once(cls, name: str) -> bool:
+        """Whether a parameter of this name gets a gradient in the first step already."""
+        return False
+
+    @classmethod
+    def weaken(cls, layer: "BaseTunerLayer", strength: float) -> Callable[[], None] | None:
+        """Set a layer's strength and return what undoes it.
+
+        None: the layer has no such switch, and its output must be blended with its base's.
+        """
+        return None
+
+    @classmethod
+    def rewritten_base(cls, config: SavedConfig) -> str | None:
+        """Name the initialization that changed the base's weights; None if they are as they were.
+
+        Without such an adapter the model is not its base.
+        """
+        return None
+
+    # A saved adapter
+
+    @classmethod
+    def owns(cls, config: SavedConfig) -> bool:
+        """Whether a saved config is one of this method, whoever wrote it."""
+        return config.get("peft_type") == cls.PEFT_TYPE
+
+    @classmethod
+    def check_settings(cls, directory: Path, config: SavedConfig) -> None:
+        """Check that a saved adapter can be merged into one set of weights.
+
+        Raises:
+            LlmtuneError: names the setting that stands in the way.
+        """
+        known = COMMON_SETTINGS | cls.USED_SETTINGS | cls.INERT_SETTINGS
+        for setting, value in config.items():
+            if setting in known or not value:
+                continue
+            reason = cls.REFUSED_SETTINGS.get(setting, "merging does not know this setting")
+            raise LlmtuneError(f"{directory} cannot be merged: it sets {setting}, and {reason}")
+
+    @classmethod
+    def has_strength(cls, config: SavedConfig) -> bool:
+        """Whether a live adapter of this saved config can be weakened."""
+        return not config.get("trainable_token_indices")
+
+    @classmethod
+    def target_parameters(cls, config: SavedConfig) -> tuple[str, ...]:
+        """Return the fused parameters that a saved adapter is on."""
+        return ()
+
+    @classmethod
+    def neutral_value(cls, name: str) -> float | None:
+        """Return the number that all of a saved tensor is while the adapter has no effect.
+
+        None: the tensor alone says nothing.
+        """
+        return None
+
+    @classmethod
+    def part_of(cls, name: str) -> Part | None:
+        """Return which part of which module a saved tensor is; None if it is not the method's.
+
+        Raises:
+            ValueError: the name has the method's form, and no tensor of it has that name.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def missing_part(cls, tensors: ModuleTensors) -> str | None:
+        """Name a part that a module's tensors lack; None if they are complete."""
+        return None
+
+    @classmethod
+    def widths(cls, tensors: ModuleTensors) -> Widths:
+        """Return what the tensors' shapes say of the adapted layer's widths."""
+        raise NotImplementedError
+
+    @classmethod
+    def fits_experts(cls, tensors: ModuleTensors, place: Place, config: SavedConfig) -> bool:
+        """Whether the tensors are those of a whole stack of experts of these widths."""
+        return False
+
+    @classmethod
+    def plan_updates(
+        cls, tensors: ModuleTensors, place: Place, config: SavedConfig, strength: float
+    ) -> dict[str, WeightUpdate]:
+        """Return what the tensors do to the module's parameters, {`weight` or `bias`: update}.
+
+        Raises:
+            ValueError: the tensors contradict the config.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def why_only_alone(cls, config: SavedConfig) -> str | None:
+        """Say why a saved adapter cannot be combined with others; None if it can."""
+        return f"an adapter of method {cls.name()} is not a delta that can be added to others"
+
+    @classmethod
+    def why_no_factors(cls, tensors: ModuleTensors) -> str | None:
+        """Name what a module has beside (or instead of) low-rank factors; None if nothing."""
+        return f"{cls.name()} tensors"
+
+    @classmethod
+    def factors(cls, tensors: ModuleTensors, config: SavedConfig) -> Factors:
+        """Return a module's low-rank factors, where `why_no_factors` names nothing else."""
+        raise NotImplementedError
+
+    @classmethod
+    def usual_alpha(cls, config: SavedConfig) -> float:
+        """Return the alpha of most modules, for formats that have one for all factors."""
+        raise NotImplementedError
+
+    @classmethod
+    def name(cls) -> str:
+        """Return the method's name."""
+        return str(cls.model_fields["method"].default)
+
+
+COMMON_SETTINGS = frozenset(
+    {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "target_modules",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "trainable_token_indices",
+    }
+)
+"""Settings of every peft method that adapts layers of a model, which merging itself carries out."""
 
 
 def matches_pattern(pattern: str, module: str) -> bool:
     """Whether peft applies a rank or alpha pattern to the module: it must match up to the end."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-def _first_match(patterns: Mapping[str, Number], module: str, otherwise: Number) -> Number:
-    for pattern, value in patterns.items():
-        if matches_pattern(pattern, module):
-            return value
-    return otherwise

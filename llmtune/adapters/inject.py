@@ -3,18 +3,19 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapters.attach import attach
-from llmtune.adapters.base import LowRankAdapter
+from llmtune.adapters.base import Adapter
 from llmtune.adapters.module_selection import ModuleNames, choose_targets, shorten_targets
 from llmtune.adapters.saved import start_from_adapter
 from llmtune.errors import LlmtuneError
@@ -28,9 +29,8 @@ class InjectionRow:
     pattern: str
     """Name of the module (of the parameter, for fused experts) with layer numbers as `*`."""
     count: int
-    rank: int
-    alpha: float
-    scaling: float
+    settings: dict[str, float]
+    """What the method says of such a layer: rank, alpha and scaling of LoRA."""
     num_parameters: int
     """Trainable ones, over all `count` modules."""
 
@@ -55,6 +55,19 @@ class InjectionTable:
         """Trainable parameters per base parameter."""
         return self.trainable_parameters / self.total_parameters
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as JSON, a row's settings beside its other numbers."""
+        rows = [
+            {
+                "pattern": row.pattern,
+                "count": row.count,
+                **row.settings,
+                "num_parameters": row.num_parameters,
+            }
+            for row in self.rows
+        ]
+        return {**asdict(self), "rows": rows}
+
 
 class Injected(NamedTuple):
     """A model with its adapter; unpacks as (model, table)."""
@@ -64,7 +77,7 @@ class Injected(NamedTuple):
 
 
 def inject_adapter(
-    model: PreTrainedModel, config: LowRankAdapter, *, base_fingerprint: str | None = None
+    model: PreTrainedModel, config: Adapter, *, base_fingerprint: str | None = None
 ) -> Injected:
     """Attach the adapter that `config` describes; the base is frozen, the adapter is float32.
 
@@ -88,12 +101,12 @@ def inject_adapter(
     except ValueError as error:
         raise LlmtuneError(f"adapter: peft cannot adapt this model as asked: {error}") from error
     _check_layers(adapted, config, chosen)
-    _check_trainable(adapted)
+    _check_trainable(adapted, config)
     if config.init_from is not None:
         start_from_adapter(adapted, config.init_from, base_fingerprint=base_fingerprint)
     table = InjectionTable(
         method=config.method,
-        rows=_group_rows(adapted),
+        rows=_group_rows(adapted, config),
         saved_modules=tuple(config.modules_to_save),
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         total_parameters=total_parameters,
@@ -131,21 +144,21 @@ def list_modules(model: PreTrainedModel) -> ModuleNames:
     )
 
 
-def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+def adapted_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
     """Return the adapted layers by the base's own names: of modules, or of expert parameters."""
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, ParamWrapper):
             # wrappers of one module's parameters are nested, each the `base_layer` of the next
             name = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
-        if isinstance(module, LoraLayer):
+        if isinstance(module, BaseTunerLayer):
             layers[name.removeprefix("base_model.model.")] = module
     return layers
 
 
 def _peft_config(
-    model: PreTrainedModel, config: LowRankAdapter, names: ModuleNames, chosen: list[str]
-) -> LoraConfig:
+    model: PreTrainedModel, config: Adapter, names: ModuleNames, chosen: list[str]
+) -> PeftConfig:
     modules = [name for name in chosen if name in names.linear]
     experts = [name for name in chosen if name in names.experts]
     return config.to_peft(
@@ -155,52 +168,45 @@ def _peft_config(
     )
 
 
-def _check_layers(model: PeftModel, config: LowRankAdapter, chosen: list[str]) -> None:
-    """Check that peft adapted just the chosen modules, each with its rank and scaling.
+def _check_layers(model: PeftModel, config: Adapter, chosen: list[str]) -> None:
+    """Check that peft adapted just the chosen modules, each as the knobs say.
 
     Some mixture-of-experts families make peft reinterpret names.
     """
-    layers = lora_layers(model)
+    layers = adapted_layers(model)
     wrong = set(layers) ^ set(chosen)
     if wrong:
         endings = {name.rpartition(".")[2] for name in wrong}
         others = sorted({name.rpartition(".")[2] for name in chosen} - endings)
         raise LlmtuneError(
             "adapter.target_modules: in this kind of model peft takes "
-            f"{', '.join(sorted(endings))} for other weights than meant. Leave them out: "
+            f"{', '.join(sorted(endings))} for weights that were not meant. Leave them out: "
             f"target_modules=[{', '.join(others)}]"
         )
     for name, layer in layers.items():
-        rank, alpha = config.rank_of(name), config.alpha_of(name)
-        assert layer.r["default"] == rank, name
-        assert abs(layer.scaling["default"] - config.scaling(rank, alpha)) < 1e-6, name
+        config.check_layer(name, layer)
 
 
-def _check_trainable(model: PeftModel) -> None:
+def _check_trainable(model: PeftModel, config: Adapter) -> None:
     for name, parameter in model.named_parameters():
-        is_lora = ".lora_" in name
-        is_adapter = is_lora or ".modules_to_save." in name
-        assert parameter.requires_grad == is_adapter, name
-        assert not is_lora or parameter.dtype == torch.float32, name
+        is_own = config.TENSOR_MARK in name
+        is_trained = is_own or ".modules_to_save." in name
+        assert parameter.requires_grad == is_trained, name
+        assert not is_own or parameter.dtype == torch.float32, name
 
 
-def _group_rows(model: PeftModel) -> tuple[InjectionRow, ...]:
-    groups: dict[tuple[str, int, float, float], list[int]] = defaultdict(list)
-    for name, layer in lora_layers(model).items():
-        key = (
-            LAYER_NUMBER.sub("*", name),
-            layer.r["default"],
-            layer.lora_alpha["default"],
-            layer.scaling["default"],
-        )
-        groups[key].append(_own_parameters(layer))
+def _group_rows(model: PeftModel, config: Adapter) -> tuple[InjectionRow, ...]:
+    groups: dict[tuple[str, tuple[tuple[str, float], ...]], list[int]] = defaultdict(list)
+    for name, layer in adapted_layers(model).items():
+        settings = tuple(config.layer_settings(layer).items())
+        groups[LAYER_NUMBER.sub("*", name), settings].append(_own_parameters(layer))
     return tuple(
-        InjectionRow(pattern, len(sizes), rank, alpha, scaling, sum(sizes))
-        for (pattern, rank, alpha, scaling), sizes in groups.items()
+        InjectionRow(pattern, len(sizes), dict(settings), sum(sizes))
+        for (pattern, settings), sizes in groups.items()
     )
 
 
-def _own_parameters(layer: LoraLayer) -> int:
+def _own_parameters(layer: BaseTunerLayer) -> int:
     """Count a layer's adapter weights, without those of a wrapper nested in it."""
     return sum(
         parameter.numel()
@@ -213,7 +219,7 @@ def _num_weights(names: ModuleNames, chosen: Iterable[str]) -> int:
     return sum(math.prod(names.adaptable[name]) for name in chosen)
 
 
-def _notices(names: ModuleNames, config: LowRankAdapter, chosen: list[str]) -> tuple[str, ...]:
+def _notices(names: ModuleNames, config: Adapter, chosen: list[str]) -> tuple[str, ...]:
     left_out = [name for name in names.experts if name not in chosen]
     if not left_out:
         return ()

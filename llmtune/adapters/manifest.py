@@ -1,9 +1,12 @@
 """What stands beside a saved adapter: its manifest, and checks that need no torch."""
 
 import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from llmtune.adapters.config import method_of
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file, hash_json
 from llmtune.io.safetensors import read_header
@@ -16,7 +19,7 @@ MANIFEST_FORMAT = 1
 COPY_AGAIN = "Copy the adapter again, or make it again"
 
 
-def read_adapter_manifest(directory: Path) -> dict:
+def read_adapter_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest that llmtune wrote beside the adapter.
 
     Raises:
@@ -42,11 +45,12 @@ def read_adapter_manifest(directory: Path) -> dict:
     return manifest
 
 
-def read_adapter_config(directory: Path) -> dict:
-    """Return adapter_config.json of a LoRA adapter kept as safetensors.
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """Return adapter_config.json of an adapter kept as safetensors.
 
     Raises:
-        LlmtuneError: it is no adapter, of a method other than LoRA, or its weights are pickled.
+        LlmtuneError: it is not an adapter, of a method that llmtune does not have, or its weights
+            are pickled.
     """
     if not _is_adapter(directory):
         raise LlmtuneError(
@@ -54,11 +58,10 @@ def read_adapter_config(directory: Path) -> dict:
             "adapter (a run's is RUN/adapter), or copy back what is lost"
         )
     config = _read_json(directory / CONFIG_NAME)
-    if config.get("peft_type") != "LORA":
-        raise LlmtuneError(
-            f"{directory}: an adapter of type {config.get('peft_type')}; llmtune reads LORA. Give "
-            "an adapter of LoRA, DoRA or rsLoRA"
-        )
+    try:
+        method_of(config)
+    except LlmtuneError as error:
+        raise LlmtuneError(f"{directory}: {error}") from None
     if not (directory / WEIGHTS_NAME).is_file():
         is_pickled = (directory / PICKLE_NAME).is_file()
         raise LlmtuneError(
@@ -78,10 +81,8 @@ def has_strengths(directory: Path) -> bool:
     """Whether a live adapter can be weakened (`adapters.strength`): no bias or token row of it."""
     config = read_adapter_config(directory)
     tensors = read_header(directory / WEIGHTS_NAME).tensors
-    has_biases = config.get("bias", "none") != "none" or any(
-        entry.name.endswith(".bias") for entry in tensors
-    )
-    return not has_biases and not config.get("trainable_token_indices")
+    has_biases = any(entry.name.endswith(".bias") for entry in tensors)
+    return method_of(config).has_strength(config) and not has_biases
 
 
 def check_adapter(directory: Path, *, base_fingerprint: str | None) -> tuple[str, ...]:
@@ -137,28 +138,39 @@ def adapter_fingerprint(directory: Path) -> str:
 
 
 def has_effect(directory: Path) -> bool:
-    """Whether the adapter changes the model: a lora_B that is not all zero, or a saved module.
+    """Whether the adapter changes the model: its tensors have moved, or it has a saved module.
 
     Raises:
         LlmtuneError: there are no readable weights.
     """
+    method = method_of(read_adapter_config(directory))
     weights = read_header(directory / WEIGHTS_NAME)
-    if any("lora_" not in entry.name for entry in weights.tensors):
+    if any(method.TENSOR_MARK not in entry.name for entry in weights.tensors):
         return True
     with weights.path.open("rb") as file:
         for entry in weights.tensors:
-            if "lora_B" in entry.name or "lora_embedding_B" in entry.name:
+            neutral = method.neutral_value(entry.name)
+            if neutral is not None:
                 file.seek(entry.start)
-                if any(file.read(entry.stop - entry.start)):
+                if not _is_filled(file.read(entry.num_bytes), neutral, entry.dtype):
                     return True
     return False
+
+
+def _is_filled(content: bytes, value: float, dtype: str) -> bool:
+    """Whether every number of a stored tensor is this one."""
+    if dtype == "BF16":
+        number = struct.pack("<f", value)[2:]
+    else:
+        number = struct.pack({"F16": "<e", "F32": "<f", "F64": "<d"}[dtype], value)
+    return content == number * (len(content) // len(number))
 
 
 def _is_adapter(directory: Path) -> bool:
     return (directory / CONFIG_NAME).is_file()
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from llmtune.adapters.base import LowRankAdapter, matches_pattern
+from llmtune.adapters.base import Adapter, matches_pattern
 from llmtune.errors import LlmtuneError
 
 ALL_LINEAR = "all-linear"
@@ -39,7 +39,7 @@ class ModuleNames:
         return [*self.others, *self.linear, *([self.head] if self.head else [])]
 
 
-def choose_targets(config: LowRankAdapter, names: ModuleNames) -> list[str]:
+def choose_targets(config: Adapter, names: ModuleNames) -> list[str]:
     """Return the full names of the linear layers and expert weights to adapt.
 
     Raises:
@@ -49,8 +49,8 @@ def choose_targets(config: LowRankAdapter, names: ModuleNames) -> list[str]:
     problems: list[str] = []
     chosen = _by_name(config, names, problems)
     chosen = _by_layer(config, chosen, problems)
-    for key in ("rank_pattern", "alpha_pattern"):
-        problems += _unmatched_patterns(f"adapter.{key}", getattr(config, key), chosen)
+    for key, patterns in config.patterns.items():
+        problems += _unmatched_patterns(f"adapter.{key}", patterns, chosen)
     for name in config.modules_to_save:
         if not any(_ends_with(module, name) for module in names.modules):
             problems.append(f"adapter.modules_to_save: {name!r} {_nearest(name, names.modules)}")
@@ -79,7 +79,7 @@ def layer_number(name: str) -> int | None:
     return None if match is None else int(match.group(1))
 
 
-def _by_name(config: LowRankAdapter, names: ModuleNames, problems: list[str]) -> list[str]:
+def _by_name(config: Adapter, names: ModuleNames, problems: list[str]) -> list[str]:
     wanted = config.target_modules
     refusal = config.why_no_experts()
     if wanted == ALL_LINEAR:
@@ -127,7 +127,7 @@ def _by_regex(pattern: str, names: ModuleNames, problems: list[str]) -> list[str
     return found
 
 
-def _by_layer(config: LowRankAdapter, chosen: list[str], problems: list[str]) -> list[str]:
+def _by_layer(config: Adapter, chosen: list[str], problems: list[str]) -> list[str]:
     if config.layers == "all" or not chosen:
         return chosen
     numbers = {name: layer_number(name) for name in chosen}

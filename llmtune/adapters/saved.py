@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from peft import (
-    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model_state_dict,
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llmtune.adapters.attach import attach
+from llmtune.adapters.config import method_of
 from llmtune.adapters.manifest import (
     CONFIG_NAME,
     COPY_AGAIN,
@@ -33,15 +33,6 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import JsonValue, hash_file
 from llmtune.io.run_dir import atomic_write_json
 
-# What must be equal for an adapter to be a start: {peft's name: the config's}.
-SHAPE_KNOBS = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "use_rslora": "method",
-    "use_dora": "method",
-}
 NUM_NAMED = 3
 README_NAME = "README.md"
 
@@ -133,11 +124,12 @@ def start_from_adapter(model: PeftModel, directory: Path, *, base_fingerprint: s
     for notice in check_adapter(directory, base_fingerprint=base_fingerprint):
         logger.warning(notice)
     saved, wanted = _read_peft_config(directory), model.peft_config["default"]
+    method = method_of(wanted.to_dict())
     differing = [
         f"adapter.{knob}: the config says {getattr(wanted, name)}, the adapter has "
-        f"{getattr(saved, name)} ({name})"
-        for name, knob in SHAPE_KNOBS.items()
-        if getattr(wanted, name) != getattr(saved, name)
+        f"{getattr(saved, name, None)} ({name})"
+        for name, knob in {"peft_type": "method", **method.SHAPE_KNOBS}.items()
+        if getattr(wanted, name) != getattr(saved, name, None)
     ]
     if differing:
         raise LlmtuneError(
@@ -182,7 +174,7 @@ def _differences(
     ]
 
 
-def _read_peft_config(directory: Path) -> LoraConfig:
+def _read_peft_config(directory: Path) -> PeftConfig:
     read_adapter_config(directory)
     try:
         return PeftConfig.from_pretrained(str(directory))

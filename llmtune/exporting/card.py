@@ -98,7 +98,8 @@ def _training(report: Mapping[str, Any]) -> Iterator[str]:
     adapter = config.get("adapter") or {}
     yield "## Training"
     yield ""
-    yield f"- method: {adapter.get('method')}, rank {adapter.get('rank')}"
+    rank = f", rank {adapter['rank']}" if "rank" in adapter else ""
+    yield f"- method: {adapter.get('method')}{rank}"
     quantization = (config.get("model") or {}).get("quantization") or {}
     yield f"- base in: {quantization.get('method', '16 or 32 bits')}"
     yield f"- steps: {cost.get('steps')}, tokens read: {cost.get('tokens')}"

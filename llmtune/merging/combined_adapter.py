@@ -12,17 +12,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmtune.adapters.low_rank_update import NewFactors, form_adapter
 from llmtune.adapters.manifest import (
     CONFIG_NAME,
     MANIFEST_NAME,
     WEIGHTS_NAME,
     adapter_fingerprint,
 )
+from llmtune.adapters.update import Factors
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.io.unfinished import move_into_place, unfinished_dir
-from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
+from llmtune.merging.adapter_files import AdapterFiles
 from llmtune.merging.changes import ADAPTER_PREFIX, WeightedAdapter
 from llmtune.merging.combine import combine_deltas, factorize, factorize_product
 from llmtune.merging.config import Combination
@@ -49,8 +51,7 @@ class CombinedAdapter:
 
 @dataclass
 class _Written:
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
+    factors: dict[str, NewFactors] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
     energy: dict[str, float] = field(default_factory=dict)
 
@@ -72,23 +73,24 @@ def combine_adapters(
     opened = [AdapterFiles.open(one.directory) for one in adapters]
     for files in opened:
         _require_low_rank(files)
-    modules = dict.fromkeys(module for files in opened for module in files.lora)
+    modules = dict.fromkeys(module for files in opened for module in files.modules)
     written = _Written()
     for module in modules:
         parts = [
-            (files.lora[module], files.scaling(module), one.weight)
+            (files.factors(module), one.weight)
             for files, one in zip(opened, adapters, strict=True)
-            if module in files.lora
+            if module in files.modules
         ]
         _add_module(module, parts, how, written)
-    record = _record(adapters, how)
-    _write(opened[0].directory, _config(opened, written), written.tensors, record, out_dir)
+    tensors, config = form_adapter(written.factors, opened[0].config)
+    tensors = {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    _write(opened[0].directory, config, tensors, _record(adapters, how), out_dir)
     total = sum(written.energy.values())
     worst = max(written.lost, key=written.lost.__getitem__, default=None)
     return CombinedAdapter(
         out_dir=out_dir,
         num_modules=len(modules),
-        ranks=dict(Counter(written.ranks.values())),
+        ranks=dict(Counter(made.a.shape[0] for made in written.factors.values())),
         lost_energy=sum(
             share * written.energy[module] / max(total, 1e-300)
             for module, share in written.lost.items()
@@ -99,37 +101,22 @@ def combine_adapters(
 
 
 def _require_low_rank(files: AdapterFiles) -> None:
-    kinds = {
-        "whole tensors (modules_to_save or biases)": files.replaced,
-        "trained token rows": files.tokens,
-        "a copy of an embedding": files.base_copies,
-        "experts' parameters": files.config.get("target_parameters"),
-        "magnitudes (DoRA)": files.config.get("use_dora"),
-        "its own biases (lora_bias)": files.config.get("lora_bias"),
-    }
-    for kind, held in kinds.items():
-        if held:
-            raise LlmtuneError(
-                f"{files.directory}: holds {kind}, which cannot be combined into one new adapter; "
-                "leave --to adapter away to combine into a model"
-            )
+    for kind in files.beside_factors():
+        raise LlmtuneError(
+            f"{files.directory}: holds {kind}, which cannot be combined into one new adapter; "
+            "leave --to adapter away to combine into a model"
+        )
 
 
 def _add_module(
-    module: str,
-    parts: Sequence[tuple[LoraGroup, float, float]],
-    how: Combination,
-    written: _Written,
+    module: str, parts: Sequence[tuple[Factors, float]], how: Combination, written: _Written
 ) -> None:
-    factors = []
-    for group, _, _ in parts:
-        assert group.a is not None and group.b is not None
-        factors.append((read_tensor(group.a).float(), read_tensor(group.b).float()))
+    factors = [(read_tensor(one.a).float(), read_tensor(one.b).float()) for one, _ in parts]
     widths = {(a.shape[1], b.shape[0]) for a, b in factors}
     if len(widths) > 1:
         raise LlmtuneError(f"the adapters' factors of {module!r} have different widths: {widths}")
-    scalings = [scaling for _, scaling, _ in parts]
-    weights = [weight for _, _, weight in parts]
+    scalings = [one.scaling for one, _ in parts]
+    weights = [weight for _, weight in parts]
     if how.method in {"ties", "dare"}:
         assert how.rank is not None
         deltas = [s * (b @ a) for s, (a, b) in zip(scalings, factors, strict=True)]
@@ -144,38 +131,8 @@ def _add_module(
         if how.method == "svd":
             assert how.rank is not None
             a_RI, b_OR, lost, energy = factorize_product(a_RI, b_OR, how.rank)
-    kind = "lora_embedding_{}" if parts[0][0].is_embedding else "lora_{}.weight"
-    prefix = f"{ADAPTER_PREFIX}{module}."
-    written.tensors[prefix + kind.format("A")] = a_RI.contiguous()
-    written.tensors[prefix + kind.format("B")] = b_OR.contiguous()
-    written.ranks[module] = a_RI.shape[0]
+    written.factors[module] = NewFactors(a_RI, b_OR, parts[0][0].is_embedding)
     written.lost[module], written.energy[module] = lost, energy
-
-
-def _config(opened: Sequence[AdapterFiles], written: _Written) -> dict[str, Any]:
-    """Return the new adapter_config.json; alpha is the rank everywhere."""
-    first = opened[0].config
-    ((usual, _),) = Counter(written.ranks.values()).most_common(1)
-    others = {module: rank for module, rank in written.ranks.items() if rank != usual}
-    return {
-        "peft_type": "LORA",
-        "task_type": first.get("task_type"),
-        "base_model_name_or_path": first.get("base_model_name_or_path"),
-        "revision": first.get("revision"),
-        "inference_mode": True,
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "target_modules": sorted(written.ranks),
-        "fan_in_fan_out": bool(first.get("fan_in_fan_out")),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    }
 
 
 def _record(adapters: Sequence[WeightedAdapter], how: Combination) -> dict[str, Any]:

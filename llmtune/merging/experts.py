@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from llmtune.adapters.update import ModuleTensors, Place, Widths
 from llmtune.errors import LlmtuneError
 from llmtune.io.safetensors import TensorEntry
-from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
-from llmtune.merging.changes import Block, LowRankDelta
+from llmtune.merging.adapter_files import AdapterFiles
+from llmtune.merging.changes import Block
 from llmtune.merging.names import find_tensor
 
 # Parameters that transformers 5 fuses over the experts, and the linear layers a checkpoint holds
@@ -23,18 +24,24 @@ TRANSPOSED_FAMILIES = frozenset({"gpt_oss", "llama4", "llama4_text"})
 
 
 @dataclass(frozen=True)
+class _Rows:
+    """Some rows of a tensor of the checkpoint, and the part of the stack that they are."""
+
+    first_row: int
+    num_rows: int
+    place: Place
+
+
+@dataclass(frozen=True)
 class _Layout:
     """Which tensors of the checkpoint make up one stacked parameter."""
 
-    key: str  # the parameter's path in memory, which rank and alpha patterns match
-    num_experts: int
-    num_in: int
-    num_out: int
-    tensors: tuple[tuple[TensorEntry, tuple[Block, ...]], ...]  # deltas without the adapter yet
+    whole: Place
+    tensors: tuple[tuple[TensorEntry, tuple[_Rows, ...]], ...]
 
 
 def plan_experts(
-    group: LoraGroup,
+    group: ModuleTensors,
     adapter: AdapterFiles,
     base: Mapping[str, TensorEntry],
     model_type: str,
@@ -44,45 +51,32 @@ def plan_experts(
     """Return the base tensors that an adapter on a stacked expert parameter changes, and how.
 
     PEFT does not save which parameter of a module an adapter belongs to (several nest as
-    `.base_layer`), so it is told by the shapes of A [experts * rank, in] and B [out, experts *
-    rank].
+    `.base_layer`), so the method finds it by the shapes of its tensors.
 
     Raises:
         LlmtuneError: no parameter of that module, or more than one, has these shapes.
     """
-    assert group.a is not None and group.b is not None
     module = group.module.replace(".base_layer", "")
-    fitting = []
-    for layout in _layouts(module, adapter, base, model_type, group):
-        columns = layout.num_experts * adapter.rank(layout.key)
-        if group.a.shape == (columns, layout.num_in) and group.b.shape == (layout.num_out, columns):
-            fitting.append(layout)
+    fitting = [
+        layout
+        for layout in _layouts(module, adapter, base, model_type, group)
+        if adapter.method.fits_experts(group, layout.whole, adapter.config)
+    ]
     if len(fitting) != 1:
         state = "fits none" if not fitting else "fits more than one"
+        shapes = ", ".join(f"{part} {list(entry.shape)}" for part, entry in group.parts.items())
         raise LlmtuneError(
-            f"{adapter.directory}: the adapter of module {group.module!r} (lora_A "
-            f"{list(group.a.shape)}, lora_B {list(group.b.shape)}) {state} of the base's tensors "
-            f"under {module!r}"
+            f"{adapter.directory}: the adapter of module {group.module!r} ({shapes}) {state} of "
+            f"the base's tensors under {module!r}"
         )
-    layout = fitting[0]
-    delta = LowRankDelta(group.a, group.b, adapter.scaling(layout.key), strength)
-    return [
-        (entry, tuple(_with_adapter(block, delta, layout.num_experts) for block in blocks))
-        for entry, blocks in layout.tensors
-    ]
-
-
-def _with_adapter(block: Block, delta: LowRankDelta, num_experts: int) -> Block:
-    (place,) = block.deltas
-    placed = replace(
-        place,
-        a=delta.a,
-        b=delta.b,
-        scaling=delta.scaling,
-        weight=delta.weight,
-        num_experts=num_experts,
-    )
-    return replace(block, deltas=(placed,))
+    planned = []
+    for entry, parts in fitting[0].tensors:
+        blocks = []
+        for rows in parts:
+            updates = adapter.method.plan_updates(group, rows.place, adapter.config, strength)
+            blocks.append(Block(rows.first_row, rows.num_rows, (updates["weight"],)))
+        planned.append((entry, tuple(blocks)))
+    return planned
 
 
 def _layouts(
@@ -90,79 +84,57 @@ def _layouts(
     adapter: AdapterFiles,
     base: Mapping[str, TensorEntry],
     model_type: str,
-    group: LoraGroup,
+    group: ModuleTensors,
 ) -> Iterator[_Layout]:
-    targets = adapter.config.get("target_parameters") or ()
+    targets = adapter.method.target_parameters(adapter.config)
+    widths = adapter.method.widths(group)
     for leaf in sorted({target.rpartition(".")[2] for target in targets}):
         key = f"{module}.{leaf}"
         fused = find_tensor(key, base)
         if fused is not None and len(base[fused].shape) == 3:
-            yield from _fused_layout(key, base[fused], model_type, group)
+            yield _fused_layout(key, base[fused], model_type, widths)
             continue
         for linears in EXPERT_LINEARS.get(leaf, ()):
-            layout = _per_expert_layout(key, module, linears, base, group)
+            layout = _per_expert_layout(key, module, linears, base)
             if layout is not None:
                 yield layout
 
 
-def _fused_layout(
-    key: str, entry: TensorEntry, model_type: str, group: LoraGroup
-) -> Iterator[_Layout]:
-    assert group.a is not None and group.b is not None
+def _fused_layout(key: str, entry: TensorEntry, model_type: str, widths: Widths) -> _Layout:
     num_experts, rows, columns = entry.shape
-    is_transposed = (group.b.shape[0], group.a.shape[1]) == (columns, rows)
+    is_transposed = (widths.num_out, widths.num_in) == (columns, rows)
     if rows == columns:
         is_transposed = model_type in TRANSPOSED_FAMILIES
     num_in, num_out = (rows, columns) if is_transposed else (columns, rows)
-    blocks = tuple(
-        Block(
-            expert * rows,
-            rows,
-            (_place(group, expert, 0, num_out, is_transposed=is_transposed),),
-        )
-        for expert in range(num_experts)
+    whole = Place(key, num_out, num_in, is_transposed, num_experts=num_experts)
+    parts = tuple(
+        _Rows(expert * rows, rows, replace(whole, expert=expert)) for expert in range(num_experts)
     )
-    yield _Layout(key, num_experts, num_in, num_out, ((entry, blocks),))
+    return _Layout(whole, ((entry, parts),))
 
 
 def _per_expert_layout(
-    key: str,
-    module: str,
-    linears: tuple[str, ...],
-    base: Mapping[str, TensorEntry],
-    group: LoraGroup,
+    key: str, module: str, linears: tuple[str, ...], base: Mapping[str, TensorEntry]
 ) -> _Layout | None:
-    tensors: list[tuple[TensorEntry, tuple[Block, ...]]] = []
-    num_experts = 0
+    found: list[tuple[TensorEntry, int, int]] = []  # tensor, expert, first of its outputs
+    num_experts = num_out = 0
     while all(find_tensor(f"{module}.{num_experts}.{one}.weight", base) for one in linears):
-        first_out = 0
+        num_out = 0
         for linear in linears:
             name = find_tensor(f"{module}.{num_experts}.{linear}.weight", base)
             assert name is not None
             entry = base[name]
             if len(entry.shape) != 2:
                 return None
-            rows = entry.shape[0]
-            delta = _place(group, num_experts, first_out, rows, is_transposed=False)
-            tensors.append((entry, (Block(0, rows, (delta,)),)))
-            first_out += rows
+            found.append((entry, num_experts, num_out))
+            num_out += entry.shape[0]
         num_experts += 1
-    if not tensors:
+    if not found:
         return None
-    num_in = tensors[0][0].shape[1]
-    return _Layout(key, num_experts, num_in, first_out, tuple(tensors))
-
-
-def _place(
-    group: LoraGroup, expert: int, first_out: int, num_out: int, *, is_transposed: bool
-) -> LowRankDelta:
-    assert group.a is not None and group.b is not None
-    return LowRankDelta(
-        group.a,
-        group.b,
-        scaling=0.0,
-        is_transposed=is_transposed,
-        expert=expert,
-        first_out=first_out,
-        num_out=num_out,
-    )
+    whole = Place(key, num_out, found[0][0].shape[1], num_experts=num_experts)
+    tensors = []
+    for entry, expert, first_out in found:
+        rows = entry.shape[0]
+        place = replace(whole, num_out=rows, expert=expert, first_out=first_out)
+        tensors.append((entry, (_Rows(0, rows, place),)))
+    return _Layout(whole, tuple(tensors))

@@ -60,7 +60,7 @@ def merge_adapter(
 
     Args:
         base_dir: the 16- or 32-bit base checkpoint.
-        adapter_dir: a LoRA adapter in PEFT's format.
+        adapter_dir: an adapter in PEFT's format.
         out_dir: the directory to make.
         strength: how much of the adapter is added.
         num_threads: tiles computed at once, one torch thread each.

@@ -18,7 +18,6 @@ from llmtune.merging.changes import (
 )
 from llmtune.merging.config import Combination
 from llmtune.merging.names import find_tensor, safetensors_name
-from llmtune.merging.overlay import overlay
 from llmtune.merging.packed import PackedWeights, find_packed_weights
 from llmtune.merging.planner import CONV1D_FAMILIES, FLOAT_DTYPES, Planner
 from llmtune.merging.tied_embeddings import settle_ties
@@ -66,7 +65,7 @@ def plan_merge(
     Args:
         base_dir: a checkpoint directory with `config.json`, in 16 or 32 bits or in bitsandbytes'
             4 bits.
-        adapter_dir: a LoRA adapter in PEFT's format.
+        adapter_dir: an adapter in PEFT's format.
         strength: how much of the adapter is added; 1 is all of it.
         options: how the base is read and the result written.
 
@@ -104,11 +103,11 @@ def plan_combined_merge(
         files = AdapterFiles.open(adapter.directory)
         if adapter.weight and not has_effect(adapter.directory):
             raise LlmtuneError(
-                f"{adapter.directory} has no effect: every lora_B is zero, so the merged model "
-                "would be the base; was the adapter trained?"
+                f"{adapter.directory} has no effect: its tensors are as they were before training, "
+                "so the merged model would be the base; was the adapter trained?"
             )
         part = Planner(base, config, files, adapter.weight, packed).plan()
-        changed = overlay(changed, part, adapter.directory)
+        changed = _overlay(changed, part, adapter.directory)
     if options.quantized is not None:
         changed = _requantize(base, changed, options.quantized)
     planned, config_changes = settle_ties(base, config, changed)
@@ -145,6 +144,45 @@ def _refuse_packed_conv1d(base_dir: Path, config: Mapping[str, Any], packed: Pac
             f"{base_dir}: a {config['model_type']} model stored in 4 bits has its weights "
             "transposed, which merging does not undo; give the 16-bit model with model.base=..."
         )
+
+
+def _overlay(
+    before: Mapping[str, PlannedTensor], added: Mapping[str, PlannedTensor], adapter_dir: Path
+) -> dict[str, PlannedTensor]:
+    """Add one adapter's changes to those of the adapters before it.
+
+    Deltas of one tensor are kept side by side, in this order. A tensor that only one
+    adapter changes may be changed in any way.
+
+    Raises:
+        LlmtuneError: a tensor is changed by two adapters, and one of the changes is not a plain
+            delta.
+    """
+    result = dict(before)
+    for name, tensor in added.items():
+        other = result.get(name)
+        result[name] = tensor if other is None else _join(other, tensor, adapter_dir)
+    return result
+
+
+def _join(one: PlannedTensor, other: PlannedTensor, adapter_dir: Path) -> PlannedTensor:
+    for tensor in (one, other):
+        if not tensor.is_additive or one.source != other.source:
+            raise LlmtuneError(
+                f"{adapter_dir}: it and an adapter before it both change {one.name!r}, one of them "
+                f"not as a plain delta ({tensor.change}); such adapters cannot be combined"
+            )
+    places = [(block.first_row, block.num_rows) for block in one.blocks]
+    if places != [(block.first_row, block.num_rows) for block in other.blocks]:
+        raise LlmtuneError(
+            f"{adapter_dir}: it and an adapter before it cut {one.name!r} differently; they cannot "
+            "be combined"
+        )
+    blocks = tuple(
+        replace(first, updates=first.updates + second.updates)
+        for first, second in zip(one.blocks, other.blocks, strict=True)
+    )
+    return replace(one, blocks=blocks)
 
 
 def _requantize(

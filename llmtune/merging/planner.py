@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from llmtune.adapters.update import ModuleTensors, Place, WeightUpdate, Widths
 from llmtune.errors import LlmtuneError
 from llmtune.io.safetensors import CheckpointIndex, TensorEntry
-from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
-from llmtune.merging.changes import Block, LowRankDelta, PlannedTensor
+from llmtune.merging.adapter_files import AdapterFiles
+from llmtune.merging.changes import Block, PlannedTensor
 from llmtune.merging.compare import agree
 from llmtune.merging.experts import plan_experts
 from llmtune.merging.names import find_tensor, is_embedding, is_head, near_misses
@@ -50,7 +51,7 @@ class Planner:
             self.replace_tensor(name, entry)
         for module, entry in self.adapter.tokens.items():
             self.replace_rows(module, entry)
-        for group in self.adapter.lora.values():
+        for group in self.adapter.modules.values():
             self.add_group(group)
         return self.changed
 
@@ -87,27 +88,38 @@ class Planner:
             )
         self._add(replace(planned, token_rows=entry, token_indices=tuple(indices)), entry.name)
 
-    def add_group(self, group: LoraGroup) -> None:
-        """Add the low-rank delta of one module, and its bias if it has one."""
-        assert group.a is not None and group.b is not None
+    def add_group(self, group: ModuleTensors) -> None:
+        """Add what the adapter method does to one module: its weight, and its bias maybe."""
         name = f"{group.module}.weight"
         if find_tensor(name, self.base) is None and not is_head(name):
             self._add_experts(group)
             return
-        planned = self._planned(name, group.a.name)
-        delta = self._delta(group, planned)
-        block = Block(0, planned.num_rows, (delta,))
-        self._add(replace(planned, blocks=(block,), magnitude=group.magnitude), group.a.name)
-        if group.magnitude is not None and group.magnitude.shape != (delta.num_out,):
-            raise self._misfit(group.magnitude, planned.name, (delta.num_out,))
-        if group.bias is not None:
-            self._add_bias(group.module, group.bias)
+        planned = self._planned(name, group.first.name)
+        try:
+            updates = self.adapter.method.plan_updates(
+                group, self._place(group, planned), self.adapter.config, self.strength
+            )
+        except ValueError as error:
+            raise LlmtuneError(f"{self.adapter.directory}: {error}") from None
+        for leaf, update in updates.items():
+            self._add_update(f"{group.module}.{leaf}", update)
 
-    def _add_experts(self, group: LoraGroup) -> None:
-        assert group.a is not None
-        if not self.adapter.config.get("target_parameters"):
-            raise self._unmatched(group.a.name, f"{group.module}.weight")
-        if group.magnitude is not None or group.bias is not None or group.is_embedding:
+    def _add_update(self, name: str, update: WeightUpdate) -> None:
+        entry = update.entries[0]
+        if find_tensor(name, self.base) is None and not is_head(name):
+            raise LlmtuneError(
+                f"{self.adapter.directory}: {entry.name!r} changes {name!r}, which the base does "
+                "not have; it cannot be merged"
+            )
+        planned = self._planned(name, entry.name)
+        block = Block(0, planned.num_rows, (update,))
+        self._add(replace(planned, blocks=(block,)), entry.name)
+
+    def _add_experts(self, group: ModuleTensors) -> None:
+        method = self.adapter.method
+        if not method.target_parameters(self.adapter.config):
+            raise self._unmatched(group.first.name, f"{group.module}.weight")
+        if method.why_no_factors(group) is not None or method.widths(group).is_table:
             raise LlmtuneError(
                 f"{self.adapter.directory}: {group.module!r} is a stack of experts; only plain "
                 "LoRA on it can be merged"
@@ -115,51 +127,39 @@ class Planner:
         for entry, blocks in plan_experts(
             group, self.adapter, self.base, self.model_type, strength=self.strength
         ):
-            planned = replace(self._planned(entry.name, group.a.name), blocks=blocks)
-            self._add(planned, group.a.name)
+            planned = replace(self._planned(entry.name, group.first.name), blocks=blocks)
+            self._add(planned, group.first.name)
 
-    def _add_bias(self, module: str, entry: TensorEntry) -> None:
-        name = find_tensor(f"{module}.bias", self.base)
-        if name is None:
-            raise LlmtuneError(
-                f"{self.adapter.directory}: {entry.name!r} is a bias (lora_bias) for module "
-                f"{module!r}, which has none in the base; it cannot be merged"
-            )
-        planned = self._planned(name, entry.name)
-        if planned.shape != entry.shape:
-            raise self._misfit(entry, planned.name, planned.shape)
-        scaling = self.adapter.scaling(self._pattern_key(module)) * self.strength
-        self._add(replace(planned, added_bias=entry, bias_scaling=scaling), entry.name)
+    def _place(self, group: ModuleTensors, planned: PlannedTensor) -> Place:
+        """Return how the base holds the adapted layer, checked against the adapter's shapes."""
+        widths = self.adapter.method.widths(group)
+        if len(planned.shape) != 2:
+            raise self._misfit(group.first, planned.name, planned.shape)
+        is_transposed = self._is_transposed(group, planned, widths)
+        num_out, num_in = reversed(planned.shape) if is_transposed else planned.shape
+        if widths.num_out not in (None, num_out) or widths.num_in not in (None, num_in):
+            raise self._misfit(group.first, planned.name, planned.shape)
+        return Place(
+            self._pattern_key(group.module),
+            num_out,
+            num_in,
+            is_transposed,
+            has_bias=find_tensor(f"{group.module}.bias", self.base) is not None,
+        )
 
-    def _delta(self, group: LoraGroup, planned: PlannedTensor) -> LowRankDelta:
-        assert group.a is not None and group.b is not None
-        rank = self.adapter.rank(self._pattern_key(group.module))
-        num_out, num_in = group.b.shape[0], group.a.shape[-1]
-        if group.a.shape != (rank, num_in) or group.b.shape != (num_out, rank):
-            raise LlmtuneError(
-                f"{self.adapter.directory}: {group.a.name!r} is {list(group.a.shape)} and its B "
-                f"is {list(group.b.shape)}, but the adapter's config gives that module rank {rank}"
-            )
-        is_transposed = self._is_transposed(group, planned, num_out, num_in)
-        expected = (num_in, num_out) if is_transposed else (num_out, num_in)
-        if planned.shape != expected:
-            raise self._misfit(group.a, planned.name, planned.shape)
-        scaling = self.adapter.scaling(self._pattern_key(group.module))
-        # DoRA's norm is that of the full delta; its strength blends the result instead.
-        weight = 1.0 if group.magnitude is not None else self.strength
-        return LowRankDelta(group.a, group.b, scaling, weight, is_transposed, num_out=num_out)
-
-    def _is_transposed(
-        self, group: LoraGroup, planned: PlannedTensor, num_out: int, num_in: int
-    ) -> bool:
-        if group.is_embedding:
+    def _is_transposed(self, group: ModuleTensors, planned: PlannedTensor, widths: Widths) -> bool:
+        if widths.is_table:
             return True
         is_conv1d_family = self.model_type in CONV1D_FAMILIES
         fan_in_fan_out = bool(self.adapter.config.get("fan_in_fan_out"))
         if is_head(planned.name):
             return False
-        if num_out != num_in:
-            has_swapped_shape = planned.shape == (num_in, num_out)
+        num_rows, num_columns = planned.shape
+        if num_rows != num_columns:
+            has_swapped_shape = widths.num_out in (None, num_columns) and widths.num_in in (
+                None,
+                num_rows,
+            )
             return has_swapped_shape and (is_conv1d_family or fan_in_fan_out)
         if is_conv1d_family:
             return True
@@ -171,7 +171,7 @@ class Planner:
         return False
 
     def _pattern_key(self, module: str) -> str:
-        targets = self.adapter.config.get("target_parameters") or ()
+        targets = self.adapter.method.target_parameters(self.adapter.config)
         parameter = f"{module}.weight"
         if any(parameter == target or parameter.endswith(f".{target}") for target in targets):
             return parameter

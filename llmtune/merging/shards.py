@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 from llmtune.io.safetensors import build_preamble, tensor_bytes
-from llmtune.merging.changes import MergePlan, PlannedShard, PlannedTensor
+from llmtune.merging.changes import Block, MergePlan, PlannedShard, PlannedTensor
 from llmtune.merging.scratch import CPU
 from llmtune.merging.source import AdapterTensors
 from llmtune.merging.tiles import MergeArithmetic, TensorMerger
-from llmtune.merging.tiling import iter_tiles
 
 COPY_BYTES = 64 << 20  # one piece of an untouched range
 FALLBACK_BYTES = 4 << 20  # the buffer where the kernel cannot copy between the two files
@@ -103,7 +102,7 @@ class _ShardWriter:
                     continue
                 merger = make_merger(tensor)
                 row_bytes = tensor_bytes(tensor.dtype, (tensor.num_columns,))
-                for block, first_row, num_rows in iter_tiles(tensor):
+                for block, first_row, num_rows in tensor.tiles():
                     target = offset + first_row * row_bytes
                     pending.add(
                         pool.submit(self._write_tile, merger, (block, first_row, num_rows), target)
@@ -117,7 +116,7 @@ class _ShardWriter:
             wait(pending)
             os.close(self.descriptor)
 
-    def _write_tile(self, merger: TensorMerger, tile: tuple, target: int) -> None:
+    def _write_tile(self, merger: TensorMerger, tile: tuple[Block, int, int], target: int) -> None:
         _write_all(self.descriptor, merger.merge_tile(*tile), target)
 
     def _copied_ranges(self) -> Iterator[_Range]:

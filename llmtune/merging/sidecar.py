@@ -87,7 +87,8 @@ def _index(plan: MergePlan) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,29 +1,13 @@
-"""Reading rows of the base: as they lie on disk, or as a quantized copy computes with them."""
+"""Reading rows of the base: as they are on disk, or as a quantized copy computes with them."""
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterator
 
 import torch
 
 from llmtune.io.safetensors import TensorEntry
-from llmtune.merging.changes import PackedFourBit, PlannedTensor, Requantized
+from llmtune.merging.changes import PackedFourBit, PlannedTensor, Requantized, RoundTrip
 from llmtune.merging.scratch import buffer, read_rows, read_tensor
-from llmtune.merging.tiling import iter_tiles
 from llmtune.ops.nf4 import FourBitWeight, dequantize_rows, read_four_bit_weight
-
-
-class RoundTrip(Protocol):
-    """Quantizes rows of a weight and dequantizes them again, as the loaded layer does."""
-
-    @property
-    def block_size(self) -> int:
-        """How many numbers of the flat weight share one of `measure`'s scales."""
-
-    def measure(self, tiles: Iterable[torch.Tensor]) -> torch.Tensor | None:
-        """Return what all rows of a weight must be seen for, or None where a row is enough."""
-
-    def apply(self, tile_RC: torch.Tensor, scales_B: torch.Tensor | None) -> torch.Tensor:
-        """Return some rows as the quantized layer computes with them, on the CPU."""
 
 
 class BaseRows:
@@ -67,7 +51,7 @@ class _RequantizedRows(BaseRows):
         self.scales = round_trip.measure(self._stored_tiles(tensor))
 
     def _stored_tiles(self, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
-        for _, first_row, num_rows in iter_tiles(tensor):
+        for _, first_row, num_rows in tensor.tiles():
             yield read_rows(self.entry, first_row, num_rows, self.columns)
 
     def read(self, first_row: int, num_rows: int, *, slot: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ the feed-forward width:
     adapted input  b width, once where linears share it and are fused, else once a linear
     adapters       b rank: the thin products
     dropout        a mask an input: 4 bytes on a CPU, 1 on a GPU
-    DoRA           2 b out: both results that its magnitude scales
+    other methods  b out for every result of that width that is kept (`Adapter.KEPT_OUTPUTS`)
 
 A layer that is recomputed keeps its input, b W.
 """
@@ -37,12 +37,15 @@ class Adapted:
     """Where the adapters are, and how they are computed."""
 
     ranks: Mapping[str, int]
-    """{full name of the module or expert parameter: rank}."""
+    """{full name of the module or expert parameter: width of its thin product}."""
     is_fused: bool
-    """llmtune's own LoRA linears; otherwise PEFT's (dropout, DoRA)."""
+    """llmtune's own LoRA linears; otherwise PEFT's (dropout, other methods)."""
     dropout_mask_bytes: int = 0
     """Of one input feature; 0 without dropout."""
-    is_dora: bool = False
+    kept_outputs: int = 0
+    """Results as wide as a layer's output that are kept."""
+    dense_copies: int = 0
+    """Float32 tables of a weight's size that a layer makes."""
 
 
 def activation_cost(
@@ -191,5 +194,5 @@ def _adapter_bytes(layer: _Layer) -> float:
         if size is not None:
             num_out, num_in = size
             kept += b * rank + adapted.dropout_mask_bytes * num_in
-            kept += 2 * b * num_out if adapted.is_dora else 0
+            kept += adapted.kept_outputs * b * num_out
     return kept

@@ -13,7 +13,6 @@ from llmtune.planning.workload import PlanRequest, plan_memory_of
 
 NUM_SUGGESTIONS = 2
 SHORTEST = 256
-LOW_RANK = 8
 
 
 def advise_memory(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> list[str]:
@@ -72,9 +71,10 @@ def _options(request: PlanRequest, rows: RowFacts) -> Iterator[_Option]:
     if rows.longest > SHORTEST:
         half = max(rows.longest // 2, SHORTEST)
         yield _Option(f"data.max_length={half}", {}, half)
-    if request.adapter.rank > LOW_RANK:
-        lower = request.adapter.model_copy(update={"rank": LOW_RANK})
-        yield _Option(f"adapter.rank={LOW_RANK}", {"adapter": lower})
+    lighter = request.adapter.lighter()
+    if lighter is not None:
+        text, adapter = lighter
+        yield _Option(text, {"adapter": adapter})
 
 
 def advise_disk(request: PlanRequest, disk: DiskEstimate) -> str:

@@ -185,10 +185,10 @@ def _head_chunk_bytes(shape: ModelShape, element_bytes: int, device_type: str) -
 
 
 def _dequantization_bytes(work: Workload) -> int:
-    """Return the largest weight made dense; DoRA makes also its update, their sum, an identity."""
+    """Return the largest weight made dense, by quantization or by the adapter method."""
     largest = work.shape.largest_linear
-    if work.adapted.is_dora:
-        return 4 * FLOAT32 * largest
+    if work.adapted.dense_copies:
+        return work.adapted.dense_copies * FLOAT32 * largest
     return work.element_bytes * largest if work.quantization is not None else 0
 
 

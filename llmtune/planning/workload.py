@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtune.adapters.base import LowRankAdapter
+from llmtune.adapters.base import Adapter
 from llmtune.adapters.module_selection import ModuleNames, choose_targets
 from llmtune.data.config import DataConfig
 from llmtune.models.config import ModelConfig
@@ -24,7 +24,7 @@ class PlanRequest:
     """The sections of a config that decide what a run needs."""
 
     model: ModelConfig
-    adapter: LowRankAdapter
+    adapter: Adapter
     data: DataConfig
     train: TrainConfig
     run_dir: Path
@@ -45,7 +45,6 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
     model, adapter, train = request.model, request.adapter, request.train
     chosen = choose_targets(adapter, _module_names(shape))
     adaptable: Mapping[str, tuple[int, ...]] = {**shape.linear, **shape.fused_experts}
-    is_dora = adapter.method == "dora"
     packed = request.data.packing != "off"
     steps, num_tokens = count_steps(train, rows)
     return Workload(
@@ -53,10 +52,11 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
         quantization=model.quantization,
         element_bytes=4 if model.dtype == "float32" else 2,
         adapted=Adapted(
-            ranks={name: adapter.rank_of(name) for name in chosen},
-            is_fused=not (is_dora or adapter.dropout > 0 or model.quantization_method == "int8"),
-            dropout_mask_bytes=MASK_BYTES[request.device.kind] if adapter.dropout > 0 else 0,
-            is_dora=is_dora,
+            ranks={name: adapter.thin_width(name) for name in chosen},
+            is_fused=adapter.is_fusable and model.quantization_method != "int8",
+            dropout_mask_bytes=MASK_BYTES[request.device.kind] if adapter.drops_inputs else 0,
+            kept_outputs=adapter.KEPT_OUTPUTS,
+            dense_copies=adapter.DENSE_COPIES,
         ),
         adapter_parameters=adapter.num_parameters({name: adaptable[name] for name in chosen}),
         optimizer=train.optimizer,

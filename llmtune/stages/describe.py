@@ -40,9 +40,7 @@ def describe_injected(table: InjectionTable) -> Iterator[str]:
         f"{table.adapted_ratio:.0%} of the linear layers' weights are adapted"
     )
     for row in table.rows:
-        yield (
-            f"  {row.count:>4} x {row.pattern}, rank {row.rank}, scaling {row.scaling:g}, "
-            f"{row.num_parameters:,} parameters"
-        )
+        settings = "".join(f"{name} {value:g}, " for name, value in row.settings.items())
+        yield f"  {row.count:>4} x {row.pattern}, {settings}{row.num_parameters:,} parameters"
     yield from (f"  whole: {name}" for name in table.saved_modules)
     yield from table.notices

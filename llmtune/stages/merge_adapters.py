@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
+from llmtune.adapters.config import method_of
 from llmtune.adapters.manifest import (
     CONFIG_NAME,
     MANIFEST_NAME,
@@ -172,11 +173,10 @@ def _plan(
     if request.how.method == "svd" and request.how.rank is None:
         raise LlmtuneError("--method svd needs --rank")
     for one in adapters:
-        if read_adapter_config(one.directory).get("use_dora"):
-            raise LlmtuneError(
-                f"{one.directory}: DoRA's magnitudes belong to its own delta, so it cannot be "
-                "combined with other adapters; merge it alone"
-            )
+        saved = read_adapter_config(one.directory)
+        reason = method_of(saved).why_only_alone(saved)
+        if reason is not None:
+            raise LlmtuneError(f"{one.directory}: {reason}")
     model = resolve_target(str(adapters[0].directory), request.overrides).model
     source = resolve_base(model, allow_quantized=True)
     quantized = None

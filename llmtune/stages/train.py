@@ -97,7 +97,7 @@ def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
         "order_hash": _order_hash(config, inputs, result.steps, len(protection.replay)),
         "protect": protection.describe(),
         "adapter_bytes": _directory_bytes(config.run.adapter_dir),
-        "injection": dataclasses.asdict(injected.table),
+        "injection": injected.table.to_dict(),
         "quantization": dataclasses.asdict(loaded.quantized),
         "device": str(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),

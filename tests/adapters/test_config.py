@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from llmtune.adapters.config import AdapterConfig
-from llmtune.adapters.inject import inject_adapter, list_modules, lora_layers
+from llmtune.adapters.inject import adapted_layers, inject_adapter, list_modules
 from tests.tiny import make_model
 
 METHODS = [member.model_fields["method"].default for member in get_args(get_args(AdapterConfig)[0])]
@@ -26,7 +26,7 @@ def parse(**knobs):
 @pytest.mark.parametrize("method", METHODS)
 def test_rank_alpha_and_scaling_are_what_peft_applies(method):
     config = parse(method=method, rank=4, alpha=16, **PATTERNS)
-    layers = lora_layers(inject_adapter(make_model("llama"), config).model)
+    layers = adapted_layers(inject_adapter(make_model("llama"), config).model)
 
     for name, layer in layers.items():
         rank, alpha = config.rank_of(name), config.alpha_of(name)
@@ -42,7 +42,7 @@ def test_parameters_are_counted_without_a_model(method, family):
     model = make_model(family)
     shapes = list_modules(model).adaptable
     injected = inject_adapter(model, config)
-    adapted = {name: shapes[name] for name in lora_layers(injected.model)}
+    adapted = {name: shapes[name] for name in adapted_layers(injected.model)}
 
     assert config.num_parameters(adapted) == injected.table.trainable_parameters
 
@@ -66,9 +66,9 @@ def test_methods_differ_where_they_should():
 def test_dropout_reaches_every_layer():
     injected = inject_adapter(make_model("llama"), parse(method="lora", dropout=0.25))
 
-    assert {layer.lora_dropout["default"].p for layer in lora_layers(injected.model).values()} == {
-        0.25
-    }
+    assert {
+        layer.lora_dropout["default"].p for layer in adapted_layers(injected.model).values()
+    } == {0.25}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_knob_that_makes_no_sense_is_refused(knobs):
 def test_config_and_targets_load_nothing_heavy():
     program = (
         "import sys\n"
-        "from llmtune.adapters import config, manifest, targets\n"
+        "from llmtune.adapters import config, manifest, module_selection\n"
         "heavy = {'torch', 'transformers', 'peft', 'bitsandbytes'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmtune.adapters.dora import DoraAdapter
-from llmtune.adapters.inject import inject_adapter, lora_layers
+from llmtune.adapters.inject import adapted_layers, inject_adapter
 from llmtune.adapters.lora import LoraAdapter
 from llmtune.adapters.saved import load_adapter, save_adapter
 from llmtune.errors import LlmtuneError
@@ -50,7 +50,7 @@ def test_table_counts_modules_parameters_and_shares():
 
     (row,) = table.rows
     assert (row.pattern, row.count) == ("model.layers.*.mlp.up_proj", 2)
-    assert (row.rank, row.alpha, row.scaling) == (4, 8, 2)
+    assert row.settings == {"rank": 4, "alpha": 8, "scaling": 2}
     assert row.num_parameters == table.trainable_parameters == 2 * 4 * (64 + 128)
     assert table.total_parameters == num_base
     assert table.trainable_ratio == pytest.approx(table.trainable_parameters / num_base)
@@ -82,13 +82,13 @@ def test_head_is_never_adapted_and_its_tie_is_seen(family, tied):
         inject_adapter(model, LoraAdapter(target_modules=["lm_head"]))
     injected = inject_adapter(model, LoraAdapter())
 
-    assert "lm_head" not in lora_layers(injected.model)
+    assert "lm_head" not in adapted_layers(injected.model)
 
 
 def test_chosen_layers_alone_are_adapted():
     injected = inject_adapter(make_model("llama"), LoraAdapter(layers="last-1"))
 
-    assert {name.split(".")[2] for name in lora_layers(injected.model)} == {"1"}
+    assert {name.split(".")[2] for name in adapted_layers(injected.model)} == {"1"}
 
 
 def test_saved_module_is_trained_whole():

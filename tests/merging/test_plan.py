@@ -81,8 +81,8 @@ def test_planned_scalings_are_those_of_the_live_model(tmp_path, use_rslora):
     tensors = {tensor.name: tensor for tensor in plan(tmp_path).tensors}
     for name, module in live.named_modules():
         if hasattr(module, "lora_A"):
-            (delta,) = tensors[f"{name}.weight"].deltas
-            assert delta.scaling == module.scaling["default"], name
+            (update,) = tensors[f"{name}.weight"].updates
+            assert update.scaling == module.scaling["default"], name
 
 
 def test_unmatched_tensor_is_named_with_near_misses(place):

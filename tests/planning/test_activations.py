@@ -7,7 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from llmtune.adapters.dora import DoraAdapter
-from llmtune.adapters.inject import inject_adapter, lora_layers
+from llmtune.adapters.inject import adapted_layers, inject_adapter
 from llmtune.adapters.lora import LoraAdapter
 from llmtune.data.example import Example
 from llmtune.planning.activations import Adapted, activation_cost, merged_expert_bytes
@@ -54,13 +54,14 @@ def compare(family, adapter, *, dtype=torch.bfloat16, is_fused=True):
             for rows in (4, 8)
         }
     measured = 2 * costs[8].layer_bytes - costs[4].layer_bytes
-    ranks = {name: layer.r["default"] for name, layer in lora_layers(injected).items()}
+    ranks = {name: layer.r["default"] for name, layer in adapted_layers(injected).items()}
     shape = read_shape({**model.config.to_dict(), **config, "model_type": family}, "here")
     adapted = Adapted(
         ranks,
         is_fused=is_fused,
         dropout_mask_bytes=4 if adapter.dropout else 0,
-        is_dora=adapter.method == "dora",
+        kept_outputs=adapter.KEPT_OUTPUTS,
+        dense_copies=adapter.DENSE_COPIES,
     )
     b = dtype.itemsize
     cost = activation_cost(shape, adapted, element_bytes=b, trained_ratio=63 / 64)

@@ -6,7 +6,7 @@ import torch
 from llmtune.errors import LlmtuneError
 from llmtune.training import checkpoint as checkpoints
 from llmtune.training.train import train_adapter
-from tests.training.tiny_runs import lora_layers, make_adapter, make_config, make_request
+from tests.training.tiny_runs import adapted_layers, make_adapter, make_config, make_request
 
 
 def test_a_cut_off_adapter_is_named_by_step_two(tmp_path):
@@ -20,7 +20,7 @@ def test_a_cut_off_adapter_is_named_by_step_two(tmp_path):
 
 def test_an_adapter_whose_first_half_is_detached_is_named_by_step_two(tmp_path):
     model = make_adapter()
-    lora_a = lora_layers(model)[0].lora_A["default"]
+    lora_a = adapted_layers(model)[0].lora_A["default"]
     lora_a.register_forward_hook(lambda _module, _inputs, output: output.detach())
     with pytest.raises(LlmtuneError, match=r"no gradient by step 2.*q_proj.lora_A"):
         train_adapter(make_config(), make_request(model, tmp_path))

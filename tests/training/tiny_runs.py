@@ -90,5 +90,5 @@ def largest_difference(one: dict, other: dict) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-def lora_layers(model: PeftModel) -> list[BaseTunerLayer]:
+def adapted_layers(model: PeftModel) -> list[BaseTunerLayer]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

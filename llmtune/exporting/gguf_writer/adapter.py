@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from llmtune.adapters.update import Factors
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.architectures import Architecture, Config, find_architecture
 from llmtune.exporting.gguf_writer.tensors import (
@@ -22,8 +23,11 @@ from llmtune.exporting.gguf_writer.write import (
     check_file,
     write_tensors,
 )
-from llmtune.merging.adapter_files import AdapterFiles, LoraGroup
+from llmtune.merging.adapter_files import AdapterFiles
 from llmtune.models.checkpoint import read_model_config
+
+LOW_RANK_TYPE = "lora"
+"""What llama.cpp calls a pair of factors."""
 
 
 def write_adapter_gguf(
@@ -48,12 +52,12 @@ def write_adapter_gguf(
     start = time.monotonic()
     architecture, config = find_architecture(base_dir), read_model_config(base_dir)
     adapter = AdapterFiles.open(adapter_dir)
-    _refuse_more_than_lora(adapter)
-    alpha = float(adapter.config.get("lora_alpha", 8))
+    _refuse_more_than_factors(adapter)
+    alpha = float(adapter.method.usual_alpha(adapter.config))
     tensors = _plan(adapter, architecture, config, (type, alpha))
     writer = GGUFWriter(path, architecture.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_string(gguf.Keys.Adapter.TYPE, LOW_RANK_TYPE)
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for key, text in provenance.items():
         writer.add_string(key, text)
@@ -72,21 +76,16 @@ def write_adapter_gguf(
     )
 
 
-def _refuse_more_than_lora(adapter: AdapterFiles) -> None:
-    groups = adapter.lora.values()
-    more = {
-        "DoRA magnitudes": [group.module for group in groups if group.magnitude],
-        "biases": [group.module for group in groups if group.bias],
-        "an embedding": [group.module for group in groups if group.is_embedding],
-        "trained tokens": list(adapter.tokens),
-        "modules_to_save": list(adapter.replaced),
-        "expert parameters": list(adapter.config.get("target_parameters") or ()),
-    }
-    found = [f"{kind} ({names[0]})" for kind, names in more.items() if names]
-    if found:
+def _refuse_more_than_factors(adapter: AdapterFiles) -> None:
+    more = adapter.beside_factors()
+    if not more:
+        tables = [name for name in adapter.modules if adapter.factors(name).is_embedding]
+        more = {"an embedding": tables[0]} if tables else {}
+    if more:
+        found = ", ".join(f"{kind} ({name})" for kind, name in more.items())
         raise LlmtuneError(
             f"{adapter.directory}: llama.cpp adapters hold LoRA of linear layers only, and this "
-            f"one has {', '.join(found)}. Merge it and export the model: --to gguf"
+            f"one has {found}. Merge it and export the model: --to gguf"
         )
 
 
@@ -95,7 +94,7 @@ def _plan(
 ) -> list[PlannedTensor]:
     names = tensor_names(architecture, config)
     planned = []
-    for module, group in sorted(adapter.lora.items()):
+    for module in sorted(adapter.modules):
         target = names.get_name(f"{module}.weight", try_suffixes=SUFFIXES)
         if target is None:
             raise LlmtuneError(
@@ -108,26 +107,21 @@ def _plan(
                 "embedding; merge it and export the model: --to gguf"
             )
         heads = rotary_heads(f"{module}.weight", architecture, config)
-        factor = _factor(adapter, group, how[1])
-        planned += _pair(target, group, how[0], (heads, factor))
+        factors = adapter.factors(module)
+        factor = factors.scaling * factors.a.shape[0] / how[1]
+        planned += _pair(target, factors, how[0], (heads, factor))
     return planned
 
 
-def _factor(adapter: AdapterFiles, group: LoraGroup, alpha: float) -> float:
-    assert group.a is not None
-    return adapter.scaling(group.module) * group.a.shape[0] / alpha
-
-
 def _pair(
-    target: str, group: LoraGroup, type: str, layout: tuple[int, float]
+    target: str, factors: Factors, type: str, layout: tuple[int, float]
 ) -> list[PlannedTensor]:
-    assert group.a is not None and group.b is not None
     heads, factor = layout
     kind = GGMLQuantizationType[type.upper()]
-    rows_a, rows_b = Rows(group.a, 0, group.a.shape[0]), Rows(group.b, 0, group.b.shape[0])
+    rows_a, rows_b = Rows(factors.a, 0, factors.a.shape[0]), Rows(factors.b, 0, factors.b.shape[0])
     return [
-        PlannedTensor(f"{target}.lora_a", group.a.shape, kind, (rows_a,)),
+        PlannedTensor(f"{target}.lora_a", factors.a.shape, kind, (rows_a,)),
         PlannedTensor(
-            f"{target}.lora_b", group.b.shape, kind, (rows_b,), rotary_heads=heads, factor=factor
+            f"{target}.lora_b", factors.b.shape, kind, (rows_b,), rotary_heads=heads, factor=factor
         ),
     ]

@@ -10,10 +10,10 @@ from llmtune.training.loss import decoder_hidden
 from llmtune.training.train import train_adapter
 from tests.tiny import make_model
 from tests.training.tiny_runs import (
+    adapted_layers,
     adapter_weights,
     add_lora,
     largest_difference,
-    lora_layers,
     make_adapter,
     make_config,
     make_request,
@@ -108,11 +108,11 @@ def test_outputs_and_gradients_equal_pefts():
 
 def test_the_layers_are_pefts_own_afterwards():
     model = make_adapter()
-    before = [set(layer.__dict__) for layer in lora_layers(model)]
+    before = [set(layer.__dict__) for layer in adapted_layers(model)]
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     with fused_lora(model, lambda: run_decoder(model)):
-        assert all("forward" in layer.__dict__ for layer in lora_layers(model))
-    assert [set(layer.__dict__) for layer in lora_layers(model)] == before
+        assert all("forward" in layer.__dict__ for layer in adapted_layers(model))
+    assert [set(layer.__dict__) for layer in adapted_layers(model)] == before
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
