@@ -364,14 +364,15 @@ class LowRankAdapter(Adapter):
     @classmethod
     def saved_rank(cls, config: SavedConfig, key: str) -> int:
         """Return the rank that a saved config gives the module or parameter `key`."""
-        rank: int = config.get("r", DEFAULT_RANK)
-        return _first_match(config.get("rank_pattern") or {}, key, rank)
+        patterns: Mapping[str, int] = config.get("rank_pattern") or {}
+        usual: int = config.get("r", DEFAULT_RANK)
+        return _first_match(patterns, key, usual)
 
     @classmethod
     def saved_scaling(cls, config: SavedConfig, key: str) -> float:
         """Return the factor before B A that a saved config gives the module or parameter `key`."""
-        alpha: float = config.get("lora_alpha", DEFAULT_ALPHA)
-        alpha = _first_match(config.get("alpha_pattern") or {}, key, alpha)
+        patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+        alpha = _first_match(patterns, key, config.get("lora_alpha", DEFAULT_ALPHA))
         return cls.scaling(cls.saved_rank(config, key), alpha)
 
 

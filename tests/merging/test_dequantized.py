@@ -7,7 +7,7 @@ import torch
 from bitsandbytes import functional
 from safetensors.torch import load_file
 
-from llmtune.merging import tiling
+from llmtune.merging import changes
 from llmtune.merging.merge import write_merge
 from llmtune.merging.plan import PlanOptions, plan_merge
 from llmtune.models.config import ModelConfig
@@ -52,7 +52,7 @@ def weights_computed_with(config: ModelConfig) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_merged_weights_are_the_quantized_ones_plus_the_delta(tmp_path, monkeypatch, kind, dtype):
-    monkeypatch.setattr(tiling, "TILE_ELEMENTS", 64 * 64)  # several tiles a tensor
+    monkeypatch.setattr(changes, "TILE_ELEMENTS", 64 * 64)  # several tiles a tensor
     base = make_base(tmp_path / "base", dtype=dtype, intermediate_size=640)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
     config = model_config(base, QUANTIZATIONS[kind])

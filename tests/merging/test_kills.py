@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llmtune.errors import LlmtuneError
-from llmtune.merging import tiles, tiling
+from llmtune.merging import changes, tiles
 from llmtune.merging.merge import merge_adapter
 from tests.merging.adapters import make_adapter, make_base
 
@@ -35,7 +35,7 @@ def merge_until(made: Path, out_dir: Path, fatal: int, reached, options: dict) -
     A moment is a tile, or a call that opens, makes, renames or removes a file: told by their
     number, and not by a clock, the kills fall on the same places on every machine.
     """
-    tiling.TILE_ELEMENTS = 64 * 64
+    changes.TILE_ELEMENTS = 64 * 64
     merge_tile = tiles.TensorMerger.merge_tile
     moments = itertools.count(1)
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from llmtune.io.safetensors import SINGLE_FILE, CheckpointIndex, read_header
-from llmtune.merging import tiling
+from llmtune.merging import changes
 from llmtune.merging.merge import merge_adapter
 from tests.merging.adapters import load_adapter, load_base, logits, make_adapter, make_base
 from tests.tiny import FAMILIES
@@ -34,7 +34,7 @@ def assert_same_answers(base_dir, adapter_dir, merged_dir, tolerance=2e-5):
 def test_merged_weights_are_bit_equal_to_the_whole_float32_sum(
     tmp_path, monkeypatch, dtype, shard_bytes
 ):
-    monkeypatch.setattr(tiling, "TILE_ELEMENTS", 64 * 64)  # several tiles a tensor
+    monkeypatch.setattr(changes, "TILE_ELEMENTS", 64 * 64)  # several tiles a tensor
     base = make_base(tmp_path / "base", dtype=dtype, intermediate_size=334 * 2)
     if shard_bytes:
         load_base(base).save_pretrained(base, max_shard_size=shard_bytes)
@@ -307,7 +307,7 @@ def test_kernel_copy_has_a_plain_fallback(tmp_path, monkeypatch):
 
 
 def test_result_does_not_depend_on_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiling, "TILE_ELEMENTS", 64 * 64)
+    monkeypatch.setattr(changes, "TILE_ELEMENTS", 64 * 64)
     base = make_base(tmp_path / "base", dtype=torch.bfloat16)
     adapter = make_adapter(base, tmp_path / "adapter")
     for threads in (1, 4):
