@@ -68,7 +68,7 @@ def test_the_file_says_that_it_is_an_adapter(llama_dir, tmp_path):
         ({"use_dora": True}, "DoRA magnitudes"),
         ({"modules_to_save": ["norm"]}, "modules_to_save"),
         ({"target_modules": ["embed_tokens"]}, "an embedding"),
-        ({"trainable_token_indices": [5]}, "trained tokens"),
+        ({"trainable_token_indices": [5]}, "trained token rows"),
     ],
 )
 def test_what_llama_cpp_adapters_cannot_hold_is_refused(settings, message, llama_dir, tmp_path):
