@@ -13,7 +13,7 @@ CARD_NAME = "README.md"
 
 
 def read_report(path: Path) -> dict[str, Any] | None:
-    """Return a run's report.json, or None where the run has none yet.
+    """Return a run's report.json, or None if the run has none yet.
 
     Raises:
         LlmtuneError: it is not JSON.
@@ -21,9 +21,10 @@ def read_report(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise LlmtuneError(f"{path}: not valid JSON: {error}") from error
+    return report
 
 
 def render_card(name: str, report: Mapping[str, Any] | None, *, files: Mapping[str, str]) -> str:

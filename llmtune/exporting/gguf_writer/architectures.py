@@ -98,7 +98,7 @@ def rope_factors(config: Config) -> list[float] | None:
 
 def head_dimension(config: Config) -> int:
     """Return the width of one attention head."""
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def context_length(config: Config) -> int:
@@ -107,9 +107,9 @@ def context_length(config: Config) -> int:
     Its llama architecture attends to everything, so a Mistral with a sliding window is only the
     same model within one window.
     """
-    longest = config["max_position_embeddings"]
+    longest = int(config["max_position_embeddings"])
     if config["model_type"] in {"mistral", "mixtral"} and config.get("sliding_window"):
-        return min(longest, config["sliding_window"])
+        return min(longest, int(config["sliding_window"]))
     return longest
 
 

@@ -136,11 +136,12 @@ def _metaspace(scheme: str) -> PreTokenizer:
 
 
 def _normal_step(part: Mapping[str, Any]) -> str:
-    if part["type"] == "Prepend" and part.get("prepend") == PIECES:
+    step = str(part["type"])
+    if step == "Prepend" and part.get("prepend") == PIECES:
         return "prepend"
-    if part["type"] == "Replace" and part.get("pattern") == {"String": " "}:
-        return "spaces" if part.get("content") == PIECES else part["type"]
-    return part["type"]
+    if step == "Replace" and part.get("pattern") == {"String": " "}:
+        return "spaces" if part.get("content") == PIECES else step
+    return step
 
 
 def _unknown(source: Path, what: str) -> LlmtuneError:

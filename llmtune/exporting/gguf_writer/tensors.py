@@ -62,7 +62,7 @@ class PlannedTensor:
         """What it takes in the file."""
         block, block_bytes = gguf.GGML_QUANT_SIZES[self.type]
         rows = int(np.prod(self.shape[:-1], dtype=np.int64))
-        return rows * (self.num_columns // block) * block_bytes
+        return int(rows * (self.num_columns // block) * block_bytes)
 
 
 def plan_tensors(
@@ -115,8 +115,8 @@ def rotary_heads(name: str, architecture: Architecture, config: Config) -> int:
     rotated = ROTATED.search(name)
     if not architecture.pairs_rotary or rotated is None:
         return 0
-    heads = config["num_attention_heads"]
-    return (config.get("num_key_value_heads") or heads) if rotated[1] == "k" else heads
+    heads = int(config["num_attention_heads"])
+    return int(config.get("num_key_value_heads") or heads) if rotated[1] == "k" else heads
 
 
 def _group(tensors: Mapping[str, TensorEntry], config: Config) -> dict[str, list[Rows]]:

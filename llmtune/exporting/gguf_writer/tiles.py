@@ -84,6 +84,6 @@ def _encode(tensor: PlannedTensor, values: np.ndarray) -> np.ndarray:
             f"{tensor.name}: {np.abs(values).max():g} is too large for float16; "
             "export with --type bf16"
         )
-    encoded = quants.quantize(np.ascontiguousarray(values), tensor.type)
+    encoded: np.ndarray = quants.quantize(np.ascontiguousarray(values), tensor.type)
     assert math.prod(values.shape) == 0 or encoded.size, tensor.name
     return encoded

@@ -71,11 +71,12 @@ def read_tokenizer_json(directory: Path) -> dict[str, Any]:
     """
     path = directory / TOKENIZER_NAME
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LlmtuneError(f"{directory}: no tokenizer: expected {TOKENIZER_NAME}.") from None
     except ValueError as error:
         raise LlmtuneError(f"{path}: not valid JSON: {error}") from error
+    return content
 
 
 def read_vocabulary(directory: Path, *, chat_template: Path | None = None) -> Vocabulary:
@@ -210,7 +211,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[st
 
 def _adds(tokenizer: PreTrainedTokenizerFast, id: int | None, *, first: bool) -> bool:
     """Whether tokenizing a text puts this token before (or after) it, seen by doing it."""
-    written = tokenizer(PROBE)["input_ids"]
+    written: list[int] = tokenizer(PROBE)["input_ids"]
     plain = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     if id is None or len(written) == len(plain):
         return False
