@@ -1,6 +1,7 @@
 """chat and predict: what a model says."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,12 @@ def chat(  # noqa: PLR0913 (one argument an option)
       llmtune chat runs/quickstart
       llmtune chat runs/quickstart/merged --temperature 0.7
     """
+    from llmtune.runs.targets import resolve_target
     from llmtune.serving.chat import ChatSettings, run_chat
 
     show_progress(quiet)
-    run_chat(target, overrides, ChatSettings(arm, system, max_new_tokens, temperature, as_json))
+    settings = ChatSettings(arm, system, max_new_tokens, temperature, as_json)
+    run_chat(resolve_target(target, overrides), settings)
 
 
 @click.command()
@@ -105,16 +108,14 @@ def predict(  # noqa: PLR0913 (one argument an option)
       llmtune predict runs/quickstart --input prompts.jsonl --output answers.jsonl
       llmtune predict runs/quickstart --arm base --input prompts.jsonl --output base.jsonl
     """
+    from llmtune.runs.targets import resolve_target
     from llmtune.serving.predict import PredictSettings, run_predict
 
     show_progress(quiet)
-    result = run_predict(
-        target,
-        overrides,
-        PredictSettings(input_path, output_path, arm, max_new_tokens, temperature),
-    )
+    settings = PredictSettings(input_path, output_path, arm, max_new_tokens, temperature)
+    made = run_predict(resolve_target(target, overrides), settings)
     print_result(
-        result,
+        asdict(made),
         as_json,
-        lambda: f"{result['rows']} answers by the {result['arm']} model in {output_path}",
+        lambda: f"{made.rows} answers by the {made.arm} model in {output_path}",
     )

@@ -6,6 +6,7 @@ import click
 
 from llmtune.commands.options import print_result, show_progress, with_output_options
 from llmtune.errors import LlmtuneError
+from llmtune.io.run_dir import RunDir
 
 FAIL_IF_OPTION = click.option(
     "--fail-if",
@@ -76,9 +77,7 @@ def _rebuild(target: str, fail_if: tuple[str, ...], extent: str | None, *, as_js
 
 
 def _compare(target: str, other: str, across: tuple[str, ...], *, as_json: bool) -> None:
-    from llmtune.experiments.versus import compare_runs
-    from llmtune.experiments.versus_page import render_versus_table, write_versus
-    from llmtune.io.run_dir import RunDir
+    from llmtune.experiments.versus import compare_runs, render_versus_table, write_versus
     from llmtune.runs.targets import find_run_dir
 
     first, second = (RunDir(find_run_dir(name)) for name in (target, other))
@@ -89,17 +88,16 @@ def _compare(target: str, other: str, across: tuple[str, ...], *, as_json: bool)
 
 
 def _compare_seeds(targets: tuple[str, ...], *, as_json: bool) -> None:
-    from llmtune.experiments.seeds import SeedRun, compare_seeds
-    from llmtune.experiments.seeds_page import render_seeds_table, write_seeds
-    from llmtune.io.manifest import read_manifest
-    from llmtune.io.run_dir import RunDir
-    from llmtune.runs.deciding import deciding_knobs_of
+    from llmtune.experiments.seeds import (
+        compare_seeds,
+        open_seed_run,
+        render_seeds_table,
+        write_seeds,
+    )
     from llmtune.runs.targets import find_run_dir
 
-    runs = [RunDir(find_run_dir(name)) for name in targets]
-    study = compare_seeds(
-        [SeedRun(run, deciding_knobs_of(read_manifest(run).config)) for run in runs]
-    )
-    page = write_seeds(study, runs[0].path)
+    runs = [open_seed_run(find_run_dir(name)) for name in targets]
+    study = compare_seeds(runs)
+    page = write_seeds(study, runs[0].run.path)
     print_result(study.as_json(), as_json, lambda: render_seeds_table(study))
     logging.getLogger("llmtune").info("seeds: %s", page)

@@ -126,17 +126,27 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
     show_progress(quiet)
     if harness is not None:
         from llmtune.evaluation.harness import HarnessSettings
+        from llmtune.runs.targets import resolve_target
         from llmtune.serving.harness import run_harness
 
         if suites:
             raise LlmtuneError("give --suite or --lm-eval, one at a time")
         arms = harness.pop("arms")
-        scores = run_harness(target, overrides, HarnessSettings(**harness), arms)
+        found = resolve_target(target, overrides)
+        scores = run_harness(
+            found,
+            HarnessSettings(**harness),
+            found.evaluate,
+            arms=arms,
+            results_dir=found.results_dir,
+        )
     elif suites:
+        from llmtune.runs.targets import resolve_target
         from llmtune.serving.score import score_target
 
         # Such scores are printed and not kept, so there is nothing that --force would redo.
-        scores = score_target(target, overrides, suites)
+        found = resolve_target(target, overrides)
+        scores = score_target(found, suites, found.evaluate)
     else:
         from llmtune.runs import pipeline
         from llmtune.runs.targets import require_run

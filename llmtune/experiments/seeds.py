@@ -1,10 +1,19 @@
-"""Several trainings of one recipe that differ in their seed: how much training itself varies."""
+"""Several trainings of one recipe that differ in their seed: how much training itself varies.
+
+With a page, a JSON file, and a table for the terminal.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import (
@@ -17,12 +26,15 @@ from llmtune.evaluation.results import ArmResult
 from llmtune.evaluation.stats import holm, paired_bootstrap, two_level_bootstrap
 from llmtune.experiments.versus import tell_apart
 from llmtune.io.manifest import Manifest, read_manifest
-from llmtune.io.run_dir import RunDir
+from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
 from llmtune.reporting.current import Models, current_results
+from llmtune.reporting.figures import draw_interval, interval_limit
+from llmtune.reporting.html import make_environment
 from llmtune.reporting.measure import read_results
-from llmtune.reporting.numbers import Unit, unit_of_metric, without_nan
+from llmtune.reporting.numbers import Unit, format_count, format_p, unit_of_metric, without_nan
 from llmtune.reporting.suites import place_of
 from llmtune.reporting.transfer import build_report, read_resampling
+from llmtune.runs.deciding import deciding_knobs_of
 from llmtune.runs.ledger import differences
 
 MIN_RUNS = 3
@@ -38,6 +50,12 @@ class SeedRun:
 
     run: RunDir
     knobs: Mapping[str, Any]
+
+
+def open_seed_run(run_dir: Path) -> SeedRun:
+    """Return a run with the knobs that decided its adapter, as its manifest records them."""
+    run = RunDir(run_dir)
+    return SeedRun(run, deciding_knobs_of(read_manifest(run).config))
 
 
 @dataclass(frozen=True)
@@ -247,3 +265,65 @@ def _results(run: RunDir, manifest: Manifest) -> dict[str, Arms]:
     is_wanted = current_results(run, manifest, Models.of_run(run, manifest))
     results = read_results(run.evaluations_dir, is_wanted=is_wanted)
     return {name: arms for name, arms in results.items() if all(arm in arms for arm in ARMS)}
+
+
+PAGE_NAME = "seeds.html"
+
+
+@dataclass(frozen=True)
+class ShownSuite:
+    """One suite of the study with its interval drawn and its outcome in words."""
+
+    suite: SeedSuite
+    plot: Markup
+    outcome: str
+
+
+def write_seeds(study: SeedStudy, out_dir: Path) -> Path:
+    """Write `seeds.html` and `seeds.json` into a directory and return the page's path."""
+    page = out_dir / PAGE_NAME
+    atomic_write_json(page.with_suffix(".json"), study.as_json())
+    atomic_write_text(page, render_seeds(study))
+    return page
+
+
+def render_seeds(study: SeedStudy) -> str:
+    """Return the page; it asks for nothing from outside."""
+    limits: dict[Unit, float] = {}
+    for unit in {suite.unit for suite in study.suites}:
+        ends = [end for suite in study.suites if suite.unit == unit for end in suite.gain]
+        limits[unit] = interval_limit(ends)
+    shown = [
+        ShownSuite(
+            suite,
+            draw_interval(*suite.gain, limit=limits[suite.unit]),
+            suite.outcome(study.significance),
+        )
+        for suite in study.suites
+    ]
+    return make_environment().get_template("seeds.html.j2").render(study=study, shown=shown)
+
+
+def render_seeds_table(study: SeedStudy) -> RenderableType:
+    """Return the runs with their verdicts, and the table, to print; it fits 80 columns."""
+    percent = f"{study.resampling.confidence * 100:g} %"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column("suite", overflow="fold")
+    for name in ("n", "base", "tuned", "between seeds"):
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column(f"change, {percent} with seeds", justify="right", no_wrap=True)
+    table.add_column("Holm p", justify="right", no_wrap=True)
+    for suite in study.suites:
+        unit = suite.unit
+        table.add_row(
+            Text(suite.name),
+            format_count(suite.n),
+            unit.score(suite.base),
+            unit.score(sum(suite.tuned) / len(suite.tuned)),
+            f"± {unit.bare_size(suite.spread)}",
+            f"{unit.change(suite.difference)} {unit.interval(suite.low, suite.high)}",
+            format_p(suite.holm_p),
+        )
+    runs = zip(study.names, study.seeds, study.verdicts, strict=True)
+    lines = [Text(f"{name}, seed {seed}: {verdict}") for name, seed, verdict in runs]
+    return Group(*lines, table)

@@ -12,12 +12,13 @@ from llmtune.adapters.manifest import (
 )
 from llmtune.config import RunConfig, load_config, read_config_tree
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.config import EvaluateConfig
 from llmtune.exporting.base import ExportSource
 from llmtune.io.manifest import read_manifest
 from llmtune.io.run_dir import RunDir
 from llmtune.io.validation import validate_section
 from llmtune.io.yaml_source import SourcedTree, apply_overrides
-from llmtune.models.config import ModelConfig
+from llmtune.models.config import Loadable, ModelConfig
 from llmtune.reporting.sequence import read_sequence
 from llmtune.schema import Section
 
@@ -33,22 +34,22 @@ class ModelOnly(Section):
 
 
 @dataclass(frozen=True)
-class Target:
-    """What to load: a base, the adapter on it if any, the merged model of a run if any."""
+class Target(Loadable):
+    """What a path names, to be loaded, with the run's config if it is a run."""
 
-    name: str
-    model: ModelConfig
-    adapter_dir: Path | None = None
-    merged_dir: Path | None = None
     config: RunConfig | None = None
-    """The run's config, where the target is a run."""
 
     @property
-    def arms(self) -> tuple[str, ...]:
-        """Who can answer, the default first."""
-        arms = ["tuned"] if self.adapter_dir else []
-        arms.append("base")
-        return tuple(arms + (["merged"] if self.merged_dir else []))
+    def evaluate(self) -> EvaluateConfig:
+        """How it is scored: as the run's config says."""
+        return self.config.evaluate if self.config else EvaluateConfig()
+
+    @property
+    def results_dir(self) -> Path | None:
+        """Where a run keeps its results; None for anything else."""
+        if self.config is None or not self.config.run.manifest_path.is_file():
+            return None
+        return self.config.run.evaluations_dir
 
 
 def resolve_target(name: str, overrides: Sequence[str] = ()) -> Target:

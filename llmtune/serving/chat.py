@@ -2,15 +2,14 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import click
 
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
+from llmtune.models.config import Loadable
 from llmtune.models.turns import require_chat_template
-from llmtune.runs.targets import resolve_target
 from llmtune.scoring.generate import Decoding, stream_text
 from llmtune.serving.live import LiveTarget, load_live
 
@@ -75,13 +74,13 @@ class Chat:
         return text
 
 
-def run_chat(name: str, overrides: Sequence[str], settings: ChatSettings) -> None:
+def run_chat(target: Loadable, settings: ChatSettings) -> None:
     """Hold a conversation until /quit or the end of input.
 
     Raises:
         LlmtuneError: the target cannot be loaded or has no chat template.
     """
-    live = load_live(resolve_target(name, overrides), settings.arm)
+    live = load_live(target, settings.arm)
     require_chat_template(live.loaded.tokenizer)
     chat = Chat(live, settings)
     is_terminal = sys.stdin.isatty()

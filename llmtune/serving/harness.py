@@ -12,8 +12,7 @@ from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.harness import HarnessSettings, suite_name
 from llmtune.evaluation.results import ArmResult, save_arm_result
 from llmtune.evaluation.scores import Scores, summarize_scores
-from llmtune.io.run_dir import RunDir
-from llmtune.runs.targets import Target, resolve_target
+from llmtune.models.config import Loadable
 from llmtune.serving.live import load_live
 
 log = logging.getLogger("llmtune")
@@ -22,22 +21,25 @@ HOW_TO_INSTALL = 'install it with: pip install "llmtune[lm-eval]"'
 
 
 def run_harness(
-    name: str, overrides: Sequence[str], settings: HarnessSettings, arms: Sequence[str] = ()
+    target: Loadable,
+    settings: HarnessSettings,
+    knobs: EvaluateConfig,
+    *,
+    arms: Sequence[str] = (),
+    results_dir: Path | None = None,
 ) -> Scores:
     """Run tasks on the target's arms; base and tuned are one loaded model.
 
-    Where the target is a run, the results are kept with its own and its next report shows them.
-
     Args:
+        knobs: how intervals are made.
+        results_dir: where the results are kept; a run's next report then shows them.
         arms: base, tuned, merged; empty is base and tuned, or the model alone.
 
     Raises:
         LlmtuneError: the harness is not installed, the target has no such arm, or a task cannot
             be run.
     """
-    target = resolve_target(name, overrides)
     chosen = _chosen_arms(target, arms)
-    results_dir = _results_dir(target)
     results: dict[str, dict[str, ArmResult]] = {}
     summaries: dict[str, dict[str, Any]] = {}
     for group in _by_loaded_model(chosen):
@@ -53,7 +55,6 @@ def run_harness(
             summaries[arm] = run.summary
         del live
         gc.collect()
-    knobs = target.config.evaluate if target.config else EvaluateConfig()
     resampling = Resampling(knobs.confidence, knobs.bootstrap_samples, knobs.seed)
     scores = summarize_scores(results, resampling)
     for arm, summary in summaries.items():
@@ -75,7 +76,7 @@ def _run(scored: Any, arm: str, settings: HarnessSettings) -> Any:
     return run_tasks(scored, arm, settings)
 
 
-def _chosen_arms(target: Target, arms: Sequence[str]) -> tuple[str, ...]:
+def _chosen_arms(target: Loadable, arms: Sequence[str]) -> tuple[str, ...]:
     missing = [arm for arm in arms if arm not in target.arms]
     if missing:
         raise LlmtuneError(
@@ -88,12 +89,6 @@ def _by_loaded_model(arms: Sequence[str]) -> list[tuple[str, ...]]:
     """Group arms by what must be loaded for them: base and tuned are one model."""
     live = tuple(arm for arm in arms if arm != "merged")
     return [group for group in (live, ("merged",) if "merged" in arms else ()) if group]
-
-
-def _results_dir(target: Target) -> Path | None:
-    if target.config is None or not target.config.run.manifest_path.is_file():
-        return None
-    return RunDir(target.config.run.path).evaluations_dir
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

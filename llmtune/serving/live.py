@@ -11,10 +11,9 @@ from llmtune.adapters.saved import load_adapter
 from llmtune.data.template import require_trained_template
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.scored_model import ModelIdentity, ScoredModel
-from llmtune.models.config import ModelConfig
+from llmtune.models.config import Loadable, ModelConfig
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import resolve_base
-from llmtune.runs.targets import Target
 from llmtune.scoring.batches import adapter_disabled
 
 log = logging.getLogger("llmtune")
@@ -58,7 +57,7 @@ class LiveTarget:
             )
 
 
-def load_live(target: Target, arm: str | None = None) -> LiveTarget:
+def load_live(target: Loadable, arm: str | None = None) -> LiveTarget:
     """Load what `target` names so that it can answer as `arm` (default: its first).
 
     Raises:
@@ -82,14 +81,14 @@ def load_live(target: Target, arm: str | None = None) -> LiveTarget:
     return LiveTarget(model, loaded, _identity(target.model, loaded, adapter), ("tuned", "base"))
 
 
-def merged_model_config(target: Target) -> ModelConfig:
+def merged_model_config(target: Loadable) -> ModelConfig:
     """Return how the merged model of a run is loaded: as the run's base, but never quantized."""
     return target.model.model_copy(
         update={"base": str(target.merged_dir), "revision": None, "quantization": None}
     )
 
 
-def _load_merged(target: Target) -> LiveTarget:
+def _load_merged(target: Loadable) -> LiveTarget:
     config = merged_model_config(target)
     loaded = load_model(config, resolve_base(config))
     _say_loaded(loaded)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from llmtune.data.render import render_messages, render_question
 from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import atomic_write_text
+from llmtune.models.config import Loadable
 from llmtune.models.turns import require_chat_template
-from llmtune.runs.targets import resolve_target
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.generate import Decoding, generate_texts
 from llmtune.serving.live import LiveTarget, load_live
@@ -32,8 +31,18 @@ class PredictSettings:
     temperature: float = 0.0
 
 
-def run_predict(name: str, overrides: Sequence[str], settings: PredictSettings) -> dict[str, Any]:
-    """Answer every row and write the output whole at the end; return counts.
+@dataclass(frozen=True)
+class Predicted:
+    """How many rows were answered by whom, how many answers ended by themselves, and where."""
+
+    rows: int
+    arm: str
+    stopped: int
+    output: str
+
+
+def run_predict(target: Loadable, settings: PredictSettings) -> Predicted:
+    """Answer every row and write the output whole at the end.
 
     A row holds `messages` (a list), or `prompt` (text: one user message, or raw text for a model
     without a chat template). The output row is the input row with `answer` and `stopped`.
@@ -47,7 +56,6 @@ def run_predict(name: str, overrides: Sequence[str], settings: PredictSettings) 
         raise LlmtuneError(f"{settings.output_path}: exists already; remove it or choose another")
     if not settings.output_path.absolute().parent.is_dir():
         raise LlmtuneError(f"{settings.output_path}: its directory does not exist; make it first")
-    target = resolve_target(name, overrides)
     live = load_live(target, settings.arm)
     arm = settings.arm or live.arms[0]
     prompts = [_render(live, row) for row in rows]
@@ -69,7 +77,7 @@ def run_predict(name: str, overrides: Sequence[str], settings: PredictSettings) 
     ]
     atomic_write_text(settings.output_path, "\n".join(lines) + "\n")
     stopped = sum(each.stopped for each in generations)
-    return {"rows": len(rows), "arm": arm, "stopped": stopped, "output": str(settings.output_path)}
+    return Predicted(len(rows), arm, stopped, str(settings.output_path))
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:

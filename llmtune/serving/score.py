@@ -9,23 +9,23 @@ from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.run import Progress, ScoringSettings, evaluate_arms
 from llmtune.evaluation.scores import Scores, summarize_scores
 from llmtune.evaluation.suite import load_suite
-from llmtune.runs.targets import resolve_target
+from llmtune.models.config import Loadable
 from llmtune.serving.live import load_live
 
 log = logging.getLogger("llmtune")
 
 
-def score_target(name: str, overrides: Sequence[str], suites: Sequence[str]) -> Scores:
+def score_target(target: Loadable, suites: Sequence[str], chosen: EvaluateConfig) -> Scores:
     """Score the target's arms on `suites`: base and tuned with an adapter, else the model alone.
 
-    Nothing is kept on disk; a run's own results and its report stay as they are. Where the target
-    is a run, its `evaluate` section says how items are chosen and intervals are made.
+    Nothing is kept on disk; a run's own results and its report stay as they are.
+
+    Args:
+        chosen: how items are chosen and intervals are made.
 
     Raises:
         LlmtuneError: a suite or the target cannot be read or does not fit the other.
     """
-    target = resolve_target(name, overrides)
-    chosen = target.config.evaluate if target.config else EvaluateConfig()
     loaded_suites = [load_suite(each, seed=chosen.seed, limit=chosen.limit) for each in suites]
     live = load_live(target)
     results = evaluate_arms(
