@@ -157,12 +157,11 @@ def _train(arguments: list[str]) -> None:
     from llmtune.config import anchor_paths, load_config
     from llmtune.data.prepare import prepare_examples
     from llmtune.models.resolve import resolve_base
-    from llmtune.models.tokenizer import load_tokenizer
     from llmtune.runs.pipeline import plan
 
     config = anchor_paths(load_config(arguments[0], arguments[1:]))
     source = resolve_base(config.model)
-    tokenizer = load_tokenizer(source.dir)
+    tokenizer = source.tokenizer
     train, evaluation = (
         prepare_examples(config.data, tokenizer, split=split, seed=config.seed)
         for split in ("train", "evaluation")
@@ -176,7 +175,7 @@ def _train(arguments: list[str]) -> None:
     from llmtune.training.train import TrainRequest, train_adapter
 
     planned = plan(config, measure=True)
-    estimate = estimate_training(config, source.dir, torch.device("cpu"), (train, evaluation))
+    estimate = estimate_training(config, source.directory, torch.device("cpu"), (train, evaluation))
     loaded = load_model(config.model, source)
     request = TrainRequest(
         model=inject_adapter(loaded.model, config.adapter).model,
@@ -213,9 +212,8 @@ def _make_base(family: str, config_path: str, directory: str) -> None:
 
     from llmtune.config import load_config
     from llmtune.models.resolve import resolve_base
-    from llmtune.models.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(resolve_base(load_config(config_path).model).dir)
+    tokenizer = resolve_base(load_config(config_path).model).tokenizer
     config = CONFIG_MAPPING[family](
         vocab_size=len(tokenizer),
         hidden_size=768,

@@ -15,7 +15,7 @@ from llmtune.data.render import render_messages
 from llmtune.data.template import template_fingerprint
 from llmtune.evaluation.requests import encode_prompts
 from llmtune.evaluation.suite import load_suite
-from llmtune.models.tokenizer import load_tokenizer
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.targets import resolve_target
 from llmtune.serving.chat import Chat, ChatSettings
 from llmtune.serving.live import load_live
@@ -99,7 +99,9 @@ def test_the_golden_prompt_is_the_same_for_everything_that_is_saved(finished):
 def test_training_evaluation_and_chat_give_the_model_the_same_ids(finished, monkeypatch):
     """One question as a training row, as a suite's item and as a chat's first turn."""
     config = load_config(finished / "config.yaml")
-    tokenizer = load_tokenizer(finished / "base", chat_template=config.model.chat_template)
+    tokenizer = Checkpoint.open(
+        finished / "base", chat_template=config.model.chat_template
+    ).tokenizer
     question = "The film is funny. positive or negative?"
     messages = [{"role": "user", "content": question}]
     prompt = render_messages(tokenizer, messages, add_generation_prompt=True)

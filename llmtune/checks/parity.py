@@ -23,9 +23,7 @@ from llmtune.checks.tricky_strings import TRICKY_STRINGS
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import encode_plain, render_messages
 from llmtune.errors import CheckFailed
-from llmtune.models.checkpoint import read_generation_config
-from llmtune.models.tokenizer import load_tokenizer
-from llmtune.models.turns import stop_token_ids
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.scoring.batches import (
     choose_token_budget,
     inference,
@@ -119,12 +117,12 @@ def compare_file(source: Path, path: Path, *, chat_template: Path | None = None)
     Raises:
         LlmtuneError: llama.cpp is not installed or cannot load the file.
     """
-    tokenizer = load_tokenizer(source, chat_template=chat_template)
+    checkpoint = Checkpoint.open(source, chat_template=chat_template)
     dtype = getattr(torch, comparison_dtype(source, num_models=1))
     model = load_merged(source, dtype=dtype, device="cpu")
-    stops = stop_token_ids(tokenizer, read_generation_config(source))
+    stops = checkpoint.stop_token_ids
     request = ParityRequest(path, stops, num_threads=torch.get_num_threads())
-    parity = compare_with_runtime(model, tokenizer, request)
+    parity = compare_with_runtime(model, checkpoint.tokenizer, request)
     log.info("export: %s", describe_parity(parity))
     return parity
 

@@ -12,12 +12,10 @@ from torch import nn
 
 from llmtune.adapters.saved import load_adapter
 from llmtune.adapters.strength import adapter_strength
-from llmtune.io.safetensors import CheckpointIndex
-from llmtune.models.checkpoint import SAFETENSORS_NAMES, has_weights
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import Fp4Quantization, ModelConfig, Nf4Quantization
 from llmtune.models.hardware import choose_device
 from llmtune.models.load import LoadedModel, load_model
-from llmtune.models.resolve import BaseSource
 
 FLOAT32_BYTES = 4
 BYTES_PICKLED = 2
@@ -37,7 +35,7 @@ class LiveModel:
 
 def load_live(
     config: ModelConfig,
-    source: BaseSource,
+    source: Checkpoint,
     adapter_dir: Path | None,
     *,
     dtype: str,
@@ -90,6 +88,7 @@ def comparison_dtype(directory: Path, *, num_models: int = 2, device: str = "cpu
 
 
 def _num_parameters(directory: Path) -> int:
-    if not has_weights(directory, SAFETENSORS_NAMES):
+    base = Checkpoint.open(directory)
+    if not base.has_safetensors:
         return sum(path.stat().st_size for path in directory.glob("*.bin")) // BYTES_PICKLED
-    return sum(math.prod(one.shape) for one in CheckpointIndex.open(directory).tensors.values())
+    return sum(math.prod(one.shape) for one in base.index.tensors.values())

@@ -51,10 +51,9 @@ def init(data: str, base: str | None, out: Path, quiet: bool, as_json: bool) -> 
     from llmtune.evaluation.tasks.base import is_suite_name
     from llmtune.models.config import ModelConfig
     from llmtune.models.resolve import resolve_base
-    from llmtune.models.tokenizer import load_tokenizer
 
     show_progress(quiet)
-    tokenizer = load_tokenizer(resolve_base(ModelConfig(base=base)).dir) if base else None
+    tokenizer = resolve_base(ModelConfig(base=base)).tokenizer if base else None
     found = describe_data(data, tokenizer=tokenizer)
     files: dict[Path, str] = {}
     suite = None
@@ -213,10 +212,9 @@ class _Progress:
 
 def _open(config: Path, overrides: tuple[str, ...], *, no_cache: bool = False) -> tuple[Any, Any]:
     from llmtune.models.resolve import resolve_base
-    from llmtune.models.tokenizer import load_tokenizer
     from llmtune.runs.targets import require_run
 
     more = ("data.cache=false",) if no_cache else ()
     loaded = require_run(str(config), (*overrides, *more))
     source = resolve_base(loaded.model)
-    return loaded, load_tokenizer(source.dir, chat_template=loaded.model.chat_template)
+    return loaded, source.tokenizer

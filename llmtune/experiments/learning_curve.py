@@ -15,7 +15,6 @@ from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.manifest import read_manifest
 from llmtune.io.run_dir import RunDir
 from llmtune.models.resolve import resolve_base
-from llmtune.models.tokenizer import load_tokenizer
 from llmtune.runs import pipeline
 
 log = logging.getLogger("llmtune")
@@ -105,9 +104,7 @@ def plan_learning_curve(config: RunConfig, *, suite: str | None = None) -> Curve
     full = _read_result(config.run, chosen)
     record = read_manifest(config.run).stages["train"]["result"]
     steps = trained_steps(config)
-    tokenizer = load_tokenizer(
-        resolve_base(config.model).dir, chat_template=config.model.chat_template
-    )
+    tokenizer = resolve_base(config.model).tokenizer
     table = prepare_examples(config.mixed_data, tokenizer, split="train", seed=config.seed).examples
     is_split = config.data.length_policy == "split"
     places = seen_places(table, steps.seen(table), is_split=is_split)

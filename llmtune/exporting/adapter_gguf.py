@@ -38,12 +38,12 @@ class AdapterGgufExporter(FileExporter):
         """Write the adapter, if it was trained on this base."""
         from llmtune.adapters.manifest import adapter_fingerprint, check_adapter
         from llmtune.exporting.gguf_writer.adapter import write_adapter_gguf
-        from llmtune.models.identity import base_fingerprint
+        from llmtune.models.checkpoint import Checkpoint
 
         assert job.type is not None
         adapter_dir, base = job.adapter_dir, job.base_dir
         self.check_base(base, chat_template=job.chat_template)
-        check_adapter(adapter_dir, base_fingerprint=base_fingerprint(base))
+        check_adapter(adapter_dir, base_fingerprint=Checkpoint.open(base).fingerprint)
         provenance = {
             **job.provenance(base),
             "llmtune.adapter": adapter_fingerprint(adapter_dir),

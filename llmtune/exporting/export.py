@@ -24,9 +24,8 @@ from llmtune.exporting.config import ExportSettings, find_exporter
 from llmtune.io.environment import versions
 from llmtune.io.run_dir import RunDir, atomic_write_text
 from llmtune.io.unfinished import move_into_place, unfinished_dir, unfinished_file
-from llmtune.models.identity import base_fingerprint
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.resolve import resolve_base
-from llmtune.models.tokenizer import load_tokenizer
 from llmtune.version import __version__
 
 log = logging.getLogger("llmtune")
@@ -82,8 +81,9 @@ class ExportJob:
         source = self.source
         if source.merged_dir is not None:
             if source.adapter_dir is not None:
-                tokenizer = load_tokenizer(source.merged_dir, chat_template=self.chat_template)
-                require_trained_template(tokenizer, source.adapter_dir)
+                template = self.chat_template
+                merged = Checkpoint.open(source.merged_dir, chat_template=template)
+                require_trained_template(merged.tokenizer, source.adapter_dir)
             return source.merged_dir
         if source.run_dir is not None or source.adapter_dir is not None:
             raise LlmtuneError(
@@ -106,7 +106,7 @@ class ExportJob:
     @cached_property
     def base_dir(self) -> Path:
         """The checkpoint of the base, or of the whole model."""
-        return resolve_base(self.source.model).dir
+        return resolve_base(self.source.model).directory
 
     @cached_property
     def report(self) -> dict[str, Any] | None:
@@ -173,7 +173,7 @@ class ExportJob:
 
     def _facts(self, model_dir: Path) -> dict[str, str]:
         """Return what the export was made from, without any path of this machine."""
-        facts = {"source": base_fingerprint(model_dir), "version": __version__}
+        facts = {"source": Checkpoint.open(model_dir).fingerprint, "version": __version__}
         record = read_record(model_dir)
         if record is not None:
             facts["merged_into"] = record.base

@@ -10,9 +10,7 @@ from llmtune.data.problems import RowError
 from llmtune.data.render import render_text
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.vocabulary import read_vocabulary
-from llmtune.models.checkpoint import read_generation_config
-from llmtune.models.tokenizer import load_tokenizer
-from llmtune.models.turns import stop_token_ids
+from llmtune.models.checkpoint import Checkpoint
 
 ROLES = ("system", "user", "assistant")
 Messages = Sequence[Mapping[str, str]]
@@ -46,11 +44,11 @@ def modelfile_of(source_dir: Path, gguf_name: str, *, chat_template: Path | None
     Raises:
         LlmtuneError: as `render_modelfile`, or llama.cpp does not have the tokenizer.
     """
-    tokenizer = load_tokenizer(source_dir, chat_template=chat_template)
+    source = Checkpoint.open(source_dir, chat_template=chat_template)
     return render_modelfile(
-        tokenizer,
+        source.tokenizer,
         gguf_name,
-        stop_token_ids=stop_token_ids(tokenizer, read_generation_config(source_dir)),
+        stop_token_ids=source.stop_token_ids,
         adds_bos=read_vocabulary(source_dir, chat_template=chat_template).adds_bos,
     )
 

@@ -16,13 +16,13 @@ from llmtune.checks.prompts import ComparedPrompts
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import encode_plain
 from llmtune.errors import CheckFailed
-from llmtune.io.safetensors import CheckpointIndex
 from llmtune.io.unfinished import require_space
 from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig, Nf4Quantization
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.quiet import quiet_loading
-from llmtune.models.resolve import BaseSource, resolve_base
+from llmtune.models.resolve import resolve_base
 from llmtune.models.round_trip import FourBitRoundTrip, describe_quantized_base
 from llmtune.planning.weights import four_bit_bytes
 from llmtune.scoring.generate import Decoding
@@ -112,7 +112,7 @@ def check_reloaded(live: LoadedModel, directory: Path) -> VerifyResult:
     return reloaded
 
 
-def needed_bytes(config: ModelConfig, source: BaseSource) -> int:
+def needed_bytes(config: ModelConfig, source: Checkpoint) -> int:
     """Return what the 4-bit checkpoint of a base takes on the disk; no weight is read."""
     described = describe_quantized_base(config, source)
     assert described is not None and isinstance(described.round_trip, FourBitRoundTrip)
@@ -120,14 +120,14 @@ def needed_bytes(config: ModelConfig, source: BaseSource) -> int:
     # Checkpoints of a base model alone name their tensors without its first component.
     quantized = set(described.weights) | {name.partition(".")[2] for name in described.weights}
     needed = SMALL_FILES_BYTES
-    for tensor in CheckpointIndex.open(source.dir).tensors.values():
+    for tensor in source.index.tensors.values():
         num_weights = math.prod(tensor.shape)
         if tensor.name in quantized:
             double_quant = in_four_bits.has_double_quant
             needed += STATE_BYTES + four_bit_bytes(num_weights, double_quant=double_quant)
         else:
             needed += num_weights * in_four_bits.load_dtype.itemsize
-    copied = [one for path in _copied_files(source.dir) for one in (path, *path.rglob("*"))]
+    copied = [one for path in _copied_files(source.directory) for one in (path, *path.rglob("*"))]
     return needed + sum(path.stat().st_size for path in copied if path.is_file())
 
 

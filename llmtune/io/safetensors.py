@@ -138,17 +138,13 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
-def fingerprint_checkpoint(directory: Path) -> str:
+def fingerprint_checkpoint(index: CheckpointIndex) -> str:
     """Return a hash of a checkpoint's weights: 64 hex digits, the same however it is sharded.
 
     It covers every tensor's name, dtype and shape, and 4 KiB at its start, middle and end (a
     small tensor whole), so a 16 GB checkpoint takes about a second. It tells models apart; it does
     not prove that every byte is intact.
-
-    Raises:
-        LlmtuneError: as `CheckpointIndex.open`.
     """
-    index = CheckpointIndex.open(directory)
     sampled: dict[str, bytes] = {}
     for shard in index.shards:
         with shard.path.open("rb") as file:
@@ -206,7 +202,7 @@ def _check_ranges(path: Path, tensors: list[TensorEntry], data_start: int, file_
     if file_bytes != offset:
         state = "is cut short" if file_bytes < offset else "has bytes after its last tensor"
         raise LlmtuneError(
-            f"{path} {state}: its header speaks of {offset} bytes and the file has {file_bytes}; "
+            f"{path} {state}: its header declares {offset} bytes and the file has {file_bytes}; "
             "download or save it again"
         )
 

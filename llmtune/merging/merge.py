@@ -18,6 +18,7 @@ from llmtune.merging.plan import plan_merge
 from llmtune.merging.scratch import CPU
 from llmtune.merging.shards import merged_bytes, write_shards
 from llmtune.merging.sidecar import sidecar_sources, write_sidecar
+from llmtune.models.checkpoint import Checkpoint
 
 SMALL_FILES_BYTES = 1 << 20  # config, index and provenance, when the free space is checked
 
@@ -73,7 +74,7 @@ def merge_adapter(
     out_dir = out_dir.absolute()
     if out_dir.exists() and not overwrite:
         raise LlmtuneError(f"{out_dir} exists; remove it, or ask for it to be overwritten")
-    plan = plan_merge(base_dir, adapter_dir, strength=strength)
+    plan = plan_merge(Checkpoint.open(base_dir), adapter_dir, strength=strength)
     require_space(out_dir, needed_bytes(plan))
     with unfinished_dir(out_dir) as scratch:
         result = write_merge(plan, scratch / out_dir.name, num_threads=num_threads)

@@ -21,13 +21,7 @@ from llmtune.merging.names import find_tensor, safetensors_name
 from llmtune.merging.packed import PackedWeights, find_packed_weights
 from llmtune.merging.planner import CONV1D_FAMILIES, FLOAT_DTYPES, Planner
 from llmtune.merging.tied_embeddings import settle_ties
-from llmtune.models.checkpoint import (
-    SAFETENSORS_NAMES,
-    check_checkpoint,
-    has_weights,
-    read_model_config,
-)
-from llmtune.models.identity import base_fingerprint
+from llmtune.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from llmtune.models.round_trip import QuantizedBase
@@ -54,7 +48,7 @@ DEFAULT_OPTIONS = PlanOptions()
 
 
 def plan_merge(
-    base_dir: Path,
+    checkpoint: Checkpoint,
     adapter_dir: Path,
     *,
     strength: float = 1.0,
@@ -63,8 +57,7 @@ def plan_merge(
     """Plan the merge of an adapter into a base, reading no weights but those a tie depends on.
 
     Args:
-        base_dir: a checkpoint directory with `config.json`, in 16 or 32 bits or in bitsandbytes'
-            4 bits.
+        checkpoint: the base, in 16 or 32 bits or in bitsandbytes' 4 bits.
         adapter_dir: an adapter in PEFT's format.
         strength: how much of the adapter is added; 1 is all of it.
         options: how the base is read and the result written.
@@ -74,11 +67,13 @@ def plan_merge(
             read back or is not the one the adapter was trained on, the adapter is all zero, or
             some tensor of it has no place in the base.
     """
-    return plan_combined_merge(base_dir, [WeightedAdapter(adapter_dir, strength)], options=options)
+    return plan_combined_merge(
+        checkpoint, [WeightedAdapter(adapter_dir, strength)], options=options
+    )
 
 
 def plan_combined_merge(
-    base_dir: Path,
+    checkpoint: Checkpoint,
     adapters: Sequence[WeightedAdapter],
     *,
     combination: Combination | None = None,
@@ -90,16 +85,15 @@ def plan_combined_merge(
         LlmtuneError: as `plan_merge`; or two adapters change one tensor in ways that cannot be
             combined.
     """
-    check_checkpoint(base_dir, allow_pickle=options.allow_pickle, allow_quantized=True)
-    config = read_model_config(base_dir)
-    base = _open(base_dir)
+    checkpoint.require_whole(allow_pickle=options.allow_pickle, allow_quantized=True)
+    base_dir, config = checkpoint.directory, checkpoint.config
+    base = _index(checkpoint)
     packed = find_packed_weights(base, config)
     _refuse_packed_conv1d(base_dir, config, packed)
-    fingerprint = base_fingerprint(base_dir)
     notices: list[str] = []
     changed: dict[str, PlannedTensor] = {}
     for adapter in adapters:
-        notices += check_adapter(adapter.directory, base_fingerprint=fingerprint)
+        notices += check_adapter(adapter.directory, base_fingerprint=checkpoint.fingerprint)
         files = AdapterFiles.open(adapter.directory)
         if adapter.weight and not has_effect(adapter.directory):
             raise LlmtuneError(
@@ -119,7 +113,7 @@ def plan_combined_merge(
         adapters=tuple(adapters),
         shards=shards,
         index_metadata=base.index_metadata,
-        base_fingerprint=fingerprint,
+        base_fingerprint=checkpoint.fingerprint,
         notices=tuple(dict.fromkeys(notices)),
         config_changes=config_changes,
         base="dequantized" if options.quantized or packed.tensors else "original",
@@ -130,12 +124,12 @@ def plan_combined_merge(
     )
 
 
-def _open(base_dir: Path) -> CheckpointIndex:
-    if has_weights(base_dir, SAFETENSORS_NAMES):
-        return CheckpointIndex.open(base_dir)
+def _index(checkpoint: Checkpoint) -> CheckpointIndex:
+    if checkpoint.has_safetensors:
+        return checkpoint.index
     from llmtune.merging.pickled import open_pickled  # torch, which other bases do not need
 
-    return open_pickled(base_dir)
+    return open_pickled(checkpoint.directory)
 
 
 def _refuse_packed_conv1d(base_dir: Path, config: Mapping[str, Any], packed: PackedWeights) -> None:

@@ -1,11 +1,18 @@
-"""What a checkpoint directory must hold before anything heavy is loaded from it."""
+"""One opened checkpoint: where it is, where it came from, and what its small files say."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import hash_file, hash_json
+from llmtune.io.safetensors import CheckpointIndex, fingerprint_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
@@ -13,68 +20,159 @@ SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def read_model_config(base_dir: Path) -> dict:
-    """Return the checkpoint's config.json.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory, opened once and passed on.
 
-    Raises:
-        LlmtuneError: it is missing, is not JSON, or names no model type.
+    Each of its files is read when it is first asked for, and then kept. Nothing here loads torch.
     """
-    path = base_dir / CONFIG_NAME
-    if not path.is_file():
-        raise LlmtuneError(f"{base_dir}: not a model checkpoint: {_what_else(base_dir)}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LlmtuneError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise LlmtuneError(f"{path}: no `model_type`: this is not a transformers checkpoint.")
-    return config
 
+    directory: Path
+    """Absolute path of a checkpoint directory that transformers loads."""
+    origin: str
+    """What was asked for: the absolute path given, or the hub id."""
+    revision: str | None = None
+    """The hub commit, 40 hex digits; null for local files."""
+    gguf_sha256: str | None = None
+    """SHA-256 of the GGUF file that the checkpoint was made from."""
+    chat_template: Path | None = None
+    """A Jinja file that replaces the checkpoint's own chat template."""
 
-def read_generation_config(base_dir: Path) -> dict:
-    """Return generation_config.json, or {} where there is none."""
-    path = base_dir / GENERATION_NAME
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LlmtuneError(f"{path}: not valid JSON: {error}") from error
+    @classmethod
+    def open(cls, directory: Path, *, chat_template: Path | None = None) -> "Checkpoint":
+        """Open a local directory by its path; its files are checked when they are read."""
+        return cls(directory, str(directory), chat_template=chat_template)
 
+    @property
+    def adapter_base(self) -> str:
+        """What an adapter records as its base: the hub id, or the checkpoint's absolute path."""
+        return self.origin if self.revision is not None else str(self.directory)
 
-def embedding_rows(base_dir: Path) -> int:
-    """Return the number of token ids the model has rows for: config.json's vocab_size."""
-    config = read_model_config(base_dir)
-    rows = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
-    if not isinstance(rows, int):
-        raise LlmtuneError(f"{base_dir / CONFIG_NAME}: no `vocab_size`.")
-    return rows
+    def as_dict(self) -> dict[str, str | None]:
+        """Return where the checkpoint came from, as manifests record it."""
+        return {
+            "path": str(self.directory),
+            "origin": self.origin,
+            "revision": self.revision,
+            "gguf_sha256": self.gguf_sha256,
+        }
 
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The contents of config.json.
 
-def check_checkpoint(base_dir: Path, *, allow_pickle: bool, allow_quantized: bool = False) -> None:
-    """Check that `base_dir` is a whole checkpoint in a file format that is allowed.
+        Raises:
+            LlmtuneError: it is missing, is not JSON, or names no model type.
+        """
+        path = self.directory / CONFIG_NAME
+        if not path.is_file():
+            raise LlmtuneError(
+                f"{self.directory}: not a model checkpoint: {_what_else(self.directory)}"
+            )
+        config = _read_json(path)
+        if not isinstance(config, dict) or "model_type" not in config:
+            raise LlmtuneError(f"{path}: no `model_type`: this is not a transformers checkpoint.")
+        return config
 
-    Raises:
-        LlmtuneError: config or weights are missing or incomplete, the weights are pickled and
-            `allow_pickle` is false, or the checkpoint is already quantized and `allow_quantized`
-            is false.
-    """
-    config = read_model_config(base_dir)
-    if not allow_quantized:
-        refuse_quantized(config, str(base_dir))
-    if has_weights(base_dir, SAFETENSORS_NAMES):
-        return
-    if has_weights(base_dir, PICKLE_NAMES):
-        if allow_pickle:
-            return
-        raise LlmtuneError(
-            f"{base_dir}: the weights are pickled .bin files, which are not read by default. "
-            "Give a safetensors checkpoint, or set model.weights=any."
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in transformers."""
+        return str(self.config["model_type"])
+
+    @property
+    def num_embedding_rows(self) -> int:
+        """The number of token ids the model has rows for: config.json's vocab_size."""
+        rows = self.config.get("vocab_size", self.config.get("text_config", {}).get("vocab_size"))
+        if not isinstance(rows, int):
+            raise LlmtuneError(f"{self.directory / CONFIG_NAME}: no `vocab_size`.")
+        return rows
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are stored quantized already."""
+        return bool(self.config.get("quantization_config"))
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The contents of generation_config.json, or {} if there is none."""
+        path = self.directory / GENERATION_NAME
+        return _read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def has_safetensors(self) -> bool:
+        """Whether the weights are there as safetensors, whole.
+
+        Raises:
+            LlmtuneError: there is an index, but a shard it names is missing.
+        """
+        return has_weights(self.directory, SAFETENSORS_NAMES)
+
+    @cached_property
+    def index(self) -> CheckpointIndex:
+        """The headers of the safetensors files: every tensor, and where it is.
+
+        Raises:
+            LlmtuneError: as `CheckpointIndex.open`.
+        """
+        return CheckpointIndex.open(self.directory)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the weights, 64 hex digits, by which an adapter knows its base.
+
+        Names, shapes, dtypes and sampled bytes of every tensor for safetensors; all bytes for
+        pickled weights. Neither the directory's name nor the sharding counts.
+        """
+        if self.has_safetensors:
+            return fingerprint_checkpoint(self.index)
+        pickles = sorted(self.directory.glob("*.bin"))
+        return hash_json({path.name: hash_file(path) for path in pickles})
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The fast tokenizer, checked, with a pad token; see `models.tokenizer.load_tokenizer`."""
+        from llmtune.models.tokenizer import load_tokenizer
+
+        return load_tokenizer(
+            self.directory,
+            num_rows=self.num_embedding_rows,
+            config=self.config,
+            generation_config=self.generation_config,
+            chat_template=self.chat_template,
         )
-    raise LlmtuneError(
-        f"{base_dir}: no weights: expected model.safetensors, or model.safetensors.index.json "
-        "with its shards. Copy them there, or give the base's place: model.base=PATH"
-    )
+
+    @cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends an answer, by tokenizer, template and generation config."""
+        from llmtune.models.turns import stop_token_ids
+
+        return stop_token_ids(self.tokenizer, self.generation_config)
+
+    def require_whole(self, *, allow_pickle: bool, allow_quantized: bool = False) -> None:
+        """Check that config and weights are all there, in a file format that is allowed.
+
+        Raises:
+            LlmtuneError: config or weights are missing or incomplete, the weights are pickled and
+                `allow_pickle` is false, or the checkpoint is already quantized and
+                `allow_quantized` is false.
+        """
+        config = self.config  # what is wrong with it is said first
+        if not allow_quantized:
+            refuse_quantized(config, str(self.directory))
+        if self.has_safetensors:
+            return
+        if has_weights(self.directory, PICKLE_NAMES):
+            if allow_pickle:
+                return
+            raise LlmtuneError(
+                f"{self.directory}: the weights are pickled .bin files, which are not read by "
+                "default. Give a safetensors checkpoint, or set model.weights=any."
+            )
+        raise LlmtuneError(
+            f"{self.directory}: no weights: expected model.safetensors, or "
+            "model.safetensors.index.json with its shards. Copy them there, or give the base's "
+            "place: model.base=PATH"
+        )
 
 
 def refuse_quantized(config: Mapping[str, Any], place: str) -> None:
@@ -91,13 +189,13 @@ def refuse_quantized(config: Mapping[str, Any], place: str) -> None:
         )
 
 
-def has_weights(base_dir: Path, names: tuple[str, str]) -> bool:
+def has_weights(directory: Path, names: tuple[str, str]) -> bool:
     """Whether the single file, or the index and every shard it names, is there.
 
     Raises:
         LlmtuneError: there is an index, but a shard it names is missing.
     """
-    single, index = (base_dir / name for name in names)
+    single, index = (directory / name for name in names)
     if single.is_file():
         return True
     if not index.is_file():
@@ -106,23 +204,30 @@ def has_weights(base_dir: Path, names: tuple[str, str]) -> bool:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
         raise LlmtuneError(f"{index}: not a weight index: {error}") from error
-    missing = [shard for shard in shards if not (base_dir / shard).is_file()]
+    missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         raise LlmtuneError(
-            f"{base_dir}: {len(missing)} of {len(shards)} weight shards are missing, "
+            f"{directory}: {len(missing)} of {len(shards)} weight shards are missing, "
             f"the first is {missing[0]}. Copy them there, or give the base's place: "
             "model.base=PATH"
         )
     return True
 
 
-def _what_else(base_dir: Path) -> str:
-    if (base_dir / "adapter_config.json").is_file():
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LlmtuneError(f"{path}: not valid JSON: {error}") from error
+
+
+def _what_else(directory: Path) -> str:
+    if (directory / "adapter_config.json").is_file():
         return (
-            "it holds an adapter. Give the base it was trained on; to go on training this "
-            f"adapter set adapter.init_from={base_dir}."
+            "it holds an adapter. Give the base it was trained on; to continue training this "
+            f"adapter set adapter.init_from={directory}."
         )
-    gguf = sorted(base_dir.glob("*.gguf"))
+    gguf = sorted(directory.glob("*.gguf"))
     if gguf:
         return f"there is no config.json; for the GGUF file in it give {gguf[0]}."
     return (

@@ -1,6 +1,8 @@
 """What this machine can do: the device, the precision and the attention a base is loaded with."""
 
 import importlib.util
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -64,7 +66,9 @@ def choose_dtype(wanted: str, device: torch.device, model_type: str) -> torch.dt
     return getattr(torch, wanted)
 
 
-def choose_attention(config: ModelConfig, device: torch.device, model_config: dict) -> str | None:
+def choose_attention(
+    config: ModelConfig, device: torch.device, model_config: Mapping[str, Any]
+) -> str | None:
     """Return the attention to ask transformers for; None leaves the choice to it.
 
     Raises:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.deadline import call_within, first_line
-from llmtune.models.checkpoint import check_checkpoint
+from llmtune.models.checkpoint import Checkpoint
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -73,7 +73,7 @@ def _cached_snapshot(
     # .../models--org--name/snapshots/<commit>/config.json
     snapshot = Path(config).parent
     try:
-        check_checkpoint(snapshot, allow_pickle=allow_pickle)
+        Checkpoint.open(snapshot).require_whole(allow_pickle=allow_pickle)
     except LlmtuneError:
         return None  # an unfinished download; the hub is asked for the rest
     return snapshot, snapshot.name

@@ -1,6 +1,6 @@
 """Load a base model onto one device, quantized as asked, and check that it is what was asked."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ from transformers import (
 
 from llmtune.errors import LlmtuneError
 from llmtune.models.build import build_model
-from llmtune.models.checkpoint import SAFETENSORS_NAMES, has_weights, read_model_config
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.generation import repair_generation_config
 from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
-from llmtune.models.identity import base_fingerprint
 from llmtune.models.quantization import (
     EXPERT_DIMENSIONS,
     QuantizationTable,
@@ -36,8 +35,6 @@ from llmtune.models.quantized_cache import (
     say_unusable,
 )
 from llmtune.models.quiet import quiet_loading
-from llmtune.models.resolve import BaseSource
-from llmtune.models.tokenizer import load_tokenizer
 from llmtune.models.turns import stop_token_ids
 
 
@@ -48,7 +45,7 @@ class LoadedModel:
     model: PreTrainedModel
     """In eval mode, whole on `device`, its generation config valid."""
     tokenizer: PreTrainedTokenizerFast
-    source: BaseSource
+    source: Checkpoint
     device: torch.device
     dtype: torch.dtype
     """Of everything that is not quantized, and of the activations."""
@@ -56,14 +53,14 @@ class LoadedModel:
     """sdpa, eager or flash_attention_2: what transformers in fact uses."""
     quantized: QuantizationTable
     fingerprint: str
-    """Of the checkpoint's weights, as `models.identity.base_fingerprint` gives it."""
+    """Of the checkpoint's weights, as `Checkpoint.fingerprint` gives it."""
     stop_token_ids: tuple[int, ...]
     """Every token that ends an answer; also in the model's generation config."""
     notices: tuple[str, ...]
     """What the user should know: choices made by `auto`, repairs."""
 
 
-def load_model(config: ModelConfig, source: BaseSource) -> LoadedModel:
+def load_model(config: ModelConfig, source: Checkpoint) -> LoadedModel:
     """Load the checkpoint in `source` as `config` says.
 
     The whole model goes onto one device; nothing is offloaded, and no precision is lowered or
@@ -73,15 +70,14 @@ def load_model(config: ModelConfig, source: BaseSource) -> LoadedModel:
         LlmtuneError: this machine cannot do what was asked, the architecture is unknown, weights
             are missing or have other shapes, or the model does not fit into memory.
     """
-    model_config = read_model_config(source.dir)
+    model_config = source.config
     _check_architecture(config, model_config)
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device, model_config["model_type"])
+    dtype = choose_dtype(config.dtype, device, source.model_type)
     attention = choose_attention(config, device, model_config)
-    tokenizer = load_tokenizer(source.dir, chat_template=config.chat_template)
-    fingerprint = base_fingerprint(source.dir)
+    tokenizer = source.tokenizer
     keywords = _loading_keywords(config, source, device=device, dtype=dtype, attention=attention)
-    entry = quantized_entry(config, source.dir, fingerprint, dtype=dtype, device=device)
+    entry = quantized_entry(config, source, dtype=dtype, device=device)
     model = None if entry is None else _load_kept(entry, config, source, keywords)
     is_kept = model is not None
     model = model or _load_weights(config, source, keywords)
@@ -93,7 +89,7 @@ def load_model(config: ModelConfig, source: BaseSource) -> LoadedModel:
     notices = repair_generation_config(model, stops, tokenizer.pad_token_id)
     quantized = describe_quantization(model, config.quantization_method)
     if entry is not None and not is_kept:
-        keep_quantized(entry, model, source.dir, quantized.bytes)
+        keep_quantized(entry, model, source.directory, quantized.bytes)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -102,7 +98,7 @@ def load_model(config: ModelConfig, source: BaseSource) -> LoadedModel:
         dtype=dtype,
         attention=model.config._attn_implementation,
         quantized=quantized,
-        fingerprint=fingerprint,
+        fingerprint=source.fingerprint,
         stop_token_ids=stops,
         notices=(
             *notices,
@@ -112,7 +108,7 @@ def load_model(config: ModelConfig, source: BaseSource) -> LoadedModel:
     )
 
 
-def _check_architecture(config: ModelConfig, model_config: dict) -> None:
+def _check_architecture(config: ModelConfig, model_config: Mapping[str, Any]) -> None:
     model_type = model_config["model_type"]
     if model_type in CONFIG_MAPPING:
         return
@@ -130,7 +126,7 @@ def _check_architecture(config: ModelConfig, model_config: dict) -> None:
 
 def _loading_keywords(
     config: ModelConfig,
-    source: BaseSource,
+    source: Checkpoint,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -140,9 +136,7 @@ def _loading_keywords(
         "dtype": dtype,
         "device_map": {"": str(device)},
         "trust_remote_code": config.trust_remote_code,
-        "use_safetensors": (
-            config.weights == "safetensors" or has_weights(source.dir, SAFETENSORS_NAMES)
-        ),
+        "use_safetensors": config.weights == "safetensors" or source.has_safetensors,
         "weights_only": True,
         "local_files_only": True,
         "output_loading_info": True,
@@ -157,7 +151,7 @@ def _loading_keywords(
 
 
 def _load_kept(
-    entry: Path, config: ModelConfig, source: BaseSource, keywords: dict[str, Any]
+    entry: Path, config: ModelConfig, source: Checkpoint, keywords: dict[str, Any]
 ) -> PreTrainedModel | None:
     """Load the base as it was quantized before; None where it is not kept, or not usable."""
     if not is_whole(entry):
@@ -175,16 +169,16 @@ def _load_kept(
     except (*READ_ERRORS, RuntimeError, LlmtuneError) as error:
         say_unusable(entry, error)
         return None
-    model.name_or_path = model.config._name_or_path = str(source.dir)
+    model.name_or_path = model.config._name_or_path = str(source.directory)
     return model
 
 
 def _load_weights(
-    config: ModelConfig, source: BaseSource, keywords: dict[str, Any]
+    config: ModelConfig, source: Checkpoint, keywords: dict[str, Any]
 ) -> PreTrainedModel:
     try:
         with quiet_loading():
-            model, info = build_model(source.dir, keywords)
+            model, info = build_model(source.directory, keywords)
     except torch.OutOfMemoryError as error:
         raise _too_large(config, source, keywords) from error
     except (ValueError, ImportError, RuntimeError, OSError) as error:
@@ -198,7 +192,7 @@ def _load_weights(
     return model
 
 
-def _too_large(config: ModelConfig, source: BaseSource, keywords: dict[str, Any]) -> LlmtuneError:
+def _too_large(config: ModelConfig, source: Checkpoint, keywords: dict[str, Any]) -> LlmtuneError:
     return LlmtuneError(
         f"{source.origin}: the base does not fit into the memory of {keywords['device_map']['']} "
         f"({config.quantization_method}, {keywords['dtype']}). Set "
@@ -206,15 +200,15 @@ def _too_large(config: ModelConfig, source: BaseSource, keywords: dict[str, Any]
     )
 
 
-def _check_loading_info(info: dict, source: BaseSource) -> None:
+def _check_loading_info(info: dict, source: Checkpoint) -> None:
     """Refuse a model of which parts were filled with random numbers: transformers only warns."""
     mismatched = [str(item[0]) for item in info.get("mismatched_keys", ())]
     for kind, keys in (("missing", info["missing_keys"]), ("of another shape", mismatched)):
         if keys:
             shown = ", ".join(sorted(keys)[:3])
             raise LlmtuneError(
-                f"{source.dir}: {len(keys)} weights are {kind} in the checkpoint, such as {shown}. "
-                "They would be random numbers; download or convert the base again."
+                f"{source.directory}: {len(keys)} weights are {kind} in the checkpoint, such as "
+                f"{shown}. They would be random numbers; download or convert the base again."
             )
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from llmtune.io.environment import package_version
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
-from llmtune.models.checkpoint import CONFIG_NAME, GENERATION_NAME
+from llmtune.models.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
 from llmtune.models.quiet import quiet_loading
@@ -40,8 +40,7 @@ READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, Safeten
 
 def quantized_entry(
     config: ModelConfig,
-    source_dir: Path,
-    fingerprint: str,
+    source: Checkpoint,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -55,13 +54,13 @@ def quantized_entry(
     """
     if config.quantization_method not in METHODS or not config.cache_quantized:
         return None
-    if config.trust_remote_code or "quantization_config" in _read_json(source_dir / CONFIG_NAME):
+    if config.trust_remote_code or source.is_quantized:
         return None
-    files = [source_dir / name for name in (CONFIG_NAME, GENERATION_NAME)]
-    weights = [*source_dir.glob("*.safetensors"), *source_dir.glob("*.bin")]
+    files = [source.directory / name for name in (CONFIG_NAME, GENERATION_NAME)]
+    weights = [*source.directory.glob("*.safetensors"), *source.directory.glob("*.bin")]
     assert config.quantization is not None
     key = {
-        "fingerprint": fingerprint,
+        "fingerprint": source.fingerprint,
         "configs": {path.name: hash_file(path) for path in files if path.is_file()},
         "weights": {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in weights},
         "quantization": config.quantization.model_dump(mode="json"),

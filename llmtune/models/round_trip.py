@@ -13,12 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from llmtune.errors import LlmtuneError
-from llmtune.models.checkpoint import read_model_config
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import Int8Quantization, ModelConfig, NoQuantization
 from llmtune.models.hardware import choose_device, choose_dtype
 from llmtune.models.quantization import bitsandbytes_config, compute_dtype
 from llmtune.models.quiet import quiet_loading
-from llmtune.models.resolve import BaseSource
 
 BLOCK_SIZE = 64  # what bitsandbytes' Params4bit takes unless told otherwise; nobody tells it
 NESTED_BLOCK_SIZE = 256
@@ -34,7 +33,7 @@ class QuantizedBase:
     round_trip: "FourBitRoundTrip | Int8RoundTrip"
 
 
-def describe_quantized_base(config: ModelConfig, source: BaseSource) -> QuantizedBase | None:
+def describe_quantized_base(config: ModelConfig, source: Checkpoint) -> QuantizedBase | None:
     """Say what `load_model` would quantize, from the skeleton of the model; no weight is read.
 
     Returns:
@@ -46,7 +45,7 @@ def describe_quantized_base(config: ModelConfig, source: BaseSource) -> Quantize
     if config.quantization is None or isinstance(config.quantization, NoQuantization):
         return None
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device, read_model_config(source.dir)["model_type"])
+    dtype = choose_dtype(config.dtype, device, source.model_type)
     weights = _quantized_weights(config, source, dtype)
     if not weights:
         raise LlmtuneError(
@@ -130,7 +129,7 @@ class Int8RoundTrip:
 
 
 def _quantized_weights(
-    config: ModelConfig, source: BaseSource, dtype: torch.dtype
+    config: ModelConfig, source: Checkpoint, dtype: torch.dtype
 ) -> dict[str, bool]:
     """Let transformers choose on a model without weights, as it does when it loads one."""
     options: dict[str, Any] = {
@@ -138,7 +137,7 @@ def _quantized_weights(
         "local_files_only": True,
     }
     with quiet_loading(), torch.device("meta"):
-        model_config = AutoConfig.from_pretrained(str(source.dir), **options)
+        model_config = AutoConfig.from_pretrained(str(source.directory), **options)
         model = AutoModelForCausalLM.from_config(
             model_config, dtype=dtype, trust_remote_code=config.trust_remote_code
         )

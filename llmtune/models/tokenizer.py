@@ -2,12 +2,13 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
-from llmtune.models.checkpoint import embedding_rows, read_generation_config, read_model_config
 from llmtune.models.turns import as_ids, stop_token_ids
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -25,16 +26,26 @@ SPARE_TOKENS = (
 logger = logging.getLogger(__name__)
 
 
-def load_tokenizer(base_dir: Path, *, chat_template: Path | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    base_dir: Path,
+    *,
+    num_rows: int,
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any],
+    chat_template: Path | None = None,
+) -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a checkpoint, with a pad token that is not EOS. Needs no torch.
 
-    Where the checkpoint's pad token is missing or is EOS, a token that the vocabulary already
+    If the checkpoint's pad token is missing or is EOS, a token that the vocabulary already
     holds in reserve takes its place, else a new one in a row the embedding already has; EOS and
-    the embedding stay as they are. Only where there is neither, EOS pads (as in GPT-2): llmtune
+    the embedding stay as they are. Only if there is neither, EOS pads (as in GPT-2): llmtune
     masks padding by position, so EOS is still learned.
 
     Args:
         base_dir: a checkpoint directory.
+        num_rows: the number of token ids that its embedding has rows for.
+        config: the contents of its config.json.
+        generation_config: the contents of its generation_config.json.
         chat_template: a Jinja file that replaces the checkpoint's own chat template.
 
     Raises:
@@ -48,10 +59,9 @@ def load_tokenizer(base_dir: Path, *, chat_template: Path | None = None) -> PreT
         raise LlmtuneError(f"{base_dir / TOKENIZER_NAME}: cannot be read: {error}") from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
-    rows = embedding_rows(base_dir)
-    _check_ids(tokenizer, rows, base_dir)
-    _set_eos(tokenizer, base_dir)
-    _set_pad(tokenizer, rows, base_dir)
+    _check_ids(tokenizer, num_rows, base_dir)
+    _set_eos(tokenizer, config, base_dir)
+    _set_pad(tokenizer, num_rows, generation_config, base_dir)
     return tokenizer
 
 
@@ -87,10 +97,10 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, rows: int, base_dir: Path) ->
         )
 
 
-def _set_eos(tokenizer: PreTrainedTokenizerFast, base_dir: Path) -> None:
+def _set_eos(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any], base_dir: Path) -> None:
     if tokenizer.eos_token_id is not None:
         return
-    named = as_ids(read_model_config(base_dir).get("eos_token_id"))
+    named = as_ids(config.get("eos_token_id"))
     if not named:
         raise LlmtuneError(
             f"{base_dir}: the tokenizer has no EOS token and config.json names none, so a tuned "
@@ -99,10 +109,15 @@ def _set_eos(tokenizer: PreTrainedTokenizerFast, base_dir: Path) -> None:
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(named[0])
 
 
-def _set_pad(tokenizer: PreTrainedTokenizerFast, rows: int, base_dir: Path) -> None:
+def _set_pad(
+    tokenizer: PreTrainedTokenizerFast,
+    rows: int,
+    generation_config: Mapping[str, Any],
+    base_dir: Path,
+) -> None:
     if tokenizer.pad_token_id not in {None, tokenizer.eos_token_id}:
         return
-    stops = stop_token_ids(tokenizer, read_generation_config(base_dir))
+    stops = stop_token_ids(tokenizer, generation_config)
     spare = _spare_token(tokenizer, {*stops, tokenizer.bos_token_id})
     if spare is not None:
         tokenizer.pad_token = spare

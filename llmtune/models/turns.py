@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,7 +80,7 @@ def stop_token_ids(
         tokenizer: as `load_tokenizer` returns it.
         generation_config: a transformers GenerationConfig, its dict, or None.
     """
-    if isinstance(generation_config, dict):
+    if isinstance(generation_config, Mapping):
         configured = generation_config.get("eos_token_id")
     else:
         configured = getattr(generation_config, "eos_token_id", None)

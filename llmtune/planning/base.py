@@ -10,14 +10,7 @@ from typing import Any
 from llmtune.errors import LlmtuneError
 from llmtune.io.deadline import call_within, first_line
 from llmtune.io.quiet import quieted
-from llmtune.io.safetensors import CheckpointIndex
-from llmtune.models.checkpoint import (
-    CONFIG_NAME,
-    SAFETENSORS_NAMES,
-    has_weights,
-    read_model_config,
-    refuse_quantized,
-)
+from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint, refuse_quantized
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
 from llmtune.models.hub import LOOKUP_SECONDS, no_such_base, reads_as_hub_id
@@ -60,12 +53,12 @@ def read_base(model: ModelConfig) -> BaseNumbers:
     """
     path = Path(model.base).expanduser()
     if path.is_dir():
-        config = read_model_config(path)
+        base = Checkpoint.open(path)
+        config = base.config
         refuse_quantized(config, str(path))
         stored = None
-        if has_weights(path, SAFETENSORS_NAMES):
-            index = CheckpointIndex.open(path)
-            stored = sum(entry.num_bytes for entry in index.tensors.values())
+        if base.has_safetensors:
+            stored = sum(entry.num_bytes for entry in base.index.tensors.values())
         has_tokenizer = (path / TOKENIZER_NAME).is_file()
         return BaseNumbers(config, str(path / CONFIG_NAME), stored, path if has_tokenizer else None)
     if path.suffix == ".gguf" and path.is_file():
@@ -126,7 +119,7 @@ def _read_hub(repo: str, revision: str | None) -> BaseNumbers:
         stored = int(call_within(LOOKUP_SECONDS, measure))
     except (HTTPError, OSError, NotASafetensorsRepoError):
         stored = None
-    config = read_model_config(directory)
+    config = Checkpoint.open(directory).config
     refuse_quantized(config, repo)
     has_tokenizer = (directory / TOKENIZER_NAME).is_file()
     return BaseNumbers(

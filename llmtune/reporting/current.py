@@ -10,7 +10,7 @@ from llmtune.evaluation.harness import HARNESS_TASK
 from llmtune.evaluation.results import ArmResult
 from llmtune.io.manifest import Manifest
 from llmtune.io.run_dir import RunDir
-from llmtune.models.identity import base_fingerprint
+from llmtune.models.checkpoint import Checkpoint
 
 MAIN_KINDS = ("base", "tuned", "merged")
 
@@ -65,7 +65,8 @@ def current_results(run: RunDir, manifest: Manifest, models: Models) -> Callable
 
 
 def _models_on_disk(run: RunDir, models: Models) -> Callable[[ArmResult], bool]:
-    merged = base_fingerprint(run.merged_dir) if any(run.merged_dir.glob("*.safetensors")) else None
+    is_merged = any(run.merged_dir.glob("*.safetensors"))
+    merged = Checkpoint.open(run.merged_dir).fingerprint if is_merged else None
     bare, tuned = (models.base, None), (models.base, models.adapter)
     identities = {
         "base": bare if models.base else None,

@@ -16,7 +16,6 @@ from llmtune.evaluation.suite import load_suite
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_file
 from llmtune.io.manifest import Manifest, StageRecord
-from llmtune.models.identity import base_fingerprint
 from llmtune.runs.stage import Stage
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class EvaluateStage(Stage):
         files = [*knobs.prompts.values(), *knobs.predictions.values()]
         inputs = {
             "adapter": self.adapter,
-            "base": base_fingerprint(self.source.dir),
+            "base": self.source.fingerprint,
             "merge": manifest.stages.get("merge", {}).get("fingerprint"),
             "evaluate": knobs.measuring_knobs(),
             "suites": {suite.name: suite.fingerprint for suite in self.suites},

@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from llmtune.config import RunConfig
 from llmtune.io.manifest import Manifest, StageRecord
 from llmtune.merging.config import MergeConfig, MergeSettings
-from llmtune.models.identity import base_fingerprint
 from llmtune.runs.stage import Stage
 
 NO_SETTINGS = MergeSettings()
@@ -34,7 +33,7 @@ class MergeStage(Stage):
         """Return the hashes of adapter and base, and the knobs."""
         inputs = {
             "adapter": self.adapter,
-            "base": base_fingerprint(self.source.dir),
+            "base": self.source.fingerprint,
             "merge": self.config.merge.model_dump(mode="json"),
         }
         return inputs | ({"dtype": self.settings.dtype} if self.settings.dtype else {})

@@ -11,7 +11,8 @@ from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig, anchor_paths
 from llmtune.errors import LlmtuneError
 from llmtune.io.manifest import Manifest, StageRecord
-from llmtune.models.resolve import BaseSource, resolve_base
+from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.resolve import resolve_base
 from llmtune.runs.deciding import deciding_knobs_of
 from llmtune.runs.ledger import Ledger, open_ledger
 
@@ -83,7 +84,7 @@ class Stage(ABC):
         )
 
     @cached_property
-    def source(self) -> BaseSource:
+    def source(self) -> Checkpoint:
         """The base of the run."""
         return resolve_base(self.config.model)
 

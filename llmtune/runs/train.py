@@ -13,9 +13,7 @@ from llmtune.data.prepare import PreparedData, prepare_examples
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.manifest import Manifest, StageRecord
-from llmtune.models.identity import base_fingerprint
-from llmtune.models.resolve import BaseSource
-from llmtune.models.tokenizer import load_tokenizer
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.deciding import deciding_knobs, deciding_knobs_of
 from llmtune.runs.ledger import has_training, refuse_unusable
 from llmtune.runs.stage import Stage
@@ -43,7 +41,7 @@ class TrainStage(Stage):
         refuse_unusable(config.run, values, deciding_knobs_of, force=self.force)
         for exporter, type in config.export.exports():
             exporter.choose_type(type)
-            exporter.check_base(self.source.dir, chat_template=config.model.chat_template)
+            exporter.check_base(self.source.directory, chat_template=config.model.chat_template)
         self.data  # noqa: B018 (prepared here, before the run is opened)
 
     @cached_property
@@ -55,7 +53,7 @@ class TrainStage(Stage):
     def _content(self) -> dict[str, str]:
         config = self.config
         inputs = {
-            "base": base_fingerprint(self.source.dir),
+            "base": self.source.fingerprint,
             "data": hash_json({name: prepared.fingerprint for name, prepared in self.data.items()}),
             "config": hash_json(deciding_knobs(config)),
         }
@@ -132,13 +130,13 @@ class TrainStage(Stage):
             )
 
 
-def prepare_data(config: RunConfig, source: BaseSource) -> dict[str, PreparedData]:
+def prepare_data(config: RunConfig, source: Checkpoint) -> dict[str, PreparedData]:
     """Tokenize the rows of both splits, and those that `protect` holds the model to.
 
     Raises:
         LlmtuneError: rows cannot be used, or are in both splits.
     """
-    tokenizer = load_tokenizer(source.dir, chat_template=config.model.chat_template)
+    tokenizer = source.tokenizer
     prepared = {
         "train": prepare_examples(config.mixed_data, tokenizer, split="train", seed=config.seed),
         "evaluation": prepare_examples(

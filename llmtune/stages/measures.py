@@ -29,7 +29,7 @@ from llmtune.evaluation.suite import choose_ids
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_file
 from llmtune.io.run_dir import atomic_write_json
-from llmtune.models.identity import base_fingerprint
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.targets import Target
 from llmtune.scoring.batches import position_limit
 from llmtune.serving.live import LiveTarget, load_live
@@ -249,9 +249,8 @@ def plan_merged(evaluation: Evaluation) -> list[Work]:
     if "merged" not in evaluation.config.evaluate.arms:
         return []
     live, merged_dir = evaluation.live.scored, evaluation.config.run.merged_dir
-    identity = replace(
-        live.identity, base=base_fingerprint(merged_dir), adapter=None, quantization="none"
-    )
+    base = Checkpoint.open(merged_dir).fingerprint
+    identity = replace(live.identity, base=base, adapter=None, quantization="none")
     plans = [
         ArmPlan("merged", suite, evaluation.settings)
         for suite in evaluation.suites

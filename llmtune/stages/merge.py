@@ -22,7 +22,6 @@ from llmtune.io.unfinished import move_into_place, require_space, unfinished_dir
 from llmtune.merging.changes import MergePlan
 from llmtune.merging.merge import MergeResult, needed_bytes, write_merge
 from llmtune.models.hardware import choose_device
-from llmtune.models.tokenizer import load_tokenizer
 from llmtune.scoring.generate import Decoding
 from llmtune.stages.memory import release_memory
 from llmtune.stages.merge_plan import MergeRequest, has_live_model, plan_candidates
@@ -49,9 +48,8 @@ def run_merge_stage(request: MergeRequest) -> dict[str, Any]:
         LlmtuneError: there is nothing to dequantize, or nothing to compare two bases with.
         CheckFailed: the merged model's KL to the live adapter is above `max_kl`.
     """
-    tokenizer = load_tokenizer(request.source.dir, chat_template=request.model.chat_template)
-    require_trained_template(tokenizer, request.adapter_dir)
-    prompts = build_prompts(tokenizer, request.held_out)
+    require_trained_template(request.source.tokenizer, request.adapter_dir)
+    prompts = build_prompts(request.source.tokenizer, request.held_out)
     release_memory()
     plans = plan_candidates(request)
     for notice in plans[0].notices:

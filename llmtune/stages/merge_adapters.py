@@ -189,9 +189,7 @@ def _plan(
         if quantized is None:
             raise LlmtuneError("--base dequantized: the adapters' base is not quantized")
     options = replace(plan_options(model, source, request.settings), quantized=quantized)
-    return model, plan_combined_merge(
-        source.dir, adapters, combination=request.how, options=options
-    )
+    return model, plan_combined_merge(source, adapters, combination=request.how, options=options)
 
 
 def _check(

@@ -44,7 +44,7 @@ def merge_into(
         CheckFailed: the merged model differs from base + adapter; `out_dir` is not made.
     """
     request = _request_of_target(target, out_dir, knobs, settings)
-    _refuse_to_replace(out_dir, (request.source.dir, request.adapter_dir), force=force)
+    _refuse_to_replace(out_dir, (request.source.directory, request.adapter_dir), force=force)
     return run_merge_stage(request)
 
 

@@ -13,8 +13,8 @@ from llmtune.merging.changes import MergePlan
 from llmtune.merging.config import MergeConfig, MergeSettings
 from llmtune.merging.merge import needed_bytes
 from llmtune.merging.plan import PlanOptions, plan_merge
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
-from llmtune.models.resolve import BaseSource
 from llmtune.models.round_trip import QuantizedBase, describe_quantized_base
 
 
@@ -23,7 +23,7 @@ class MergeRequest:
     """What is merged into what, and what the result is checked on."""
 
     model: ModelConfig
-    source: BaseSource
+    source: Checkpoint
     adapter_dir: Path
     out_dir: Path
     knobs: MergeConfig
@@ -61,7 +61,7 @@ def plan_candidates(request: MergeRequest) -> list[MergePlan]:
     options = plan_options(request.model, request.source, request.settings)
     plans = [
         plan_merge(
-            request.source.dir,
+            request.source,
             request.adapter_dir,
             strength=knobs.strength,
             options=replace(options, quantized=base),
@@ -73,7 +73,7 @@ def plan_candidates(request: MergeRequest) -> list[MergePlan]:
     return plans
 
 
-def plan_options(model: ModelConfig, source: BaseSource, settings: MergeSettings) -> PlanOptions:
+def plan_options(model: ModelConfig, source: Checkpoint, settings: MergeSettings) -> PlanOptions:
     """Return how this base is read; the merged model names it without a path of this machine."""
     return PlanOptions(
         dtype=settings.dtype,

@@ -17,9 +17,9 @@ from llmtune.data.prepare import PreparedData
 from llmtune.data.template import template_fingerprint
 from llmtune.io.environment import versions
 from llmtune.io.fingerprint import hash_json
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.hardware import choose_device
 from llmtune.models.load import LoadedModel, load_model
-from llmtune.models.resolve import BaseSource
 from llmtune.stages.describe import describe_injected, describe_loaded
 from llmtune.stages.estimate import estimate_training
 from llmtune.training.batch import hash_epochs
@@ -34,7 +34,7 @@ log = logging.getLogger("llmtune")
 class TrainInputs:
     """What training stands on, checked before the base is loaded."""
 
-    source: BaseSource
+    source: Checkpoint
     train: PreparedData
     evaluation: PreparedData
     identity: Mapping[str, str]
@@ -47,7 +47,7 @@ def run_train_stage(config: RunConfig, inputs: TrainInputs) -> dict[str, Any]:
     """Train and save the adapter in `run_dir/adapter`; return the result as JSON values."""
     device = choose_device(config.model.device)
     estimate = estimate_training(
-        config, inputs.source.dir, device, (inputs.train, inputs.evaluation)
+        config, inputs.source.directory, device, (inputs.train, inputs.evaluation)
     )
     loaded = load_model(config.model, inputs.source)
     log_lines(describe_loaded(loaded))

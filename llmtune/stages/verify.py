@@ -23,10 +23,8 @@ from llmtune.data.render import render_question
 from llmtune.data.template import require_trained_template
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.merging.config import MergeConfig
-from llmtune.models.checkpoint import read_generation_config, read_model_config
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.resolve import resolve_base
-from llmtune.models.tokenizer import load_tokenizer
-from llmtune.models.turns import stop_token_ids
 from llmtune.runs.targets import Target, resolve_target
 from llmtune.scoring.generate import Decoding
 
@@ -148,11 +146,12 @@ def strength_of(record: MergeRecord | None) -> float:
 
 
 def _verify_directory(directory: Path, target: Target, settings: VerifySettings) -> dict[str, Any]:
-    type = QUANTIZED_TYPE if read_model_config(directory).get("quantization_config") else None
+    saved = Checkpoint.open(directory)
+    type = QUANTIZED_TYPE if saved.is_quantized else None
     record = read_record(directory)
     problems = adapter_problems(record, target)
     live = load_reference(target, record, comparison_dtype(directory, device=target.model.device))
-    loaded, tokenizer = live.loaded, load_tokenizer(directory)
+    loaded, tokenizer = live.loaded, saved.tokenizer
     with at_strength(live, strength_of(record)):
         check = verify_merge(
             live.model,
@@ -169,7 +168,7 @@ def _verify_directory(directory: Path, target: Target, settings: VerifySettings)
         text for text in TRICKY_STRINGS if tokenizer.encode(text) != loaded.tokenizer.encode(text)
     ]
     problems += string_problems(len(odd), odd, settings)
-    stops = stop_token_ids(tokenizer, read_generation_config(directory))
+    stops = saved.stop_token_ids
     if not set(stops) >= set(loaded.stop_token_ids):
         problems.append(f"answers end with {stops}, expected {loaded.stop_token_ids}")
     different = sum(

@@ -43,11 +43,8 @@ from llmtune.checks.reference import at_strength, comparison_dtype
 from llmtune.checks.runtime import RuntimeAnswers, ask_runtime, require_runtime
 from llmtune.evaluation.suite import load_suite
 from llmtune.exporting.gguf_writer.read import read_file_type, read_source
-from llmtune.models.checkpoint import read_generation_config
-from llmtune.models.identity import base_fingerprint
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.resolve import resolve_base
-from llmtune.models.tokenizer import load_tokenizer
-from llmtune.models.turns import stop_token_ids
 from llmtune.runs.targets import Target
 from llmtune.stages.memory import release_memory
 from llmtune.stages.verify import (
@@ -99,17 +96,15 @@ def verify_file(path: Path, target: Target, settings: VerifySettings) -> dict[st
     """
     type = read_file_type(path)
     require_runtime()
-    model_dir = target.merged_dir
-    if target.adapter_dir is None and model_dir is None:
-        model_dir = resolve_base(target.model).dir
-    record = read_record(model_dir) if model_dir is not None else None
-    source = model_dir or resolve_base(target.model, allow_quantized=True).dir
+    model = _whole_model(target)
+    record = read_record(model.directory) if model is not None else None
+    source = model or resolve_base(target.model, allow_quantized=True)
     asked = _ask(path, source, target)
-    problems = _origin_problems(path, model_dir) + adapter_problems(record, target)
+    problems = _origin_problems(path, model) + adapter_problems(record, target)
     limits = _limits(type, settings, "merged model" if target.adapter_dir else "model")
     file = chain = None
-    if model_dir is not None:
-        file = _compare_with_model(asked, model_dir, limits)
+    if model is not None:
+        file = _compare_with_model(asked, model.directory, limits)
         problems += _problems(file, settings)
         release_memory()
     if target.adapter_dir is not None:
@@ -118,9 +113,16 @@ def verify_file(path: Path, target: Target, settings: VerifySettings) -> dict[st
             limits.max_kl + MERGED_KL,
             limits.max_accuracy_change + MERGED_ACCURACY,
         )
-        chain = _compare_with_live(asked, target, record, source, limits)
+        chain = _compare_with_live(asked, target, record, source.directory, limits)
         problems += _problems(chain, settings)
     return {"type": type, "problems": problems, "file": file, "chain": chain}
+
+
+def _whole_model(target: Target) -> Checkpoint | None:
+    """Return the merged or only model of a target; None for an adapter that was not merged."""
+    if target.merged_dir is not None:
+        return Checkpoint.open(target.merged_dir, chat_template=target.model.chat_template)
+    return resolve_base(target.model) if target.adapter_dir is None else None
 
 
 def _limits(type: str, settings: VerifySettings, against: str) -> _Limits:
@@ -132,11 +134,12 @@ def _limits(type: str, settings: VerifySettings, against: str) -> _Limits:
     )
 
 
-def _ask(path: Path, source: Path, target: Target) -> _Asked:
+def _ask(path: Path, source: Checkpoint, target: Target) -> _Asked:
     """Ask llama.cpp everything at once: the file is loaded once."""
-    tokenizer = load_tokenizer(source, chat_template=target.model.chat_template)
-    stops = stop_token_ids(tokenizer, read_generation_config(source))
-    request = ParityRequest(path, stops, NUM_NEW_TOKENS, num_threads=torch.get_num_threads())
+    tokenizer = source.tokenizer
+    request = ParityRequest(
+        path, source.stop_token_ids, NUM_NEW_TOKENS, num_threads=torch.get_num_threads()
+    )
     questions = build_questions(tokenizer, request)
     suites = _label_questions(target, tokenizer)
     labelled = [question for some in suites.values() for question in some]
@@ -170,12 +173,12 @@ def _label_questions(target: Target, tokenizer: PreTrainedTokenizerFast) -> Labe
     return found
 
 
-def _origin_problems(path: Path, model_dir: Path | None) -> list[str]:
-    """Say where the file records that it was made from other weights than `model_dir` holds."""
+def _origin_problems(path: Path, model: Checkpoint | None) -> list[str]:
+    """Say if the file records that it was made from other weights than the model's."""
     source = read_source(path)
-    if source is None or model_dir is None or source == base_fingerprint(model_dir):
+    if source is None or model is None or source == model.fingerprint:
         return []
-    return [f"it was made from other weights than those in {model_dir}; export it again"]
+    return [f"it was made from other weights than those in {model.directory}; export it again"]
 
 
 def _compare_with_model(asked: _Asked, model_dir: Path, limits: _Limits) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def find_base(name: str | None) -> Path:
             )
         name = str(GGUF_FILE)
     if name not in SHAPES:
-        return resolve_base(ModelConfig(base=name)).dir
+        return resolve_base(ModelConfig(base=name)).directory
     directory = cache_dir() / "bench" / name
     if not (directory / "config.json").exists():
         write_random_base(SHAPES[name], directory)

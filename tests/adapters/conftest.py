@@ -61,7 +61,7 @@ def manifest_of(loaded: LoadedModel) -> dict:
             "fingerprint": loaded.fingerprint,
             "origin": source.origin,
             "revision": source.revision,
-            "path": str(source.dir),
+            "path": str(source.directory),
         },
         "template_hash": "abc",
     }

@@ -145,7 +145,7 @@ def test_manifest_is_kept_beside_the_adapter(saved):
 def test_base_is_recorded_as_absolute_path_or_as_hub_id_with_commit(saved, tmp_path):
     directory, loaded, model = saved()
     config = json.loads((directory / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(loaded.source.dir)
+    assert config["base_model_name_or_path"] == str(loaded.source.directory)
     assert config["revision"] is None
 
     manifest = manifest_of(loaded)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from llmtune.checks.parity import ParityRequest, compare_with_runtime
 from llmtune.checks.runtime import is_runtime_installed
 from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
-from llmtune.models.tokenizer import load_tokenizer
+from llmtune.models.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtun
 def compare(source, path, **keywords):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     request = ParityRequest(path, (3,), max_new_tokens=8, num_threads=1, **keywords)
-    return compare_with_runtime(model, load_tokenizer(source), request)
+    return compare_with_runtime(model, Checkpoint.open(source).tokenizer, request)
 
 
 def test_an_exact_file_answers_as_the_model(llama_dir, tmp_path):

@@ -12,7 +12,7 @@ from llmtune.checks.tricky_strings import TRICKY_STRINGS
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
-from llmtune.models.tokenizer import load_tokenizer
+from llmtune.models.checkpoint import Checkpoint
 from tests.checkpoints import (
     BYTE_LEVEL_KINDS,
     FAMILIES,
@@ -80,7 +80,7 @@ def test_biases_are_paired_like_their_weights(make_checkpoint):
 
 
 def check_tokens(source: Path) -> None:
-    tokenizer = load_tokenizer(source)
+    tokenizer = Checkpoint.open(source).tokenizer
     found = ask_runtime(export(source), RuntimeRequest(texts=TRICKY_STRINGS)).text_ids
     expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TRICKY_STRINGS]
     odd = [
@@ -110,7 +110,7 @@ def test_tricky_strings_get_the_same_tokens_sentencepiece(adds_space, make_check
 @needs_runtime
 def test_a_conversation_becomes_the_same_prompt(llama_dir):
     messages = [{"role": "user", "content": "Is it good?  Yes."}]
-    tokenizer = load_tokenizer(llama_dir)
+    tokenizer = Checkpoint.open(llama_dir).tokenizer
     answer = ask_runtime(export(llama_dir), RuntimeRequest(conversations=[messages])).answers[0]
     expected = render_messages(tokenizer, messages, add_generation_prompt=True)
     assert list(answer.prompt_ids) == expected

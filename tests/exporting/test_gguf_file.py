@@ -19,7 +19,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer import tiles, write
 from llmtune.exporting.gguf_writer.write import GgufRequest, runtime_name, write_gguf
 from llmtune.io.unfinished import unfinished_file
-from llmtune.models.tokenizer import load_tokenizer
+from llmtune.models.checkpoint import Checkpoint
 from tests.checkpoints import FAMILIES
 from tests.exporting.exports import export_model
 
@@ -127,7 +127,7 @@ def test_bfloat16_is_widened_exactly(llama_dir, tmp_path):
 def test_tokens_ids_and_template_are_those_of_the_tokenizer(llama_dir, tmp_path):
     path = tmp_path / "model.gguf"
     export(llama_dir, path, provenance={"llmtune.base": "tiny"})
-    tokenizer = load_tokenizer(llama_dir)
+    tokenizer = Checkpoint.open(llama_dir).tokenizer
     keys = gguf.Keys.Tokenizer
     tokens = field(path, keys.LIST)
     assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -167,7 +167,7 @@ def test_rows_without_a_token_are_unused(make_checkpoint, tmp_path):
     export(source, tmp_path / "model.gguf")
     kinds = field(tmp_path / "model.gguf", gguf.Keys.Tokenizer.TOKEN_TYPE)
     assert len(kinds) == 576
-    used = len(load_tokenizer(source).get_vocab())
+    used = len(Checkpoint.open(source).tokenizer.get_vocab())
     assert {int(kind) for kind in kinds[used + 1 :]} == {5}
     assert read_tensors(tmp_path / "model.gguf")["token_embd.weight"].shape[0] == 576
 

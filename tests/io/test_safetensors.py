@@ -23,6 +23,10 @@ from llmtune.io.safetensors import (
 )
 
 
+def fingerprint(directory: Path) -> str:
+    return fingerprint_checkpoint(CheckpointIndex.open(directory))
+
+
 def make_tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
@@ -82,15 +86,15 @@ def test_sharded_checkpoint_lists_every_tensor(tmp_path):
 def test_fingerprint_does_not_depend_on_sharding_or_place(tmp_path):
     single = save_single(make_tensors(), tmp_path / "one")
     sharded = save_sharded(make_tensors(), tmp_path / "two")
-    assert fingerprint_checkpoint(single) == fingerprint_checkpoint(sharded)
+    assert fingerprint(single) == fingerprint(sharded)
     moved = tmp_path / "three"
     single.rename(moved)
-    assert fingerprint_checkpoint(moved) == fingerprint_checkpoint(sharded)
+    assert fingerprint(moved) == fingerprint(sharded)
 
 
 @pytest.mark.parametrize("change", ["first", "last", "small", "name", "dtype"])
 def test_fingerprint_tells_other_weights_apart(tmp_path, change):
-    before = fingerprint_checkpoint(save_single(make_tensors(), tmp_path / "one"))
+    before = fingerprint(save_single(make_tensors(), tmp_path / "one"))
     tensors = make_tensors()
     if change == "first":
         tensors["a.weight"][0, 0] += 1
@@ -102,7 +106,7 @@ def test_fingerprint_tells_other_weights_apart(tmp_path, change):
         tensors["c.weight"] = tensors.pop("b.weight")
     else:
         tensors["b.weight"] = tensors["b.weight"].view(torch.bfloat16)
-    assert fingerprint_checkpoint(save_single(tensors, tmp_path / "two")) != before
+    assert fingerprint(save_single(tensors, tmp_path / "two")) != before
 
 
 def test_missing_shard_is_named(tmp_path):

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmtune.errors import LlmtuneError
-from llmtune.io.safetensors import fingerprint_checkpoint
 from llmtune.io.unfinished import remove_leftovers
 from llmtune.merging.merge import PROVENANCE_FILE, merge_adapter
 from llmtune.merging.sidecar import write_sidecar
+from llmtune.models.checkpoint import Checkpoint
 from tests.merging.adapters import load_base, make_adapter, make_base
 from tests.tiny import make_tokenizer
 
@@ -68,7 +68,7 @@ def start(code: str, made: Path, out_dir: Path) -> subprocess.Popen:
 def test_provenance_names_base_adapter_and_changes(made, tmp_path):
     result = merge(made, tmp_path / "out")
     provenance = json.loads((tmp_path / "out" / PROVENANCE_FILE).read_text())
-    assert provenance["base_fingerprint"] == fingerprint_checkpoint(made / "base")
+    assert provenance["base_fingerprint"] == Checkpoint.open(made / "base").fingerprint
     assert provenance["base_name"] == "base"
     assert str(made) not in json.dumps(provenance)  # no path of this machine
     assert provenance["strength"] == 1.0
@@ -97,11 +97,11 @@ def test_existing_directory_is_replaced_when_asked(made, tmp_path):
 
 def test_failed_overwrite_keeps_the_old_directory(made, tmp_path, monkeypatch):
     merge(made, tmp_path / "out")
-    before = fingerprint_checkpoint(tmp_path / "out")
+    before = Checkpoint.open(tmp_path / "out").fingerprint
     monkeypatch.setattr("llmtune.merging.merge.write_sidecar", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         merge(made, tmp_path / "out", overwrite=True, strength=0.5)
-    assert fingerprint_checkpoint(tmp_path / "out") == before
+    assert Checkpoint.open(tmp_path / "out").fingerprint == before
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 

@@ -10,9 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from llmtune.cli import run_command
-from llmtune.io.safetensors import fingerprint_checkpoint
 from llmtune.merging.combine import combine_deltas, drop_and_rescale, factorize_product, ties
 from llmtune.merging.config import Combination
+from llmtune.models.checkpoint import Checkpoint
 from tests.merging.adapters import load_adapter, load_base, logits, make_adapter, make_base
 
 WEIGHTS = (0.6, 0.4)
@@ -246,7 +246,7 @@ def test_adapters_that_cannot_be_combined_are_refused(place, capsys):
 
 
 def test_adapters_of_different_bases_are_refused(place, capsys):
-    for name, fingerprint in (("a", fingerprint_checkpoint(place / "base")), ("b", "0" * 64)):
+    for name, fingerprint in (("a", Checkpoint.open(place / "base").fingerprint), ("b", "0" * 64)):
         base = {"origin": str(place / "base"), "path": str(place / "base")}
         manifest = {"format": 1, "base": base | {"fingerprint": fingerprint}}
         (place / name / "llmtune_adapter.json").write_text(json.dumps(manifest))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from llmtune.merging import changes
 from llmtune.merging.merge import write_merge
 from llmtune.merging.plan import PlanOptions, plan_merge
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.load import load_model
 from llmtune.models.resolve import resolve_base
@@ -32,7 +33,7 @@ def model_config(base: Path, quantization: dict | None, **options) -> ModelConfi
 def merge_dequantized(place: Path, config: ModelConfig, **options):
     quantized = describe_quantized_base(config, resolve_base(config))
     options = {"options": PlanOptions(quantized=quantized), **options}
-    plan = plan_merge(place / "base", place / "adapter", **options)
+    plan = plan_merge(Checkpoint.open(place / "base"), place / "adapter", **options)
     return write_merge(plan, place / "merged")
 
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmtune.errors import LlmtuneError
-from llmtune.io.safetensors import fingerprint_checkpoint
 from llmtune.merging.plan import plan_merge
+from llmtune.models.checkpoint import Checkpoint
 from tests.merging.adapters import load_adapter, load_base, make_adapter, make_base
 
 PREFIX = "base_model.model.model.layers.0.self_attn."
@@ -48,7 +48,7 @@ def change_config(place: Path, part: str, **settings) -> None:
 
 
 def plan(place: Path, **options):
-    return plan_merge(place / "base", place / "adapter", **options)
+    return plan_merge(Checkpoint.open(place / "base"), place / "adapter", **options)
 
 
 def refuse(place: Path, message: str) -> str:
@@ -252,7 +252,7 @@ def test_adapter_of_another_base_of_the_same_shape_is_refused(place):
     manifest = {"format": 1, "base": {"origin": "org/other", "fingerprint": "0" * 64}}
     (place / "adapter" / "llmtune_adapter.json").write_text(json.dumps(manifest))
     assert "org/other" in refuse(place, "trained on another base")
-    manifest["base"]["fingerprint"] = fingerprint_checkpoint(place / "base")
+    manifest["base"]["fingerprint"] = Checkpoint.open(place / "base").fingerprint
     (place / "adapter" / "llmtune_adapter.json").write_text(json.dumps(manifest))
     assert not plan(place).notices
 

@@ -13,6 +13,7 @@ from llmtune.cli import run_command
 from llmtune.errors import LlmtuneError
 from llmtune.merging.merge import merge_adapter, write_merge
 from llmtune.merging.plan import PlanOptions, plan_merge
+from llmtune.models.checkpoint import Checkpoint
 from tests.merging.adapters import load_adapter, load_base, logits, make_adapter, make_base
 
 ANY = PlanOptions(allow_pickle=True)
@@ -41,8 +42,8 @@ def test_pickled_base_merges_as_its_safetensors_twin(tmp_path, num_shards, optio
     merge_adapter(base, adapter, tmp_path / "expected")
     pickle_base(base, num_shards)
     with pytest.raises(LlmtuneError, match="pickled"):
-        plan_merge(base, adapter)
-    write_merge(plan_merge(base, adapter, options=ANY), tmp_path / "merged")
+        plan_merge(Checkpoint.open(base), adapter)
+    write_merge(plan_merge(Checkpoint.open(base), adapter, options=ANY), tmp_path / "merged")
     names = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))
     assert len(names) == num_shards and not list((tmp_path / "merged").glob("*.bin"))
     expected = load_base(tmp_path / "expected").state_dict()
@@ -56,7 +57,7 @@ def test_pickle_that_would_run_code_is_refused(tmp_path):
     (base / "model.safetensors").unlink()
     torch.save({"weight": Path("code")}, base / "pytorch_model.bin")
     with pytest.raises(LlmtuneError, match="cannot be read as pickled weights"):
-        plan_merge(base, adapter, options=ANY)
+        plan_merge(Checkpoint.open(base), adapter, options=ANY)
 
 
 def quantize_base(base: Path, **options) -> None:
@@ -80,7 +81,7 @@ def test_base_stored_in_4_bits_is_dequantized(tmp_path, double_quant):
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    result = write_merge(plan_merge(base, adapter), tmp_path / "merged")
+    result = write_merge(plan_merge(Checkpoint.open(base), adapter), tmp_path / "merged")
     assert result.base == "dequantized"
     assert result.changes == {"lora": 2, "dequantized": 12}
     quantized = AutoModelForCausalLM.from_pretrained(base).dequantize(torch.bfloat16).state_dict()
@@ -103,14 +104,17 @@ def test_base_stored_in_8_bits_is_refused(tmp_path):
     quantized = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantized}))
     with pytest.raises(LlmtuneError, match=r"already quantized \(bitsandbytes, 8 bits\)"):
-        plan_merge(base, adapter)
+        plan_merge(Checkpoint.open(base), adapter)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_merged_model_can_have_another_dtype(tmp_path, dtype):
     base = make_base(tmp_path / "base", dtype=torch.bfloat16)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
-    write_merge(plan_merge(base, adapter, options=PlanOptions(dtype=dtype)), tmp_path / "merged")
+    write_merge(
+        plan_merge(Checkpoint.open(base), adapter, options=PlanOptions(dtype=dtype)),
+        tmp_path / "merged",
+    )
     merged = load_base(tmp_path / "merged")
     assert {weight.dtype for weight in merged.parameters()} == {getattr(torch, dtype)}
     assert merged.config.dtype == getattr(torch, dtype)

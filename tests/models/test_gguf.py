@@ -112,7 +112,7 @@ def _gguf_layout(name: str, tensor: torch.Tensor, config) -> torch.Tensor:
 def test_converted_model_computes_what_the_file_holds(tiny_gguf, cache):
     path, model = tiny_gguf
     source = resolve_base(ModelConfig(base=str(path)))
-    converted = AutoModelForCausalLM.from_pretrained(source.dir, dtype=torch.float32)
+    converted = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32)
     ids = torch.arange(4, 40)[None]
 
     with torch.no_grad():
@@ -125,9 +125,9 @@ def test_source_and_its_hash_are_recorded(tiny_gguf, cache):
 
     assert source.gguf_sha256 == hash_file(path)
     assert source.origin == str(path)
-    assert source.dir == cache / "bases" / source.gguf_sha256[:16]
-    assert source.adapter_base == str(source.dir)
-    assert "quantization_config" not in (source.dir / "config.json").read_text()
+    assert source.directory == cache / "bases" / source.gguf_sha256[:16]
+    assert source.adapter_base == str(source.directory)
+    assert "quantization_config" not in (source.directory / "config.json").read_text()
 
 
 def test_second_use_converts_nothing(tiny_gguf, cache, monkeypatch):

@@ -151,7 +151,7 @@ def test_two_writers_leave_one_whole_entry(checkpoint, caplog):
     entry = entries()[0]
     with ThreadPoolExecutor(2) as pool:
         for _ in range(4):
-            arguments = (entry, loaded.model, loaded.source.dir, 1)
+            arguments = (entry, loaded.model, loaded.source.directory, 1)
             list(pool.map(lambda _, given=arguments: keep_quantized(*given), range(2)))
     assert entries() == [entry]
     assert_same(load(checkpoint()), loaded)

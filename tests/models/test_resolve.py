@@ -59,15 +59,15 @@ def hub_cache(checkpoint, tmp_path, monkeypatch):
 def test_existing_directory_is_taken_as_it_is(checkpoint):
     source = resolve_base(ModelConfig(base=str(checkpoint("llama"))))
 
-    assert source.dir == checkpoint("llama")
+    assert source.directory == checkpoint("llama")
     assert source.revision is None
-    assert source.adapter_base == str(source.dir)
+    assert source.adapter_base == str(source.directory)
 
 
 def test_relative_path_is_recorded_absolute(checkpoint, monkeypatch):
     monkeypatch.chdir(checkpoint("llama").parent)
 
-    assert resolve_base(ModelConfig(base="llama")).dir == checkpoint("llama")
+    assert resolve_base(ModelConfig(base="llama")).directory == checkpoint("llama")
 
 
 def test_path_wins_over_hub_id_that_reads_the_same(checkpoint, tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_hub_that_never_answers_is_given_up_within_5_seconds(online, monkeypatch
 def test_cached_model_is_used_without_network_and_pinned_to_its_commit(no_network, hub_cache):
     source = resolve_base(ModelConfig(base="org/tiny"))
 
-    assert source.dir == hub_cache
+    assert source.directory == hub_cache
     assert source.revision == COMMIT
     assert source.adapter_base == "org/tiny"
 
@@ -109,7 +109,7 @@ def test_cached_model_is_used_without_network_and_pinned_to_its_commit(no_networ
 def test_cached_commit_needs_no_look_up(monkeypatch, hub_cache):
     monkeypatch.setattr(hub, "_look_up_commit", lambda *args: pytest.fail("asked the hub"))
 
-    assert resolve_base(ModelConfig(base="org/tiny", revision=COMMIT)).dir == hub_cache
+    assert resolve_base(ModelConfig(base="org/tiny", revision=COMMIT)).directory == hub_cache
 
 
 def test_unfinished_download_is_not_taken_for_a_model(no_network, hub_cache):
@@ -165,7 +165,7 @@ def test_pickled_weights_are_refused_unless_asked_for(editable):
     with pytest.raises(LlmtuneError, match="model.weights=any"):
         resolve_base(ModelConfig(base=str(editable)))
 
-    assert resolve_base(ModelConfig(base=str(editable), weights="any")).dir == editable
+    assert resolve_base(ModelConfig(base=str(editable), weights="any")).directory == editable
 
 
 def test_missing_shard_is_named(editable):

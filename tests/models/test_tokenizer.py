@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
-from llmtune.models.tokenizer import load_tokenizer
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.turns import require_chat_template, stop_token_ids
 from tests.tiny import CHATML, VOCAB_SIZE, make_tokenizer
 
@@ -27,6 +27,10 @@ NEXT_TURN_ENDS_IT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }
 @pytest.fixture
 def base(checkpoint, tmp_path):
     return Path(shutil.copytree(checkpoint("llama"), tmp_path / "base"))
+
+
+def load_tokenizer(base: Path, chat_template: Path | None = None) -> PreTrainedTokenizerFast:
+    return Checkpoint.open(base, chat_template=chat_template).tokenizer
 
 
 def save_words(directory: Path, words: list[str], special: list[str], **tokens) -> None:
@@ -173,10 +177,9 @@ def test_template_that_rejects_the_probe_still_gives_eos():
 def test_tokenizer_is_loaded_without_torch(checkpoint):
     program = (
         "import sys; from pathlib import Path\n"
-        "from llmtune.models.tokenizer import load_tokenizer\n"
-        "from llmtune.models.identity import base_fingerprint\n"
+        "from llmtune.models.checkpoint import Checkpoint\n"
         f"base = Path({str(checkpoint('llama'))!r})\n"
-        "load_tokenizer(base); base_fingerprint(base)\n"
+        "Checkpoint.open(base).tokenizer; Checkpoint.open(base).fingerprint\n"
         "heavy = {'torch', 'peft', 'trl', 'bitsandbytes', 'datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -14,7 +14,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.results import arm_result_path, read_arm_result, save_arm_result
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_text
-from llmtune.models.identity import base_fingerprint
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.reporting.terminal import format_cost
 from llmtune.reporting.transfer import build_report, write_report
 from tests.reporting.planted import (
@@ -259,7 +259,7 @@ def test_without_a_finished_evaluation_only_results_of_the_models_on_disk_are_sh
                 if arm == "tuned":
                     model["adapter"] = adapter_fingerprint(full_run.adapter_dir)
                 if arm == "merged":
-                    model["base"] = base_fingerprint(full_run.merged_dir)
+                    model["base"] = Checkpoint.open(full_run.merged_dir).fingerprint
                 save_arm_result(
                     dataclasses.replace(read_arm_result(path), model=model),
                     full_run.evaluations_dir,

@@ -24,7 +24,7 @@ from llmtune.exporting.gguf_writer.write import (
     write_tensors,
 )
 from llmtune.merging.adapter_files import AdapterFiles
-from llmtune.models.checkpoint import read_model_config
+from llmtune.models.checkpoint import Checkpoint
 
 LOW_RANK_TYPE = "lora"
 """What llama.cpp calls a pair of factors."""
@@ -50,7 +50,7 @@ def write_adapter_gguf(
             no such layer, or llama.cpp does not support the base.
     """
     start = time.monotonic()
-    architecture, config = find_architecture(base_dir), read_model_config(base_dir)
+    architecture, config = find_architecture(base_dir), Checkpoint.open(base_dir).config
     adapter = AdapterFiles.open(adapter_dir)
     _refuse_more_than_factors(adapter)
     alpha = float(adapter.method.usual_alpha(adapter.config))

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.rope import llama3_factors, read_rope, rope_problem
-from llmtune.models.checkpoint import read_model_config
+from llmtune.models.checkpoint import Checkpoint
 
 Config = Mapping[str, Any]
 
@@ -38,7 +38,7 @@ def find_architecture(base_dir: Path) -> Architecture:
         LlmtuneError: its architecture is not supported, or it uses something llama.cpp lacks; the
             message names every such thing.
     """
-    config = read_model_config(base_dir)
+    config = Checkpoint.open(base_dir).config
     model_type = config["model_type"]
     architecture = ARCHITECTURES.get(model_type)
     if architecture is None:

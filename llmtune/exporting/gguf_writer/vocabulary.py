@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.architectures import find_architecture
 from llmtune.exporting.gguf_writer.pretokenizers import PreTokenizer, recognise_pre_tokenizer
-from llmtune.models.checkpoint import embedding_rows, read_generation_config
-from llmtune.models.tokenizer import TOKENIZER_NAME, load_tokenizer
+from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.tokenizer import TOKENIZER_NAME
 from llmtune.models.turns import stop_token_ids
 
 PROBE = "a"
@@ -92,8 +92,8 @@ def read_vocabulary(directory: Path, *, chat_template: Path | None = None) -> Vo
     path = directory / TOKENIZER_NAME
     content = read_tokenizer_json(directory)
     pre = recognise_pre_tokenizer(content, path)
-    rows = embedding_rows(directory)
-    tokenizer = load_tokenizer(directory, chat_template=chat_template)
+    base = Checkpoint.open(directory, chat_template=chat_template)
+    rows, tokenizer = base.num_embedding_rows, base.tokenizer
     tokens, kinds = _tokens(content, rows, is_sentencepiece=pre.model == "llama")
     merges = _merges(content["model"])
     scores: tuple[float, ...] = ()
@@ -197,7 +197,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[st
         "unk": tokenizer.unk_token_id,
         "pad": tokenizer.pad_token_id,
     }
-    stops = stop_token_ids(tokenizer, read_generation_config(directory))
+    stops = stop_token_ids(tokenizer, Checkpoint.open(directory).generation_config)
     others = [stop for stop in stops if stop != tokenizer.eos_token_id]
     if len(others) >= NUM_STOPS:
         named = tokenizer.convert_ids_to_tokens(list(stops))

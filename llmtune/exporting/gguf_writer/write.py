@@ -25,7 +25,7 @@ from llmtune.exporting.gguf_writer.types import QUANTIZER_TYPES, quantize_file
 from llmtune.exporting.gguf_writer.vocabulary import Vocabulary, read_vocabulary
 from llmtune.io.safetensors import CheckpointIndex
 from llmtune.io.unfinished import require_space
-from llmtune.models.checkpoint import read_model_config
+from llmtune.models.checkpoint import Checkpoint
 
 FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
@@ -155,7 +155,7 @@ def write_gguf(request: GgufRequest) -> GgufResult:
 
 def _plan(request: GgufRequest) -> _Plan:
     architecture = find_architecture(request.source_dir)
-    config = read_model_config(request.source_dir)
+    config = Checkpoint.open(request.source_dir).config
     return _Plan(
         architecture,
         config,
