@@ -68,6 +68,12 @@ def remove_leftovers(out: Path) -> None:
             _remove_unlocked(leftover)
 
 
+def remove_all_leftovers(directory: Path) -> None:
+    """Remove what killed processes left of any output in `directory`, which must be our own."""
+    for leftover in directory.glob(".*.tmp-*"):
+        _remove_unlocked(leftover)
+
+
 def move_into_place(finished: Path, out: Path) -> None:
     """Flush the directory `finished` and rename it to `out`; what is there stays until then."""
     finished.chmod(0o755)

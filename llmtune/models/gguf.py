@@ -2,14 +2,13 @@
 
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file
 from llmtune.io.run_dir import atomic_write_json
+from llmtune.io.unfinished import remove_all_leftovers, unfinished_dir
 from llmtune.models.checkpoint import CONFIG_NAME
 
 RECORD_NAME = "llmtune_base.json"
@@ -47,27 +46,30 @@ def dense_checkpoint(gguf_path: Path) -> tuple[Path, str]:
 
 
 def _make_once(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary directory beside `target`, then rename it into place."""
+    """Let `write` fill a directory beside `target`, then rename it into place.
+
+    What a killed conversion left is removed; what another process is writing is kept.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        write(temporary)
-        temporary.chmod(0o755)
-        for path in temporary.iterdir():  # some writers leave files that only their owner can read
-            path.chmod(0o644)
+    remove_all_leftovers(target.parent)
+    with unfinished_dir(target) as scratch:
+        made = scratch / target.name
+        made.mkdir()
         try:
-            temporary.rename(target)
-        except OSError:
-            if not (target / CONFIG_NAME).is_file():
-                raise
-            # another process was faster; its checkpoint is the same
-    except OSError as error:
-        raise LlmtuneError(
-            f"{target}: the checkpoint made from the GGUF file could not be written: {error}. "
-            "Set LLMTUNE_CACHE to a directory with room."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            write(made)
+            for path in made.iterdir():  # some writers leave files that only their owner can read
+                path.chmod(0o644)
+            try:
+                made.rename(target)
+            except OSError:
+                if not (target / CONFIG_NAME).is_file():
+                    raise
+                # another process was faster; its checkpoint is the same
+        except OSError as error:
+            raise LlmtuneError(
+                f"{target}: the checkpoint made from the GGUF file could not be written: {error}. "
+                "Set LLMTUNE_CACHE to a directory with room."
+            ) from error
 
 
 def _convert(gguf_path: Path, sha256: str, directory: Path) -> None:

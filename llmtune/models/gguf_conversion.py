@@ -5,16 +5,15 @@ import json
 import struct
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from gguf import GGUFReader
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.gguf_head import GgufHead, read_gguf_head
 from llmtune.models.quiet import quiet_loading
 
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown"}
@@ -38,7 +37,8 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
     """Write the model and the tokenizer of `gguf_path` into `directory`, weights in bfloat16.
 
     Raises:
-        LlmtuneError: transformers cannot read this file, or is too old to read GGUF files dense.
+        LlmtuneError: the file is damaged, or transformers cannot read it, or is too old to read
+            GGUF files dense.
         OSError: `directory` cannot be written.
     """
     gguf_config = getattr(transformers, "GgufConfig", None)
@@ -47,11 +47,11 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
             f"{gguf_path}: transformers {transformers.__version__} cannot unpack GGUF files; "
             "5.23 can. Upgrade it, or give a dense checkpoint."
         )
+    head = read_gguf_head(gguf_path)  # what is damaged must not reach transformers' own reader
     where = str(gguf_path.parent)
     try:
         # one progress bar of transformers' GGUF reader has no switch
         with quiet_loading(), redirect_stderr(io.StringIO()):
-            reader = GGUFReader(gguf_path)
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf_path.name)
             model = AutoModelForCausalLM.from_pretrained(
                 where,
@@ -64,9 +64,9 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
             f"{gguf_path}: transformers {transformers.__version__} cannot read this GGUF file: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if _read_value(reader, "pre") in DIGITS_FIRST:
+    if head.values.get("tokenizer.ggml.pre") in DIGITS_FIRST:
         _split_digits_first(tokenizer)
-    _set_special_tokens(tokenizer, reader)
+    _set_special_tokens(tokenizer, head)
     try:
         with quiet_loading():
             model.save_pretrained(directory)
@@ -76,17 +76,12 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
     _drop_invented_tokens(directory / "tokenizer.json", model.config.vocab_size)
 
 
-def _read_value(reader: GGUFReader, key: str) -> Any:
-    field = reader.get_field(f"tokenizer.ggml.{key}")
-    return None if field is None else field.contents()
-
-
-def _set_special_tokens(tokenizer: PreTrainedTokenizerFast, reader: GGUFReader) -> None:
+def _set_special_tokens(tokenizer: PreTrainedTokenizerFast, head: GgufHead) -> None:
     """Name the special tokens as the file does; transformers 5.17 may take BOS for EOS."""
     for name, key in SPECIAL_TOKENS.items():
-        id = _read_value(reader, f"{key}_token_id")
-        if id is not None:
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(id)))
+        id = head.values.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(id, int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(id))
 
 
 def _split_digits_first(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -14,7 +14,7 @@ from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint, refuse_quantized
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
 from llmtune.models.hub import LOOKUP_SECONDS, no_such_base, reads_as_hub_id
-from llmtune.planning.gguf_head import read_gguf_config
+from llmtune.planning.gguf_config import read_gguf_config
 
 TOKENIZER_NAME = "tokenizer.json"
 RECORD_NAME = "llmtune_base.json"

@@ -3,6 +3,8 @@
 import json
 import logging
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -154,6 +156,23 @@ def test_failed_conversion_leaves_nothing_behind(tiny_gguf, cache, tmp_path):
         resolve_base(ModelConfig(base=str(cut)))
 
     assert list((cache / "bases").iterdir()) == []
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tiny_gguf, cache):
+    code = (
+        "import os, signal; from pathlib import Path;"
+        "from llmtune.models import gguf;"
+        "gguf._convert = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        f"gguf.dense_checkpoint(Path({str(tiny_gguf[0])!r}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode < 0
+    other = cache / "bases" / ".0123456789abcdef.tmp-left"
+    other.mkdir()
+    assert len(list((cache / "bases").iterdir())) == 2
+
+    resolve_base(ModelConfig(base=str(tiny_gguf[0])))
+
+    assert [path.name for path in (cache / "bases").iterdir()] == [hash_file(tiny_gguf[0])[:16]]
 
 
 def test_full_disk_is_one_message_and_leaves_nothing_behind(tiny_gguf, cache):
