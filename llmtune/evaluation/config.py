@@ -37,76 +37,56 @@ BY_EXTENT = "null leaves it to `extent`."
 class FewShotConfig(Section):
     """The base with worked examples from the training data before every question."""
 
-    measure: Toggle = Field(default=None, description=f"Whether it is measured; {BY_EXTENT}")
-    shots: int = Field(
-        default=8, ge=1, description="Examples at most; fewer where the context ends."
-    )
-    draws: int = Field(default=3, ge=1, le=20, description="Times other examples are drawn.")
-    seed: int = Field(default=0, ge=0, description="Seed of the draws.")
-    limit: int | None = Field(
-        default=300, ge=1, description="Items per suite at most; null takes all."
-    )
+    measure: Toggle = None
+    """Whether it is measured; null leaves it to `extent`."""
+    shots: int = Field(default=8, ge=1)
+    """Examples at most; fewer where the context ends."""
+    draws: int = Field(default=3, ge=1, le=20)
+    """Times other examples are drawn."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the draws."""
+    limit: int | None = Field(default=300, ge=1)
+    """Items per suite at most; null takes all."""
 
 
 class EvaluateConfig(Section):
     """What is measured after training, always on the same items for every arm."""
 
-    suites: tuple[str, ...] = Field(
-        default=(),
-        description="Suite files, or names of suites that ship with llmtune (`general`).",
-    )
-    arms: tuple[Literal["base", "tuned", "merged"], ...] = Field(
-        default=("base", "tuned", "merged"),
-        description="Models to score: the adapter off, on, and the merged checkpoint.",
-    )
-    extent: Extent = Field(
-        default="quick",
-        description="Beside the arms: nothing, what costs little, or all that is cheap to redo.",
-    )
+    suites: tuple[str, ...] = ()
+    """Suite files, or names of suites that ship with llmtune (`general`)."""
+    arms: tuple[Literal["base", "tuned", "merged"], ...] = ("base", "tuned", "merged")
+    """Models to score: the adapter off, on, and the merged checkpoint."""
+    extent: Extent = "quick"
+    """Beside the arms: nothing, what costs little, or all that is cheap to redo."""
     few_shot: FewShotConfig = FewShotConfig()
-    prompts: dict[str, Path] = Field(
-        default={},
-        description="Your own prompts: a name and a Jinja file around {{ prompt }}.",
-    )
-    predictions: dict[str, Path] = Field(
-        default={},
-        description="Another model's answers: a name and a JSONL file of {id, prediction}.",
-    )
-    strengths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = Field(
-        default=None, description=f"Shares of the adapter to measure; {BY_EXTENT}"
-    )
-    probe: Toggle = Field(
-        default=None, description=f"A linear probe on the frozen base's states; {BY_EXTENT}"
-    )
-    divergence: Toggle = Field(
-        default=None, description=f"KL and changed first choices against the base; {BY_EXTENT}"
-    )
-    stops: Toggle = Field(default=None, description=f"Whether answers still end; {BY_EXTENT}")
-    contamination: Toggle = Field(
-        default=None, description=f"Train rows among the suites' items; {BY_EXTENT}"
-    )
-    shift: Toggle = Field(
-        default=None, description=f"How far train, evaluation and general text lie; {BY_EXTENT}"
-    )
-    memorisation: Toggle = Field(
-        default=None, description=f"Whether train rows are told from held-out ones; {BY_EXTENT}"
-    )
-    limit: int | None = Field(
-        default=None,
-        ge=1,
-        description="Items per suite at most (chosen by a seeded shuffle); null takes all.",
-    )
-    token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        default="auto",
-        description="Padded tokens in one scoring batch; auto chooses by the device.",
-    )
-    seed: int = Field(default=0, ge=0, description="Seed of the item shuffle and the bootstrap.")
-    confidence: float = Field(
-        default=0.95, gt=0.5, lt=1.0, description="Probability mass of every interval."
-    )
-    bootstrap_samples: int = Field(
-        default=10_000, ge=100, description="Resamples of the paired bootstrap."
-    )
+    prompts: dict[str, Path] = Field(default={})
+    """Your own prompts: a name and a Jinja file around {{ prompt }}."""
+    predictions: dict[str, Path] = Field(default={})
+    """Another model's answers: a name and a JSONL file of {id, prediction}."""
+    strengths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
+    """Shares of the adapter to measure; null leaves it to `extent`."""
+    probe: Toggle = None
+    """A linear probe on the frozen base's states; null leaves it to `extent`."""
+    divergence: Toggle = None
+    """KL and changed first choices against the base; null leaves it to `extent`."""
+    stops: Toggle = None
+    """Whether answers still end; null leaves it to `extent`."""
+    contamination: Toggle = None
+    """Train rows among the suites' items; null leaves it to `extent`."""
+    shift: Toggle = None
+    """How far train, evaluation and general text lie; null leaves it to `extent`."""
+    memorisation: Toggle = None
+    """Whether train rows are told from held-out ones; null leaves it to `extent`."""
+    limit: int | None = Field(default=None, ge=1)
+    """Items per suite at most (chosen by a seeded shuffle); null takes all."""
+    token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Padded tokens in one scoring batch; auto chooses by the device."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the item shuffle and the bootstrap."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
+    """Probability mass of every interval."""
+    bootstrap_samples: int = Field(default=10_000, ge=100)
+    """Resamples of the paired bootstrap."""
 
     @field_validator("arms")
     @classmethod

@@ -16,13 +16,12 @@ Reporter = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 class EarlyStopping(Section):
     """Stop when the evaluation loss no longer falls, and keep the best evaluation's weights."""
 
-    metric: Literal["eval_loss"] = Field("eval_loss", description="What must keep falling.")
-    patience: PositiveInt = Field(
-        3, description="Evaluations in a row without an improvement before the run stops."
-    )
-    min_delta: float = Field(
-        0.0, ge=0, description="Fall of the metric (nats a token) that counts as an improvement."
-    )
+    metric: Literal["eval_loss"] = "eval_loss"
+    """What must keep falling."""
+    patience: PositiveInt = 3
+    """Evaluations in a row without an improvement before the run stops."""
+    min_delta: float = Field(0.0, ge=0)
+    """Fall of the metric (nats a token) that counts as an improvement."""
 
 
 RESULT_KNOBS = frozenset(
@@ -49,60 +48,46 @@ class TrainConfig(Section):
     neither is one pass over the data.
     """
 
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
-    max_steps: PositiveInt | None = Field(None, description="Length of the run in optimizer steps.")
-    num_epochs: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Length of the run in passes over the training rows; 1 if nothing is set."
-    )
-    batch_size: PositiveInt = Field(
-        16, description="Rows in one optimizer step, however they are split to fit the memory."
-    )
-    micro_batch_size: Literal["auto"] | PositiveInt = Field(
-        "auto",
-        description="Rows in one forward and backward pass; auto fills a budget of tokens that "
-        "fits the memory. It changes speed and memory, not the result.",
-    )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Course of the learning rate after the warm-up."
-    )
-    warmup_ratio: float = Field(
-        0.03, ge=0, lt=1, description="Share of the steps over which the learning rate rises."
-    )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
-    max_grad_norm: float = Field(
-        1.0, ge=0, description="Gradient norm above which gradients are scaled down; 0 is never."
-    )
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw: fused, float32 state; adamw_8bit: bitsandbytes, 8-bit state."
-    )
-    neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description="Strength of NEFTune's noise on the embeddings (5 is usual); null is none.",
-    )
-    early_stopping: EarlyStopping | None = Field(
-        None, description="Stop when the evaluation loss stops falling; null runs to the end."
-    )
-    eval_every: PositiveInt | None = Field(
-        None, description="Steps between evaluations; null evaluates once, at the end."
-    )
-    save_every: PositiveInt = Field(
-        100, description="Steps between checkpoints; one more is saved at the end or when stopped."
-    )
-    keep_checkpoints: PositiveInt = Field(
-        2, description="Newest checkpoints to keep; the best one stays besides."
-    )
-    log_every: PositiveInt = Field(1, description="Steps between lines of metrics.")
-    gradient_checkpointing: Literal["auto"] | bool = Field(
-        "auto",
-        description="Recompute activations in the backward pass to save memory; auto recomputes "
-        "only if the measured need does not fit.",
-    )
-    report_to: tuple[Reporter, ...] = Field(
-        (), description="Trackers: tensorboard, wandb, mlflow, trackio. Nothing is sent unasked."
-    )
-    resume: Literal["auto", "never"] = Field(
-        "auto", description="auto continues from the newest whole checkpoint; never starts anew."
-    )
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate."""
+    max_steps: PositiveInt | None = None
+    """Length of the run in optimizer steps."""
+    num_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length of the run in passes over the training rows; 1 if nothing is set."""
+    batch_size: PositiveInt = 16
+    """Rows in one optimizer step, however they are split to fit the memory."""
+    micro_batch_size: Literal["auto"] | PositiveInt = "auto"
+    """Rows in one forward and backward pass; auto fills a budget of tokens that fits the memory. It
+    changes speed and memory, not the result."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradient norm above which gradients are scaled down; 0 is never."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw: fused, float32 state; adamw_8bit: bitsandbytes, 8-bit state."""
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Strength of NEFTune's noise on the embeddings (5 is usual); null is none."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when the evaluation loss stops falling; null runs to the end."""
+    eval_every: PositiveInt | None = None
+    """Steps between evaluations; null evaluates once, at the end."""
+    save_every: PositiveInt = 100
+    """Steps between checkpoints; one more is saved at the end or when stopped."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep; the best one stays besides."""
+    log_every: PositiveInt = 1
+    """Steps between lines of metrics."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass to save memory; auto recomputes only if the
+    measured need does not fit."""
+    report_to: tuple[Reporter, ...] = ()
+    """Trackers: tensorboard, wandb, mlflow, trackio. Nothing is sent unasked."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues from the newest whole checkpoint; never starts anew."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

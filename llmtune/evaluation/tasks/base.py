@@ -116,19 +116,22 @@ class SuiteConfig(Section):
         task: str
         metric: str
 
-    name: str | None = Field(default=None, description="Name in results; default: the file's stem.")
-    description: str = Field(default="", description="One line for people.")
-    items: Path = Field(description="JSONL file, one item a line.")
-    id: str = Field(default="id", description="Field with an item's name; default: its line.")
-    cluster: str | None = Field(
-        default=None, description="Field by which items belong together (a document)."
-    )
-    slices: tuple[str, ...] = Field(default=(), description="Fields to break results down by.")
-    limit: int | None = Field(default=None, ge=1, description="Items at most; null takes all.")
-    role: Role = Field(
-        default="target",
-        description="What was trained, a domain never seen, or general ability.",
-    )
+    name: str | None = None
+    """Name in results; default: the file's stem."""
+    description: str = ""
+    """One line for people."""
+    items: Path
+    """JSONL file, one item a line."""
+    id: str = "id"
+    """Field with an item's name; default: its line."""
+    cluster: str | None = None
+    """Field by which items belong together (a document)."""
+    slices: tuple[str, ...] = ()
+    """Fields to break results down by."""
+    limit: int | None = Field(default=None, ge=1)
+    """Items at most; null takes all."""
+    role: Role = "target"
+    """What was trained, a domain never seen, or general ability."""
 
     @field_validator("name")
     @classmethod
@@ -196,12 +199,14 @@ class SuiteConfig(Section):
 class PromptedSuite(SuiteConfig):
     """A suite that asks: a prompt rendered over each item's fields."""
 
-    prompt: str = Field(description="Jinja2 template over an item's fields.")
-    system: str | None = Field(default=None, description="System message (chat only).")
-    chat: bool = Field(
-        default=True, description="Prompt is a user message; false: raw text, no template."
-    )
-    answer: str = Field(default="answer", description="Field with the right answer.")
+    prompt: str
+    """Jinja2 template over an item's fields."""
+    system: str | None = None
+    """System message (chat only)."""
+    chat: bool = True
+    """Prompt is a user message; false: raw text, no template."""
+    answer: str = "answer"
+    """Field with the right answer."""
 
     @model_validator(mode="after")
     def _require_chat_for_system(self) -> "PromptedSuite":

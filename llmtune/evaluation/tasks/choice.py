@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.results import ItemScore
@@ -42,18 +42,16 @@ class ChoiceSuite(PromptedSuite):
     )
 
     task: Literal["choice"]
-    choices: tuple[str, ...] | None = Field(default=None, description="The same for every item.")
-    choices_field: str | None = Field(default=None, description="Field with an item's choices.")
-    normalize: Literal["none", "length"] = Field(
-        default="none", description="Compare log-likelihoods, or their mean per token."
-    )
-    delimiter: str = Field(
-        default=" ", description="Between prompt and choice where chat is false."
-    )
-    end_of_answer: bool = Field(
-        default=False,
-        description="Also score the end-of-turn token, so that '4' is not favoured over '42'.",
-    )
+    choices: tuple[str, ...] | None = None
+    """The same for every item."""
+    choices_field: str | None = None
+    """Field with an item's choices."""
+    normalize: Literal["none", "length"] = "none"
+    """Compare log-likelihoods, or their mean per token."""
+    delimiter: str = " "
+    """Between prompt and choice where chat is false."""
+    end_of_answer: bool = False
+    """Also score the end-of-turn token, so that '4' is not favoured over '42'."""
     metric: Literal["accuracy", "answer_probability"] = "accuracy"
     """What an item scores."""
 

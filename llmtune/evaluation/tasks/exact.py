@@ -44,15 +44,12 @@ class ExactSuite(PromptedSuite):
     )
 
     task: Literal["exact"]
-    max_new_tokens: int = Field(default=16, ge=1, description="Length of an answer in tokens.")
-    normalize: tuple[Normalization, ...] = Field(
-        default=("strip", "lowercase", "whitespace"),
-        description="Applied to prediction and reference before they are compared.",
-    )
-    extract: str | None = Field(
-        default=None,
-        description="Regex with one group that finds the answer; no match is unparseable.",
-    )
+    max_new_tokens: int = Field(default=16, ge=1)
+    """Length of an answer in tokens."""
+    normalize: tuple[Normalization, ...] = ("strip", "lowercase", "whitespace")
+    """Applied to prediction and reference before they are compared."""
+    extract: str | None = None
+    """Regex with one group that finds the answer; no match is unparseable."""
     metric: Literal["exact_match", "contains", "token_f1", "number_match"] = "exact_match"
     """What an item scores."""
 

@@ -36,8 +36,10 @@ class PerplexitySuite(SuiteConfig):
     )
 
     task: Literal["perplexity"]
-    text: str = Field(default="text", description="Field with the passage.")
-    max_length: int = Field(default=512, ge=2, description="Window in tokens.")
+    text: str = "text"
+    """Field with the passage."""
+    max_length: int = Field(default=512, ge=2)
+    """Window in tokens."""
     metric: Literal["nats_per_token", "bits_per_byte"] = "nats_per_token"
     """What an item scores."""
 

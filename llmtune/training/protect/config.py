@@ -24,9 +24,8 @@ class ReplayConfig(Section):
 
     source: TextSource
     """A file or hub id (as under `data.train`), or `self`: text that the base writes itself."""
-    share: float = Field(
-        default=0.05, gt=0, lt=1, description="Share of an epoch's rows that are general text."
-    )
+    share: float = Field(default=0.05, gt=0, lt=1)
+    """Share of an epoch's rows that are general text."""
 
 
 class KlToBaseConfig(Section):
@@ -36,16 +35,15 @@ class KlToBaseConfig(Section):
     the same model with its adapter switched off.
     """
 
-    weight: float = Field(
-        default=1.0, gt=0, description="Factor of the KL (nats/token) beside the training loss."
-    )
-    source: TextSource = Field(
-        default="self",
-        description="Text to hold the model on: a file or hub id, or `self`, which the base "
-        "writes before training.",
-    )
-    rows: int = Field(default=4, ge=1, description="Rows of that text in every step.")
-    max_length: int = Field(default=128, ge=2, description="Tokens of a row that are compared.")
+    weight: float = Field(default=1.0, gt=0)
+    """Factor of the KL (nats/token) beside the training loss."""
+    source: TextSource = "self"
+    """Text to hold the model on: a file or hub id, or `self`, which the base writes before
+    training."""
+    rows: int = Field(default=4, ge=1)
+    """Rows of that text in every step."""
+    max_length: int = Field(default=128, ge=2)
+    """Tokens of a row that are compared."""
 
 
 class ProtectConfig(Section):
@@ -55,12 +53,9 @@ class ProtectConfig(Section):
     """Mix general text into the training rows; null does not."""
     kl_to_base: KlToBaseConfig | None = None
     """Penalize divergence from the base; null does not."""
-    l2: float = Field(
-        default=0.0,
-        ge=0,
-        description="Factor of the squared norm of the adapter's update of the weights, "
-        "sum |scaling * B A|^2, beside the training loss.",
-    )
+    l2: float = Field(default=0.0, ge=0)
+    """Factor of the squared norm of the adapter's update of the weights, sum |scaling * B A|^2,
+    beside the training loss."""
 
     @property
     def is_on(self) -> bool:
