@@ -1,5 +1,6 @@
-"""docs/architecture.md names every room of the house, and none that is not there."""
+"""The rooms of the house: the page lists them, and each sees only what it may."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -25,3 +26,44 @@ def test_every_room_has_its_floor_in_the_import_contract():
     rooms = {path.parent.name for path in (ROOT / "llmtune").glob("*/__init__.py")}
     rooms |= {path.stem for path in (ROOT / "llmtune").glob("*.py")}
     assert rooms - floors == {"__init__", "__main__", "version"}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the modules of llmtune that a file imports, at the top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if name.startswith("llmtune.")}
+
+
+def room_of(path: Path) -> str:
+    """Return the room of a file, or the file's own name at the root."""
+    return path.relative_to(ROOT / "llmtune").parts[0]
+
+
+def test_the_whole_config_is_seen_by_config_runs_experiments_and_commands_alone():
+    seen_by = {
+        room_of(path)
+        for path in (ROOT / "llmtune").rglob("*.py")
+        if "llmtune.config" in imported_modules(path)
+    }
+    may_see = {"runs", "experiments", "commands", "__init__.py"}
+    assert seen_by - may_see <= {"stages"}
+
+
+def test_commands_call_runs_experiments_or_the_one_room_that_does_the_work():
+    """What needs several rooms is put together in `runs/` or `experiments/`, not in a command."""
+    together = {"runs", "experiments", "config", "reporting", "errors", "io", "commands", "stages"}
+    alone = {"data", "serving", "exporting", "checks"}
+    for path in (ROOT / "llmtune" / "commands").glob("*.py"):
+        rooms = set()
+        for name in imported_modules(path):
+            _, room, *rest = name.split(".")
+            # the sections that options are made of, and what a command prints
+            if rest[:1] not in (["config"], ["plan"]):
+                rooms.add(room)
+        others = rooms - together
+        assert others <= alone, f"{path.name} imports {sorted(others - alone)}"

@@ -13,6 +13,7 @@ from llmtune.commands.options import (
     with_output_options,
 )
 from llmtune.errors import LlmtuneError
+from llmtune.io.shipped import shipped_files
 
 
 @click.group("config", cls=Uncut)
@@ -32,12 +33,9 @@ def config_show(config: Path, overrides: tuple[str, ...], quiet: bool, as_json: 
     \b
       llmtune config show configs/quickstart.yaml adapter.rank=8
     """
-    from llmtune.config import RunConfig, effective_keys
-    from llmtune.io.validation import validate_section
-    from llmtune.runs.targets import read_run_tree
+    from llmtune.runs.targets import read_effective_keys
 
-    tree = read_run_tree(str(config), overrides)
-    keys = effective_keys(validate_section(RunConfig, tree), tree)
+    keys = read_effective_keys(str(config), overrides)
     if as_json:
         click.echo(json.dumps([key.__dict__ for key in keys], indent=2))
         return
@@ -54,8 +52,6 @@ def config_list(quiet: bool, as_json: bool) -> None:
     \b
       llmtune config list
     """
-    from llmtune.io.shipped import shipped_files
-
     recipes = shipped_files("configs")
     about = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in recipes.items()}
     if as_json:
@@ -75,8 +71,6 @@ def config_copy(recipe: str, destination: Path, quiet: bool, as_json: bool) -> N
     \b
       llmtune config copy qlora-8b-24gb my.yaml
     """
-    from llmtune.io.shipped import shipped_files
-
     recipes = shipped_files("configs")
     if recipe not in recipes:
         raise LlmtuneError(f"recipe {recipe!r}: expected one of {', '.join(recipes)}")

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from llmtune.commands.options import (
     with_output_options,
 )
 from llmtune.data.init_suite import NoSuite
-from llmtune.errors import CheckFailed, LlmtuneError
+from llmtune.errors import CheckFailed
 from llmtune.io.run_dir import atomic_write_text
 
 if TYPE_CHECKING:
@@ -46,25 +46,11 @@ def init(data: str, base: str | None, out: Path, quiet: bool, as_json: bool) -> 
       llmtune init train.jsonl --base models/SmolLM2-135M-Instruct.Q4_1.gguf
       llmtune init train.jsonl --out my.yaml
     """
-    from llmtune.data.init import describe_data, render_config
-    from llmtune.data.init_suite import SuiteDraft, render_items, render_suite
-    from llmtune.evaluation.tasks.base import is_suite_name
-    from llmtune.models.config import ModelConfig
-    from llmtune.models.resolve import resolve_base
+    from llmtune.runs.rows import draft_config
 
     show_progress(quiet)
-    tokenizer = resolve_base(ModelConfig(base=base)).tokenizer if base else None
-    found = describe_data(data, tokenizer=tokenizer)
-    files: dict[Path, str] = {}
-    suite = None
-    if isinstance(found.suite, SuiteDraft):
-        suite, items = (out.with_name(f"{out.stem}_{end}") for end in ("suite.yaml", "items.jsonl"))
-        source = found.evaluation_path or found.train_path
-        files[items] = render_items(found.suite)
-        name = out.stem if is_suite_name(out.stem) else "task"
-        files[suite] = render_suite(found.suite, name=name, items_name=items.name, source=source)
-    files[out] = render_config(found, base=base, suite=str(suite) if suite else None)
-    _write_new(files)
+    draft = draft_config(data, out, base=base)
+    found, suite = draft.found, draft.suite
     result = {
         "config": str(out),
         "suite": str(suite) if suite else None,
@@ -74,19 +60,6 @@ def init(data: str, base: str | None, out: Path, quiet: bool, as_json: bool) -> 
         "max_length": found.max_length,
     }
     print_result(result, as_json, lambda: "\n".join(_init_lines(found, out, suite)))
-
-
-def _write_new(files: Mapping[Path, str]) -> None:
-    """Write all files or none; an existing one is never replaced."""
-    for path in files:
-        if path.exists():
-            raise LlmtuneError(f"{path}: exists already; choose another name with --out")
-        if not path.parent.is_dir():
-            raise LlmtuneError(
-                f"{path.parent}: no such directory; make it, or choose another --out"
-            )
-    for path, text in files.items():
-        atomic_write_text(path, text)
 
 
 def _init_lines(found: "DataDescription", out: Path, suite: Path | None) -> Iterator[str]:
@@ -134,13 +107,14 @@ def data_check(  # noqa: PLR0913 (one argument an option)
     """
     from llmtune.data.check import check_data
     from llmtune.data.check_page import render_check_page
+    from llmtune.runs.rows import open_rows
 
     show_progress(quiet)
-    loaded, tokenizer = _open(config, overrides, no_cache=no_cache)
+    rows = open_rows(str(config), overrides, use_cache=not no_cache)
     is_silent = quiet or as_json
     report = check_data(
-        loaded.mixed_data,
-        tokenizer,
+        rows.data,
+        rows.tokenizer,
         near_duplicates=not no_near_duplicates,
         advance=None if is_silent else _Progress("read"),
         compare=None if is_silent else _Progress("looked at for near duplicates"),
@@ -182,10 +156,11 @@ def data_show(  # noqa: PLR0913 (one argument an option)
       llmtune data show configs/quickstart.yaml --limit 20 --html rows.html
     """
     from llmtune.data.preview import preview_rows, render_page, render_terminal
+    from llmtune.runs.rows import open_rows
 
     show_progress(quiet)
-    loaded, tokenizer = _open(config, overrides)
-    previews = preview_rows(loaded.mixed_data, tokenizer, split=split, row=row, limit=limit)
+    rows = open_rows(str(config), overrides)
+    previews = preview_rows(rows.data, rows.tokenizer, split=split, row=row, limit=limit)
     if html is not None:
         atomic_write_text(html, render_page(previews))
     if as_json:
@@ -208,13 +183,3 @@ class _Progress:
         before, self._count = self._count, self._count + num_rows
         if self._count // self.every_rows > before // self.every_rows:
             click.echo(f"{self._count:,} rows {self._done}", err=True)
-
-
-def _open(config: Path, overrides: tuple[str, ...], *, no_cache: bool = False) -> tuple[Any, Any]:
-    from llmtune.models.resolve import resolve_base
-    from llmtune.runs.targets import require_run
-
-    more = ("data.cache=false",) if no_cache else ()
-    loaded = require_run(str(config), (*overrides, *more))
-    source = resolve_base(loaded.model)
-    return loaded, source.tokenizer

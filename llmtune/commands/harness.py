@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -63,4 +63,4 @@ def with_harness_options(command: Command) -> Command:
     decorated: Any = collected
     for option in reversed(OPTIONS):
         decorated = option(decorated)
-    return decorated
+    return cast(Command, decorated)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
@@ -22,7 +22,13 @@ OVERRIDES_ARGUMENT = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VA
 FORCE_OPTION = click.option("--force", is_flag=True, help="Do again what is finished.")
 
 
-class NotNegative(click.ParamType):
+if TYPE_CHECKING:
+    NumberType = click.ParamType[float]
+else:
+    NumberType = click.ParamType  # older versions of click have no type parameter
+
+
+class NotNegative(NumberType):
     """A finite number that is not negative; click's own range lets nan through."""
 
     name = "number"

@@ -47,15 +47,14 @@ def run_all(  # noqa: PLR0913 (one argument an option)
     from llmtune.reporting.budgets import check_budgets, parse_budgets, require_known_names
     from llmtune.reporting.terminal import render_terminal
     from llmtune.runs import pipeline
+    from llmtune.runs.evaluate import load_suites
     from llmtune.runs.targets import require_run
 
     show_progress(quiet)
     loaded = require_run(str(config), overrides)
     budgets = parse_budgets(fail_if)
     if budgets:
-        require_known_names(
-            budgets, [suite.name for suite in pipeline.load_suites(loaded.evaluate)]
-        )
+        require_known_names(budgets, [suite.name for suite in load_suites(loaded.evaluate)])
     report = pipeline.run(loaded, force=force)
     print_result(report.as_json(), as_json, lambda: render_terminal(report))
     logging.getLogger("llmtune").info("report: %s", loaded.run.report_html_path)
@@ -124,29 +123,17 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
     from llmtune.reporting.scores import render_scores
 
     show_progress(quiet)
+    if harness is not None and suites:
+        raise LlmtuneError("give --suite or --lm-eval, one at a time")
     if harness is not None:
-        from llmtune.evaluation.harness import HarnessSettings
-        from llmtune.runs.targets import resolve_target
-        from llmtune.serving.harness import run_harness
+        from llmtune.runs.score import score_lm_eval
 
-        if suites:
-            raise LlmtuneError("give --suite or --lm-eval, one at a time")
-        arms = harness.pop("arms")
-        found = resolve_target(target, overrides)
-        scores = run_harness(
-            found,
-            HarnessSettings(**harness),
-            found.evaluate,
-            arms=arms,
-            results_dir=found.results_dir,
-        )
+        scores = score_lm_eval(target, overrides, **harness)
     elif suites:
-        from llmtune.runs.targets import resolve_target
-        from llmtune.serving.score import score_target
+        from llmtune.runs.score import score
 
         # Such scores are printed and not kept, so there is nothing that --force would redo.
-        found = resolve_target(target, overrides)
-        scores = score_target(found, suites, found.evaluate)
+        scores = score(target, overrides, suites)
     else:
         from llmtune.runs import pipeline
         from llmtune.runs.targets import require_run

@@ -16,6 +16,7 @@ from llmtune.io.manifest import read_manifest
 from llmtune.io.run_dir import RunDir
 from llmtune.models.resolve import resolve_base
 from llmtune.runs import pipeline
+from llmtune.runs.evaluate import load_suites
 
 log = logging.getLogger("llmtune")
 
@@ -130,7 +131,7 @@ def plan_learning_curve(config: RunConfig, *, suite: str | None = None) -> Curve
 
 
 def _choose_suite(config: RunConfig, name: str | None) -> Suite:
-    suites = pipeline.load_suites(config.evaluate)
+    suites = load_suites(config.evaluate)
     found = [s for s in suites if s.name == name or (name is None and s.role == "target")]
     if not found:
         there = ", ".join(suite.name for suite in suites) or "none"

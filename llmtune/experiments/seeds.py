@@ -129,7 +129,10 @@ class SeedStudy:
             for suite in self.suites
         }
         statistics = asdict(self.resampling)
-        return without_nan({"format": 1, "runs": runs, "suites": suites, "statistics": statistics})
+        values: dict[str, Any] = without_nan(
+            {"format": 1, "runs": runs, "suites": suites, "statistics": statistics}
+        )
+        return values
 
 
 def compare_seeds(runs: Sequence[SeedRun]) -> SeedStudy:

@@ -11,6 +11,7 @@ from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.run_dir import SEQUENCE_FILE, atomic_write_json
 from llmtune.reporting.sequence import SequenceResult
 from llmtune.runs import pipeline
+from llmtune.runs.evaluate import load_suites
 
 log = logging.getLogger("llmtune")
 
@@ -84,7 +85,7 @@ def _check(configs: Sequence[RunConfig]) -> None:
 
 def _target_suites(config: RunConfig) -> dict[str, Suite]:
     """Return the suites of a task: its config's target suites, by what the config calls them."""
-    loaded = zip(config.evaluate.suites, pipeline.load_suites(config.evaluate), strict=True)
+    loaded = zip(config.evaluate.suites, load_suites(config.evaluate), strict=True)
     found = {name: suite for name, suite in loaded if suite.role == "target"}
     bad = [s.name for s in found.values() if not s.config.chosen_metric.higher_is_better]
     if not found or bad:

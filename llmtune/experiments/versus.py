@@ -86,7 +86,7 @@ class Versus:
             }
             for suite in self.suites
         }
-        return without_nan(
+        values: dict[str, Any] = without_nan(
             {
                 "format": 1,
                 "first": self.first,
@@ -99,6 +99,7 @@ class Versus:
                 "statistics": asdict(self.resampling),
             }
         )
+        return values
 
 
 def compare_runs(first: RunDir, second: RunDir, *, across: tuple[str, ...] = ()) -> Versus:

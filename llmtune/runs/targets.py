@@ -10,7 +10,13 @@ from llmtune.adapters.manifest import (
     read_adapter_config,
     read_adapter_manifest,
 )
-from llmtune.config import RunConfig, load_config, read_config_tree
+from llmtune.config import (
+    EffectiveKey,
+    RunConfig,
+    effective_keys,
+    load_config,
+    read_config_tree,
+)
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.exporting.base import ExportSource
@@ -97,15 +103,17 @@ def require_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     return target.config
 
 
-def read_run_tree(name: str, overrides: Sequence[str] = ()) -> SourcedTree:
-    """Return the unchecked config of a run directory or a YAML file, and where each key stands.
+def read_effective_keys(name: str, overrides: Sequence[str] = ()) -> list[EffectiveKey]:
+    """Return every key of a run directory's config or of a YAML file, and where it is from.
 
     Raises:
-        LlmtuneError: there is no such path, or it cannot be read.
+        LlmtuneError: there is no such path, or its config is wrong.
     """
     _require_path(name)
     path = Path(name)
-    return _recorded_tree(path, overrides) if path.is_dir() else read_config_tree(path, overrides)
+    is_run = path.is_dir()
+    tree = _recorded_tree(path, overrides) if is_run else read_config_tree(path, overrides)
+    return effective_keys(validate_section(RunConfig, tree), tree)
 
 
 def find_run_dir(name: str) -> Path:

@@ -16,7 +16,7 @@ from llmtune.evaluation.diagnosis.results import LearningCurveResult, read_diagn
 from llmtune.evaluation.results import read_arm_result
 from llmtune.experiments.learning_curve import plan_learning_curve
 from llmtune.io.manifest import read_manifest
-from llmtune.runs.pipeline import load_suites
+from llmtune.runs.evaluate import load_suites
 from tests.project import make_project
 
 TWO_EPOCHS = ["train.max_steps=12", "evaluate.arms=[tuned]", "evaluate.extent=none"]
