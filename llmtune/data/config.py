@@ -21,6 +21,9 @@ class SourceConfig(Section):
     columns: dict[str, str] = Field(default_factory=dict)
     """Where the format's columns are in this source, as `format's name: source's name`,
     for example `{instruction: question, output: answer}`."""
+    ignore: tuple[str, ...] = ()
+    """Columns to leave out on purpose that could change what is trained, such as a label beside
+    a text. Without this they are refused; plain metadata needs no entry."""
     render: Literal["chat", "plain"] = "chat"
     """`chat` puts a prompt/completion row through the chat template; `plain` joins the two texts
     as they are (only for `completion`)."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from llmtune.data.problems import RowError, did_you_mean, shorten
 from llmtune.data.row_values import check_text, parse_json_text, read_weight
 from llmtune.data.tools import read_tool_calls, read_tools
+from llmtune.data.training_marks import read_marks
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLE_HINTS = {
@@ -29,16 +30,18 @@ MESSAGE_KEYS = frozenset(
         "tool_calls",
         "tool_call_id",
         "reasoning_content",
-        "train",
-        "weight",
     }
 )
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 UNREADABLE_KEYS = {
     "function_call": "the old form of tool_calls; put the call there",
+    "reasoning_details": "one provider's form of reasoning; put its text into reasoning_content",
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "not text"),
 }
 """What would be lost without a word, and what it is."""
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""What the parts of a content list are called that hold text."""
 
 Message = dict[str, Any]
 
@@ -143,8 +146,7 @@ def _read_message(value: Any, index: int) -> Message:
     where = f"{where} ({role})"
     has_more = "tool_calls" in message or bool(reasoning and role == "assistant")
     message["content"] = _read_content(value, where, has_more=has_more)
-    _check_training_marks(message, where)
-    return message
+    return message | read_marks(value, message["role"], where)
 
 
 def _is_plain(value: Any) -> bool:
@@ -200,25 +202,13 @@ def _read_content(value: Mapping, where: str, *, has_more: bool) -> str:
 def _join_parts(parts: list, where: str) -> str:
     texts = []
     for part in parts:
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+        is_text = isinstance(part, Mapping) and part.get("type", "text") in TEXT_PARTS
+        text = part.get("text", part.get("value")) if is_text else None
+        if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else part
             raise RowError(
                 f"{where}: content holds a {shorten(kind)} part; expected text parts only",
                 "content",
             )
-        texts.append(part["text"])
+        texts.append(text)
     return "".join(texts)
-
-
-def _check_training_marks(message: Message, where: str) -> None:
-    train = message.get("train")
-    if train is not None and not isinstance(train, bool):
-        raise RowError(f"{where}: train is {shorten(train)}; expected true or false", "train")
-    if train and message["role"] != "assistant":
-        raise RowError(f"{where}: train is true; only assistant messages are trained", "train")
-    if "weight" in message:
-        weight = message["weight"] = read_weight(message["weight"], where)
-        if message["role"] != "assistant" and weight not in (0.0, 1.0):
-            raise RowError(
-                f"{where}: weight is {weight}; only assistant messages are trained", "weight"
-            )

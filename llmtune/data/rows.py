@@ -22,6 +22,7 @@ from llmtune.data.formats import (
 )
 from llmtune.data.hub import is_hub_id, iter_hub_rows, refuse_hub_knobs
 from llmtune.data.problems import Parsed, RowError, RowProblem
+from llmtune.data.unread import UnreadColumns, unread_message_keys
 from llmtune.errors import LlmtuneError
 
 DETECTION_ROWS = 100
@@ -61,10 +62,16 @@ def open_source(source: SourceConfig) -> SourceRows:
         raise LlmtuneError(f"{source.path}: no row can be read:\n{listed}")
     choice = choose_format(source, objects)
     check_columns(source, choice, objects)
+    watch = UnreadColumns(source, choice.format)
+    renamed = [rename_columns(row, source.columns) for row in objects]
+    fault = next(filter(None, map(watch.fault, renamed)), None)
+    if fault is not None:
+        raise LlmtuneError(f"{source.path}: {fault}")
     unread = unread_columns(source, choice, objects)
+    unread += [f"{key} of messages" for key in unread_message_keys(renamed)]
     if unread:
         choice = replace(choice, reason=f"{choice.reason}; not read: {', '.join(unread)}")
-    return SourceRows(choice, _convert(itertools.chain(first, raw), source, choice))
+    return SourceRows(choice, _convert(itertools.chain(first, raw), source, choice, watch))
 
 
 def iter_raw_rows(source: SourceConfig) -> Iterator[tuple[str, Parsed]]:
@@ -134,7 +141,10 @@ def _iter_all(source: SourceConfig) -> Iterator[tuple[str, Parsed]]:
 
 
 def _convert(
-    entries: Iterator[tuple[str, Parsed]], source: SourceConfig, choice: FormatChoice
+    entries: Iterator[tuple[str, Parsed]],
+    source: SourceConfig,
+    choice: FormatChoice,
+    watch: UnreadColumns,
 ) -> Iterator[LoadedRow | RowProblem]:
     for file, parsed in entries:
         if isinstance(parsed, RowProblem):
@@ -145,6 +155,10 @@ def _convert(
         missing = missing_column(choice, row, source)
         if missing is not None:
             yield RowProblem(file, line, missing, "column")
+            continue
+        fault = watch.fault(row)
+        if fault is not None:
+            yield RowProblem(file, line, fault, "column")
             continue
         try:
             yield LoadedRow(choice.format.to_conversation(row), file, line)

@@ -31,6 +31,7 @@ def files(tmp_path_factory):
         "both": [{"text": "a document", "prompt": "p", "completion": "c"}],
         "bad": [*chats, {"messages": []}],
         "long": [*chats, *[long] * 2],
+        "labeled": [{"text": "a document", "label": "good"}],
         "texts": [{"text": "the lazy dog " * 20}],
     }
     return {name: write_jsonl(directory / f"{name}.jsonl", rows) for name, rows in contents.items()}
@@ -60,6 +61,7 @@ SOURCE = {
     "render": ("pairs", {}, "plain"),
     "weight": ("chats", {}, 0.5),
     "rows": ("chats", {}, 3),
+    "ignore": ("labeled", {}, ["label"]),
     "limit": ("chats", {}, 3),
     "replay": ("chats", {}, True),
 }

@@ -123,6 +123,13 @@ def _build(name: str, source: SourceConfig) -> DatasetFormat:
 
 def _nothing_fits(source: SourceConfig, rows: Sequence[Row]) -> str:
     found = list(dict.fromkeys(str(key) for row in rows for key in row))
+    if {"chosen", "rejected"} <= set(found):
+        return (
+            f"{source.path}: its rows are preference pairs (chosen, rejected), and llmtune trains "
+            "on answers alone. To train on the chosen ones say what they are, for example "
+            "format: completion, columns: {prompt: prompt, completion: chosen} and "
+            "ignore: [rejected]"
+        )
     lines = [
         f"{source.path}: no format fits its columns ({', '.join(found) or 'none'}).",
         "Expected one of:",

@@ -30,6 +30,11 @@ class DatasetFormat(Protocol):
 
 
 def row_weight(row: Row) -> Any:
-    """Return a row's weight as it stands there; 1 where it has none (an empty cell of a CSV)."""
+    """Return a row's weight as it stands there; 1 where it has none (an empty cell of a CSV).
+
+    True and false, as in a column that marks right answers, count as 1 and 0.
+    """
     weight = row.get("weight")
+    if isinstance(weight, bool):
+        return float(weight)
     return 1.0 if weight is None or weight == "" else weight

@@ -1,0 +1,119 @@
+"""What a source holds beside its format's columns: metadata is named, the rest refused."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from llmtune.data.config import SourceConfig
+from llmtune.data.formats.base import DatasetFormat, Row
+from llmtune.data.training_marks import MARKS, looks_like_mark
+
+MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+PREFERENCES = frozenset({"chosen", "rejected", "chosen_response", "rejected_response"})
+LABELS = frozenset({"label", "labels", "class", "category", "target", "intent", "sentiment"})
+SPEAKERS = frozenset({"role", "from", "speaker", "author"})
+LIKELY = {
+    "system": ("system_prompt", "system_message", "sys_prompt"),
+    "tools": ("functions", "available_tools", "function_list", "apis"),
+    "weight": ("loss_weight", "sample_weight", "row_weight"),
+    "input": ("context", "passage"),
+    "history": ("chat_history",),
+}
+"""A format's optional column -> what others call it."""
+
+_LIKELY = {other: name for name, others in LIKELY.items() for other in others}
+_MESSAGE_LISTS = ("messages", "conversations", "prompt", "completion")
+KNOWN_MESSAGE_KEYS = frozenset(
+    {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id"}
+    | {"reasoning_content", "reasoning", "thinking"}
+    | set(MARKS)
+)
+
+
+class UnreadColumns:
+    """Says of each row whether a column that is not read could change what the row means."""
+
+    def __init__(self, source: SourceConfig, format: DatasetFormat) -> None:
+        self._format = format
+        self._expected = frozenset(format.columns) | frozenset(source.ignore)
+        self._source = source
+        self._known: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {}
+
+    def fault(self, row: Row) -> str | None:
+        """Return why `row` (its columns renamed) may not be read so; None where it may."""
+        shape = tuple(row)
+        if shape not in self._known:
+            self._known[shape] = tuple(self._suspicious(shape))
+        for column, reason in self._known[shape]:
+            if not is_empty(row[column]) and self._matters(column, row[column]):
+                return f"the column {column!r} is not read: {reason}"
+        return None
+
+    def _suspicious(self, columns: Collection[Any]) -> list[tuple[str, str]]:
+        found = []
+        for column in columns:
+            if column in self._expected or not isinstance(column, str):
+                continue
+            reason = self._reason(column.lower())
+            if reason is not None:
+                found.append((column, f"{reason}, or ignore: [{column}] to leave it out"))
+        return found
+
+    def _reason(self, column: str) -> str | None:
+        """Say what a column seems to hold, and the setting that reads it; None for metadata."""
+        if column in MEDIA:
+            return "llmtune trains on text alone. Take these rows out"
+        if column in PREFERENCES:
+            return (
+                "these are preference pairs, and llmtune trains on answers alone. Name the one to "
+                "train on, as in columns: {completion: chosen}"
+            )
+        if column in LABELS and self._format.name == "text":
+            return (
+                "the rows seem to be labeled texts. Train the label as the answer with format: "
+                f"completion and columns: {{prompt: text, completion: {column}}}"
+            )
+        if column in LABELS:
+            return (
+                "it seems to say which rows are right. Set columns: "
+                f"{{weight: {column}}} to train only rows where it is true"
+            )
+        if column in SPEAKERS and self._format.name == "text":
+            return (
+                "each row seems to be one message of a chat. Write a chat as one row with a list: "
+                '{"messages": [{"role": ..., "content": ...}, ...]}'
+            )
+        likely = _LIKELY.get(column)
+        if likely in self._format.columns and likely not in self._source.columns:
+            return (
+                f"it seems to be what {self._format.name} calls {likely}. Set columns: "
+                f"{{{likely}: {column}}}"
+            )
+        if column in MARKS or looks_like_mark(column):
+            return (
+                "it may say what is trained. Write it into the messages, or set columns: "
+                f"{{weight: {column}}}"
+            )
+        return None
+
+    def _matters(self, column: str, value: Any) -> bool:
+        """A label beside a chat is metadata, unless it is a mark of right and wrong."""
+        if column.lower() in LABELS and self._format.name != "text":
+            return isinstance(value, bool)
+        return True
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing."""
+    return value is None or (isinstance(value, str | Mapping | Sequence) and len(value) == 0)
+
+
+def unread_message_keys(rows: Sequence[Row]) -> list[str]:
+    """Return the keys of the rows' messages that nothing reads, sorted."""
+    keys = set()
+    for row in rows:
+        for column in _MESSAGE_LISTS:
+            turns = row.get(column)
+            for turn in turns if isinstance(turns, list) else ():
+                if isinstance(turn, Mapping):
+                    keys |= {str(key) for key, value in turn.items() if not is_empty(value)}
+    return sorted(keys - KNOWN_MESSAGE_KEYS)
