@@ -87,7 +87,7 @@ def plan_combined_merge(
     """
     checkpoint.require_whole(allow_pickle=options.allow_pickle, allow_quantized=True)
     base_dir, config = checkpoint.directory, checkpoint.config
-    base = _index(checkpoint)
+    base = index_of(checkpoint)
     packed = find_packed_weights(base, config)
     _refuse_packed_conv1d(base_dir, config, packed)
     notices: list[str] = []
@@ -124,7 +124,8 @@ def plan_combined_merge(
     )
 
 
-def _index(checkpoint: Checkpoint) -> CheckpointIndex:
+def index_of(checkpoint: Checkpoint) -> CheckpointIndex:
+    """Return where each tensor of a base is, in safetensors or pickled."""
     if checkpoint.has_safetensors:
         return checkpoint.index
     from llmtune.merging.pickled import open_pickled  # torch, which other bases do not need

@@ -4,6 +4,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmtune.checks.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
@@ -73,6 +74,34 @@ def test_the_file_says_that_it_is_an_adapter(llama_dir, tmp_path):
 )
 def test_what_llama_cpp_adapters_cannot_hold_is_refused(settings, message, llama_dir, tmp_path):
     adapter = save_adapter(llama_dir, tmp_path / "adapter", **settings)
+    with pytest.raises(LlmtuneError, match=message):
+        write_adapter_gguf(adapter, llama_dir, tmp_path / "a.gguf", type="f16", provenance={})
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def cut(directory, **changes):
+    """Change the tensors of the first query projection, {A or B: how}."""
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for part, change in changes.items():
+        name = f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight"
+        tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"A": lambda a: a[:, :-1]}, "the adapter of module .*q_proj.* is for a weight of"),
+        ({"B": lambda b: b[:-1]}, "the adapter of module .*q_proj.* is for a weight of"),
+        ({"A": lambda a: a[:-1]}, "gives that module rank 4"),
+        ({"A": lambda a: a[:-1], "B": lambda b: b[:, :-1]}, "gives that module rank 4"),
+    ],
+    ids=["width", "height", "pair", "rank"],
+)
+def test_factors_that_do_not_fit_the_base_are_refused(changes, message, llama_dir, tmp_path):
+    adapter = save_adapter(llama_dir, tmp_path / "adapter")
+    cut(adapter, **changes)
     with pytest.raises(LlmtuneError, match=message):
         write_adapter_gguf(adapter, llama_dir, tmp_path / "a.gguf", type="f16", provenance={})
     assert not (tmp_path / "a.gguf").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from llmtune.adapters.update import Factors
+from llmtune.adapters.update import Factors, Place
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.architectures import Architecture, Config, find_architecture
 from llmtune.exporting.gguf_writer.tensors import (
@@ -23,7 +23,10 @@ from llmtune.exporting.gguf_writer.write import (
     check_file,
     write_tensors,
 )
+from llmtune.io.safetensors import TensorEntry
 from llmtune.merging.adapter_files import AdapterFiles
+from llmtune.merging.names import find_tensor
+from llmtune.merging.plan import index_of
 from llmtune.models.checkpoint import Checkpoint
 
 LOW_RANK_TYPE = "lora"
@@ -47,13 +50,14 @@ def write_adapter_gguf(
 
     Raises:
         LlmtuneError: it trains something other than plain LoRA of a linear layer, or the base has
-            no such layer, or llama.cpp does not support the base.
+            no layer of that shape, or llama.cpp does not support the base.
     """
     start = time.monotonic()
     architecture, config = find_architecture(base_dir), Checkpoint.open(base_dir).config
     adapter = AdapterFiles.open(adapter_dir)
     _refuse_more_than_factors(adapter)
     alpha = float(adapter.method.usual_alpha(adapter.config))
+    _check_shapes(adapter, index_of(Checkpoint.open(base_dir)).tensors)
     tensors = _plan(adapter, architecture, config, (type, alpha))
     writer = GGUFWriter(path, architecture.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -87,6 +91,28 @@ def _refuse_more_than_factors(adapter: AdapterFiles) -> None:
             f"{adapter.directory}: llama.cpp adapters hold LoRA of linear layers only, and this "
             f"one has {found}. Merge it and export the model: --to gguf"
         )
+
+
+def _check_shapes(adapter: AdapterFiles, base: Mapping[str, TensorEntry]) -> None:
+    """Check that every pair of factors fits its layer of the base, and has its config's rank.
+
+    llama.cpp is not relied on to refuse what does not fit: it may read past a tensor's end.
+    """
+    for module, group in sorted(adapter.modules.items()):
+        name = find_tensor(f"{module}.weight", base)
+        if name is None:
+            continue  # a tied head, or no such layer: refused when its place is looked for
+        widths, shape = adapter.method.widths(group), base[name].shape
+        if shape != (widths.num_out, widths.num_in):
+            raise LlmtuneError(
+                f"{adapter.directory}: the adapter of module {module!r} is for a weight of "
+                f"{[widths.num_out, widths.num_in]}, and the base's {name!r} is {list(shape)}"
+            )
+        try:
+            place = Place(module, shape[0], shape[1])
+            adapter.method.plan_updates(group, place, adapter.config, 1.0)
+        except ValueError as error:
+            raise LlmtuneError(f"{adapter.directory}: {error}") from error
 
 
 def _plan(
