@@ -172,7 +172,8 @@ def _train(arguments: list[str]) -> None:
     from llmtune.adapters.inject import inject_adapter
     from llmtune.models.load import load_model
     from llmtune.stages.estimate import estimate_training
-    from llmtune.training.train import TrainRequest, train_adapter
+    from llmtune.training.request import TrainRequest
+    from llmtune.training.train import train_adapter
 
     planned = plan(config, measure=True)
     estimate = estimate_training(config, source.directory, torch.device("cpu"), (train, evaluation))

@@ -28,6 +28,12 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
+    "objective": Kind(
+        folder="training/objectives",
+        names=frozenset({"sft"}),
+        classes="Objective",
+        unions=frozenset({"base"}),
+    ),
     "exporter": Kind(
         folder="exporting",
         # nf4 is also a quantization, and belongs to that kind

@@ -150,7 +150,7 @@ def _workspace_bytes(components: Mapping[str, int], device_type: str) -> int:
 
 
 def _count_micro_batches(work: Workload, tokens: int) -> int | None:
-    """Return how many micro-batches run, with the rehearsal's; None if steps are not known."""
+    """Return how many micro-batches run, with the dry run's; None if steps are not known."""
     if work.steps is None or work.num_tokens is None:
         return None
     return 1 + max(work.steps, math.ceil(work.num_tokens / tokens))

@@ -22,10 +22,11 @@ from llmtune.models.hardware import choose_device
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.stages.describe import describe_injected, describe_loaded
 from llmtune.stages.estimate import estimate_training
-from llmtune.training.batch import hash_epochs
 from llmtune.training.protect.prepare import prepare_protection
+from llmtune.training.request import TrainRequest
+from llmtune.training.rows import hash_epochs
 from llmtune.training.stop_check import check_stops
-from llmtune.training.train import TrainRequest, train_adapter
+from llmtune.training.train import train_adapter
 
 log = logging.getLogger("llmtune")
 

@@ -1,57 +1,20 @@
-"""From rows to micro-batches: which rows go together, in which order, and as which tensors."""
+"""From rows to micro-batches: which rows of a step go together, and as which tensors."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import TypedDict
 
-import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch import Tensor
 
 from llmtune.data.example import IGNORE_INDEX, Example
 from llmtune.data.pack import pack_lengths
 from llmtune.training.memory.arithmetic import BatchLimits
+from llmtune.training.objectives import DEFAULT_OBJECTIVE
+from llmtune.training.objectives.base import MicroBatch, Objective
+from llmtune.training.rows import Examples
 
-LARGEST_SEED = 2**63 - 1
 SMALLEST_WEIGHT = 1e-30
-
-
-class Examples(Protocol):
-    """Rows by number."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Example: ...
-
-
-class EpochSampler(Sampler[int]):
-    """The order of the rows in every epoch: a function of the seed and the epoch alone."""
-
-    def __init__(self, num_rows: int, seed: int) -> None:
-        self.num_rows = num_rows
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next pass has."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __iter__(self) -> Iterator[int]:
-        mixed = (self.seed * 1_000_003 + self.epoch) % LARGEST_SEED
-        generator = torch.Generator().manual_seed(mixed)
-        return iter(torch.randperm(self.num_rows, generator=generator).tolist())
-
-
-def hash_epochs(num_rows: int, seed: int, num_epochs: int) -> str:
-    """Return the SHA-256 of the rows' numbers in the order of that many epochs."""
-    sampler, digest = EpochSampler(num_rows, seed), hashlib.sha256()
-    for epoch in range(num_epochs):
-        sampler.set_epoch(epoch)
-        digest.update(np.array(list(sampler), dtype="<i8").tobytes())
-    return digest.hexdigest()
 
 
 def plan_micro_batches(
@@ -122,27 +85,46 @@ def _keep_end(example: Example, length: int) -> Example:
     return replace(example, input_ids=example.input_ids[-length:], labels=example.labels[-length:])
 
 
+class StepRows(TypedDict):
+    """The rows of one optimizer step."""
+
+    micro_batches: list[MicroBatch]
+    """See `pack_rows` and `pad_rows`; their `target_weights` are divided by `target_weight`."""
+    rows: list[list[int]]
+    """Indices of the examples, one list a micro-batch."""
+    tokens: int
+    """Without padding."""
+    trained_tokens: int
+    target_weight: float
+    """The weights of the trained tokens, summed."""
+
+
 class StepCollator:
     """Turns the rows of one optimizer step into micro-batches of tensors.
 
-    The result of a call holds `micro_batches` (see `pack_rows` and `pad_rows`), `rows` (indices of
-    the examples, one list a micro-batch), `tokens` (without padding), `trained_tokens`, and
-    `target_weight`, the weights of the trained tokens summed. `target_weights` of the micro-batches
-    are already divided by that sum: the step's loss is the plain sum of theirs.
+    The weights of a step's targets add up to 1: the step's loss is the plain sum of its
+    micro-batches' losses.
     """
 
     def __init__(
-        self, examples: Examples, limits: BatchLimits, *, packed: bool, pad_token_id: int
+        self,
+        examples: Examples,
+        limits: BatchLimits,
+        *,
+        packed: bool,
+        pad_token_id: int,
+        objective: Objective = DEFAULT_OBJECTIVE,
     ) -> None:
         self.examples = examples
         self.limits = limits
         self.packed = packed
         self.pad_token_id = pad_token_id
+        self.objective = objective
 
-    def __call__(self, rows: Sequence[dict[str, int]]) -> dict:
+    def __call__(self, rows: Sequence[dict[str, int]]) -> StepRows:
         return self.collate([row["row"] for row in rows])
 
-    def collate(self, indices: Sequence[int]) -> dict:
+    def collate(self, indices: Sequence[int]) -> StepRows:
         """Build the step that holds the examples `indices`."""
         examples = [self.examples[index] for index in indices]
         lengths = [len(example.input_ids) for example in examples]
@@ -159,12 +141,16 @@ class StepCollator:
             "target_weight": target_weight,
         }
 
-    def build(self, examples: Sequence[Example]) -> dict:
-        """Build one micro-batch."""
+    def build(self, examples: Sequence[Example]) -> MicroBatch:
+        """Build one micro-batch as the objective wants it."""
+        return self.objective.collate(examples, self.lay)
+
+    def lay(self, examples: Sequence[Example]) -> MicroBatch:
+        """Pack or pad rows, with their next tokens as targets."""
         return pack_rows(examples) if self.packed else pad_rows(examples, self.pad_token_id)
 
 
-def pack_rows(examples: Sequence[Example]) -> dict:
+def pack_rows(examples: Sequence[Example]) -> MicroBatch:
     """Lay rows end to end, without padding.
 
     Returns:
@@ -188,7 +174,7 @@ def pack_rows(examples: Sequence[Example]) -> dict:
     }
 
 
-def pad_rows(examples: Sequence[Example], pad_token_id: int) -> dict:
+def pad_rows(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
     """Pad rows on the right to the longest one; what is padding is known by position, not by id.
 
     Returns:
@@ -209,7 +195,7 @@ def pad_rows(examples: Sequence[Example], pad_token_id: int) -> dict:
     }
 
 
-def _targets(examples: Sequence[Example], starts: Sequence[int]) -> dict:
+def _targets(examples: Sequence[Example], starts: Sequence[int]) -> MicroBatch:
     """Return where a token is trained and which one.
 
     `target_positions` [N] index the flattened batch at the position *before* the trained token,
@@ -232,4 +218,12 @@ def _targets(examples: Sequence[Example], starts: Sequence[int]) -> dict:
         "targets": torch.tensor(targets, dtype=torch.int64),
         "target_weights": torch.tensor(weights, dtype=torch.float32),
         "target_sources": torch.tensor(sources, dtype=torch.int64),
+    }
+
+
+def move_to(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """Return a micro-batch with its tensors on `device`."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in micro_batch.items()
     }

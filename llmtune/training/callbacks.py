@@ -1,4 +1,4 @@
-"""Watchers that stop a run which learns nothing, breaks, or no longer improves."""
+"""Callbacks that stop a run which learns nothing, breaks, no longer improves, or is asked to."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,61 +9,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.interrupt import Interruption
-from llmtune.training.batch import Examples
 from llmtune.training.config import EarlyStopping
-from llmtune.training.context import StepRecord
-from llmtune.training.trainer import AdapterTrainer
+from llmtune.training.request import RunTotals
+from llmtune.training.rows import Examples
+from llmtune.training.step import StepRecord
 
 CHECKED_STEPS = 2
 CHECK_EVERY = 2
 TOLERATED_STEPS_FP16 = 3
 MAX_NAMES = 8
-
-
-def build_watches(trainer: AdapterTrainer, examples: Examples) -> list[TrainerCallback]:
-    """Return the watchers of a run; those that read what others decided come last."""
-    context = trainer.context
-    stopping = context.config.early_stopping
-    return [
-        LearningWatch(),
-        *([BestWatch(trainer, stopping)] if stopping else []),
-        InterruptionWatch(context.interruption),
-        Pacing(trainer),
-        FiniteWatch(trainer, examples),
-    ]
-
-
-class Pacing(TrainerCallback):
-    """Starts the clock at the first step, not at the start-up before it, and paces the log.
-
-    A continued run logs, evaluates and saves as its config says, not as the checkpoint did. A
-    step that is evaluated, saved or last has its line of metrics, whatever `log_every` is.
-    """
-
-    def __init__(self, trainer: AdapterTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self._trainer.start_clock()
-        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
-        state.eval_steps = args.eval_steps
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        is_last = state.global_step >= state.max_steps
-        if control.should_evaluate or control.should_save or is_last:
-            control.should_log = True
 
 
 class LearningWatch(TrainerCallback):
@@ -114,8 +68,8 @@ class FiniteWatch(TrainerCallback):
     With float16 the gradient scaler skips single bad steps; there, three in a row stop the run.
     """
 
-    def __init__(self, trainer: AdapterTrainer, examples: Examples) -> None:
-        self._trainer = trainer
+    def __init__(self, recent: Sequence[StepRecord], examples: Examples) -> None:
+        self._recent = recent
         self._examples = examples
         self._bad_steps = 0
 
@@ -139,15 +93,15 @@ class FiniteWatch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         norm = logs.get("grad_norm")
-        if norm is None or not self._trainer.recent:
+        if norm is None or not self._recent:
             return
         is_finite = norm == norm and abs(norm) != float("inf")
         self._bad_steps = 0 if is_finite else self._bad_steps + 1
         if self._bad_steps >= (TOLERATED_STEPS_FP16 if args.fp16 else 1):
-            self._stop(self._trainer.recent[-1], "gradient norm", range(1_000_000))
+            self._stop(self._recent[-1], "gradient norm", range(1_000_000))
 
     def _check_losses(self) -> None:
-        records = list(self._trainer.recent)
+        records = list(self._recent)
         if not records:
             return
         flat = torch.stack([loss for record in records for loss in record.losses])
@@ -177,8 +131,8 @@ class FiniteWatch(TrainerCallback):
 class BestWatch(TrainerCallback):
     """Remembers the best evaluation, saves it, and stops when it is not beaten any more."""
 
-    def __init__(self, trainer: AdapterTrainer, stopping: EarlyStopping) -> None:
-        self._trainer = trainer
+    def __init__(self, totals: RunTotals, stopping: EarlyStopping) -> None:
+        self._totals = totals
         self._stopping = stopping
 
     def on_evaluate(
@@ -192,7 +146,7 @@ class BestWatch(TrainerCallback):
         loss = metrics.get(self._stopping.metric)
         if loss is None:
             return
-        totals = self._trainer.context.totals
+        totals = self._totals
         if totals.best_eval_loss is None or loss < totals.best_eval_loss - self._stopping.min_delta:
             totals.best_eval_loss, totals.best_step = loss, state.global_step
             totals.stale_evaluations = 0

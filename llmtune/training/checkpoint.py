@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file
+from llmtune.training.request import RunTotals, Start
 
 PREFIX = "checkpoint-"
 WRITING_PREFIX = ".writing-"
@@ -140,9 +142,40 @@ def find_checkpoint(
     return None
 
 
-def read_progress(checkpoint: Path) -> dict:
+def find_start(
+    checkpoints_dir: Path,
+    identity: Mapping[str, str],
+    model: PeftModel,
+    *,
+    total_steps: int,
+    say: Callable[[str], None],
+) -> Start:
+    """Find what an earlier call left, and load the adapter from it.
+
+    Args:
+        checkpoints_dir: where the run keeps its checkpoints.
+        identity: what the run is made of, name to hash.
+        model: gets the checkpoint's weights.
+        total_steps: of the run.
+        say: shows a line to the user.
+
+    Raises:
+        LlmtuneError: the checkpoint belongs to other data, a different base or config.
+    """
+    checkpoint = find_checkpoint(checkpoints_dir, identity, say)
+    if checkpoint is None:
+        return Start(None, 0, total_steps, RunTotals(), identity)
+    load_weights(model, checkpoint)
+    totals = RunTotals(**read_progress(checkpoint)["totals"])
+    steps = step_of(checkpoint)
+    say(f"continuing after step {steps} of {total_steps}")
+    return Start(checkpoint, steps, total_steps, totals, identity)
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint recorded of the run: identity, totals, best evaluation."""
-    return json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))
+    progress: dict[str, Any] = json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))
+    return progress
 
 
 def remove_old_checkpoints(newest: Path, *, keep: int, best_step: int | None) -> None:

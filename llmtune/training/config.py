@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from llmtune.errors import LlmtuneError
 from llmtune.schema import Section
+from llmtune.training.objectives import DEFAULT_OBJECTIVE, ObjectiveConfig
 
 Reporter = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -48,6 +49,8 @@ class TrainConfig(Section):
     neither is one pass over the data.
     """
 
+    objective: ObjectiveConfig = DEFAULT_OBJECTIVE
+    """What training minimizes; sft: the cross-entropy of the trained tokens."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate."""
     max_steps: PositiveInt | None = None
@@ -105,6 +108,8 @@ class TrainConfig(Section):
         knobs = set(RESULT_KNOBS)
         if self.early_stopping is not None:
             knobs |= {"early_stopping", "eval_every"}
+        if self.objective != DEFAULT_OBJECTIVE:  # runs of before this knob have no other
+            knobs |= {"objective"}
         return self.model_dump(mode="json", include=knobs)
 
     def total_steps(self, num_rows: int) -> int:

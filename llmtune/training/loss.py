@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmtune.ops.linear_cross_entropy import linear_cross_entropy, select_labelled
+from llmtune.training.objectives.base import MicroBatch
 
 MODEL_INPUTS = (
     "input_ids",
@@ -33,13 +34,13 @@ class HeadChoice(NamedTuple):
     softcap: float | None = None
 
 
-def decoder_hidden(model: PeftModel, micro_batch: dict) -> Tensor:
+def decoder_hidden(model: PeftModel, micro_batch: MicroBatch) -> Tensor:
     """Return the last hidden states [rows, T, width]: the decoder alone, without the LM head."""
     decoder = model.get_base_model().base_model
     return decoder(**_model_inputs(micro_batch), use_cache=False).last_hidden_state
 
 
-def summed_loss(model: PeftModel, micro_batch: dict, choice: HeadChoice) -> Tensor:
+def summed_loss(model: PeftModel, micro_batch: MicroBatch, choice: HeadChoice) -> Tensor:
     """Return the weighted sum of the cross-entropies of a micro-batch's trained tokens (nats).
 
     Where the micro-batch holds `token_losses` [N], each token's own is written there, unweighted.
@@ -124,21 +125,29 @@ def _difference_to_library(model: PeftModel, choice: HeadChoice) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)).item()
 
 
-def _library_loss(model: PeftModel, micro_batch: dict) -> Tensor:
-    """Return the loss by the model's own forward pass, its logits in float32."""
+def target_logits(model: PeftModel, micro_batch: MicroBatch) -> Tensor:
+    """Return the logits [N, vocabulary] that predict the targets, by the model's own forward pass.
+
+    In float32; every objective can use them, but they need more memory than the frozen head.
+    """
     positions = micro_batch["target_positions"]
     inputs = _model_inputs(micro_batch)
     is_one_row = inputs["input_ids"].shape[0] == 1
     accepted = inspect.signature(type(model.get_base_model()).forward).parameters
     if is_one_row and "logits_to_keep" in accepted:
-        logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
+        logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
     else:
         logits = model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, positions)
-    losses = nn.functional.cross_entropy(logits.float(), micro_batch["targets"], reduction="none")
+    return logits.float()
+
+
+def _library_loss(model: PeftModel, micro_batch: MicroBatch) -> Tensor:
+    logits = target_logits(model, micro_batch)
+    losses = nn.functional.cross_entropy(logits, micro_batch["targets"], reduction="none")
     if "token_losses" in micro_batch:
         micro_batch["token_losses"].copy_(losses.detach())
     return (losses * micro_batch["target_weights"]).sum()
 
 
-def _model_inputs(micro_batch: dict) -> dict:
+def _model_inputs(micro_batch: MicroBatch) -> MicroBatch:
     return {name: micro_batch[name] for name in MODEL_INPUTS if name in micro_batch}

@@ -3,11 +3,18 @@
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+from llmtune.training.memory.measure import peak_bytes
+from llmtune.training.request import RunTotals
 
 # Between lines on a screen that cannot renew them (a file, a pipe).
 SECONDS_BETWEEN_LINES = 5.0
@@ -16,8 +23,20 @@ SECONDS_BETWEEN_LINES = 5.0
 class MetricsLog:
     """Appends lines to `metrics.jsonl`; every line is on disk before the next step starts."""
 
-    def __init__(self, path: Path, *, resumed_step: int) -> None:
-        """Open the file, dropping what was written after `resumed_step` (0 drops everything)."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        resumed_step: int,
+        screen: "ProgressLine | None" = None,
+        total_steps: int = 0,
+    ) -> None:
+        """Open the file, dropping what was written after `resumed_step` (0 drops everything).
+
+        Args:
+            screen: shows every line too.
+            total_steps: of the run, for the screen.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _read_lines(path) if line["step"] <= resumed_step]
         # Half a line is what a killed run leaves; the whole ones before it are kept.
@@ -26,18 +45,22 @@ class MetricsLog:
         temporary.replace(path)
         self.path = path
         self._file = path.open("a", encoding="utf-8")
+        self._screen = screen
+        self._total_steps = total_steps
 
-    def write(self, line: dict[str, float]) -> None:
+    def write(self, line: dict[str, Any], *, seconds_left: float = 0.0) -> None:
         """Append one line; a number that is not finite is written as null."""
         self._file.write(_format(line))
         self._file.flush()
+        if self._screen is not None:
+            self._screen.update({**line, "seconds_left": seconds_left}, self._total_steps)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def _read_lines(path: Path) -> list[dict]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
@@ -49,7 +72,7 @@ def _read_lines(path: Path) -> list[dict]:
     return lines
 
 
-def _format(line: dict) -> str:
+def _format(line: dict[str, Any]) -> str:
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in line.items()
@@ -69,7 +92,7 @@ class ProgressLine:
         """Say something that stays on the screen."""
         self._console.print(text, soft_wrap=True, markup=False)
 
-    def update(self, line: dict[str, float], total_steps: int) -> None:
+    def update(self, line: dict[str, Any], total_steps: int) -> None:
         """Show the newest line of metrics."""
         text = format_metrics(line, total_steps)
         if not self._console.is_terminal:
@@ -91,7 +114,7 @@ class ProgressLine:
             self._live = None
 
 
-def format_metrics(line: dict[str, float], total_steps: int) -> str:
+def format_metrics(line: dict[str, Any], total_steps: int) -> str:
     """Return one readable line of a step's or an evaluation's metrics."""
     step = f"step {line['step']}/{total_steps}"
     if "eval_loss" in line:
@@ -113,3 +136,51 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Clock:
+    """Adds up the seconds of a run, and its speed without evaluations and saves."""
+
+    def __init__(self, totals: RunTotals) -> None:
+        self._totals = totals
+        self.seconds_a_step = 0.0
+        """Of the steps since the last line of metrics."""
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Start counting time and speed here, after `step`."""
+        self._started = time.perf_counter()
+        self._step = step
+        self._tokens = self._totals.tokens
+        self._aside_seconds = 0.0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Keep what is not training out of the speed."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._aside_seconds += time.perf_counter() - started
+
+    def measure(self, step: int, device: torch.device) -> dict[str, float]:
+        """Return totals, speed since the last line, and peak memory; start anew after `step`."""
+        now = time.perf_counter()
+        totals = self._totals
+        seconds = now - self._started - self._aside_seconds
+        totals.seconds += now - self._started
+        self.seconds_a_step = seconds / max(step - self._step, 1)
+        measured = {
+            "tokens": totals.tokens,
+            "trained_tokens": totals.trained_tokens,
+            "tokens_per_second": (totals.tokens - self._tokens) / max(seconds, 1e-9),
+            "seconds": totals.seconds,
+            "peak_bytes": peak_bytes(device),
+        }
+        self.start(step)
+        return measured
+
+    def stop(self, step: int) -> None:
+        """Add the time since the last line of metrics to the total."""
+        self._totals.seconds += time.perf_counter() - self._started
+        self.start(step)

@@ -1,51 +1,56 @@
 """The choices before the first step: precision, packing, loss, micro-batches, recomputation."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
+from torch import Tensor, nn
 
 from llmtune.errors import LlmtuneError
-from llmtune.training.batch import StepCollator, largest_micro_batches
+from llmtune.training.batch import StepCollator
 from llmtune.training.config import TrainConfig
 from llmtune.training.fused.blocks import fused_blocks
 from llmtune.training.fused.lora import fused_lora
-from llmtune.training.fused.packing import choose_packing, move_to, packed_attention
-from llmtune.training.loss import HeadChoice, choose_head, decoder_hidden, summed_loss
-from llmtune.training.memory.arithmetic import (
-    UNLIMITED,
-    USEFUL_TOKENS,
-    ActivationCost,
-    MemoryPlan,
-    RowSizes,
-    plan_memory,
-    shrink_plan,
-)
-from llmtune.training.memory.dry_run import DoesNotFitError, is_out_of_memory, rehearse_step
+from llmtune.training.fused.packing import choose_packing, packed_attention
+from llmtune.training.loss import HeadChoice, choose_head, decoder_hidden
+from llmtune.training.memory.arithmetic import UNLIMITED, MemoryPlan
+from llmtune.training.memory.dry_run import Trial, find_plan
 from llmtune.training.memory.gradient_checkpointing import recomputable_layers, recomputing
-from llmtune.training.memory.measure import available_bytes, measure_activations
-from llmtune.training.neftune import noisy_embeddings
-from llmtune.training.request import JoinedExamples, TrainRequest
-
-# Tried in this order: the fewer, the less exact.
-MEASURED_TOKENS = (256, 32)
+from llmtune.training.objectives.base import MicroBatch, Objective
+from llmtune.training.protect.penalties import Protection
+from llmtune.training.request import TrainRequest
+from llmtune.training.rows import JoinedExamples
 
 
 @dataclass(frozen=True)
 class Setup:
     """What was decided; `choices` says it in words."""
 
+    model: PeftModel
+    objective: Objective
     collator: StepCollator
     head: HeadChoice
+    device: torch.device
     autocast_dtype: torch.dtype | None
     choices: dict[str, str]
+    protection: Protection | None = None
+
+    def autocast(self) -> torch.autocast:
+        """Run forward passes inside in the base's 16-bit dtype; adapters stay float32."""
+        return _autocast(self.device, self.autocast_dtype)
+
+    def loss(self, micro_batch: MicroBatch) -> Tensor:
+        """Return a micro-batch's share of the step's loss; its tensors are on `device`."""
+        with self.autocast():
+            return self.objective.loss(self.model, micro_batch, self.head)
 
 
 def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setup:
-    """Make every choice that needs the loaded model, and rehearse the largest micro-batch.
+    """Make every choice that needs the loaded model, and try the largest micro-batch.
 
     What must be undone after training is left on `stack`.
 
@@ -58,8 +63,7 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
     if device.type == "cpu" and dtype == torch.float16:
         raise LlmtuneError("a CPU cannot train in float16: set model.dtype=bfloat16 or float32")
     autocast_dtype = None if dtype == torch.float32 else dtype
-    autocast = torch.autocast(device.type, dtype=autocast_dtype, enabled=dtype != torch.float32)
-    with autocast:
+    with _autocast(device, autocast_dtype):
         fused = None
         if "fused_lora" not in request.without:
             fused = stack.enter_context(fused_lora(model, lambda: _run_decoder(model)))
@@ -75,62 +79,53 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
 
     rows = JoinedExamples(request.train, request.evaluation)
     collator = StepCollator(
-        rows, UNLIMITED, packed=packing.packed, pad_token_id=request.tokenizer.pad_token_id
+        rows,
+        UNLIMITED,
+        packed=packing.packed,
+        pad_token_id=request.tokenizer.pad_token_id,
+        objective=config.objective,
     )
-    trial = _Trial(model, head, collator, autocast)
-    longest_first = np.argsort(-rows.lengths, kind="stable")[: config.batch_size].tolist()
-    plan = _find_plan(config, trial, longest_first)
-    stack.enter_context(recomputing(model, plan.recomputed_layers))
-    return Setup(
-        collator,
-        head,
-        autocast_dtype,
-        {
-            "precision": f"{_name(dtype)} base, float32 adapter",
+    setup = Setup(
+        model=model,
+        objective=config.objective,
+        collator=collator,
+        head=head,
+        device=device,
+        autocast_dtype=autocast_dtype,
+        choices={
+            "precision": f"{str(dtype).removeprefix('torch.')} base, float32 adapter",
             "LoRA layers": fused.describe() if fused else "stock, as asked",
             "blocks": blocks.describe() if blocks else "stock, as asked",
             "rows": f"{'packed' if packing.packed else 'padded'}: {packing.reason}",
             "LM head": ("" if head.is_frozen else "the library's path: ") + head.reason,
-            "micro-batch": _describe_limits(plan),
-            "recomputed layers": f"{plan.recomputed_layers} of {len(recomputable_layers(model))}",
         },
     )
+    longest_first = np.argsort(-rows.lengths, kind="stable")[: config.batch_size].tolist()
+    plan = find_plan(config, Trial(model, collator, setup.loss), longest_first)
+    stack.enter_context(recomputing(model, plan.recomputed_layers))
+    setup.choices["micro-batch"] = _describe_limits(plan)
+    num_layers = len(recomputable_layers(model))
+    setup.choices["recomputed layers"] = f"{plan.recomputed_layers} of {num_layers}"
+    return setup
+
+
+def add_protection(setup: Setup, request: TrainRequest) -> Setup:
+    """Return the setup with the penalties that are asked for, tried once on the longest rows."""
+    if request.protection is None or not request.protection.config.needs_penalty:
+        return setup
+    build = setup.collator.lay
+    protection = Protection(setup.model, request.protection, setup.head, build, seed=request.seed)
+    protection.dry_run(setup.autocast)
+    return replace(setup, protection=protection)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _run_decoder(model: PeftModel) -> None:
     input_ids = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
     decoder_hidden(model, {"input_ids": input_ids})
-
-
-def _find_plan(config: TrainConfig, trial: "_Trial", longest_first: Sequence[int]) -> MemoryPlan:
-    """Plan by the measured cost, try the largest micro-batch, and shrink until it fits.
-
-    `longest_first` are the rows of the largest possible step. The collator keeps the limits.
-    """
-    lengths = [len(trial.collator.examples[index].input_ids) for index in longest_first]
-    cost = trial.measure()
-    device_type = trial.device.type
-    plan = plan_memory(
-        cost,
-        available_bytes(trial.device),
-        RowSizes(lengths[0], sum(lengths) if trial.collator.packed else lengths[0] * len(lengths)),
-        useful_tokens=USEFUL_TOKENS.get(device_type, USEFUL_TOKENS["cuda"]),
-        micro_batch_size=config.micro_batch_size,
-        checkpointing=config.gradient_checkpointing,
-    )
-    while True:
-        trial.collator.limits = plan.limits
-        smaller = shrink_plan(plan, cost, lengths[0], config.gradient_checkpointing)
-        try:
-            with recomputing(trial.model, plan.recomputed_layers):
-                rehearse_step(
-                    lambda: trial.run_largest(longest_first), longest=lengths[0], plan=plan
-                )
-            return plan
-        except DoesNotFitError:
-            if smaller is None:
-                raise
-        plan = smaller
 
 
 def _describe_limits(plan: MemoryPlan) -> str:
@@ -141,73 +136,46 @@ def _describe_limits(plan: MemoryPlan) -> str:
     return f"{size}, about {plan.needed_bytes / 1e9:.2f} GB of activations"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+@contextmanager
+def noisy_embeddings(model: PeftModel, alpha: float | None) -> Iterator[None]:
+    """Add NEFTune's noise to embeddings while training (arXiv 2310.05914).
+
+    It is uniform, of size alpha / sqrt(row length * width).
+
+    The length is that of each row, not of the batch, so packing and padding change nothing.
+    """
+    if alpha is None:
+        yield
+        return
+    lengths: list[Tensor] = []
+
+    def note_lengths(_decoder: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        lengths[:] = [_row_lengths(kwargs)]
+
+    def add_noise(module: nn.Module, _inputs: tuple[Any, ...], embedded: Tensor) -> Tensor:
+        if not module.training:
+            return embedded
+        size = alpha / torch.sqrt(lengths[0] * embedded.shape[-1])
+        noise = torch.empty_like(embedded).uniform_(-1, 1)
+        return embedded + noise * size[..., None].to(embedded.dtype)
+
+    decoder = model.get_base_model().base_model
+    handles = [
+        decoder.register_forward_pre_hook(note_lengths, with_kwargs=True),
+        model.get_input_embeddings().register_forward_hook(add_noise),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-class _Trial:
-    """Runs the training call on chosen rows outside of the run."""
-
-    def __init__(
-        self,
-        model: PeftModel,
-        head: HeadChoice,
-        collator: StepCollator,
-        autocast: torch.autocast,
-    ) -> None:
-        self.model = model
-        self.head = head
-        self.collator = collator
-        self.autocast = autocast
-        self.device = model.get_input_embeddings().weight.device
-
-    def measure(self) -> ActivationCost:
-        """Measure what a token's activations cost, on the first rows.
-
-        Raises:
-            DoesNotFitError: not even a short forward pass fits.
-        """
-        for tokens in MEASURED_TOKENS:
-            try:
-                return self._measure(tokens)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-        raise DoesNotFitError(
-            f"the model is loaded, but not even {MEASURED_TOKENS[-1]} tokens fit beside it. "
-            "Quantize it (model.quantization.method=nf4), or choose a smaller base."
-        )
-
-    def _measure(self, wanted_tokens: int) -> ActivationCost:
-        chosen: list[int] = []
-        tokens = 0
-        for index in range(len(self.collator.examples)):
-            chosen.append(index)
-            tokens += len(self.collator.examples[index].input_ids)
-            if tokens >= wanted_tokens:
-                break
-        (micro_batch,) = self.collator.collate(chosen)["micro_batches"]
-        self.model.train()
-        return measure_activations(
-            self.model,
-            recomputable_layers(self.model),
-            lambda: self._loss(micro_batch),
-            micro_batch["input_ids"].numel(),
-        )
-
-    def run_largest(self, rows: Sequence[int]) -> None:
-        """Run the largest micro-batches that the limits allow forward and backward.
-
-        `rows` are those of the largest possible step, longest first.
-        """
-        examples = [self.collator.examples[row] for row in rows]
-        self.model.train()
-        for largest in largest_micro_batches(
-            examples, self.collator.limits, packed=self.collator.packed
-        ):
-            self._loss(self.collator.build(largest)).backward()
-        self.model.zero_grad(set_to_none=True)
-
-    def _loss(self, micro_batch: dict) -> torch.Tensor:
-        with self.autocast:
-            return summed_loss(self.model, move_to(micro_batch, self.device), self.head)
+def _row_lengths(inputs: dict[str, Any]) -> Tensor:
+    """Return the length of the row that each token belongs to, [rows, T] as float32."""
+    if inputs.get("attention_mask") is not None:
+        lengths = inputs["attention_mask"].sum(dim=1, keepdim=True)
+        return lengths.float().expand(inputs["input_ids"].shape)
+    per_row = inputs["cu_seq_lens_q"].diff()
+    total = inputs["input_ids"].shape[1]
+    return per_row.float().repeat_interleave(per_row, output_size=total)[None]

@@ -1,49 +1,28 @@
-"""Train an adapter: rehearse, choose, run, and give the model back."""
+"""Train an adapter: try, choose, run, and give the model back."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from datasets import Dataset
-from peft import PeftModel
-from transformers import PrinterCallback
-from transformers.integrations import TensorBoardCallback
 
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.interrupt import catch_interruption
-from llmtune.training.arguments import build_arguments
-from llmtune.training.borrow import borrowed
-from llmtune.training.callbacks import build_watches
 from llmtune.training.checkpoint import (
     checkpoint_dir,
-    find_checkpoint,
+    find_start,
     load_weights,
     read_progress,
     remove_all_checkpoints,
-    step_of,
 )
 from llmtune.training.config import TrainConfig, check_reporters
-from llmtune.training.context import RunContext, RunTotals
-from llmtune.training.memory.dry_run import is_out_of_memory, rehearse_save
-from llmtune.training.memory.measure import peak_bytes
+from llmtune.training.memory.dry_run import dry_run_save
+from llmtune.training.memory.measure import is_out_of_memory, peak_bytes
 from llmtune.training.metrics import MetricsLog, ProgressLine
-from llmtune.training.protect.penalties import Protection
-from llmtune.training.request import (
-    TrainRequest,
-    TrainResult,
-    find_untrained,
-    group_by_source,
-    name_sources,
-)
-from llmtune.training.setup import Setup, set_up
-from llmtune.training.trainer import AdapterTrainer
-
-__all__ = ["TrainRequest", "TrainResult", "train_adapter"]
+from llmtune.training.request import Start, TrainRequest, TrainResult
+from llmtune.training.rows import find_untrained
+from llmtune.training.setup import add_protection, set_up
+from llmtune.training.trainer import build_trainer, restored_model
 
 
 def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
@@ -60,17 +39,15 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
     check_reporters(config.report_to)
     _check_request(config, request)
     progress = ProgressLine(quiet=request.quiet)
-    identity = {**request.identity, "training section or seed": _own_identity(config, request)}
     with ExitStack() as stack:
         stack.callback(progress.stop)
         interruption = stack.enter_context(catch_interruption())
-        stack.enter_context(borrowed(request.model))
-        rehearse_save(request.model, request.tokenizer, request.run)
-        start = _find_start(config, request, identity, progress)
-        is_done = start.steps >= start.total_steps or start.totals.has_stopped_early
-        if start.checkpoint and is_done:
+        stack.enter_context(restored_model(request.model))
+        dry_run_save(request.model, request.tokenizer, request.run)
+        start = _find_start(config, request, progress)
+        if start.checkpoint and start.is_done:
             choices = read_progress(start.checkpoint)["choices"]
-            return _finish(request, start.totals, start.steps, choices, progress)
+            return _finish(request, start, start.steps, choices, progress)
         setup = set_up(config, request, stack)
         for name, choice in setup.choices.items():
             progress.note(f"{name}: {choice}")
@@ -79,49 +56,32 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
                 f"stopped by {interruption.signal_name} before step {start.steps + 1} of "
                 f"{start.total_steps}. The same command continues."
             )
-        protection = _protect(request, setup)
-        context = RunContext(
-            config=config,
-            run=request.run,
-            identity=identity,
-            head=setup.head,
-            autocast_dtype=setup.autocast_dtype,
-            progress=progress,
-            interruption=interruption,
-            seed=request.seed,
-            evaluation_rows=group_by_source(request.evaluation, len(request.train)),
-            train_sources=name_sources(request.train),
-            choices=setup.choices,
-            totals=start.totals,
-            protection=protection,
+        setup = add_protection(setup, request)
+        metrics = MetricsLog(
+            request.run.metrics_path,
+            resumed_step=start.steps,
+            screen=progress,
+            total_steps=start.total_steps,
         )
-        metrics = MetricsLog(request.run.metrics_path, resumed_step=start.steps)
         stack.callback(metrics.close)
-        steps = _run(_build_trainer(request, setup, context, metrics), start)
-        result = _finish(request, start.totals, steps, setup.choices, progress)
+        trainer = build_trainer(config, request, setup, start, metrics, interruption)
+        try:
+            trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _out_of_memory(trainer.state.global_step, start) from error
+        steps = trainer.state.global_step
+        trainer.clock.stop(steps)
+        is_done = steps >= start.total_steps or start.totals.has_stopped_early
+        if interruption.signal_name and not is_done:
+            raise RunInterrupted(
+                f"stopped by {interruption.signal_name} after step {steps} of "
+                f"{start.total_steps}; saved in "
+                f"{checkpoint_dir(request.run.checkpoints_dir, steps)}. The same command continues."
+            )
+        result = _finish(request, start, steps, setup.choices, progress)
         return replace(result, interrupted_by=interruption.signal_name)
-
-
-def _protect(request: TrainRequest, setup: Setup) -> Protection | None:
-    """Set up the penalties and try them once, on the longest rows."""
-    if request.protection is None or not request.protection.config.needs_penalty:
-        return None
-    protection = Protection(
-        request.model, request.protection, setup.head, setup.collator.build, seed=request.seed
-    )
-    device_type = request.model.get_input_embeddings().weight.device.type
-    dtype = setup.autocast_dtype
-    protection.rehearse(lambda: torch.autocast(device_type, dtype=dtype, enabled=dtype is not None))
-    return protection
-
-
-class _Start(NamedTuple):
-    """Where a run begins: at a checkpoint, or at step 0."""
-
-    checkpoint: Path | None
-    steps: int
-    total_steps: int
-    totals: RunTotals
 
 
 def _check_request(config: TrainConfig, request: TrainRequest) -> None:
@@ -144,111 +104,36 @@ def _check_request(config: TrainConfig, request: TrainRequest) -> None:
             )
 
 
-def _own_identity(config: TrainConfig, request: TrainRequest) -> str:
-    return hash_json({**config.deciding_knobs(), "seed": request.seed})
-
-
-def _find_start(
-    config: TrainConfig,
-    request: TrainRequest,
-    identity: Mapping[str, str],
-    progress: ProgressLine,
-) -> _Start:
-    """Find what an earlier call left, and load the adapter from it."""
-    total_steps = config.total_steps(len(request.train))
-    checkpoints_dir = request.run.checkpoints_dir
+def _find_start(config: TrainConfig, request: TrainRequest, progress: ProgressLine) -> Start:
+    own = hash_json({**config.deciding_knobs(), "seed": request.seed})
     if config.resume == "never":
-        remove_all_checkpoints(checkpoints_dir)
-    checkpoint = find_checkpoint(checkpoints_dir, identity, progress.note)
-    totals = RunTotals()
-    if checkpoint is None:
-        return _Start(None, 0, total_steps, totals)
-    load_weights(request.model, checkpoint)
-    totals.restore(checkpoint)
-    progress.note(f"continuing after step {step_of(checkpoint)} of {total_steps}")
-    return _Start(checkpoint, step_of(checkpoint), total_steps, totals)
+        remove_all_checkpoints(request.run.checkpoints_dir)
+    return find_start(
+        request.run.checkpoints_dir,
+        {**request.identity, "training section or seed": own},
+        request.model,
+        total_steps=config.total_steps(len(request.train)),
+        say=progress.note,
+    )
 
 
-def _run(trainer: AdapterTrainer, start: _Start) -> int:
-    """Train to the end; returns the steps done."""
-    try:
-        resumed = str(start.checkpoint) if start.checkpoint else None
-        trainer.train(resume_from_checkpoint=resumed)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise LlmtuneError(
-            f"out of memory after step {trainer.state.global_step} of {start.total_steps}; earlier "
-            "checkpoints are kept. Set train.micro_batch_size to a smaller number, or "
-            "train.gradient_checkpointing=true, and run the same command to continue."
-        ) from error
-    trainer.stop_clock()
-    context, steps = trainer.context, trainer.state.global_step
-    is_done = steps >= start.total_steps or context.totals.has_stopped_early
-    if context.interruption.signal_name and not is_done:
-        raise RunInterrupted(
-            f"stopped by {context.interruption.signal_name} after step {steps} of "
-            f"{start.total_steps}; saved in {checkpoint_dir(context.run.checkpoints_dir, steps)}. "
-            "The same command continues."
-        )
-    return steps
-
-
-def _build_trainer(
-    request: TrainRequest, setup: Setup, context: RunContext, metrics: MetricsLog
-) -> AdapterTrainer:
-    num_rows = (len(request.train), len(request.evaluation))
-    with _kept_precision(request.model):
-        trainer = AdapterTrainer(
-            context,
-            metrics,
-            model=request.model,
-            args=build_arguments(
-                context.config,
-                request.run,
-                num_rows=num_rows,
-                device=request.model.get_input_embeddings().weight.device,
-                uses_fp16=setup.autocast_dtype == torch.float16,
-                seed=request.seed,
-            ),
-            data_collator=setup.collator,
-            train_dataset=Dataset.from_dict({"row": list(range(num_rows[0]))}),
-            # Only says that there is one: `AdapterTrainer.evaluation_loop` has rows of its own.
-            eval_dataset=Dataset.from_dict({"row": [0]}) if num_rows[1] else None,
-            processing_class=request.tokenizer,
-        )
-    trainer.remove_callback(PrinterCallback)
-    for tracker in trainer.callback_handler.callbacks:
-        if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:
-            tracker.logging_dir = str(request.run.path / "tensorboard")
-    for watch in build_watches(trainer, setup.collator.examples):
-        trainer.add_callback(watch)
-    return trainer
-
-
-@contextmanager
-def _kept_precision(model: PeftModel) -> Iterator[None]:
-    """Keep the adapter's float32 weights through trl's constructor.
-
-    Over a quantized base it rounds them to bfloat16.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    values = [parameter.data for parameter in trained]
-    try:
-        yield
-    finally:
-        for parameter, value in zip(trained, values, strict=True):
-            parameter.data = value
+def _out_of_memory(step: int, start: Start) -> LlmtuneError:
+    return LlmtuneError(
+        f"out of memory after step {step} of {start.total_steps}; earlier checkpoints are kept. "
+        "Set train.micro_batch_size to a smaller number, or train.gradient_checkpointing=true, "
+        "and run the same command to continue."
+    )
 
 
 def _finish(
     request: TrainRequest,
-    totals: RunTotals,
+    start: Start,
     steps: int,
     choices: Mapping[str, str],
     progress: ProgressLine,
 ) -> TrainResult:
-    """Load the best weights where early stopping asks for them, and sum up."""
+    """Load the best weights if early stopping asks for them, and sum up."""
+    totals = start.totals
     assert totals.final_loss is not None, "the last step is always logged"
     best_checkpoint = None
     if totals.best_step is not None:

@@ -1,26 +1,37 @@
-"""trl's SFTTrainer with our batches, our loss and our checkpoints."""
+"""trl's trainer around our step: what is ours in it, and what holds the rest of it off."""
 
+import copy
 import math
-import operator
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
-from llmtune.io.run_dir import atomic_write_json
-from llmtune.training.batch import SMALLEST_WEIGHT, EpochSampler
+from llmtune.io.interrupt import Interruption
+from llmtune.io.run_dir import RunDir, atomic_write_json
+from llmtune.training.batch import StepRows
+from llmtune.training.callbacks import BestWatch, FiniteWatch, InterruptionWatch, LearningWatch
 from llmtune.training.checkpoint import (
     PROGRESS_NAME,
+    Start,
     check_finite,
     checkpoint_dir,
     load_weights,
@@ -28,49 +39,132 @@ from llmtune.training.checkpoint import (
     save_weights,
     write_checkpoint,
 )
-from llmtune.training.context import RunContext, StepRecord
-from llmtune.training.fused.packing import move_to
-from llmtune.training.loss import summed_loss
-from llmtune.training.memory.measure import peak_bytes
-from llmtune.training.metrics import MetricsLog
-from llmtune.training.schedule import learning_rate_factor
-from llmtune.training.source_losses import SourceLosses
+from llmtune.training.config import TrainConfig
+from llmtune.training.metrics import Clock, MetricsLog
+from llmtune.training.request import TrainRequest
+from llmtune.training.rows import EpochSampler, group_by_source, name_sources
+from llmtune.training.setup import Setup
+from llmtune.training.step import TrainingStep
 
-REMEMBERED_STEPS = 4
-# Rows that evaluation deals with at a time; micro-batches divide them like a training step's.
-EVALUATION_ROWS = 64
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 KEPT_METRICS = ("eval_loss", "eval_tokens", "eval_seconds")
 
 
+def build_trainer(  # noqa: PLR0913 - each is a thing of its own
+    config: TrainConfig,
+    request: TrainRequest,
+    setup: Setup,
+    start: Start,
+    metrics: MetricsLog,
+    interruption: Interruption,
+) -> "AdapterTrainer":
+    """Return the trainer with its callbacks; those that read what others decided come last."""
+    num_rows = (len(request.train), len(request.evaluation))
+    with _kept_precision(request.model):
+        trainer = AdapterTrainer(
+            (config, request, setup, start, metrics, interruption),
+            model=request.model,
+            args=build_arguments(config, request.run, setup, num_rows=num_rows, seed=request.seed),
+            data_collator=setup.collator,
+            train_dataset=Dataset.from_dict({"row": list(range(num_rows[0]))}),
+            # Only says that there is one: `AdapterTrainer.evaluation_loop` has rows of its own.
+            eval_dataset=Dataset.from_dict({"row": [0]}) if num_rows[1] else None,
+            processing_class=request.tokenizer,
+        )
+    trainer.remove_callback(PrinterCallback)
+    for tracker in trainer.callback_handler.callbacks:
+        if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:
+            tracker.logging_dir = str(request.run.path / "tensorboard")
+    stopping = config.early_stopping
+    for callback in (
+        LearningWatch(),
+        *([BestWatch(start.totals, stopping)] if stopping else []),
+        InterruptionWatch(interruption),
+        Pacing(trainer.clock),
+        FiniteWatch(trainer.step.recent, setup.collator.examples),
+    ):
+        trainer.add_callback(callback)
+    return trainer
+
+
 class AdapterTrainer(SFTTrainer):
-    """Trains the adapter; one item of the data loader is one whole optimizer step.
+    """Trains the adapter; one item of the data loader is one whole optimizer step."""
 
-    The collator splits a step into micro-batches and divides by the step's trained tokens, so the
-    result does not depend on how it was split (see `StepCollator`).
-    """
-
-    def __init__(self, context: RunContext, metrics: MetricsLog, **trl_arguments: Any) -> None:
-        self.context = context
-        self.metrics = metrics
-        self.recent: deque[StepRecord] = deque(maxlen=REMEMBERED_STEPS)
-        self._seconds_a_step = 0.0
+    def __init__(
+        self,
+        parts: tuple[TrainConfig, TrainRequest, Setup, Start, MetricsLog, Interruption],
+        **trl_arguments: Any,
+    ) -> None:
+        self._config, self._request, setup, self._start, self._metrics_log, self._interruption = (
+            parts
+        )
+        self._choices = setup.choices
+        self.step = TrainingStep(setup, name_sources(self._request.train))
+        self.clock = Clock(self._start.totals)
         super().__init__(**trl_arguments)
-        self._source_losses = SourceLosses(context.train_sources, self.args.device)
-        self.start_clock()
+        self._evaluation_rows = group_by_source(self._request.evaluation, len(self._request.train))
 
-    def _send_telemetry(self) -> None:
-        """Send nothing: nothing leaves the machine unasked."""
+    # One step
 
-    # Order of the rows, learning rate, precision
+    def training_step(
+        self, model: nn.Module, inputs: StepRows, num_items_in_batch: object = None
+    ) -> Tensor:
+        """Run the rows of one optimizer step forward and backward (see `TrainingStep`)."""
+        if not model.training:
+            model.train()
+        totals = self._start.totals
+        totals.tokens += inputs["tokens"]
+        totals.trained_tokens += inputs["trained_tokens"]
+        scaler = self.accelerator.scaler  # of float16 training
+        return self.step.run(
+            inputs,
+            self.state.global_step,
+            self.accelerator.backward,
+            loss_scale=1.0 if scaler is None else float(scaler.get_scale()),
+        )
+
+    def evaluation_loop(self, *_args: Any, **_kwargs: Any) -> EvalLoopOutput:
+        """Return the mean loss of a trained token, over all evaluation rows and by source."""
+        started = time.perf_counter()
+        with self.clock.aside():
+            metrics = self.step.evaluate(
+                self._evaluation_rows, lambda: self._interruption.signal_name is not None
+            )
+        if metrics is None:
+            return EvalLoopOutput(None, None, {}, 0)
+        metrics["eval_seconds"] = time.perf_counter() - started
+        num_rows = sum(map(len, self._evaluation_rows.values()))
+        return EvalLoopOutput(None, None, metrics, num_rows)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write one line of metrics and pass it on to the trackers."""
+        place = {"step": self.state.global_step, "epoch": self.state.epoch}
+        totals = self._start.totals
+        if "loss" in logs:
+            logs |= self.step.take_metrics()
+            logs |= self.clock.measure(self.state.global_step, self.args.device)
+            totals.final_loss = logs["loss"]
+            self._write(place | logs)
+        elif "eval_loss" in logs:
+            totals.final_eval_loss = logs["eval_loss"]
+            kept = {name: value for name, value in logs.items() if name.startswith(KEPT_METRICS)}
+            self._write(place | kept)
+        super().log(logs, start_time)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        steps_left = self.state.max_steps - self.state.global_step
+        self._metrics_log.write(line, seconds_left=steps_left * self.clock.seconds_a_step)
+
+    # Order of the rows, learning rate
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
-        return EpochSampler(len(train_dataset or self.train_dataset), self.context.seed)
+        return EpochSampler(len(train_dataset or self.train_dataset), self._request.seed)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
     ) -> LambdaLR:
         """Build the schedule of `learning_rate_factor`, which starts above zero."""
-        config = self.context.config
+        config = self._config
         warmup_steps = math.ceil(config.warmup_ratio * num_training_steps)
         self.lr_scheduler = LambdaLR(
             optimizer or self.optimizer,
@@ -81,199 +175,194 @@ class AdapterTrainer(SFTTrainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def compute_loss_context_manager(self) -> torch.autocast:
-        """Run the forward pass in the base model's 16-bit dtype; adapters stay float32."""
-        dtype = self.context.autocast_dtype
-        return torch.autocast(self.args.device.type, dtype=dtype, enabled=dtype is not None)
-
-    # One step
-
-    def training_step(
-        self, model: nn.Module, inputs: dict, num_items_in_batch: object = None
-    ) -> Tensor:
-        """Run every micro-batch of a step forward and backward; returns the step's mean loss."""
-        if not model.training:
-            model.train()
-        rows = inputs["rows"]
-        totals = self.context.totals
-        totals.tokens += inputs["tokens"]
-        totals.trained_tokens += inputs["trained_tokens"]
-        losses = []
-        for micro_batch in self._prepare_inputs(inputs["micro_batches"]):
-            self._source_losses.prepare(micro_batch)
-            with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, micro_batch)
-            self._source_losses.add(micro_batch)
-            self.accelerator.backward(loss)
-            losses.append(loss.detach())
-        if self.context.protection is not None:
-            self.context.protection.add_gradients(
-                self.state.global_step,
-                self.compute_loss_context_manager,
-                scale=self._loss_scale(),
-            )
-        self.recent.append(StepRecord(self.state.global_step + 1, rows, losses))
-        return torch.stack(losses).sum()
-
-    def _loss_scale(self) -> float:
-        """What float16 training multiplies its losses by before backward."""
-        scaler = self.accelerator.scaler
-        return 1.0 if scaler is None else float(scaler.get_scale())
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict,
-        return_outputs: bool = False,
-        num_items_in_batch: object = None,
-    ) -> Tensor:
-        """Return a micro-batch's share of the step's loss; nothing here waits for the device."""
-        assert not return_outputs, "no logits are kept: there are no outputs to return"
-        return summed_loss(self.model, inputs, self.context.head)
-
-    def floating_point_ops(self, inputs: dict) -> int:
-        """Count nothing: tokens are what the metrics report."""
-        return 0
-
-    # Evaluation and metrics
-
-    def evaluation_loop(
-        self,
-        dataloader: object,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Return the mean loss of a trained token, over all evaluation rows and by source."""
-        self.model.eval()
-        started = time.perf_counter()
-        losses: list[float] = []
-        weights: list[float] = []
-        tokens = 0
-        with self._aside(), torch.no_grad():
-            for rows in self.context.evaluation_rows.values():
-                loss, weight, trained = self._evaluate_rows(rows)
-                losses.append(loss / weight)
-                weights.append(weight)
-                tokens += trained
-                if self.context.interruption.signal_name:
-                    return EvalLoopOutput(None, None, {}, 0)
-        metrics = {
-            "eval_loss": sum(map(operator.mul, losses, weights)) / sum(weights),
-            "eval_tokens": tokens,
-            "eval_seconds": time.perf_counter() - started,
-        }
-        names = self.context.evaluation_rows
-        if len(names) > 1:
-            metrics |= {f"eval_loss/{name}": one for name, one in zip(names, losses, strict=True)}
-        return EvalLoopOutput(None, None, metrics, sum(map(len, names.values())))
-
-    def _evaluate_rows(self, rows: list[int]) -> tuple[float, float, int]:
-        """Return the summed loss of some rows, its weight, and the tokens it is over."""
-        summed = torch.zeros((), device=self.args.device, dtype=torch.float64)
-        weight, tokens = 0.0, 0
-        for start in range(0, len(rows), EVALUATION_ROWS):
-            if self.context.interruption.signal_name:
-                break
-            inputs = self.data_collator.collate(rows[start : start + EVALUATION_ROWS])
-            for micro_batch in inputs["micro_batches"]:
-                with self.compute_loss_context_manager():
-                    loss = self.compute_loss(self.model, move_to(micro_batch, self.args.device))
-                summed += loss.double() * inputs["target_weight"]
-            weight += inputs["target_weight"]
-            tokens += inputs["trained_tokens"]
-        return summed.item(), max(weight, SMALLEST_WEIGHT), tokens
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Write one line of metrics and pass it on to the trackers."""
-        step = self.state.global_step
-        if "loss" in logs:
-            logs |= self._source_losses.take()
-            if self.context.protection is not None:
-                logs |= self.context.protection.take()
-            logs |= self._measure_speed()
-            self.context.totals.final_loss = logs["loss"]
-            self._write({"step": step, "epoch": self.state.epoch, **logs})
-        elif "eval_loss" in logs:
-            self.context.totals.final_eval_loss = logs["eval_loss"]
-            kept = {name: value for name, value in logs.items() if name.startswith(KEPT_METRICS)}
-            self._write({"step": step, "epoch": self.state.epoch, **kept})
-        super().log(logs, start_time)
-
-    def _write(self, line: dict[str, float]) -> None:
-        self.metrics.write(line)
-        steps_left = self.state.max_steps - line["step"]
-        seconds_left = steps_left * self._seconds_a_step
-        self.context.progress.update({**line, "seconds_left": seconds_left}, self.state.max_steps)
-
-    def _measure_speed(self) -> dict[str, float]:
-        """Return the totals, and the speed since the last line without evaluations and saves."""
-        now = time.perf_counter()
-        totals = self.context.totals
-        seconds = now - self._clock - self._aside_seconds
-        totals.seconds += now - self._clock
-        self._seconds_a_step = seconds / max(self.state.global_step - self._clock_step, 1)
-        measured = {
-            "tokens": totals.tokens,
-            "trained_tokens": totals.trained_tokens,
-            "tokens_per_second": (totals.tokens - self._clock_tokens) / max(seconds, 1e-9),
-            "seconds": totals.seconds,
-            "peak_bytes": peak_bytes(self.args.device),
-        }
-        self.start_clock()
-        return measured
-
-    def stop_clock(self) -> None:
-        """Add the time since the last line of metrics to the total."""
-        self.context.totals.seconds += time.perf_counter() - self._clock
-        self.start_clock()
-
-    def start_clock(self) -> None:
-        """Start counting time and speed here."""
-        self._clock = time.perf_counter()
-        self._clock_step = self.state.global_step
-        self._clock_tokens = self.context.totals.tokens
-        self._aside_seconds = 0.0
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Keep what is not training out of the speed."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._aside_seconds += time.perf_counter() - started
-
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        context = self.context
-        target = checkpoint_dir(context.run.checkpoints_dir, self.state.global_step)
-        with self._aside():
-            check_finite(self.model, self.state.global_step)
+        target = checkpoint_dir(self._request.run.checkpoints_dir, self.state.global_step)
+        with self.clock.aside():
+            check_finite(self._request.model, self.state.global_step)
             write_checkpoint(target, self._write_files)
             remove_old_checkpoints(
                 target,
-                keep=context.config.keep_checkpoints,
-                best_step=context.totals.best_step,
+                keep=self._config.keep_checkpoints,
+                best_step=self._start.totals.best_step,
             )
 
     def _write_files(self, directory: Path) -> None:
-        save_weights(self.model, directory)
+        save_weights(self._request.model, directory)
         self._save_optimizer_and_scheduler(str(directory))
         self._save_scaler(str(directory))
         self._save_rng_state(str(directory))
         self.state.save_to_json(str(directory / "trainer_state.json"))
-        context = self.context
         progress = {
-            "identity": dict(context.identity),
-            "totals": vars(context.totals),
-            "choices": dict(context.choices),
+            "identity": dict(self._start.identity),
+            "totals": vars(self._start.totals),
+            "choices": dict(self._choices),
         }
         atomic_write_json(directory / PROGRESS_NAME, progress)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        load_weights(self.model, Path(resume_from_checkpoint))
+        load_weights(self._request.model, Path(resume_from_checkpoint))
+
+    # What the library would do beside
+
+    def _send_telemetry(self) -> None:
+        """Send nothing: nothing leaves the machine unasked."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count nothing: tokens are what the metrics report."""
+        return 0
+
+    def compute_loss(self, *_args: Any, **_kwargs: Any) -> Tensor:
+        """Refuse: the loss is the objective's, in `TrainingStep`."""
+        raise AssertionError("trl's loss is not what is trained")
+
+
+class Pacing(TrainerCallback):
+    """Starts the clock at the first step, not at the start-up before it, and paces the log.
+
+    A continued run logs, evaluates and saves as its config says, not as the checkpoint did. A
+    step that is evaluated, saved or last has its line of metrics, whatever `log_every` is.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._clock.start(state.global_step)
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
+        state.eval_steps = args.eval_steps
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        is_last = state.global_step >= state.max_steps
+        if control.should_evaluate or control.should_save or is_last:
+            control.should_log = True
+
+
+def learning_rate_factor(
+    schedule: Literal["cosine", "linear", "constant"],
+    step: int,
+    warmup_steps: int,
+    total_steps: int,
+) -> float:
+    """Return the share of the peak learning rate that the step after `step` steps uses.
+
+    The warm-up starts at 1 / (warmup_steps + 1), not at 0: no step is wasted. After it the rate
+    stays, or falls on a line or half a cosine that would reach 0 right after the last step.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    if schedule == "linear":
+        return 1.0 - progress
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def build_arguments(
+    config: TrainConfig, run: RunDir, setup: Setup, *, num_rows: tuple[int, int], seed: int
+) -> SFTConfig:
+    """Return trl's arguments for a run over `num_rows` (training, evaluation) rows.
+
+    One data-loader item is a whole optimizer step, so there is no accumulation here; precision,
+    recomputation, schedule and checkpoints are ours (see `AdapterTrainer`).
+    """
+    total_steps = config.total_steps(num_rows[0])
+    has_evaluation = num_rows[1] > 0
+    arguments = SFTConfig(
+        output_dir=str(run.checkpoints_dir),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=1,
+        max_steps=total_steps,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=OPTIMIZERS[config.optimizer],
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if has_evaluation else "no",
+        # Without eval_every the only evaluation is the one transformers adds at the last step.
+        eval_steps=(config.eval_every or total_steps + 1) if has_evaluation else None,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        report_to=list(config.report_to) or "none",
+        seed=seed,
+        data_seed=seed,
+        use_cpu=setup.device.type == "cpu",
+        bf16=False,
+        fp16=setup.autocast_dtype == torch.float16,
+        # None is off for every version, and does not name the deprecated alias.
+        gradient_checkpointing=None,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        prediction_loss_only=True,
+        router_aux_loss_coef=0.0,
+    )
+    # One process, one GPU: with several visible ones transformers would split the batch.
+    _ = arguments.device
+    arguments._n_gpu = min(arguments._n_gpu, 1)
+    return arguments
+
+
+@contextmanager
+def restored_model(model: PeftModel) -> Iterator[None]:
+    """Give the model back as it came: forward methods, configs, tags and mode, not the weights.
+
+    trl replaces the base model's `forward` on the instance and tags it, accelerate may wrap the
+    outer one, and transformers writes `use_cache` and special tokens into the configs.
+    """
+    base = model.get_base_model()
+    holders = (model, base, base.config, base.config.get_text_config())
+    attributes = [_copy_attributes(holder) for holder in holders]
+    generation_config = copy.deepcopy(base.generation_config)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for holder, saved in zip(holders, attributes, strict=True):
+            holder.__dict__.clear()
+            holder.__dict__.update(saved)
+        base.generation_config = generation_config
+        for module, is_training in modes:
+            module.training = is_training
+        model.zero_grad(set_to_none=True)
+
+
+def _copy_attributes(holder: object) -> dict[str, Any]:
+    """Return an object's attributes; lists are copied, because trl appends to them."""
+    return {
+        name: list(value) if type(value) is list else value
+        for name, value in holder.__dict__.items()
+    }
+
+
+@contextmanager
+def _kept_precision(model: PeftModel) -> Iterator[None]:
+    """Keep the adapter's float32 weights through trl's constructor.
+
+    Over a quantized base it rounds them to bfloat16.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    values = [parameter.data for parameter in trained]
+    try:
+        yield
+    finally:
+        for parameter, value in zip(trained, values, strict=True):
+            parameter.data = value

@@ -25,10 +25,11 @@ from bench_arms.job import ALPHA, RANK, Answer, Job
 from bench_arms.rows import LONGEST, MEAN_LENGTHS, make_rows, read_stream
 from llmtune.data.example import Example
 from llmtune.io.run_dir import RunDir
-from llmtune.training.batch import EpochSampler
 from llmtune.training.config import TrainConfig
 from llmtune.training.memory.measure import peak_bytes
-from llmtune.training.train import TrainRequest, train_adapter
+from llmtune.training.request import TrainRequest
+from llmtune.training.rows import EpochSampler
+from llmtune.training.train import train_adapter
 
 SEED = 0
 LEARNING_RATE = 2e-4

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from llmtune.data.example import IGNORE_INDEX, Example
 from llmtune.training.batch import (
-    EpochSampler,
     StepCollator,
     largest_micro_batches,
     pack_rows,
@@ -15,6 +14,7 @@ from llmtune.training.batch import (
     plan_micro_batches,
 )
 from llmtune.training.memory.arithmetic import BatchLimits
+from llmtune.training.rows import EpochSampler
 from tests.training.tiny_runs import make_rows
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=24)
@@ -35,15 +35,15 @@ def test_every_row_is_in_exactly_one_micro_batch_within_the_limits(lengths, limi
 
 @settings(max_examples=150, deadline=None)
 @given(lengths, st.integers(1, 2000), st.booleans())
-def test_the_rehearsed_micro_batches_are_as_large_as_any_planned_one(lengths, tokens, packed):
+def test_the_tried_micro_batches_are_as_large_as_any_planned_one(lengths, tokens, packed):
     limits = BatchLimits(None, max(tokens, *lengths, 1))
     rows = [Example([1] * length, [1] * length, "f", 1) for length in sorted(lengths)[::-1]]
 
     def size(group):
         return sum(group) if packed else max(group) * len(group)
 
-    rehearsed = largest_micro_batches(rows, limits, packed=packed)
-    largest = max(size([len(row.input_ids) for row in group]) for group in rehearsed)
+    tried = largest_micro_batches(rows, limits, packed=packed)
+    largest = max(size([len(row.input_ids) for row in group]) for group in tried)
     planned = plan_micro_batches(lengths, limits, packed=packed)
     needed = max(size([lengths[index] for index in group]) for group in planned)
     slack = len(lengths) if not packed else 0  # whole tokens a row

@@ -34,7 +34,7 @@ def test_a_loss_that_is_not_finite_stops_within_three_steps_with_its_rows(log_ev
     def break_third_step(_module, _inputs, output):
         if model.training and torch.is_grad_enabled():
             steps.append(1)
-            # Two passes before step 1: the measurement and the rehearsal.
+            # Two passes before step 1: the measurement and the dry run.
             if len(steps) == 2 + 3:
                 return output * float("inf")
         return output

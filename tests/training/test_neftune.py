@@ -5,7 +5,7 @@ import torch
 from llmtune.training.batch import pack_rows, pad_rows
 from llmtune.training.fused.packing import packed_attention
 from llmtune.training.loss import decoder_hidden
-from llmtune.training.neftune import noisy_embeddings
+from llmtune.training.setup import noisy_embeddings
 from tests.training.tiny_runs import make_adapter, make_rows
 
 

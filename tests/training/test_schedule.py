@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmtune.training.schedule import learning_rate_factor
+from llmtune.training.trainer import learning_rate_factor
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

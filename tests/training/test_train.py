@@ -11,10 +11,11 @@ import torch
 
 from llmtune.data.example import Example, ExampleTableBuilder
 from llmtune.errors import LlmtuneError
-from llmtune.training.batch import BatchLimits, EpochSampler, StepCollator, hash_epochs
+from llmtune.training.batch import StepCollator
 from llmtune.training.fused.packing import packed_attention
 from llmtune.training.loss import choose_head, summed_loss
-from llmtune.training.request import find_untrained
+from llmtune.training.memory.arithmetic import BatchLimits
+from llmtune.training.rows import EpochSampler, find_untrained, hash_epochs
 from llmtune.training.train import train_adapter
 from llmtune.training.trainer import AdapterTrainer
 from tests.tiny import FAMILIES, make_model

@@ -13,7 +13,7 @@ from llmtune.evaluation.diagnosis.shift import GENERAL, TRAIN
 from llmtune.evaluation.diagnosis.subject import Subject, asking_suites, general_texts
 from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.tasks.base import Suite
-from llmtune.training.batch import EpochSampler
+from llmtune.training.rows import EpochSampler
 
 EVALUATION = "evaluation"
 

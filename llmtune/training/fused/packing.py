@@ -14,8 +14,9 @@ from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
 from llmtune.io.quiet import quieted
 from llmtune.ops.varlen_attention import choose_varlen_backend, varlen_attention
-from llmtune.training.batch import pack_rows, pad_rows
+from llmtune.training.batch import move_to, pack_rows, pad_rows
 from llmtune.training.loss import decoder_hidden
+from llmtune.training.objectives.base import MicroBatch
 
 ATTENTION_NAME = "llmtune_varlen"
 SILENCED = "transformers.modeling_utils"
@@ -218,12 +219,12 @@ def _probe_rows(examples: Sequence[Example]) -> tuple[Example, Example, Example]
     return first, second, third
 
 
-def _hidden(model: PeftModel, micro_batch: dict, device: torch.device) -> Tensor:
+def _hidden(model: PeftModel, micro_batch: MicroBatch, device: torch.device) -> Tensor:
     with torch.no_grad():
         return decoder_hidden(model, move_to(micro_batch, device))
 
 
-def _neighbour_gradient(model: PeftModel, micro_batch: dict, device: torch.device) -> float:
+def _neighbour_gradient(model: PeftModel, micro_batch: MicroBatch, device: torch.device) -> float:
     """Return the largest gradient that the second row's hidden states send to the first row."""
     embedded: list[Tensor] = []
 
@@ -240,11 +241,3 @@ def _neighbour_gradient(model: PeftModel, micro_batch: dict, device: torch.devic
     finally:
         handle.remove()
     return gradient[0, :PROBE_TOKENS].abs().max().item()
-
-
-def move_to(micro_batch: dict, device: torch.device) -> dict:
-    """Return a micro-batch with its tensors on `device`."""
-    return {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in micro_batch.items()
-    }

@@ -85,7 +85,7 @@ def plan_memory(
         checkpointing: recompute all layers, none, or ("auto") as few as fit.
 
     Returns:
-        The plan; what does not fit even with every layer recomputed is found by the rehearsal.
+        The plan; what does not fit even with every layer recomputed is found by the dry run.
     """
     if micro_batch_size == "auto":
         wanted = max(sizes.longest, min(useful_tokens, sizes.step))

@@ -1,19 +1,33 @@
 """The end of the run tried before its beginning: the largest micro-batch, and every save."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import RunDir
 from llmtune.io.unfinished import require_space
+from llmtune.training.batch import StepCollator, largest_micro_batches, move_to
 from llmtune.training.checkpoint import save_weights
-from llmtune.training.memory.arithmetic import MemoryPlan
+from llmtune.training.config import TrainConfig
+from llmtune.training.memory.arithmetic import (
+    USEFUL_TOKENS,
+    ActivationCost,
+    MemoryPlan,
+    RowSizes,
+    plan_memory,
+    shrink_plan,
+)
+from llmtune.training.memory.gradient_checkpointing import recomputable_layers, recomputing
+from llmtune.training.memory.measure import available_bytes, is_out_of_memory, measure_activations
+from llmtune.training.objectives.base import MicroBatch
 
+# Tried in this order: the fewer, the less exact.
+MEASURED_TOKENS = (256, 32)
 # Two checkpoints (weights and two moments each) beside one being written, and the adapter itself.
 SAVED_COPIES = 10
 
@@ -22,7 +36,101 @@ class DoesNotFitError(LlmtuneError):
     """The largest micro-batch runs out of memory."""
 
 
-def rehearse_step(run_step: Callable[[], None], *, longest: int, plan: MemoryPlan) -> None:
+def find_plan(config: TrainConfig, trial: "Trial", longest_first: Sequence[int]) -> MemoryPlan:
+    """Plan by the measured cost, try the largest micro-batch, and shrink until it fits.
+
+    `longest_first` are the rows of the largest possible step. The collator keeps the limits.
+    """
+    lengths = [len(trial.collator.examples[index].input_ids) for index in longest_first]
+    cost = trial.measure()
+    device_type = trial.device.type
+    plan = plan_memory(
+        cost,
+        available_bytes(trial.device),
+        RowSizes(lengths[0], sum(lengths) if trial.collator.packed else lengths[0] * len(lengths)),
+        useful_tokens=USEFUL_TOKENS.get(device_type, USEFUL_TOKENS["cuda"]),
+        micro_batch_size=config.micro_batch_size,
+        checkpointing=config.gradient_checkpointing,
+    )
+    while True:
+        trial.collator.limits = plan.limits
+        smaller = shrink_plan(plan, cost, lengths[0], config.gradient_checkpointing)
+        try:
+            with recomputing(trial.model, plan.recomputed_layers):
+                dry_run_step(
+                    lambda: trial.run_largest(longest_first), longest=lengths[0], plan=plan
+                )
+            return plan
+        except DoesNotFitError:
+            if smaller is None:
+                raise
+        plan = smaller
+
+
+class Trial:
+    """Runs the training call on chosen rows outside of the run."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        collator: StepCollator,
+        loss: Callable[[MicroBatch], Tensor],
+    ) -> None:
+        """Take the model, what batches its rows, and a micro-batch's loss as training has it."""
+        self.model = model
+        self.collator = collator
+        self.loss = loss
+        self.device = model.get_input_embeddings().weight.device
+
+    def measure(self) -> ActivationCost:
+        """Measure what a token's activations cost, on the first rows.
+
+        Raises:
+            DoesNotFitError: not even a short forward pass fits.
+        """
+        for tokens in MEASURED_TOKENS:
+            try:
+                return self._measure(tokens)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+        raise DoesNotFitError(
+            f"the model is loaded, but not even {MEASURED_TOKENS[-1]} tokens fit beside it. "
+            "Quantize it (model.quantization.method=nf4), or choose a smaller base."
+        )
+
+    def _measure(self, wanted_tokens: int) -> ActivationCost:
+        chosen: list[int] = []
+        tokens = 0
+        for index in range(len(self.collator.examples)):
+            chosen.append(index)
+            tokens += len(self.collator.examples[index].input_ids)
+            if tokens >= wanted_tokens:
+                break
+        (micro_batch,) = self.collator.collate(chosen)["micro_batches"]
+        self.model.train()
+        return measure_activations(
+            self.model,
+            recomputable_layers(self.model),
+            lambda: self.loss(move_to(micro_batch, self.device)),
+            micro_batch["input_ids"].numel(),
+        )
+
+    def run_largest(self, rows: Sequence[int]) -> None:
+        """Run the largest micro-batches that the limits allow forward and backward.
+
+        `rows` are those of the largest possible step, longest first.
+        """
+        examples = [self.collator.examples[row] for row in rows]
+        self.model.train()
+        for largest in largest_micro_batches(
+            examples, self.collator.limits, packed=self.collator.packed
+        ):
+            self.loss(move_to(self.collator.build(largest), self.device)).backward()
+        self.model.zero_grad(set_to_none=True)
+
+
+def dry_run_step(run_step: Callable[[], None], *, longest: int, plan: MemoryPlan) -> None:
     """Run the worst micro-batch forward and backward once.
 
     Raises:
@@ -44,14 +152,7 @@ def rehearse_step(run_step: Callable[[], None], *, longest: int, plan: MemoryPla
         ) from error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell an allocation that failed, on a GPU or on the CPU, from other errors."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
-
-
-def rehearse_save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: RunDir) -> None:
+def dry_run_save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: RunDir) -> None:
     """Write once what the run will write, where it will write it, and delete it again.
 
     Raises:
@@ -63,7 +164,7 @@ def rehearse_save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: Run
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         require_space(run.path, needed, what=f"{run.path}: the adapter with its checkpoints")
-        with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=run.path) as directory:
+        with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=run.path) as directory:
             _write_everything(model, tokenizer, Path(directory))
     except OSError as error:
         raise LlmtuneError(

@@ -14,9 +14,10 @@ from llmtune.errors import LlmtuneError
 from llmtune.ops.linear_cross_entropy import FrozenHead
 from llmtune.ops.linear_kl import linear_kl_divergence
 from llmtune.scoring.batches import adapter_disabled
-from llmtune.training.fused.packing import move_to
+from llmtune.training.batch import move_to
 from llmtune.training.loss import HeadChoice, decoder_hidden
-from llmtune.training.memory.dry_run import is_out_of_memory
+from llmtune.training.memory.measure import is_out_of_memory
+from llmtune.training.objectives.base import MicroBatch
 from llmtune.training.protect.config import KlToBaseConfig, ProtectConfig
 
 BASE_TOLERANCE = 2e-2
@@ -63,7 +64,7 @@ class Protection:
         model: PeftModel,
         request: ProtectionRequest,
         head: HeadChoice,
-        build: Callable[[Sequence[Example]], dict],
+        build: Callable[[Sequence[Example]], MicroBatch],
         *,
         seed: int,
     ) -> None:
@@ -112,7 +113,7 @@ class Protection:
             (norm * (self._config.l2 * scale)).backward()
         self._sums += torch.stack([kl.detach().float(), norm.detach(), torch.ones_like(norm)])
 
-    def rehearse(self, autocast: Callable[[], AbstractContextManager]) -> None:
+    def dry_run(self, autocast: Callable[[], AbstractContextManager]) -> None:
         """Run a step of the longest rows and forget it.
 
         Raises:

@@ -7,7 +7,7 @@ from llmtune.config import load_config
 from llmtune.data.example import ExampleTableBuilder
 from llmtune.evaluation.diagnosis.prepare import TrainedSteps, prepare_subject, shift_texts
 from llmtune.evaluation.diagnosis.rows import read_row_texts
-from llmtune.training.batch import EpochSampler
+from llmtune.training.rows import EpochSampler
 
 
 def table_of(*counts: int):

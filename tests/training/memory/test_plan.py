@@ -13,7 +13,7 @@ from llmtune.training.memory.arithmetic import (
     RowSizes,
     plan_memory,
 )
-from llmtune.training.memory.dry_run import rehearse_save, rehearse_step
+from llmtune.training.memory.dry_run import dry_run_save, dry_run_step
 from llmtune.training.memory.gradient_checkpointing import recomputable_layers, recomputing
 from llmtune.training.memory.measure import measure_activations
 from llmtune.training.train import train_adapter
@@ -51,7 +51,7 @@ def test_as_few_layers_as_needed_are_recomputed():
     assert tighter.needed_bytes <= 1024 * COST.bytes_a_token(4)
 
 
-def test_what_never_fits_is_left_to_the_rehearsal():
+def test_what_never_fits_is_left_to_the_dry_run():
     hopeless = plan(1)
     assert hopeless.recomputed_layers == 10
     assert hopeless.limits.tokens == 500
@@ -101,7 +101,7 @@ def test_out_of_memory_names_the_length_and_two_settings(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(LlmtuneError, match="500 tokens.*max_length=250.*micro_batch_size=1"):
-        rehearse_step(run_out, longest=500, plan=plan(1))
+        dry_run_step(run_out, longest=500, plan=plan(1))
 
 
 def run_out_above(model, tokens):
@@ -114,7 +114,7 @@ def run_out_above(model, tokens):
     model.get_base_model().model.layers[0].register_forward_hook(fail)
 
 
-def test_micro_batches_are_halved_until_the_rehearsal_fits(tmp_path):
+def test_micro_batches_are_halved_until_the_dry_run_fits(tmp_path):
     model = make_adapter()
     run_out_above(model, 300)
     request = make_request(model, tmp_path, train=make_rows(20, longest=60))
@@ -133,12 +133,12 @@ def test_a_row_that_never_fits_is_an_error_before_step_one(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_other_errors_of_the_rehearsal_are_not_hidden():
+def test_other_errors_of_the_dry_run_are_not_hidden():
     def fail():
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        rehearse_step(fail, longest=5, plan=plan(1))
+        dry_run_step(fail, longest=5, plan=plan(1))
 
 
 def test_a_cpu_that_cannot_allocate_is_out_of_memory():
@@ -146,7 +146,7 @@ def test_a_cpu_that_cannot_allocate_is_out_of_memory():
         torch.empty(2**60, dtype=torch.float32)
 
     with pytest.raises(LlmtuneError, match="does not fit the memory"):
-        rehearse_step(allocate, longest=5, plan=plan(1))
+        dry_run_step(allocate, longest=5, plan=plan(1))
 
 
 def test_a_generation_config_that_cannot_be_saved_is_found_before_step_one(tmp_path):
@@ -162,10 +162,10 @@ def test_a_directory_that_cannot_be_written_is_found_before_step_one(tmp_path):
     (tmp_path / "run").write_text("a file where the run should be")
     request = make_request(make_adapter(), tmp_path / "run")
     with pytest.raises(LlmtuneError, match="cannot write into"):
-        rehearse_save(request.model, request.tokenizer, request.run)
+        dry_run_save(request.model, request.tokenizer, request.run)
 
 
-def test_the_save_rehearsal_leaves_nothing_behind(tmp_path):
+def test_the_save_dry_run_leaves_nothing_behind(tmp_path):
     request = make_request(make_adapter(), tmp_path / "run")
-    rehearse_save(request.model, request.tokenizer, request.run)
+    dry_run_save(request.model, request.tokenizer, request.run)
     assert list((tmp_path / "run").iterdir()) == []
