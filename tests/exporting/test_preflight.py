@@ -5,9 +5,16 @@ import subprocess
 import sys
 
 import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.config import check_exportable
+from llmtune.exporting.gguf_writer.architectures import (
+    find_architecture,
+    hyperparameters,
+    read_full_config,
+)
+from llmtune.exporting.gguf_writer.tensors import plan_tensors
 from llmtune.exporting.gguf_writer.types import OWN_TYPES
 from tests.checkpoints import FAMILIES, save_byte_level, save_sentencepiece
 from tests.versions import without_torch
@@ -54,6 +61,33 @@ def test_what_llama_cpp_computes_differently_is_refused(
     directory = make_checkpoint(family)
     change_json(directory / "config.json", lambda config: config.update({key: value}))
     with pytest.raises(LlmtuneError, match=message):
+        check_exportable(directory, "gguf")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_config_json_leaves_out_is_what_its_class_says(family, make_checkpoint):
+    overrides = {"gemma": {"head_dim": 256}, "qwen3": {"head_dim": 128}}
+    directory = make_checkpoint(family, **overrides.get(family, {}))
+    written = json.loads((directory / "config.json").read_text())
+    expected = hyperparameters(find_architecture(directory), read_full_config(directory))
+    assert expected == hyperparameters(find_architecture(directory), written)
+    usual = CONFIG_MAPPING[family]().to_dict()
+    left_out = {key for key, value in written.items() if key in usual and value == usual[key]}
+    left_out -= {"model_type"}
+    assert left_out
+    change_json(
+        directory / "config.json", lambda config: [config.pop(key) for key in sorted(left_out)]
+    )
+    assert hyperparameters(find_architecture(directory), read_full_config(directory)) == expected
+    rows = len(plan_tensors(directory, find_architecture(directory), written, "f32"))
+    config = read_full_config(directory)
+    assert len(plan_tensors(directory, find_architecture(directory), config, "f32")) == rows
+
+
+def test_a_config_that_transformers_refuses_is_named(make_checkpoint):
+    directory = make_checkpoint("llama")
+    change_json(directory / "config.json", lambda config: config.update(num_hidden_layers="two"))
+    with pytest.raises(LlmtuneError, match=r"config\.json: transformers cannot make a llama"):
         check_exportable(directory, "gguf")
 
 
@@ -118,11 +152,11 @@ def test_llama3_and_smollm_are_told_apart(make_checkpoint):
 
 
 @without_torch
-def test_the_check_needs_no_torch(llama_dir):
+def test_the_check_loads_neither_peft_nor_gguf(llama_dir):
     code = (
         "import sys; from pathlib import Path;"
         "from llmtune.exporting.config import check_exportable;"
         f"check_exportable(Path({str(llama_dir)!r}), 'gguf', 'q8_0');"
-        "assert not {'torch', 'gguf', 'peft'} & set(sys.modules)"
+        "assert not {'gguf', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,7 +10,12 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from llmtune.adapters.update import Factors, Place
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.gguf_writer.architectures import Architecture, Config, find_architecture
+from llmtune.exporting.gguf_writer.architectures import (
+    Architecture,
+    Config,
+    find_architecture,
+    read_full_config,
+)
 from llmtune.exporting.gguf_writer.tensors import (
     SUFFIXES,
     PlannedTensor,
@@ -53,7 +58,7 @@ def write_adapter_gguf(
             no layer of that shape, or llama.cpp does not support the base.
     """
     start = time.monotonic()
-    architecture, config = find_architecture(base_dir), Checkpoint.open(base_dir).config
+    architecture, config = find_architecture(base_dir), read_full_config(base_dir)
     adapter = AdapterFiles.open(adapter_dir)
     _refuse_more_than_factors(adapter)
     alpha = float(adapter.method.usual_alpha(adapter.config))

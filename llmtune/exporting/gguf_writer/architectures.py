@@ -7,7 +7,8 @@ from typing import Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.rope import llama3_factors, read_rope, rope_problem
-from llmtune.models.checkpoint import Checkpoint
+from llmtune.io.deadline import first_line
+from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 
 Config = Mapping[str, Any]
 
@@ -38,14 +39,14 @@ def find_architecture(base_dir: Path) -> Architecture:
         LlmtuneError: its architecture is not supported, or it uses something llama.cpp lacks; the
             message names every such thing.
     """
-    config = Checkpoint.open(base_dir).config
-    model_type = config["model_type"]
+    model_type = Checkpoint.open(base_dir).model_type
     architecture = ARCHITECTURES.get(model_type)
     if architecture is None:
         raise LlmtuneError(
             f"{base_dir}: GGUF export does not support model type {model_type!r}; expected one of "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
+    config = read_full_config(base_dir)
     problems = list(_common_problems(config, architecture)) + list(architecture.problems(config))
     if problems:
         raise LlmtuneError(
@@ -53,6 +54,30 @@ def find_architecture(base_dir: Path) -> Architecture:
             + "; ".join(problems)
         )
     return architecture
+
+
+def read_full_config(base_dir: Path) -> Config:
+    """Return config.json with the values that it leaves out, as the model's config class has them.
+
+    A key that is missing is rarely absent from the model: Mixtral turns at a base of 1,000,000,
+    Phi turns half of each head, and Gemma's heads are 256 wide unless config.json says otherwise.
+
+    Raises:
+        LlmtuneError: it cannot be read, or transformers refuses it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    checkpoint = Checkpoint.open(base_dir)
+    written = dict(checkpoint.config)
+    try:
+        completed = CONFIG_MAPPING[checkpoint.model_type](**written).to_dict()
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise LlmtuneError(
+            f"{base_dir / CONFIG_NAME}: transformers cannot make a {checkpoint.model_type} config "
+            f"of it: {first_line(error)}"
+        ) from error
+    return written | completed
 
 
 def hyperparameters(architecture: Architecture, config: Config) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from llmtune.exporting.gguf_writer.architectures import (
     Architecture,
     find_architecture,
     hyperparameters,
+    read_full_config,
 )
 from llmtune.exporting.gguf_writer.tensors import PlannedTensor, plan_tensors
 from llmtune.exporting.gguf_writer.tiles import iter_tensor_bytes
@@ -25,7 +26,6 @@ from llmtune.exporting.gguf_writer.types import QUANTIZER_TYPES, quantize_file
 from llmtune.exporting.gguf_writer.vocabulary import Vocabulary, read_vocabulary
 from llmtune.io.safetensors import CheckpointIndex
 from llmtune.io.unfinished import require_space
-from llmtune.models.checkpoint import Checkpoint
 
 FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
@@ -155,7 +155,7 @@ def write_gguf(request: GgufRequest) -> GgufResult:
 
 def _plan(request: GgufRequest) -> _Plan:
     architecture = find_architecture(request.source_dir)
-    config = Checkpoint.open(request.source_dir).config
+    config = read_full_config(request.source_dir)
     return _Plan(
         architecture,
         config,
