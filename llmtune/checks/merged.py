@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llmtune.checks.prompts import ComparedPrompts
 from llmtune.errors import LlmtuneError
+from llmtune.models.quantization import keep_differentiable
 from llmtune.models.quiet import quiet_loading
 from llmtune.scoring.batches import (
     choose_token_budget,
@@ -133,6 +134,8 @@ def load_merged(
 ) -> nn.Module:
     """Load a merged directory with stock transformers, from local files only.
 
+    Quantized layers compute as those of a live model do, so that only what was saved can differ.
+
     Raises:
         LlmtuneError: transformers cannot load it, or leaves some of its weights uninitialised.
     """
@@ -150,6 +153,7 @@ def load_merged(
                 f"{kind}: {sorted(map(str, keys))[:4]}" for kind, keys in info.items() if keys
             )
         )
+    keep_differentiable(model)
     return model.to(device).eval()
 
 

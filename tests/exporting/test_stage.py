@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmtune.checks.merged import load_merged
 from llmtune.checks.runtime import is_runtime_installed
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
@@ -95,6 +96,18 @@ def test_nf4_loads_as_it_was_saved(tuned, tmp_path):
     assert (tmp_path / "nf4" / "tokenizer.json").read_bytes() == (
         tuned / "merged" / "tokenizer.json"
     ).read_bytes()
+
+
+def test_a_reloaded_checkpoint_computes_with_the_kernels_it_was_saved_with(
+    tuned, tmp_path, monkeypatch
+):
+    # On a CPU with AVX-512 a kernel with roundings of its own would compute one side only.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    export_model(tuned / "merged", "nf4", tmp_path / "nf4")
+    reloaded = load_merged(tmp_path / "nf4", dtype=torch.float32, device="cpu")
+    layers = [one for one in reloaded.modules() if hasattr(one, "support_avx512bf16_for_cpu")]
+    assert layers
+    assert not any(one.support_avx512bf16_for_cpu for one in layers)
 
 
 def verify(subject, against, **settings):
