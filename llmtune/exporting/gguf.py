@@ -29,7 +29,7 @@ class GgufModelExporter(WritingExporter):
     options = (
         ExportOption(
             "runtime",
-            "Compare with llama.cpp itself (default: where it is installed).",
+            "Compare with llama.cpp itself (default: if it is installed).",
             "switch",
         ),
         ExportOption("max_kl", "Largest KL that passes, in nats per token.", "limit"),

@@ -84,7 +84,7 @@ def push_directory(directory: Path, repo: str, *, card: str, public: bool) -> Hu
     """Create the repository if it is not there, and push every file in one commit.
 
     Records that hold paths of this machine stay here, and an adapter names its base by the hub id
-    or the last part of its path. An existing repository keeps its visibility; where it is public
+    or the last part of its path. An existing repository keeps its visibility; if it is public
     and `public` is not asked for, nothing is pushed.
 
     Args:

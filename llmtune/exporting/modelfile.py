@@ -18,7 +18,7 @@ Messages = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Turns:
-    """A chat template as text around each turn; every template that is no more than that."""
+    """A chat template as text around each turn; any template that is only that."""
 
     start: str
     around: Mapping[str, tuple[str, str]]  # by role
@@ -125,8 +125,8 @@ def _too_much(tokenizer: PreTrainedTokenizerFast, what: str) -> LlmtuneError:
 def _guess(start: str, whole: str, invited: str, messages: Messages) -> Turns | None:
     """Cut a rendered conversation at its contents; between two contents lie suffix and prefix.
 
-    A user's turn stands twice, so what its second prefix has in common with the assistant's
-    suffix tells where one ends and the other begins.
+    A user's turn appears twice, so what its second prefix has in common with the assistant's
+    suffix shows where one ends and the other begins.
     """
     pieces, rest = [], whole.removeprefix(start)
     for message in messages:
@@ -150,7 +150,7 @@ def _guess(start: str, whole: str, invited: str, messages: Messages) -> Turns | 
 
 
 def _split_invitation(after_user: str, invited: str, system_end: str) -> tuple[str, str]:
-    """Return the assistant's prefix and the user's suffix, which stand together."""
+    """Return the assistant's prefix and the user's suffix, which are adjacent."""
     user_end = system_end if after_user.startswith(system_end) else ""
     if not invited.startswith(user_end):
         user_end = ""

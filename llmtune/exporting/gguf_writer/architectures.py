@@ -24,7 +24,7 @@ class Architecture:
     """`general.architecture`, and the prefix of its keys."""
     activations: tuple[str, ...]
     problems: Callable[[Config], Iterator[str]]
-    """What of a config llama.cpp computes in another way: each is a reason to refuse."""
+    """What llama.cpp would compute differently: each is a reason to refuse."""
     extra_keys: Callable[[Config], dict[str, Any]]
     pairs_rotary: bool = False
     """llama.cpp turns neighbouring dimensions of q and k; transformers turns the two halves."""
@@ -114,7 +114,7 @@ def hyperparameters(architecture: Architecture, config: Config) -> dict[str, Any
 
 
 def rope_factors(config: Config) -> list[float] | None:
-    """Return the values of the tensor `rope_freqs.weight`, where the model needs one."""
+    """Return the values of the tensor `rope_freqs.weight`, if the model needs one."""
     rope = read_rope(config)
     if rope.kind != "llama3":
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmtune.errors import LlmtuneError
 
-# The patterns as they stand in the tokenizer.json files of the models that brought them.
+# The patterns as they are in the tokenizer.json files of the models that brought them.
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -147,5 +147,5 @@ def _normal_step(part: Mapping[str, Any]) -> str:
 def _unknown(source: Path, what: str) -> LlmtuneError:
     return LlmtuneError(
         f"{source}: llama.cpp has no pre-tokenizer for this tokenizer, so its tokens would differ: "
-        f"{what}. Choose a base with another tokenizer, or do not export to GGUF."
+        f"{what}. Choose a base with a different tokenizer, or do not export to GGUF."
     )

@@ -71,7 +71,7 @@ def plan_tensors(
     """Give every tensor of the checkpoint its place, name and type in the file.
 
     Vectors, norms and routers stay float32. With a 4- or 5-bit type the embedding and the output
-    are q8_0, as llama.cpp keeps them better too. A matrix whose rows are no multiple of a block
+    are q8_0, as llama.cpp keeps them better too. A matrix whose rows are not a multiple of a block
     becomes f16.
 
     Raises:

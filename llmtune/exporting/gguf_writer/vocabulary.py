@@ -37,7 +37,7 @@ class TokenKind(IntEnum):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Everything llama.cpp is told about a tokenizer; one token for each embedding row."""
+    """Everything llama.cpp needs to know of a tokenizer; one token for each embedding row."""
 
     pre: PreTokenizer
     tokens: tuple[str, ...]
