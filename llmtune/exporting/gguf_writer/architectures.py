@@ -71,7 +71,7 @@ def read_full_config(base_dir: Path) -> Config:
     checkpoint = Checkpoint.open(base_dir)
     written = dict(checkpoint.config)
     try:
-        completed = CONFIG_MAPPING[checkpoint.model_type](**written).to_dict()
+        completed: dict[str, Any] = CONFIG_MAPPING[checkpoint.model_type](**written).to_dict()
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise LlmtuneError(
             f"{base_dir / CONFIG_NAME}: transformers cannot make a {checkpoint.model_type} config "
