@@ -15,25 +15,24 @@ from rich.console import Console
 from llmtune.commands import (
     answer,
     config,
-    curve,
     data,
+    experiments,
     export,
     look,
     merge,
     plan,
     report,
     run,
-    sequence,
 )
-from llmtune.commands.help import Chapters
+from llmtune.commands.options import Chapters
 from llmtune.errors import INTERRUPTED, LlmtuneError, RunInterrupted
 from llmtune.version import __version__
 
 EXIT_BUG = 70
 
 OS_ADVICE = {
-    errno.ENOSPC: "; free some space, and the same command goes on from what is saved",
-    errno.EDQUOT: "; free some space, and the same command goes on from what is saved",
+    errno.ENOSPC: "; free some space, and the same command continues from what is saved",
+    errno.EDQUOT: "; free some space, and the same command continues from what is saved",
     errno.EACCES: "; choose a place you may write to, or change its permissions",
     errno.EROFS: "; choose a place that can be written to",
 }
@@ -103,7 +102,7 @@ COMMANDS = {
         report.report,
         look.runs,
     ),
-    "Go further": (curve.learning_curve, sequence.sequence),
+    "Go further": (experiments.learning_curve, experiments.sequence),
     "Use the model": (answer.chat, answer.predict, export.export, export.verify),
 }
 for commands in COMMANDS.values():
@@ -159,7 +158,7 @@ def _print_error(message: str) -> None:
 
 
 def _prepare_process() -> None:
-    """Set what must stand before the big libraries are imported: no telemetry, no noise."""
+    """Set what is needed before the big libraries are imported: no telemetry, no noise."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,6 +1,6 @@
 """The errors a user can cause or ask for; each carries the exit code its message ends with."""
 
-INTERRUPTED = "interrupted; the same command goes on from what is saved"
+INTERRUPTED = "interrupted; the same command continues from what is saved"
 
 
 class LlmtuneError(Exception):

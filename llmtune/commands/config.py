@@ -5,10 +5,10 @@ from pathlib import Path
 
 import click
 
-from llmtune.commands.help import Uncut
 from llmtune.commands.options import (
     CONFIG_ARGUMENT,
     OVERRIDES_ARGUMENT,
+    Uncut,
     print_result,
     with_output_options,
 )

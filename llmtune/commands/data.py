@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmtune.commands.help import Uncut
 from llmtune.commands.options import (
     CONFIG_ARGUMENT,
     OVERRIDES_ARGUMENT,
+    Uncut,
     print_result,
     show_progress,
     stdout,

@@ -1,11 +1,11 @@
-"""What every command shares: its arguments and options, and how it prints."""
+"""What every command shares: arguments, options, the layout of help, and how it prints."""
 
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -83,3 +83,31 @@ def show_progress(quiet: bool) -> None:
     logger.handlers[0].setFormatter(logging.Formatter("%(message)s"))
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
+
+
+class Chapters(click.Group):
+    """A group whose help lists its commands in chapters, in the order of use and uncut."""
+
+    chapters: Mapping[str, Sequence[str]]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a list a chapter."""
+        for title, names in self.chapters.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, _first_sentence(self.commands[name])) for name in names])
+
+
+class Uncut(click.Group):
+    """A group whose help cuts no sentence."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one list of all commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, _first_sentence(self.commands[name])) for name in self.list_commands(ctx)]
+            )
+
+
+def _first_sentence(command: click.Command) -> str:
+    paragraph = " ".join((command.help or "").split("\n\n")[0].split())
+    return paragraph.split(". ")[0].rstrip(".") + "."

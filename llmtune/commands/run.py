@@ -36,7 +36,7 @@ def run_all(  # noqa: PLR0913 (one argument an option)
 ) -> None:
     """Train, merge, evaluate, report; skip what is finished.
 
-    CONFIG is a YAML file, or a run directory to go on with.
+    CONFIG is a YAML file, or a run directory to continue with.
 
     \b
       llmtune run configs/quickstart.yaml
@@ -69,9 +69,9 @@ def run_all(  # noqa: PLR0913 (one argument an option)
 def train(
     config: Path, overrides: tuple[str, ...], force: bool, quiet: bool, as_json: bool
 ) -> None:
-    """Fit the adapter; goes on from a checkpoint.
+    """Fit the adapter; continues from a checkpoint.
 
-    CONFIG is a YAML file, or a run directory to go on with.
+    CONFIG is a YAML file, or a run directory to continue with.
 
     \b
       llmtune train configs/quickstart.yaml

@@ -1,1 +1,1 @@
-"""Several runs for one question: learning curve, sequence of tasks, seeds, one against another."""
+"""Several runs for one question: learning curve, sequence of tasks, seeds, one versus another."""

@@ -60,8 +60,8 @@ def measure_learning_curve(
     """Train on nested parts of the rows that the run saw, score them, fit L(n) = E + A n^-beta.
 
     The parts are n/8 (with two seeds), n/4 and n/2 rows in the order of a hash, trained for the
-    run's epochs, so the schedule is rescaled; n is the run itself. Sub-runs lie in
-    `run_dir/learning_curve/`; the same call goes on with what is missing. The cost is logged
+    run's epochs, so the schedule is rescaled; n is the run itself. Sub-runs are in
+    `run_dir/learning_curve/`; the same call continues with what is missing. The cost is logged
     beforehand, the result also written to `diagnostics/learning_curve.json`.
 
     Args:

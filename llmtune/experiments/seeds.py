@@ -34,8 +34,8 @@ from llmtune.reporting.measure import read_results
 from llmtune.reporting.numbers import Unit, format_count, format_p, unit_of_metric, without_nan
 from llmtune.reporting.suites import place_of
 from llmtune.reporting.transfer import build_report, read_resampling
-from llmtune.runs.deciding import deciding_knobs_of
 from llmtune.runs.ledger import differences
+from llmtune.runs.stage import deciding_knobs_of
 
 MIN_RUNS = 3
 ARMS = ("base", "tuned")
@@ -140,7 +140,7 @@ def compare_seeds(runs: Sequence[SeedRun]) -> SeedStudy:
 
     Raises:
         LlmtuneError: fewer than three runs, two of the same seed, anything but the seed differs in
-            what decided their adapters, or they share no suite; each is told by name.
+            what decided their adapters, or they share no suite; each is named.
     """
     names = tell_apart([each.run.path for each in runs])
     if len(runs) < MIN_RUNS:

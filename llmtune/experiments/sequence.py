@@ -19,9 +19,9 @@ log = logging.getLogger("llmtune")
 def train_sequence(configs: Sequence[RunConfig], out_dir: Path) -> SequenceResult:
     """Train every config on the adapter that the one before it left, and score all tasks each time.
 
-    The runs lie in `out_dir/1-NAME`, `2-NAME`, ..., after the configs' own run directories; what
-    is finished is skipped, so the same call goes on after a stop. `sequence.json` holds the result,
-    and every run has its report, which shows it.
+    The runs are in `out_dir/1-NAME`, `2-NAME`, ..., after the configs' own run directories; what
+    is finished is skipped, so the same call continues after a stop. `sequence.json` holds the
+    result, and every run has its report, which shows it.
 
     Raises:
         LlmtuneError: fewer than two configs, other bases, or a task without a target suite whose
@@ -79,7 +79,7 @@ def _check(configs: Sequence[RunConfig]) -> None:
     if repeated:
         raise LlmtuneError(
             f"two tasks have a run_dir named {repeated[0]!r}, which names the task: give one "
-            "another run_dir"
+            "a different run_dir"
         )
 
 

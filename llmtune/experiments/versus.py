@@ -109,7 +109,7 @@ def compare_runs(first: RunDir, second: RunDir, *, across: tuple[str, ...] = ())
         across: what of the recipes may differ (`base`, `precision`, `template`, `versions`).
 
     Raises:
-        LlmtuneError: one is not a run, they share no suite, or their recipes differ; how is told.
+        LlmtuneError: one is not a run, they share no suite, or their recipes differ.
     """
     if first.path.resolve() == second.path.resolve():
         raise LlmtuneError(f"{first.path}: is the same run twice")
@@ -150,7 +150,7 @@ def _compare(
     resampling: Resampling,
     across: tuple[str, ...],
 ) -> list[Comparison]:
-    """Compare every shared suite; all refusals are told at once."""
+    """Compare every shared suite; all refusals are reported at once."""
     found, problems = [], []
     for name in shared:
         first, second = results[0][name], results[1][name]
@@ -223,7 +223,7 @@ def render_versus(versus: Versus) -> str:
 
 
 def render_versus_table(versus: Versus) -> RenderableType:
-    """Return the table to print; long names stand above it, so that it fits 80 columns."""
+    """Return the table to print; long names are above it, so that it fits 80 columns."""
     names = {"first": versus.first, "second": versus.second}
     is_long = max(map(len, names.values())) > LONGEST_NAME
     shown = {side: side if is_long else name for side, name in names.items()}

@@ -26,7 +26,7 @@ def render_markdown(report: Report) -> str:
         _results(report),
         _alternatives(report),
         _forgetting(report),
-        _continual(report),
+        _sequence(report),
         _data(report),
         _training(report),
         _limits(report),
@@ -117,7 +117,7 @@ def _forgetting(report: Report) -> Iterator[str]:
         yield _bullets(lines)
 
 
-def _continual(report: Report) -> Iterator[str]:
+def _sequence(report: Report) -> Iterator[str]:
     found = report.sequence
     if found is None:
         return

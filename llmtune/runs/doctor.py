@@ -98,7 +98,7 @@ def check_threads(busy_ratio: float, environ: Mapping[str, str]) -> Finding:
 
 
 def library_dirs(environ: Mapping[str, str]) -> list[Path]:
-    """Return where shared libraries lie: the environment's own places first."""
+    """Return where shared libraries are: the environment's own places first."""
     named = [Path(part) for part in environ.get("LD_LIBRARY_PATH", "").split(":") if part]
     system = [path for pattern in LIBRARY_DIRS for path in sorted(Path("/").glob(pattern[1:]))]
     return [*named, Path(sys.prefix) / "lib", *system]

@@ -155,7 +155,7 @@ def warn_of_leaks(knobs: EvaluateConfig, data: DataConfig, suites: Sequence[Suit
     for name, leaked in find_leaked(iter_row_texts(data, "train"), suites).items():
         item, place = next(iter(leaked.items()))
         log.warning(
-            "suite %s: %d of its %d items stand word for word in the training rows (first: item %r "
+            "suite %s: %d of its %d items are word for word in the training rows (first: item %r "
             "in %s); its score will show memory. Take them out of one of the two before training",
             name,
             len(leaked),

@@ -37,7 +37,7 @@ class Ledger:
     def describe(
         self, *, base: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None
     ) -> None:
-        """Write what the run stands on into the manifest; what is not given stays."""
+        """Write base and data of the run into the manifest; what is not given stays."""
         now = self.manifest
         self._save(
             replace(
@@ -117,7 +117,7 @@ def open_ledger(
 
     Raises:
         LlmtuneError: another process holds the run, the directory is not a run, or it holds a run
-            of another config.
+            of a different config.
     """
     _refuse_foreign(run)
     is_new = not run.manifest_path.exists()
@@ -157,7 +157,7 @@ def refuse_unusable(
     """Refuse at once, before any long work, what `open_ledger` would refuse; nothing is written.
 
     Raises:
-        LlmtuneError: the directory is not a run, or it holds a run of another config.
+        LlmtuneError: the directory is not a run, or it holds a run of a different config.
     """
     _refuse_foreign(run)
     if not force and run.manifest_path.exists() and has_training(run):
@@ -204,7 +204,7 @@ def _refuse_other_config(
     if lines:
         more = f" and {len(lines) - SHOWN_DIFFERENCES} more" * (len(lines) > SHOWN_DIFFERENCES)
         raise LlmtuneError(
-            f"{run.path}: holds a run of another config ({'; '.join(lines[:SHOWN_DIFFERENCES])}"
+            f"{run.path}: holds a run of a different config ({'; '.join(lines[:SHOWN_DIFFERENCES])}"
             f"{more}); choose another run_dir, or redo this one with --force"
         )
 

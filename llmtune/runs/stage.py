@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig, anchor_paths
+from llmtune.data.config import SourceConfig
 from llmtune.errors import LlmtuneError
 from llmtune.io.manifest import Manifest, StageRecord
+from llmtune.io.validation import validate_section
+from llmtune.io.yaml_source import SourcedTree
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.resolve import resolve_base
-from llmtune.runs.deciding import deciding_knobs_of
 from llmtune.runs.ledger import Ledger, open_ledger
 
 
@@ -101,3 +103,38 @@ class Stage(ABC):
                 f"{run.path}: has no trained adapter yet; make it with: llmtune train CONFIG"
             )
         return adapter_fingerprint(run.adapter_dir)
+
+
+def deciding_knobs(config: RunConfig) -> dict[str, Any]:
+    """Return the knobs that decide the adapter; base and rows are compared by their content."""
+    values = config.model_dump(
+        mode="json",
+        include={"seed", "model", "adapter", "data", "protect"},
+        exclude={
+            "protect": {
+                part: {"source": {"path", "revision"}}
+                for part in ("replay", "kl_to_base")
+                if isinstance(getattr(getattr(config.protect, part), "source", None), SourceConfig)
+            },
+            "model": {"base", "revision", "trust_remote_code", "cache_quantized"},
+            "data": {
+                "cache": True,
+                "train": {"__all__": {"path", "revision"}},
+                "evaluation": {"__all__": {"path", "revision"}},
+            },
+        },
+    )
+    return values | {"train": config.train.deciding_knobs()}
+
+
+def deciding_knobs_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `deciding_knobs` does, of a config as a manifest holds it.
+
+    A config of an older version lacks the keys that were added since. Such a key counts as its
+    default, so that an older run can still be evaluated and reported.
+
+    Raises:
+        LlmtuneError: it has a key that this version does not know.
+    """
+    tree = SourcedTree(dict(recorded), {(): "the run's manifest.json"})
+    return deciding_knobs(validate_section(RunConfig, tree))

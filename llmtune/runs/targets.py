@@ -132,7 +132,7 @@ def find_run_dir(name: str) -> Path:
 
 
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the config a run was made with; `run_dir` is where the run lies now."""
+    """Return the config a run was made with; `run_dir` is where the run is now."""
     return validate_section(RunConfig, _recorded_tree(run_dir, overrides))
 
 

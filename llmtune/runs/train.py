@@ -14,9 +14,8 @@ from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.manifest import Manifest, StageRecord
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.runs.deciding import deciding_knobs, deciding_knobs_of
 from llmtune.runs.ledger import has_training, refuse_unusable
-from llmtune.runs.stage import Stage
+from llmtune.runs.stage import Stage, deciding_knobs, deciding_knobs_of
 
 log = logging.getLogger("llmtune")
 

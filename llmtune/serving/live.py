@@ -61,8 +61,8 @@ def load_live(target: Loadable, arm: str | None = None) -> LiveTarget:
     """Load what `target` names so that it can answer as `arm` (default: its first).
 
     Raises:
-        LlmtuneError: the target has no such arm, or its adapter was made for another base or
-            another chat template.
+        LlmtuneError: the target has no such arm, or its adapter was made for a different base or
+            chat template.
     """
     wanted = arm or target.arms[0]
     if wanted not in target.arms:

@@ -88,7 +88,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 may stand in a string
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 may be in a string
     except FileNotFoundError:
         raise LlmtuneError(f"{path}: no such file; expected a JSONL of prompts") from None
     except UnicodeDecodeError as error:

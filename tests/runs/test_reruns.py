@@ -200,4 +200,4 @@ def test_items_among_the_training_rows_are_told_before_training(config, caplog):
     assert built.verdict.name == "CONTAMINATED"
     caplog.clear()
     run(load(config))
-    assert "stand word for word" not in " ".join(caplog.messages)
+    assert "word for word" not in " ".join(caplog.messages)
