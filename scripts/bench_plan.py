@@ -167,16 +167,27 @@ def _train(arguments: list[str]) -> None:
         for split in ("train", "evaluation")
     )
 
-    import torch
-
     from llmtune.adapters.inject import inject_adapter
     from llmtune.models.load import load_model
-    from llmtune.stages.estimate import estimate_training
+    from llmtune.planning.devices import free_device
+    from llmtune.planning.workload import PlanRequest, estimate_training
     from llmtune.training.request import TrainRequest
     from llmtune.training.train import train_adapter
 
     planned = plan(config, measure=True)
-    estimate = estimate_training(config, source.directory, torch.device("cpu"), (train, evaluation))
+    estimate = estimate_training(
+        PlanRequest(
+            model=config.model.model_copy(update={"base": str(source.directory)}),
+            adapter=config.adapter,
+            data=config.data,
+            train=config.train,
+            run_dir=config.run_dir,
+            seed=config.seed,
+            device=free_device("cpu"),
+        ),
+        train,
+        evaluation,
+    )
     loaded = load_model(config.model, source)
     request = TrainRequest(
         model=inject_adapter(loaded.model, config.adapter).model,

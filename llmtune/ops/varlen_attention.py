@@ -115,7 +115,7 @@ def attend_torch_varlen(
     parameters = inspect.signature(varlen_attn).parameters
     options: dict[str, object] = {}
     if "window_size" in parameters:
-        options["window_size"] = (-1 if rule.sliding_window is None else rule.sliding_window - 1, 0)
+        options["window_size"] = _flash_window(rule)
     elif rule.sliding_window is not None:
         raise ValueError("this torch's varlen_attn has no sliding window; update torch or use flex")
     else:
@@ -128,15 +128,14 @@ def attend_torch_varlen(
         options["enable_gqa"] = key_1GTD.shape[1] != query_1HTD.shape[1]
     else:
         key_1GTD, value_1GTD = _repeat_heads(query_1HTD, key_1GTD, value_1GTD)
-    bounds = _cumulative_lengths(lengths, query_1HTD.device)
-    longest = max(lengths)
-    query_THD, key_TGD, value_TGD = (
-        heads[0].transpose(0, 1) for heads in (query_1HTD, key_1GTD, value_1GTD)
-    )
-    output_THD = varlen_attn(
-        query_THD, key_TGD, value_TGD, bounds, bounds, longest, longest, **options
-    )
-    return output_THD.transpose(0, 1)[None]
+
+    def kernel(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, bounds: Tensor) -> Tensor:
+        longest = max(lengths)
+        return varlen_attn(
+            query_THD, key_TGD, value_TGD, bounds, bounds, longest, longest, **options
+        )
+
+    return _run_flash(kernel, (query_1HTD, key_1GTD, value_1GTD), lengths)
 
 
 def attend_flash_attn(
@@ -149,24 +148,38 @@ def attend_flash_attn(
     """The flash-attn package, the only flash kernel here that knows a soft cap."""
     from flash_attn import flash_attn_varlen_func
 
-    bounds = _cumulative_lengths(lengths, query_1HTD.device)
-    query_THD, key_TGD, value_TGD = (
-        heads[0].transpose(0, 1) for heads in (query_1HTD, key_1GTD, value_1GTD)
-    )
-    output_THD = flash_attn_varlen_func(
-        query_THD,
-        key_TGD,
-        value_TGD,
-        cu_seqlens_q=bounds,
-        cu_seqlens_k=bounds,
-        max_seqlen_q=max(lengths),
-        max_seqlen_k=max(lengths),
-        softmax_scale=rule.scale,
-        causal=True,
-        window_size=(-1 if rule.sliding_window is None else rule.sliding_window - 1, 0),
-        softcap=rule.softcap or 0.0,
-    )
-    return output_THD.transpose(0, 1)[None]
+    def kernel(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, bounds: Tensor) -> Tensor:
+        return flash_attn_varlen_func(
+            query_THD,
+            key_TGD,
+            value_TGD,
+            cu_seqlens_q=bounds,
+            cu_seqlens_k=bounds,
+            max_seqlen_q=max(lengths),
+            max_seqlen_k=max(lengths),
+            softmax_scale=rule.scale,
+            causal=True,
+            window_size=_flash_window(rule),
+            softcap=rule.softcap or 0.0,
+        )
+
+    return _run_flash(kernel, (query_1HTD, key_1GTD, value_1GTD), lengths)
+
+
+def _run_flash(
+    kernel: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    heads: tuple[Tensor, Tensor, Tensor],
+    lengths: tuple[int, ...],
+) -> Tensor:
+    """Call a flash kernel in its layout, tokens first, with the bounds of the samples."""
+    query_THD, key_TGD, value_TGD = (one_1HTD[0].transpose(0, 1) for one_1HTD in heads)
+    bounds = _cumulative_lengths(lengths, query_THD.device)
+    return kernel(query_THD, key_TGD, value_TGD, bounds).transpose(0, 1)[None]
+
+
+def _flash_window(rule: ScoreRule) -> tuple[int, int]:
+    """Return the tokens that a token sees (before itself, after itself); -1 is all."""
+    return -1 if rule.sliding_window is None else rule.sliding_window - 1, 0
 
 
 def attend_flex(

@@ -109,3 +109,16 @@ def this_cpu() -> Device:
     with contextlib.suppress(OSError, ValueError):  # no container, or none with a limit
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return Device("this machine's CPU", "cpu", free)
+
+
+def free_device(name: str) -> Device:
+    """Return the device that a model is about to be loaded on, with the memory that is free now.
+
+    Args:
+        name: cpu, or a GPU as torch names it (cuda:0).
+    """
+    if not name.startswith("cuda"):
+        return this_cpu()
+    import torch
+
+    return Device(name, "cuda", torch.cuda.mem_get_info(name)[0])

@@ -3,16 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.module_selection import ModuleNames, choose_targets
 from llmtune.data.config import DataConfig
+from llmtune.data.prepared import PreparedData
+from llmtune.errors import LlmtuneError
 from llmtune.models.config import ModelConfig
 from llmtune.planning.activations import Adapted
+from llmtune.planning.base import read_base
 from llmtune.planning.devices import Device
 from llmtune.planning.estimate import MemoryEstimate, Workload, estimate_memory
-from llmtune.planning.rows import RowFacts
-from llmtune.planning.shape import ModelShape
+from llmtune.planning.rows import RowFacts, measure_rows
+from llmtune.planning.shape import ModelShape, read_shape
 from llmtune.training.config import TrainConfig
 
 MASK_BYTES = {"cpu": 4, "cuda": 1}
@@ -92,3 +96,44 @@ def count_steps(train: TrainConfig, rows: RowFacts) -> tuple[int | None, int | N
     if train.max_steps is None and rows.num_rows is not None:
         trained_rows = (train.num_epochs or 1) * rows.num_rows
     return steps, round(trained_rows * rows.mean)
+
+
+class TrainingEstimate(TypedDict):
+    """What the planner says of a run that is about to be trained."""
+
+    total_bytes: int
+    """The peak that `TrainResult.peak_bytes` measures."""
+    components: dict[str, int]
+    micro_batch_tokens: int
+    recomputed_layers: int
+
+
+def estimate_training(
+    request: PlanRequest, train: PreparedData, evaluation: PreparedData
+) -> TrainingEstimate | None:
+    """Return the estimated peak by component; None for an architecture that is not known.
+
+    Call it before the base is loaded: it counts with the memory that is free then. On a GPU the
+    total is what is allocated, without the context.
+
+    Args:
+        request: the sections; its base is a directory, its device `devices.free_device`'s.
+        train: the prepared rows.
+        evaluation: the prepared rows of evaluation.
+    """
+    try:
+        base = read_base(request.model)
+        shape = read_shape(base.config, base.place)
+    except LlmtuneError:
+        return None
+    rows = measure_rows(train, evaluation, batch_size=request.train.batch_size)
+    memory = plan_memory_of(request, shape, rows)
+    components = dict(memory.components)
+    if request.device.kind == "cuda":
+        del components["runtime"]
+    return {
+        "total_bytes": sum(components.values()),
+        "components": components,
+        "micro_batch_tokens": memory.tokens,
+        "recomputed_layers": memory.recomputed_layers,
+    }

@@ -1,10 +1,11 @@
 """The train stage: rows and base in, adapter out."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig
@@ -16,6 +17,9 @@ from llmtune.io.manifest import Manifest, StageRecord
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.ledger import has_training, refuse_unusable
 from llmtune.runs.stage import Stage, deciding_knobs, deciding_knobs_of
+
+if TYPE_CHECKING:
+    from llmtune.planning.workload import PlanRequest
 
 log = logging.getLogger("llmtune")
 
@@ -78,17 +82,45 @@ class TrainStage(Stage):
 
     def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Train, and return what the manifest records: steps, tokens, losses, choices and more."""
-        from llmtune.stages.train import TrainInputs, run_train_stage
+        from llmtune.planning.workload import estimate_training
+        from llmtune.training.adapt import TrainRows, adapt_base
+        from llmtune.training.train import train_adapter
 
-        data = self.data
-        result = run_train_stage(
-            self.config,
-            TrainInputs(
-                self.source, data["train"], data["evaluation"], inputs, data.get("protect")
-            ),
+        config, rows = self.config, self.data
+        estimate = estimate_training(self._plan_request(), rows["train"], rows["evaluation"])
+        adapted = adapt_base(
+            self.source,
+            config.model,
+            config.adapter,
+            config.protect,
+            TrainRows(rows["train"], rows["evaluation"], rows.get("protect")),
+            packing=config.data.packing,
+            run=config.run,
+            seed=config.seed,
+            identity=inputs,
         )
-        self._interrupted_by = result.pop("interrupted_by")
-        return result
+        result = train_adapter(config.train, adapted.request)
+        record = adapted.save(result, config.model_dump(mode="json"), config.train.batch_size)
+        recorded = {**dataclasses.asdict(result), "estimate": estimate, **record}
+        self._interrupted_by = recorded.pop("interrupted_by")
+        return recorded
+
+    def _plan_request(self) -> "PlanRequest":
+        """Ask for what this machine's free memory is now, before the base is loaded."""
+        from llmtune.models.hardware import choose_device
+        from llmtune.planning.devices import free_device
+        from llmtune.planning.workload import PlanRequest
+
+        config, base = self.config, str(self.source.directory)
+        return PlanRequest(
+            model=config.model.model_copy(update={"base": base, "revision": None}),
+            adapter=config.adapter,
+            data=config.data,
+            train=config.train,
+            run_dir=config.run_dir,
+            seed=config.seed,
+            device=free_device(str(choose_device(config.model.device))),
+        )
 
     def do(self) -> Mapping[str, Any]:
         """Train or skip it, and describe base and rows in the manifest.

@@ -268,7 +268,7 @@ def position_limit(model: nn.Module) -> int | None:
 
 def vocabulary_size(model: nn.Module) -> int:
     """Return the number of logits at one position."""
-    return _base_model(model).config.get_text_config().vocab_size
+    return int(_base_model(model).config.get_text_config().vocab_size)
 
 
 def rows_budget(model: nn.Module, token_budget: int) -> int:

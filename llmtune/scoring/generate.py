@@ -190,7 +190,8 @@ def _choose_tokens(
     logits: torch.Tensor, decoding: Decoding, generators: Sequence[torch.Generator]
 ) -> list[int]:
     if decoding.temperature == 0:
-        return logits.argmax(-1).tolist()
+        likeliest: list[int] = logits.argmax(-1).tolist()
+        return likeliest
     probs = (logits / decoding.temperature).softmax(-1).cpu()
     if decoding.top_p < 1:
         ordered, order = probs.sort(-1, descending=True)

@@ -295,6 +295,7 @@ def check_finite(model: PeftModel, step: int) -> None:
 
 
 def _state(model: PeftModel) -> dict[str, torch.Tensor]:
-    return get_peft_model_state_dict(
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, adapter_name=model.active_adapter, save_embedding_layers=False
     )
+    return state

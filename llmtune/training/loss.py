@@ -94,14 +94,14 @@ def choose_head(model: PeftModel) -> HeadChoice:
 def _logit_scale(config: PreTrainedConfig) -> float:
     """Return what the architecture multiplies its logits by (names as in transformers' configs)."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    if (
-        getattr(config, "logits_scaling", None) is not None
-    ):  # Granite divides, HyperCLOVA X does not
-        scaling = config.logits_scaling
-        return scaling if config.model_type == "hyperclovax" else 1 / scaling
-    return 1.0
+        scale = getattr(config, name, None)
+        if scale is not None:
+            return float(scale)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    # Granite divides, HyperCLOVA X does not.
+    return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def _difference_to_library(model: PeftModel, choice: HeadChoice) -> float:
         ours = torch.tanh(ours / choice.softcap) * choice.softcap
     if ours.shape != theirs.shape:
         return float("inf")
-    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)).item()
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
 
 
 def target_logits(model: PeftModel, micro_batch: MicroBatch) -> Tensor:

@@ -80,7 +80,8 @@ def find_untrained(examples: Sequence[Example]) -> list[int]:
             for index, example in enumerate(examples)
             if all(label == IGNORE_INDEX for label in example.labels[1:])
         ]
-    return examples.find_untrained().tolist()
+    rows: list[int] = examples.find_untrained().tolist()
+    return rows
 
 
 def group_by_source(examples: Sequence[Example], first_index: int) -> dict[str, list[int]]:

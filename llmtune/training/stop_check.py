@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
@@ -20,12 +20,20 @@ MAX_NEW_TOKENS = 256
 SLACK_TOKENS = 16
 
 
+class StopCheck(TypedDict):
+    """How many answers ended by themselves."""
+
+    stopped: int
+    asked: int
+    max_new_tokens: int
+
+
 def check_stops(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerFast,
     examples: Sequence[Example],
     stop_ids: tuple[int, ...],
-) -> dict[str, Any] | None:
+) -> StopCheck | None:
     """Ask the prompts of a few rows, greedily, and count the answers that end by themselves.
 
     A prompt is a row up to its last trained turn. An answer may be twice as long as the longest

@@ -31,7 +31,6 @@ from llmtune.training.batch import StepRows
 from llmtune.training.callbacks import BestWatch, FiniteWatch, InterruptionWatch, LearningWatch
 from llmtune.training.checkpoint import (
     PROGRESS_NAME,
-    Start,
     check_finite,
     checkpoint_dir,
     load_weights,
@@ -41,7 +40,7 @@ from llmtune.training.checkpoint import (
 )
 from llmtune.training.config import TrainConfig
 from llmtune.training.metrics import Clock, MetricsLog
-from llmtune.training.request import TrainRequest
+from llmtune.training.request import Start, TrainRequest
 from llmtune.training.rows import EpochSampler, group_by_source, name_sources
 from llmtune.training.setup import Setup
 from llmtune.training.step import TrainingStep

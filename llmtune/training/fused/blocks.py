@@ -85,8 +85,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _eps(norm: nn.Module) -> float | None:
     for name in ("variance_epsilon", "eps"):
-        if isinstance(getattr(norm, name, None), float):
-            return getattr(norm, name)
+        value = getattr(norm, name, None)
+        if isinstance(value, float):
+            return value
     return None
 
 

@@ -200,7 +200,7 @@ def relative_difference(packed_TD: Tensor, alone_TD: Tensor) -> float:
     """
     alone_TD = alone_TD.float()
     errors_T = (packed_TD.float() - alone_TD).norm(dim=-1) / alone_TD.norm(dim=-1)
-    return torch.quantile(errors_T, JUDGED_SHARE).item()
+    return float(torch.quantile(errors_T, JUDGED_SHARE))
 
 
 def _probe_rows(examples: Sequence[Example]) -> tuple[Example, Example, Example]:
@@ -228,7 +228,7 @@ def _neighbour_gradient(model: PeftModel, micro_batch: MicroBatch, device: torch
     """Return the largest gradient that the second row's hidden states send to the first row."""
     embedded: list[Tensor] = []
 
-    def catch(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+    def catch(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
@@ -240,4 +240,4 @@ def _neighbour_gradient(model: PeftModel, micro_batch: MicroBatch, device: torch
             (gradient,) = torch.autograd.grad((second * second).sum(), embedded[0])
     finally:
         handle.remove()
-    return gradient[0, :PROBE_TOKENS].abs().max().item()
+    return float(gradient[0, :PROBE_TOKENS].abs().max())

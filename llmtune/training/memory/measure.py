@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -63,10 +64,10 @@ class _SavedBytes:
     def inside(self, layers: list[nn.Module]) -> Iterator[None]:
         """Tell what is saved inside a layer from the rest."""
 
-        def enter(_module: nn.Module, _inputs: tuple) -> None:
+        def enter(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
             self._depth += 1
 
-        def leave(_module: nn.Module, _inputs: tuple, _output: object) -> None:
+        def leave(_module: nn.Module, _inputs: tuple[Any, ...], _output: object) -> None:
             self._depth -= 1
 
         handles = [layer.register_forward_pre_hook(enter) for layer in layers]
@@ -83,14 +84,14 @@ def available_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return USABLE_SHARE * (free + cached)
-    return USABLE_SHARE * min(psutil.virtual_memory().available, _container_bytes())
+        return USABLE_SHARE * float(free + cached)
+    return USABLE_SHARE * min(float(psutil.virtual_memory().available), _container_bytes())
 
 
 def peak_bytes(device: torch.device) -> int:
     """Return the peak memory so far: allocated on a GPU, resident (with loading) on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return int(torch.cuda.max_memory_allocated(device))
     return peak_memory_bytes()
 
 

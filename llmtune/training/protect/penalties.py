@@ -94,7 +94,7 @@ class Protection:
                 self._require_same_base(request.probe)
 
     def add_gradients(
-        self, step: int, autocast: Callable[[], AbstractContextManager], scale: float = 1.0
+        self, step: int, autocast: Callable[[], AbstractContextManager[object]], scale: float = 1.0
     ) -> None:
         """Run the penalties of a step (counted from 0) forward and backward.
 
@@ -113,7 +113,7 @@ class Protection:
             (norm * (self._config.l2 * scale)).backward()
         self._sums += torch.stack([kl.detach().float(), norm.detach(), torch.ones_like(norm)])
 
-    def dry_run(self, autocast: Callable[[], AbstractContextManager]) -> None:
+    def dry_run(self, autocast: Callable[[], AbstractContextManager[object]]) -> None:
         """Run a step of the longest rows and forget it.
 
         Raises:

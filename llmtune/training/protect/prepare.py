@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
@@ -38,7 +37,7 @@ class Prepared:
         source = max(row.source_index for row in rows) + 1
         return [*rows, *(replace(row, source_index=source) for row in self.replay)]
 
-    def describe(self) -> dict[str, Any] | None:
+    def describe(self) -> dict[str, int] | None:
         """Return what the manifest records; None where nothing is protected."""
         if self.request is None:
             return None

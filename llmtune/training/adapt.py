@@ -1,0 +1,204 @@
+"""From a base to a saved adapter: what comes before `train_adapter`, and what comes after it."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import torch
+
+from llmtune.adapters.base import Adapter
+from llmtune.adapters.inject import InjectionTable, inject_adapter
+from llmtune.adapters.saved import save_adapter
+from llmtune.data.example import Example
+from llmtune.data.prepared import PreparedData
+from llmtune.data.template import template_fingerprint
+from llmtune.io.environment import versions
+from llmtune.io.fingerprint import hash_json
+from llmtune.io.run_dir import RunDir
+from llmtune.io.sizes import MIB
+from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.config import ModelConfig
+from llmtune.models.load import LoadedModel, load_model
+from llmtune.models.quantization import QuantizationTable
+from llmtune.training.protect.config import ProtectConfig
+from llmtune.training.protect.prepare import Prepared, prepare_protection
+from llmtune.training.request import TrainRequest, TrainResult
+from llmtune.training.rows import hash_epochs
+from llmtune.training.stop_check import StopCheck, check_stops
+
+log = logging.getLogger("llmtune")
+
+MILLION = 1e6
+
+
+@dataclass(frozen=True)
+class TrainRows:
+    """The prepared rows of a training."""
+
+    train: PreparedData
+    evaluation: PreparedData
+    general: PreparedData | None = None
+    """Rows of `protect.kl_to_base.source`, if it is a file."""
+
+
+class TrainRecord(TypedDict):
+    """What is recorded of a training beside `TrainResult`."""
+
+    stop_check: StopCheck | None
+    order_hash: str
+    """Of which rows were seen in which order: a function of the data and the seed alone."""
+    protect: dict[str, int] | None
+    adapter_bytes: int
+    injection: dict[str, Any]
+    quantization: dict[str, Any]
+    device: str
+    dtype: str
+    attention: str
+
+
+@dataclass(frozen=True)
+class AdaptedBase:
+    """A loaded base with a fresh adapter, ready for `train_adapter`."""
+
+    request: TrainRequest
+    loaded: LoadedModel
+    rows: TrainRows
+    table: InjectionTable
+    protection: Prepared
+
+    def save(self, result: TrainResult, config: Mapping[str, Any], batch_size: int) -> TrainRecord:
+        """Save the trained adapter with what it belongs to, and check that its answers end.
+
+        Args:
+            result: of `train_adapter`.
+            config: the whole config as JSON values, to be recorded in the adapter's manifest.
+            batch_size: rows of an optimizer step.
+        """
+        loaded, directory = self.loaded, self.request.run.adapter_dir
+        manifest: dict[str, Any] = {
+            "base": {**loaded.source.as_dict(), "fingerprint": loaded.fingerprint},
+            "template": template_fingerprint(loaded.tokenizer).to_json(),
+            "data_fingerprint": self.rows.train.fingerprint,
+            "stop_token_ids": list(loaded.stop_token_ids),
+            "versions": versions(),
+            "config": dict(config),
+        }
+        save_adapter(self.request.model, directory, manifest, tokenizer=loaded.tokenizer)
+        train, evaluation = self.rows.train.examples, self.rows.evaluation.examples
+        asked: Sequence[Example] = evaluation if len(evaluation) else train
+        return {
+            "stop_check": check_stops(
+                self.request.model, loaded.tokenizer, asked, loaded.stop_token_ids
+            ),
+            "order_hash": self._order_hash(result.steps, batch_size),
+            "protect": self.protection.describe(),
+            "adapter_bytes": sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()),
+            "injection": self.table.to_dict(),
+            "quantization": dataclasses.asdict(loaded.quantized),
+            "device": str(loaded.device),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "attention": loaded.attention,
+        }
+
+    def _order_hash(self, steps: int, batch_size: int) -> str:
+        num_rows = len(self.request.train)
+        num_epochs = math.ceil(steps / math.ceil(num_rows / batch_size))
+        epochs = hash_epochs(num_rows, self.request.seed, num_epochs)
+        return hash_json({"mixture": self.rows.train.order_hash, "epochs": epochs})
+
+
+def adapt_base(  # noqa: PLR0913 - a section of the config each
+    source: Checkpoint,
+    model: ModelConfig,
+    adapter: Adapter,
+    protect: ProtectConfig,
+    rows: TrainRows,
+    *,
+    packing: Literal["auto", "on", "off"],
+    run: RunDir,
+    seed: int,
+    identity: Mapping[str, str],
+) -> AdaptedBase:
+    """Load and quantize the base, let it write its own text if asked, and inject the adapter.
+
+    Args:
+        source: the base's checkpoint.
+        model: how it is loaded.
+        adapter: what is injected.
+        protect: what keeps the adapted model near its base.
+        rows: what it is trained on.
+        packing: whether rows may share a batch without padding.
+        run: the run's directory.
+        seed: decides the adapter's start, the order of the rows, and dropout.
+        identity: hashes of base, data and config: in every checkpoint, and compared on resume.
+    """
+    loaded = load_model(model, source)
+    _log_lines(_describe_loaded(loaded))
+    protection = prepare_protection(
+        protect,
+        loaded,
+        num_rows=len(rows.train.examples),
+        general=None if rows.general is None else rows.general.examples,
+        seed=seed,
+        own_text_path=run.own_text_path,
+    )
+    torch.manual_seed(seed)
+    injected = inject_adapter(loaded.model, adapter, base_fingerprint=loaded.fingerprint)
+    _log_lines(_describe_injected(injected.table))
+    request = TrainRequest(
+        model=injected.model,
+        tokenizer=loaded.tokenizer,
+        train=protection.join(rows.train.examples),
+        evaluation=rows.evaluation.examples,
+        run=run,
+        seed=seed,
+        identity=identity,
+        packing=packing,
+        quiet=not log.isEnabledFor(logging.INFO),
+        protection=protection.request,
+    )
+    return AdaptedBase(request, loaded, rows, injected.table, protection)
+
+
+def _log_lines(lines: Iterator[str]) -> None:
+    for line in lines:
+        log.info("%s", line)
+
+
+def _describe_loaded(loaded: LoadedModel) -> Iterator[str]:
+    """Yield device, precision, attention, and what was quantized and what was not."""
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    yield f"base: {loaded.source.origin} on {loaded.device}, {dtype}, attention {loaded.attention}"
+    if loaded.quantized.method != "none":
+        yield from _describe_quantized(loaded.quantized)
+    yield from loaded.notices
+
+
+def _describe_quantized(table: QuantizationTable) -> Iterator[str]:
+    """Yield one line for each group of like-named weights, largest memory first."""
+    yield (
+        f"quantized: {table.quantized_ratio:.1%} of {table.num_parameters / MILLION:.1f} million "
+        f"weights to {table.method}, {table.bytes / MIB:.1f} MiB in all"
+    )
+    for row in table.rows:
+        yield (
+            f"  {row.kind:<9} {row.count:>4} x {row.pattern}, "
+            f"{row.num_parameters / MILLION:.1f} million, {row.bytes / MIB:.1f} MiB"
+        )
+
+
+def _describe_injected(table: InjectionTable) -> Iterator[str]:
+    """Yield what got an adapter of which rank, and the trainable share."""
+    yield (
+        f"adapter: {table.method}, {table.trainable_parameters:,} trainable parameters, "
+        f"{table.trainable_ratio:.2%} of the base; "
+        f"{table.adapted_ratio:.0%} of the linear layers' weights are adapted"
+    )
+    for row in table.rows:
+        settings = "".join(f"{name} {value:g}, " for name, value in row.settings.items())
+        yield f"  {row.count:>4} x {row.pattern}, {settings}{row.num_parameters:,} parameters"
+    yield from (f"  whole: {name}" for name in table.saved_modules)
+    yield from table.notices
