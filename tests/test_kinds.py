@@ -41,6 +41,27 @@ KINDS: dict[str, Kind] = {
         classes="Exporter",
         unions=frozenset({"base", "config", "export"}),
     ),
+    "adapter method": Kind(
+        folder="adapters",
+        # llama.cpp calls its own adapters lora too
+        names=frozenset({"rslora", "dora", "LORA", "use_rslora", "use_dora", "lora_alpha"}),
+        classes="Adapter",
+        unions=frozenset(
+            {
+                "attach",
+                "base",
+                "config",
+                "inject",
+                "low_rank",
+                "low_rank_update",
+                "manifest",
+                "module_selection",
+                "saved",
+                "strength",
+                "update",
+            }
+        ),
+    ),
     "suite task": Kind("evaluation/tasks", frozenset(), "Suite", frozenset({"base", "config"})),
 }
 """Each kind that the contract holds for."""

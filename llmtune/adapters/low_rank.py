@@ -376,6 +376,12 @@ class LowRankAdapter(Adapter):
         return cls.scaling(cls.saved_rank(config, key), alpha)
 
 
+def active_factors(layer: "BaseTunerLayer") -> "tuple[Tensor, Tensor, float]":
+    """Return A, B and the scaling of a layer's one active adapter."""
+    (name,) = (one for one in layer.active_adapters if one in layer.lora_A)
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+
 def _pair(tensors: ModuleTensors) -> tuple[TensorEntry, TensorEntry, bool]:
     """Return A, B and whether they are an embedding's."""
     parts = tensors.parts

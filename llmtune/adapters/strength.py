@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from llmtune.adapters.base import Adapter
+from llmtune.adapters.attach import live_method
 from llmtune.adapters.config import method_of
 from llmtune.errors import LlmtuneError
 
@@ -40,7 +40,7 @@ def adapter_strength(model: PeftModel, strength: float) -> Iterator[None]:
         with model.disable_adapter():
             yield
         return
-    method = _method_of(model)
+    method = live_method(model)
     undo: list[Callable[[], None]] = []
     try:
         for layer in adapted:
@@ -97,10 +97,6 @@ def _sort_layers(
         elif isinstance(module, BaseTunerLayer):
             adapted.append(module)
     return saved, adapted
-
-
-def _method_of(model: PeftModel) -> type[Adapter]:
-    return method_of(next(iter(model.peft_config.values())).to_dict())
 
 
 def _blending(original: nn.Module, strength: float) -> Callable[..., torch.Tensor]:

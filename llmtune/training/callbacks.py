@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llmtune.adapters.attach import live_method
 from llmtune.errors import LlmtuneError
 from llmtune.io.interrupt import Interruption
 from llmtune.training.config import EarlyStopping
@@ -21,9 +22,9 @@ MAX_NAMES = 8
 
 
 class LearningWatch(TrainerCallback):
-    """Stops by step 2 if a trained tensor got no gradient: B's must come at step 1, A's at 2.
+    """Stops by step 2 if a trained tensor got no gradient.
 
-    lora_B starts at zero, so lora_A gets its first gradient once B has moved.
+    Some tensors get theirs in step 1 already (`Adapter.learns_at_once`), such as LoRA's B.
     """
 
     def __init__(self) -> None:
@@ -49,8 +50,11 @@ class LearningWatch(TrainerCallback):
         if graded:
             norms = torch.stack([trained[name].grad.abs().max() for name in graded]).tolist()
             self._waiting -= {name for name, norm in zip(graded, norms, strict=True) if norm != 0}
+        method = live_method(model)
         must_learn = {
-            name for name in self._waiting if self._steps == CHECKED_STEPS or ".lora_B." in name
+            name
+            for name in self._waiting
+            if self._steps == CHECKED_STEPS or method.learns_at_once(name)
         }
         if must_learn:
             names = ", ".join(sorted(must_learn)[:MAX_NAMES])

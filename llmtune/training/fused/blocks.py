@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -107,7 +106,6 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     return (
         all(isinstance(part, nn.Module) for part in parts)
         and _is_silu(getattr(module, "act_fn", None))
-        and isinstance(down, LoraLayer)
         and is_fused(down)
         and hasattr(module.gate_proj, "in_features")
         and _is_untouched(module)

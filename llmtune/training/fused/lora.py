@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Linear as StockLinear
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
+from llmtune.adapters.attach import live_method
+from llmtune.adapters.base import Adapter
+from llmtune.adapters.low_rank import active_factors
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear, lora_linears
 
 FUSED_MARK = "is_fused_lora"
@@ -47,11 +49,12 @@ def fused_lora(model: PeftModel, run_forward: Callable[[], object]) -> Iterator[
         model: the model with its adapter.
         run_forward: runs the decoder once on anything; shows which layers share an input.
     """
+    method = live_method(model)
     stock: Counter[str] = Counter()
-    fusable: list[LoraLayer] = []
+    fusable: list[BaseTunerLayer] = []
     for module in model.modules():
-        if isinstance(module, LoraLayer):
-            reason = _find_obstacle(module)
+        if isinstance(module, BaseTunerLayer):
+            reason = _find_obstacle(method, module)
             if reason is None:
                 fusable.append(module)
             else:
@@ -74,28 +77,18 @@ def fused_lora(model: PeftModel, run_forward: Callable[[], object]) -> Iterator[
             group.detach()
 
 
-def is_fused(layer: LoraLayer) -> bool:
+def is_fused(layer: BaseTunerLayer) -> bool:
     """Whether `fused_lora` covers the layer now; others may have replaced its forward too."""
     return hasattr(layer.__dict__.get("forward"), FUSED_MARK)
 
 
-def _find_obstacle(layer: LoraLayer) -> str | None:
+def _find_obstacle(method: type[Adapter], layer: BaseTunerLayer) -> str | None:
     """Return why a layer must keep PEFT's own forward, or None."""
-    if type(layer) is not StockLinear and type(layer).__name__ != "Linear4bit":
-        return f"{type(layer).__name__} layers are not covered"
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1:
-        return f"{len(active)} active adapters"
-    (name,) = active
-    if name in layer.lora_variant:
-        return f"{type(layer.lora_variant[name]).__name__} is a variant of LoRA"
-    if not isinstance(layer.lora_dropout[name], nn.Identity):
-        return "every layer draws a dropout mask of its own"
-    if layer.lora_B[name].bias is not None:
-        return "its adapter has a bias"
+    reason = method.why_not_fused(layer)
+    if reason is not None:
+        return reason
     base = layer.get_base_layer()
-    watched = (layer.lora_A[name], layer.lora_B[name], base)
-    if "forward" in layer.__dict__ or any(_has_hooks(module) for module in watched):
+    if "forward" in layer.__dict__ or _has_hooks(base):
         return "hooks are attached"
     if any(parameter.requires_grad for parameter in base.parameters()):
         return "the base layer is trained"
@@ -114,10 +107,10 @@ def _is_four_bit(base: nn.Module) -> bool:
 
 
 def _find_groups(
-    layers: Sequence[LoraLayer], run_forward: Callable[[], object]
-) -> list[list[LoraLayer]]:
+    layers: Sequence[BaseTunerLayer], run_forward: Callable[[], object]
+) -> list[list[BaseTunerLayer]]:
     """Group the layers that are called with the very same tensor."""
-    calls: list[tuple[Tensor, LoraLayer]] = []
+    calls: list[tuple[Tensor, BaseTunerLayer]] = []
     handles = [
         layer.register_forward_pre_hook(lambda module, inputs: calls.append((inputs[0], module)))
         for layer in layers
@@ -128,7 +121,7 @@ def _find_groups(
     finally:
         for handle in handles:
             handle.remove()
-    by_input: dict[int, list[LoraLayer]] = {}
+    by_input: dict[int, list[BaseTunerLayer]] = {}
     for value, layer in calls:  # `calls` keeps the tensors alive, so their ids are unique
         by_input.setdefault(id(value), []).append(layer)
     counts = Counter(layer for _, layer in calls)
@@ -140,7 +133,7 @@ def _find_groups(
 class _Group:
     """Layers with one input; a call to one of them computes all, the others pick theirs up."""
 
-    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+    def __init__(self, layers: Sequence[BaseTunerLayer]) -> None:
         self._layers = tuple(layers)
         self._linears = tuple(describe_linear(layer) for layer in layers)
         self._copies = AdapterCopies()
@@ -160,7 +153,7 @@ class _Group:
         """Copy the adapters anew at the next call: their masters have changed."""
         self._copies.forget()
 
-    def _forward_of(self, index: int, layer: LoraLayer) -> Callable[..., Tensor]:
+    def _forward_of(self, index: int, layer: BaseTunerLayer) -> Callable[..., Tensor]:
         def forward(x: Tensor, *args: object, **kwargs: object) -> Tensor:
             if layer.disable_adapters or layer.merged or args or kwargs:
                 return type(layer).forward(layer, x, *args, **kwargs)
@@ -189,17 +182,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def describe_linear(layer: LoraLayer) -> LoraLinear:
+def describe_linear(layer: BaseTunerLayer) -> LoraLinear:
     """Return a PEFT layer with one active adapter as our ops see it; tensors are shared."""
-    (name,) = (one for one in layer.active_adapters if one in layer.lora_A)
     base = layer.get_base_layer()
-    return LoraLinear(
-        weight_OI=_read_weight(base),
-        lora_A_RI=layer.lora_A[name].weight,
-        lora_B_OR=layer.lora_B[name].weight,
-        scaling=layer.scaling[name],
-        bias_O=base.bias,
-    )
+    return LoraLinear(_read_weight(base), *active_factors(layer), bias_O=base.bias)
 
 
 def _read_weight(base: nn.Module) -> Tensor | Callable[[], Tensor]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from llmtune.adapters.attach import live_method
 from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
 from llmtune.ops.linear_cross_entropy import FrozenHead
@@ -205,16 +206,17 @@ def squared_update_norm(updates: Sequence[tuple[Tensor, Tensor, float]]) -> Tens
 
 
 def _find_updates(model: PeftModel) -> list[tuple[Tensor, Tensor, float]]:
+    method = live_method(model)
     found = []
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, BaseTunerLayer):
             continue
         for adapter in module.active_adapters:
-            if adapter in module.lora_variant or adapter not in module.lora_A:
+            factors = method.factors_of(module, adapter)
+            if factors is None:
                 raise LlmtuneError(
-                    f"protect.l2 knows the norm of plain LoRA on linear layers, and {name} is "
-                    "another kind; leave protect.l2 at 0"
+                    f"protect.l2 knows the norm of plain LoRA on linear layers, and {name} is of a "
+                    "different kind; leave protect.l2 at 0"
                 )
-            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-            found.append((a, b, float(module.scaling[adapter])))
+            found.append(factors)
     return found
