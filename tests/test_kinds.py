@@ -53,6 +53,7 @@ KINDS: dict[str, Kind] = {
                 "config",
                 "inject",
                 "low_rank",
+                "low_rank_saved",
                 "low_rank_update",
                 "manifest",
                 "module_selection",

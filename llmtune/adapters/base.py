@@ -2,6 +2,7 @@
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -24,9 +25,9 @@ SavedConfig = Mapping[str, Any]
 class Adapter(Section):
     """A small change of chosen layers that is trained while the base stays frozen.
 
-    The methods of an instance serve a config: injecting and planning. The class methods serve an
-    adapter that exists, in a file or in a live model, whoever made it: `adapters.config.method_of`
-    returns the class whose own it is.
+    The methods of an instance serve a config: injecting, then planning. The class methods serve an
+    adapter that exists, whoever made it: first a live one, then a saved one, whose method
+    `adapters.config.method_of` finds.
     """
 
     PEFT_TYPE: ClassVar[str]
@@ -57,8 +58,7 @@ class Adapter(Section):
     init_from: Path | None = None
     """A saved adapter of the same shape to start from; null starts with no effect."""
 
-    # Injecting
-
+    @abstractmethod
     def to_peft(
         self,
         target_modules: Sequence[str],
@@ -73,7 +73,6 @@ class Adapter(Section):
             target_parameters: the fused expert weights it chose.
             fan_in_fan_out: the layers keep their weight as [in, out] (GPT-2's Conv1D).
         """
-        raise NotImplementedError
 
     def why_no_experts(self) -> str | None:
         """Say why fused expert weights cannot be adapted with these knobs; None if they can."""
@@ -92,8 +91,6 @@ class Adapter(Section):
         """Return what a table should say of an adapted layer, by name; empty if nothing."""
         return {}
 
-    # Planning
-
     def num_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Return the trainable parameters for adapted weights {name: shape}.
 
@@ -104,9 +101,9 @@ class Adapter(Section):
             for name, shape in shapes.items()
         )
 
+    @abstractmethod
     def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
         """Return the trainable parameters of one adapted weight [out, in]."""
-        raise NotImplementedError
 
     def thin_width(self, module: str) -> int:
         """Return the width of the product that a layer keeps beside its input; 0 without one."""
@@ -125,8 +122,6 @@ class Adapter(Section):
     def lighter(self) -> "tuple[str, Adapter] | None":
         """Return an override that needs less memory and the section with it; None without one."""
         return None
-
-    # A live adapter
 
     @classmethod
     def why_not_fused(cls, layer: "BaseTunerLayer") -> str | None:
@@ -160,8 +155,6 @@ class Adapter(Section):
         Without such an adapter the model is not its base.
         """
         return None
-
-    # A saved adapter
 
     @classmethod
     def owns(cls, config: SavedConfig) -> bool:
@@ -201,13 +194,13 @@ class Adapter(Section):
         return None
 
     @classmethod
+    @abstractmethod
     def part_of(cls, name: str) -> Part | None:
         """Return which part of which module a saved tensor is; None if it is not the method's.
 
         Raises:
             ValueError: the name has the method's form, and no tensor of it has that name.
         """
-        raise NotImplementedError
 
     @classmethod
     def missing_part(cls, tensors: ModuleTensors) -> str | None:
@@ -215,9 +208,9 @@ class Adapter(Section):
         return None
 
     @classmethod
+    @abstractmethod
     def widths(cls, tensors: ModuleTensors) -> Widths:
         """Return what the tensors' shapes say of the adapted layer's widths."""
-        raise NotImplementedError
 
     @classmethod
     def fits_experts(cls, tensors: ModuleTensors, place: Place, config: SavedConfig) -> bool:
@@ -225,6 +218,7 @@ class Adapter(Section):
         return False
 
     @classmethod
+    @abstractmethod
     def plan_updates(
         cls, tensors: ModuleTensors, place: Place, config: SavedConfig, strength: float
     ) -> dict[str, WeightUpdate]:
@@ -233,7 +227,6 @@ class Adapter(Section):
         Raises:
             ValueError: the tensors contradict the config.
         """
-        raise NotImplementedError
 
     @classmethod
     def why_only_alone(cls, config: SavedConfig) -> str | None:
