@@ -44,13 +44,13 @@ def learning_curve(  # noqa: PLR0913 (one argument an option)
     from dataclasses import asdict
 
     from llmtune.experiments.learning_curve import measure_learning_curve
-    from llmtune.reporting.curve_lines import curve_lines
+    from llmtune.reporting.terminal import iter_curve_lines
     from llmtune.runs.targets import require_run
 
     show_progress(quiet)
     loaded = require_run(target, overrides)
     found = measure_learning_curve(loaded, suite=suite, target_score=target_score)
-    print_result(asdict(found), as_json, lambda: "\n".join(curve_lines(found)))
+    print_result(asdict(found), as_json, lambda: "\n".join(iter_curve_lines(found)))
 
 
 @click.command()
@@ -70,7 +70,7 @@ def sequence(configs: tuple[Path, ...], out: Path, quiet: bool, as_json: bool) -
     """
     from llmtune.config import load_config
     from llmtune.experiments.sequence import train_sequence
-    from llmtune.reporting.sequence import SequenceResult
+    from llmtune.reporting.sections.sequence import SequenceResult
 
     show_progress(quiet)
     result = train_sequence([load_config(path) for path in configs], out)

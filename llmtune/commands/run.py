@@ -120,7 +120,7 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
       llmtune eval path/to/model --suite general --json
       llmtune eval runs/quickstart --lm-eval my_task --include-path tasks
     """
-    from llmtune.reporting.scores import render_scores
+    from llmtune.reporting.terminal import render_scores
 
     show_progress(quiet)
     if harness is not None and suites:

@@ -27,13 +27,12 @@ from llmtune.evaluation.stats import holm, paired_bootstrap, two_level_bootstrap
 from llmtune.experiments.versus import tell_apart
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
-from llmtune.reporting.current import Models, current_results
-from llmtune.reporting.figures import draw_interval, interval_limit
+from llmtune.reporting.build import build_report
+from llmtune.reporting.charts import draw_interval, interval_limit
 from llmtune.reporting.html import make_environment
-from llmtune.reporting.measure import read_results
 from llmtune.reporting.numbers import Unit, format_count, format_p, unit_of_metric, without_nan
+from llmtune.reporting.run_results import Models, current_results, read_resampling, read_results
 from llmtune.reporting.suites import place_of
-from llmtune.reporting.transfer import build_report, read_resampling
 from llmtune.runs.ledger import differences
 from llmtune.runs.stage import deciding_knobs_of
 

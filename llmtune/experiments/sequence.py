@@ -9,7 +9,7 @@ from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.run_dir import SEQUENCE_FILE, atomic_write_json
-from llmtune.reporting.sequence import SequenceResult
+from llmtune.reporting.sections.sequence import SequenceResult
 from llmtune.runs import pipeline
 from llmtune.runs.evaluate import load_suites
 

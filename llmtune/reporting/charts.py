@@ -1,17 +1,27 @@
-"""From a matplotlib figure to inline SVG that takes its colours from the page's style sheet."""
+"""Drawing for the page: charts with axes, and an interval's mark for a table row, as inline SVG.
+
+Charts are matplotlib's; their colors are the style sheet's. The marks are a few lines each, for a
+page holds dozens of them.
+"""
 
 import io
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from llmtune.reporting.numbers import MINUS
 
+INTERVAL_WIDTH = 180
+INTERVAL_HEIGHT = 22
+MAX_POINTS = 300
 WIDTH, HEIGHT = 340, 205
 """Size of the drawing in points; the page scales it to its column."""
 
@@ -25,6 +35,8 @@ VARIABLES = dict(
         strict=True,
     )
 )
+Points = Sequence[tuple[float, float]]
+
 SETTINGS: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "none",
@@ -76,6 +88,87 @@ def format_tick(value: float, _: object = None) -> str:
     return MINUS + text if value < 0 and float(text) else text
 
 
+def finish_axes(axes: Axes, x_label: str, y_label: str, *, whole: bool = False) -> None:
+    """Label both axes, with few ticks on them; `whole` asks for whole numbers on the x axis."""
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if axes.get_xscale() == "linear":
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
+        axes.xaxis.set_major_formatter(FuncFormatter(format_tick))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(format_tick))
+
+
+def thin_points(points: Points, most: int = MAX_POINTS) -> Points:
+    """Return at most `most` points: means over runs of neighbours, the same number in each."""
+    if len(points) <= most:
+        return points
+    size = math.ceil(len(points) / most)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [
+        (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
+        for group in groups
+    ]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear axis from `low` to `high`, drawn from `start` to `end` (pixels)."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        """Return the pixel of a value."""
+        share = (value - self.low) / (self.high - self.low)
+        return self.start + share * (self.end - self.start)
+
+
+def draw_interval(
+    gain: float, low: float, high: float, *, limit: float, bound: float | None = None
+) -> Markup:
+    """Draw a gain and its interval on an axis from -limit (worse) to +limit (better).
+
+    Args:
+        gain, low, high: the difference turned so that positive is better, raw unit.
+        limit: the end of the axis, shared by the rows that are compared.
+        bound: how much may be lost; drawn as a mark on the worse side.
+    """
+    axis = Axis(-limit, limit, 6, INTERVAL_WIDTH - 6)
+    middle = INTERVAL_HEIGHT / 2
+    left, right = axis.at(max(low, -limit)), axis.at(min(high, limit))
+    kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
+    parts = [_line("axis", axis.start, middle, axis.end, middle)]
+    if bound is not None and bound < limit:
+        parts.append(_line("bound", axis.at(-bound), 4, axis.at(-bound), INTERVAL_HEIGHT - 4))
+    parts.append(_line("zero", axis.at(0), 1, axis.at(0), INTERVAL_HEIGHT - 1))
+    parts.append(_line("span", left, middle, right, middle))
+    parts += [_line("cap", end, middle - 4, end, middle + 4) for end in (left, right)]
+    center = axis.at(max(-limit, min(limit, gain)))
+    parts.append(f'<circle class="dot" cx="{center:.1f}" cy="{middle:.1f}" r="4"/>')
+    return Markup(
+        f'<svg class="interval {kind}" viewBox="0 0 {INTERVAL_WIDTH} {INTERVAL_HEIGHT}" '
+        f'aria-hidden="true">{"".join(parts)}</svg>'
+    )
+
+
+def interval_limit(ends: Sequence[float]) -> float:
+    """Return a round axis end that holds every value of `ends` with a little room."""
+    largest = max((abs(end) for end in ends), default=0.0)
+    return _round_up(largest * 1.05) if largest > 0 else 1.0
+
+
+def _round_up(value: float) -> float:
+    """Return the next number of the form 1, 2, 2.5, 4, 5 or 10 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(value))
+    for factor in (1, 2, 2.5, 4, 5, 10):
+        if value <= factor * power * (1 + 1e-9):
+            return factor * power
+    return 10 * power
+
+
 def _inline(svg: str, name: str, label: str) -> str:
     """Return matplotlib's SVG without what only a file needs, themed and with ids of its own."""
     body = svg[svg.index("<svg") :]
@@ -100,3 +193,7 @@ def _inline(svg: str, name: str, label: str) -> str:
 def _shorten(match: re.Match[str]) -> str:
     numbers = re.sub(r"(\.\d)\d+", r"\1", match.group(2)).replace("\n", " ").strip()
     return f' {match.group(1)}="{numbers}"'
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'

@@ -40,19 +40,6 @@ def list_facts(value: Mapping[str, Any], *, without: Sequence[str] = ()) -> tupl
     return tuple(facts)
 
 
-def find_fingerprints(value: Any, path: str = "") -> dict[str, str]:
-    """Return every text under a key that ends like a hash's name, by its dotted path."""
-    found: dict[str, str] = {}
-    if not isinstance(value, Mapping):
-        return found
-    for key, inner in value.items():
-        place = f"{path}.{key}" if path else str(key)
-        if isinstance(inner, str) and str(key).endswith(HASH_ENDINGS):
-            found[place] = inner
-        found |= find_fingerprints(inner, place)
-    return found
-
-
 def format_label(key: str, value: Any = None) -> str:
     """Turn a key into words: `top1_agreement` becomes `top-1 agreement`; a unit's suffix goes."""
     words = str(key).removeprefix("num_").split("_")

@@ -11,44 +11,44 @@ from markupsafe import Markup
 from llmtune.reporting import numbers
 from llmtune.reporting.facts import format_label, format_value, list_facts
 from llmtune.reporting.report import Report
-from llmtune.reporting.sections import (
-    arms,
-    broken,
-    diagnoses,
-    plan,
-    probabilities,
-    record,
-    results,
-    sequence,
-    slices,
-    strengths,
-    training,
-)
+from llmtune.reporting.sections import diagnoses
+from llmtune.reporting.sections.arms import show_arms
+from llmtune.reporting.sections.broken import show_broken
+from llmtune.reporting.sections.generations import show_generations
+from llmtune.reporting.sections.merge import show_merge
+from llmtune.reporting.sections.plan import check_plan, show_plan
+from llmtune.reporting.sections.probabilities import show_probabilities
+from llmtune.reporting.sections.record import show_data, show_missing, show_record
+from llmtune.reporting.sections.results import show_results
+from llmtune.reporting.sections.sequence import show_sequence
+from llmtune.reporting.sections.slices import show_slices
+from llmtune.reporting.sections.strengths import show_strengths
+from llmtune.reporting.sections.training import show_training
 
-Build = Callable[[Report], Mapping[str, Any] | None]
+Show = Callable[[Report], Mapping[str, object] | None]
 
-SECTIONS: tuple[tuple[str, Build], ...] = (
-    ("results", results.build),
-    ("arms", arms.build),
-    ("strengths", strengths.build),
-    ("broken", broken.build),
-    ("sequence", sequence.build),
-    ("slices", slices.build),
-    ("probabilities", probabilities.build),
-    ("training", training.build),
-    ("plan", plan.build),
+SECTIONS: tuple[tuple[str, Show], ...] = (
+    ("results", lambda r: show_results(r.suites, r.thresholds)),
+    ("arms", lambda r: show_arms(r.suites)),
+    ("strengths", lambda r: show_strengths(r.strengths, r.suites, r.thresholds)),
+    ("broken", lambda r: show_broken(r.suites, r.diagnostics, r.generations)),
+    ("sequence", lambda r: show_sequence(r.sequence)),
+    ("slices", lambda r: show_slices(r.suites)),
+    ("probabilities", lambda r: show_probabilities(r.shifts, [s.name for s in r.suites])),
+    ("training", lambda r: show_training(r.curve, r.cost)),
+    ("plan", lambda r: show_plan(check_plan(r.manifest))),
     ("learning_curve", diagnoses.build_learning_curve),
     ("contamination", diagnoses.build_contamination),
     ("memorisation", diagnoses.build_memorisation),
     ("shift", diagnoses.build_shift),
     ("probe", diagnoses.build_probe),
-    ("generations", record.build_generations),
-    ("merge", record.build_merge),
-    ("data", record.build_data),
-    ("missing", record.build_missing),
-    ("record", record.build_record),
+    ("generations", lambda r: show_generations(r.generations)),
+    ("merge", lambda r: show_merge(r.merge)),
+    ("data", lambda r: show_data(r.manifest)),
+    ("missing", lambda r: show_missing(r.missing)),
+    ("record", lambda r: show_record()),
 )
-"""The page from top to bottom; each name is its template's, each function says what to show."""
+"""The page from top to bottom: each name is its template's; each function says what to show."""
 
 
 def render_html(report: Report) -> str:
@@ -56,8 +56,8 @@ def render_html(report: Report) -> str:
     environment = make_environment()
     sections = [
         Markup(environment.get_template(f"{name}.html.j2").render(report=report, **shown))  # noqa: S704
-        for name, build in SECTIONS
-        if (shown := build(report)) is not None
+        for name, show in SECTIONS
+        if (shown := show(report)) is not None
     ]
     return environment.get_template("page.html.j2").render(
         report=report,

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmtune.reporting.arms import FEW_SHOT, MAIN_ARMS, split_name
 from llmtune.reporting.numbers import (
     FRACTION,
     Unit,
@@ -14,6 +13,7 @@ from llmtune.reporting.numbers import (
     format_seconds,
 )
 from llmtune.reporting.report import Report
+from llmtune.reporting.sections.arms import FEW_SHOT, MAIN_ARMS, split_name
 from llmtune.reporting.suites import Change, SuiteReport
 
 UNSAFE = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;", ">": "&gt;"})

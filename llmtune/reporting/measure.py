@@ -1,8 +1,7 @@
 """From the stored per-item scores of a run's arms to what the report says about each suite."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from llmtune.evaluation.compare import (
     Resampling,
@@ -11,41 +10,20 @@ from llmtune.evaluation.compare import (
     compare_slices,
 )
 from llmtune.evaluation.diagnosis.results import ContaminationResult
-from llmtune.evaluation.results import ArmResult, read_arm_result
+from llmtune.evaluation.results import ArmResult
 from llmtune.evaluation.stats import holm, needed_items
-from llmtune.reporting.arms import (
-    MAIN_ARMS,
-    as_change,
-    measure_rivals,
-    pool_draws,
-    restrict,
-    sort_arms,
+from llmtune.reporting.run_results import Results, restrict
+from llmtune.reporting.sections.arms import measure_rivals, sort_arms
+from llmtune.reporting.suites import (
+    ArmScore,
+    Change,
+    CleanChange,
+    SliceReport,
+    SuiteReport,
+    place_of,
 )
-from llmtune.reporting.suites import ArmScore, CleanChange, SliceReport, SuiteReport, place_of
 
 MAX_SLICE_VALUES = 50
-
-Results = Mapping[str, Mapping[str, ArmResult]]
-
-
-def read_results(
-    evaluations_dir: Path, *, is_wanted: Callable[[ArmResult], bool]
-) -> dict[str, dict[str, ArmResult]]:
-    """Read the results in a directory as suite -> arm -> result, with the mean of few-shot draws.
-
-    Args:
-        is_wanted: whether a result is of this run as it stands; others are left from earlier
-            evaluations and not shown. So are arms made on other items than their base.
-
-    Raises:
-        LlmtuneError: a file is not a result.
-    """
-    results: dict[str, dict[str, ArmResult]] = {}
-    for path in sorted(evaluations_dir.glob("*.json")):
-        result = read_arm_result(path)
-        if is_wanted(result):
-            results.setdefault(result.suite, {})[result.arm] = result
-    return {name: pool_draws(_on_same_items(arms)) for name, arms in results.items()}
 
 
 def measure_suites(
@@ -93,14 +71,14 @@ def measure_suite(arms: Mapping[str, ArmResult], resampling: Resampling) -> Suit
     base, tuned, merged = (arms.get(name) for name in ("base", "tuned", "merged"))
     if tuned and merged:
         found = compare_arms(tuned, merged, resampling=resampling)
-        suite = replace(suite, merged_change=as_change(found))
+        suite = replace(suite, merged_change=Change.of(found))
     if not base or not tuned:
         return suite
     found = compare_arms(base, tuned, resampling=resampling)
     values = _count_values(base)
     return replace(
         suite,
-        change=as_change(found),
+        change=Change.of(found),
         mde=found.mde,
         needed_items=needed_items(found.difference, found.mde, found.n),
         mcnemar_p=found.mcnemar_p,
@@ -130,8 +108,7 @@ def _count_values(result: ArmResult) -> dict[str, int]:
 
 def _slice_report(found: SliceComparison, holm_p: float) -> SliceReport:
     comparison = found.comparison
-    change = as_change(comparison)
-    assert change is not None
+    change = Change.of(comparison)
     return SliceReport(
         column=found.column,
         value=found.value,
@@ -141,18 +118,6 @@ def _slice_report(found: SliceComparison, holm_p: float) -> SliceReport:
         change=change,
         holm_p=holm_p,
     )
-
-
-def _on_same_items(arms: dict[str, ArmResult]) -> dict[str, ArmResult]:
-    main = arms.get("base") or arms.get("tuned")
-    if main is None:
-        return arms
-    items = main.recipe.get("items")
-    return {
-        name: result
-        for name, result in arms.items()
-        if name in MAIN_ARMS or result.recipe.get("items") == items
-    }
 
 
 def _clean(
@@ -165,8 +130,7 @@ def _clean(
     if not kept:
         return None
     found = compare_arms(restrict(base, kept), restrict(tuned, kept), resampling=resampling)
-    change = as_change(found)
-    assert change is not None
+    change = Change.of(found)
     return CleanChange(found.n, found.base, found.tuned, change)
 
 

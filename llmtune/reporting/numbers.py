@@ -4,8 +4,9 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
+T = TypeVar("T")
 MINUS = "\N{MINUS SIGN}"
 NO_VALUE = "\N{EN DASH}"
 SECONDS_PER_MINUTE = 60
@@ -132,12 +133,16 @@ def finite(value: object) -> float | None:
     return float(value)
 
 
-def without_nan(value: Any) -> Any:
+def without_nan(value: T) -> T:
     """Return JSON values with every NaN and infinity as None, which is what JSON has for them."""
+    return cast(T, _without_nan(value))
+
+
+def _without_nan(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: without_nan(inner) for key, inner in value.items()}
+        return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [without_nan(inner) for inner in value]
+        return [_without_nan(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -2,24 +2,56 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from llmtune.evaluation.compare import Resampling
 from llmtune.io.manifest import Manifest
-from llmtune.reporting.cost import Cost
 from llmtune.reporting.diagnostics import Diagnostics
 from llmtune.reporting.missing import Missing
 from llmtune.reporting.numbers import without_nan
-from llmtune.reporting.plan_check import check_plan
-from llmtune.reporting.probabilities import ProbabilityShift
-from llmtune.reporting.sequence import SequenceResult
-from llmtune.reporting.sources import Generation, LossCurve
-from llmtune.reporting.strengths import StrengthSweep
-from llmtune.reporting.suites import SuiteReport, Thresholds
-from llmtune.reporting.verdict.outcome import Verdict
+from llmtune.reporting.sections.generations import Generation
+from llmtune.reporting.sections.plan import PlanJson, check_plan
+from llmtune.reporting.sections.probabilities import ProbabilityShift, ShiftJson
+from llmtune.reporting.sections.sequence import SequenceJson, SequenceResult
+from llmtune.reporting.sections.strengths import StrengthSweep, SweepJson
+from llmtune.reporting.sections.training import TIMED_STAGES, Cost, CurveJson, LossCurve
+from llmtune.reporting.suites import SuiteJson, SuiteReport, Thresholds
+from llmtune.reporting.verdict.outcome import Verdict, VerdictJson
 
 FORMAT = 1
 TRAINING_NOISE = "not measured (one training seed)"
+
+
+class ReportJson(TypedDict):
+    """What report.json holds; what was not measured is null or absent, never 0."""
+
+    format: int
+    run: str
+    created: str
+    verdict: str
+    decided_by: VerdictJson
+    caveats: list[str]
+    missing: list[str]
+    how_to_measure: dict[str, str | None]
+    suites: dict[str, SuiteJson]
+    strengths: SweepJson | None
+    diagnostics: Mapping[str, object]
+    sequence: SequenceJson | None
+    probability_shifts: dict[str, ShiftJson]
+    statistics: Mapping[str, object]
+    seconds: dict[str, float | None]
+    peak_bytes: int | None
+    cost: Mapping[str, object]
+    plan: PlanJson | None
+    loss: CurveJson
+    generations: list[Mapping[str, object]]
+    merge: Mapping[str, object]
+    data: Mapping[str, object]
+    base: Mapping[str, object]
+    config: Mapping[str, object]
+    fingerprints: dict[str, str]
+    machine: Mapping[str, object]
+    versions: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -48,11 +80,11 @@ class Report:
         """Return the suites of a role, in their order."""
         return tuple(suite for suite in self.suites if suite.role == role)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> ReportJson:
         """Return what report.json holds; what was not measured is null or absent, never 0."""
-        seconds = dict.fromkeys(("train", "merge", "evaluate")) | dict(self.cost.seconds)
+        seconds: dict[str, float | None] = dict.fromkeys(TIMED_STAGES)
         plan = check_plan(self.manifest)
-        values = {
+        values: ReportJson = {
             "format": FORMAT,
             "run": self.name,
             "created": self.manifest.created,
@@ -66,9 +98,12 @@ class Report:
             "diagnostics": self.diagnostics.as_json(),
             "sequence": self.sequence.as_json() if self.sequence else None,
             "probability_shifts": {shift.suite: shift.as_json() for shift in self.shifts},
-            "statistics": asdict(self.resampling)
-            | {"thresholds": asdict(self.thresholds), "training_noise": TRAINING_NOISE},
-            "seconds": seconds | {"total": self.cost.total_seconds},
+            "statistics": {
+                **asdict(self.resampling),
+                "thresholds": asdict(self.thresholds),
+                "training_noise": TRAINING_NOISE,
+            },
+            "seconds": {**seconds, **self.cost.seconds, "total": self.cost.total_seconds},
             "peak_bytes": self.cost.largest_peak_bytes,
             "cost": self.cost.as_json(),
             "plan": plan.as_json() if plan else None,

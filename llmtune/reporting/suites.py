@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
+from llmtune.evaluation.compare import Comparison
 from llmtune.reporting.numbers import Unit, unit_of_metric
 
 ROLES = ("target", "transfer", "general")
@@ -61,6 +62,11 @@ class Change:
     p_value: float
     standard_error: float | None = None
 
+    @classmethod
+    def of(cls, found: Comparison) -> "Change":
+        """Return a comparison's difference and interval."""
+        return cls(found.difference, found.low, found.high, found.p_value, found.standard_error)
+
 
 @dataclass(frozen=True)
 class Rival:
@@ -88,6 +94,20 @@ class CleanChange:
     change: Change
 
 
+class SliceJson(TypedDict):
+    """A slice as report.json holds it."""
+
+    column: str
+    value: str
+    n: int
+    base: float
+    tuned: float
+    difference: float
+    interval: list[float]
+    p_value: float
+    holm_p: float
+
+
 @dataclass(frozen=True)
 class SliceReport:
     """The change on the items that share one value of a metadata column."""
@@ -100,7 +120,7 @@ class SliceReport:
     change: Change
     holm_p: float
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> SliceJson:
         """Return the slice as report.json holds it."""
         return {
             "column": self.column,
@@ -113,6 +133,41 @@ class SliceReport:
             "p_value": self.change.p_value,
             "holm_p": self.holm_p,
         }
+
+
+class SuiteJson(TypedDict):
+    """A suite as report.json holds it; what was not measured is null."""
+
+    role: str
+    task: str
+    metric: str
+    unit: str
+    higher_is_better: bool
+    description: str
+    n: int
+    clusters: int | None
+    base: float | None
+    tuned: float | None
+    merged: float | None
+    majority: float | None
+    chance: float | None
+    difference: float | None
+    interval: list[float] | None
+    standard_error: float | None
+    p_value: float | None
+    mcnemar_p: float | None
+    mde: float | None
+    needed_items: int | None
+    gained: int | None
+    lost: int | None
+    merged_difference: float | None
+    merged_interval: list[float] | None
+    unparseable: dict[str, int]
+    seconds: dict[str, float | None]
+    slices: list[SliceJson]
+    wide_columns: dict[str, int]
+    arms: dict[str, Mapping[str, object]]
+    clean: Mapping[str, object] | None
 
 
 @dataclass(frozen=True)
@@ -163,7 +218,7 @@ class SuiteReport:
             return change.difference, change.low, change.high
         return -change.difference, -change.high, -change.low
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> SuiteJson:
         """Return the suite as report.json holds it; what was not measured is null."""
         change, merged = self.change, self.merged_change
         return {
@@ -199,6 +254,6 @@ class SuiteReport:
             "clean": asdict(self.clean) if self.clean else None,
         }
 
-    def _arm_as_json(self, name: str) -> dict[str, Any]:
+    def _arm_as_json(self, name: str) -> Mapping[str, object]:
         rival = self.rivals.get(name)
         return asdict(self.arms[name]) | (asdict(rival) if rival else {})

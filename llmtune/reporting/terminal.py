@@ -1,14 +1,25 @@
 """The report in the terminal: verdict, reasons, one table, caveats, cost; fits 80 columns."""
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from llmtune.reporting.numbers import format_bytes, format_count, format_seconds
+from llmtune.evaluation.diagnosis.results import Forecast, LearningCurveResult
+from llmtune.reporting.numbers import (
+    Unit,
+    format_bytes,
+    format_count,
+    format_seconds,
+    unit_of_metric,
+)
 from llmtune.reporting.report import Report
-from llmtune.reporting.sections.arms import arm_rows
+from llmtune.reporting.sections.arms import MAIN_ARMS, arm_rows
+from llmtune.reporting.sections.record import group_by_command
 from llmtune.reporting.suites import Change, SuiteReport
 
 STYLES = {"good": "bold green", "bad": "bold red", "open": "bold yellow"}
@@ -86,11 +97,8 @@ def arms_table(report: Report) -> Table:
 
 def format_missing(report: Report) -> list[str]:
     """Format what was not measured, and the commands that measure it."""
-    by_command: dict[str | None, list[str]] = {}
-    for missing in report.missing:
-        by_command.setdefault(missing.command, []).append(missing.name)
     lines = []
-    for command, names in by_command.items():
+    for command, names in group_by_command(report.missing).items():
         how = f" ({command})" if command else ""
         lines.append(f"Not measured: {', '.join(names)}{how}.")
     return lines
@@ -111,6 +119,42 @@ def format_cost(report: Report) -> str:
     return ", ".join(parts)
 
 
+def render_scores(scores: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return a table of suites by arms; the last column is tuned minus base with its interval."""
+    arms = [arm for arm in MAIN_ARMS if any(arm in suite["arms"] for suite in scores.values())]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("suite")
+    for name in ("n", *arms, "majority"):
+        table.add_column(name, justify="right")
+    is_compared = any(suite["comparison"] for suite in scores.values())
+    if is_compared:
+        table.add_column("tuned - base", justify="right")
+    for name, suite in scores.items():
+        unit = unit_of_metric(suite["metric"])
+        cells = [name, format_count(suite["n"])]
+        cells += [unit.score(suite["arms"].get(arm, {}).get("mean")) for arm in arms]
+        cells.append(unit.score(suite["majority"]))
+        if is_compared:
+            change = suite["comparison"]
+            cells.append(_format_interval(unit, change) if change else "")
+        table.add_row(*cells)
+    return table
+
+
+def iter_curve_lines(found: LearningCurveResult) -> Iterator[str]:
+    """Yield the points, what twice and four times the rows would give, and what speaks against."""
+    yield f"{found.suite}: {found.metric}, and loss ({found.loss_name})"
+    for point in found.points:
+        yield f"  {point.rows:>8,} rows, seed {point.seed}: {point.score:.4f}, {point.loss:.4f}"
+    if found.fit is not None:
+        for forecast in (found.fit.at_2n, found.fit.at_4n):
+            yield f"  {_format_forecast(forecast)}"
+    if found.score_fit is not None and found.score_fit.n_need is not None:
+        yield f"  the score asked for would need about {found.score_fit.n_need:,.0f} rows"
+    if found.refused is not None:
+        yield f"not to be believed: {found.refused}"
+
+
 def _sentence(*parts: str | tuple[str, str]) -> Text:
     """Return text that wraps at words, also on a console that is told not to wrap."""
     return Text.assemble(*parts, no_wrap=False, overflow="fold")
@@ -127,3 +171,14 @@ def _format_change(suite: SuiteReport, change: Change | None) -> Text:
     style = "green" if low > 0 else "red" if high < 0 else ""
     interval = suite.unit.interval(change.low, change.high)
     return Text.assemble((suite.unit.change(change.difference), style), " ", interval)
+
+
+def _format_interval(unit: Unit, change: Mapping[str, Any]) -> str:
+    interval = unit.interval(change["low"], change["high"])
+    return f"{unit.change(change['difference'])} {interval}"
+
+
+def _format_forecast(forecast: Forecast) -> str:
+    low, high = forecast.interval
+    loss = f"{forecast.loss:.4f} ({low:.4f} to {high:.4f})"
+    return f"{forecast.rows:>8,} rows would give a loss of {loss}"

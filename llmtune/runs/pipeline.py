@@ -132,7 +132,7 @@ def measure(run_dir: str | Path, extent: Extent) -> "Scores":
 
 def report(run_dir: str | Path) -> "Report":
     """Build `report.json` and `report.html` from what the run left on disk."""
-    from llmtune.reporting.transfer import build_report, write_report
+    from llmtune.reporting.build import build_report, write_report
 
     run = RunDir(Path(run_dir))
     built = build_report(run)

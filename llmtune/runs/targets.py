@@ -25,7 +25,7 @@ from llmtune.io.run_dir import RunDir
 from llmtune.io.validation import validate_section
 from llmtune.io.yaml_source import SourcedTree, apply_overrides
 from llmtune.models.config import Loadable, ModelConfig
-from llmtune.reporting.sequence import read_sequence
+from llmtune.reporting.sections.sequence import read_sequence
 from llmtune.schema import Section
 
 TEMPLATE_NAME = "chat_template.jinja"

@@ -9,7 +9,7 @@ from llmtune.cli import run_command
 from llmtune.errors import LlmtuneError
 from llmtune.experiments.sequence import train_sequence
 from llmtune.io.run_dir import RunDir
-from llmtune.reporting.sequence import SequenceResult, find_sequence
+from llmtune.reporting.sections.sequence import SequenceResult, find_sequence
 from tests.project import make_project
 
 

@@ -8,8 +8,8 @@ import pytest
 from llmtune.evaluation.diagnosis import results as found
 from llmtune.evaluation.diagnosis.results import write_diagnostic
 from llmtune.evaluation.halves import in_selection_half
+from llmtune.reporting.build import build_report, write_report
 from llmtune.reporting.html import render_html
-from llmtune.reporting.transfer import build_report, write_report
 from llmtune.reporting.verdict.outcome import MEANINGS
 from tests.reporting.full import plant_curve, plant_full_run
 from tests.reporting.planted import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.reporting.transfer import build_report, write_report
+from llmtune.reporting.build import build_report, write_report
 from tests.reporting.full import plant_full_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

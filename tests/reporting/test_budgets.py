@@ -5,7 +5,7 @@ import pytest
 from llmtune.cli import run_command
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.reporting.budgets import MEASURES, check_budgets, measure, parse_budgets
-from llmtune.reporting.transfer import build_report
+from llmtune.reporting.build import build_report
 from tests.reporting.full import plant_full_run
 from tests.reporting.planted import PlantedSuite, plant_run, right_wrong
 

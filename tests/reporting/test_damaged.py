@@ -9,7 +9,7 @@ from llmtune.evaluation.diagnosis.results import StopCount, StopsResult, write_d
 from llmtune.evaluation.results import arm_result_path
 from llmtune.io.manifest import Manifest
 from llmtune.io.run_dir import RunDir
-from llmtune.reporting.transfer import build_report
+from llmtune.reporting.build import build_report
 from tests.reporting.planted import PlantedSuite, improve, plant_generations, plant_run, right_wrong
 
 BASE = right_wrong(60, 0.6, seed=0)

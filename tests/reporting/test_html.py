@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from llmtune.io.manifest import Manifest
-from llmtune.reporting.figures import draw_interval, interval_limit
+from llmtune.reporting.build import build_report
+from llmtune.reporting.charts import draw_interval, interval_limit, thin_points
 from llmtune.reporting.html import render_html
-from llmtune.reporting.merge_check import describe_check
-from llmtune.reporting.plots import draw_loss_curve, thin_points
-from llmtune.reporting.transfer import build_report
+from llmtune.reporting.sections.merge import describe_check
+from llmtune.reporting.sections.training import draw_loss_curve
 from tests.reporting.planted import (
     PlantedSuite,
     improve,

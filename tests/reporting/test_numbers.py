@@ -5,7 +5,8 @@ import math
 import pytest
 
 from llmtune.evaluation.tasks.config import METRICS
-from llmtune.reporting.facts import find_fingerprints, list_facts
+from llmtune.io.manifest import Manifest
+from llmtune.reporting.facts import list_facts
 from llmtune.reporting.numbers import (
     BITS,
     FRACTION,
@@ -19,6 +20,7 @@ from llmtune.reporting.numbers import (
     format_seconds,
     keep_together,
 )
+from llmtune.reporting.sections.record import find_fingerprints
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=lambda metric: metric.name)
@@ -82,7 +84,8 @@ def test_facts_are_flat_and_read_as_words():
 
 def test_fingerprints_are_found_at_any_depth():
     value = {"check": {"divergences": [{"margin": 0.1}], "data_hash": "abc"}, "empty": []}
-    assert find_fingerprints(value, "merge") == {"merge.check.data_hash": "abc"}
+    manifest = Manifest(config={}, data={"rows": value})
+    assert find_fingerprints(manifest) == {"data.rows.check.data_hash": "abc"}
 
 
 def test_no_line_ends_between_a_number_and_its_unit():

@@ -4,8 +4,8 @@ import pytest
 from rich.console import Console
 
 from llmtune.io.manifest import Manifest
+from llmtune.reporting.build import build_report
 from llmtune.reporting.terminal import render_terminal
-from llmtune.reporting.transfer import build_report
 from tests.reporting.planted import PlantedSuite, improve, plant_run, right_wrong
 
 

@@ -1,14 +1,46 @@
 """Every other way to the same end on the same items: prompts, a probe, strengths, another model."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypedDict
 
 from markupsafe import Markup
 
-from llmtune.reporting.arms import FEW_SHOT, split_name
-from llmtune.reporting.figures import draw_interval, interval_limit
-from llmtune.reporting.report import Report
-from llmtune.reporting.suites import Change, SuiteReport
+from llmtune.evaluation.compare import Comparison, Resampling, arm_kind, compare_arms
+from llmtune.evaluation.results import ArmResult
+from llmtune.reporting.charts import draw_interval, interval_limit
+from llmtune.reporting.suites import Change, Rival, SuiteReport
+
+FEW_SHOT = "few-shot"
+MAIN_ARMS = ("base", "tuned", "merged")
+PROMPTING = (FEW_SHOT, "prompt")
+"""Kinds of arms that leave the base as it is and only say more to it."""
+
+ORDER = ("base", FEW_SHOT, "prompt", "probe", "strength", "tuned", "merged", "other")
+KIND_LABELS = {
+    "base": "Base, as it is",
+    "tuned": "Tuned",
+    "merged": "Merged model",
+    "probe": "Linear probe on the base",
+}
+
+
+@dataclass(frozen=True)
+class ArmName:
+    """An arm's name taken apart: `few-shot-2` is draw `2` of the kind `few-shot`."""
+
+    kind: str
+    rest: str
+
+    @property
+    def label(self) -> str:
+        """The arm in words."""
+        if self.kind in KIND_LABELS:
+            return KIND_LABELS[self.kind]
+        if self.kind == FEW_SHOT:
+            return f"Few-shot, draw {self.rest}" if self.rest else "Few-shot, mean of the draws"
+        words = {"prompt": "Own prompt", "strength": "Strength", "other": "Other model"}
+        return f"{words.get(self.kind, self.kind)} {self.rest}".strip()
 
 
 @dataclass(frozen=True)
@@ -27,9 +59,53 @@ class ArmRow:
     is_tuned: bool = False
 
 
-def build(report: Report) -> dict[str, Any] | None:
+class ArmsSection(TypedDict):
+    """What the template shows."""
+
+    tables: list[tuple[SuiteReport, list[ArmRow]]]
+
+
+def split_name(arm: str) -> ArmName:
+    """Take an arm's name apart."""
+    kind = arm_kind(arm)
+    return ArmName(kind, arm.removeprefix(kind).removeprefix("-"))
+
+
+def sort_arms(names: Sequence[str]) -> list[str]:
+    """Return the names in the order of a table: the base first, then what was done to it."""
+
+    def place(name: str) -> tuple[int, str]:
+        kind = arm_kind(name)
+        return (ORDER.index(kind) if kind in ORDER else len(ORDER), name)
+
+    return sorted(names, key=place)
+
+
+def measure_rivals(arms: Mapping[str, ArmResult], resampling: Resampling) -> dict[str, Rival]:
+    """Compare every arm beside base, tuned and merged with base and tuned.
+
+    Raises:
+        LlmtuneError: an arm was made by a recipe that its kind may not have.
+    """
+    base, tuned = arms.get("base"), arms.get("tuned")
+    rivals = {}
+    for name in sort_arms([name for name in arms if name not in MAIN_ARMS]):
+        arm = arms[name]
+        over_base = compare_arms(base, arm, resampling=resampling) if base else None
+        tuned_over = compare_arms(arm, tuned, resampling=resampling) if tuned else None
+        rivals[name] = Rival(
+            n=tuned_over.n if tuned_over else arm.n,
+            over_base=Change.of(over_base) if over_base else None,
+            tuned_over=Change.of(tuned_over) if tuned_over else None,
+            mde=tuned_over.mde if tuned_over else None,
+            gap_closed=_gap_closed(over_base, tuned_over) if name.startswith("other") else None,
+        )
+    return rivals
+
+
+def show_arms(suites: Sequence[SuiteReport]) -> ArmsSection | None:
     """Return a table for every suite but the general ones that has an arm beside the main three."""
-    tables = [(s, arm_rows(s)) for s in report.suites if s.rivals and s.role != "general"]
+    tables = [(s, arm_rows(s)) for s in suites if s.rivals and s.role != "general"]
     return {"tables": tables} if tables else None
 
 
@@ -60,6 +136,13 @@ def arm_rows(suite: SuiteReport) -> list[ArmRow]:
             )
         )
     return rows
+
+
+def _gap_closed(over_base: Comparison | None, tuned_over: Comparison | None) -> float | None:
+    """Return (tuned - base) / (arm - base), where the arm leads the base."""
+    if over_base is None or tuned_over is None or over_base.gain <= 0:
+        return None
+    return 1 + tuned_over.gain / over_base.gain
 
 
 def _over_base(suite: SuiteReport, name: str) -> Change | None:

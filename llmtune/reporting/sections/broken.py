@@ -1,28 +1,51 @@
 """What broke: general suites, divergence from the base, and whether answers still end."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypedDict
 
-from llmtune.evaluation.diagnosis.results import DivergenceResult, TextDivergence
-from llmtune.reporting.report import Report
-from llmtune.reporting.sections.rows import slice_tables
-from llmtune.reporting.sources import Generation
+from llmtune.evaluation.diagnosis.results import DivergenceResult, StopsResult, TextDivergence
+from llmtune.reporting.diagnostics import Diagnostics
+from llmtune.reporting.sections.generations import Generation
+from llmtune.reporting.sections.slices import SliceTable, slice_tables
+from llmtune.reporting.suites import SuiteReport
 
 TEXTS = (("general", "general text"), ("target", "the task's prompts"))
 
 
-def build(report: Report) -> dict[str, Any] | None:
+class ShownStops(TypedDict):
+    """How many examples say whether both models stopped, and how many of each did."""
+
+    known: int
+    base: int
+    tuned: int
+
+
+class BrokenSection(TypedDict):
+    """What the template shows; a divergence is (text, strength, numbers)."""
+
+    suites: list[tuple[SuiteReport, tuple[SliceTable, ...]]]
+    divergences: list[tuple[str, str, TextDivergence]]
+    stops: StopsResult | None
+    shown_stops: ShownStops
+    perplexity: Callable[[float], float]
+
+
+def show_broken(
+    suites: Sequence[SuiteReport],
+    diagnostics: Diagnostics,
+    generations: Sequence[Generation],
+) -> BrokenSection | None:
     """Return what was measured of forgetting."""
-    suites = [(suite, slice_tables(suite)) for suite in report.with_role("general")]
-    divergence, stops = report.diagnostics.divergence, report.diagnostics.stops
-    if not suites and divergence is None and stops is None:
+    divergence, stops = diagnostics.divergence, diagnostics.stops
+    generals = [(suite, slice_tables(suite)) for suite in suites if suite.role == "general"]
+    if not generals and divergence is None and stops is None:
         return None
     return {
-        "suites": suites,
+        "suites": generals,
         "divergences": _divergences(divergence) if divergence else [],
         "stops": stops,
-        "shown_stops": _count_stops(report.generations),
+        "shown_stops": _count_stops(generations),
         "perplexity": math.exp,
     }
 
@@ -42,7 +65,7 @@ def _divergences(found: DivergenceResult) -> list[tuple[str, str, TextDivergence
     return rows
 
 
-def _count_stops(generations: Sequence[Generation]) -> dict[str, int]:
+def _count_stops(generations: Sequence[Generation]) -> ShownStops:
     """Return how many answers ended by themselves, of the examples that say so for both."""
     known = [g for g in generations if None not in (g.base_stopped, g.tuned_stopped)]
     return {

@@ -1,16 +1,30 @@
-"""Base, tuned and merged on every suite, grouped by what the suite stands for."""
+"""Base, tuned and merged on every suite, grouped by what the suite is for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
-from llmtune.reporting.report import Report
-from llmtune.reporting.sections.rows import Row, find_limits, suite_row
+from markupsafe import Markup
+
+from llmtune.reporting.charts import draw_interval, interval_limit
+from llmtune.reporting.numbers import Unit
+from llmtune.reporting.suites import Change, SliceReport, SuiteReport, Thresholds
 
 ROLE_TITLES = {
     "target": "What it was tuned for",
     "transfer": "What it never saw",
     "general": "What it could do before",
 }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a results table: a suite, or a slice of one, with its interval drawn."""
+
+    suite: SuiteReport
+    change: Change | None
+    plot: Markup | None
+    slice: SliceReport | None = None
 
 
 @dataclass(frozen=True)
@@ -22,17 +36,45 @@ class Group:
     rows: tuple[Row, ...]
 
 
-def build(report: Report) -> dict[str, Any] | None:
+class ResultsSection(TypedDict):
+    """What the template shows; `limits` are the ends of each unit's axis."""
+
+    groups: list[Group]
+    limits: dict[Unit, float]
+
+
+def show_results(suites: Sequence[SuiteReport], thresholds: Thresholds) -> ResultsSection | None:
     """Return the suites by role."""
-    if not report.suites:
+    if not suites:
         return None
-    limits = find_limits(report.suites, report.thresholds)
+    limits = _find_limits(suites, thresholds)
     groups = [
         Group(
             ROLE_TITLES.get(role, role),
             role,
-            tuple(suite_row(s, limits, report.thresholds) for s in report.with_role(role)),
+            tuple(_row(suite, limits, thresholds) for suite in suites if suite.role == role),
         )
-        for role in dict.fromkeys(suite.role for suite in report.suites)
+        for role in dict.fromkeys(suite.role for suite in suites)
     ]
     return {"groups": groups, "limits": limits}
+
+
+def _find_limits(suites: Sequence[SuiteReport], thresholds: Thresholds) -> dict[Unit, float]:
+    """Return the end of each unit's axis: every interval fits, and so does a bound that applies."""
+    ends: dict[Unit, list[float]] = {}
+    for suite in suites:
+        if suite.change is not None:
+            mine = ends.setdefault(suite.unit, [])
+            mine += suite.gain(suite.change)
+            if suite.role == "general":
+                mine.append(thresholds.general_bound(suite.unit))
+    return {unit: interval_limit(mine) for unit, mine in ends.items()}
+
+
+def _row(suite: SuiteReport, limits: dict[Unit, float], thresholds: Thresholds) -> Row:
+    """Return a suite's row; a general suite shows its bound."""
+    if suite.change is None:
+        return Row(suite, None, None)
+    bound = thresholds.general_bound(suite.unit) if suite.role == "general" else None
+    plot = draw_interval(*suite.gain(suite.change), limit=limits[suite.unit], bound=bound)
+    return Row(suite, suite.change, plot)

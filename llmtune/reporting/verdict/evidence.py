@@ -9,7 +9,7 @@ from llmtune.evaluation.diagnosis.results import (
     SuiteContamination,
 )
 from llmtune.evaluation.stats import holm
-from llmtune.reporting.strengths import StrengthSweep
+from llmtune.reporting.sections.strengths import StrengthSweep
 from llmtune.reporting.suites import Change, SuiteReport, Thresholds
 
 

@@ -1,9 +1,22 @@
 """The verdict as a value: a name, sentences made from the numbers, and the numbers themselves."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 AT_STRENGTH = "SHIP at strength"
+
+
+Numbers = Mapping[str, object]
+"""What decided, by suite or by name, as report.json holds it."""
+
+
+class VerdictJson(TypedDict):
+    """What decided, as report.json holds it beside the verdict's name."""
+
+    reasons: list[str]
+    numbers: Numbers
+    also: list[str]
 
 
 @dataclass(frozen=True)
@@ -15,7 +28,7 @@ class Verdict:
 
     name: str
     reasons: tuple[str, ...]
-    numbers: dict[str, Any] = field(default_factory=dict)
+    numbers: Numbers = field(default_factory=dict)
     also: tuple[str, ...] = ()
 
     @property
@@ -33,7 +46,7 @@ class Verdict:
         """`good`, `bad` or `open`: how it is coloured."""
         return TONES.get(self.kind, "open")
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> VerdictJson:
         """Return what decided, as report.json holds it beside the name."""
         return {
             "reasons": list(self.reasons),

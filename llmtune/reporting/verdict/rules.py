@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from typing import Any
 
 from llmtune.evaluation.compare import arm_kind
-from llmtune.reporting.arms import FEW_SHOT, PROMPTING, split_name
 from llmtune.reporting.numbers import FRACTION, NATS, format_count
+from llmtune.reporting.sections.arms import FEW_SHOT, PROMPTING, split_name
 from llmtune.reporting.suites import SuiteReport
 from llmtune.reporting.verdict.evidence import Evidence, is_above_majority
-from llmtune.reporting.verdict.outcome import AT_STRENGTH, Verdict
+from llmtune.reporting.verdict.outcome import AT_STRENGTH, Numbers, Verdict
 from llmtune.reporting.verdict.sentences import (
     change_formatter,
     format_at_strength,
@@ -138,8 +137,9 @@ def ship_at_strength(evidence: Evidence) -> Verdict | None:
     )
     reasons.append(f"Merge it with: llmtune merge RUN --strength {choice.strength:g}")
     name = f"{AT_STRENGTH} {choice.strength:g}"
-    numbers = {"strength": choice.strength} | {
-        suite.name: asdict(choice.held[suite.name]) for suite in targets + generals
+    numbers: Numbers = {
+        "strength": choice.strength,
+        **{suite.name: asdict(choice.held[suite.name]) for suite in targets + generals},
     }
     return Verdict(name, tuple(reasons), numbers)
 
@@ -191,7 +191,7 @@ def more_data(evidence: Evidence) -> Verdict | None:
         f"{NATS.score(law.at_2n.loss)}.",
     )
     numbers = {"gain_at_2n": law.gain_at_2n, "interval": [low, high], "rows": law.at_2n.rows}
-    return Verdict("MORE-DATA", reasons, undecided.numbers | {"learning_curve": numbers})
+    return Verdict("MORE-DATA", reasons, {**undecided.numbers, "learning_curve": numbers})
 
 
 def inconclusive(evidence: Evidence) -> Verdict | None:
@@ -234,7 +234,7 @@ def decide(evidence: Evidence) -> Verdict:
     return replace(fired[0], also=tuple(names[1:]))
 
 
-def _suite_numbers(suites: tuple[SuiteReport, ...]) -> dict[str, Any]:
+def _suite_numbers(suites: tuple[SuiteReport, ...]) -> Numbers:
     """Return the numbers of base against tuned by suite, as report.json holds what decided."""
     return {
         suite.name: {
@@ -250,7 +250,7 @@ def _suite_numbers(suites: tuple[SuiteReport, ...]) -> dict[str, Any]:
     }
 
 
-def _rival_numbers(evidence: Evidence, arms: Iterable[str]) -> dict[str, Any]:
+def _rival_numbers(evidence: Evidence, arms: Iterable[str]) -> Numbers:
     return {
         suite.name: {arm: asdict(suite.rivals[arm]) for arm in arms if arm in suite.rivals}
         for suite in evidence.with_role("target")

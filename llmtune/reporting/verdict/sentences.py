@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-from llmtune.reporting.arms import split_name
 from llmtune.reporting.numbers import FRACTION, format_count
-from llmtune.reporting.strengths import StrengthChoice
+from llmtune.reporting.sections.arms import split_name
+from llmtune.reporting.sections.strengths import StrengthChoice
 from llmtune.reporting.suites import Change, SuiteReport
 from llmtune.reporting.verdict.evidence import Evidence, gain_of, over_base
 

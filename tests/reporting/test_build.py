@@ -15,8 +15,8 @@ from llmtune.evaluation.results import arm_result_path, read_arm_result, save_ar
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_text
 from llmtune.models.checkpoint import Checkpoint
+from llmtune.reporting.build import build_report, write_report
 from llmtune.reporting.terminal import format_cost
-from llmtune.reporting.transfer import build_report, write_report
 from tests.reporting.planted import (
     PlantedSuite,
     improve,

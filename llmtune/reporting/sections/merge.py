@@ -1,12 +1,12 @@
-"""How the page shows the check of the merged model against base + adapter."""
+"""The merge, and the check of the merged model against base + adapter."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
-from llmtune.reporting.changed_words import Passage, mark_changes
 from llmtune.reporting.facts import Fact
 from llmtune.reporting.numbers import FRACTION, format_count, format_number
+from llmtune.reporting.sections.generations import Passages, mark_changes
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class ShownDivergence:
     """One open prompt whose two greedy answers part, with what differs marked."""
 
     title: str
-    live: tuple[Passage, ...]
-    merged: tuple[Passage, ...]
+    live: Passages
+    merged: Passages
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,17 @@ class ShownCheck:
     sentence: str
     facts: tuple[Fact, ...]
     divergences: tuple[ShownDivergence, ...]
+
+
+class MergeSection(TypedDict):
+    """What the template shows beside the merge stage's own result."""
+
+    check: ShownCheck | None
+
+
+def show_merge(merge: Mapping[str, Any]) -> MergeSection | None:
+    """Return the merge's check, or None if there is no merge."""
+    return {"check": describe_check(merge.get("check"))} if merge else None
 
 
 def describe_check(check: Mapping[str, Any] | None) -> ShownCheck | None:

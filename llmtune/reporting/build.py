@@ -1,24 +1,26 @@
-"""The transfer report: read a run directory, decide, and write report.json, .html and .md."""
+"""Build the transfer report of a run directory, and write report.json, .html and .md."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from llmtune.evaluation.compare import Resampling
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
-from llmtune.reporting.cost import TIMED_STAGES, measure_cost
-from llmtune.reporting.current import Models, current_results, is_finished
 from llmtune.reporting.diagnostics import read_diagnostics
-from llmtune.reporting.facts import find_fingerprints
 from llmtune.reporting.html import render_html
 from llmtune.reporting.markdown import render_markdown
-from llmtune.reporting.measure import measure_suites, read_results
+from llmtune.reporting.measure import measure_suites
 from llmtune.reporting.missing import Missing, Present, find_missing
-from llmtune.reporting.probabilities import measure_shifts
 from llmtune.reporting.report import Report
-from llmtune.reporting.sequence import find_sequence
-from llmtune.reporting.sources import read_generations, read_loss_curve
-from llmtune.reporting.strengths import measure_strengths
+from llmtune.reporting.run_results import (
+    Models,
+    current_results,
+    is_finished,
+    read_resampling,
+    read_results,
+)
+from llmtune.reporting.sections.generations import read_generations
+from llmtune.reporting.sections.probabilities import measure_shifts
+from llmtune.reporting.sections.record import find_fingerprints
+from llmtune.reporting.sections.sequence import find_sequence
+from llmtune.reporting.sections.strengths import measure_strengths
+from llmtune.reporting.sections.training import TIMED_STAGES, measure_cost, read_loss_curve
 from llmtune.reporting.suites import Thresholds
 from llmtune.reporting.verdict.caveats import find_caveats, find_training_caveats
 from llmtune.reporting.verdict.evidence import Evidence
@@ -66,9 +68,9 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
         manifest=manifest,
         curve=curve,
         generations=generations,
-        cost=measure_cost(run, manifest, results, diagnostics),
+        cost=measure_cost(run, manifest, results, diagnostics.seconds),
         merge=merge,
-        fingerprints=_fingerprints(manifest),
+        fingerprints=find_fingerprints(manifest),
         missing=(
             *_find_unfinished(run, manifest),
             *find_missing(suites, diagnostics, present),
@@ -90,16 +92,6 @@ def write_report(report: Report, run: RunDir) -> None:
     atomic_write_text(run.report_md_path, render_markdown(report))
 
 
-def read_resampling(config: Mapping[str, Any]) -> Resampling:
-    """Return how a run's config wants its intervals made."""
-    section, default = config.get("evaluate") or {}, Resampling()
-    return Resampling(
-        confidence=section.get("confidence", default.confidence),
-        samples=section.get("bootstrap_samples", default.samples),
-        seed=section.get("seed", default.seed),
-    )
-
-
 def _find_unfinished(run: RunDir, manifest: Manifest) -> tuple[Missing, ...]:
     begun = {stage for stage in TIMED_STAGES if stage in manifest.stages}
     if any(run.evaluations_dir.glob("*.json")):
@@ -108,9 +100,3 @@ def _find_unfinished(run: RunDir, manifest: Manifest) -> tuple[Missing, ...]:
     names["evaluate"] = "evaluation is not finished"
     open_stages = [s for s in TIMED_STAGES if s in begun and not is_finished(manifest, s)]
     return tuple(Missing(names[stage], "llmtune run RUN") for stage in open_stages)
-
-
-def _fingerprints(manifest: Manifest) -> dict[str, str]:
-    stages = {name: stage for name, stage in manifest.stages.items() if name in TIMED_STAGES}
-    places = {"base": manifest.base, "data": manifest.data, "stages": stages}
-    return find_fingerprints(places)

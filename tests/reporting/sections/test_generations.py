@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune.reporting.changed_words import Passage, mark_changes
+from llmtune.reporting.sections.generations import Passage, mark_changes
 
 TEXTS = st.text(alphabet="ab .,\n", max_size=40)
 
