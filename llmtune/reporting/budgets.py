@@ -48,7 +48,7 @@ def parse_budgets(expressions: Iterable[str]) -> tuple[Budget, ...]:
 
 
 def require_known_names(budgets: Sequence[Budget], suites: Iterable[str]) -> None:
-    """Refuse names that are no measure and no suite, with the list of those that are.
+    """Refuse names that are neither a measure nor a suite, and list those that are.
 
     Raises:
         LlmtuneError: a name is unknown.
@@ -69,7 +69,7 @@ def check_budgets(report: Report, budgets: Sequence[Budget]) -> None:
 
     Raises:
         LlmtuneError: a name is unknown.
-        CheckFailed: a budget is violated, or its number was not measured; all are told.
+        CheckFailed: a budget is violated, or its number was not measured; all are named.
     """
     configured = report.manifest.config.get("evaluate", {}).get("suites") or ()
     stems = [str(name).rpartition("/")[2].removesuffix(".yaml") for name in configured]
@@ -87,7 +87,7 @@ def check_budgets(report: Report, budgets: Sequence[Budget]) -> None:
 
 
 def measure(report: Report, name: str) -> float | None:
-    """Return the number that a budget names, None where it was not measured."""
+    """Return the number that a budget names, None if it was not measured."""
     if name in MEASURES:
         value = MEASURES[name](report)
     else:
@@ -192,7 +192,7 @@ MEASURES: Mapping[str, Number] = {
     "seconds": lambda report: report.cost.total_seconds,
     "peak_bytes": lambda report: report.cost.largest_peak_bytes,
 }
-"""What a budget may name beside suites; docs/report.md explains each."""
+"""What a budget may name besides suites; docs/report.md explains each."""
 
 
 def _format(value: float) -> str:

@@ -34,7 +34,7 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
         thresholds: how much general ability may be lost; the stated defaults if None.
 
     Raises:
-        LlmtuneError: it is not a run, or a file of it is damaged or made by another recipe.
+        LlmtuneError: it is not a run, or one of its files is damaged or of a different recipe.
     """
     manifest = read_manifest(run)
     resampling = read_resampling(manifest.config)

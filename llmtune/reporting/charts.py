@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 340, 205
 """Size of the drawing in points; the page scales it to its column."""
 
 INK, QUIET, RULE, GOOD, BAD, OPEN, BASE, PAPER = (f"#{n:02x}fe{n:02x}" for n in range(8))
-"""Stand-ins that matplotlib takes for colours; the page's own take their places."""
+"""Stand-ins that matplotlib takes for colors; the page's own take their places."""
 
 VARIABLES = dict(
     zip(
@@ -71,7 +71,7 @@ def draw(name: str, label: str, plot: Callable[[Axes], None], *, height: int = H
     Args:
         name: unique on the page; ids inside the SVG begin with it.
         label: what the chart shows, for those who do not see it.
-        plot: draws on the axes, with this module's colours.
+        plot: draws on the axes, with this module's colors.
         height: in points.
     """
     with matplotlib.rc_context(SETTINGS):

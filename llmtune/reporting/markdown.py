@@ -43,7 +43,7 @@ def _head(report: Report) -> Iterator[str]:
     yield _text(report.verdict.meaning)
     yield _bullets(report.verdict.reasons)
     if report.verdict.also:
-        yield f"Holds too: {', '.join(report.verdict.also)}."
+        yield f"Also holds: {', '.join(report.verdict.also)}."
     if report.caveats:
         yield "## Read this too"
         yield _bullets(report.caveats)
@@ -86,7 +86,7 @@ def _alternatives(report: Report) -> Iterator[str]:
         if not (split_name(name).kind == FEW_SHOT and split_name(name).rest)
     ]
     if rows:
-        yield "## Other ways on the same items"
+        yield "## Alternatives on the same items"
         yield _table(("suite", "arm", "score", "tuned minus it", "unparsed"), rows)
 
 
@@ -121,7 +121,7 @@ def _sequence(report: Report) -> Iterator[str]:
     found = report.sequence
     if found is None:
         return
-    yield "## Tasks one after another"
+    yield "## Tasks in sequence"
     rows = [("untrained", found.untrained)]
     rows += [(f"after {task}", row) for task, row in zip(found.tasks, found.matrix, strict=True)]
     yield _table(
@@ -171,7 +171,7 @@ def _limits(report: Report) -> Iterator[str]:
     lines = [
         "One training seed: the intervals cover the choice of items, training noise was not "
         "measured.",
-        "What the suites do not ask was not looked at.",
+        "Only what the suites ask was measured.",
     ]
     if report.missing:
         names = ", ".join(missing.name for missing in report.missing)
@@ -181,7 +181,7 @@ def _limits(report: Report) -> Iterator[str]:
 
 
 def format_interval(unit: Unit, change: Change | None) -> str:
-    """Format a difference and its interval without the unit; a dash where there is none."""
+    """Format a difference and its interval without the unit; a dash if there is none."""
     if change is None:
         return "–"
     return f"{unit.change(change.difference)} {unit.interval(change.low, change.high)}"

@@ -35,7 +35,7 @@ def measure_suites(
     """Compare the arms of every suite; targets come first.
 
     Args:
-        contamination: which items stand in the training rows; such a suite is compared once more
+        contamination: which items are in the training rows; such a suite is compared once more
             without them.
 
     Raises:

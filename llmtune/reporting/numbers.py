@@ -29,7 +29,7 @@ class Unit:
     difference_suffix: str
 
     def score(self, value: float | None) -> str:
-        """Format a score, as `89.7 %` or `3.412`; a dash where there is none."""
+        """Format a score, as `89.7 %` or `3.412`; a dash if there is none."""
         if value is None:
             return NO_VALUE
         return _signed(value * self.scale, self.decimals) + self.score_suffix
@@ -113,7 +113,7 @@ def format_p(p_value: float | None) -> str:
 
 
 def format_number(value: float | None, digits: int = 4) -> str:
-    """Format a whole number as a count, another with `digits` significant digits."""
+    """Format a whole number as a count, any other with `digits` significant digits."""
     if value is None:
         return NO_VALUE
     if isinstance(value, int):
@@ -127,7 +127,7 @@ def keep_together(text: str) -> str:
 
 
 def finite(value: object) -> float | None:
-    """Return `value` as a float, or None where it is not a finite number."""
+    """Return `value` as a float, or None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)

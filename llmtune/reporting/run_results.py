@@ -29,7 +29,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Models:
-    """Fingerprints of the models that a run's directory holds; None where there is none."""
+    """Fingerprints of the models that a run's directory holds; None if there is none."""
 
     base: str | None
     adapter: str | None
@@ -40,7 +40,7 @@ class Models:
         try:
             adapter = adapter_fingerprint(run.adapter_dir)
         except LlmtuneError:
-            adapter = None  # not trained yet, or taken away: then nothing is of it
+            adapter = None  # not trained yet, or removed: then no result belongs to it
         return cls(manifest.base.get("fingerprint"), adapter)
 
 
@@ -78,9 +78,9 @@ def current_results(run: RunDir, manifest: Manifest, models: Models) -> Callable
     """Return what tells a result of the run as it stands from one that was left behind.
 
     After a finished evaluation these are the arms and suites that it made. Without one they are
-    those of the very models on disk: base and tuned of the manifest's base, tuned with the saved
-    adapter, merged with the saved weights. Arms beside those three may have been measured later;
-    they count where they are of the models on disk, on a suite that was evaluated.
+    those of the models on disk: base and tuned of the manifest's base, tuned with the saved
+    adapter, merged with the saved weights. Other arms may have been measured later;
+    they count if they are of the models on disk, on a suite that was evaluated.
     """
     is_of_models = _models_on_disk(run, models)
     if not is_finished(manifest, "evaluate"):
@@ -93,7 +93,7 @@ def current_results(run: RunDir, manifest: Manifest, models: Models) -> Callable
             return True
         if arm_kind(result.arm) in {arm_kind(arm) for arm in arms}:
             return False  # of an earlier call with other knobs: a draw or a strength too many
-        # Tasks of lm-evaluation-harness and further arms are run beside the stage.
+        # Tasks of lm-evaluation-harness and further arms are run outside the stage.
         is_beside = result.task == HARNESS_TASK or arm_kind(result.arm) not in MAIN_KINDS
         is_of_suite = result.task == HARNESS_TASK or result.suite in made
         return is_beside and is_of_suite and is_of_models(result)
@@ -138,7 +138,7 @@ def _models_on_disk(run: RunDir, models: Models) -> Callable[[ArmResult], bool]:
     def is_of_models(result: ArmResult) -> bool:
         kind = arm_kind(result.arm)
         if kind == "other":
-            return True  # another model's answers do not depend on what lies here
+            return True  # a different model's answers do not depend on this run
         identity = (result.model.get("base"), result.model.get("adapter"))
         return identity == identities.get(kind)
 

@@ -22,7 +22,7 @@ class Thresholds:
     `general_drop` is a fraction of 1, `general_loss_rise` in nats/token, `general_bits_rise` in
     bits/byte (0.2 nats/token at about four bytes a token). More than `contaminated_share` of a
     target suite's items among the training rows block the verdict. A smaller strength is advised
-    where the full one uses up more than `strength_share` of a bound.
+    if the full one uses up more than `strength_share` of a bound.
     """
 
     general_drop: float = 0.05
@@ -70,11 +70,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Rival:
-    """An arm beside base and tuned, on the items that it has in common with them.
+    """An arm besides base and tuned, on the items that it has in common with them.
 
     `over_base` is the arm minus the base, `tuned_over` is tuned minus the arm, and `mde` the
     smallest such difference that `n` items show. `gap_closed`: which share of the arm's lead over
-    the base the tuned model closed, for an arm that stands for what is possible.
+    the base the tuned model closed, for an arm that shows what is possible.
     """
 
     n: int
@@ -209,7 +209,7 @@ class SuiteReport:
         return unit_of_metric(self.metric)
 
     def score(self, arm: str) -> float | None:
-        """Return an arm's mean, or None where the arm was not evaluated."""
+        """Return an arm's mean, or None if the arm was not evaluated."""
         return self.arms[arm].mean if arm in self.arms else None
 
     def gain(self, change: Change) -> tuple[float, float, float]:

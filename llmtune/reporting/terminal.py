@@ -26,7 +26,7 @@ STYLES = {"good": "bold green", "bad": "bold red", "open": "bold yellow"}
 
 
 def render_terminal(report: Report) -> RenderableType:
-    """Return what to print; colour is the console's choice, so NO_COLOR works."""
+    """Return what to print; color is the console's choice, so NO_COLOR works."""
     name = report.verdict.name
     verdict = _sentence((name, STYLES[report.verdict.tone]), "  ", report.verdict.meaning)
     parts: list[RenderableType] = [verdict]
@@ -156,7 +156,7 @@ def iter_curve_lines(found: LearningCurveResult) -> Iterator[str]:
 
 
 def _sentence(*parts: str | tuple[str, str]) -> Text:
-    """Return text that wraps at words, also on a console that is told not to wrap."""
+    """Return text that wraps at words, even on a console that is set not to wrap."""
     return Text.assemble(*parts, no_wrap=False, overflow="fold")
 
 

@@ -60,7 +60,7 @@ def test_each_task_goes_on_from_the_adapter_before_it(tasks, tmp_path, capsys):
     for name in ("1-run", "2-second"):
         for page in ("report.html", "report.md"):
             assert "after second" in (out / name / page).read_text()
-    assert "<h2>What did earlier tasks keep?" in (out / "1-run" / "report.html").read_text()
+    assert "<h2>What was kept of earlier tasks?" in (out / "1-run" / "report.html").read_text()
 
 
 def test_a_sequence_is_shown_only_while_its_adapters_are_the_ones_of_then(tmp_path):
@@ -78,7 +78,7 @@ def test_a_sequence_is_shown_only_while_its_adapters_are_the_ones_of_then(tmp_pa
     assert find_sequence(run, "retrained") is None
     assert find_sequence(RunDir(tmp_path / "3-c"), "second") is None
     path.write_text(json.dumps({"tasks": ["a", "b"], "matrix": [[1, 2], [3, 4]]}))
-    with pytest.raises(LlmtuneError, match=r"sequence\.json: not what .* make it again"):
+    with pytest.raises(LlmtuneError, match=r"sequence\.json: not written by .* again"):
         find_sequence(run, "second")
 
 

@@ -106,7 +106,7 @@ def test_train_rows_among_the_target_items_block_the_verdict(tmp_path):
     leak(3)
     report = build_report(run)
     assert report.verdict.name == "SHIP"
-    said = next(each for each in report.caveats if "3 of 300 items stand in the training" in each)
+    said = next(each for each in report.caveats if "3 of 300 items are in the training" in each)
     shown = [f"{100 * mean(scores):.1f} %" for scores in (BASE[3:], TUNED[3:])]
     assert " → ".join(shown) in said
     assert all(f"→ {score}" in render_html(report) for score in shown)
@@ -223,9 +223,9 @@ def test_every_verdict_can_be_reached_and_has_a_meaning(tmp_path):
     assert reached == set(MEANINGS)
 
 
-def test_a_bound_far_beyond_every_strength_is_told_and_not_drawn(tmp_path):
+def test_a_bound_far_beyond_every_strength_is_named_and_not_drawn(tmp_path):
     arms = {"tuned": TUNED, "strength-0.5": worsen(TUNED, 0.01, seed=9)}
     near = render_html(report_on(tmp_path / "near", arms, prose(0.15, 0.08)))
     far = render_html(report_on(tmp_path / "far", arms, prose(0.02, 0.01)))
     assert "the dotted line is the most that may be lost" in near
-    assert "the most that may be lost, 0.2 nats/token, lies beyond the right edge" in far
+    assert "the most that may be lost, 0.2 nats/token, is beyond the right edge" in far

@@ -290,7 +290,7 @@ def test_the_planned_memory_stands_beside_the_measured_peak(full_run):
     assert planned["estimated_bytes"] == 2_800
     assert planned["measured_bytes"] == 3_500
     assert planned["ratio"] == 0.8
-    assert "80 % of it" in full_run.report_html_path.read_text()
+    assert "80 % of the peak" in full_run.report_html_path.read_text()
 
 
 def test_gpu_memory_of_training_is_told_apart_from_the_host_peak(full_run):

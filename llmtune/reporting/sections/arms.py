@@ -1,4 +1,4 @@
-"""Every other way to the same end on the same items: prompts, a probe, strengths, another model."""
+"""The alternatives on the same items: prompts, a probe, strengths, a different model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ KIND_LABELS = {
 
 @dataclass(frozen=True)
 class ArmName:
-    """An arm's name taken apart: `few-shot-2` is draw `2` of the kind `few-shot`."""
+    """An arm's name split up: `few-shot-2` is draw `2` of the kind `few-shot`."""
 
     kind: str
     rest: str
@@ -45,7 +45,7 @@ class ArmName:
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One arm on a suite: its score, how it stands over the base, and how tuned stands over it."""
+    """One arm on a suite: its score, its change over the base, and that of tuned over it."""
 
     label: str
     n: int | None
@@ -66,7 +66,7 @@ class ArmsSection(TypedDict):
 
 
 def split_name(arm: str) -> ArmName:
-    """Take an arm's name apart."""
+    """Split an arm's name into its kind and the rest."""
     kind = arm_kind(arm)
     return ArmName(kind, arm.removeprefix(kind).removeprefix("-"))
 
@@ -82,7 +82,7 @@ def sort_arms(names: Sequence[str]) -> list[str]:
 
 
 def measure_rivals(arms: Mapping[str, ArmResult], resampling: Resampling) -> dict[str, Rival]:
-    """Compare every arm beside base, tuned and merged with base and tuned.
+    """Compare every arm besides base, tuned and merged with base and tuned.
 
     Raises:
         LlmtuneError: an arm was made by a recipe that its kind may not have.
@@ -104,13 +104,13 @@ def measure_rivals(arms: Mapping[str, ArmResult], resampling: Resampling) -> dic
 
 
 def show_arms(suites: Sequence[SuiteReport]) -> ArmsSection | None:
-    """Return a table for every suite but the general ones that has an arm beside the main three."""
+    """Return a table for every target or transfer suite with an arm besides the main three."""
     tables = [(s, arm_rows(s)) for s in suites if s.rivals and s.role != "general"]
     return {"tables": tables} if tables else None
 
 
 def arm_rows(suite: SuiteReport) -> list[ArmRow]:
-    """Return a suite's arms; single draws are left out where their mean is there."""
+    """Return a suite's arms; single draws are left out if their mean is there."""
     compared = {name: _tuned_over(suite, name) for name in suite.arms}
     ends = [end for change in compared.values() if change for end in suite.gain(change)]
     limit = interval_limit(ends)
@@ -139,7 +139,7 @@ def arm_rows(suite: SuiteReport) -> list[ArmRow]:
 
 
 def _gap_closed(over_base: Comparison | None, tuned_over: Comparison | None) -> float | None:
-    """Return (tuned - base) / (arm - base), where the arm leads the base."""
+    """Return (tuned - base) / (arm - base), if the arm leads the base."""
     if over_base is None or tuned_over is None or over_base.gain <= 0:
         return None
     return 1 + tuned_over.gain / over_base.gain
@@ -175,7 +175,7 @@ def _note(suite: SuiteReport, name: str) -> str:
     if about.get("shots"):
         parts.append(f"{about['shots']} shown")
     if about.get("demonstration_tokens"):
-        parts.append(f"{about['demonstration_tokens']:.0f} tokens more a request")
+        parts.append(f"{about['demonstration_tokens']:.0f} more tokens per request")
     if about.get("layer") is not None:
         parts.append(f"layer {about['layer']}, {about.get('pooling', '')} states".strip())
     if about.get("file"):

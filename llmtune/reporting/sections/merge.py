@@ -11,7 +11,7 @@ from llmtune.reporting.sections.generations import Passages, mark_changes
 
 @dataclass(frozen=True)
 class ShownDivergence:
-    """One open prompt whose two greedy answers part, with what differs marked."""
+    """One open prompt whose two greedy answers diverge, with what differs marked."""
 
     title: str
     live: Passages
@@ -28,7 +28,7 @@ class ShownCheck:
 
 
 class MergeSection(TypedDict):
-    """What the template shows beside the merge stage's own result."""
+    """What the template shows next to the merge stage's own result."""
 
     check: ShownCheck | None
 
@@ -39,7 +39,7 @@ def show_merge(merge: Mapping[str, Any]) -> MergeSection | None:
 
 
 def describe_check(check: Mapping[str, Any] | None) -> ShownCheck | None:
-    """Return what to show of the merge stage's check, or None where it was not made.
+    """Return what to show of the merge stage's check, or None if it was not made.
 
     A number that the check does not hold is left out.
     """
@@ -88,6 +88,6 @@ def _title(row: Mapping[str, Any], prompts: Sequence[str]) -> str:
         prompt = f"“{prompts[place]}”"
     live, merged = (format_number(row.get(f"{arm}_margin"), 3) for arm in ("live", "merged"))
     return (
-        f"{prompt}: they part after {row.get('position')} tokens, where the likeliest token led "
+        f"{prompt}: they diverge after {row.get('position')} tokens; there the likeliest token led "
         f"the second by {live} in logits (base + adapter) and {merged} (merged)"
     )

@@ -1,4 +1,4 @@
-"""The planner's estimate of training memory beside the measured peak."""
+"""The planner's estimate of training memory next to the measured peak."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Tasks learned one after another, as `llmtune sequence` left them beside a run."""
+"""Tasks learned in sequence, as `llmtune sequence` left them next to a run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -76,7 +76,7 @@ class SequenceResult:
 
 
 def read_sequence(directory: Path) -> SequenceResult | None:
-    """Read `sequence.json` in a directory; None where there is none.
+    """Read `sequence.json` in a directory; None if there is none.
 
     Raises:
         LlmtuneError: the file is damaged, or an older version wrote it.
@@ -89,9 +89,9 @@ def read_sequence(directory: Path) -> SequenceResult | None:
         return _parse(values)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise LlmtuneError(
-            f"{path}: not what llmtune sequence of this version writes (expected "
-            f"{', '.join(KEYS)}; {type(error).__name__}: {error}); make it again with the same "
-            "llmtune sequence call, finished runs are skipped"
+            f"{path}: not written by llmtune sequence of this version (expected "
+            f"{', '.join(KEYS)}; {type(error).__name__}: {error}); run the same llmtune "
+            "sequence command again, finished runs are skipped"
         ) from None
 
 

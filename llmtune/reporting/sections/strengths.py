@@ -106,7 +106,7 @@ def measure_strengths(
         bounds: how much a general suite may lose, by suite, in its raw unit.
 
     Returns:
-        None where no strength beside 0 and 1 was measured.
+        None if no strength besides 0 and 1 was measured.
     """
     swept = {name: _common(arms) for name, arms in results.items() if _is_swept(arms)}
     swept = {name: by_strength for name, by_strength in swept.items() if by_strength}
@@ -238,7 +238,7 @@ def _plotted_general(sweep: StrengthSweep) -> tuple[StrengthPoint, ...]:
 
 
 def _far_bound(thresholds: Thresholds, general: tuple[StrengthPoint, ...]) -> str | None:
-    """Return the bound in words where it lies too far out to be drawn."""
+    """Return the bound in words if it is too far out to be drawn."""
     unit = unit_of_metric(general[0].metric)
     bound = thresholds.general_bound(unit)
     return None if _is_bound_near(general, bound) else unit.bound(bound)

@@ -41,7 +41,7 @@ class CurveJson(TypedDict):
 class LossCurve:
     """(step, nats/token) of training and of evaluation during training, in step order.
 
-    `kl_to_base` is the live gauge of forgetting where `protect` is on, nats/token on replay text.
+    `kl_to_base` is the live gauge of forgetting if `protect` is on, nats/token on replay text.
     """
 
     train: tuple[tuple[float, float], ...] = ()
@@ -68,7 +68,7 @@ class BreakEven:
 
     `requests_by_tokens` counts tokens: 2.4 x tokens read in training / demonstration tokens.
     `requests_by_time` divides the seconds of training by the seconds that the demonstrations added
-    to a request here, where their keys and values are computed once for all; None where they added
+    to a request here, with their keys and values computed once for all; None if they added
     none.
     """
 
@@ -82,7 +82,7 @@ class Cost:
     """What the run took: seconds and peak bytes per stage, tokens of training, bytes on disk.
 
     `measures` are the seconds of each measurement, by arm and diagnosis. `peak_bytes` is resident
-    memory of the process; `training_gpu_peak_bytes` what training allocated on a GPU, None where it
+    memory of the process; `training_gpu_peak_bytes` what training allocated on a GPU, None if it
     ran on the CPU.
     """
 
@@ -100,12 +100,12 @@ class Cost:
 
     @property
     def total_seconds(self) -> float | None:
-        """Return the sum over the stages that were timed, or None where none was."""
+        """Return the sum over the stages that were timed, or None if none was."""
         return sum(self.seconds.values()) if self.seconds else None
 
     @property
     def largest_peak_bytes(self) -> int | None:
-        """Return the largest peak over the stages, or None where none was measured."""
+        """Return the largest peak over the stages, or None if none was measured."""
         return max(self.peak_bytes.values(), default=None)
 
     def as_json(self) -> Mapping[str, object]:
@@ -273,7 +273,7 @@ def _of_stages(manifest: Manifest, key: str) -> dict[str, float]:
 
 
 def _weights_bytes(directory: Path) -> int | None:
-    """Return the bytes of a directory's safetensors files, or None where there are none."""
+    """Return the bytes of a directory's safetensors files, or None if there are none."""
     sizes = [file.stat().st_size for file in directory.glob("*.safetensors")]
     return sum(sizes) if sizes else None
 

@@ -1,4 +1,4 @@
-"""What a reader must know beside the verdict: sentences made from the numbers, worst first."""
+"""What a reader must know besides the verdict: sentences made from the numbers."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ MAX_SLICES = 5
 
 
 def find_caveats(evidence: Evidence) -> tuple[str, ...]:
-    """Return the sentences that hold for these numbers; none where nothing is amiss."""
+    """Return the sentences that hold for these numbers; none if nothing is wrong."""
     checks = (
         _transfer_worse,
         _general_worse,
@@ -33,7 +33,7 @@ def find_caveats(evidence: Evidence) -> tuple[str, ...]:
 
 
 def find_training_caveats(training: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what the train stage's result gives reason to say.
+    """Return the caveats that follow from the train stage's result.
 
     A model that does not end most of its answers by itself writes until it is cut off.
     """
@@ -61,7 +61,7 @@ def worse_slices(suite: SuiteReport, significance: float) -> list[str]:
 def _transfer_worse(evidence: Evidence) -> Iterator[str]:
     for suite in evidence.worse("transfer"):
         sentence = format_change(suite, evidence.confidence)
-        yield f"A domain outside the training data lost. {sentence}"
+        yield f"A domain outside the training data got worse. {sentence}"
 
 
 def _general_worse(evidence: Evidence) -> Iterator[str]:
@@ -83,7 +83,7 @@ def _below_majority(evidence: Evidence) -> Iterator[str]:
         if suite.change is not None and not is_above_majority(suite):
             tuned, majority = suite.score("tuned"), suite.majority
             yield (
-                f"{suite.name}: the tuned model ({suite.unit.score(tuned)}) is not above always "
+                f"{suite.name}: the tuned model ({suite.unit.score(tuned)}) does not beat always "
                 f"giving the most frequent answer ({suite.unit.score(majority)})."
             )
 
@@ -125,7 +125,7 @@ def _unparseable(evidence: Evidence) -> Iterator[str]:
                 share = FRACTION.score(arm.unparseable / suite.n)
                 yield (
                     f"{suite.name}: {share} of the {name} model's answers could not be parsed and "
-                    "score 0, so part of the difference may be format alone."
+                    "score 0, so part of the difference may be due to format alone."
                 )
 
 
@@ -149,7 +149,7 @@ def _some_items_leaked(evidence: Evidence) -> Iterator[str]:
         if leaked and leaked.item_ids and suite.name not in blocked:
             yield (
                 f"{suite.name}: {format_count(len(leaked.item_ids))} of {format_count(leaked.n)} "
-                f"items stand in the training rows, or nearly so (exact {leaked.exact}, near "
+                f"items are in the training rows, or nearly so (exact {leaked.exact}, near "
                 f"{leaked.near}, shared words {leaked.ngram}). {format_clean(suite)}"
             ).rstrip()
 
@@ -167,5 +167,5 @@ def _smaller_strength_would_do(evidence: Evidence) -> Iterator[str]:
         )
         yield (
             f"Strength {choice.strength:g} keeps the target within one standard error of full "
-            f"strength and forgets less ({losses}; on the half of the items that did not choose)."
+            f"strength and forgets less ({losses}; on the half of the items not used to choose it)."
         )

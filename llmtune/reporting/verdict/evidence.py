@@ -1,4 +1,4 @@
-"""The facts that the rules look at: measured changes, held against bounds and chance."""
+"""The facts that the rules look at: measured changes, compared with bounds and with chance."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Evidence:
 
     @property
     def significance(self) -> float:
-        """Return the level that Holm-adjusted p-values are held against."""
+        """Return the level that Holm-adjusted p-values must stay below."""
         return 1 - self.confidence
 
     def better(self, role: str) -> tuple[SuiteReport, ...]:

@@ -12,7 +12,7 @@ Numbers = Mapping[str, object]
 
 
 class VerdictJson(TypedDict):
-    """What decided, as report.json holds it beside the verdict's name."""
+    """What decided, as report.json holds it next to the verdict's name."""
 
     reasons: list[str]
     numbers: Numbers
@@ -43,11 +43,11 @@ class Verdict:
 
     @property
     def tone(self) -> str:
-        """`good`, `bad` or `open`: how it is coloured."""
+        """`good`, `bad` or `open`: how it is colored."""
         return TONES.get(self.kind, "open")
 
     def as_json(self) -> VerdictJson:
-        """Return what decided, as report.json holds it beside the name."""
+        """Return what decided, as report.json holds it next to the name."""
         return {
             "reasons": list(self.reasons),
             "numbers": self.numbers,
@@ -56,21 +56,21 @@ class Verdict:
 
 
 MEANINGS = {
-    "CONTAMINATED": "Items of the target suite stand in the training rows, so its scores prove "
+    "CONTAMINATED": "Items of the target suite are among the training rows, so its scores prove "
     "nothing.",
     "SHIP": "A gain on the target that is clear of chance, and general ability within its bound.",
-    f"{AT_STRENGTH} x": "With the adapter at a smaller strength the gain stays and general ability "
+    f"{AT_STRENGTH} x": "At a smaller strength of the adapter the gain stays, and general ability "
     "is within its bound.",
-    "NEGATIVE": "The tuned model is worse at the very task it was tuned for, clear of chance.",
+    "NEGATIVE": "The tuned model is worse at the task it was tuned for, clear of chance.",
     "BROKE-GENERAL": "General ability fell beyond its bound, clear of chance.",
     "USE-PROMPT": "Prompting the base model does as well: the tuned model is not shown to be "
     "better.",
     "USE-PROBE": "A linear probe on the frozen base does as well: the tuned model is not shown to "
     "be better.",
-    "MORE-DATA": "No gain is shown yet, but the learning curve says that more rows would lower "
+    "MORE-DATA": "No gain is shown yet, but the learning curve predicts that more rows would lower "
     "the loss.",
     "INCONCLUSIVE": "These items show neither a gain nor a loss on the target.",
-    "NOT-MEASURED": "There is no comparison of base and tuned model on a target suite to judge by.",
+    "NOT-MEASURED": "Base and tuned model were not compared on a target suite.",
 }
 """What each verdict says, in one sentence; docs/report.md says what to do about it."""
 

@@ -23,7 +23,7 @@ Rule = Callable[[Evidence], Verdict | None]
 
 
 def contaminated(evidence: Evidence) -> Verdict | None:
-    """CONTAMINATED: too many items of a target suite stand word for word in the training rows."""
+    """CONTAMINATED: too many items of a target suite appear word for word in the training rows."""
     found = evidence.contaminated()
     if not found:
         return None
@@ -31,13 +31,13 @@ def contaminated(evidence: Evidence) -> Verdict | None:
     reasons, numbers = [], {}
     for suite, leaked in found:
         reasons.append(
-            f"{suite.name}: {format_count(leaked.exact)} of {format_count(leaked.n)} items stand "
+            f"{suite.name}: {format_count(leaked.exact)} of {format_count(leaked.n)} items appear "
             f"word for word in the training rows ({FRACTION.score(leaked.exact_share)}, more than "
             f"{FRACTION.score(bound)})."
         )
         reasons += filter(None, [format_clean(suite)])
         numbers[suite.name] = {"exact": leaked.exact, "n": leaked.n, "bound": bound}
-    reasons.append("Take these items out of the suite or out of the training rows, and run again.")
+    reasons.append("Remove these items from the suite or from the training rows, and run again.")
     return Verdict("CONTAMINATED", tuple(reasons), numbers)
 
 
@@ -61,19 +61,17 @@ def negative(evidence: Evidence) -> Verdict | None:
         return None
     format_suite = change_formatter(evidence)
     reasons = [*map(format_suite, worse), *map(format_suite, evidence.broken())]
-    reasons.append(
-        "The tuning hurt the very task it was trained on: check labels and format first."
-    )
+    reasons.append("The tuning hurt the task it was trained on: check labels and format first.")
     return Verdict("NEGATIVE", tuple(reasons), _suite_numbers(worse))
 
 
 def beyond_rescue(evidence: Evidence) -> Verdict | None:
-    """BROKE-GENERAL where no smaller strength mends it."""
+    """BROKE-GENERAL if no smaller strength fixes it."""
     return None if ship_at_strength(evidence) else broke_general(evidence)
 
 
 def use_prompt(evidence: Evidence) -> Verdict | None:
-    """USE-PROMPT: few-shot or an own prompt beats the bare base, and is not beaten by tuning."""
+    """USE-PROMPT: few-shot or a custom prompt beats the bare base, and is not beaten by tuning."""
     targets = evidence.with_role("target")
     arms = [
         name
@@ -103,8 +101,8 @@ def use_probe(evidence: Evidence) -> Verdict | None:
 def ship_at_strength(evidence: Evidence) -> Verdict | None:
     """SHIP at strength x: the full adapter forgets too much, and a smaller strength does not.
 
-    The strength was chosen on the selection half of the items; every number here is of the other
-    half. It holds where a target gains clear of 0 and above the majority there, none loses, and
+    The strength was chosen on the selection half of the items; every number here is from the other
+    half. It holds if a target gains clear of 0 and above the majority there, none loses, and
     every general suite that the full strength broke was measured and is not broken.
     """
     choice = evidence.strengths.choice if evidence.strengths else None
@@ -130,7 +128,7 @@ def ship_at_strength(evidence: Evidence) -> Verdict | None:
         format_at_strength(suite, choice, evidence.confidence) for suite in targets + generals
     ]
     reasons.append(
-        f"At full strength general ability lost more than it needs to (bound "
+        f"At full strength, general ability lost more than necessary (bound "
         f"{format_bounds(evidence, tuple(costly))}). The strength was chosen on "
         f"{format_count(choice.num_selection)} other items: the smallest that keeps the target "
         f"within one standard error and general ability within its bound."
@@ -228,7 +226,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def decide(evidence: Evidence) -> Verdict:
-    """Return the first rule's verdict that holds; `also` names the later ones that hold too."""
+    """Return the verdict of the first rule that holds; `also` names later ones that hold too."""
     fired = [verdict for rule in RULES if (verdict := rule(evidence)) is not None]
     names = list(dict.fromkeys(verdict.name for verdict in fired))
     return replace(fired[0], also=tuple(names[1:]))

@@ -24,7 +24,7 @@ def format_change(suite: SuiteReport, confidence: float) -> str:
 
 
 def format_rival(suite: SuiteReport, arm: str, confidence: float) -> str:
-    """Format how the tuned model stands against another arm, with what the items can show."""
+    """Format how the tuned model compares with a different arm, and what the items can show."""
     rival, unit = suite.rivals[arm], suite.unit
     assert rival.tuned_over is not None, "only compared arms are described"
     draws = suite.arms[arm].about.get("draws") or {}
@@ -57,19 +57,19 @@ def format_at_strength(suite: SuiteReport, choice: StrengthChoice, confidence: f
     base, here, full = choice.held_scores[suite.name]
     change, unit = choice.held[suite.name], suite.unit
     return (
-        f"{suite.name}, on the half that did not choose: {unit.score(base)} → {unit.score(here)} "
+        f"{suite.name}, on the half not used to choose it: {unit.score(base)} → {unit.score(here)} "
         f"at strength {choice.strength:g}, {format_difference(suite, change, confidence)}): "
         f"{word_for(suite, change)}; {unit.score(full)} at full strength."
     )
 
 
 def format_clean(suite: SuiteReport) -> str:
-    """Format the scores on the items that are not in the training rows; empty where all are."""
+    """Format the scores on the items that are not in the training rows; empty if all are."""
     if suite.clean is None:
         return ""
     unit, clean = suite.unit, suite.clean
     return (
-        f"On its {format_count(clean.n)} other items: {unit.score(clean.base)} → "
+        f"On the other {format_count(clean.n)} items: {unit.score(clean.base)} → "
         f"{unit.score(clean.tuned)}, a change of {unit.difference(clean.change.difference)} "
         f"{unit.interval(clean.change.low, clean.change.high)}."
     )
@@ -111,7 +111,7 @@ def format_what_would_decide(suite: SuiteReport) -> str:
     if suite.gained == 0 and suite.lost == 0 and suite.change.difference == 0:
         return f"No item of {suite.name} changed its score.{mde}"
     if suite.needed_items is None:
-        return f"The two are equal on {suite.name}, so no number of items would decide.{mde}"
+        return f"The two are equal on {suite.name}, so no number of items would settle it.{mde}"
     size = suite.unit.size(suite.change.difference)
     return (
         f"About {format_count(suite.needed_items)} items would decide a difference of "
