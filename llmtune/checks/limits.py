@@ -1,4 +1,7 @@
-"""How far a file may be from the model it was made from, by the type of its numbers."""
+"""How far one thing may be from what it was made from, by the type of its numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 # Largest KL(model || file) after a prompt, in nats, with which a file is kept. A broken file has
 # several nats; SmolLM2-135M, which suffers more than larger models, has 0.00001 in f16 and 0.010
@@ -26,3 +29,25 @@ def allowed_kl(type: str) -> float:
 def allowed_accuracy_change(type: str) -> float:
     """Return by how much a file of this type may change a suite's label accuracy."""
     return ACCURACY_CHANGE.get(type, ACCURACY_CHANGE_SMALL)
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """By how much what is verified may differ from its reference."""
+
+    max_kl: float | None = None
+    """Largest KL in nats per token; None is the bound of the file's type."""
+    max_odd_strings: int = 0
+    """How many of the tricky strings may be tokenized differently."""
+    max_accuracy_change: float | None = None
+    """Largest change of a target suite's label accuracy in a GGUF file, as a fraction of 1; None
+    is the bound of the file's type."""
+
+    def string_problems(self, num_odd: int, num_strings: int, odd: Sequence[str]) -> list[str]:
+        """Say how many strings become other tokens if there are too many; `odd` are the first."""
+        if num_odd <= self.max_odd_strings:
+            return []
+        return [
+            f"{num_odd} of {num_strings} tricky strings become other tokens, such as "
+            f"{odd[0]!r} (allowed are {self.max_odd_strings})"
+        ]

@@ -74,6 +74,20 @@ class VerifyResult:
         """Return the result as JSON."""
         return asdict(self)
 
+    def numbers(self) -> dict[str, object]:
+        """Return the numbers as JSON, without the texts."""
+        return {
+            "kl": self.kl,
+            "top1_agreement": self.top1_agreement,
+            "perplexity": self.merged_perplexity,
+            "live_perplexity": self.live_perplexity,
+            "max_logit_difference": self.max_logit_difference,
+            "num_tokens": self.num_tokens,
+            "num_labels": self.num_labels,
+            "num_same_labels": self.num_same_labels,
+            "dtype": self.dtype,
+        }
+
     def summary(self) -> str:
         """Say in one line how close merged model and adapter are."""
         return (
@@ -104,7 +118,7 @@ def verify_merge(
         device: where the merged model runs; None is where the live one is.
 
     Raises:
-        LlmtuneError: the merged directory cannot be loaded, or its vocabulary is another one.
+        LlmtuneError: the merged directory cannot be loaded, or its vocabulary differs.
     """
     assert decoding.temperature == 0, "answers are compared greedily"
     merged = load_merged(merged_dir, dtype=dtype, device=device or model_device(live))
@@ -201,7 +215,8 @@ def _compare_sequences(
 def _loss(logits: torch.Tensor, ids: Sequence[int]) -> float:
     """Return the summed negative log-likelihood of the tokens after the first, in nats."""
     targets = torch.tensor(ids[1:], device=logits.device)
-    return nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item()
+    loss = nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
+    return float(loss)
 
 
 def _compare_labels(
@@ -272,7 +287,7 @@ def _token_at(answer: Generation, position: int) -> int | None:
 def _margin(model: nn.Module, ids: Sequence[int]) -> float:
     with inference(model):
         first, second = _logits(model, ids)[0, -1].float().topk(2).values.tolist()
-    return first - second
+    return float(first - second)
 
 
 def _logits(model: nn.Module, ids: Sequence[int]) -> torch.Tensor:

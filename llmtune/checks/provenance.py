@@ -47,3 +47,8 @@ def read_record(merged_dir: Path) -> MergeRecord | None:
         raise LlmtuneError(
             f"{path}: damaged ({type(error).__name__}: {error}); merge again"
         ) from error
+
+
+def strength_of(record: MergeRecord | None) -> float:
+    """Return how much of the adapter is in what was merged."""
+    return 1.0 if record is None else record.strength

@@ -10,18 +10,38 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from llmtune.adapters.manifest import adapter_fingerprint, has_strengths
 from llmtune.adapters.saved import load_adapter
 from llmtune.adapters.strength import adapter_strength
+from llmtune.checks.prompts import HeldOut
+from llmtune.checks.provenance import MergeRecord, strength_of
+from llmtune.data.template import require_trained_template
+from llmtune.errors import LlmtuneError
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import Fp4Quantization, ModelConfig, Nf4Quantization
 from llmtune.models.hardware import choose_device
 from llmtune.models.load import LoadedModel, load_model
+from llmtune.models.resolve import resolve_base
 
 FLOAT32_BYTES = 4
 BYTES_PICKLED = 2
 """Of a number in a `.bin` file, which is not opened to count them: if it holds float32, too few."""
 MEMORY_SHARE = 0.5
 """Of the free memory, what the compared models may take in float32."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The run, adapter or model that something is compared with."""
+
+    name: str
+    model: ModelConfig
+    max_kl: float
+    """Nats per token with which its merges are kept."""
+    adapter_dir: Path | None = None
+    merged_dir: Path | None = None
+    held_out: HeldOut | None = None
+    """A run's held-out rows and suites; without any the open prompts are compared."""
 
 
 @dataclass(frozen=True)
@@ -92,3 +112,38 @@ def _num_parameters(directory: Path) -> int:
     if not base.has_safetensors:
         return sum(path.stat().st_size for path in directory.glob("*.bin")) // BYTES_PICKLED
     return sum(math.prod(one.shape) for one in base.index.tensors.values())
+
+
+def load_reference(reference: Reference, record: MergeRecord | None, dtype: str) -> LiveModel:
+    """Load base and adapter: quantized if the adapter was merged into the dequantized base.
+
+    Raises:
+        LlmtuneError: the chat template is not the one the adapter was trained with; or what is
+            verified was merged from several adapters, which are not one live model.
+    """
+    adapter_dir, strength = reference.adapter_dir, strength_of(record)
+    if record is not None and record.num_adapters > 1:
+        raise LlmtuneError(
+            f"{reference.name}: what is to be verified was merged from {record.num_adapters} "
+            "adapters, so no single one can be compared with it; it was compared when it was merged"
+        )
+    if strength != 1 and adapter_dir and not has_strengths(adapter_dir):
+        raise LlmtuneError(
+            f"{reference.name}: merged at strength {strength:g}, and an adapter with "
+            "biases or single token rows has no live model of that strength to compare with"
+        )
+    is_quantized = record is not None and record.base == "dequantized"
+    source = resolve_base(reference.model, allow_quantized=True)
+    live = load_live(reference.model, source, adapter_dir, dtype=dtype, is_quantized=is_quantized)
+    if adapter_dir is not None:
+        require_trained_template(live.loaded.tokenizer, adapter_dir)
+    return live
+
+
+def adapter_problems(record: MergeRecord | None, reference: Reference) -> list[str]:
+    """Say whether a directory was merged from a different adapter than the reference's."""
+    if record is None or reference.adapter_dir is None:
+        return []
+    if record.adapter_hash == adapter_fingerprint(reference.adapter_dir):
+        return []
+    return [f"it was merged from another adapter than {reference.adapter_dir}; merge again"]

@@ -45,12 +45,13 @@ class Server:
             {"Content-Type": "application/json"},
         )
         with self._opener.open(request) as reply:
-            return json.load(reply)
+            answer: dict[str, Any] = json.load(reply)
+        return answer
 
     def tokenize(self, text: str, *, add_special: bool) -> list[int]:
         """Return the ids of a text in which special tokens are recognised."""
         body = {"content": text, "add_special": add_special, "parse_special": True}
-        return self.post("/tokenize", body)["tokens"]
+        return list(self.post("/tokenize", body)["tokens"])
 
     def answer_chat(self, messages: list[dict[str, str]], max_new_tokens: int) -> dict[str, Any]:
         """Render a conversation with the file's template, and answer it as the chat does."""

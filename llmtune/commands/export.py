@@ -105,9 +105,9 @@ def verify(  # noqa: PLR0913 (one argument an option)
       llmtune verify runs/quickstart/exports/quickstart-q8_0.gguf --against runs/quickstart
     """
     show_progress(quiet)
-    from llmtune.stages.verify import VerifySettings, require_passed, verify_target
-    from llmtune.stages.verify_text import describe_verification
+    from llmtune.checks.limits import Tolerances
+    from llmtune.runs.verify import verify_target
 
-    result = verify_target(path, against, overrides, VerifySettings(max_kl=max_kl))
-    print_result(result, as_json, lambda: describe_verification(result))
-    require_passed(result)
+    verified = verify_target(path, against, overrides, Tolerances(max_kl=max_kl))
+    print_result(verified.to_dict(), as_json, verified.describe)
+    verified.require_passed()

@@ -1,6 +1,6 @@
 """merge: one adapter, or several, added into their base."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,99 +89,90 @@ def merge(  # noqa: PLR0913 (one argument an option)
     show_progress(quiet)
     chosen = {"base": base, "strength": strength, "max_kl": max_kl}
     given = {name: value for name, value in chosen.items() if value is not None}
-    settings = MergeSettings(dtype, device)
+    asked = _Asked(out, given, MergeSettings(dtype, device), dry_run, force)
     if adapters:
         words = [*adapters, *([target] if target else []), *overrides]
         how = Combination(method, density, rank, seed)
-        combined = _combine(words, how, given, settings, _Result(out, to, dry_run, force))
-        print_result(combined, as_json, lambda: _describe_combined(combined, dry_run))
-        return
-    if target is None:
+        result, text = _combine(words, how, asked, to_adapter=to == "adapter")
+    elif target is None:
         raise click.UsageError("give a TARGET, or --adapters")
-    result = _merge_one(target, overrides, given, settings, _Result(out, to, dry_run, force))
-    print_result(result, as_json, lambda: _describe_one(result, dry_run))
+    else:
+        result, text = _merge_one(target, overrides, asked)
+    print_result(result, as_json, text)
 
 
 @dataclass(frozen=True)
-class _Result:
-    """Where the result goes, or that there is to be none."""
+class _Asked:
+    """What was asked for with options, of one adapter as of several."""
 
     out: Path | None
-    to: str
+    given: Mapping[str, Any]
+    """Keys of the `merge` section."""
+    settings: MergeSettings
     dry_run: bool
     force: bool
 
 
-def _merge_one(
-    target: str,
-    overrides: tuple[str, ...],
-    given: Mapping[str, Any],
-    settings: MergeSettings,
-    wanted: _Result,
-) -> Mapping[str, Any]:
+Shown = tuple[Mapping[str, Any], Callable[[], str]]
+"""A result as JSON values, and how it is shown to people."""
+
+
+def _merge_one(target: str, overrides: tuple[str, ...], asked: _Asked) -> Shown:
+    from llmtune.merging.text import format_merge, format_plans
     from llmtune.runs.targets import resolve_target
 
     named = resolve_target(target, overrides)
     if named.config is not None:
-        more = tuple(f"merge.{name}={value}" for name, value in given.items())
+        more = tuple(f"merge.{name}={value}" for name, value in asked.given.items())
         named = resolve_target(target, (*overrides, *more))
     if named.adapter_dir is None and named.config is None and not Path(target).exists():
         raise LlmtuneError(f"{target}: no such file or directory; expected a run or an adapter")
-    knobs, out = MergeConfig(**given), wanted.out
-    if wanted.dry_run:
-        from llmtune.stages import merge_apart
+    knobs, settings = MergeConfig(**asked.given), asked.settings
+    if asked.dry_run:
+        from llmtune.runs import merge_apart
 
-        return merge_apart.plan_merges(named, out, knobs=knobs, settings=settings)
-    if out is not None:
-        from llmtune.stages import merge_apart
+        planned = merge_apart.plan_merges(named, asked.out, knobs=knobs, settings=settings)
+        return planned.to_dict(), lambda: format_plans(planned)
+    result: Mapping[str, Any]
+    if asked.out is not None:
+        from llmtune.runs import merge_apart
 
-        force = wanted.force
-        return merge_apart.merge_into(named, out, knobs=knobs, settings=settings, force=force)
-    if named.config is None:
+        result = merge_apart.merge_into(
+            named, asked.out, knobs=knobs, settings=settings, force=asked.force
+        ).to_dict()
+    elif named.config is not None:
+        from llmtune.runs import pipeline
+
+        result = pipeline.merge(named.config, force=asked.force, settings=settings)
+    else:
         raise LlmtuneError(f"{target}: is not a run; say where the merged model goes with --out")
-    from llmtune.runs import pipeline
-
-    return pipeline.merge(named.config, force=wanted.force, settings=settings)
+    return result, lambda: format_merge(result)
 
 
-def _combine(
-    words: Sequence[str],
-    how: Combination,
-    given: Mapping[str, Any],
-    settings: MergeSettings,
-    wanted: _Result,
-) -> Mapping[str, Any]:
+def _combine(words: Sequence[str], how: Combination, asked: _Asked, *, to_adapter: bool) -> Shown:
     """Take `model.*=value` among the words for an override, and all others for adapters."""
-    from llmtune.stages import merge_apart
-    from llmtune.stages.merge_adapters import CombineRequest
+    from llmtune.merging.text import format_combined_merge, format_new_adapter, format_plans
+    from llmtune.runs import merge_apart
 
-    if wanted.out is None:
+    if asked.out is None:
         raise LlmtuneError("--adapters: say where the result goes with --out")
-    if "strength" in given:
-        raise LlmtuneError("--strength: the adapters have their weights; leave it away")
-    request = CombineRequest(
+    if "strength" in asked.given:
+        raise LlmtuneError("--strength cannot be used with --adapters; set each adapter's weight")
+    combined = merge_apart.Combined(
         adapters=[word for word in words if not word.startswith("model.")],
         overrides=[word for word in words if word.startswith("model.")],
         how=how,
-        out_dir=wanted.out,
-        to_adapter=wanted.to == "adapter",
-        knobs=MergeConfig(**given),
-        settings=settings,
+        out_dir=asked.out,
+        knobs=MergeConfig(**asked.given),
+        settings=asked.settings,
     )
-    if wanted.dry_run and not request.to_adapter:
-        return merge_apart.plan_combination(request)
-    if wanted.dry_run:
-        raise LlmtuneError("--dry-run plans a model; a new adapter is small, so just make it")
-    return merge_apart.combine(request, force=wanted.force)
-
-
-def _describe_one(result: Mapping[str, Any], dry_run: bool) -> str:
-    from llmtune.stages.merge_text import describe_plan, describe_result
-
-    return describe_plan(result) if dry_run else describe_result(result)
-
-
-def _describe_combined(result: Mapping[str, Any], dry_run: bool) -> str:
-    from llmtune.stages.merge_text import describe_combined, describe_plan
-
-    return describe_plan(result) if dry_run else describe_combined(result)
+    if to_adapter:
+        if asked.dry_run:
+            raise LlmtuneError("--dry-run plans a model; a new adapter is small, so just make it")
+        new = merge_apart.combine_into_adapter(combined, force=asked.force)
+        return new.to_dict(), lambda: format_new_adapter(new)
+    if asked.dry_run:
+        planned = merge_apart.plan_combination(combined)
+        return planned.to_dict(), lambda: format_plans(planned)
+    merged = merge_apart.combine_into_model(combined, force=asked.force)
+    return merged.to_dict(), lambda: format_combined_merge(merged)

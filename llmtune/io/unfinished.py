@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -87,6 +87,28 @@ def move_into_place(finished: Path, out: Path) -> None:
     _flush(out.parent)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def refuse_to_replace(
+    out: Path, *, product: str, is_own: Callable[[Path], bool], force: bool
+) -> None:
+    """Check that nothing is replaced unasked, and nothing but an earlier result at all.
+
+    Args:
+        out: the file or directory to make.
+        product: what `is_own` recognizes, with its article.
+        is_own: whether an earlier result is there, which may be replaced.
+        force: whether it may be.
+
+    Raises:
+        LlmtuneError: there is something that may not be replaced.
+    """
+    if not out.exists():
+        return
+    if not force:
+        raise LlmtuneError(f"{out}: exists already; choose another --out, or give --force")
+    if not is_own(out):
+        raise LlmtuneError(f"{out}: is not {product}, so it is not replaced; choose another --out")
 
 
 def free_bytes(out: Path) -> int:

@@ -52,8 +52,9 @@ class MergeStage(Stage):
 
     def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Merge and check."""
-        from llmtune.stages.merge import run_merge_stage
-        from llmtune.stages.merge_apart import request_of_run
+        from llmtune.merging.one_adapter import merge_one
+        from llmtune.runs.merge_apart import request_of_run
 
         config = self.config
-        return run_merge_stage(request_of_run(config, config.run.merged_dir, self.settings))
+        request = request_of_run(config, config.run.merged_dir, self.settings)
+        return merge_one(request).to_dict()

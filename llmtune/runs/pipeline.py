@@ -167,8 +167,9 @@ def verify(path: str | Path, against: str | Path, overrides: Sequence[str] = ())
     Raises:
         CheckFailed: they differ by more than allowed; the message says in what.
     """
-    from llmtune.stages.verify import VerifySettings, require_passed, verify_target
+    from llmtune.checks.limits import Tolerances
+    from llmtune.runs.verify import verify_target
 
-    result = verify_target(Path(path), str(against), overrides, VerifySettings())
-    require_passed(result)
-    return result
+    verified = verify_target(Path(path), str(against), overrides, Tolerances())
+    verified.require_passed()
+    return verified.to_dict()

@@ -13,11 +13,12 @@ from llmtune.checks.labels import (
     first_token_questions,
     label_in_model,
 )
+from llmtune.checks.limits import Tolerances
 from llmtune.checks.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 from llmtune.runs import pipeline
-from llmtune.stages.verify_text import describe_verification
+from llmtune.runs.verify import verify_target
 from tests.project import make_project
 from tests.tiny import make_model
 
@@ -79,7 +80,9 @@ def test_a_finished_export_is_skipped_and_one_that_is_gone_is_made_again(finishe
 @needs_runtime
 def test_verify_compares_the_labels_of_the_target_suite(finished, tmp_path):
     path = finished.run.path / "exports" / "run-f16.gguf"
-    result = verify(path, finished.run.path)
+    verified = verify_target(path, str(finished.run.path), [], Tolerances())
+    verified.require_passed()
+    result = verified.to_dict()
     for compared, against, max_kl in (
         (result["file"], "merged model", 0.01),
         (result["chain"], "live adapter", 0.06),
@@ -89,7 +92,7 @@ def test_verify_compares_the_labels_of_the_target_suite(finished, tmp_path):
         [labels] = compared["labels"]
         assert (labels["suite"], labels["n"], labels["num_same"]) == ("sentiment", 12, 12)
         assert compared["num_same_prompts"] == compared["num_prompts"] == 20
-    shown = describe_verification(result)
+    shown = verified.describe()
     assert "label accuracy, sentiment" in shown
     assert "is the file right?" in shown
     json.dumps(result)

@@ -9,12 +9,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmtune.checks.limits import Tolerances
 from llmtune.checks.merged import load_merged
 from llmtune.checks.runtime import is_runtime_installed
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 from llmtune.merging.merge import merge_adapter
-from llmtune.stages.verify import VerifySettings, require_passed, verify_target
+from llmtune.runs.verify import verify_target
 from tests.exporting.exports import export_model
 
 needs_runtime = pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")
@@ -111,9 +112,9 @@ def test_a_reloaded_checkpoint_computes_with_the_kernels_it_was_saved_with(
 
 
 def verify(subject, against, **settings):
-    result = verify_target(subject, str(against), [], VerifySettings(**settings))
-    require_passed(result)
-    return result
+    verified = verify_target(subject, str(against), [], Tolerances(**settings))
+    verified.require_passed()
+    return verified.to_dict()
 
 
 def test_the_merged_model_is_the_adapter_model(tuned):

@@ -1,28 +1,38 @@
-"""A merge and its plan in words, for the terminal."""
+"""Merges and their plans in words, for the terminal."""
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from llmtune.io.sizes import MIB, format_apart
+from llmtune.io.unfinished import free_bytes
+
+if TYPE_CHECKING:
+    from llmtune.merging.changes import WeightedAdapter
+    from llmtune.merging.checked import PlannedMerges
+    from llmtune.merging.several_adapters import CombinedMerge, NewAdapter
 
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
-def describe_plan(planned: Mapping[str, Any]) -> str:
+def format_plans(planned: "PlannedMerges") -> str:
     """Say which tensors get which delta, one line for like-named ones, and what the disk needs."""
     lines: list[str] = []
-    for plan in planned["plans"]:
-        lines += _plan_lines(plan)
-    needed, free = format_apart(planned["needed_bytes"], planned["free_bytes"])
+    for plan in planned.plans:
+        lines += _plan_lines(plan.to_dict())
+    needed, free = format_apart(planned.needed_bytes, free_bytes(planned.out_dir))
     lines.append(f"on the disk: {needed} needed, {free} free")
     lines.append("nothing was written")
     return "\n".join(lines)
 
 
-def describe_result(result: Mapping[str, Any]) -> str:
-    """Say how close either base came where both were tried, and where the merged model lies."""
+def format_merge(result: Mapping[str, Any]) -> str:
+    """Say how close each base came if both were tried, and where the merged model is.
+
+    Args:
+        result: `CheckedMerge` as JSON, which a run's manifest also keeps.
+    """
     lines = [
         f"{name:<11} KL {score['kl']:.2e} nats/token, top-1 agreement "
         f"{score['top1_agreement']:.2%}, perplexity {score['perplexity']:.3f} "
@@ -33,19 +43,28 @@ def describe_result(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def describe_combined(result: Mapping[str, Any]) -> str:
-    """Say what was made of several adapters, and what cutting the rank lost."""
-    parts = " + ".join(f"{one['weight']:g} x {one['directory']}" for one in result["adapters"])
-    if "method" in result:
-        return f"{parts}: merged model saved in {result['out_dir']} ({result['method']})"
-    ranks = ", ".join(f"{count} of rank {rank}" for rank, count in result["ranks"].items())
-    lines = [f"{parts}: adapter saved in {result['out_dir']}, {ranks}"]
-    if result["lost_energy"]:
+def format_combined_merge(combined: "CombinedMerge") -> str:
+    """Say what a model of several adapters was made of."""
+    out_dir = combined.merged.result.out_dir
+    parts = _format_parts(combined.adapters)
+    return f"{parts}: merged model saved in {out_dir} ({combined.method})"
+
+
+def format_new_adapter(new: "NewAdapter") -> str:
+    """Say what a new adapter was made of, and what cutting the rank lost."""
+    made = new.made
+    ranks = ", ".join(f"{count} of rank {rank}" for rank, count in made.ranks.items())
+    lines = [f"{_format_parts(new.adapters)}: adapter saved in {made.out_dir}, {ranks}"]
+    if made.lost_energy:
         lines.append(
-            f"cutting the rank lost {result['lost_energy']:.2%} of the deltas' energy, at most "
-            f"{result['worst_lost_energy']:.2%} in {result['worst_module']}"
+            f"cutting the rank lost {made.lost_energy:.2%} of the deltas' energy, at most "
+            f"{made.worst_lost_energy:.2%} in {made.worst_module}"
         )
     return "\n".join(lines)
+
+
+def _format_parts(adapters: Sequence["WeightedAdapter"]) -> str:
+    return " + ".join(f"{one.weight:g} x {one.directory}" for one in adapters)
 
 
 def _plan_lines(plan: Mapping[str, Any]) -> Iterator[str]:
@@ -73,7 +92,7 @@ def _plan_lines(plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_delta_on_dequantized(tensor: Mapping[str, Any]) -> bool:
-    return tensor["is_dequantized"] and tensor["change"] != "dequantized"
+    return bool(tensor["is_dequantized"]) and tensor["change"] != "dequantized"
 
 
 def _delta_text(delta: Mapping[str, Any]) -> str:

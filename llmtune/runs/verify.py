@@ -1,0 +1,59 @@
+"""Verify a model directory or a GGUF file against the run, adapter or model that it came from."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmtune.checks.directory import check_directory
+from llmtune.checks.file import ModelFile, check_file
+from llmtune.checks.limits import Tolerances
+from llmtune.checks.prompts import HeldOut
+from llmtune.checks.reference import Reference
+from llmtune.checks.verification import Comparison, Verification
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.suite import Suite
+from llmtune.exporting.gguf_writer.read import read_file_type, read_source
+from llmtune.merging.config import MergeConfig
+from llmtune.runs.evaluate import load_suites
+from llmtune.runs.targets import Target, resolve_target
+
+GGUF_SUFFIX = ".gguf"
+
+
+def verify_target(
+    subject: Path, against: str, overrides: Sequence[str], tolerances: Tolerances
+) -> Verification:
+    """Compare a model directory or a GGUF file, read from disk, with what it came from.
+
+    Args:
+        subject: a merged or 4-bit model directory, or a GGUF file.
+        against: a run, its config, an adapter, or a model.
+        overrides: `key.path=value` of the run's config.
+        tolerances: by how much they may differ.
+
+    Raises:
+        LlmtuneError: `subject` or `against` cannot be loaded.
+    """
+    if not subject.exists():
+        raise LlmtuneError(f"{subject}: does not exist; expected a directory or a .gguf file")
+    target = resolve_target(against, overrides)
+    found: Comparison
+    if subject.suffix == GGUF_SUFFIX:
+        file = ModelFile(subject, read_file_type(subject), read_source(subject))
+        suites = load_suites(target.config.evaluate) if target.config else []
+        found = check_file(file, _reference(target, suites), tolerances)
+    else:
+        found = check_directory(subject, _reference(target), tolerances)
+    return Verification(str(subject), against, found)
+
+
+def _reference(target: Target, suites: Sequence[Suite] = ()) -> Reference:
+    """Return what the checks may know of a target."""
+    config = target.config
+    return Reference(
+        name=target.name,
+        model=target.model,
+        max_kl=(config.merge if config else MergeConfig()).max_kl,
+        adapter_dir=target.adapter_dir,
+        merged_dir=target.merged_dir,
+        held_out=HeldOut(config.data, config.seed, tuple(suites)) if config else None,
+    )
