@@ -51,7 +51,7 @@ from llmtune.checks.reference import (
 )
 from llmtune.checks.runtime import RuntimeAnswers, ask_runtime, require_runtime
 from llmtune.checks.verification import format_line, format_prompts, format_strings
-from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.tasks.base import Suite
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.memory import release_memory
 from llmtune.models.resolve import resolve_base

@@ -23,7 +23,12 @@ from llmtune.exporting.card import CARD_NAME, base_name, read_report, render_car
 from llmtune.exporting.config import ExportSettings, find_exporter
 from llmtune.io.environment import versions
 from llmtune.io.run_dir import RunDir, atomic_write_text
-from llmtune.io.unfinished import move_into_place, unfinished_dir, unfinished_file
+from llmtune.io.unfinished import (
+    move_into_place,
+    refuse_to_replace,
+    unfinished_dir,
+    unfinished_file,
+)
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.resolve import resolve_base
 from llmtune.version import __version__
@@ -168,7 +173,12 @@ class ExportJob:
                     f"{self.source.name}: is not a run; say where the export goes with --out"
                 )
             out = run_dir / EXPORTS_DIR / exporter.output_name(f"{self.name}-{self.type}")
-        _require_new(out, exporter, overwrite=self.settings.force)
+        refuse_to_replace(
+            out,
+            product=f"a {exporter.product}",
+            is_own=exporter.is_own,
+            force=self.settings.force,
+        )
         return replace(self, settings=replace(self.settings, out=out))
 
     def _facts(self, model_dir: Path) -> dict[str, str]:
@@ -181,15 +191,3 @@ class ExportJob:
             facts["base_name"] = base_name(self.report)
             facts["verdict"] = str(self.report.get("verdict"))
         return facts
-
-
-def _require_new(out: Path, exporter: WritingExporter, *, overwrite: bool) -> None:
-    """Check that nothing is overwritten unasked, and nothing but an earlier export at all."""
-    if not out.exists():
-        return
-    if not overwrite:
-        raise LlmtuneError(f"{out}: exists already; choose another --out, or give --force")
-    if not exporter.is_own(out):
-        raise LlmtuneError(
-            f"{out}: is not a {exporter.product}, so it is not replaced; choose another --out"
-        )

@@ -10,7 +10,7 @@ from llmtune.checks.prompts import HeldOut
 from llmtune.checks.reference import Reference
 from llmtune.checks.verification import Comparison, Verification
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.suite import Suite
+from llmtune.evaluation.tasks.base import Suite
 from llmtune.exporting.gguf_writer.read import read_file_type, read_source
 from llmtune.merging.config import MergeConfig
 from llmtune.runs.evaluate import load_suites
