@@ -118,7 +118,6 @@ Shown = tuple[Mapping[str, Any], Callable[[], str]]
 
 
 def _merge_one(target: str, overrides: tuple[str, ...], asked: _Asked) -> Shown:
-    from llmtune.merging.text import format_merge, format_plans
     from llmtune.runs.targets import resolve_target
 
     named = resolve_target(target, overrides)
@@ -132,7 +131,7 @@ def _merge_one(target: str, overrides: tuple[str, ...], asked: _Asked) -> Shown:
         from llmtune.runs import merge_apart
 
         planned = merge_apart.plan_merges(named, asked.out, knobs=knobs, settings=settings)
-        return planned.to_dict(), lambda: format_plans(planned)
+        return planned.to_dict(), planned.describe
     result: Mapping[str, Any]
     if asked.out is not None:
         from llmtune.runs import merge_apart
@@ -146,12 +145,11 @@ def _merge_one(target: str, overrides: tuple[str, ...], asked: _Asked) -> Shown:
         result = pipeline.merge(named.config, force=asked.force, settings=settings)
     else:
         raise LlmtuneError(f"{target}: is not a run; say where the merged model goes with --out")
-    return result, lambda: format_merge(result)
+    return result, lambda: _format_merge(result)
 
 
 def _combine(words: Sequence[str], how: Combination, asked: _Asked, *, to_adapter: bool) -> Shown:
     """Take `model.*=value` among the words for an override, and all others for adapters."""
-    from llmtune.merging.text import format_combined_merge, format_new_adapter, format_plans
     from llmtune.runs import merge_apart
 
     if asked.out is None:
@@ -170,9 +168,21 @@ def _combine(words: Sequence[str], how: Combination, asked: _Asked, *, to_adapte
         if asked.dry_run:
             raise LlmtuneError("--dry-run plans a model; a new adapter is small, so just make it")
         new = merge_apart.combine_into_adapter(combined, force=asked.force)
-        return new.to_dict(), lambda: format_new_adapter(new)
+        return new.to_dict(), new.describe
     if asked.dry_run:
         planned = merge_apart.plan_combination(combined)
-        return planned.to_dict(), lambda: format_plans(planned)
+        return planned.to_dict(), planned.describe
     merged = merge_apart.combine_into_model(combined, force=asked.force)
-    return merged.to_dict(), lambda: format_combined_merge(merged)
+    return merged.to_dict(), merged.describe
+
+
+def _format_merge(result: Mapping[str, Any]) -> str:
+    """Say how close each base came if both were tried, and where the merged model is."""
+    lines = [
+        f"{name:<11} KL {score['kl']:.2e} nats/token, top-1 agreement "
+        f"{score['top1_agreement']:.2%}, perplexity {score['perplexity']:.3f} "
+        f"(live {score['live_perplexity']:.3f})"
+        for name, score in result.get("candidates", {}).items()
+    ]
+    lines.append(f"merged model saved in {result['out_dir']} ({result['base']} base)")
+    return "\n".join(lines)

@@ -10,7 +10,7 @@ from llmtune.checks.merged import VerifyResult
 from llmtune.checks.provenance import add_to_provenance
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.errors import CheckFailed
-from llmtune.io.unfinished import free_bytes, move_into_place, require_space, unfinished_dir
+from llmtune.io.unfinished import move_into_place, require_space, unfinished_dir
 from llmtune.merging.changes import MergePlan
 from llmtune.merging.config import MergeSettings
 from llmtune.merging.merge import MergeResult, needed_bytes, write_merge
@@ -53,28 +53,6 @@ class CheckedMerge:
         if self.candidates:
             values["candidates"] = _score_values(self.candidates)
         return {**values, "check": None if self.check is None else _check_values(self.check)}
-
-
-@dataclass(frozen=True)
-class PlannedMerges:
-    """What merges would write, one for each base; nothing is."""
-
-    plans: Sequence[MergePlan]
-    out_dir: Path
-
-    @property
-    def needed_bytes(self) -> int:
-        """The bytes of all that would be on the disk at once."""
-        return sum(needed_bytes(plan) for plan in self.plans)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plans as JSON: every changed tensor, and the disk's needed and free bytes."""
-        return {
-            "out_dir": str(self.out_dir),
-            "needed_bytes": self.needed_bytes,
-            "free_bytes": free_bytes(self.out_dir),
-            "plans": [plan.to_dict() for plan in self.plans],
-        }
 
 
 def merge_checked(

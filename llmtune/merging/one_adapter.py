@@ -15,12 +15,12 @@ from llmtune.merging.changes import MergePlan
 from llmtune.merging.checked import (
     CheckedMerge,
     Judgment,
-    PlannedMerges,
     WrittenMerge,
     merge_checked,
 )
 from llmtune.merging.config import MergeConfig, MergeSettings
 from llmtune.merging.plan import PlanOptions, plan_merge
+from llmtune.merging.planned import PlannedMerges
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.memory import release_memory

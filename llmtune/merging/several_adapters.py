@@ -28,7 +28,6 @@ from llmtune.merging.changes import MergePlan, WeightedAdapter
 from llmtune.merging.checked import (
     CheckedMerge,
     Judgment,
-    PlannedMerges,
     WrittenMerge,
     merge_checked,
 )
@@ -36,6 +35,7 @@ from llmtune.merging.combined_adapter import CombinedAdapter
 from llmtune.merging.config import Combination, MergeConfig, MergeSettings
 from llmtune.merging.one_adapter import plan_options
 from llmtune.merging.plan import plan_combined_merge
+from llmtune.merging.planned import PlannedMerges
 from llmtune.models.config import ModelConfig
 from llmtune.models.memory import release_memory
 from llmtune.models.resolve import resolve_base
@@ -73,6 +73,11 @@ class CombinedMerge:
         adapters = _describe(self.adapters)
         return {**values, "adapters": adapters, "method": self.method, "check": check}
 
+    def describe(self) -> str:
+        """Say what the model was made of."""
+        out_dir = self.merged.result.out_dir
+        return f"{_format_sum(self.adapters)}: merged model saved in {out_dir} ({self.method})"
+
 
 @dataclass(frozen=True)
 class NewAdapter:
@@ -88,6 +93,18 @@ class NewAdapter:
             "out_dir": str(self.made.out_dir),
             "adapters": _describe(self.adapters),
         }
+
+    def describe(self) -> str:
+        """Say what the adapter was made of, and what cutting the rank lost."""
+        made = self.made
+        ranks = ", ".join(f"{count} of rank {rank}" for rank, count in made.ranks.items())
+        text = f"{_format_sum(self.adapters)}: adapter saved in {made.out_dir}, {ranks}"
+        if made.lost_energy:
+            text += (
+                f"\ncutting the rank lost {made.lost_energy:.2%} of the deltas' energy, at most "
+                f"{made.worst_lost_energy:.2%} in {made.worst_module}"
+            )
+        return text
 
 
 def merge_several(request: SeveralRequest) -> CombinedMerge:
@@ -239,3 +256,7 @@ def _all_active(
 
 def _describe(adapters: Sequence[WeightedAdapter]) -> list[dict[str, object]]:
     return [{"directory": str(one.directory), "weight": one.weight} for one in adapters]
+
+
+def _format_sum(adapters: Sequence[WeightedAdapter]) -> str:
+    return " + ".join(f"{one.weight:g} x {one.directory}" for one in adapters)

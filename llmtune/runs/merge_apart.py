@@ -12,10 +12,11 @@ from llmtune.config import RunConfig, anchor_paths
 from llmtune.errors import LlmtuneError
 from llmtune.io.unfinished import refuse_to_replace
 from llmtune.merging.changes import WeightedAdapter
-from llmtune.merging.checked import CheckedMerge, PlannedMerges
+from llmtune.merging.checked import CheckedMerge
 from llmtune.merging.combined_adapter import COMBINED_FILE, combine_adapters
 from llmtune.merging.config import Combination, MergeConfig, MergeSettings
 from llmtune.merging.one_adapter import MergeRequest, merge_one, plan_one
+from llmtune.merging.planned import PlannedMerges
 from llmtune.merging.several_adapters import (
     CombinedMerge,
     NewAdapter,

@@ -1,0 +1,78 @@
+"""What merges would write, as JSON and in words; nothing is written."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtune.io.sizes import MIB, format_apart
+from llmtune.io.unfinished import free_bytes
+from llmtune.merging.changes import MergePlan
+from llmtune.merging.merge import needed_bytes
+
+LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class PlannedMerges:
+    """What merges would write, one for each base."""
+
+    plans: Sequence[MergePlan]
+    out_dir: Path
+
+    @property
+    def needed_bytes(self) -> int:
+        """The bytes of all that would be on the disk at once."""
+        return sum(needed_bytes(plan) for plan in self.plans)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plans as JSON: every changed tensor, and the disk's needed and free bytes."""
+        return {
+            "out_dir": str(self.out_dir),
+            "needed_bytes": self.needed_bytes,
+            "free_bytes": free_bytes(self.out_dir),
+            "plans": [plan.to_dict() for plan in self.plans],
+        }
+
+    def describe(self) -> str:
+        """Say which tensors get which delta, one line for like-named ones, and the disk's needs."""
+        lines = [line for plan in self.plans for line in _format_plan(plan.to_dict())]
+        needed, free = format_apart(self.needed_bytes, free_bytes(self.out_dir))
+        return "\n".join(
+            [*lines, f"on the disk: {needed} needed, {free} free", "nothing was written"]
+        )
+
+
+def _format_plan(plan: Mapping[str, Any]) -> Iterator[str]:
+    adapters = ", ".join(f"{one['directory']} x {one['weight']:g}" for one in plan["adapters"])
+    yield f"{adapters} into the {plan['base']} base {plan['base_dir']}"
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for tensor in plan["changed"]:
+        key = (
+            LAYER_NUMBER.sub("*", tensor["tensor"]),
+            tensor["change"] + (" on dequantized" if _is_delta_on_dequantized(tensor) else ""),
+            " x ".join(map(str, tensor["shape"])),
+            tensor["dtype"],
+            ", ".join(_delta_text(delta) for delta in tensor["deltas"]),
+        )
+        groups[key].append(tensor["bytes"])
+    for (pattern, change, shape, dtype, deltas), sizes in groups.items():
+        yield (
+            f"  {len(sizes):>4} x {pattern} [{shape}] {dtype}: {change}"
+            f"{', ' + deltas if deltas else ''}, {sum(sizes) / MIB:.1f} MiB"
+        )
+    untouched = plan["tensors"] - len(plan["changed"])
+    yield f"  {untouched:>4} tensors copied; {plan['bytes'] / MIB:,.1f} MiB in all"
+    yield from (f"  config.json: {key} = {value}" for key, value in plan["config_changes"].items())
+    yield from (f"  {notice}" for notice in plan["notices"])
+
+
+def _is_delta_on_dequantized(tensor: Mapping[str, Any]) -> bool:
+    return bool(tensor["is_dequantized"]) and tensor["change"] != "dequantized"
+
+
+def _delta_text(delta: Mapping[str, Any]) -> str:
+    weight = f" x {delta['weight']:g}" if delta["weight"] != 1 else ""
+    return f"rank {delta['rank']} scaling {delta['scaling']:g}{weight}"
