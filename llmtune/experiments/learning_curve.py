@@ -103,7 +103,7 @@ def plan_learning_curve(config: RunConfig, *, suite: str | None = None) -> Curve
     config = anchor_paths(config)
     chosen = _choose_suite(config, suite)
     full = _read_result(config.run, chosen)
-    record = read_manifest(config.run).stages["train"]["result"]
+    record = read_manifest(config.run).trained
     steps = trained_steps(config)
     tokenizer = resolve_base(config.model).tokenizer
     table = prepare_examples(config.mixed_data, tokenizer, split="train", seed=config.seed).examples

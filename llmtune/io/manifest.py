@@ -4,13 +4,32 @@ import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.environment import machine, versions
 from llmtune.io.run_dir import RunDir, atomic_write_json
 
 STAGES = ("train", "merge", "evaluate")
+
+
+class TrainRecord(TypedDict, total=False):
+    """What training records of itself, as far as it is read by name."""
+
+    steps: int
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    peak_bytes: int
+    final_loss: float
+    final_eval_loss: float | None
+    stopped_by: str
+    best_checkpoint: str | None
+    order_hash: str
+    adapter_bytes: int
+    choices: Mapping[str, str]
+    device: str
+    dtype: str
 
 
 class StageRecord(TypedDict, total=False):
@@ -36,6 +55,11 @@ class Manifest:
     base: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[str, StageRecord] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> TrainRecord:
+        """What training recorded; empty before it is finished."""
+        return cast(TrainRecord, self.stages.get("train", {}).get("result") or {})
 
     def start(self, stage: str, fingerprint: str, inputs: Mapping[str, Any]) -> "Manifest":
         """Return the manifest with `stage` begun, and with it every later stage undone."""

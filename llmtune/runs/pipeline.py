@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llmtune.config import RunConfig
 from llmtune.evaluation.config import Extent
+from llmtune.io.manifest import TrainRecord
 from llmtune.io.run_dir import RunDir
 from llmtune.merging.config import MergeSettings
 from llmtune.runs.evaluate import (
@@ -52,16 +53,15 @@ def _stages_before_report(config: RunConfig, *, force: bool) -> Iterator[Stage]:
     yield EvaluateStage(config)
 
 
-def train(config: RunConfig, *, force: bool = False) -> Mapping[str, Any]:
+def train(config: RunConfig, *, force: bool = False) -> TrainRecord:
     """Fit an adapter and save it in `run_dir/adapter`; continue from a checkpoint if there is one.
 
     Everything that can be wrong with the input is found before the base model is loaded.
 
     Returns:
-        What the manifest records of the stage: steps, tokens, trained_tokens, seconds, peak_bytes,
-        final_loss, adapter_bytes, choices and more.
+        What the manifest records of the stage.
     """
-    return TrainStage(config, force=force).do()
+    return cast(TrainRecord, TrainStage(config, force=force).do())
 
 
 def plan(config: RunConfig, *, gpu: str | None = None, measure: bool = False) -> "Plan":
