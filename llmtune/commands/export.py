@@ -71,12 +71,10 @@ def export(  # noqa: PLR0913 (one argument an option)
       llmtune export runs/quickstart --to adapter-gguf
     """
     show_progress(quiet)
-    from llmtune.exporting.export import run_export
-    from llmtune.runs.targets import export_source, resolve_target
+    from llmtune.runs.export import export_target
 
-    source = export_source(resolve_target(target, overrides))
     settings = ExportSettings(kind, chosen_type, out, force=force, options=options)
-    exported = run_export(source, settings)
+    exported = export_target(target, overrides, settings)
     print_result(exported.to_dict(), as_json, lambda: f"{kind} written to {exported.out}")
 
 

@@ -1,18 +1,36 @@
 """The export stage: one file or directory for another program, of a run's model or adapter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmtune.config import RunConfig
-from llmtune.exporting.base import Exporter
-from llmtune.exporting.config import ExportSettings
+from llmtune.exporting.base import Exported, Exporter
+from llmtune.exporting.config import ExportSettings, find_exporter
 from llmtune.io.manifest import Manifest, StageRecord
 from llmtune.runs.stage import Stage
-from llmtune.runs.targets import export_source, run_target
+from llmtune.runs.targets import export_source, resolve_target, run_target
 
 STAGE_OF = {"merged": "merge", "adapter": "train"}
 """The stage that makes what an exporter takes."""
+
+
+def export_target(name: str, overrides: Sequence[str], settings: ExportSettings) -> Exported:
+    """Export what `name` names and check the result; nothing is left by a failed check.
+
+    Args:
+        name: a run, its config, an adapter, or a merged or other model.
+        overrides: `key.path=value` of the run's config.
+        settings: what is made, and where.
+
+    Raises:
+        LlmtuneError: there is nothing to export, or it cannot be exported so.
+        CheckFailed: what was written is not what it was made from.
+    """
+    from llmtune.exporting.export import run_export
+
+    find_exporter(settings.to).choose_type(settings.type)
+    return run_export(export_source(resolve_target(name, overrides)), settings)
 
 
 class ExportStage(Stage):

@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.exporting.config import ExportSettings
-from llmtune.exporting.export import run_export
-from llmtune.runs.targets import export_source, resolve_target
+from llmtune.runs.export import export_target
 
 
 def export_model(
@@ -19,4 +18,4 @@ def export_model(
 ) -> dict[str, Any]:
     """Export a run, an adapter or a model and return the result as JSON."""
     settings = ExportSettings(to, type, out, force=force, options=options)
-    return run_export(export_source(resolve_target(str(source))), settings).to_dict()
+    return export_target(str(source), (), settings).to_dict()
