@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are 4-bit weights, told by their names alone (no torch)."""
+"""Which tensors of a checkpoint are 4-bit weights, recognized by their names alone (no torch)."""
 
 from collections.abc import Iterable
 

@@ -60,7 +60,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - keyword-only options, like torch.nn
         logit_softcap: Gemma 2's `final_logit_softcapping`.
         logit_scale: a factor on the logits before the soft cap.
         chunk_size: tokens whose logits exist at the same time.
-        losses_out_T: filled with each token's loss, unweighted, where given.
+        losses_out_T: filled with each token's loss, unweighted, if given.
 
     Returns:
         A float32 scalar (float64 for float64 inputs); 0 for an empty batch.

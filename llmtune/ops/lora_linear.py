@@ -45,7 +45,7 @@ class StackedAdapters(NamedTuple):
 
 
 class AdapterCopies:
-    """The `StackedAdapters` of one group, made anew only when a master weight has changed.
+    """The `StackedAdapters` of one group, made again only when a master weight has changed.
 
     A change is seen by the version counter that torch keeps with every tensor: optimizers and
     `load_state_dict` advance it. Writing through `parameter.data` does not; call `forget` then.
@@ -68,7 +68,7 @@ class AdapterCopies:
         return self._copies
 
     def forget(self) -> None:
-        """Make the copies anew at the next `read`."""
+        """Make the copies again at the next `read`."""
         self._copies = None
 
 

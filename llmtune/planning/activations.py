@@ -117,7 +117,7 @@ class _Layer:
         return f"{self.shape.family.layers}.{self.index}"
 
     def size(self, name: str) -> tuple[int, int] | None:
-        """Return (out, in) of a linear; None where this layer has none of that name."""
+        """Return (out, in) of a linear; None if this layer has none of that name."""
         return self.shape.linear.get(f"{self.prefix}.{name}")
 
 
@@ -157,7 +157,7 @@ def _adapted_inputs(layer: _Layer) -> list[tuple[list[str], int]]:
 
 
 def _has_fused_mlp(layer: _Layer) -> bool:
-    """Whether llmtune's gated feed-forward block stands in for the library's."""
+    """Whether llmtune's gated feed-forward block replaces the library's."""
     family = layer.shape.family
     return (
         layer.adapted.is_fused

@@ -81,7 +81,7 @@ def advise_disk(request: PlanRequest, disk: DiskEstimate) -> str:
     """Return how much room is missing, and where."""
     missing = disk.total_bytes - disk.free_bytes
     rounded_up = max(missing, MIB)
-    return f"{format_size(rounded_up)} more room under {request.run_dir}, or another run_dir"
+    return f"{format_size(rounded_up)} more room under {request.run_dir}, or a different run_dir"
 
 
 def _shorten(rows: RowFacts, length: int | None) -> RowFacts:

@@ -30,9 +30,9 @@ class BaseNumbers:
     place: str
     """Where it was read."""
     stored_bytes: int | None
-    """Of the checkpoint's weights; None where only config.json is there."""
+    """Of the checkpoint's weights; None if only config.json is there."""
     tokenizer_dir: Path | None
-    """Where its tokenizer can be loaded from; None where there is none."""
+    """Where its tokenizer can be loaded from; None if there is none."""
 
     @property
     def stored_element_bytes(self) -> int:

@@ -51,11 +51,11 @@ class Workload:
     trained_ratio: float
     """Share of the tokens that carry a label."""
     steps: int | None = None
-    """Optimizer steps; None where they are not known."""
+    """Optimizer steps; None if they are not known."""
     num_tokens: int | None = None
-    """That all steps train on together; None where they are not known."""
+    """That all steps train on together; None if they are not known."""
     num_lengths: int | None = None
-    """Different lengths among the rows; None where they are not known."""
+    """Different lengths among the rows; None if they are not known."""
 
 
 @dataclass(frozen=True)

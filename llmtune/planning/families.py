@@ -24,11 +24,11 @@ class Family:
     head_norms: str = ""
     """Norms on queries and keys: `head` has one weight a head dimension, `width` one a feature."""
     activation: str = "silu"
-    """The feed-forward block's, where config.json names none."""
+    """The feed-forward block's, if config.json names none."""
     attention_bias: bool | str = False
     """Whether q, k, v and out have a bias; a text names the config key that says so."""
     out_bias: bool | None = None
-    """Whether the attention's output has one, where that differs."""
+    """Whether the attention's output has one, if that differs."""
     feed_forward_bias: bool | str = False
     head_bias: bool = False
     ties_embeddings: bool = False
@@ -36,7 +36,7 @@ class Family:
     head_dim: int | None = None
     """What holds when config.json does not say `head_dim`; None is hidden_size / heads."""
     experts_key: str | None = None
-    """The config key with the number of experts; None where the family has none."""
+    """The config key with the number of experts; None if the family has none."""
     expert_width_key: str = "intermediate_size"
     experts: str = "mlp.experts"
 

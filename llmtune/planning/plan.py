@@ -30,7 +30,7 @@ class Plan:
     tokens: int | None
     rate: Rate
     seconds: float | None
-    """Training alone; None where the number of rows is not known."""
+    """Training alone; None if the number of rows is not known."""
     advice: tuple[str, ...]
     """What makes it fit; nothing where it does."""
     notices: tuple[str, ...]

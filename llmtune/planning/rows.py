@@ -33,10 +33,10 @@ class RowFacts:
     """Tokens of the largest possible optimizer step, rows laid end to end."""
     trained_ratio: float
     num_rows: int | None
-    """Training rows of an epoch; None where they were not counted."""
+    """Training rows of an epoch; None if they were not counted."""
     source: str
     num_lengths: int | None = None
-    """Different lengths among the rows; None where they were not counted."""
+    """Different lengths among the rows; None if they were not counted."""
 
     def sizes(self, *, packed: bool, batch_size: int) -> RowSizes:
         """Return what the micro-batches are planned by; padded rows count as the longest."""

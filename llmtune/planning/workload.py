@@ -88,7 +88,7 @@ def _module_names(shape: ModelShape) -> ModuleNames:
 
 
 def count_steps(train: TrainConfig, rows: RowFacts) -> tuple[int | None, int | None]:
-    """Return the optimizer steps and the tokens they take, None where rows were not counted."""
+    """Return the optimizer steps and the tokens they take, None if rows were not counted."""
     if train.max_steps is None and rows.num_rows is None:
         return None, None
     steps = train.total_steps(rows.num_rows or 0)

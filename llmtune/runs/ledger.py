@@ -25,7 +25,7 @@ Outputs = Callable[[StageRecord], Iterable[Path]]
 
 
 class Ledger:
-    """Runs the stages of one run directory and writes down what each was made from.
+    """Writes down what each stage of one run directory was made from, and knows which are finished.
 
     Use `open_ledger`; one process at a time holds a run.
     """
@@ -33,6 +33,7 @@ class Ledger:
     def __init__(self, run: RunDir, manifest: Manifest) -> None:
         self.run = run
         self.manifest = manifest
+        self._began = time.perf_counter()
 
     def describe(
         self, *, base: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None
@@ -47,39 +48,43 @@ class Ledger:
             )
         )
 
-    def stage(
+    def finished(
         self,
         name: str,
         inputs: Mapping[str, Any],
-        work: Callable[[], Mapping[str, Any]],
         *,
         complete: Completion = lambda inputs: inputs,
         outputs: Outputs = lambda record: (),
-        force: bool = False,
-    ) -> Mapping[str, Any]:
-        """Return the stage's recorded result, or do `work` and record it.
+    ) -> Mapping[str, Any] | None:
+        """Return the result of a stage that is finished on these inputs, or None.
 
-        `inputs` is everything that decides the result. A stage that raises stays unfinished in the
-        manifest, and so does every stage after it. `complete` gives recorded inputs what this
-        version added to them since. `outputs` names what a finished stage has left; if any of it is
-        gone, and with `force`, the work is done again.
+        Args:
+            name: of the stage.
+            inputs: everything that decides the result.
+            complete: gives recorded inputs what this version added to them since.
+            outputs: names what a finished stage has left; if any of it is gone, it is not finished.
         """
         record = self.manifest.stages.get(name, {})
-        if not force and _is_finished(record, inputs, complete, outputs):
-            log.info("%s: finished before on the same inputs, skipped", name)
-            return record["result"]
+        if not _is_finished(record, inputs, complete, outputs):
+            return None
+        log.info("%s: finished before on the same inputs, skipped", name)
+        return record["result"]
+
+    def begin(self, name: str, inputs: Mapping[str, Any]) -> None:
+        """Record that a stage has begun; until `finish`, it and every later one are unfinished."""
         self._save(self.manifest.start(name, hash_json(inputs), inputs))
-        started = time.perf_counter()
-        result = work()
+        self._began = time.perf_counter()
+
+    def finish(self, name: str, result: Mapping[str, Any]) -> None:
+        """Record the result of the stage that was begun last."""
         self._save(
             self.manifest.finish(
                 name,
-                seconds=round(time.perf_counter() - started, 3),
+                seconds=round(time.perf_counter() - self._began, 3),
                 peak_bytes=peak_memory_bytes(),
                 result=result,
             )
         )
-        return result
 
     def _save(self, manifest: Manifest) -> None:
         manifest.save(self.run)

@@ -61,7 +61,25 @@ class Stage(ABC):
         """Check the input, open the run, and do the stage or skip it; return its result."""
         self.check()
         with self.open() as ledger:
-            return self.carry_out(ledger)
+            self.before(ledger)
+            inputs = self.inputs(ledger.manifest)
+            result = None
+            if not self.force:
+                result = ledger.finished(
+                    self.name, inputs, complete=self.complete, outputs=self.outputs
+                )
+            if result is None:
+                ledger.begin(self.name, inputs)
+                result = self.run(inputs)
+                ledger.finish(self.name, result)
+            self.after(ledger, result)
+        return result
+
+    def before(self, ledger: Ledger) -> None:  # noqa: B027 (most stages have nothing to add)
+        """Describe in the open run what the stage is about to use, or refuse it."""
+
+    def after(self, ledger: Ledger, result: Mapping[str, Any]) -> None:  # noqa: B027
+        """Describe in the open run what the stage has left, done or skipped."""
 
     def open(self) -> AbstractContextManager[Ledger]:
         """Hold the run directory."""
@@ -71,18 +89,6 @@ class Stage(ABC):
             deciding=deciding_knobs_of,
             is_recorded=self.is_first,
             force=self.is_first and self.force,
-        )
-
-    def carry_out(self, ledger: Ledger) -> Mapping[str, Any]:
-        """Do the stage or skip it, and record it."""
-        inputs = self.inputs(ledger.manifest)
-        return ledger.stage(
-            self.name,
-            inputs,
-            lambda: self.run(inputs),
-            complete=self.complete,
-            outputs=self.outputs,
-            force=self.force,
         )
 
     @cached_property

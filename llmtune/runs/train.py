@@ -15,7 +15,7 @@ from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.manifest import Manifest, StageRecord
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.runs.ledger import has_training, refuse_unusable
+from llmtune.runs.ledger import Ledger, has_training, refuse_unusable
 from llmtune.runs.stage import Stage, deciding_knobs, deciding_knobs_of
 
 if TYPE_CHECKING:
@@ -122,32 +122,31 @@ class TrainStage(Stage):
             device=free_device(str(choose_device(config.model.device))),
         )
 
-    def do(self) -> Mapping[str, Any]:
-        """Train or skip it, and describe base and rows in the manifest.
+    def before(self, ledger: Ledger) -> None:
+        """Refuse an adapter of other inputs, and describe base and rows in the manifest."""
+        inputs = self.inputs(ledger.manifest)
+        if self.config.run.adapter_dir.is_dir():
+            self._refuse_other(ledger.manifest.stages.get(self.name, {}), inputs)
+        source = {**self.source.as_dict(), "fingerprint": inputs["base"]}
+        ledger.describe(
+            base={**ledger.manifest.base, **source},
+            data={name: prepared.report.to_json() for name, prepared in self.data.items()},
+        )
+
+    def after(self, ledger: Ledger, result: Mapping[str, Any]) -> None:
+        """Describe the base's precision in the manifest.
 
         Raises:
             RunInterrupted: Ctrl-C or SIGTERM came during the last step; the adapter is saved.
         """
-        self.check()
-        with self.open() as ledger:
-            inputs = self.inputs(ledger.manifest)
-            if self.config.run.adapter_dir.is_dir():
-                self._refuse_other(ledger.manifest.stages.get(self.name, {}), inputs)
-            source = {**self.source.as_dict(), "fingerprint": inputs["base"]}
-            ledger.describe(
-                base={**ledger.manifest.base, **source},
-                data={name: prepared.report.to_json() for name, prepared in self.data.items()},
-            )
-            result = self.carry_out(ledger)
-            quantization = self.config.model.quantization_method
-            precision = {"dtype": result["dtype"], "quantization": quantization}
-            ledger.describe(base={**ledger.manifest.base, **precision})
+        quantization = self.config.model.quantization_method
+        precision = {"dtype": result["dtype"], "quantization": quantization}
+        ledger.describe(base={**ledger.manifest.base, **precision})
         if self._interrupted_by:
             raise RunInterrupted(
                 f"stopped by {self._interrupted_by} after the last step; the adapter is saved. The "
                 "same command continues from here."
             )
-        return result
 
     def _refuse_other(self, record: StageRecord, inputs: Mapping[str, str]) -> None:
         """Refuse to continue with an adapter of a different base, other rows or another start."""

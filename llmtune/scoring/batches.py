@@ -201,7 +201,7 @@ def run_forward(
             "does this (lower train.learning_rate and train again), and so does a 16-bit overflow "
             "(try model.dtype=float32)"
         )
-    # State-space models return their state under another name: it is not reused.
+    # State-space models return their state under a different name: it is not reused.
     return ForwardResult(kept, outputs.get("past_key_values") if keep_cache else None)
 
 
@@ -238,7 +238,7 @@ def is_plain_cache(cache: Cache | None) -> bool:
 
 
 def attention_window(cache: Cache) -> int | None:
-    """Return the smallest sliding window in tokens; None where every layer sees everything."""
+    """Return the smallest sliding window in tokens; None if every layer sees everything."""
     windows = [
         layer.sliding_window
         for layer in cache.layers
@@ -262,7 +262,7 @@ def require_positions(model: nn.Module, num_tokens: int) -> None:
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Return the longest sequence that the model has positions for; None where it has no limit."""
+    """Return the longest sequence that the model has positions for; None if it has no limit."""
     return getattr(_base_model(model).config, "max_position_embeddings", None)
 
 

@@ -47,7 +47,7 @@ class Divergence:
 
     @property
     def top1_flips(self) -> float:
-        """The share of positions at which the likeliest next token is another one."""
+        """The share of positions at which the likeliest next token differs."""
         return float(self.flips.sum() / max(1, self.num_tokens.sum()))
 
 
@@ -67,7 +67,7 @@ def measure_divergence(
     Args:
         sequences: token ids as the model would read them (BOS included where it has one).
         token_budget: padded tokens in one batch; cut further so that the logits fit in memory.
-        variants: by name, what to enter for each; the default is the model as it stands.
+        variants: by name, what to enter for each; the default is the model as it is.
         on_progress: called with the number of sequences finished so far.
 
     Raises:

@@ -70,7 +70,7 @@ def share_prefix(
     if not is_plain_cache(cache):
         _say_not_shared(length, len(prompts), "this model's state cannot be copied between items")
         return NO_PREFIX
-    # Padding stands between the prefix and the rest, so a window would cut the prefix too early.
+    # Padding is between the prefix and the rest, so a window would cut the prefix too early.
     window = attention_window(cache)
     if window is not None and max(map(len, prompts)) + longest_answer > window:
         _say_not_shared(length, len(prompts), f"its attention sees only {window} tokens back")

@@ -64,7 +64,7 @@ def write_checkpoint(target_dir: Path, write_files: Callable[[Path], None]) -> N
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(_existing_parent(parent)).free
-        # torch and safetensors tell of a full disk in words of their own, and of no error number
+        # torch and safetensors report a full disk in their own words, without an error number
         reason = getattr(error, "strerror", None) or "a file could not be written to its end"
         raise LlmtuneError(
             f"could not write the checkpoint {target_dir}: {reason}. {free:,} bytes are free "
@@ -122,10 +122,10 @@ def find_checkpoint(
     Args:
         checkpoints_dir: where the run keeps its checkpoints.
         identity: what the run is made of, name to hash; must equal what the checkpoint recorded.
-        say: is told of every damaged checkpoint that is passed over, and if none is whole.
+        say: called for every damaged checkpoint that is passed over, and if none is whole.
 
     Raises:
-        LlmtuneError: the checkpoint belongs to other data, another base or another config.
+        LlmtuneError: the checkpoint belongs to other data, a different base or config.
     """
     remove_unfinished(checkpoints_dir)
     found = list_checkpoints(checkpoints_dir)
@@ -138,7 +138,7 @@ def find_checkpoint(
         _check_identity(checkpoint, identity)
         return checkpoint
     if found:
-        say(f"{checkpoints_dir} holds no whole checkpoint: training starts anew at step 0")
+        say(f"{checkpoints_dir} holds no whole checkpoint: training starts over at step 0")
     return None
 
 
@@ -193,7 +193,7 @@ def remove_old_checkpoints(newest: Path, *, keep: int, best_step: int | None) ->
 
 
 def remove_all_checkpoints(checkpoints_dir: Path) -> None:
-    """Delete every checkpoint: the run starts anew."""
+    """Delete every checkpoint: the run starts over."""
     remove_unfinished(checkpoints_dir)
     for checkpoint in list_checkpoints(checkpoints_dir):
         shutil.rmtree(checkpoint)
@@ -213,9 +213,9 @@ def _check_identity(checkpoint: Path, identity: Mapping[str, str]) -> None:
     )
     if different:
         raise LlmtuneError(
-            f"{checkpoint} was made with another {' and another '.join(different)} than this run "
-            "has, so it cannot be continued. Give the run another run_dir, restore what was "
-            "changed, or start anew with train.resume=never (which deletes its checkpoints)."
+            f"{checkpoint} was made with a different {' and a different '.join(different)} than "
+            "this run has, so it cannot be continued. Give the run a different run_dir, restore "
+            "what was changed, or start over with train.resume=never (it deletes the checkpoints)."
         )
 
 
@@ -270,8 +270,8 @@ def load_weights(model: PeftModel, directory: Path) -> None:
     if different:
         raise LlmtuneError(
             f"{directory / WEIGHTS_NAME} does not fit the adapter: {len(different)} tensors "
-            f"differ, the first is {different[0]}. It was made with another adapter section; "
-            "use another run_dir, or train.resume=never to start anew."
+            f"differ, the first is {different[0]}. It was made with a different adapter section; "
+            "use another run_dir, or train.resume=never to start over."
         )
     set_peft_model_state_dict(model, state, adapter_name=model.active_adapter)
 

@@ -90,7 +90,7 @@ class TrainConfig(Section):
     report_to: tuple[Reporter, ...] = ()
     """Trackers: tensorboard, wandb, mlflow, trackio. Nothing is sent unasked."""
     resume: Literal["auto", "never"] = "auto"
-    """auto continues from the newest whole checkpoint; never starts anew."""
+    """auto continues from the newest whole checkpoint; never starts over."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

@@ -164,7 +164,7 @@ class Clock:
             self._aside_seconds += time.perf_counter() - started
 
     def measure(self, step: int, device: torch.device) -> dict[str, float]:
-        """Return totals, speed since the last line, and peak memory; start anew after `step`."""
+        """Return totals, speed since the last line, and peak memory; start over after `step`."""
         now = time.perf_counter()
         totals = self._totals
         seconds = now - self._started - self._aside_seconds

@@ -40,7 +40,7 @@ def check_stops(
     one of those rows, and no longer than `MAX_NEW_TOKENS` in all.
 
     Returns:
-        `stopped`, `asked` and `max_new_tokens`; None where no row has a prompt (plain text).
+        `stopped`, `asked` and `max_new_tokens`; None if no row has a prompt (plain text).
     """
     asked = _choose(examples, getattr(model.config, "max_position_embeddings", None))
     if not asked:

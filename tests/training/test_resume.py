@@ -137,7 +137,7 @@ def test_damaged_checkpoints_are_not_kept_in_the_place_of_whole_ones(tmp_path):
     said = []
     assert checkpoints.find_checkpoint(tmp_path, {"data": "d"}, said.append) is None
     assert "checkpoint-8 is damaged" in said[0] and "checkpoint-6 is damaged" in said[1]
-    assert "no whole checkpoint: training starts anew" in said[2]
+    assert "no whole checkpoint: training starts over" in said[2]
     for step in (2, 4, 7):
         newest = checkpoints.checkpoint_dir(tmp_path, step)
         checkpoints.write_checkpoint(newest, write_some_files)
@@ -150,14 +150,14 @@ def test_damaged_checkpoints_are_not_kept_in_the_place_of_whole_ones(tmp_path):
 
 def test_other_data_and_another_base_are_refused_by_name(tmp_path):
     run(tmp_path, max_steps=2)
-    with pytest.raises(LlmtuneError, match="another base and another data"):
+    with pytest.raises(LlmtuneError, match="a different base and a different data"):
         run(tmp_path, max_steps=2, identity={"data": "x", "base": "y"})
 
 
 def test_another_batch_size_is_refused_but_another_micro_batch_is_not(tmp_path):
     run(tmp_path, max_steps=4)
     forget_after(tmp_path, 2)
-    with pytest.raises(LlmtuneError, match="another training section or seed"):
+    with pytest.raises(LlmtuneError, match="a different training section or seed"):
         run(tmp_path, max_steps=4, batch_size=4)
     run(tmp_path, max_steps=4, micro_batch_size=2)
 

@@ -56,7 +56,7 @@ def fused_blocks(model: PeftModel) -> Iterator[FusedBlocks]:
     for mlp in mlps:
         mlp.module.forward = mlp.forward
 
-    # Fused optimizers write without advancing the tensors' version, so the copies must be told.
+    # Fused optimizers write without advancing the tensors' version, so the copies are marked stale.
     def forget(*_: object) -> None:
         for mlp in mlps:
             mlp.copies.forget()

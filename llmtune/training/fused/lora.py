@@ -63,7 +63,7 @@ def fused_lora(model: PeftModel, run_forward: Callable[[], object]) -> Iterator[
     for group in groups:
         group.attach()
 
-    # Fused optimizers write without advancing the tensors' version, so the copies must be told.
+    # Fused optimizers write without advancing the tensors' version, so the copies are marked stale.
     def forget(*_: object) -> None:
         for group in groups:
             group.forget()
@@ -150,7 +150,7 @@ class _Group:
             del layer.forward
 
     def forget(self) -> None:
-        """Copy the adapters anew at the next call: their masters have changed."""
+        """Copy the adapters again at the next call: their masters have changed."""
         self._copies.forget()
 
     def _forward_of(self, index: int, layer: BaseTunerLayer) -> Callable[..., Tensor]:

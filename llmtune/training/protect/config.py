@@ -9,7 +9,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.schema import Section
 
 OWN_TEXT = "self"
-"""The source that is no file: text that the base itself writes before training."""
+"""The source that is not a file: text that the base itself writes before training."""
 
 
 def _path_as_source(value: Any) -> Any:

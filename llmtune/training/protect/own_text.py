@@ -59,7 +59,7 @@ def rows_for_share(num_rows: int, share: float) -> int:
 
 
 def _openers(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Return short beginnings of rows: prose, and by turns a question where there is a template."""
+    """Return short beginnings of rows: prose, alternating with questions if there is a template."""
     lead = tokenizer("", add_special_tokens=True)["input_ids"]
     prose = [[*lead, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in OPENERS]
     if not tokenizer.chat_template:

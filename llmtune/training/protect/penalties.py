@@ -23,7 +23,7 @@ from llmtune.training.protect.config import KlToBaseConfig, ProtectConfig
 
 BASE_TOLERANCE = 2e-2
 """Largest difference, relative to the largest hidden state, of the base before and after the
-adapter was attached; kernels may differ by batch shape, another base differs by far more."""
+adapter was attached; kernels may differ by batch shape, a different base differs by far more."""
 
 
 @dataclass(frozen=True)

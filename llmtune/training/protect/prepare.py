@@ -38,7 +38,7 @@ class Prepared:
         return [*rows, *(replace(row, source_index=source) for row in self.replay)]
 
     def describe(self) -> dict[str, int] | None:
-        """Return what the manifest records; None where nothing is protected."""
+        """Return what the manifest records; None if nothing is protected."""
         if self.request is None:
             return None
         return {"replayed_rows": len(self.replay), "rows_held_to_base": self.num_held}
