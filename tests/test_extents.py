@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from llmtune import evaluate, load_config, merge, train
+from llmtune.evaluation import measures
 from llmtune.evaluation.compare import Resampling, compare_arms
 from llmtune.evaluation.results import arm_result_path, read_arm_result
 from llmtune.io.manifest import read_manifest
 from llmtune.runs.pipeline import measure
-from llmtune.stages import measures
+from llmtune.serving import live
 from tests.conftest import write_jsonl
 from tests.project import make_project
 
@@ -68,8 +69,8 @@ def test_each_extent_measures_more_and_loads_the_base_once(config, monkeypatch, 
         loads.append(arm)
         return load_live(target, arm)
 
-    load_live = measures.load_live
-    monkeypatch.setattr(measures, "load_live", load)
+    load_live = live.load_live
+    monkeypatch.setattr(live, "load_live", load)
     evaluate(config)
     assert arms_of(config) == PLAIN | {"strength-0.5"}
     assert diagnostics_of(config) == {"divergence", "stops", "contamination"}

@@ -63,6 +63,26 @@ KINDS: dict[str, Kind] = {
             }
         ),
     ),
+    "diagnosis": Kind(
+        "evaluation/diagnosis",
+        # contamination and the learning curve are also what rules and an experiment are named after
+        frozenset({"divergence", "stops", "memorisation", "shift"}),
+        "",
+        # the results that the verdict's rules look at, and what experiments and checks share
+        frozenset(
+            {
+                "base",
+                "config",
+                "contamination",
+                "learning_curve",
+                "curve",
+                "parts",
+                "prepare",
+                "rows",
+                "subject",
+            }
+        ),
+    ),
     "suite task": Kind("evaluation/tasks", frozenset(), "Suite", frozenset({"base", "config"})),
 }
 """Each kind that the contract holds for."""

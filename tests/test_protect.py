@@ -7,7 +7,7 @@ import pytest
 from llmtune import load_config
 from llmtune.errors import LlmtuneError
 from llmtune.runs import pipeline
-from llmtune.stages.diagnose import trained_steps
+from llmtune.runs.evaluate import trained_steps
 from tests.conftest import write_jsonl
 from tests.project import make_project
 

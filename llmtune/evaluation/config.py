@@ -2,28 +2,19 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, create_model, field_validator
 
+from llmtune.evaluation.diagnosis.base import EXTENTS, Extent
+from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.schema import Section
 
-Extent = Literal["none", "quick", "full"]
-EXTENTS: tuple[Extent, ...] = ("none", "quick", "full")
-
 MEASURED_FROM: dict[str, Extent] = {
-    "divergence": "quick",
-    "stops": "quick",
-    "contamination": "quick",
     "few_shot": "full",
-    "probe": "full",
-    "shift": "full",
-    "memorisation": "full",
+    **{each.name: each.extent for each in DIAGNOSES if each.extent is not None},
 }
 """The smallest extent that makes each measurement where its own key leaves it to the extent."""
-
-DIAGNOSES = tuple(name for name in MEASURED_FROM if name != "few_shot")
-"""The measurements that leave a file `diagnostics/NAME.json`."""
 
 STRENGTHS: dict[Extent, tuple[float, ...]] = {
     "none": (),
@@ -49,15 +40,15 @@ class FewShotConfig(Section):
     """Items per suite at most; null takes all."""
 
 
-class EvaluateConfig(Section):
-    """What is measured after training, always on the same items for every arm."""
+class _Arms(Section):
+    """The suites, and the arms that are scored on them."""
 
     suites: tuple[str, ...] = ()
     """Suite files, or names of suites that ship with llmtune (`general`)."""
     arms: tuple[Literal["base", "tuned", "merged"], ...] = ("base", "tuned", "merged")
     """Models to score: the adapter off, on, and the merged checkpoint."""
     extent: Extent = "quick"
-    """Beside the arms: nothing, what costs little, or all that is cheap to redo."""
+    """Beside the arms: none; quick: cheap diagnostics; full: all of them (slow)."""
     few_shot: FewShotConfig = FewShotConfig()
     prompts: dict[str, Path] = Field(default={})
     """Your own prompts: a name and a Jinja file around {{ prompt }}."""
@@ -65,18 +56,26 @@ class EvaluateConfig(Section):
     """Another model's answers: a name and a JSONL file of {id, prediction}."""
     strengths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
     """Shares of the adapter to measure; null leaves it to `extent`."""
-    probe: Toggle = None
-    """A linear probe on the frozen base's states; null leaves it to `extent`."""
-    divergence: Toggle = None
-    """KL and changed first choices against the base; null leaves it to `extent`."""
-    stops: Toggle = None
-    """Whether answers still end; null leaves it to `extent`."""
-    contamination: Toggle = None
-    """Train rows among the suites' items; null leaves it to `extent`."""
-    shift: Toggle = None
-    """How far train, evaluation and general text lie; null leaves it to `extent`."""
-    memorisation: Toggle = None
-    """Whether train rows are told from held-out ones; null leaves it to `extent`."""
+
+
+if TYPE_CHECKING:
+    _Measured = _Arms
+else:
+    _Measured = create_model(
+        "_Measured",
+        __base__=_Arms,
+        **{
+            each.name: (Toggle, Field(default=None, description=f"{each.help}; {BY_EXTENT}"))
+            for each in DIAGNOSES
+            if each.extent is not None
+        },
+    )
+"""With one key for each diagnosis that an evaluation can make."""
+
+
+class EvaluateConfig(_Measured):
+    """What is measured after training, always on the same items for every arm."""
+
     limit: int | None = Field(default=None, ge=1)
     """Items per suite at most (chosen by a seeded shuffle); null takes all."""
     token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -1,6 +1,7 @@
 """Score suites on the arms of one loaded model, finished results read instead of recomputed."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from llmtune.adapters.strength import adapter_strength
 from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import arm_kind, cluster_names
+from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.prompt_file import PromptFile
 from llmtune.evaluation.results import (
     ArmResult,
@@ -34,6 +36,8 @@ from llmtune.scoring.batches import adapter_disabled, choose_token_budget, has_a
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+log = logging.getLogger("llmtune")
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 BASE_ARM = "base"
@@ -79,6 +83,35 @@ class ArmPlan:
     settings: ScoringSettings = DEFAULT_SETTINGS
     about: Mapping[str, Any] = field(default_factory=dict)
     strength: float | None = None
+
+
+def scoring_settings(config: EvaluateConfig) -> ScoringSettings:
+    """Return how items are scored, with progress to the log."""
+    budget = config.token_budget
+    return ScoringSettings(
+        token_budget=None if budget == "auto" else budget, on_progress=ProgressLog()
+    )
+
+
+class ProgressLog:
+    """Says how far a suite is when it begins, every few seconds, and when it ends."""
+
+    interval_seconds = 10.0
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.done == progress.total or now - self._last >= self.interval_seconds:
+            self._last = now
+            log.info(
+                "evaluate: %s, %s: %d of %d items",
+                progress.suite,
+                progress.arm,
+                progress.done,
+                progress.total,
+            )
 
 
 def evaluate_arms(

@@ -8,8 +8,10 @@ from llmtune.config import RunConfig, anchor_paths
 from llmtune.data.config import SourceConfig
 from llmtune.data.prepare import prepare_examples
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.diagnosis.base import write_diagnostic
+from llmtune.evaluation.diagnosis.config import DIAGNOSES
+from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.evaluation.diagnosis.parts import order_rows, seen_places, write_part
-from llmtune.evaluation.diagnosis.results import LearningCurveResult, write_diagnostic
 from llmtune.evaluation.results import ArmResult, arm_result_path, read_arm_result
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.manifest import read_manifest
@@ -98,7 +100,7 @@ def plan_learning_curve(config: RunConfig, *, suite: str | None = None) -> Curve
     Raises:
         LlmtuneError: as for `measure_learning_curve`.
     """
-    from llmtune.stages.diagnose import trained_steps
+    from llmtune.runs.evaluate import trained_steps
 
     config = anchor_paths(config)
     chosen = _choose_suite(config, suite)
@@ -179,9 +181,7 @@ def _sub_config(
             "predictions": {},
             "strengths": (),
         }
-        | dict.fromkeys(
-            ("probe", "divergence", "stops", "contamination", "shift", "memorisation"), None
-        )
+        | {diagnosis.name: None for diagnosis in DIAGNOSES if diagnosis.extent is not None}
         | {"few_shot": config.evaluate.few_shot.model_copy(update={"measure": None})}
     )
     return config.model_copy(

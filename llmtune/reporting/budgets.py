@@ -5,8 +5,11 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llmtune.errors import CheckFailed, LlmtuneError
+from llmtune.evaluation.diagnosis.base import Diagnosis
+from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.reporting.numbers import MINUS
 from llmtune.reporting.report import Report
 from llmtune.reporting.suites import SuiteReport
@@ -146,33 +149,19 @@ def _smallest_gain(role: str) -> Number:
     return smallest
 
 
-def _divergence(text: str, number: str) -> Number:
-    def read(report: Report) -> float | None:
-        found = report.diagnostics.divergence
-        on_text = getattr(found, text) if found else None
-        return getattr(on_text, number) if on_text else None
-
-    return read
-
-
 def _unparseable(report: Report) -> float | None:
     shares = [_unparseable_share(suite) for suite in report.suites]
     return max((share for share in shares if share is not None), default=None)
 
 
-def _stop_rate(report: Report) -> float | None:
-    stops = report.diagnostics.stops
-    return stops.tuned.share if stops else None
+def _diagnosed(diagnosis: Diagnosis[Any], name: str) -> Number:
+    """Return what reads a number that a diagnosis found."""
 
+    def read(report: Report) -> float | None:
+        found = report.diagnostics.found.get(diagnosis.name)
+        return None if found is None else diagnosis.numbers(found).get(name)
 
-def _contamination(report: Report) -> float | None:
-    found = report.diagnostics.contamination
-    return max((s.exact_share for s in found.suites.values()), default=None) if found else None
-
-
-def _auc(report: Report) -> float | None:
-    found = report.diagnostics.memorisation
-    return found.auc if found else None
+    return read
 
 
 MEASURES: Mapping[str, Number] = {
@@ -181,14 +170,12 @@ MEASURES: Mapping[str, Number] = {
     "general_drop": _largest_loss("fraction"),
     "target_gain": _smallest_gain("target"),
     "transfer_gain": _smallest_gain("transfer"),
-    "kl_general": _divergence("general", "kl"),
-    "kl_target": _divergence("target", "kl"),
-    "flips_general": _divergence("general", "top1_flips"),
-    "flips_target": _divergence("target", "top1_flips"),
     "unparseable": _unparseable,
-    "stop_rate": _stop_rate,
-    "contamination": _contamination,
-    "memorisation_auc": _auc,
+    **{
+        name: _diagnosed(diagnosis, name)
+        for diagnosis in DIAGNOSES
+        for name in diagnosis.number_names
+    },
     "seconds": lambda report: report.cost.total_seconds,
     "peak_bytes": lambda report: report.cost.largest_peak_bytes,
 }

@@ -1,5 +1,7 @@
 """Build the transfer report of a run directory, and write report.json, .html and .md."""
 
+from llmtune.evaluation.diagnosis.contamination import ContaminationResult
+from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
 from llmtune.reporting.diagnostics import read_diagnostics
@@ -42,15 +44,15 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
     models = Models.of_run(run, manifest)
     diagnostics = read_diagnostics(run, base=models.base, adapter=models.adapter)
     results = read_results(run.evaluations_dir, is_wanted=current_results(run, manifest, models))
-    suites = measure_suites(results, resampling, contamination=diagnostics.contamination)
+    suites = measure_suites(results, resampling, contamination=diagnostics.of(ContaminationResult))
     bounds = {s.name: thresholds.general_bound(s.unit) for s in suites if s.role == "general"}
     strengths = measure_strengths(results, bounds, resampling)
     evidence = Evidence(
         suites,
         thresholds,
         resampling.confidence,
-        contamination=diagnostics.contamination,
-        learning_curve=diagnostics.learning_curve,
+        contamination=diagnostics.of(ContaminationResult),
+        learning_curve=diagnostics.of(LearningCurveResult),
         strengths=strengths,
     )
     curve, generations = read_loss_curve(run.metrics_path), read_generations(run)

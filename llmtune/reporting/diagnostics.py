@@ -1,75 +1,63 @@
-"""What the diagnoses of a run found, as far as they are of the models that lie there now."""
+"""What the diagnoses of a run found, as far as they are of the models that are there now."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from llmtune.evaluation.diagnosis.results import (
-    ContaminationResult,
+from llmtune.evaluation.diagnosis.base import (
+    Diagnosis,
     Diagnostic,
-    DivergenceResult,
-    LearningCurveResult,
-    MemorisationResult,
-    ProbeResult,
-    ShiftResult,
-    StopsResult,
+    DiagnosticT,
     read_diagnostic,
 )
+from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.io.run_dir import RunDir
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Each diagnosis that was made; None where it was not, or where its models have changed."""
+    """What was found, by the name of each diagnosis that was made on the run's models."""
 
-    contamination: ContaminationResult | None = None
-    divergence: DivergenceResult | None = None
-    stops: StopsResult | None = None
-    shift: ShiftResult | None = None
-    memorisation: MemorisationResult | None = None
-    probe: ProbeResult | None = None
-    learning_curve: LearningCurveResult | None = None
+    found: Mapping[str, Diagnostic] = field(default_factory=dict)
+
+    def of(self, kind: type[DiagnosticT]) -> DiagnosticT | None:
+        """Return the result of a kind; None where it was not made."""
+        return next((made for made in self.found.values() if isinstance(made, kind)), None)
+
+    def __iter__(self) -> Iterator[tuple[Diagnosis[Any], Any]]:
+        """Yield every diagnosis in the order of the report, with its result or None."""
+        for diagnosis in DIAGNOSES:
+            yield diagnosis, self.found.get(diagnosis.name)
 
     @property
     def seconds(self) -> dict[str, float]:
         """What each diagnosis took, by its name."""
-        found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {name: made.seconds for name, made in found.items() if made is not None}
+        return {diagnosis.name: made.seconds for diagnosis, made in self if made is not None}
 
     def as_json(self) -> dict[str, Any]:
         """Return every diagnosis as its file holds it, None where it was not made."""
-        found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {
-            name: TypeAdapter(type(made)).dump_python(made, mode="json") if made else None
-            for name, made in found.items()
+            diagnosis.name: TypeAdapter(type(made)).dump_python(made, mode="json") if made else None
+            for diagnosis, made in self
         }
 
 
-KINDS: dict[str, type[Diagnostic]] = {
-    "contamination": ContaminationResult,
-    "divergence": DivergenceResult,
-    "stops": StopsResult,
-    "shift": ShiftResult,
-    "memorisation": MemorisationResult,
-    "probe": ProbeResult,
-    "learning_curve": LearningCurveResult,
-}
-
-
 def read_diagnostics(run: RunDir, *, base: str | None, adapter: str | None) -> Diagnostics:
-    """Read what lies in the run's `diagnostics/`, without what was measured on other models.
+    """Read what is in the run's `diagnostics/`, without what was measured on other models.
 
     Args:
-        base, adapter: fingerprints of the models that lie there now.
+        base, adapter: fingerprints of the models that are there now.
 
     Raises:
         LlmtuneError: a file is damaged or of another version.
     """
-    found = {name: read_diagnostic(kind, run.diagnostics_dir) for name, kind in KINDS.items()}
-    current = {
-        name: made
-        for name, made in found.items()
-        if made and made.is_of(base=base, adapter=adapter)
-    }
-    return Diagnostics(**current)  # type: ignore[arg-type]
+    found = {each.name: read_diagnostic(each.result, run.diagnostics_dir) for each in DIAGNOSES}
+    return Diagnostics(
+        {
+            name: made
+            for name, made in found.items()
+            if made is not None and made.is_of(base=base, adapter=adapter)
+        }
+    )

@@ -1,6 +1,7 @@
 """The report as one self-contained page: no script, no request, light, dark, phone and paper."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.reporting import numbers
 from llmtune.reporting.facts import format_label, format_value, list_facts
 from llmtune.reporting.report import Report
-from llmtune.reporting.sections import diagnoses
 from llmtune.reporting.sections.arms import show_arms
 from llmtune.reporting.sections.broken import show_broken
+from llmtune.reporting.sections.diagnoses import draw_forecasts, show_diagnosis
 from llmtune.reporting.sections.generations import show_generations
 from llmtune.reporting.sections.merge import show_merge
 from llmtune.reporting.sections.plan import check_plan, show_plan
@@ -31,17 +33,17 @@ SECTIONS: tuple[tuple[str, Show], ...] = (
     ("results", lambda r: show_results(r.suites, r.thresholds)),
     ("arms", lambda r: show_arms(r.suites)),
     ("strengths", lambda r: show_strengths(r.strengths, r.suites, r.thresholds)),
-    ("broken", lambda r: show_broken(r.suites, r.diagnostics, r.generations)),
+    ("broken", show_broken),
     ("sequence", lambda r: show_sequence(r.sequence)),
     ("slices", lambda r: show_slices(r.suites)),
     ("probabilities", lambda r: show_probabilities(r.shifts, [s.name for s in r.suites])),
     ("training", lambda r: show_training(r.curve, r.cost)),
     ("plan", lambda r: show_plan(check_plan(r.manifest))),
-    ("learning_curve", diagnoses.build_learning_curve),
-    ("contamination", diagnoses.build_contamination),
-    ("memorisation", diagnoses.build_memorisation),
-    ("shift", diagnoses.build_shift),
-    ("probe", diagnoses.build_probe),
+    *(
+        ("diagnosis", partial(show_diagnosis, diagnosis=diagnosis))
+        for diagnosis in DIAGNOSES
+        if not diagnosis.is_about_forgetting
+    ),
     ("generations", lambda r: show_generations(r.generations)),
     ("merge", lambda r: show_merge(r.merge)),
     ("data", lambda r: show_data(r.manifest)),
@@ -88,7 +90,7 @@ def make_environment() -> Environment:
         together=numbers.keep_together,
         yaml=_format_yaml,
     )
-    environment.globals.update(format_value=format_value, nats=numbers.NATS)
+    environment.globals.update(format_value=format_value, nats=numbers.NATS, draw=draw_forecasts)
     return environment
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from llmtune.reporting.numbers import (
     FRACTION,
+    NumberWriter,
     Unit,
     format_bytes,
     format_count,
-    format_number,
     format_seconds,
 )
 from llmtune.reporting.report import Report
@@ -96,22 +96,12 @@ def _over(suite: SuiteReport, name: str) -> tuple[str, str]:
 
 
 def _forgetting(report: Report) -> Iterator[str]:
-    divergence, stops = report.diagnostics.divergence, report.diagnostics.stops
-    lines = []
-    for name, found in (
-        ("general text", divergence.general if divergence else None),
-        ("the task's prompts", divergence.target if divergence else None),
-    ):
-        if found is not None:
-            lines.append(
-                f"KL from the base on {name}: {format_number(found.kl)} nats/token; the likeliest "
-                f"token changed at {100 * found.top1_flips:.1f} % of positions."
-            )
-    if stops is not None:
-        lines.append(
-            f"Answers that end by themselves: {stops.tuned.stopped} of {stops.tuned.n} after "
-            f"tuning, {stops.base.stopped} of {stops.base.n} before."
-        )
+    lines = [
+        line
+        for diagnosis, found in report.diagnostics
+        if found is not None
+        for line in diagnosis.summary_lines(found, NumberWriter())
+    ]
     if lines:
         yield "## Distance from the base"
         yield _bullets(lines)

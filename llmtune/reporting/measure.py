@@ -9,7 +9,7 @@ from llmtune.evaluation.compare import (
     compare_arms,
     compare_slices,
 )
-from llmtune.evaluation.diagnosis.results import ContaminationResult
+from llmtune.evaluation.diagnosis.contamination import ContaminationResult
 from llmtune.evaluation.results import ArmResult
 from llmtune.evaluation.stats import holm, needed_items
 from llmtune.reporting.run_results import Results, restrict

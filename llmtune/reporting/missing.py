@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmtune.evaluation.compare import arm_kind
+from llmtune.evaluation.diagnosis.base import FULL, QUICK
 from llmtune.reporting.diagnostics import Diagnostics
 from llmtune.reporting.suites import SuiteReport
 
 EVALUATE = "llmtune eval RUN"
-QUICK = "llmtune report RUN --quick"
-FULL = "llmtune report RUN --full"
-CURVE = "llmtune learning-curve RUN"
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,12 @@ def find_missing(
     """Return what was not made, in the order of the report."""
     kinds = {arm_kind(name) for suite in suites for name in suite.arms}
     has_choices = any(suite.chance is not None for suite in suites if suite.role == "target")
+    diagnosed: dict[str, dict[Missing, bool]] = {QUICK: {}, FULL: {}, "": {}}
+    for diagnosis, found in diagnostics:
+        command = diagnosis.measured_by
+        diagnosed[command if command in diagnosed else ""][Missing(diagnosis.what, command)] = (
+            diagnosis.is_missing(found, kinds, has_choices=has_choices)
+        )
     absent: Mapping[Missing, bool] = {
         Missing("evaluation of the base model", EVALUATE): "base" not in kinds,
         Missing("evaluation of the tuned model", EVALUATE): "tuned" not in kinds,
@@ -46,14 +50,10 @@ def find_missing(
         Missing("loss curve", "llmtune train RUN"): not present.loss_curve,
         Missing("example generations", EVALUATE): not present.generations,
         Missing("merge check", "llmtune merge RUN"): not present.merge,
-        Missing("contamination", QUICK): diagnostics.contamination is None,
-        Missing("divergence from the base", QUICK): diagnostics.divergence is None,
-        Missing("whether generation stops", QUICK): diagnostics.stops is None,
+        **diagnosed[QUICK],
         Missing("other strengths of the adapter", QUICK): "strength" not in kinds,
         Missing("few-shot prompting of the base", FULL): "few-shot" not in kinds,
-        Missing("linear probe", FULL): has_choices and "probe" not in kinds,
-        Missing("domain shift", FULL): diagnostics.shift is None,
-        Missing("memorisation", FULL): diagnostics.memorisation is None,
-        Missing("learning curve", CURVE): diagnostics.learning_curve is None,
+        **diagnosed[FULL],
+        **diagnosed[""],
     }
     return tuple(missing for missing, is_absent in absent.items() if is_absent)

@@ -155,3 +155,27 @@ def _signed(value: float, decimals: int, *, plus: bool = False) -> str:
     if value < 0:
         return MINUS + text
     return "+" + text if plus else text
+
+
+class NumberWriter:
+    """The report's way of writing numbers, handed to what describes a diagnosis."""
+
+    def count(self, value: float | None) -> str:
+        """Write a whole number."""
+        return format_count(value)
+
+    def nats(self, value: float | None) -> str:
+        """Write a loss."""
+        return NATS.score(value)
+
+    def share(self, value: float | None) -> str:
+        """Write a share as percent."""
+        return FRACTION.score(value)
+
+    def p(self, value: float | None) -> str:
+        """Write a p-value."""
+        return format_p(value)
+
+    def number(self, value: float | None, digits: int = 4) -> str:
+        """Write any number."""
+        return format_number(value, digits)

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from llmtune.evaluation.diagnosis.results import Forecast, LearningCurveResult
+from llmtune.evaluation.diagnosis.learning_curve import Forecast, LearningCurveResult
 from llmtune.reporting.numbers import (
     Unit,
     format_bytes,

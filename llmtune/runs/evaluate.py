@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from llmtune.config import RunConfig
 from llmtune.data.config import DataConfig
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.config import DIAGNOSES, EXTENTS, EvaluateConfig, Extent
+from llmtune.evaluation.config import EvaluateConfig
+from llmtune.evaluation.diagnosis.base import EXTENTS, Extent
+from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.evaluation.results import arm_result_path
 from llmtune.evaluation.suite import load_suite
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_file
-from llmtune.io.manifest import Manifest, StageRecord
+from llmtune.io.manifest import Manifest, StageRecord, read_manifest
 from llmtune.runs.stage import Stage
 
 if TYPE_CHECKING:
+    from llmtune.evaluation.diagnosis.prepare import TrainedSteps
     from llmtune.evaluation.scores import Scores
 
 log = logging.getLogger("llmtune")
@@ -90,16 +94,33 @@ class EvaluateStage(Stage):
             arms = {arm for arm in knobs.arms if arm != "merged" or suite.role == "target"}
             for arm in arms | set(made.get("suites", {}).get(suite.name, {})):
                 yield arm_result_path(run.evaluations_dir, suite.name, arm)
-        for name in DIAGNOSES:
-            if knobs.measures(name) and name not in made.get("left_out", {}):
-                yield run.diagnostics_dir / f"{name}.json"
+        for diagnosis in DIAGNOSES:
+            is_made = diagnosis.extent is not None and knobs.measures(diagnosis.name)
+            if is_made and diagnosis.name not in made.get("left_out", {}):
+                yield run.diagnostics_dir / diagnosis.result.FILE_NAME
 
     def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Measure what is missing; what is finished for the same model and recipe is read."""
-        from llmtune.stages.evaluate import run_evaluate_stage
+        from llmtune.evaluation.evaluate import evaluate_run
+        from llmtune.evaluation.measures import EvaluationRequest
+        from llmtune.runs.targets import Target
+        from llmtune.serving.live import load_live
 
-        config = self.config.model_copy(update={"evaluate": self._knobs(inputs)})
-        return run_evaluate_stage(config, self.suites, force=self.force)
+        config = self.config
+        run = config.run
+        target = Target(str(run.path), config.model, run.adapter_dir, run.merged_dir, config)
+        train = read_manifest(run).stages.get("train", {}).get("result") or {}
+        request = EvaluationRequest(
+            knobs=self._knobs(inputs),
+            run=run,
+            suites=tuple(self.suites),
+            data=config.data,
+            mixed_data=config.mixed_data,
+            trained=trained_steps(config),
+            load=lambda arm: load_live(target, arm).scored,
+            force=self.force,
+        )
+        return evaluate_run(request, train.get("seconds"))
 
     def _knobs(self, inputs: Mapping[str, Any]) -> EvaluateConfig:
         """Return the config's section to the extent that these inputs name."""
@@ -145,21 +166,22 @@ def check_evaluation_files(knobs: EvaluateConfig, suites: Sequence[Suite]) -> No
 
 
 def warn_of_leaks(knobs: EvaluateConfig, data: DataConfig, suites: Sequence[Suite]) -> None:
-    """Log which items of the suites are word for word in the training rows."""
-    if not knobs.measures("contamination") or not suites:
-        return
-    from llmtune.evaluation.diagnosis.contamination import find_leaked
-    from llmtune.evaluation.diagnosis.rows import iter_row_texts
+    """Log what the diagnoses that will be made can say before anything is trained."""
+    for diagnosis in DIAGNOSES:
+        if diagnosis.extent is not None and knobs.measures(diagnosis.name):
+            for warning in diagnosis.foresee(data, suites):
+                log.warning("%s", warning)
 
-    sizes = {suite.name: len(suite.items) for suite in suites}
-    for name, leaked in find_leaked(iter_row_texts(data, "train"), suites).items():
-        item, place = next(iter(leaked.items()))
-        log.warning(
-            "suite %s: %d of its %d items are word for word in the training rows (first: item %r "
-            "in %s); its score will show memory. Take them out of one of the two before training",
-            name,
-            len(leaked),
-            sizes[name],
-            item,
-            place,
-        )
+
+def trained_steps(config: RunConfig) -> "TrainedSteps":
+    """Return how much the run trained, by its manifest, and on which rows."""
+    from llmtune.evaluation.diagnosis.prepare import TrainedSteps
+
+    result = read_manifest(config.run).stages.get("train", {}).get("result") or {}
+    return TrainedSteps(
+        result.get("steps", 0),
+        config.train.batch_size,
+        config.seed,
+        num_sources=len(config.data.train),
+        num_added=(result.get("protect") or {}).get("replayed_rows", 0),
+    )

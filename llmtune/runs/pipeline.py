@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llmtune.config import RunConfig
-from llmtune.evaluation.config import Extent
+from llmtune.evaluation.diagnosis.base import Extent
 from llmtune.io.manifest import TrainRecord
 from llmtune.io.run_dir import RunDir
 from llmtune.merging.config import MergeSettings

@@ -1,18 +1,14 @@
 """Scoring any target on any suites: a run's arms, an adapter, or a model alone."""
 
-import logging
-import time
 from collections.abc import Sequence
 
 from llmtune.evaluation.compare import Resampling
 from llmtune.evaluation.config import EvaluateConfig
-from llmtune.evaluation.run import Progress, ScoringSettings, evaluate_arms
+from llmtune.evaluation.run import evaluate_arms, scoring_settings
 from llmtune.evaluation.scores import Scores, summarize_scores
 from llmtune.evaluation.suite import load_suite
 from llmtune.models.config import Loadable
 from llmtune.serving.live import load_live
-
-log = logging.getLogger("llmtune")
 
 
 def score_target(target: Loadable, suites: Sequence[str], chosen: EvaluateConfig) -> Scores:
@@ -36,32 +32,3 @@ def score_target(target: Loadable, suites: Sequence[str], chosen: EvaluateConfig
     )
     resampling = Resampling(chosen.confidence, chosen.bootstrap_samples, chosen.seed)
     return summarize_scores(results, resampling)
-
-
-def scoring_settings(config: EvaluateConfig) -> ScoringSettings:
-    """Return how items are scored, with progress to the log."""
-    budget = config.token_budget
-    return ScoringSettings(
-        token_budget=None if budget == "auto" else budget, on_progress=ProgressLog()
-    )
-
-
-class ProgressLog:
-    """Says how far a suite is when it begins, every few seconds, and when it ends."""
-
-    interval_seconds = 10.0
-
-    def __init__(self) -> None:
-        self._last = 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if progress.done == progress.total or now - self._last >= self.interval_seconds:
-            self._last = now
-            log.info(
-                "evaluate: %s, %s: %d of %d items",
-                progress.suite,
-                progress.arm,
-                progress.done,
-                progress.total,
-            )

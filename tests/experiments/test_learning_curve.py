@@ -11,8 +11,9 @@ from llmtune import evaluate, load_config, train
 from llmtune.cli import run_command
 from llmtune.data.config import SourceConfig
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.diagnosis.base import read_diagnostic
 from llmtune.evaluation.diagnosis.curve import summarize_curve
-from llmtune.evaluation.diagnosis.results import LearningCurveResult, read_diagnostic
+from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.evaluation.results import read_arm_result
 from llmtune.experiments.learning_curve import plan_learning_curve
 from llmtune.io.manifest import read_manifest

@@ -3,7 +3,27 @@
 from dataclasses import replace
 from pathlib import Path
 
-from llmtune.evaluation.diagnosis import results as found
+from llmtune.evaluation.diagnosis.base import Diagnostic, write_diagnostic
+from llmtune.evaluation.diagnosis.contamination import (
+    ContaminatedItem,
+    ContaminationResult,
+    SuiteContamination,
+)
+from llmtune.evaluation.diagnosis.divergence import (
+    DivergenceResult,
+    StrengthDivergence,
+    TextDivergence,
+)
+from llmtune.evaluation.diagnosis.learning_curve import (
+    CurvePoint,
+    Forecast,
+    LearningCurveResult,
+    PowerLaw,
+)
+from llmtune.evaluation.diagnosis.memorisation import MemorisationResult
+from llmtune.evaluation.diagnosis.probe import ProbeCell, ProbeResult
+from llmtune.evaluation.diagnosis.shift import PairShift, ShiftResult, TextSet
+from llmtune.evaluation.diagnosis.stops import StopCount, StopsResult
 from llmtune.evaluation.halves import in_half_size
 from llmtune.io.manifest import Manifest
 from llmtune.io.run_dir import RunDir, atomic_write_text
@@ -79,27 +99,27 @@ def plant_diagnostics(run: RunDir) -> None:
     """Write every diagnosis."""
     directory = run.diagnostics_dir
 
-    def text(kl: float) -> found.TextDivergence:
-        return found.TextDivergence(kl, kl / 2, 4000, 100, (kl * 0.9, kl * 1.1))
+    def text(kl: float) -> TextDivergence:
+        return TextDivergence(kl, kl / 2, 4000, 100, (kl * 0.9, kl * 1.1))
 
-    whole, half = (found.StrengthDivergence(text(kl), text(3 * kl)) for kl in (0.09, 0.03))
-    base, tuned = found.StopCount(12, 16, 40.0), found.StopCount(15, 16, 11.0)
-    leaked = found.SuiteContamination(
-        1, 1, 0, N, ("movies-3", "movies-5"), (found.ContaminatedItem("movies-3", "exact", "a:7"),)
+    whole, half = (StrengthDivergence(text(kl), text(3 * kl)) for kl in (0.09, 0.03))
+    base, tuned = StopCount(12, 16, 40.0), StopCount(15, 16, 11.0)
+    leaked = SuiteContamination(
+        1, 1, 0, N, ("movies-3", "movies-5"), (ContaminatedItem("movies-3", "exact", "a:7"),)
     )
-    clean = found.SuiteContamination(0, 0, 0, N, ())
-    shift = found.PairShift(0.41, 0.12, 1.2, (1.0, 1.4), 0.2, 0.013, 0.002, 200, 100)
-    texts = found.TextSet(200, 4.1, 1.2, 1.4, (9.0, 14.0, 22.0, 31.0, 60.0))
-    cells = tuple(found.ProbeCell(layer, "mean", 1.0, 0.7 + layer / 200) for layer in (7, 15, 30))
+    clean = SuiteContamination(0, 0, 0, N, ())
+    shift = PairShift(0.41, 0.12, 1.2, (1.0, 1.4), 0.2, 0.013, 0.002, 200, 100)
+    texts = TextSet(200, 4.1, 1.2, 1.4, (9.0, 14.0, 22.0, 31.0, 60.0))
+    cells = tuple(ProbeCell(layer, "mean", 1.0, 0.7 + layer / 200) for layer in (7, 15, 30))
     for result in (
-        found.DivergenceResult(
+        DivergenceResult(
             inputs=INPUTS,
             seconds=21.0,
             general=whole.general,
             target=whole.target,
             by_strength={"0.5": half, "1.0": whole},
         ),
-        found.StopsResult(
+        StopsResult(
             inputs=INPUTS,
             seconds=9.0,
             base=base,
@@ -107,16 +127,16 @@ def plant_diagnostics(run: RunDir) -> None:
             trained_stop_share=1.0,
             max_new_tokens=64,
         ),
-        found.ContaminationResult(
+        ContaminationResult(
             inputs=INPUTS, suites={"movies": leaked, "tweets": clean}, n_train_rows=8211
         ),
-        found.ShiftResult(
+        ShiftResult(
             inputs=INPUTS,
             sets={"train": texts, "general": texts},
             pairs={"train-evaluation": shift, "train-general": shift},
             layer=15,
         ),
-        found.MemorisationResult(
+        MemorisationResult(
             inputs=INPUTS,
             gap_nats=0.08,
             gap_interval=(0.02, 0.15),
@@ -125,7 +145,7 @@ def plant_diagnostics(run: RunDir) -> None:
             n_train=200,
             n_held_out=200,
         ),
-        found.ProbeResult(
+        ProbeResult(
             inputs=INPUTS,
             table=cells,
             chosen=cells[-1],
@@ -135,28 +155,28 @@ def plant_diagnostics(run: RunDir) -> None:
         ),
         plant_curve(gain=(0.02, 0.09)),
     ):
-        found.write_diagnostic(result, directory)
+        write_diagnostic(result, directory)
 
 
-def plant_curve(gain: tuple[float, float]) -> found.LearningCurveResult:
+def plant_curve(gain: tuple[float, float]) -> LearningCurveResult:
     """Return a learning curve whose doubling lowers the loss by an interval."""
     rows = (120, 240, 480, 960)
-    law = found.PowerLaw(
+    law = PowerLaw(
         E=0.3,
         A=4.0,
         beta=0.5,
-        at_n=found.Forecast(960, 0.43, (0.41, 0.45)),
-        at_2n=found.Forecast(1920, 0.39, (0.36, 0.42)),
-        at_4n=found.Forecast(3840, 0.36, (0.31, 0.41)),
+        at_n=Forecast(960, 0.43, (0.41, 0.45)),
+        at_2n=Forecast(1920, 0.39, (0.36, 0.42)),
+        at_4n=Forecast(3840, 0.36, (0.31, 0.41)),
         gain_at_2n=sum(gain) / 2,
         gain_interval=gain,
     )
-    return found.LearningCurveResult(
+    return LearningCurveResult(
         inputs=INPUTS,
         suite="movies",
         metric="accuracy",
         loss_name="nats per answer",
-        points=tuple(found.CurvePoint(n, 0, 0.3 + 4 * n**-0.5, 0.8, N) for n in rows),
+        points=tuple(CurvePoint(n, 0, 0.3 + 4 * n**-0.5, 0.8, N) for n in rows),
         fit=law,
         score_fit=None,
         refused=None,
@@ -237,6 +257,6 @@ def _plant_log(run: RunDir) -> None:
     atomic_write_text(run.metrics_path, "".join(lines))
 
 
-def with_inputs(result: found.Diagnostic, **inputs: str) -> found.Diagnostic:
+def with_inputs(result: Diagnostic, **inputs: str) -> Diagnostic:
     """Return a diagnosis that says it was made from these inputs."""
     return replace(result, inputs=inputs)

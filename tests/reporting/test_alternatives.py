@@ -5,8 +5,8 @@ from statistics import mean
 
 import pytest
 
-from llmtune.evaluation.diagnosis import results as found
-from llmtune.evaluation.diagnosis.results import write_diagnostic
+from llmtune.evaluation.diagnosis.base import write_diagnostic
+from llmtune.evaluation.diagnosis.contamination import ContaminationResult, SuiteContamination
 from llmtune.evaluation.halves import in_selection_half
 from llmtune.reporting.build import build_report, write_report
 from llmtune.reporting.html import render_html
@@ -90,8 +90,8 @@ def test_train_rows_among_the_target_items_block_the_verdict(tmp_path):
     run = plant_run(tmp_path, [PlantedSuite("movies", "target", {"base": BASE, "tuned": TUNED})])
 
     def leak(exact: int) -> None:
-        leaked = found.SuiteContamination(exact, 0, 0, N, tuple(item_ids("movies", exact)))
-        result = found.ContaminationResult(inputs={}, suites={"movies": leaked}, n_train_rows=900)
+        leaked = SuiteContamination(exact, 0, 0, N, tuple(item_ids("movies", exact)))
+        result = ContaminationResult(inputs={}, suites={"movies": leaked}, n_train_rows=900)
         write_diagnostic(result, run.diagnostics_dir)
 
     leak(4)
@@ -163,7 +163,7 @@ def test_a_diagnosis_of_another_adapter_is_not_shown(tmp_path):
     stale = replace(plant_curve(gain=(0.1, 0.2)), inputs={"adapter": "other"})
     write_diagnostic(stale, run.diagnostics_dir)
     report = build_report(run)
-    assert report.diagnostics.learning_curve is None
+    assert "learning_curve" not in report.diagnostics.found
     assert "learning curve" in [missing.name for missing in report.missing]
 
 

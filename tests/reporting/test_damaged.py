@@ -5,7 +5,8 @@ import json
 import pytest
 
 from llmtune.cli import run_command
-from llmtune.evaluation.diagnosis.results import StopCount, StopsResult, write_diagnostic
+from llmtune.evaluation.diagnosis.base import write_diagnostic
+from llmtune.evaluation.diagnosis.stops import StopCount, StopsResult
 from llmtune.evaluation.results import arm_result_path
 from llmtune.io.manifest import Manifest
 from llmtune.io.run_dir import RunDir

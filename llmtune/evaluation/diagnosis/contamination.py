@@ -1,5 +1,7 @@
 """Train rows found again among the suites' items: such an item measures memory, not the task."""
 
+from __future__ import annotations
+
 import re
 import time
 import unicodedata
@@ -7,17 +9,27 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
-from llmtune.data.duplicates import find_near_matches
-from llmtune.evaluation.diagnosis.plan import Diagnosis
-from llmtune.evaluation.diagnosis.results import (
-    ContaminatedItem,
-    ContaminationResult,
-    SuiteContamination,
+from llmtune.evaluation.diagnosis.base import (
+    Block,
+    Cell,
+    Diagnosis,
+    Diagnostic,
+    Extent,
+    Facts,
+    Given,
+    Paragraph,
+    Planned,
+    Section,
+    Table,
 )
-from llmtune.evaluation.diagnosis.rows import MIN_OWN_WORDS, RowTexts, find_frame
 from llmtune.evaluation.tasks.base import Suite, SuiteItem
 from llmtune.io.fingerprint import hash_json
+
+if TYPE_CHECKING:
+    from llmtune.data.config import DataConfig
+    from llmtune.evaluation.diagnosis.rows import RowTexts
 
 LONG_NGRAM = 13
 SHORT_NGRAM = 8
@@ -26,8 +38,126 @@ COMMON_ROWS = 10
 COMMON_SHARE = 0.01
 """A word sequence in more than 10 and 1 % of the train rows is boilerplate."""
 KEPT_EXAMPLES = 20
+SHOWN_EXAMPLES = 10
 
 _WORDS = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class ContaminatedItem:
+    """A suite item that stands in the train rows; `kind` is the strongest sign found.
+
+    `similarity` is the Jaccard index of a near-duplicate; `shared` the words of a shared n-gram.
+    """
+
+    item_id: str
+    kind: str
+    train_row: str
+    similarity: float | None = None
+    shared: str | None = None
+
+
+@dataclass(frozen=True)
+class SuiteContamination:
+    """Items of one suite found in the train rows. An item counts once: exact, else near, else
+    ngram; `item_ids` are all of them."""
+
+    exact: int
+    ngram: int
+    near: int
+    n: int
+    item_ids: tuple[str, ...]
+    found: tuple[ContaminatedItem, ...] = ()
+
+    @property
+    def exact_share(self) -> float:
+        return self.exact / self.n
+
+    @property
+    def share(self) -> float:
+        return len(self.item_ids) / self.n
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContaminationResult(Diagnostic):
+    """Train rows found among the suites' items."""
+
+    FILE_NAME: ClassVar[str] = "contamination.json"
+    suites: dict[str, SuiteContamination]
+    n_train_rows: int
+
+
+class Contamination(Diagnosis[ContaminationResult]):
+    """Train rows among the suites' items; no model is asked."""
+
+    name = "contamination"
+    what = "contamination"
+    help = "Train rows among the suites' items"
+    extent: ClassVar[Extent] = "quick"
+    number_names = ("contamination",)
+    result = ContaminationResult
+
+    def plan(self, given: Given) -> Planned[ContaminationResult]:
+        """Plan to look for every suite item among the train rows."""
+        from llmtune.evaluation.diagnosis.rows import read_row_texts
+
+        return plan_contamination(read_row_texts(given.data, "train"), given.suites)
+
+    def foresee(self, data: DataConfig, suites: Sequence[Suite]) -> list[str]:
+        """Say which items of the suites are word for word in the training rows."""
+        from llmtune.evaluation.diagnosis.rows import iter_row_texts
+
+        if not suites:
+            return []
+        sizes = {suite.name: len(suite.items) for suite in suites}
+        warnings = []
+        for name, leaked in find_leaked(iter_row_texts(data, "train"), suites).items():
+            item, place = next(iter(leaked.items()))
+            warnings.append(
+                f"suite {name}: {len(leaked)} of its {sizes[name]} items are word for word in "
+                f"the training rows (first: item {item!r} in {place}); its score will show memory. "
+                "Take them out of one of the two before training"
+            )
+        return warnings
+
+    def section(self, found: ContaminationResult, facts: Facts) -> Section | None:
+        """Show the suites' items that are in the training rows."""
+        write = facts.write
+        head = ["Suite", "Items", "Word for word", "Nearly", "Shared words"]
+        note = (
+            f"Compared with {write.count(found.n_train_rows)} training rows. More than "
+            f"{write.share(facts.contaminated_share)} of a target suite's items word for word "
+            "blocks the verdict."
+        )
+        if facts.clean:
+            head += ["Base: all → others", "Tuned: all → others", "Change on others"]
+            note += " Others: the items that are not among the training rows in any of these ways."
+        rows = []
+        for name, suite in found.suites.items():
+            row: list[str | Cell] = [name]
+            row += map(write.count, (suite.n, suite.exact, suite.near, suite.ngram))
+            if clean := facts.clean.get(name):
+                row += [clean.base, clean.tuned, Cell(clean.change, clean.interval)]
+            elif facts.clean:
+                row += ["–"] * 3
+            rows.append(tuple(row))
+        blocks: list[Block] = [Table(tuple(rows), tuple(head)), Paragraph(note, is_note=True)]
+        for name, suite in found.suites.items():
+            if suite.found:
+                shown = tuple(map(_shown_item, suite.found[:SHOWN_EXAMPLES]))
+                summary = f"{name}: {write.count(len(suite.found))} items"
+                blocks.append(Table(shown, summary=summary, is_narrow=True))
+        return Section("Did the test leak into the training?", tuple(blocks))
+
+    def numbers(self, found: ContaminationResult) -> dict[str, float | None]:
+        """Return the largest share of a suite's items that was found word for word."""
+        shares = [suite.exact_share for suite in found.suites.values()]
+        return {"contamination": max(shares, default=None)}
+
+
+def _shown_item(item: ContaminatedItem) -> tuple[str, str]:
+    shared = f": {item.shared}" if item.shared else ""
+    return item.item_id, f"{item.kind}, {item.train_row}{shared}"
 
 
 @dataclass(frozen=True)
@@ -93,9 +223,9 @@ def measure_contamination(rows: Sequence[RowTexts], suites: Sequence[Suite]) -> 
 
 def plan_contamination(
     rows: Sequence[RowTexts], suites: Sequence[Suite]
-) -> Diagnosis[ContaminationResult]:
+) -> Planned[ContaminationResult]:
     """Plan to look for every suite item among the train rows; no model is needed."""
-    return Diagnosis(
+    return Planned(
         ContaminationResult,
         contamination_inputs(rows, suites),
         0,
@@ -130,6 +260,8 @@ def contamination_inputs(rows: Sequence[RowTexts], suites: Sequence[Suite]) -> d
 
 
 def _own_texts(suite: Suite) -> Iterable[tuple[SuiteItem, str]]:
+    from llmtune.evaluation.diagnosis.rows import find_frame
+
     frame = find_frame([_text_of(item) for item in suite.items])
     return ((item, frame.own_words(_text_of(item))) for item in suite.items)
 
@@ -152,6 +284,8 @@ def _text_of(item: SuiteItem) -> str:
 
 def _find_exact(asked: Sequence[_Asked], passages: Sequence[_Passage]) -> dict[int, int]:
     """Return for each item that is a train passage the first such row."""
+    from llmtune.evaluation.diagnosis.rows import MIN_OWN_WORDS
+
     whole = _first_rows((_normalize(passage.text), passage.row) for passage in passages)
     telling = _first_rows(
         (_normalize(passage.own), passage.row)
@@ -176,6 +310,8 @@ def _first_rows(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def _find_near(own: Sequence[str], passages: Sequence[_Passage]) -> dict[int, tuple[int, float]]:
+    from llmtune.data.duplicates import find_near_matches
+
     train = [_normalize(passage.own) for passage in passages]
     pairs = find_near_matches(train, [_normalize(text) for text in own])
     return {pair.second: (passages[pair.first].row, round(pair.similarity, 4)) for pair in pairs}

@@ -6,7 +6,7 @@ import numpy as np
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.diagnosis.curve_fit import Measured, fit_curve
-from llmtune.evaluation.diagnosis.results import CurvePoint, LearningCurveResult
+from llmtune.evaluation.diagnosis.learning_curve import CurvePoint, LearningCurveResult
 from llmtune.evaluation.results import ArmResult
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_json

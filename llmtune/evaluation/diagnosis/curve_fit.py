@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmtune.evaluation.diagnosis.results import Forecast, PowerLaw
+from llmtune.evaluation.diagnosis.learning_curve import Forecast, PowerLaw
 
 BETAS = np.linspace(0.05, 1.0, 39)
 MIN_SIZES = 4

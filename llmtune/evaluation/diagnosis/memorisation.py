@@ -1,41 +1,88 @@
 """Was the task learned, or the rows? Loss on seen against unseen rows, beyond the base's own."""
 
+from __future__ import annotations
+
 import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-import torch
-from scipy.stats import rankdata
-from torch import nn
-
-from llmtune.data.example import IGNORE_INDEX, Example
-from llmtune.evaluation.diagnosis.plan import Diagnosis, refuse
-from llmtune.evaluation.diagnosis.results import Interval, MemorisationResult
-from llmtune.evaluation.diagnosis.subject import (
-    DiagnosisSettings,
-    Subject,
-    hash_ids,
-    model_inputs,
-    pick,
+from llmtune.evaluation.diagnosis.base import (
+    Diagnosis,
+    Diagnostic,
+    Extent,
+    Facts,
+    Given,
+    Interval,
+    Paragraph,
+    Planned,
+    Section,
+    refuse,
 )
 from llmtune.io.fingerprint import hash_json
-from llmtune.scoring.batches import (
-    adapter_disabled,
-    batch_by_length,
-    float32_head,
-    inference,
-    logits_positions,
-    model_device,
-    pad_rows,
-    require_positions,
-    run_forward,
-)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from llmtune.data.example import Example
+    from llmtune.evaluation.diagnosis.subject import DiagnosisSettings, Subject
 
 MAX_ROWS = 200
 MIN_ROWS = 4
 BOOTSTRAP_SAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorisationResult(Diagnostic):
+    """Gap of held-out and train loss beyond the base's, in nats a token, and membership AUC."""
+
+    FILE_NAME: ClassVar[str] = "memorisation.json"
+    gap_nats: float
+    gap_interval: Interval
+    auc: float
+    auc_interval: Interval
+    n_train: int
+    n_held_out: int
+
+
+class Memorisation(Diagnosis[MemorisationResult]):
+    """Whether the rows that were trained on are told from rows that were not."""
+
+    name = "memorisation"
+    what = "memorisation"
+    help = "Whether train rows are told from held-out ones"
+    extent: ClassVar[Extent] = "full"
+    number_names = ("memorisation_auc",)
+    result = MemorisationResult
+
+    def plan(self, given: Given) -> Planned[MemorisationResult]:
+        """Plan to compare seen with held-out rows."""
+        return plan_memorisation(given.subject, given.diagnosis_settings)
+
+    def section(self, found: MemorisationResult, facts: Facts) -> Section | None:
+        """Say the gap of held-out and training loss, and the membership AUC."""
+        nats, count = facts.write.nats, facts.write.count
+        (gap_low, gap_high), (auc_low, auc_high) = found.gap_interval, found.auc_interval
+        text = (
+            "Beyond what the base already shows, the held-out rows cost "
+            f"{nats(found.gap_nats)} nats/token more than the training rows "
+            f"[{nats(gap_low)}, {nats(gap_high)}]. From how much likelier a row became one can "
+            f"tell training from held-out rows with an AUC of {found.auc:.2f} "
+            f"[{auc_low:.2f}, {auc_high:.2f}]; 0.5 is a coin."
+        )
+        note = (
+            f"{count(found.n_train)} training rows against {count(found.n_held_out)} held-out rows."
+        )
+        return Section(
+            "Learned, or learned by heart?", (Paragraph(text), Paragraph(note, is_note=True))
+        )
+
+    def numbers(self, found: MemorisationResult) -> dict[str, float | None]:
+        """Return the membership AUC."""
+        return {"memorisation_auc": found.auc}
 
 
 @dataclass(frozen=True)
@@ -47,13 +94,13 @@ class RowLosses:
     num_tokens: np.ndarray
 
 
-def plan_memorisation(
-    subject: Subject, settings: DiagnosisSettings
-) -> Diagnosis[MemorisationResult]:
+def plan_memorisation(subject: Subject, settings: DiagnosisSettings) -> Planned[MemorisationResult]:
     """Plan to compare at most 200 rows that training saw with as many held-out rows.
 
     Refused where fewer than four rows were seen, or held out.
     """
+    from llmtune.evaluation.diagnosis.subject import hash_ids, model_inputs, pick
+
     seen = [subject.train[place] for place in pick(subject.trained, MAX_ROWS, settings.seed)]
     places = pick(range(len(subject.held_out)), MAX_ROWS, settings.seed)
     held_out = [subject.held_out[place] for place in places]
@@ -92,7 +139,7 @@ def plan_memorisation(
             n_held_out=len(held_out),
         )
 
-    return Diagnosis(MemorisationResult, inputs, tokens, measure)
+    return Planned(MemorisationResult, inputs, tokens, measure)
 
 
 def compare_losses(
@@ -105,6 +152,8 @@ def compare_losses(
     m(x) = NLL_base(x) - NLL_tuned(x), per trained token, of seen against held-out rows: 0.5 where
     training changed both alike, 1 where every seen row gained more.
     """
+    import numpy as np
+
     random = np.random.default_rng(settings.seed)
     draws = []
     for _ in range(BOOTSTRAP_SAMPLES):
@@ -126,6 +175,9 @@ def membership_auc(seen: np.ndarray, held_out: np.ndarray) -> float:
 
     The Mann-Whitney statistic from mid-ranks.
     """
+    import numpy as np
+    from scipy.stats import rankdata
+
     ranks = rankdata(np.concatenate([seen, held_out]))
     count = len(seen)
     statistic = ranks[:count].sum() - count * (count + 1) / 2
@@ -144,6 +196,21 @@ def measure_losses(
     Raises:
         LlmtuneError: the model has no adapter, or a row exceeds its positions.
     """
+    import numpy as np
+
+    from llmtune.data.example import IGNORE_INDEX
+    from llmtune.scoring.batches import (
+        adapter_disabled,
+        batch_by_length,
+        float32_head,
+        inference,
+        logits_positions,
+        model_device,
+        pad_rows,
+        require_positions,
+        run_forward,
+    )
+
     lengths = [len(row.input_ids) for row in rows]
     require_positions(model, max(lengths, default=0))
     sums = np.zeros((2, len(rows)))
@@ -168,12 +235,19 @@ def measure_losses(
 
 def _answer_length(row: Example) -> int:
     """Return the tokens from the one before the first trained token to the row's end."""
+    from llmtune.data.example import IGNORE_INDEX
+
     first = next(i for i, label in enumerate(row.labels) if i and label != IGNORE_INDEX)
     return len(row.labels) - first + 1
 
 
 def _trained_losses(logits: torch.Tensor, rows: Sequence[Example]) -> list[float]:
     """Sum each row's loss; `logits` are [B, kept, V] of the last positions."""
+    import torch
+    from torch import nn
+
+    from llmtune.data.example import IGNORE_INDEX
+
     losses = []
     for row_logits, row in zip(logits, rows, strict=True):
         kept = min(len(row_logits), len(row.labels))
@@ -194,6 +268,8 @@ def _gap(seen: RowLosses, held_out: RowLosses, first: np.ndarray, second: np.nda
 
 
 def _auc(seen: RowLosses, held_out: RowLosses, first: np.ndarray, second: np.ndarray) -> float:
+    import numpy as np
+
     def gains(losses: RowLosses, rows: np.ndarray) -> np.ndarray:
         return np.asarray((losses.base[rows] - losses.tuned[rows]) / losses.num_tokens[rows])
 

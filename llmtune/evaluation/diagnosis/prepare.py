@@ -1,4 +1,4 @@
-"""From a run's sections to what is diagnosed: rows as they were trained, and as plain text."""
+"""From a run's sections to what is diagnosed: the rows as they were trained."""
 
 import math
 from collections.abc import Sequence
@@ -8,14 +8,10 @@ from functools import partial
 from llmtune.data.config import DataConfig
 from llmtune.data.example import ExampleTable
 from llmtune.data.prepare import prepare_examples
-from llmtune.evaluation.diagnosis.rows import MIN_OWN_WORDS, RowTexts, find_frame
-from llmtune.evaluation.diagnosis.shift import GENERAL, TRAIN
-from llmtune.evaluation.diagnosis.subject import Subject, asking_suites, general_texts
+from llmtune.evaluation.diagnosis.subject import Subject
 from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.training.rows import EpochSampler
-
-EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -68,29 +64,3 @@ def prepare_subject(
         trained=trained.seen(train),
         held_out=held_out,
     )
-
-
-def shift_texts(
-    train: Sequence[RowTexts], evaluation: Sequence[RowTexts], suites: Sequence[Suite]
-) -> dict[str, list[str]]:
-    """Return the sets of plain texts between which a shift is measured.
-
-    Without what all rows of a source (all prompts of a suite) begin and end with, and without
-    passages of fewer than five words where a row has longer ones: a label behind every sentence
-    would tell any two sets apart. Transfer suites stand under their names.
-    """
-    sets = {
-        TRAIN: [_domain_text(row) for row in train],
-        EVALUATION: [_domain_text(row) for row in evaluation],
-        GENERAL: general_texts(suites),
-    }
-    for suite in asking_suites(suites, ("transfer",)):
-        prompts = [item.prompt for item in suite.items]
-        frame = find_frame(prompts)
-        sets[suite.name] = [frame.own_words(prompt) for prompt in prompts]
-    return {name: texts for name, texts in sets.items() if texts}
-
-
-def _domain_text(row: RowTexts) -> str:
-    telling = [text for text in row.own if len(text.split()) >= MIN_OWN_WORDS]
-    return "\n".join(telling or row.passages)

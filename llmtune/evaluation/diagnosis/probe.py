@@ -1,42 +1,38 @@
 """A linear probe on the frozen base: what a classifier gets without any fine-tuning."""
 
+from __future__ import annotations
+
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
-
-from llmtune.evaluation.diagnosis.plan import Diagnosis
-from llmtune.evaluation.diagnosis.results import ProbeCell, ProbeResult
-from llmtune.evaluation.diagnosis.states import (
-    Standardizer,
-    TextStates,
-    count_state_tokens,
-    fit_standardizer,
-    quarter_layers,
-    read_states,
+from llmtune.evaluation.diagnosis.base import (
+    Block,
+    Diagnosis,
+    Diagnostic,
+    Extent,
+    Facts,
+    Given,
+    Paragraph,
+    Planned,
+    Section,
+    Table,
 )
-from llmtune.evaluation.diagnosis.subject import (
-    DiagnosisSettings,
-    Subject,
-    answer_text,
-    fixed_choice_suites,
-    hash_ids,
-    last_turn,
-    model_inputs,
-    pick,
-)
-from llmtune.evaluation.requests import encode_prompts
 from llmtune.evaluation.results import ArmResult, ItemScore
-from llmtune.evaluation.run import build_recipe, summarize_items
-from llmtune.evaluation.tasks.base import Suite, SuiteItem
 from llmtune.io.fingerprint import hash_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold
+
+    from llmtune.evaluation.diagnosis.states import Standardizer, TextStates
+    from llmtune.evaluation.diagnosis.subject import DiagnosisSettings, Subject
+    from llmtune.evaluation.tasks.base import Suite, SuiteItem
 
 PROBE_ARM = "probe"
 MAX_ROWS = 1000
@@ -47,6 +43,88 @@ POOLINGS = ("mean", "last")
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 """Values of C, strong to weak, for standardised features."""
 MAX_ITERATIONS = 1000
+
+
+@dataclass(frozen=True)
+class ProbeCell:
+    """One layer and pooling of the probe's table with its best C and that C's accuracy."""
+
+    layer: int
+    pooling: str
+    C: float
+    cv_accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult(Diagnostic):
+    """The probe's choice by cross-validation on the train rows; `refused` says why there is none.
+
+    `majority` is what the commonest label among the train rows would score; `answered` names the
+    suites that it was scored on, as the arm `probe`.
+    """
+
+    FILE_NAME: ClassVar[str] = "probe.json"
+    table: tuple[ProbeCell, ...]
+    chosen: ProbeCell | None
+    labels: tuple[str, ...]
+    majority: float | None
+    train_rows: int
+    refused: str | None = None
+    answered: tuple[str, ...] = ()
+
+
+class Probe(Diagnosis[ProbeResult]):
+    """A linear probe on the base's states, also as an arm on suites of fixed choices."""
+
+    name = "probe"
+    what = "linear probe"
+    help = "A linear probe on the frozen base's states"
+    extent: ClassVar[Extent] = "full"
+    arm = PROBE_ARM
+    result = ProbeResult
+
+    def plan(self, given: Given) -> Planned[ProbeResult]:
+        """Plan to fit the probe and to answer suites with it."""
+        return plan_probe(given.subject, given.diagnosis_settings, given.keep)
+
+    def answered(self, found: ProbeResult) -> tuple[str, ...]:
+        """Return the suites that the probe was scored on."""
+        return found.answered
+
+    def refusal(self, found: ProbeResult) -> str | None:
+        """Return why there is no probe."""
+        return found.refused
+
+    def is_missing(self, found: ProbeResult | None, arms: set[str], *, has_choices: bool) -> bool:
+        """Return whether choices are asked for and no probe answered."""
+        return has_choices and PROBE_ARM not in arms
+
+    def section(self, found: ProbeResult, facts: Facts) -> Section | None:
+        """Show the chosen cell, and the table of cross-validated accuracies."""
+        write, chosen = facts.write, found.chosen
+        blocks: list[Block] = []
+        if found.refused:
+            blocks.append(Paragraph(f"No probe was fitted: {found.refused}."))
+        if chosen:
+            most = (
+                f", where the most frequent label would score {write.share(found.majority)}"
+                if found.majority is not None
+                else ""
+            )
+            text = (
+                f"Layer {chosen.layer}, {chosen.pooling} states, C = {write.number(chosen.C)}, "
+                f"chosen by cross-validation on {write.count(found.train_rows)} training rows: "
+                f"{write.share(chosen.cv_accuracy)} there{most}."
+            )
+            blocks.append(Paragraph(text))
+        if found.table:
+            rows = tuple(
+                (str(c.layer), c.pooling, write.number(c.C), write.share(c.cv_accuracy))
+                for c in found.table
+            )
+            head = ("Layer", "Pooling", "C", "Cross-validated")
+            blocks.append(Table(rows, head, summary="Every layer", has_row_names=False))
+        return Section("The linear probe", tuple(blocks))
 
 
 @dataclass(frozen=True)
@@ -70,13 +148,15 @@ class FittedProbe:
 
     def predict(self, states: TextStates) -> np.ndarray:
         """Return probabilities [N, labels]."""
+        import numpy as np
+
         features = self.standardizer.apply(states.pooled(self.cell.pooling, self.cell.layer))
         return np.asarray(self.classifier.predict_proba(features))
 
 
 def plan_probe(
     subject: Subject, settings: DiagnosisSettings, keep: Callable[[ArmResult], None]
-) -> Diagnosis[ProbeResult]:
+) -> Planned[ProbeResult]:
     """Plan to fit L2 logistic regression on frozen states of train prompts, and to answer suites.
 
     The labels are the trained answers that are among the suites' fixed choices. Layer (a quarter,
@@ -88,6 +168,10 @@ def plan_probe(
     Args:
         keep: is given the scores on every target and transfer suite of fixed choices, as an arm.
     """
+    from llmtune.evaluation.diagnosis.states import count_state_tokens
+    from llmtune.evaluation.diagnosis.subject import fixed_choice_suites, hash_ids, model_inputs
+    from llmtune.evaluation.requests import encode_prompts
+
     suites = fixed_choice_suites(subject.suites)
     found = _label_prompts(subject, suites, settings)
     inputs = model_inputs(subject.scored, with_adapter=False) | {
@@ -95,7 +179,7 @@ def plan_probe(
         "items": hash_json({suite.name: suite.items_fingerprint for suite in suites}),
     }
     if isinstance(found, str):
-        return Diagnosis(ProbeResult, inputs, 0, partial(_refusal, inputs, found))
+        return Planned(ProbeResult, inputs, 0, partial(_refusal, inputs, found))
     answerable = [suite for suite in suites if len(_answerable(suite, found.labels)) >= 2]
     asked = {s.name: encode_prompts(subject.scored.tokenizer, s) for s in answerable}
     tokens = sum(map(count_state_tokens, (found.prompts, *asked.values())))
@@ -106,7 +190,7 @@ def plan_probe(
             keep(_answer_suite(subject, suite, probe, settings))
         return replace(result, answered=tuple(suite.name for suite in answerable))
 
-    return Diagnosis(ProbeResult, inputs, tokens, measure)
+    return Planned(ProbeResult, inputs, tokens, measure)
 
 
 def _fit(
@@ -115,6 +199,10 @@ def _fit(
     found: LabelledPrompts,
     inputs: Mapping[str, str],
 ) -> tuple[ProbeResult, FittedProbe]:
+    import numpy as np
+
+    from llmtune.evaluation.diagnosis.states import quarter_layers, read_states
+
     started = time.perf_counter()
     scored = subject.scored
     layers = quarter_layers(scored.model)
@@ -146,6 +234,11 @@ def cross_validate(
 
     Of equal accuracies the stronger regularisation wins.
     """
+    import numpy as np
+    from sklearn.model_selection import StratifiedKFold
+
+    from llmtune.evaluation.diagnosis.states import fit_standardizer
+
     folds = StratifiedKFold(
         min(FOLDS, int(np.bincount(classes).min())), shuffle=True, random_state=seed
     )
@@ -164,6 +257,10 @@ def cross_validate(
 
 def fit_probe(states: TextStates, found: LabelledPrompts, cell: ProbeCell) -> FittedProbe:
     """Fit the chosen cell on all train rows."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    from llmtune.evaluation.diagnosis.states import fit_standardizer
+
     raw = states.pooled(cell.pooling, cell.layer)
     standardizer = fit_standardizer(raw)
     classifier = _classifier(cell.C)
@@ -177,6 +274,10 @@ def _label_prompts(
     subject: Subject, suites: Sequence[Suite], settings: DiagnosisSettings
 ) -> LabelledPrompts | str:
     """Return the train prompts with their classes, or why there are none."""
+    import numpy as np
+
+    from llmtune.evaluation.diagnosis.subject import answer_text, last_turn, pick
+
     if not suites:
         return "no target or transfer suite asks for one of fixed choices"
     choices = {fold(choice) for suite in suites for choice in suite.config.fixed_choices}
@@ -211,6 +312,8 @@ def _rotate(features: np.ndarray) -> np.ndarray:
 
     The ridge penalty sees nothing else, so the classifier is the same and wide models are cheap.
     """
+    import numpy as np
+
     if features.shape[1] <= features.shape[0]:
         return features
     left, singular, _ = np.linalg.svd(features, full_matrices=False)
@@ -218,6 +321,8 @@ def _rotate(features: np.ndarray) -> np.ndarray:
 
 
 def _classifier(strength: float) -> LogisticRegression:
+    from sklearn.linear_model import LogisticRegression
+
     return LogisticRegression(C=strength, max_iter=MAX_ITERATIONS)
 
 
@@ -227,6 +332,9 @@ def _accuracy(
     classes: np.ndarray,
     folds: StratifiedKFold,
 ) -> float:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.model_selection import cross_val_score
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return float(cross_val_score(classifier, features, classes, cv=folds).mean())
@@ -239,6 +347,10 @@ def _answerable(suite: Suite, labels: Sequence[str]) -> list[str]:
 def _answer_suite(
     subject: Subject, suite: Suite, probe: FittedProbe, settings: DiagnosisSettings
 ) -> ArmResult:
+    from llmtune.evaluation.diagnosis.states import read_states
+    from llmtune.evaluation.requests import encode_prompts
+    from llmtune.evaluation.run import build_recipe, summarize_items
+
     started = time.perf_counter()
     about = asdict(probe.cell) | {"train_rows": probe.train_rows}
     scored = replace(subject.scored, identity=replace(subject.scored.identity, adapter=None))

@@ -1,33 +1,159 @@
 """How far the train texts lie from the evaluation rows, from general text and other domains."""
 
+from __future__ import annotations
+
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
-
-from llmtune.evaluation.diagnosis.distances import kernel_discrepancy, proxy_a_distance
-from llmtune.evaluation.diagnosis.plan import Diagnosis, refuse
-from llmtune.evaluation.diagnosis.results import PairShift, ShiftResult, TextSet
-from llmtune.evaluation.diagnosis.states import quarter_layers, read_states
-from llmtune.evaluation.diagnosis.subject import (
-    DiagnosisSettings,
-    hash_ids,
-    model_inputs,
-    pick,
+from llmtune.evaluation.diagnosis.base import (
+    Cell,
+    Diagnosis,
+    Diagnostic,
+    Extent,
+    Facts,
+    Given,
+    Interval,
+    Paragraph,
+    Planned,
+    Section,
+    Table,
+    refuse,
 )
-from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.io.fingerprint import hash_json
-from llmtune.scoring.perplexity import encode_passage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llmtune.evaluation.diagnosis.rows import RowTexts
+    from llmtune.evaluation.diagnosis.subject import DiagnosisSettings
+    from llmtune.evaluation.scored_model import ScoredModel
+    from llmtune.evaluation.tasks.base import Suite
 
 MAX_TEXTS = 300
 MAX_GENERAL_TEXTS = 100
 MAX_TOKENS = 128
 MIN_TEXTS = 10
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-TRAIN = "train"
+TRAIN: Literal["train"] = "train"
+EVALUATION: Literal["evaluation"] = "evaluation"
 GENERAL = "general"
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """One side of a shift: how the base finds these texts. Quantiles are 5, 25, 50, 75, 95 %."""
+
+    num_texts: int
+    nats_per_token: float
+    bits_per_byte: float
+    tokens_per_word: float
+    length_quantiles: tuple[float, float, float, float, float]
+
+
+@dataclass(frozen=True)
+class PairShift:
+    """The second set against the first: `ppl_gap` is first minus second.
+
+    `pad` is the proxy A-distance (0 the same, 2 always told apart), `pad_null` the 95 % quantile of
+    the same number for two halves of one set. `mmd` is squared and unbiased, so it may be negative.
+    """
+
+    ppl_gap_nats: float
+    ppl_gap_bits_per_byte: float
+    pad: float
+    pad_interval: Interval
+    pad_null: float
+    mmd: float
+    mmd_p: float
+    num_first: int
+    num_second: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftResult(Diagnostic):
+    """How far apart the sets of texts lie; pairs are named `train-evaluation`, `train-general`."""
+
+    FILE_NAME: ClassVar[str] = "shift.json"
+    sets: dict[str, TextSet]
+    pairs: dict[str, PairShift]
+    layer: int
+
+
+class Shift(Diagnosis[ShiftResult]):
+    """How far the train texts lie from evaluation, general text and other domains."""
+
+    name = "shift"
+    what = "domain shift"
+    help = "How far train, evaluation and general text lie"
+    extent: ClassVar[Extent] = "full"
+    result = ShiftResult
+
+    def plan(self, given: Given) -> Planned[ShiftResult]:
+        """Plan to compare the sets of texts under the base."""
+        from llmtune.evaluation.diagnosis.rows import read_row_texts
+
+        train = read_row_texts(given.data, TRAIN)
+        evaluation = read_row_texts(given.data, EVALUATION)
+        texts = shift_texts(train, evaluation, given.suites)
+        return plan_shift(given.scored, texts, given.diagnosis_settings)
+
+    def section(self, found: ShiftResult, facts: Facts) -> Section | None:
+        """Show every pair of sets, and the sets."""
+        write = facts.write
+        pairs = tuple(
+            (
+                name.replace("-", " – "),
+                write.nats(pair.ppl_gap_nats),
+                write.nats(pair.ppl_gap_bits_per_byte),
+                Cell(
+                    f"{pair.pad:.2f}", f"[{pair.pad_interval[0]:.2f}, {pair.pad_interval[1]:.2f}]"
+                ),
+                f"{pair.pad_null:.2f}",
+                write.number(pair.mmd, 3),
+                write.p(pair.mmd_p),
+            )
+            for name, pair in found.pairs.items()
+        )
+        sets = tuple(
+            (
+                name,
+                write.count(each.num_texts),
+                write.nats(each.nats_per_token),
+                write.nats(each.bits_per_byte),
+                f"{each.tokens_per_word:.2f}",
+                f"{write.count(each.length_quantiles[0])} to "
+                f"{write.count(each.length_quantiles[4])}",
+            )
+            for name, each in found.sets.items()
+        )
+        note = (
+            f"Of the base alone, layer {found.layer}. A proxy A-distance of 0 means that a linear "
+            "classifier cannot tell the sets apart, 2 that it always can."
+        )
+        return Section(
+            "How far apart are the texts?",
+            (
+                Table(pairs, PAIR_HEAD),
+                Paragraph(note, is_note=True),
+                Table(sets, SET_HEAD, summary="The sets of texts"),
+            ),
+        )
+
+
+PAIR_HEAD = (
+    "Pair",
+    "Perplexity gap, nats/token",
+    "bits/byte",
+    "Proxy A-distance",
+    "of halves of one set",
+    "MMD²",
+    "p",
+)
+SET_HEAD = ("Set", "Texts", "nats/token", "bits/byte", "tokens/word", "Length, 5 to 95 %")
 
 
 @dataclass(frozen=True)
@@ -54,12 +180,43 @@ class _Read:
 
     @property
     def bits_per_byte(self) -> float:
-        return float(self.losses.sum() / np.log(2) / self.encoded.num_bytes)
+        return float(self.losses.sum() / math.log(2) / self.encoded.num_bytes)
+
+
+def shift_texts(
+    train: Sequence[RowTexts], evaluation: Sequence[RowTexts], suites: Sequence[Suite]
+) -> dict[str, list[str]]:
+    """Return the sets of plain texts between which a shift is measured.
+
+    Without what all rows of a source (all prompts of a suite) begin and end with, and without
+    passages of fewer than five words where a row has longer ones: a label behind every sentence
+    would tell any two sets apart. Transfer suites stand under their names.
+    """
+    from llmtune.evaluation.diagnosis.rows import find_frame
+    from llmtune.evaluation.diagnosis.subject import asking_suites, general_texts
+
+    sets = {
+        TRAIN: [_domain_text(row) for row in train],
+        EVALUATION: [_domain_text(row) for row in evaluation],
+        GENERAL: general_texts(suites),
+    }
+    for suite in asking_suites(suites, ("transfer",)):
+        prompts = [item.prompt for item in suite.items]
+        frame = find_frame(prompts)
+        sets[suite.name] = [frame.own_words(prompt) for prompt in prompts]
+    return {name: texts for name, texts in sets.items() if texts}
+
+
+def _domain_text(row: RowTexts) -> str:
+    from llmtune.evaluation.diagnosis.rows import MIN_OWN_WORDS
+
+    telling = [text for text in row.own if len(text.split()) >= MIN_OWN_WORDS]
+    return "\n".join(telling or row.passages)
 
 
 def plan_shift(
     scored: ScoredModel, texts: Mapping[str, Sequence[str]], settings: DiagnosisSettings
-) -> Diagnosis[ShiftResult]:
+) -> Planned[ShiftResult]:
     """Plan to compare the train texts with every other set of texts, under the base alone.
 
     Texts are plain, without any chat template, which would tell sets apart by itself. At most 300
@@ -71,6 +228,8 @@ def plan_shift(
     Args:
         texts: `train` first, then `evaluation`, `general` and suites by name.
     """
+    from llmtune.evaluation.diagnosis.subject import hash_ids, model_inputs, pick
+
     encoded = {}
     for name, given in texts.items():
         limit = MAX_GENERAL_TEXTS if name == GENERAL else MAX_TEXTS
@@ -84,7 +243,7 @@ def plan_shift(
     }
     tokens = sum(len(ids) for each in encoded.values() for ids in each.sequences)
     measure = partial(_measure, scored, encoded, settings, inputs)
-    return Diagnosis(ShiftResult, inputs, tokens, measure)
+    return Planned(ShiftResult, inputs, tokens, measure)
 
 
 def _measure(
@@ -93,6 +252,8 @@ def _measure(
     settings: DiagnosisSettings,
     inputs: Mapping[str, str],
 ) -> ShiftResult:
+    from llmtune.evaluation.diagnosis.states import read_states
+
     started = time.perf_counter()
     layer = _middle(scored)
     read = {}
@@ -119,6 +280,8 @@ def _measure(
 
 
 def _encode(scored: ScoredModel, texts: Sequence[str]) -> _Encoded:
+    from llmtune.scoring.perplexity import encode_passage
+
     sequences, num_bytes, num_words = [], 0, 0
     for text in texts:
         ids = list(encode_passage(scored.tokenizer, text).token_ids)
@@ -134,11 +297,15 @@ def _encode(scored: ScoredModel, texts: Sequence[str]) -> _Encoded:
 
 
 def _middle(scored: ScoredModel) -> int:
+    from llmtune.evaluation.diagnosis.states import quarter_layers
+
     quarters = quarter_layers(scored.model)
     return quarters[(len(quarters) - 1) // 2]
 
 
 def _describe(read: _Read) -> TextSet:
+    import numpy as np
+
     lengths = [len(ids) for ids in read.encoded.sequences]
     quantiles = np.quantile(lengths, QUANTILES).tolist()
     return TextSet(
@@ -151,6 +318,8 @@ def _describe(read: _Read) -> TextSet:
 
 
 def _compare(first: _Read, second: _Read, settings: DiagnosisSettings) -> PairShift:
+    from llmtune.evaluation.diagnosis.distances import kernel_discrepancy, proxy_a_distance
+
     separation = proxy_a_distance(
         first.states, second.states, seed=settings.seed, confidence=settings.confidence
     )

@@ -1,102 +1,92 @@
-"""What leaked, how far apart the texts lie, what was learned by heart, what more rows give."""
+"""What each diagnosis shows of itself, as data; which one it is matters to no page."""
 
 from typing import Any
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from llmtune.evaluation.diagnosis.results import LearningCurveResult, PowerLaw
-from llmtune.reporting.charts import (
-    BASE,
-    GOOD,
-    OPEN,
-    PAPER,
-    draw,
-    finish_axes,
-    format_tick,
-)
+from llmtune.evaluation.diagnosis.base import CleanScore, Diagnosis, Facts, Plot, Section
+from llmtune.reporting.charts import BASE, GOOD, OPEN, PAPER, draw, finish_axes, format_tick
+from llmtune.reporting.numbers import NumberWriter
 from llmtune.reporting.report import Report
-
-MAX_FOUND = 10
-
-
-def build_contamination(report: Report) -> dict[str, Any] | None:
-    """Return the suites' items that stand in the training rows."""
-    found = report.diagnostics.contamination
-    if found is None:
-        return None
-    return {
-        "found": found,
-        "by_name": {suite.name: suite for suite in report.suites},
-        "has_clean": any(suite.clean for suite in report.suites),
-        "most": MAX_FOUND,
-    }
+from llmtune.reporting.suites import SuiteReport
 
 
-def build_shift(report: Report) -> dict[str, Any] | None:
-    """Return how far apart training, evaluation and general texts lie for the base."""
-    shift = report.diagnostics.shift
-    return {"shift": shift} if shift else None
+def show_diagnosis(report: Report, diagnosis: Diagnosis[Any]) -> dict[str, Section] | None:
+    """Return the section of one diagnosis; None where it was not made or has no section."""
+    found = report.diagnostics.found.get(diagnosis.name)
+    section = None if found is None else diagnosis.section(found, collect_facts(report))
+    return None if section is None else {"section": section}
 
 
-def build_memorisation(report: Report) -> dict[str, Any] | None:
-    """Return the gap of held-out and training loss, and the membership AUC."""
-    found = report.diagnostics.memorisation
-    return {"found": found} if found else None
+def show_forgetting(report: Report) -> list[Section]:
+    """Return what the diagnoses say about forgetting."""
+    facts = collect_facts(report)
+    sections = []
+    for diagnosis, found in report.diagnostics:
+        if diagnosis.is_about_forgetting:
+            shown = diagnosis.instead(facts) if found is None else diagnosis.section(found, facts)
+            sections += [shown] if shown else []
+    return sections
 
 
-def build_learning_curve(report: Report) -> dict[str, Any] | None:
-    """Return the learning curve with its forecasts."""
-    curve = report.diagnostics.learning_curve
-    return {"learned": curve, "chart": draw_learning_curve(curve)} if curve else None
+def collect_facts(report: Report) -> Facts:
+    """Return what the sections may say beside their own numbers."""
+    known = [g for g in report.generations if None not in (g.base_stopped, g.tuned_stopped)]
+    return Facts(
+        write=NumberWriter(),
+        clean={suite.name: _clean(suite) for suite in report.suites if suite.clean},
+        contaminated_share=report.thresholds.contaminated_share,
+        example_stops=(
+            len(known),
+            sum(bool(each.base_stopped) for each in known),
+            sum(bool(each.tuned_stopped) for each in known),
+        ),
+    )
 
 
-def build_probe(report: Report) -> dict[str, Any] | None:
-    """Return the probe's table of cross-validated accuracies."""
-    probe = report.diagnostics.probe
-    return {"probe": probe} if probe else None
+def _clean(suite: SuiteReport) -> CleanScore:
+    clean, unit = suite.clean, suite.unit
+    assert clean is not None, "only suites with leaked items are compared without them"
+    change = clean.change
+    return CleanScore(
+        base=f"{unit.score(suite.score('base'))} → {unit.score(clean.base)}",
+        tuned=f"{unit.score(suite.score('tuned'))} → {unit.score(clean.tuned)}",
+        change=unit.change(change.difference),
+        interval=unit.interval(change.low, change.high),
+    )
 
 
-def draw_learning_curve(curve: LearningCurveResult) -> Markup:
-    """Draw the loss over the rows, the fitted law, and its forecasts with their intervals."""
+def draw_forecasts(given: Plot) -> Markup:
+    """Draw points over a number of rows, a fitted line, and forecasts with their intervals."""
 
     def plot(axes: Axes) -> None:
+        rows = [x for x, _ in given.points]
         axes.plot(
-            [p.rows for p in curve.points],
-            [p.loss for p in curve.points],
+            rows,
+            [y for _, y in given.points],
             color=GOOD,
             ls="none",
             marker="o",
             label="trained",
         )
-        if curve.fit is not None:
-            _draw_law(axes, curve.fit, min(p.rows for p in curve.points))
+        if given.line:
+            axes.plot(*zip(*given.line, strict=True), color=BASE, lw=1)
+        for x, y, low, high in given.forecasts:
+            axes.errorbar(
+                [x],
+                [y],
+                yerr=[[max(0.0, y - low)], [max(0.0, high - y)]],
+                color=OPEN,
+                marker="s",
+                mfc=PAPER,
+                capsize=3,
+                lw=1,
+            )
         axes.set_xscale("log", base=2)
         axes.minorticks_off()
-        finish_axes(axes, "training rows", curve.loss_name)
-        ticks = sorted({p.rows for p in curve.points} | _forecast_rows(curve.fit))
-        axes.set_xticks(ticks, [format_tick(rows) for rows in ticks])
+        finish_axes(axes, *given.axes)
+        ticks = sorted({*rows, *(x for x, *_ in given.forecasts)})
+        axes.set_xticks(ticks, [format_tick(tick) for tick in ticks])
 
-    return draw("learning", f"Loss over training rows, {len(curve.points)} trainings", plot)
-
-
-def _draw_law(axes: Axes, law: PowerLaw, first: int) -> None:
-    last = law.at_4n.rows
-    rows = [first * (last / first) ** (index / 60) for index in range(61)]
-    axes.plot(rows, [law.E + law.A * n**-law.beta for n in rows], color=BASE, lw=1)
-    for forecast in (law.at_2n, law.at_4n):
-        low, high = forecast.interval
-        axes.errorbar(
-            [forecast.rows],
-            [forecast.loss],
-            yerr=[[max(0.0, forecast.loss - low)], [max(0.0, high - forecast.loss)]],
-            color=OPEN,
-            marker="s",
-            mfc=PAPER,
-            capsize=3,
-            lw=1,
-        )
-
-
-def _forecast_rows(law: PowerLaw | None) -> set[int]:
-    return set() if law is None else {law.at_2n.rows, law.at_4n.rows}
+    return draw(given.name, given.label, plot)

@@ -3,11 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from llmtune.evaluation.diagnosis.results import (
-    ContaminationResult,
-    LearningCurveResult,
-    SuiteContamination,
-)
+from llmtune.evaluation.diagnosis.contamination import ContaminationResult, SuiteContamination
+from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.evaluation.stats import holm
 from llmtune.reporting.sections.strengths import StrengthSweep
 from llmtune.reporting.suites import Change, SuiteReport, Thresholds

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llmtune.evaluation.diagnosis.base import write_diagnostic
 from llmtune.evaluation.diagnosis.divergence import plan_divergence
-from llmtune.evaluation.diagnosis.results import write_diagnostic
 from llmtune.evaluation.diagnosis.stops import plan_stops
 from llmtune.evaluation.diagnosis.subject import (
     general_sequences,

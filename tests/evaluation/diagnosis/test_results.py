@@ -5,28 +5,27 @@ import json
 import pytest
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.diagnosis.results import (
+from llmtune.evaluation.diagnosis.base import read_diagnostic, write_diagnostic
+from llmtune.evaluation.diagnosis.contamination import (
     ContaminatedItem,
     ContaminationResult,
-    CurvePoint,
+    SuiteContamination,
+)
+from llmtune.evaluation.diagnosis.divergence import (
     DivergenceResult,
+    StrengthDivergence,
+    TextDivergence,
+)
+from llmtune.evaluation.diagnosis.learning_curve import (
+    CurvePoint,
     Forecast,
     LearningCurveResult,
-    MemorisationResult,
-    PairShift,
     PowerLaw,
-    ProbeCell,
-    ProbeResult,
-    ShiftResult,
-    StopCount,
-    StopsResult,
-    StrengthDivergence,
-    SuiteContamination,
-    TextDivergence,
-    TextSet,
-    read_diagnostic,
-    write_diagnostic,
 )
+from llmtune.evaluation.diagnosis.memorisation import MemorisationResult
+from llmtune.evaluation.diagnosis.probe import ProbeCell, ProbeResult
+from llmtune.evaluation.diagnosis.shift import PairShift, ShiftResult, TextSet
+from llmtune.evaluation.diagnosis.stops import StopCount, StopsResult
 
 INPUTS = {"base": "b", "adapter": "a", "items": "i"}
 TEXT = TextDivergence(0.25, 0.1, 100, 4, (0.2, 0.3))

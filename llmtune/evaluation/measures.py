@@ -1,13 +1,15 @@
 """What an evaluation can measure: each entry of MEASURES plans what of it is still missing."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-from llmtune.config import RunConfig
+from llmtune.data.config import DataConfig
+from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.cost import TokenCounter
-from llmtune.evaluation.diagnosis.subject import Subject
+from llmtune.evaluation.diagnosis.prepare import TrainedSteps, prepare_subject
+from llmtune.evaluation.diagnosis.subject import DiagnosisSettings, Subject
 from llmtune.evaluation.few_shot import (
     draw_demonstrations,
     read_training_rows,
@@ -19,23 +21,27 @@ from llmtune.evaluation.prompt_file import read_prompt_file
 from llmtune.evaluation.results import ArmResult, save_arm_result
 from llmtune.evaluation.run import (
     ArmPlan,
+    Progress,
     build_recipe,
     read_finished,
     score_plan,
+    scoring_settings,
     summarize_items,
 )
 from llmtune.evaluation.scored_model import ScoredModel
+from llmtune.evaluation.side_by_side import (
+    ShownPrompt,
+    answer_side_by_side,
+    count_tokens,
+    find_prompts,
+)
 from llmtune.evaluation.suite import choose_ids
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_file
-from llmtune.io.run_dir import atomic_write_json
+from llmtune.io.run_dir import RunDir, atomic_write_json
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.runs.targets import Target
+from llmtune.models.memory import release_memory
 from llmtune.scoring.batches import position_limit
-from llmtune.serving.live import LiveTarget, load_live
-from llmtune.serving.score import scoring_settings
-from llmtune.stages import side_by_side
-from llmtune.stages.memory import release_memory
 
 log = logging.getLogger("llmtune")
 
@@ -51,32 +57,81 @@ class Work:
     run: Callable[[], None]
 
 
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What is evaluated: a run's models, rows and suites, and what is asked of them.
+
+    `load` loads `tuned` (the base with the adapter on it) or `merged`; `mixed_data` is what was
+    trained on, `data` the run's own rows.
+    """
+
+    knobs: EvaluateConfig
+    run: RunDir
+    suites: tuple[Suite, ...]
+    data: DataConfig
+    mixed_data: DataConfig
+    trained: TrainedSteps
+    load: Callable[[str], ScoredModel]
+    force: bool = False
+
+
 class Evaluation:
     """One evaluation of a run: the one loaded base for all of it, and the results so far."""
 
-    def __init__(self, config: RunConfig, suites: Sequence[Suite], *, force: bool) -> None:
-        run = config.run
-        self.config = config
-        self.suites = tuple(suites)
-        self.force = force
-        self.settings = scoring_settings(config.evaluate)
-        self.results: dict[str, dict[str, ArmResult]] = {suite.name: {} for suite in suites}
-        self.subject: Subject | None = None
+    def __init__(self, request: EvaluationRequest) -> None:
+        self.request = request
+        self.knobs = request.knobs
+        self.run = request.run
+        self.suites = request.suites
+        self.force = request.force
+        self.settings = scoring_settings(request.knobs)
+        self.results: dict[str, dict[str, ArmResult]] = {suite.name: {} for suite in self.suites}
         self.left_out: dict[str, str] = {}
-        self._target = Target(str(run.path), config.model, run.adapter_dir, run.merged_dir, config)
-        self._live: LiveTarget | None = None
+        self._scored: ScoredModel | None = None
+        self._subject: Subject | None = None
 
     @property
-    def live(self) -> LiveTarget:
+    def data(self) -> DataConfig:
+        """The run's own rows."""
+        return self.request.data
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Other strengths of the adapter that are measured."""
+        return self.knobs.measured_strengths
+
+    @property
+    def scored(self) -> ScoredModel:
         """The base with the adapter on it, loaded once."""
-        if self._live is None:
-            self._live = load_live(self._target, "tuned")
-        return self._live
+        if self._scored is None:
+            self._scored = self.request.load("tuned")
+        return self._scored
+
+    @property
+    def subject(self) -> Subject:
+        """The loaded model with its rows, prepared once."""
+        if self._subject is None:
+            request = self.request
+            self._subject = prepare_subject(
+                self.scored, self.suites, request.data, request.mixed_data, request.trained
+            )
+        return self._subject
+
+    @cached_property
+    def diagnosis_settings(self) -> DiagnosisSettings:
+        """How diagnoses are made, with progress to the same log as the arms."""
+        knobs, report = self.knobs, self.settings.on_progress
+
+        def advance(what: str, done: int, total: int) -> None:
+            if report is not None:
+                report(Progress(what, "diagnosis", done, total))
+
+        return DiagnosisSettings(self.settings.token_budget, knobs.seed, knobs.confidence, advance)
 
     @cached_property
     def counter(self) -> TokenCounter:
         """Counts what arms cost."""
-        return TokenCounter(self.live.loaded.tokenizer)
+        return TokenCounter(self.scored.tokenizer)
 
     def leave_out(self, measure: str, reason: str) -> None:
         """Say, and keep for the result, why something that was asked for is not measured."""
@@ -85,17 +140,17 @@ class Evaluation:
 
     def load_merged(self) -> ScoredModel:
         """Give the base's memory back and load the merged model in its place."""
-        self._live = self.subject = None
+        self._scored = self._subject = None
         release_memory()
-        return load_live(self._target, "merged").scored
+        return self.request.load("merged")
 
     def score(self, plan: ArmPlan) -> None:
         """Score an arm of the loaded base and adapter."""
-        self.keep(score_plan(self.live.scored, plan))
+        self.keep(score_plan(self.scored, plan))
 
     def keep(self, result: ArmResult) -> None:
         """Write a result down."""
-        save_arm_result(result, self.config.run.evaluations_dir)
+        save_arm_result(result, self.run.evaluations_dir)
         self.results[result.suite][result.arm] = result
 
     def missing(self, plans: Iterable[ArmPlan], scored: ScoredModel | None = None) -> list[ArmPlan]:
@@ -108,8 +163,8 @@ class Evaluation:
         for plan in plans:
             found = None
             if not self.force:
-                asked = scored or self.live.scored
-                found = read_finished(self.config.run.evaluations_dir, asked, plan)
+                asked = scored or self.scored
+                found = read_finished(self.run.evaluations_dir, asked, plan)
             if found is None:
                 left.append(plan)
             else:
@@ -129,7 +184,7 @@ class Evaluation:
 
 def plan_zero_shot(evaluation: Evaluation) -> list[Work]:
     """Base and tuned model on every suite."""
-    arms = [arm for arm in ("base", "tuned") if arm in evaluation.config.evaluate.arms]
+    arms = [arm for arm in ("base", "tuned") if arm in evaluation.knobs.arms]
     return evaluation.work_on(
         ArmPlan(arm, suite, evaluation.settings) for arm in arms for suite in evaluation.suites
     )
@@ -137,33 +192,34 @@ def plan_zero_shot(evaluation: Evaluation) -> list[Work]:
 
 def plan_side_by_side(evaluation: Evaluation) -> list[Work]:
     """A few prompts answered by both, where an answer of either may have changed."""
-    path = evaluation.config.run.generations_path
+    path = evaluation.run.generations_path
     arms = ("base", "tuned")
     known = [by_arm for by_arm in evaluation.results.values() if all(arm in by_arm for arm in arms)]
     if path.is_file() and not evaluation.force and len(known) == len(evaluation.suites) > 0:
         return []
-    given = (evaluation.live, evaluation.config, evaluation.suites)
+
+    def shown_prompts() -> list[ShownPrompt]:
+        tokenizer, seed = evaluation.scored.tokenizer, evaluation.request.trained.seed
+        return find_prompts(tokenizer, evaluation.suites, evaluation.data, seed)
 
     def answer() -> None:
-        answers = side_by_side.answer_side_by_side(
-            evaluation.live, evaluation.config, evaluation.suites
-        )
+        answers = answer_side_by_side(evaluation.scored, shown_prompts())
         atomic_write_json(path, answers)
 
-    return [Work(side_by_side.count_tokens(*given), answer)]
+    return [Work(count_tokens(shown_prompts()), answer)]
 
 
 def plan_few_shot(evaluation: Evaluation) -> list[Work]:
     """The base with demonstrations, one arm a draw, on target and transfer suites."""
-    config, knobs = evaluation.config, evaluation.config.evaluate.few_shot
+    knobs = evaluation.knobs.few_shot
     suites = [suite for suite in evaluation.suites if takes_demonstrations(suite)]
-    if not config.evaluate.measures("few_shot") or not suites:
+    if not evaluation.knobs.measures("few_shot") or not suites:
         return []
-    rows = read_training_rows(config.data, evaluation.suites, knobs.seed)
-    scored = evaluation.live.scored
+    rows = read_training_rows(evaluation.data, evaluation.suites, knobs.seed)
+    scored = evaluation.scored
     plans = []
     for suite in suites:
-        ids = choose_ids([item.id for item in suite.items], knobs.limit, config.evaluate.seed)
+        ids = choose_ids([item.id for item in suite.items], knobs.limit, evaluation.knobs.seed)
         for number in range(1, knobs.draws + 1):
             draw = draw_demonstrations(
                 rows,
@@ -193,7 +249,7 @@ def plan_few_shot(evaluation: Evaluation) -> list[Work]:
 def plan_prompts(evaluation: Evaluation) -> list[Work]:
     """The base with the user's own prompts, on target and transfer suites."""
     plans = []
-    for name, path in evaluation.config.evaluate.prompts.items():
+    for name, path in evaluation.knobs.prompts.items():
         settings = replace(evaluation.settings, prompt=read_prompt_file(name, path))
         about = {"file": str(path)}
         plans += [
@@ -207,7 +263,7 @@ def plan_prompts(evaluation: Evaluation) -> list[Work]:
 def plan_predictions(evaluation: Evaluation) -> list[Work]:
     """Another model's answers from files; they cost nothing, so they are always scored anew."""
     work = []
-    for name, path in evaluation.config.evaluate.predictions.items():
+    for name, path in evaluation.knobs.predictions.items():
         predictions = read_predictions(name, path)
         suites = [suite for suite in evaluation.suites if suite.asks]
         answered = predictions.texts_by_suite(suites)
@@ -219,7 +275,7 @@ def plan_predictions(evaluation: Evaluation) -> list[Work]:
                 suite,
                 f"other-{name}",
                 items,
-                recipe=build_recipe(evaluation.live.scored, chosen, evaluation.settings),
+                recipe=build_recipe(evaluation.scored, chosen, evaluation.settings),
                 model={"predictions": hash_file(path)},
                 seconds=0.0,
                 about={"file": str(path)},
@@ -238,7 +294,7 @@ def plan_strengths(evaluation: Evaluation) -> list[Work]:
             {"strength": strength},
             strength=strength,
         )
-        for strength in evaluation.config.evaluate.measured_strengths
+        for strength in evaluation.knobs.measured_strengths
         for suite in evaluation.suites
         if (chosen := items_at_strength(suite)) is not None
     )
@@ -246,9 +302,9 @@ def plan_strengths(evaluation: Evaluation) -> list[Work]:
 
 def plan_merged(evaluation: Evaluation) -> list[Work]:
     """The merged model on the target suites; it is loaded in the base's place."""
-    if "merged" not in evaluation.config.evaluate.arms:
+    if "merged" not in evaluation.knobs.arms:
         return []
-    live, merged_dir = evaluation.live.scored, evaluation.config.run.merged_dir
+    live, merged_dir = evaluation.scored, evaluation.run.merged_dir
     base = Checkpoint.open(merged_dir).fingerprint
     identity = replace(live.identity, base=base, adapter=None, quantization="none")
     plans = [

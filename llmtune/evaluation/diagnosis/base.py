@@ -1,0 +1,310 @@
+"""What a diagnosis is: its result and file, when and how it is made, and what a report shows."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Protocol, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import hash_json
+from llmtune.io.run_dir import atomic_write_json
+
+if TYPE_CHECKING:
+    from llmtune.data.config import DataConfig
+    from llmtune.evaluation.diagnosis.subject import DiagnosisSettings, Subject
+    from llmtune.evaluation.results import ArmResult
+    from llmtune.evaluation.scored_model import ScoredModel
+    from llmtune.evaluation.tasks.base import Suite
+
+Interval = tuple[float, float]
+Extent = Literal["none", "quick", "full"]
+EXTENTS: tuple[Extent, ...] = ("none", "quick", "full")
+
+QUICK = "llmtune report RUN --quick"
+FULL = "llmtune report RUN --full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostic:
+    """What every file holds besides its numbers: what they were made from.
+
+    `inputs` are hashes by name: `base` and `adapter` as the manifest and the results name them
+    (absent where the measurement does not depend on them), `items`, `rows` and settings.
+    """
+
+    FILE_NAME: ClassVar[str]
+    inputs: Mapping[str, str]
+    seconds: float = 0.0
+    """What the measurement took."""
+
+    @property
+    def fingerprint(self) -> str:
+        """One hash of all inputs."""
+        return hash_json(dict(self.inputs))
+
+    def is_of(self, *, base: str | None, adapter: str | None) -> bool:
+        """Return whether this was measured on these models, as far as it depends on them."""
+        now = {"base": base, "adapter": adapter}
+        return all(self.inputs.get(name, value) == value for name, value in now.items())
+
+
+DiagnosticT = TypeVar("DiagnosticT", bound=Diagnostic)
+
+
+@dataclass(frozen=True)
+class Planned(Generic[DiagnosticT]):
+    """A diagnosis before it is made: `measure` costs `tokens` forward tokens at most.
+
+    `refused` says why it cannot be measured on this run; `measure` then raises that.
+    """
+
+    kind: type[DiagnosticT]
+    inputs: Mapping[str, str]
+    tokens: int
+    measure: Callable[[], DiagnosticT]
+    refused: str | None = None
+
+    def find(self, diagnostics_dir: Path) -> DiagnosticT | None:
+        """Return the result that is there, if it was made from the same inputs."""
+        try:
+            known = read_diagnostic(self.kind, diagnostics_dir)
+        except LlmtuneError:
+            return None  # half a file, or another version's: it is measured again
+        return known if known is not None and dict(known.inputs) == dict(self.inputs) else None
+
+
+class Given(Protocol):
+    """What a diagnosis can be made from: the loaded model, its rows and suites, and settings."""
+
+    suites: "tuple[Suite, ...]"
+
+    @property
+    def data(self) -> "DataConfig":
+        """The run's own rows."""
+
+    @property
+    def scored(self) -> "ScoredModel":
+        """The base with its adapter on, loaded when it is first asked for."""
+
+    @property
+    def subject(self) -> "Subject":
+        """The loaded model with its rows, prepared when they are first asked for."""
+
+    @property
+    def diagnosis_settings(self) -> "DiagnosisSettings":
+        """Batches, seed, confidence and progress."""
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Other strengths of the adapter that are measured."""
+
+    def keep(self, result: "ArmResult") -> None:
+        """Write down what an arm scored on a suite."""
+
+
+class Writer(Protocol):
+    """How a report writes numbers."""
+
+    def count(self, value: float | None) -> str:
+        """Write a whole number."""
+
+    def nats(self, value: float | None) -> str:
+        """Write a loss."""
+
+    def share(self, value: float | None) -> str:
+        """Write a share as percent."""
+
+    def p(self, value: float | None) -> str:
+        """Write a p-value."""
+
+    def number(self, value: float | None, digits: int = 4) -> str:
+        """Write any number."""
+
+
+@dataclass(frozen=True)
+class CleanScore:
+    """A suite's scores without the items that were found among the rows, as text."""
+
+    base: str
+    tuned: str
+    change: str
+    interval: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a section may say beside its own numbers: facts of the rest of the report.
+
+    `clean` are suites compared without leaked items; `contaminated_share` is the share of such
+    items that blocks a verdict; `example_stops` counts the shown answers, and how many ended by
+    themselves under base and tuned.
+    """
+
+    write: Writer
+    clean: Mapping[str, CleanScore]
+    contaminated_share: float
+    example_stops: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """One or more sentences; a note is set smaller."""
+
+    text: str
+    is_note: bool = False
+    kind: ClassVar[str] = "paragraph"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell with an addition that is set back."""
+
+    text: str
+    quiet: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; with a `summary` the table is folded away under it."""
+
+    rows: tuple[tuple[str | Cell, ...], ...]
+    head: tuple[str, ...] = ()
+    summary: str = ""
+    has_row_names: bool = True
+    is_narrow: bool = False
+    kind: ClassVar[str] = "table"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Points over a number of rows, a fitted line, and forecasts as (x, y, low, high)."""
+
+    name: str
+    label: str
+    caption: str
+    axes: tuple[str, str]
+    points: tuple[tuple[float, float], ...]
+    line: tuple[tuple[float, float], ...] = ()
+    forecasts: tuple[tuple[float, float, float, float], ...] = ()
+    kind: ClassVar[str] = "plot"
+
+
+Block = Paragraph | Table | Plot
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a report shows of a diagnosis, as plain data."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+class Diagnosis(ABC, Generic[DiagnosticT]):
+    """One diagnosis; `config.DIAGNOSES` lists them all, in the order of the report."""
+
+    name: ClassVar[str]
+    """Its key in the `evaluate` section and in report.json, and its file in `diagnostics/`."""
+    what: ClassVar[str]
+    """What a report calls it under "Not measured"."""
+    help: ClassVar[str] = ""
+    """The help of its key in the `evaluate` section."""
+    extent: ClassVar[Extent | None] = None
+    """The smallest extent that makes it where its key leaves it to that; None: no evaluation."""
+    command: ClassVar[str] = ""
+    """What measures it, where no extent does."""
+    arm: ClassVar[str | None] = None
+    """The arm that it scores on suites beside its file, if any."""
+    is_about_forgetting: ClassVar[bool] = False
+    """Whether its section belongs to what broke, not on its own."""
+    number_names: ClassVar[tuple[str, ...]] = ()
+    """What `numbers` names."""
+    result: type[DiagnosticT]
+
+    @property
+    def measured_by(self) -> str:
+        """The command that measures it."""
+        return self.command or {"quick": QUICK}.get(str(self.extent), FULL)
+
+    @abstractmethod
+    def plan(self, given: Given) -> Planned[DiagnosticT]:
+        """Say from which inputs it would be made and at which cost, and how."""
+
+    def answered(self, found: DiagnosticT) -> tuple[str, ...]:
+        """Return the suites that the diagnosis scored as its arm."""
+        return ()
+
+    def refusal(self, found: DiagnosticT) -> str | None:
+        """Return why a result holds no numbers; None where it does."""
+        return None
+
+    def foresee(self, data: "DataConfig", suites: "Sequence[Suite]") -> list[str]:
+        """Return warnings that can be given before anything is trained."""
+        return []
+
+    def is_missing(self, found: DiagnosticT | None, arms: set[str], *, has_choices: bool) -> bool:
+        """Return whether a report should say that it was not measured.
+
+        Args:
+            arms: the kinds of arms that were scored.
+            has_choices: whether a target suite asks for one of given answers.
+        """
+        return found is None
+
+    @abstractmethod
+    def section(self, found: DiagnosticT, facts: Facts) -> Section | None:
+        """Return what a report shows of a result."""
+
+    def instead(self, facts: Facts) -> Section | None:
+        """Return what can be said about forgetting where it was not measured."""
+        return None
+
+    def summary_lines(self, found: DiagnosticT, write: Writer) -> list[str]:
+        """Return lines about the distance from the base, for the Markdown report."""
+        return []
+
+    def numbers(self, found: DiagnosticT) -> dict[str, float | None]:
+        """Return the numbers that a budget (`--fail-if`) may name."""
+        return {}
+
+
+def refuse(kind: type[DiagnosticT], why: str) -> Planned[DiagnosticT]:
+    """Return a diagnosis that cannot be made."""
+
+    def measure() -> DiagnosticT:
+        raise LlmtuneError(why)
+
+    return Planned(kind, {}, 0, measure, refused=why)
+
+
+def write_diagnostic(result: Diagnostic, diagnostics_dir: Path) -> Path:
+    """Write a result whole or not at all and return its path."""
+    path = diagnostics_dir / result.FILE_NAME
+    values = TypeAdapter(type(result)).dump_python(result, mode="json")
+    atomic_write_json(path, values | {"fingerprint": result.fingerprint})
+    return path
+
+
+def read_diagnostic(kind: type[DiagnosticT], diagnostics_dir: Path) -> DiagnosticT | None:
+    """Read what `write_diagnostic` wrote; None where that was not measured.
+
+    Raises:
+        LlmtuneError: the file is there and is not one of this version's.
+    """
+    path = diagnostics_dir / kind.FILE_NAME
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        return TypeAdapter(kind).validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise LlmtuneError(
+            f"{path}: not a {kind.FILE_NAME} of this version ({place}: {first['msg']}); remove it "
+            f"and measure again: {FULL}"
+        ) from None

@@ -1,0 +1,22 @@
+"""The diagnoses that there are, in the order of the report: a new one is its file and its entry."""
+
+from typing import Any
+
+from llmtune.evaluation.diagnosis.base import Diagnosis
+from llmtune.evaluation.diagnosis.contamination import Contamination
+from llmtune.evaluation.diagnosis.divergence import DivergenceFromBase
+from llmtune.evaluation.diagnosis.learning_curve import LearningCurve
+from llmtune.evaluation.diagnosis.memorisation import Memorisation
+from llmtune.evaluation.diagnosis.probe import Probe
+from llmtune.evaluation.diagnosis.shift import Shift
+from llmtune.evaluation.diagnosis.stops import Stops
+
+DIAGNOSES: tuple[Diagnosis[Any], ...] = (
+    DivergenceFromBase(),
+    Stops(),
+    LearningCurve(),
+    Contamination(),
+    Memorisation(),
+    Shift(),
+    Probe(),
+)

@@ -1,0 +1,119 @@
+"""An evaluation of a run: what is missing is planned, its cost is logged, then it is measured."""
+
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.cost import MeasureCost, cost_lines, tokens_per_second
+from llmtune.evaluation.diagnosis.base import Diagnosis, Diagnostic, Planned, write_diagnostic
+from llmtune.evaluation.diagnosis.config import DIAGNOSES
+from llmtune.evaluation.measures import (
+    ARM_MEASURES,
+    LAST_MEASURES,
+    Evaluation,
+    EvaluationRequest,
+    Plan,
+    Work,
+)
+from llmtune.evaluation.results import arm_result_path, read_arm_result
+
+log = logging.getLogger("llmtune")
+
+
+def evaluate_run(request: EvaluationRequest, train_seconds: float | None = None) -> dict[str, Any]:
+    """Measure what is asked for and not yet on disk for this model and recipe.
+
+    The base is loaded once for everything but the merged model. With `force` everything is
+    measured again.
+
+    Args:
+        train_seconds: what training took, for the table of costs.
+
+    Returns:
+        `suites`: the means by suite and arm; `extent`; `left_out`: what could not be measured and
+        why; `measures`: what each cost, as it was estimated beforehand and as it was.
+    """
+    evaluation = Evaluation(request)
+    planned = {name: plan(evaluation) for name, plan in MEASURES.items()}
+    costs = _estimate(evaluation, {name: work for name, work in planned.items() if work})
+    for line in cost_lines(costs, train_seconds):
+        log.info("evaluate: %s", line)
+    done = [_measure(cost, planned[cost.measure]) for cost in costs]
+    return {
+        "extent": request.knobs.extent,
+        "suites": {
+            name: {arm: result.mean for arm, result in by_arm.items()}
+            for name, by_arm in evaluation.results.items()
+        },
+        "left_out": evaluation.left_out,
+        "measures": [cost.as_dict() for cost in done],
+    }
+
+
+def plan_diagnosis(diagnosis: Diagnosis[Any], evaluation: Evaluation) -> list[Work]:
+    """Return the work of one diagnosis: none where its file is of the same inputs."""
+    if not evaluation.knobs.measures(diagnosis.name):
+        return []
+    planned = diagnosis.plan(evaluation)
+    if planned.refused is not None:
+        evaluation.leave_out(diagnosis.name, planned.refused)
+        return []
+    known = None if evaluation.force else planned.find(evaluation.run.diagnostics_dir)
+    if known is not None and _take_arms(evaluation, diagnosis, known):
+        return []
+    return [Work(planned.tokens, partial(_diagnose, evaluation, diagnosis, planned))]
+
+
+def _diagnose(
+    evaluation: Evaluation, diagnosis: Diagnosis[Any], planned: Planned[Diagnostic]
+) -> None:
+    result = planned.measure()
+    write_diagnostic(result, evaluation.run.diagnostics_dir)
+    if refused := diagnosis.refusal(result):
+        evaluation.leave_out(diagnosis.name, refused)
+
+
+def _take_arms(evaluation: Evaluation, diagnosis: Diagnosis[Any], known: Diagnostic) -> bool:
+    """Take over the arms that a known diagnosis scored; False where one of them is gone."""
+    suites = {suite.name: suite for suite in evaluation.suites}
+    for name in diagnosis.answered(known):
+        assert diagnosis.arm is not None, "a diagnosis that answers suites names its arm"
+        path = arm_result_path(evaluation.run.evaluations_dir, name, diagnosis.arm)
+        try:
+            result = read_arm_result(path)
+        except LlmtuneError:
+            return False
+        if result.recipe.get("items") != suites[name].items_fingerprint:
+            return False
+        evaluation.results[name][diagnosis.arm] = result
+    return True
+
+
+MEASURES: dict[str, Plan] = {
+    **ARM_MEASURES,
+    **{each.name: partial(plan_diagnosis, each) for each in DIAGNOSES if each.extent is not None},
+    **LAST_MEASURES,
+}
+"""All measures in their order: arms, diagnoses, and what takes the base's place in memory."""
+
+
+def _estimate(evaluation: Evaluation, planned: dict[str, list[Work]]) -> list[MeasureCost]:
+    tokens = {name: sum(each.tokens for each in work) for name, work in planned.items()}
+    if not any(tokens.values()):
+        return [MeasureCost(name, 0, 0.0) for name in tokens]
+    speed = tokens_per_second(evaluation.scored.model)
+    return [MeasureCost(name, count, count / speed) for name, count in tokens.items()]
+
+
+def _measure(cost: MeasureCost, work: Sequence[Work]) -> MeasureCost:
+    started = time.perf_counter()
+    for each in work:
+        each.run()
+    seconds = time.perf_counter() - started
+    log.info(
+        "evaluate: %s took %.0f s (estimated %.0f s)", cost.measure, seconds, cost.estimated_seconds
+    )
+    return MeasureCost(cost.measure, cost.tokens, cost.estimated_seconds, seconds)
