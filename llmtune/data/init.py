@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
-import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.data.config import SourceConfig
-from llmtune.data.formats import FORMATS, choose_format, rename_columns
+import yaml
+
 from llmtune.data.hub import is_hub_id
+from llmtune.data.init_guess import explain, guess_source
 from llmtune.data.init_suite import (
     CHARACTERS_PER_TOKEN,
     NoSuite,
@@ -22,6 +23,7 @@ from llmtune.data.init_suite import (
     share_to_hold_out,
 )
 from llmtune.data.masks import LabelledRow, Labeller
+from llmtune.data.overlap import conversation_key, is_held_out
 from llmtune.data.problems import RowProblem
 from llmtune.data.rows import LoadedRow, find_files, iter_raw_rows, open_source
 from llmtune.errors import LlmtuneError
@@ -30,25 +32,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LOOKED_AT_ROWS = 1000
+"""Of a hub set, which may be huge; a file is read to its end."""
+LONGEST_ROWS = 32
+"""Rows with most characters, of which the longest in tokens is taken."""
 LENGTH_STEP = 64
+DOCUMENT_TOKENS = 1024
+"""Longer documents are split into pieces of this many tokens."""
 FEW_ROWS = 200
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
-    "messages": {"messages": ("messages", "conversation", "chat", "dialog", "dialogue")},
-    "sharegpt": {"conversations": ("conversations", "items")},
-    "completion": {
-        "prompt": ("prompt", "context", "source"),
-        "completion": ("completion", "response", "chosen", "target", "output"),
-    },
-    "instruction": {
-        "instruction": ("instruction", "question", "query", "user", "task", "input"),
-        "output": ("output", "answer", "response", "reply", "assistant", "target", "completion"),
-        "input": ("input", "context"),
-    },
-    "text": {"text": ("text", "content", "document", "body", "article", "passage")},
-}
-"""Other names that columns go by, the likeliest first."""
 
 EVALUATION_NAME = re.compile(r"(?:^|[._-])(?:valid(?:ation)?|dev|eval(?:uation)?)(?:[._-]|$)", re.I)
 TEST_NAME = re.compile(r"(?:^|[._-])test(?:[._-]|$)", re.I)
@@ -69,62 +60,112 @@ class DataDescription:
     num_rows: int
     """Of a hub id, those that were looked at."""
     bad_rows: int
+    first_bad_row: str | None
     longest: int
     is_measured: bool
     """True where the lengths were counted with the base model's tokenizer."""
     suite: SuiteDraft | NoSuite
     """What asks whether the tuning worked, over the rows that the config holds out."""
+    evaluation_share: float | None
+    """The share of the train rows to hold out; None if a different file holds them. 0 if the rows
+    are so few that the share would take none of them, or all."""
 
     @property
-    def evaluation_share(self) -> float | None:
-        """The share of the train rows to hold out; None where another file holds them."""
-        return None if self.evaluation_path else share_to_hold_out(self.num_rows)
+    def is_split(self) -> bool:
+        """Whether documents are longer than one example should be."""
+        return self.format == "text" and self.longest > DOCUMENT_TOKENS
 
     @property
     def max_length(self) -> int:
-        """The longest row seen, rounded up to a multiple of 64 tokens."""
+        """The longest row, rounded up to a multiple of 64 tokens; of split documents a piece."""
+        if self.is_split:
+            return DOCUMENT_TOKENS
         return max(LENGTH_STEP, math.ceil(self.longest / LENGTH_STEP) * LENGTH_STEP)
 
 
+@dataclass
+class _Survey:
+    """What one pass over all rows of a source shows."""
+
+    share: float | None
+    num_rows: int = 0
+    num_bad: int = 0
+    first_bad: RowProblem | None = None
+    num_held_out: int = 0
+    longest: list[tuple[int, int, LoadedRow]] = field(default_factory=list)
+    """The rows with most characters: (characters, order of reading, row)."""
+
+    def add(self, row: LoadedRow | RowProblem) -> None:
+        self.num_rows += 1
+        if isinstance(row, RowProblem):
+            self.num_bad += 1
+            self.first_bad = self.first_bad or row
+            return
+        if self.share is not None:
+            self.num_held_out += is_held_out(conversation_key(row.conversation), self.share)
+        entry = (row.conversation.num_characters, -self.num_rows, row)
+        if len(self.longest) < LONGEST_ROWS:
+            heapq.heappush(self.longest, entry)
+        else:
+            heapq.heappushpop(self.longest, entry)
+
+    @property
+    def kept_share(self) -> float | None:
+        """The share to hold out; 0 if it would leave one of the two sides without rows."""
+        if self.share is None:
+            return None
+        num_usable = self.num_rows - self.num_bad
+        return self.share if 0 < self.num_held_out < num_usable else 0.0
+
+
 def describe_data(
-    path: str, *, tokenizer: PreTrainedTokenizerFast | None = None
+    path: str,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> DataDescription:
-    """Look at the first thousand rows of the user's data.
+    """Read the user's data once, of a hub set the first thousand rows, and describe it.
+
+    Args:
+        format: what the user says the rows are; None guesses.
+        columns: where the format's columns are, as `format's name: file's name`.
 
     Raises:
-        LlmtuneError: nothing is there, or no format fits its columns.
+        LlmtuneError: nothing is there, no format fits its columns, or no row can be used.
     """
     train_path, evaluation_path, left_out = _split_files(path)
-    source = _guess_source(train_path, tokenizer)
+    source = guess_source(train_path, tokenizer, format=format, columns=columns)
+    most_rows = LOOKED_AT_ROWS if is_hub_id(train_path) else None
     opened = open_source(source)
-    rows = list(itertools.islice(opened.rows, LOOKED_AT_ROWS))
-    usable = [row for row in rows if isinstance(row, LoadedRow)]
-    if not usable:
-        problem = next(row for row in rows if isinstance(row, RowProblem))
-        raise LlmtuneError(f"{path}: no row can be used; the first: {problem}")
-    # A hub set may be huge: it is not read to its end for a count.
-    is_hub = is_hub_id(train_path)
-    num_rows = len(rows) + (0 if is_hub else sum(1 for _ in opened.rows))
+    num_rows = None if evaluation_path else _count(iter_raw_rows(source), most_rows)
+    survey = _Survey(None if num_rows is None else share_to_hold_out(num_rows))
+    for row in itertools.islice(opened.rows, most_rows):
+        survey.add(row)
+    if not survey.longest:
+        raise LlmtuneError(f"{path}: no row can be used; the first: {survey.first_bad}")
     held_out = source.model_copy(update={"path": evaluation_path or train_path})
-    suite = draft_suite(
-        open_source(held_out).rows,
-        share=None if evaluation_path else share_to_hold_out(num_rows),
-        most_rows=LOOKED_AT_ROWS if is_hub else None,
-    )
+    suite = draft_suite(open_source(held_out).rows, share=survey.kept_share, most_rows=most_rows)
     return DataDescription(
         train_path=train_path,
         evaluation_path=evaluation_path,
         left_out=left_out,
         format=opened.format.format.name,
-        reason=_explain(source, opened.format.reason),
+        reason=explain(source, opened.format.reason),
         columns=source.columns,
         render=source.render,
-        num_rows=num_rows,
-        bad_rows=len(rows) - len(usable),
-        longest=_longest(usable, tokenizer),
+        num_rows=survey.num_rows,
+        bad_rows=survey.num_bad,
+        first_bad_row=None if survey.first_bad is None else str(survey.first_bad),
+        longest=_longest([row for *_, row in survey.longest], tokenizer),
         is_measured=tokenizer is not None,
         suite=suite,
+        evaluation_share=survey.kept_share,
     )
+
+
+def _count(rows: Iterator[object], most_rows: int | None) -> int:
+    return sum(1 for _ in itertools.islice(rows, most_rows))
 
 
 def render_config(
@@ -137,8 +178,10 @@ def render_config(
     name = re.sub(r"[^\w-]+", "-", Path(found.train_path).name.split(".")[0]).strip("-") or "run"
     measured = "counted with the base's tokenizer" if found.is_measured else "guessed from the text"
     lines = [
-        f"# Written by llmtune init from {found.train_path}: {found.num_rows:,} rows, "
-        f"{found.reason}.",
+        _comment(
+            f"Written by llmtune init from {found.train_path}: {found.num_rows:,} rows, "
+            f"{found.reason}."
+        ),
         "# Look at what is trained with: llmtune data show THIS_FILE",
         f"run_dir: {_yaml(f'runs/{name}')}",
         "seed: 0",
@@ -157,18 +200,26 @@ def render_config(
         lines += ["  evaluation:", f"    - {_source_yaml(found, found.evaluation_path)}"]
     else:
         share = found.evaluation_share
-        lines.append(f"  evaluation_share: {share}   # held out by a hash of each row")
-    lines += [f"  # left out, it looks like a test set: {name}" for name in found.left_out]
+        lines.append(
+            f"  evaluation_share: {share}   # held out by a hash of each row"
+            if share
+            else "  evaluation_share: 0   # too few rows to hold some out; give a file of them"
+        )
+    lines += [
+        "  " + _comment(f"left out, it looks like a test set: {name}") for name in found.left_out
+    ]
     lines += [
         f"  max_length: {found.max_length}   # tokens; the longest row has {found.longest:,} "
         f"({measured})",
+        *(["  length_policy: split   # longer documents, into pieces"] if found.is_split else []),
         f"  loss_on: {'all' if found.format == 'text' else 'assistant'}",
     ]
     if found.bad_rows:
-        lines.append(
-            f"  on_bad_row: error   # {found.bad_rows} of the first rows cannot be used; see "
-            "llmtune data check, or set drop"
-        )
+        lines += [
+            f"  on_bad_row: drop   # {found.bad_rows} of {found.num_rows} rows cannot be used, see "
+            "llmtune data check; the first:",
+            "  " + _comment(found.first_bad_row or ""),
+        ]
     epochs = 3 if found.num_rows < FEW_ROWS * 10 else 1
     lines += [
         "",
@@ -219,58 +270,6 @@ def _split_files(path: str) -> tuple[str, str | None, tuple[str, ...]]:
     return str(train[0]), str(evaluation[0]) if evaluation else None, left_out
 
 
-def _guess_source(path: str, tokenizer: PreTrainedTokenizerFast | None) -> SourceConfig:
-    """Return a source with its columns mapped where they have other names."""
-    source = SourceConfig(path=path)
-    first = [
-        parsed[1]
-        for _, parsed in itertools.islice(iter_raw_rows(source), 100)
-        if not isinstance(parsed, RowProblem)
-    ]
-    if first and not any(_fits(name, row) for row in first[:10] for name in FORMATS):
-        for name, wanted in ALIASES.items():
-            columns = _match_columns(first[0], name, wanted)
-            if columns is not None:
-                source = SourceConfig(path=path, format=name, columns=columns)
-                break
-    has_template = tokenizer is None or bool(tokenizer.chat_template)
-    if not has_template and first:
-        choice = choose_format(source, first)
-        if choice.format.name == "completion":
-            return source.model_copy(update={"format": "completion", "render": "plain"})
-    return source
-
-
-def _explain(source: SourceConfig, reason: str) -> str:
-    """Say how the columns were recognised, where it was not by the format's own names."""
-    if not source.columns:
-        return reason
-    names = ", ".join(f"{column} as {name}" for name, column in source.columns.items())
-    return reason.replace("set in the config", f"guessed from the columns: {names}")
-
-
-def _fits(name: str, row: Mapping[str, Any]) -> bool:
-    return FORMATS[name]().recognises(row)
-
-
-def _match_columns(
-    row: Mapping[str, Any], name: str, wanted: Mapping[str, tuple[str, ...]]
-) -> dict[str, str] | None:
-    """Return `format's name: row's name` for every required column, or None."""
-    given = {str(key).lower(): str(key) for key in row}
-    columns: dict[str, str] = {}
-    for column, names in wanted.items():
-        free = (given[n] for n in names if n in given and given[n] not in columns.values())
-        match = next(free, None)
-        if match is not None:
-            columns[column] = match
-        elif column in FORMATS[name].required:
-            return None
-    renamed = rename_columns(row, columns)
-    needed = {column: key for column, key in columns.items() if column != key}
-    return needed if _fits(name, renamed) else None
-
-
 def _longest(rows: list[LoadedRow], tokenizer: PreTrainedTokenizerFast | None) -> int:
     if tokenizer is None:
         texts = (
@@ -293,19 +292,22 @@ def _longest(rows: list[LoadedRow], tokenizer: PreTrainedTokenizerFast | None) -
 
 
 def _source_yaml(found: DataDescription, path: str) -> str:
-    parts = [f"path: {_yaml(path)}", f"format: {found.format}"]
+    source: dict[str, Any] = {"path": path, "format": found.format}
     if found.columns:
-        mapping = ", ".join(f"{name}: {_yaml(key)}" for name, key in found.columns.items())
-        parts.append(f"columns: {{{mapping}}}")
+        source["columns"] = dict(found.columns)
     if found.render != "chat":
-        parts.append(f"render: {found.render}")
-    return "{" + ", ".join(parts) + "}"
+        source["render"] = found.render
+    return _yaml(source)
 
 
-def _yaml(text: str) -> str:
-    """Return `text` as a YAML scalar: bare where that is safe, else quoted (JSON is YAML)."""
-    is_bare = re.fullmatch(r"[A-Za-z./_][\w./ -]*", text) and not text.endswith(" ")
-    return text if is_bare and text.lower() not in YAML_WORDS else json.dumps(text)
+def _yaml(value: Any) -> str:
+    """Return a value as YAML on one line, whatever characters it holds."""
+    text = yaml.safe_dump(
+        value, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=False
+    )
+    return text.removesuffix("...\n").strip()
 
 
-YAML_WORDS = {"yes", "no", "on", "off", "true", "false", "null", "y", "n", "~"}
+def _comment(text: str) -> str:
+    """Return text as one comment: what would end the line is a space in it."""
+    return "# " + " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -106,7 +106,8 @@ def draft_suite(
 def render_suite(draft: SuiteDraft, *, name: str, items_name: str, source: str) -> str:
     """Return the suite's YAML."""
     lines = [
-        f"# Written by llmtune init: {len(draft.items)} rows of {source} that the run holds out.",
+        f"# Written by llmtune init: {len(draft.items)} rows of {json.dumps(source)} that the run "
+        "holds out.",
         f"name: {json.dumps(name)}",
         f"task: {draft.task}",
         "role: target   # what was trained; a verdict needs such a suite",
