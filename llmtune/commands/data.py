@@ -18,7 +18,7 @@ from llmtune.commands.options import (
     with_output_options,
 )
 from llmtune.data.init_suite import NoSuite
-from llmtune.errors import CheckFailed
+from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.io.run_dir import atomic_write_text
 
 if TYPE_CHECKING:
@@ -35,8 +35,22 @@ if TYPE_CHECKING:
     show_default=True,
     help="The config to write.",
 )
+@click.option("--format", help="What the rows are: messages, instruction, ...; else it is guessed.")
+@click.option(
+    "--columns",
+    callback=lambda _context, _option, value: _read_columns(value),
+    help="Where the format's columns are: instruction=problem,output=solution.",
+)
 @with_output_options
-def init(data: str, base: str | None, out: Path, quiet: bool, as_json: bool) -> None:
+def init(  # noqa: PLR0913 (one argument an option)
+    data: str,
+    base: str | None,
+    out: Path,
+    format: str | None,
+    columns: dict[str, str],
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Look at your rows and write a commented config and a suite for them.
 
     DATA is a file, a directory, a glob or a hub id. The suite asks the task itself on rows that
@@ -45,11 +59,12 @@ def init(data: str, base: str | None, out: Path, quiet: bool, as_json: bool) -> 
     \b
       llmtune init train.jsonl --base models/SmolLM2-135M-Instruct.Q4_1.gguf
       llmtune init train.jsonl --out my.yaml
+      llmtune init math.csv --format instruction --columns instruction=problem,output=solution
     """
     from llmtune.runs.rows import draft_config
 
     show_progress(quiet)
-    draft = draft_config(data, out, base=base)
+    draft = draft_config(data, out, base=base, format=format, columns=columns)
     found, suite = draft.found, draft.suite
     result = {
         "config": str(out),
@@ -62,10 +77,20 @@ def init(data: str, base: str | None, out: Path, quiet: bool, as_json: bool) -> 
     print_result(result, as_json, lambda: "\n".join(_init_lines(found, out, suite)))
 
 
+def _read_columns(text: str | None) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
+    if not all(name.strip() and column.strip() for name, _, column in pairs):
+        raise LlmtuneError(
+            f"--columns {text}: expected NAME=COLUMN pairs, as in "
+            "instruction=problem,output=solution"
+        )
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
 def _init_lines(found: "DataDescription", out: Path, suite: Path | None) -> Iterator[str]:
     yield f"{out}: {found.num_rows:,} rows, {found.reason}"
     if found.bad_rows:
-        yield f"{found.bad_rows} of the first rows cannot be used; llmtune data check names them"
+        yield f"{found.bad_rows} rows cannot be used: left out; llmtune data check names them"
     if suite is None:
         reason = found.suite.reason if isinstance(found.suite, NoSuite) else ""
         yield f"no suite asks about your task ({reason}): add one, or there is no verdict"

@@ -45,19 +45,28 @@ class Draft:
     suite: Path | None
 
 
-def draft_config(data: str, out: Path, *, base: str | None = None) -> Draft:
+def draft_config(
+    data: str,
+    out: Path,
+    *,
+    base: str | None = None,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Draft:
     """Look at rows, and write a commented config and a suite for them.
 
     Args:
         data: a file, a directory, a glob or a hub id.
         out: the config to write; the suite is written next to it.
         base: the base model; with it lengths are counted in its tokens.
+        format: what the rows are; None guesses.
+        columns: where the format's columns are, as `format's name: file's name`.
 
     Raises:
         LlmtuneError: the rows cannot be read, or a file exists already.
     """
     tokenizer = resolve_base(ModelConfig(base=base)).tokenizer if base else None
-    found = describe_data(data, tokenizer=tokenizer)
+    found = describe_data(data, tokenizer=tokenizer, format=format, columns=columns)
     files: dict[Path, str] = {}
     suite = None
     if isinstance(found.suite, SuiteDraft):

@@ -1,0 +1,171 @@
+# ruff: noqa: E501 (rows as they stand in files)
+"""What `llmtune init` writes passes `llmtune data check`, whatever the file holds."""
+
+import json
+import string
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmtune.cli import run_command
+from llmtune.data.init import describe_data, render_config
+from tests.tiny import make_model
+
+DOLLY = [
+    {
+        "instruction": f"When, {i}?",
+        "context": "On 31 August.",
+        "response": f"{i}.",
+        "category": "qa",
+    }
+    for i in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model") / "base"
+    make_model("llama", directory)
+    return directory
+
+
+def init(tmp_path, monkeypatch, capsys, base, name, content, *options):
+    """Write a file, run init and check on it, and return the config's data section."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    text = content if isinstance(content, str) else "".join(json.dumps(r) + "\n" for r in content)
+    path.write_text(text, encoding="utf-8")
+    code = run_command(["init", name, "--base", str(base), "--out", "my.yaml", *options])
+    assert code == 0, capsys.readouterr().err
+    code = run_command(["data", "check", "my.yaml"])
+    assert code == 0, capsys.readouterr()
+    return yaml.safe_load((tmp_path / "my.yaml").read_text())["data"]
+
+
+CHAT = {
+    "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "delivery"}]
+}
+
+FILES = {
+    "one row": ("a.jsonl", [CHAT]),
+    "two rows": (
+        "a.jsonl",
+        [CHAT, {"messages": [{"role": "user", "content": "R"}, CHAT["messages"][1]]}],
+    ),
+    "a text": ("a.txt", "The quick brown fox saw seven lazy dogs. " * 400),
+    "a long row late": (
+        "a.jsonl",
+        [
+            {"instruction": f"Say {i}.", "output": "word " * (150 if i == 1200 else 2)}
+            for i in range(1210)
+        ],
+    ),
+    "bad rows": ("a.jsonl", [*DOLLY, {"instruction": "", "response": ""}]),
+    "a header with a line break": (
+        "a.csv",
+        'instruction,output,"Notes\n(internal): x"\nSay hi,hallo,n\n',
+    ),
+    "yaml words": ("a.csv", "question,answer\nyes,no\nnull,~\n1e3,0x1f\n"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_init_writes_passes_its_own_check(tmp_path, monkeypatch, capsys, base, name):
+    init(tmp_path, monkeypatch, capsys, base, *FILES[name])
+
+
+def test_a_header_cannot_inject_a_key(tmp_path, monkeypatch, capsys, base):
+    text = (
+        'instruction,output,"Notes\nprotect: {kl_to_base: {weight: 5.0}}\n#"\n'
+        "Say hi,hallo,n\nSay ho,hallo2,n\nSay hu,hallo3,n\n"
+    )
+    init(tmp_path, monkeypatch, capsys, base, "a.csv", text)
+    tree = yaml.safe_load((tmp_path / "my.yaml").read_text())
+    assert "protect" not in tree and set(tree) == {
+        *("run_dir", "seed", "model", "adapter", "data", "train", "evaluate")
+    }
+
+
+@settings(max_examples=60)
+@given(st.text(min_size=1, max_size=40), st.sampled_from(["instruction", "output"]))
+def test_any_column_name_survives_the_config(tmp_path_factory, name, role):
+    name = name.encode("utf-8", "ignore").decode()
+    other = {"instruction": "output", "output": "instruction"}[role]
+    if not name.strip() or name in ("instruction", "output"):
+        return
+    path = tmp_path_factory.mktemp("rows") / "a.jsonl"
+    path.write_text(json.dumps({name: "a", other: "b"}) + "\n")
+    found = describe_data(str(path), format="instruction", columns={role: name})
+    (source,) = yaml.safe_load(render_config(found))["data"]["train"]
+    assert source["columns"] == {role: name}
+
+
+def test_dolly_keeps_its_instruction_and_its_context(tmp_path, monkeypatch, capsys, base):
+    data = init(tmp_path, monkeypatch, capsys, base, "a.jsonl", DOLLY)
+    assert data["train"][0]["format"] == "instruction"
+    assert data["train"][0]["columns"] == {"output": "response", "input": "context"}
+
+
+def test_openorca_keeps_its_system_prompt(tmp_path, monkeypatch, capsys, base):
+    rows = [
+        {"system_prompt": "Be brief.", "question": f"Q {i}?", "response": "A."} for i in range(5)
+    ]
+    data = init(tmp_path, monkeypatch, capsys, base, "a.jsonl", rows)
+    assert data["train"][0]["columns"]["system"] == "system_prompt"
+
+
+def test_a_labeled_csv_is_trained_on_its_labels(tmp_path, monkeypatch, capsys, base):
+    lines = [f"I {word} it {i},{label}" for i in range(60) for word, label in
+             (("love", "positive"), ("hate", "negative"))]  # fmt: skip
+    text = "text,label\n" + "\n".join(lines) + "\n"
+    data = init(tmp_path, monkeypatch, capsys, base, "a.csv", text)
+    assert data["train"][0]["format"] == "completion"
+    assert data["train"][0]["columns"] == {"prompt": "text", "completion": "label"}
+    suite = yaml.safe_load((tmp_path / "my_suite.yaml").read_text())
+    assert suite["task"] == "choice" and suite["choices"] == ["negative", "positive"]
+
+
+def test_format_and_columns_say_what_names_do_not(tmp_path, monkeypatch, capsys, base):
+    alpaca = [
+        {"instruction": f"Say {i}.", "input": "", "output": "one", "text": "### ..."}
+        for i in range(4)
+    ]
+    (tmp_path / "b.jsonl").write_text(json.dumps(alpaca[0]) + "\n")
+    data = init(tmp_path, monkeypatch, capsys, base, "a.jsonl", alpaca, "--format", "instruction")
+    assert data["train"][0]["format"] == "instruction"
+    rows = [{"p": f"{i}+3?", "s": "5"} for i in range(4)]
+    (tmp_path / "my.yaml").unlink()
+    data = init(
+        tmp_path, monkeypatch, capsys, base, "c.jsonl", rows,
+        *("--format", "instruction", "--columns", "instruction=p,output=s"),
+    )  # fmt: skip
+    assert data["train"][0]["columns"] == {"instruction": "p", "output": "s"}
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "words"),
+    [
+        ('{"x": 1}\n', (), "--format NAME"),
+        ('{"x": 1}\n', ("--columns", "instruction"), "NAME=COLUMN pairs"),
+        ('{"x": 1}\n', ("--format", "alpaca"), "expected one of messages"),
+        ('{"chosen": "a", "rejected": "b"}\n', (), "preference pairs"),
+        ('{"role": "user", "content": "a"}\n', (), "one message of a chat"),
+    ],
+)
+def test_what_init_cannot_tell_is_one_line_with_the_option(
+    tmp_path, monkeypatch, capsys, content, options, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text(content)
+    assert run_command(["init", "a.jsonl", *options]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "llmtune.yaml").exists()
+
+
+def test_letters_and_digits_stay_readable(tmp_path):
+    path = tmp_path / f"{string.ascii_letters}.jsonl"
+    path.write_text('{"text": "a"}\n')
+    text = render_config(describe_data(str(path)))
+    assert f"run_dir: runs/{string.ascii_letters}" in text
