@@ -25,6 +25,7 @@ CSV_FIELD_BYTES = 1 << 27
 BINARY_KINDS = (".parquet", ".arrow")
 ROW_COLUMNS = ("messages", "conversations", "instruction", "prompt", "completion", "text")
 """Where one of these stands in a JSON file's only object, that object is a row."""
+SURROGATES = re.compile("[\ud800-\udfff]")
 WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -108,8 +109,8 @@ def _iter_json(file: IO[bytes], shown: str) -> Iterator[Parsed]:
     """Yield a list's elements one by one; a file that is one object is read whole."""
     start = file.read(READ_BYTES)
     if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        for line, row in iter_json_list(start, file, shown):
-            yield _object_or_problem(row, shown, line)
+        for number, row in _number_rows(iter_json_list(start, file, shown)):
+            yield _object_or_problem(row, shown, number)
     elif _are_lines(start):
         yield from _iter_jsonl(_iter_lines(start, file), shown)
     else:
@@ -135,8 +136,21 @@ def _iter_json_object(text: str, shown: str) -> Iterator[Parsed]:
         yield 1, rows  # the file is one row
         return
     listed = rows[lists[0]]  # {"data": [...]}
-    for row, line in zip(listed, _element_lines(text, lists[0], len(listed)), strict=True):
-        yield _object_or_problem(row, shown, line)
+    starts = _element_lines(text, lists[0], len(listed))
+    for number, row in _number_rows(zip(starts, listed, strict=True)):
+        yield _object_or_problem(row, shown, number)
+
+
+def _number_rows(elements: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Yield a list's elements with their lines, or with their numbers if all are on one line."""
+    numbered = enumerate(elements, 1)
+    first = next(numbered, None)
+    if first is None:
+        return
+    second = next(numbered, None)
+    is_one_line = second is not None and second[1][0] == first[1][0]
+    for index, (line, element) in itertools.chain(filter(None, [first, second]), numbered):
+        yield index if is_one_line else line, element
 
 
 def _are_lines(start: bytes) -> bool:
@@ -157,12 +171,7 @@ def _iter_lines(start: bytes, file: IO[bytes]) -> Iterator[bytes]:
 
 def _element_lines(text: str, key: str, count: int) -> Iterator[int]:
     """Yield the line on which each element of the list under `key` starts."""
-    names = "|".join({re.escape(json.dumps(key, ensure_ascii=flag)) for flag in (True, False)})
-    opening = re.search(rf"(?:{names})\s*:\s*\[", text)
-    if opening is None:  # the key is written with escapes that it does not need
-        yield from itertools.repeat(1, count)
-        return
-    position, line, counted = opening.end(), 1, 0
+    position, line, counted = _list_start(text, key), 1, 0
     for _ in range(count):
         while text[position] in " \t\r\n,":
             position += 1
@@ -170,6 +179,25 @@ def _element_lines(text: str, key: str, count: int) -> Iterator[int]:
         counted = position
         yield line
         position = DECODER.raw_decode(text, position)[1]
+
+
+def _list_start(text: str, key: str) -> int:
+    """Return where the list under `key` of the outermost object begins, after its bracket."""
+    found = -1
+    position = text.index("{") + 1
+    while text[position := _skip(text, position, " \t\r\n,")] != "}":
+        name, position = DECODER.raw_decode(text, position)
+        start = _skip(text, position, " \t\r\n:")
+        if name == key:
+            found = start + 1  # of a key that is there twice, the last one counts
+        position = DECODER.raw_decode(text, start)[1]
+    return found
+
+
+def _skip(text: str, position: int, marks: str) -> int:
+    while text[position] in marks:
+        position += 1
+    return position
 
 
 def _iter_csv(file: IO[bytes], shown: str, *, delimiter: str = ",") -> Iterator[Parsed]:
@@ -235,6 +263,15 @@ def _decode(data: bytes, shown: str) -> str:
 
 def _object_or_problem(row: Any, shown: str, number: int) -> Parsed:
     if isinstance(row, dict):
+        for name in row:
+            if not name.isascii() and SURROGATES.search(name):
+                return RowProblem(
+                    shown,
+                    number,
+                    f"a column's name holds half of a character pair: {shorten(name)}; expected "
+                    "valid Unicode",
+                    "unicode",
+                )
         return number, row
     return RowProblem(shown, number, f"found {shorten(row)}; expected an object", "json")
 

@@ -152,17 +152,26 @@ def _label(labeller: Labeller, row: LoadedRow | RowProblem) -> LabelledRow | Row
 def split_tokens(
     tokenizer: PreTrainedTokenizerFast, input_ids: list[int], labels: list[int]
 ) -> Iterator[PreviewToken]:
-    """Yield the tokens with their text; tokens that share a character come as one."""
-    start = 0
+    """Yield the tokens with their text; tokens that share a character come as one.
+
+    A token's text is what it adds to the text of the one before: decoded alone, a SentencePiece
+    token loses the space that it begins with.
+    """
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    start, before = 0, list[int]()
     for end in range(1, len(input_ids) + 1):
         ids = input_ids[start:end]
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        known, both = decode(before), decode([*before, *ids])
+        text = both.removeprefix(known) if both.startswith(known) else decode(ids)
         is_last = end == len(input_ids)
         # A piece of a character decodes to the replacement character: wait for the rest of it.
         if text.endswith("\ufffd") and end - start < 8 and not is_last:
             continue
         yield PreviewToken(text, tuple(ids), labels[start] != IGNORE_INDEX)
-        start = end
+        start, before = end, ids
 
 
 def render_terminal(previews: Iterable[RowPreview]) -> Group:

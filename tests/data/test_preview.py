@@ -12,7 +12,7 @@ from llmtune.data.check_page import render_check_page
 from llmtune.data.config import DataConfig
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import prepare_examples
-from llmtune.data.preview import preview_rows, render_page, render_terminal
+from llmtune.data.preview import preview_rows, render_page, render_terminal, split_tokens
 from llmtune.errors import LlmtuneError
 from tests.data.shapes import make_shape, turns, write_jsonl
 
@@ -148,3 +148,19 @@ def test_a_row_cannot_steer_the_terminal_it_is_shown_in(tmp_path):
         assert not set("\x1b\x07\u200b\u202e") & set(shown)
         assert "␛" in shown and "U+202E" in shown
     assert hidden in preview.text  # scripts get it as it is
+
+
+def test_a_sentencepiece_tokenizer_keeps_its_spaces():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<s>"], show_progress=False)
+    tokenizer.train_from_iterator(["the lazy dog saw the fox"] * 3, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    ids = fast("<s>the lazy dog saw the fox").input_ids
+    tokens = list(split_tokens(fast, ids, ids))
+    assert "".join(token.text for token in tokens).endswith("the lazy dog saw the fox")
+    assert any(token.text.startswith(" ") for token in tokens)

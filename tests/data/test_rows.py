@@ -422,3 +422,25 @@ def test_deep_and_huge_json_is_a_problem_of_its_line(tmp_path):
     first, *problems = load(path)
     assert isinstance(first, LoadedRow)
     assert [problem.line for problem in problems] == [2, 3]
+
+
+def test_rows_of_a_list_on_one_line_are_numbered(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ('[{"text": "a"}, {"text": ""}, 3]', '{"data": [{"text": "a"}, {"text": ""}, 3]}'):
+        path.write_text(text)
+        found = list(open_source(SourceConfig(path=str(path), format="text")).rows)
+        assert [row.line for row in found] == [1, 2, 3]
+
+
+def test_the_list_of_the_outermost_object_is_the_one_that_is_numbered(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"info": {"data": [1]},\n"data": [{"text": "one"},\n{"text": "two"}]}')
+    found = list(open_source(SourceConfig(path=str(path))).rows)
+    assert [(row.line, row.conversation.text) for row in found] == [(2, "one"), (3, "two")]
+
+
+def test_half_a_character_in_a_column_name_is_a_problem_of_its_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b", "x\\ud83d": 1}\n')
+    found = list(open_source(SourceConfig(path=str(path))).rows)
+    assert "a.jsonl:2: a column's name holds half of a character pair" in str(found[1])
