@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.config import method_of
 
-# peft reads a property that transformers renamed, and corrects fan_in_fan_out itself where
+# peft reads a property that transformers renamed, and corrects fan_in_fan_out itself if
 # Linear and Conv1D are both targets.
 UNWANTED = (
     (r".is_gradient_checkpointing. is deprecated", FutureWarning),

@@ -240,7 +240,7 @@ class Adapter(Section):
 
     @classmethod
     def factors(cls, tensors: ModuleTensors, config: SavedConfig) -> Factors:
-        """Return a module's low-rank factors, where `why_no_factors` names nothing else."""
+        """Return a module's low-rank factors, if `why_no_factors` names nothing else."""
         raise NotImplementedError
 
     @classmethod

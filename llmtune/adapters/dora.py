@@ -113,7 +113,7 @@ class DoraUpdate(WeightUpdate):
         return self.low_rank.describe()
 
     def survey(self, tiles: "Iterable[Tensor]", work: Workspace) -> "Tensor | None":
-        """Return the norms along the stored rows, where outputs are columns: [out]."""
+        """Return the norms along the stored rows if outputs are columns: [out]."""
         if not self.low_rank.place.is_transposed:
             return None
         import torch

@@ -91,7 +91,7 @@ def inject_adapter(
 
     Raises:
         LlmtuneError: a name, layer or pattern matches nothing (with the nearest names), the LM
-            head is a target, or the adapter in `init_from` is of another shape or base.
+            head is a target, or the adapter in `init_from` is of a different shape or base.
     """
     names = list_modules(model)
     chosen = choose_targets(config, names)

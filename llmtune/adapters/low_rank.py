@@ -144,7 +144,7 @@ class LowRankAdapter(SavedLowRank):
     def factors_of(
         cls, layer: "BaseTunerLayer", adapter: str
     ) -> "tuple[Tensor, Tensor, float] | None":
-        """Return A, B and the scaling of a layer that is no variant of LoRA."""
+        """Return A, B and the scaling of a layer that is not a variant of LoRA."""
         if adapter in layer.lora_variant or adapter not in layer.lora_A:
             return None
         a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight

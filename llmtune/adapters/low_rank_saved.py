@@ -189,7 +189,7 @@ class SavedLowRank(Adapter):
 
     @classmethod
     def usual_alpha(cls, config: SavedConfig) -> float:
-        """Return alpha where no pattern gives a different one."""
+        """Return alpha for modules to which no pattern gives a different one."""
         return float(config.get("lora_alpha", DEFAULT_ALPHA))
 
     @classmethod

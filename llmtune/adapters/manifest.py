@@ -1,4 +1,4 @@
-"""What stands beside a saved adapter: its manifest, and checks that need no torch."""
+"""What is saved beside an adapter: its manifest, and checks that need no torch."""
 
 import json
 import struct
@@ -91,8 +91,8 @@ def check_adapter(directory: Path, *, base_fingerprint: str | None) -> tuple[str
     An adapter without our manifest cannot be checked here; its notice says so.
 
     Raises:
-        LlmtuneError: it is no usable adapter, its files are not those that were saved, or it is
-            one of another base.
+        LlmtuneError: it is not a usable adapter, its files are not those that were saved, or it is
+            one of a different base.
     """
     read_adapter_config(directory)
     if not (directory / MANIFEST_NAME).is_file():
@@ -131,7 +131,7 @@ def adapter_fingerprint(directory: Path) -> str:
     """Return a hash of the adapter's config and weights.
 
     Raises:
-        LlmtuneError: it is no usable adapter.
+        LlmtuneError: it is not a usable adapter.
     """
     read_adapter_config(directory)
     return hash_json([hash_file(directory / name) for name in (CONFIG_NAME, WEIGHTS_NAME)])

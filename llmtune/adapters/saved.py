@@ -100,7 +100,7 @@ def load_adapter(
     with its names and shapes checked, and a notice is logged (`check_adapter` returns it).
 
     Raises:
-        LlmtuneError: the adapter is one of another base, or its tensors' names or shapes are not
+        LlmtuneError: the adapter is of a different base, or its tensors' names or shapes are not
             those the model needs.
     """
     for notice in check_adapter(directory, base_fingerprint=base_fingerprint):
@@ -119,7 +119,7 @@ def start_from_adapter(model: PeftModel, directory: Path, *, base_fingerprint: s
     """Set a freshly injected adapter to the saved one, which must have the same knobs.
 
     Raises:
-        LlmtuneError: another base, rank, alpha, method or set of modules.
+        LlmtuneError: a different base, rank, alpha, method or set of modules.
     """
     for notice in check_adapter(directory, base_fingerprint=base_fingerprint):
         logger.warning(notice)

@@ -105,7 +105,10 @@ class WeightUpdate(ABC):
         return 1.0
 
     def describe(self) -> Mapping[str, Any] | None:
-        """Return it as JSON for the plan, or None if its word says all."""
+        """Return it as JSON for the plan, or None if its word says all.
+
+        All values but `tensor` are numbers; `weight` is the strength.
+        """
         return None
 
     def survey(self, tiles: "Iterable[Tensor]", work: Workspace) -> "Tensor | None":

@@ -14,7 +14,7 @@ MERGE_DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """What may be asked of one merge and is no property of a run."""
+    """What may be asked of one merge and is not a property of a run."""
 
     dtype: str | None = None
     """float32, float16 or bfloat16 for the merged weights; None is the base's own."""
@@ -54,7 +54,7 @@ class MergeConfig(Section):
     """How the adapter is added into its base model."""
 
     base: MergeBase = "original"
-    """The weights the adapter is added to. `original`: the base checkpoint as it lies on disk.
+    """The weights the adapter is added to. `original`: the base checkpoint as it is on disk.
     `dequantized`: the same, but the weights that were quantized for training are taken as the
     quantized model computes with them. `auto`: both are merged and compared with the live
     quantized model and its adapter on held-out rows, and the closer one is kept."""

@@ -22,7 +22,7 @@ HEAD_NAMES = ("lm_head", "embed_out")
 
 
 def find_tensor(name: str, checkpoint: Collection[str]) -> str | None:
-    """Return the checkpoint's name for the parameter `name`, or None where it has none."""
+    """Return the checkpoint's name for the parameter `name`, or None if it has none."""
     candidates = [name]
     candidates += [name.replace(old, new) for old, new in RENAMED_INFIXES if old in name]
     candidates += [
@@ -35,7 +35,7 @@ def find_tensor(name: str, checkpoint: Collection[str]) -> str | None:
 
 
 def find_embedding(checkpoint: Collection[str]) -> str | None:
-    """Return the name of the input embedding's weight where there is exactly one."""
+    """Return the name of the input embedding's weight if there is exactly one."""
     found = [name for name in checkpoint if is_embedding(name)]
     return found[0] if len(found) == 1 else None
 

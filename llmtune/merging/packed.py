@@ -27,7 +27,7 @@ def find_packed_weights(base: CheckpointIndex, config: Mapping[str, Any]) -> Pac
     """Plan every 4-bit weight of the base as its dense self; none in a base that is not quantized.
 
     Raises:
-        LlmtuneError: the base is quantized in another way, or a weight's state cannot be read.
+        LlmtuneError: the base is quantized in a different way, or a weight's state cannot be read.
     """
     quantization = config.get("quantization_config")
     if not quantization:

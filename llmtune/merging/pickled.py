@@ -1,4 +1,4 @@
-"""Old `pytorch_model*.bin` checkpoints: where each tensor's bytes lie, without loading them."""
+"""Old `pytorch_model*.bin` checkpoints: where each tensor's bytes are, without loading them."""
 
 import json
 import pickle

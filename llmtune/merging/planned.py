@@ -74,5 +74,6 @@ def _is_delta_on_dequantized(tensor: Mapping[str, Any]) -> bool:
 
 
 def _delta_text(delta: Mapping[str, Any]) -> str:
-    weight = f" x {delta['weight']:g}" if delta["weight"] != 1 else ""
-    return f"rank {delta['rank']} scaling {delta['scaling']:g}{weight}"
+    weight = f" x {delta['weight']:g}" if delta.get("weight", 1) != 1 else ""
+    numbers = [f"{name} {delta[name]:g}" for name in delta if name not in ("weight", "tensor")]
+    return " ".join(numbers) + weight

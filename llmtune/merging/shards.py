@@ -17,7 +17,7 @@ from llmtune.merging.source import AdapterTensors
 from llmtune.merging.tiles import MergeArithmetic, TensorMerger
 
 COPY_BYTES = 64 << 20  # one piece of an untouched range
-FALLBACK_BYTES = 4 << 20  # the buffer where the kernel cannot copy between the two files
+FALLBACK_BYTES = 4 << 20  # the buffer if the kernel cannot copy between the two files
 
 NO_KERNEL_COPY = frozenset(
     {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}

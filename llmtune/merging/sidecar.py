@@ -13,7 +13,7 @@ DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 GENERATION_FILE = "generation_config.json"
 
-# The adapter's own win over the base's: it may have been trained with another template.
+# The adapter's own win over the base's: it may have been trained with a different template.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -31,7 +31,7 @@ def settle_ties(
     both (so PEFT trains them), and two equal replacements stay one tensor.
 
     Raises:
-        LlmtuneError: the head or the embedding cannot be told apart in the base, or the vocabulary
+        LlmtuneError: the head or the embedding cannot be identified in the base, or the vocabulary
             grew in one of the two only.
     """
     planned = dict(changed)

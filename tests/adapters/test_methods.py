@@ -1,0 +1,62 @@
+"""Every member of the union recognizes what it saved, and its updates are peft's own merge."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmtune.adapters.config import METHODS, method_of
+from llmtune.adapters.inject import inject_adapter
+from llmtune.adapters.manifest import has_effect, read_adapter_config
+from llmtune.adapters.saved import save_adapter
+from llmtune.adapters.strength import adapter_strength
+from llmtune.errors import LlmtuneError
+from llmtune.merging.merge import merge_adapter
+from tests.adapters.conftest import load, logits, manifest_of
+
+
+@pytest.fixture(params=METHODS, ids=lambda method: method.name())
+def trained(request, checkpoint, tmp_path):
+    """An adapter whose every tensor has moved: (method, base, live model, directory)."""
+    loaded = load(checkpoint())
+    model, _ = inject_adapter(loaded.model, request.param())
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    directory = save_adapter(model, tmp_path / "adapter", manifest_of(loaded))
+    return request.param, loaded.source.directory, model, directory
+
+
+def test_one_method_alone_owns_a_saved_adapter(trained):
+    method, _, _, directory = trained
+    config = read_adapter_config(directory)
+
+    assert method_of(config) is method
+    assert [one for one in METHODS if one.owns(config)] == [method]
+    assert has_effect(directory)
+
+
+def test_merged_weights_are_pefts_own(trained, tmp_path):
+    _, base, model, directory = trained
+    merge_adapter(base, directory, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    expected = model.merge_and_unload().state_dict()
+
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_weakened_layer_is_between_base_and_tuned_and_is_put_back(trained):
+    _, _, model, _ = trained
+    tuned = logits(model)
+    with adapter_strength(model, 0.5):
+        half = logits(model)
+
+    assert not torch.allclose(half, tuned)
+    assert torch.equal(logits(model), tuned)
+
+
+def test_a_type_that_no_method_owns_is_refused_with_those_that_are():
+    with pytest.raises(LlmtuneError, match="type LOHA; llmtune reads LORA.*lora, rslora, dora"):
+        method_of({"peft_type": "LOHA"})
