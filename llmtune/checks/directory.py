@@ -104,7 +104,7 @@ def check_directory(
     log.info("verify: %s", check.summary())
     max_kl = tolerances.max_kl if tolerances.max_kl is not None else _bound(type, reference)
     if not check.kl <= max_kl:
-        problems.append(f"KL {check.kl:.4f} nats per token, allowed are {max_kl:g}")
+        problems.append(f"KL {check.kl:.4f} nats per token, the limit is {max_kl:g}")
     odd = [
         text for text in TRICKY_STRINGS if tokenizer.encode(text) != loaded.tokenizer.encode(text)
     ]
@@ -117,7 +117,9 @@ def check_directory(
         for text in OPEN_PROMPTS
     )
     if different:
-        problems.append(f"{different} of {len(OPEN_PROMPTS)} chat prompts become other token ids")
+        problems.append(
+            f"{different} of {len(OPEN_PROMPTS)} chat prompts are tokenized differently"
+        )
     return DirectoryComparison(
         type=type,
         problems=tuple(problems),

@@ -114,7 +114,7 @@ class ModelComparison:
         parity, name, found = self.parity, self.limits.against, []
         if not parity.kl <= self.limits.max_kl:
             found.append(
-                f"KL to the {name} {parity.kl:.4f} nats per token, allowed are "
+                f"KL to the {name} {parity.kl:.4f} nats per token, the limit is "
                 f"{self.limits.max_kl:g}"
             )
         allowed = self.limits.max_accuracy_change
@@ -123,12 +123,14 @@ class ModelComparison:
             if one.difference > allowed + ROUNDING and one.difference * one.n > 1:
                 found.append(
                     f"accuracy on {one.suite} is {100 * one.file_accuracy:.1f} % in llama.cpp "
-                    f"and {100 * one.model_accuracy:.1f} % of the {name} (allowed are "
+                    f"and {100 * one.model_accuracy:.1f} % of the {name} (the limit is "
                     f"{100 * allowed:g} points)"
                 )
         different = parity.num_prompts - parity.num_same_prompts
         if different:
-            found.append(f"{different} of {parity.num_prompts} chat prompts become other token ids")
+            found.append(
+                f"{different} of {parity.num_prompts} chat prompts are tokenized differently"
+            )
         num_odd = parity.num_strings - parity.num_same_strings
         return found + tolerances.string_problems(num_odd, parity.num_strings, parity.odd_strings)
 
@@ -321,6 +323,6 @@ def _format_answers(parity: ParityResult) -> str:
     text = f"{parity.num_same_answers} of {parity.num_prompts}"
     margins = sorted(one.margin for one in parity.differences)
     if margins:
-        text += f"; the others part where the first token led by {margins[0]:.3f}"
+        text += f"; the others diverge where the top token led by {margins[0]:.3f}"
         text += f" to {margins[-1]:.3f} nats" if len(margins) > 1 else " nats"
     return text

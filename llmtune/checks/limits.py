@@ -44,10 +44,10 @@ class Tolerances:
     is the bound of the file's type."""
 
     def string_problems(self, num_odd: int, num_strings: int, odd: Sequence[str]) -> list[str]:
-        """Say how many strings become other tokens if there are too many; `odd` are the first."""
+        """Say how many strings differ in their tokens if too many do; `odd` are the first."""
         if num_odd <= self.max_odd_strings:
             return []
         return [
-            f"{num_odd} of {num_strings} tricky strings become other tokens, such as "
-            f"{odd[0]!r} (allowed are {self.max_odd_strings})"
+            f"{num_odd} of {num_strings} tricky strings are tokenized differently, such as "
+            f"{odd[0]!r} (the limit is {self.max_odd_strings})"
         ]

@@ -198,7 +198,7 @@ def _compare_sequences(
             if live_logits.shape != merged_logits.shape:
                 raise LlmtuneError(
                     f"the merged model has {merged_logits.shape[-1]} tokens in its vocabulary and "
-                    f"the adapter model {live_logits.shape[-1]}; it was merged from another base"
+                    f"the adapter model {live_logits.shape[-1]}; their bases differ"
                 )
             difference = (live_logits.float() - merged_logits.float()).abs().max().item()
             kl, flipped = compare_distributions(live_logits[0], merged_logits[0])

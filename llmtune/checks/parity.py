@@ -147,8 +147,8 @@ def require_parity(parity: ParityResult, type: str, path: Path, *, max_kl: float
     different = parity.num_prompts - parity.num_same_prompts
     if different:
         raise CheckFailed(
-            f"{path}: llama.cpp makes other token ids of {different} of {parity.num_prompts} chat "
-            "prompts; the file was removed"
+            f"{path}: llama.cpp tokenizes {different} of {parity.num_prompts} chat prompts "
+            "differently; the file was removed"
         )
     if not parity.kl <= limit:
         raise CheckFailed(

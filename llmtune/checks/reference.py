@@ -65,10 +65,10 @@ def load_live(
 
     Args:
         config: the base as the adapter was trained on it.
-        source: where the base lies.
+        source: the base.
         adapter_dir: None for the base alone.
         dtype: float32 or bfloat16, for everything that is not quantized.
-        is_quantized: as in training; else the base is loaded as it lies on the disk.
+        is_quantized: as in training; else the base is loaded as it is on the disk.
     """
     loaded = load_model(_reference(config, dtype, is_quantized=is_quantized), source)
     if adapter_dir is None:
@@ -85,14 +85,14 @@ def _reference(model: ModelConfig, dtype: str, *, is_quantized: bool) -> ModelCo
 
 
 def at_strength(live: LiveModel, strength: float) -> AbstractContextManager[None]:
-    """Let the adapter count so much; at 1 nothing is touched, and a base alone never is."""
+    """Scale the adapter while the block runs; nothing changes at 1, or for a base alone."""
     if strength == 1 or not isinstance(live.model, PeftModel):
         return nullcontext()
     return adapter_strength(live.model, strength)
 
 
 def comparison_dtype(directory: Path, *, num_models: int = 2, device: str = "cpu") -> str:
-    """Return float32 where the models fit so, that only what was rounded shows; else bfloat16.
+    """Return float32 if the models fit in it, so that only rounding shows; else bfloat16.
 
     Args:
         directory: a checkpoint of the models' size.
@@ -146,4 +146,4 @@ def adapter_problems(record: MergeRecord | None, reference: Reference) -> list[s
         return []
     if record.adapter_hash == adapter_fingerprint(reference.adapter_dir):
         return []
-    return [f"it was merged from another adapter than {reference.adapter_dir}; merge again"]
+    return [f"it was merged from a different adapter than {reference.adapter_dir}; merge again"]

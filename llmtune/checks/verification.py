@@ -50,7 +50,7 @@ class Verification:
         """
         if self.found.problems:
             raise CheckFailed(
-                f"{self.subject} is not what {self.against} is: " + "; ".join(self.found.problems)
+                f"{self.subject} differs from {self.against}: " + "; ".join(self.found.problems)
             )
 
 
