@@ -51,12 +51,12 @@ def test_the_whole_config_is_seen_by_config_runs_experiments_and_commands_alone(
         if "llmtune.config" in imported_modules(path)
     }
     may_see = {"runs", "experiments", "commands", "__init__.py"}
-    assert seen_by - may_see <= {"stages"}
+    assert seen_by <= may_see
 
 
 def test_commands_call_runs_experiments_or_the_one_room_that_does_the_work():
     """What needs several rooms is put together in `runs/` or `experiments/`, not in a command."""
-    together = {"runs", "experiments", "config", "reporting", "errors", "io", "commands", "stages"}
+    together = {"runs", "experiments", "config", "reporting", "errors", "io", "commands"}
     alone = {"data", "serving", "exporting", "checks"}
     for path in (ROOT / "llmtune" / "commands").glob("*.py"):
         rooms = set()

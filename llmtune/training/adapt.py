@@ -24,7 +24,7 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.quantization import QuantizationTable
 from llmtune.training.protect.config import ProtectConfig
-from llmtune.training.protect.prepare import Prepared, prepare_protection
+from llmtune.training.protect.prepare import PreparedProtection, prepare_protection
 from llmtune.training.request import TrainRequest, TrainResult
 from llmtune.training.rows import hash_epochs
 from llmtune.training.stop_check import StopCheck, check_stops
@@ -67,7 +67,7 @@ class AdaptedBase:
     loaded: LoadedModel
     rows: TrainRows
     table: InjectionTable
-    protection: Prepared
+    protection: PreparedProtection
 
     def save(self, result: TrainResult, config: Mapping[str, Any], batch_size: int) -> TrainRecord:
         """Save the trained adapter with what it belongs to, and check that its answers end.

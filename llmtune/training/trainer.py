@@ -61,7 +61,12 @@ def build_trainer(  # noqa: PLR0913 - each is a thing of its own
     num_rows = (len(request.train), len(request.evaluation))
     with _kept_precision(request.model):
         trainer = AdapterTrainer(
-            (config, request, setup, start, metrics, interruption),
+            config,
+            request,
+            setup,
+            start,
+            metrics,
+            interruption,
             model=request.model,
             args=build_arguments(config, request.run, setup, num_rows=num_rows, seed=request.seed),
             data_collator=setup.collator,
@@ -89,19 +94,26 @@ def build_trainer(  # noqa: PLR0913 - each is a thing of its own
 class AdapterTrainer(SFTTrainer):
     """Trains the adapter; one item of the data loader is one whole optimizer step."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what `build_trainer` is given, and trl's own
         self,
-        parts: tuple[TrainConfig, TrainRequest, Setup, Start, MetricsLog, Interruption],
+        config: TrainConfig,
+        request: TrainRequest,
+        setup: Setup,
+        start: Start,
+        metrics: MetricsLog,
+        interruption: Interruption,
         **trl_arguments: Any,
     ) -> None:
-        self._config, self._request, setup, self._start, self._metrics_log, self._interruption = (
-            parts
-        )
+        self._config = config
+        self._request = request
+        self._start = start
+        self._metrics_log = metrics
+        self._interruption = interruption
         self._choices = setup.choices
-        self.step = TrainingStep(setup, name_sources(self._request.train))
-        self.clock = Clock(self._start.totals)
+        self.step = TrainingStep(setup, name_sources(request.train))
+        self.clock = Clock(start.totals)
         super().__init__(**trl_arguments)
-        self._evaluation_rows = group_by_source(self._request.evaluation, len(self._request.train))
+        self._evaluation_rows = group_by_source(request.evaluation, len(request.train))
 
     # One step
 

@@ -42,3 +42,8 @@ def test_importing_the_section_loads_no_torch():
 
     code = "import sys, llmtune.training.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_without_an_objective_in_its_config_has_the_default_one():
+    assert "objective" not in TrainConfig().deciding_knobs()
+    assert TrainConfig() == TrainConfig(objective={"method": "sft"})

@@ -22,7 +22,7 @@ REPLAY_TOKENS = 128
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedProtection:
     """The penalties' request, and rows to add to the training data; either may be empty."""
 
     request: ProtectionRequest | None = None
@@ -52,7 +52,7 @@ def prepare_protection(
     general: Sequence[Example] | None,
     seed: int,
     own_text_path: Path,
-) -> Prepared:
+) -> PreparedProtection:
     """Write the base's own text if it is asked for, and record what the base computes.
 
     Args:
@@ -67,7 +67,7 @@ def prepare_protection(
         LlmtuneError: the file to hold the model to has no row of two tokens.
     """
     if not protect.is_on:
-        return Prepared()
+        return PreparedProtection()
     replay: tuple[Example, ...] = ()
     if protect.replay is not None and protect.replay.source == OWN_TEXT:
         count = rows_for_share(num_rows, protect.replay.share)
@@ -78,7 +78,7 @@ def prepare_protection(
     if protect.needs_own_text:
         _keep(own_text_path, loaded, {"replay": replay, "kl_to_base": held})
     probe = probe_base(loaded.model, held[0]) if held else None
-    return Prepared(ProtectionRequest(protect, held, probe), replay, len(held))
+    return PreparedProtection(ProtectionRequest(protect, held, probe), replay, len(held))
 
 
 def _rows_to_hold(

@@ -1,1 +1,0 @@
-"""The work inside each stage of a run; imported only where the pipeline does that stage."""
