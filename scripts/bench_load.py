@@ -106,9 +106,10 @@ def _load(arm: str, base: Path) -> dict[str, int | float]:
     import torch
     import transformers
 
-    from llmtune.models.config import ModelConfig, Nf4Quantization
+    from llmtune.models.config import ModelConfig
     from llmtune.models.gguf import cache_dir
     from llmtune.models.load import load_model
+    from llmtune.models.quantization.nf4 import Nf4Quantization
     from llmtune.models.resolve import resolve_base
 
     config = ModelConfig(base=str(base), quantization=Nf4Quantization(), device="cpu")

@@ -36,7 +36,7 @@ KINDS: dict[str, Kind] = {
     ),
     "exporter": Kind(
         folder="exporting",
-        # nf4 is also a quantization, and belongs to that kind
+        # an export in 4 bits is called by its quantization, which is a kind of its own
         names=frozenset({"gguf", "ollama", "adapter-gguf", "hub"}),
         classes="Exporter",
         unions=frozenset({"base", "config", "export"}),
@@ -82,6 +82,12 @@ KINDS: dict[str, Kind] = {
                 "subject",
             }
         ),
+    ),
+    "quantization": Kind(
+        folder="models/quantization",
+        names=frozenset({"nf4", "fp4", "int8"}),
+        classes="Quantization",
+        unions=frozenset({"base", "config", "describe", "bnb"}),
     ),
     "suite task": Kind("evaluation/tasks", frozenset(), "Suite", frozenset({"base", "config"})),
 }

@@ -19,7 +19,7 @@ from llmtune.adapters.base import Adapter
 from llmtune.adapters.module_selection import ModuleNames, choose_targets, shorten_targets
 from llmtune.adapters.saved import start_from_adapter
 from llmtune.errors import LlmtuneError
-from llmtune.models.quantization import EXPERT_DIMENSIONS, LAYER_NUMBER, logical_size
+from llmtune.models.quantization.describe import EXPERT_DIMENSIONS, LAYER_NUMBER, logical_size
 
 
 @dataclass(frozen=True)

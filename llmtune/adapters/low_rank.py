@@ -7,6 +7,7 @@ from pydantic import Field
 
 from llmtune.adapters.base import Adapter, SavedConfig
 from llmtune.adapters.low_rank_saved import SavedLowRank, first_match
+from llmtune.models.quantization.config import members
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -122,10 +123,9 @@ class LowRankAdapter(SavedLowRank):
     @classmethod
     def why_not_fused(cls, layer: "BaseTunerLayer") -> str | None:
         """Only a plain pair of factors without dropout can be fused."""
-        from peft.tuners.lora import Linear
         from torch import nn
 
-        if type(layer) is not Linear and type(layer).__name__ != "Linear4bit":
+        if type(layer).__name__ not in {member.fusable_layer for member in members()}:
             return super().why_not_fused(layer)
         active = [name for name in layer.active_adapters if name in layer.lora_A]
         if len(active) != 1:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llmtune.checks.prompts import ComparedPrompts
 from llmtune.errors import LlmtuneError
-from llmtune.models.quantization import keep_differentiable
+from llmtune.models.quantization.describe import keep_differentiable
 from llmtune.models.quiet import quiet_loading
 from llmtune.scoring.batches import (
     choose_token_budget,

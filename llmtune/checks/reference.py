@@ -18,7 +18,7 @@ from llmtune.checks.provenance import MergeRecord, strength_of
 from llmtune.data.template import require_trained_template
 from llmtune.errors import LlmtuneError
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.models.config import Fp4Quantization, ModelConfig, Nf4Quantization
+from llmtune.models.config import ModelConfig
 from llmtune.models.hardware import choose_device
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.resolve import resolve_base
@@ -78,9 +78,7 @@ def load_live(
 
 
 def _reference(model: ModelConfig, dtype: str, *, is_quantized: bool) -> ModelConfig:
-    quantization = model.quantization if is_quantized else None
-    if isinstance(quantization, Nf4Quantization | Fp4Quantization):
-        quantization = quantization.model_copy(update={"compute_dtype": "auto"})
+    quantization = model.storage.for_comparison() if is_quantized else None
     return model.model_copy(update={"quantization": quantization, "dtype": dtype})
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.exporting.base import DirectoryExporter, Written
+from llmtune.models.quantization.config import SMALLEST
 
 if TYPE_CHECKING:
     from llmtune.exporting.export import ExportJob
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 class Nf4Exporter(DirectoryExporter):
     """A merged model in NF4 with double quantization."""
 
-    name = "nf4"
+    name = SMALLEST.method
     product = "directory that --to nf4 made"
 
     def output_name(self, stem: str) -> str:

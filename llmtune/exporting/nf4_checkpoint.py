@@ -19,12 +19,12 @@ from llmtune.errors import CheckFailed
 from llmtune.io.unfinished import require_space
 from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.models.config import ModelConfig, Nf4Quantization
+from llmtune.models.config import ModelConfig
 from llmtune.models.load import LoadedModel, load_model
+from llmtune.models.quantization.config import SMALLEST
+from llmtune.models.quantization.describe import describe_quantized_base
 from llmtune.models.quiet import quiet_loading
 from llmtune.models.resolve import resolve_base
-from llmtune.models.round_trip import FourBitRoundTrip, describe_quantized_base
-from llmtune.planning.weights import four_bit_bytes
 from llmtune.scoring.generate import Decoding
 
 RELOADED_KL = 1e-3
@@ -63,7 +63,7 @@ def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) 
     """
     config = ModelConfig(
         base=str(source_dir),
-        quantization=Nf4Quantization(),
+        quantization=SMALLEST,
         cache_quantized=False,  # what is exported is that very file
         chat_template=chat_template,
     )
@@ -115,18 +115,15 @@ def check_reloaded(live: LoadedModel, directory: Path) -> VerifyResult:
 def needed_bytes(config: ModelConfig, source: Checkpoint) -> int:
     """Return what the 4-bit checkpoint of a base takes on the disk; no weight is read."""
     described = describe_quantized_base(config, source)
-    assert described is not None and isinstance(described.round_trip, FourBitRoundTrip)
-    in_four_bits = described.round_trip
+    assert described is not None
     # Checkpoints of a base model alone name their tensors without its first component.
     quantized = set(described.weights) | {name.partition(".")[2] for name in described.weights}
     needed = SMALL_FILES_BYTES
     for tensor in source.index.tensors.values():
-        num_weights = math.prod(tensor.shape)
         if tensor.name in quantized:
-            double_quant = in_four_bits.has_double_quant
-            needed += STATE_BYTES + four_bit_bytes(num_weights, double_quant=double_quant)
+            needed += STATE_BYTES + config.storage.stored_bytes(tensor.shape)
         else:
-            needed += num_weights * in_four_bits.load_dtype.itemsize
+            needed += math.prod(tensor.shape) * described.dtype.itemsize
     copied = [one for path in _copied_files(source.directory) for one in (path, *path.rglob("*"))]
     return needed + sum(path.stat().st_size for path in copied if path.is_file())
 

@@ -24,7 +24,7 @@ from llmtune.merging.planned import PlannedMerges
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.memory import release_memory
-from llmtune.models.round_trip import QuantizedBase, describe_quantized_base
+from llmtune.models.quantization.describe import QuantizedBase, describe_quantized_base
 from llmtune.scoring.generate import Decoding
 
 log = logging.getLogger("llmtune")

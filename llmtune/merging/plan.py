@@ -24,7 +24,7 @@ from llmtune.merging.tied_embeddings import settle_ties
 from llmtune.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from llmtune.models.round_trip import QuantizedBase
+    from llmtune.models.quantization.describe import QuantizedBase
 
 STORED_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

@@ -38,8 +38,8 @@ from llmtune.merging.plan import plan_combined_merge
 from llmtune.merging.planned import PlannedMerges
 from llmtune.models.config import ModelConfig
 from llmtune.models.memory import release_memory
+from llmtune.models.quantization.describe import describe_quantized_base
 from llmtune.models.resolve import resolve_base
-from llmtune.models.round_trip import describe_quantized_base
 from llmtune.scoring.generate import Decoding
 
 log = logging.getLogger("llmtune")

@@ -6,50 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from llmtune.models.quantization.base import Quantization
+from llmtune.models.quantization.config import DENSE, QuantizationConfig
 from llmtune.schema import Section
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
-ComputeDtypeName = Literal["auto", "bfloat16", "float16", "float32"]
-
-
-class Nf4Quantization(Section):
-    """4-bit NormalFloat weights (QLoRA, arXiv:2305.14314) by bitsandbytes, on CUDA and CPU."""
-
-    method: Literal["nf4"] = "nf4"
-    double_quant: bool = True
-    """Quantize the per-block scales too: about 0.4 bits per weight less memory."""
-    compute_dtype: ComputeDtypeName = "auto"
-    """Precision of the matrix products; auto is the model's dtype (bfloat16 where possible)."""
-
-
-class Fp4Quantization(Section):
-    """4-bit float weights by bitsandbytes; NF4 is the better choice for normally spread weights."""
-
-    method: Literal["fp4"] = "fp4"
-    double_quant: bool = True
-    """Quantize the per-block scales too: about 0.4 bits per weight less memory."""
-    compute_dtype: ComputeDtypeName = "auto"
-    """Precision of the matrix products; auto is the model's dtype (bfloat16 where possible)."""
-
-
-class Int8Quantization(Section):
-    """8-bit weights (LLM.int8, arXiv:2208.07339) by bitsandbytes, outlier columns in 16 bits."""
-
-    method: Literal["int8"] = "int8"
-    outlier_threshold: Annotated[float, Field(ge=0.0)] = 6.0
-    """Activation magnitude above which a column is computed in 16 bits; 0 turns that off."""
-
-
-class NoQuantization(Section):
-    """Weights stay in the model's dtype; the same as writing `quantization: null`."""
-
-    method: Literal["none"] = "none"
-
-
-QuantizationConfig = Annotated[
-    Nf4Quantization | Fp4Quantization | Int8Quantization | NoQuantization,
-    Field(discriminator="method"),
-]
 
 
 class ModelConfig(Section):
@@ -78,9 +39,14 @@ class ModelConfig(Section):
     """`any` also reads pickled .bin weights, through PyTorch's restricted unpickler."""
 
     @property
+    def storage(self) -> Quantization:
+        """How the weights are kept: the quantization, or none of it."""
+        return DENSE if self.quantization is None else self.quantization
+
+    @property
     def quantization_method(self) -> str:
-        """nf4, fp4, int8, or none."""
-        return "none" if self.quantization is None else self.quantization.method
+        """The name of the quantization, or none."""
+        return self.storage.method
 
 
 @dataclass(frozen=True)

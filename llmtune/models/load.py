@@ -19,10 +19,11 @@ from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.generation import repair_generation_config
 from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
-from llmtune.models.quantization import (
+from llmtune.models.quantization.base import Quantization
+from llmtune.models.quantization.config import SMALLEST
+from llmtune.models.quantization.describe import (
     EXPERT_DIMENSIONS,
     QuantizationTable,
-    bitsandbytes_config,
     check_quantization,
     describe_quantization,
     keep_differentiable,
@@ -81,8 +82,10 @@ def load_model(config: ModelConfig, source: Checkpoint) -> LoadedModel:
     model = None if entry is None else _load_kept(entry, config, source, keywords)
     is_kept = model is not None
     model = model or _load_weights(config, source, keywords)
+    if not is_kept:
+        config.storage.finish_loading(model)
     keep_differentiable(model)
-    check_quantization(model, config.quantization, dtype)
+    check_quantization(model, config.storage, dtype)
     _check_placement(model, device)
     model.config.pad_token_id = tokenizer.pad_token_id
     stops = stop_token_ids(tokenizer, model.generation_config)
@@ -103,7 +106,7 @@ def load_model(config: ModelConfig, source: Checkpoint) -> LoadedModel:
         notices=(
             *notices,
             *_device_notices(config, device),
-            *_quantization_notices(model, quantized),
+            *_quantization_notices(model, quantized, config.storage),
         ),
     )
 
@@ -144,7 +147,7 @@ def _loading_keywords(
     }
     if attention is not None:
         keywords["attn_implementation"] = attention
-    quantization = bitsandbytes_config(config.quantization, dtype)
+    quantization = config.storage.loading_config(dtype)
     if quantization is not None:
         keywords["quantization_config"] = quantization
     return keywords
@@ -163,7 +166,7 @@ def _load_kept(
                 str(entry), **kept | {"use_safetensors": True}
             )
         _check_loading_info(info, source)
-        check_quantization(model, config.quantization, kept["dtype"])
+        check_quantization(model, config.storage, kept["dtype"])
     except torch.OutOfMemoryError as error:
         raise _too_large(config, source, keywords) from error
     except (*READ_ERRORS, RuntimeError, LlmtuneError) as error:
@@ -182,8 +185,8 @@ def _load_weights(
     except torch.OutOfMemoryError as error:
         raise _too_large(config, source, keywords) from error
     except (ValueError, ImportError, RuntimeError, OSError) as error:
-        method = config.quantization_method
-        asked = f"model.quantization.method={method}, " if method != "none" else ""
+        storage = config.storage
+        asked = f"model.quantization.method={storage.method}, " if storage.is_quantized else ""
         raise LlmtuneError(
             f"{source.origin}: cannot be loaded ({asked}{keywords['dtype']}, "
             f"{keywords['device_map']['']}): {error}"
@@ -195,8 +198,8 @@ def _load_weights(
 def _too_large(config: ModelConfig, source: Checkpoint, keywords: dict[str, Any]) -> LlmtuneError:
     return LlmtuneError(
         f"{source.origin}: the base does not fit into the memory of {keywords['device_map']['']} "
-        f"({config.quantization_method}, {keywords['dtype']}). Set "
-        "model.quantization='{method: nf4}', choose a smaller base, or free the GPU."
+        f"({config.quantization_method}, {keywords['dtype']}). Set model.quantization="
+        f"'{{method: {SMALLEST.method}}}', choose a smaller base, or free the GPU."
     )
 
 
@@ -217,12 +220,14 @@ def _check_placement(model: PreTrainedModel, device: torch.device) -> None:
     if elsewhere:
         raise LlmtuneError(
             f"part of the base was put on {', '.join(elsewhere)} and not on {device}: it does not "
-            "fit. Set model.quantization='{method: nf4}' or choose a smaller base."
+            f"fit. Set model.quantization='{{method: {SMALLEST.method}}}' or choose a smaller base."
         )
 
 
-def _quantization_notices(model: PreTrainedModel, quantized: QuantizationTable) -> Iterator[str]:
-    if quantized.method == "none":
+def _quantization_notices(
+    model: PreTrainedModel, quantized: QuantizationTable, quantization: Quantization
+) -> Iterator[str]:
+    if not quantization.is_quantized:
         return
     experts = sum(p.numel() for p in model.parameters() if p.dim() == EXPERT_DIMENSIONS)
     if experts:
@@ -230,8 +235,7 @@ def _quantization_notices(model: PreTrainedModel, quantized: QuantizationTable) 
             f"expert weights ({experts / quantized.num_parameters:.0%} of the model) stay in "
             f"{model.dtype}: {quantized.method} covers linear layers only"
         )
-    if quantized.method == "int8" and model.dtype != torch.float16:
-        yield f"int8 layers round their inputs from {model.dtype} to float16"
+    yield from quantization.notices(model.dtype)
 
 
 def _device_notices(config: ModelConfig, device: torch.device) -> tuple[str, ...]:

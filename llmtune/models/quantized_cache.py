@@ -34,7 +34,6 @@ KEPT_ENTRIES = 4
 SHARD_SIZE = "1GB"
 SPARE_FACTOR = 3
 """An entry is written only where this many times its bytes are free: a run needs the disk more."""
-METHODS = frozenset({"nf4", "fp4", "int8"})
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
@@ -52,18 +51,17 @@ def quantized_entry(
     quantization section, the dtype, the kind of device and the libraries' versions. A base that is
     quantized already, or that brings code of its own, is not kept.
     """
-    if config.quantization_method not in METHODS or not config.cache_quantized:
+    if not config.storage.is_cached or not config.cache_quantized:
         return None
     if config.trust_remote_code or source.is_quantized:
         return None
     files = [source.directory / name for name in (CONFIG_NAME, GENERATION_NAME)]
     weights = [*source.directory.glob("*.safetensors"), *source.directory.glob("*.bin")]
-    assert config.quantization is not None
     key = {
         "fingerprint": source.fingerprint,
         "configs": {path.name: hash_file(path) for path in files if path.is_file()},
         "weights": {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in weights},
-        "quantization": config.quantization.model_dump(mode="json"),
+        "quantization": config.storage.model_dump(mode="json"),
         "dtype": str(dtype),
         "device": device.type,
         "versions": {name: package_version(name) for name in LIBRARIES},

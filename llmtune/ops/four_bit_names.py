@@ -8,8 +8,8 @@ STATE_SUFFIXES = (
     "quant_map",
     "nested_absmax",
     "nested_quant_map",
-    f"{STATE_PREFIX}nf4",
-    f"{STATE_PREFIX}fp4",
+    "quant_state.bitsandbytes__nf4",
+    "quant_state.bitsandbytes__fp4",
 )
 
 

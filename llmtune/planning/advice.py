@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmtune.io.sizes import GIB, MIB, format_size
-from llmtune.models.config import Nf4Quantization
+from llmtune.models.quantization.config import SMALLEST
 from llmtune.planning.disk import DiskEstimate
 from llmtune.planning.rows import RowFacts
 from llmtune.planning.shape import ModelShape
@@ -65,9 +65,9 @@ def _options(request: PlanRequest, rows: RowFacts) -> Iterator[_Option]:
             "train.gradient_checkpointing=auto train.micro_batch_size=auto",
             {"train": train.model_copy(update=milder)},
         )
-    if model.quantization_method in ("none", "int8"):
-        smaller = model.model_copy(update={"quantization": Nf4Quantization()})
-        yield _Option("model.quantization='{method: nf4}'", {"model": smaller})
+    if model.storage.bits > SMALLEST.bits:
+        smaller = model.model_copy(update={"quantization": SMALLEST})
+        yield _Option(f"model.quantization='{{method: {SMALLEST.method}}}'", {"model": smaller})
     if rows.longest > SHORTEST:
         half = max(rows.longest // 2, SHORTEST)
         yield _Option(f"data.max_length={half}", {}, half)

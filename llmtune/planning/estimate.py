@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from llmtune.io.sizes import MIB
-from llmtune.models.config import QuantizationConfig
+from llmtune.models.quantization.base import Quantization
 from llmtune.planning.activations import Adapted, activation_cost, merged_expert_bytes
 from llmtune.planning.kernels import advise_capacity, count_sizes, kernel_bytes
 from llmtune.planning.shape import ModelShape
@@ -38,7 +38,7 @@ class Workload:
     """A run by its numbers: the planner needs no config."""
 
     shape: ModelShape
-    quantization: QuantizationConfig | None
+    quantization: Quantization
     element_bytes: int
     """Of the base's dtype, and of the activations."""
     adapted: Adapted
@@ -189,7 +189,7 @@ def _dequantization_bytes(work: Workload) -> int:
     largest = work.shape.largest_linear
     if work.adapted.dense_copies:
         return work.adapted.dense_copies * FLOAT32 * largest
-    return work.element_bytes * largest if work.quantization is not None else 0
+    return work.element_bytes * largest if work.quantization.is_quantized else 0
 
 
 def _activation_components(cost: ActivationCost, plan: MemoryPlan, tokens: int) -> dict[str, int]:

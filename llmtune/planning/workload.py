@@ -53,11 +53,11 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
     steps, num_tokens = count_steps(train, rows)
     return Workload(
         shape=shape,
-        quantization=model.quantization,
+        quantization=model.storage,
         element_bytes=4 if model.dtype == "float32" else 2,
         adapted=Adapted(
             ranks={name: adapter.thin_width(name) for name in chosen},
-            is_fused=adapter.is_fusable and model.quantization_method != "int8",
+            is_fused=adapter.is_fusable and model.storage.fusable_layer is not None,
             dropout_mask_bytes=MASK_BYTES[request.device.kind] if adapter.drops_inputs else 0,
             kept_outputs=adapter.KEPT_OUTPUTS,
             dense_copies=adapter.DENSE_COPIES,

@@ -160,7 +160,7 @@ def _torch() -> Iterator[Finding]:
 
 
 def _quantization() -> Finding:
-    from llmtune.models.trial import try_quantization
+    from llmtune.models.quantization.bnb import try_quantization
 
     problem = try_quantization()
     if problem is None:

@@ -22,7 +22,7 @@ from llmtune.io.sizes import MIB
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.load import LoadedModel, load_model
-from llmtune.models.quantization import QuantizationTable
+from llmtune.models.quantization.describe import QuantizationTable
 from llmtune.training.protect.config import ProtectConfig
 from llmtune.training.protect.prepare import PreparedProtection, prepare_protection
 from llmtune.training.request import TrainRequest, TrainResult

@@ -21,9 +21,9 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.safetensors import build_preamble
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
-from llmtune.models.quantization import keep_differentiable
+from llmtune.models.quantization.bnb import dequantize_four_bit
+from llmtune.models.quantization.describe import keep_differentiable
 from llmtune.models.resolve import resolve_base
-from llmtune.training.fused.lora import dequantize_four_bit
 
 GGUF_FILE = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 LLAMA = {

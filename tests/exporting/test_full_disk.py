@@ -6,7 +6,8 @@ import pytest
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.nf4_checkpoint import SMALL_FILES_BYTES, needed_bytes, write_nf4
-from llmtune.models.config import ModelConfig, Nf4Quantization
+from llmtune.models.config import ModelConfig
+from llmtune.models.quantization.nf4 import Nf4Quantization
 from llmtune.models.resolve import resolve_base
 from tests.exporting.exports import export_model
 from tests.tiny import make_model

@@ -13,8 +13,8 @@ from llmtune.merging.plan import PlanOptions, plan_merge
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.load import load_model
+from llmtune.models.quantization.describe import describe_quantized_base
 from llmtune.models.resolve import resolve_base
-from llmtune.models.round_trip import describe_quantized_base
 from tests.merging.adapters import load_base, logits, make_adapter, make_base
 
 QUANTIZATIONS = {

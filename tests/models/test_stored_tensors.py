@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from llmtune.errors import LlmtuneError
 from llmtune.models.config import ModelConfig
 from llmtune.models.load import load_model
-from llmtune.models.quantization import bitsandbytes_config
 from llmtune.models.resolve import resolve_base
 from llmtune.models.stored_tensors import stored_tensors
 from tests.tiny import FAMILIES, make_model
@@ -29,7 +28,7 @@ def test_the_quantized_base_is_the_one_that_transformers_loads(checkpoint, famil
         checkpoint(family),
         dtype=torch.bfloat16,
         device_map={"": "cpu"},
-        quantization_config=bitsandbytes_config(config.quantization, torch.bfloat16),
+        quantization_config=config.storage.loading_config(torch.bfloat16),
     )
     expected = dict(theirs.state_dict()) | dict(theirs.named_buffers())
     found = dict(ours.state_dict()) | dict(ours.named_buffers())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtune.models.quantization.config import DENSE
 from llmtune.planning.activations import Adapted
 from llmtune.planning.devices import Device, given_gpu
 from llmtune.planning.estimate import Workload
@@ -20,7 +21,7 @@ def make_workload(name):
     shape = read_shape(json.loads((SHAPES / name / "config.json").read_text()), name)
     return Workload(
         shape=shape,
-        quantization=None,
+        quantization=DENSE,
         element_bytes=2,
         adapted=Adapted(dict.fromkeys(shape.linear, 16), is_fused=True),
         adapter_parameters=42_000_000,

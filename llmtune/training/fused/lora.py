@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from llmtune.adapters.attach import live_method
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.low_rank import active_factors
+from llmtune.models.quantization.describe import dense_weight
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear, lora_linears
 
 FUSED_MARK = "is_fused_lora"
@@ -92,18 +93,13 @@ def _find_obstacle(method: type[Adapter], layer: BaseTunerLayer) -> str | None:
         return "hooks are attached"
     if any(parameter.requires_grad for parameter in base.parameters()):
         return "the base layer is trained"
-    if type(base) not in (nn.Linear, Conv1D) and not _is_four_bit(base):
+    if type(base) not in (nn.Linear, Conv1D) and dense_weight(base) is None:
         return f"{type(base).__name__} bases are not covered"
     return None
 
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-def _is_four_bit(base: nn.Module) -> bool:
-    state = getattr(base.weight, "quant_state", None)
-    return state is not None and not getattr(state, "packing_format_for_cpu", False)
 
 
 def _find_groups(
@@ -191,21 +187,7 @@ def describe_linear(layer: BaseTunerLayer) -> LoraLinear:
 def _read_weight(base: nn.Module) -> Tensor | Callable[[], Tensor]:
     if isinstance(base, Conv1D):
         return base.weight.T
-    if _is_four_bit(base):
-        return lambda: dequantize_four_bit(base.weight)
+    dequantize = dense_weight(base)
+    if dequantize is not None:
+        return dequantize
     return base.weight
-
-
-def dequantize_four_bit(weight: nn.Parameter) -> Tensor:
-    """Return the dense weight [out, in] of a bitsandbytes 4-bit parameter, in its stored dtype."""
-    state = weight.quant_state
-    scales = state.absmax
-    if state.nested:
-        outer = state.state2
-        scales = torch.ops.bitsandbytes.dequantize_blockwise(
-            scales, outer.absmax, outer.code, outer.blocksize, torch.float32
-        )
-        scales = scales + state.offset
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        weight.data, scales, state.blocksize, state.quant_type, state.shape, state.dtype
-    )

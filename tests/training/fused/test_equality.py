@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from llmtune.models.quantization import keep_differentiable
-from llmtune.training.fused.lora import dequantize_four_bit
+from llmtune.models.quantization.bnb import dequantize_four_bit
+from llmtune.models.quantization.describe import keep_differentiable
 from llmtune.training.train import train_adapter
 from tests.tiny import make_model
 from tests.training.tiny_runs import adapter_weights, add_lora, make_config, make_request

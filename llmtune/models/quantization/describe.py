@@ -1,21 +1,22 @@
-"""How a base's weights are kept: bitsandbytes' settings, the check after loading, the table."""
+"""What is quantized of a base: before it is loaded, checked after loading, and as a table."""
 
 import re
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmtune.errors import LlmtuneError
-from llmtune.models.config import (
-    Fp4Quantization,
-    Int8Quantization,
-    Nf4Quantization,
-    QuantizationConfig,
-)
+from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.config import ModelConfig
+from llmtune.models.hardware import choose_device, choose_dtype
+from llmtune.models.quantization.base import Quantization, RoundTrip
+from llmtune.models.quantization.config import members
+from llmtune.models.quiet import quiet_loading
 
 EXPERT_DIMENSIONS = 3  # fused experts are one parameter [expert, out, in]
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -55,27 +56,57 @@ class QuantizationTable:
     @property
     def quantized_ratio(self) -> float:
         """Share of the parameters that are quantized, 0 to 1."""
-        quantized = sum(row.num_parameters for row in self.rows if row.kind in _KINDS)
+        kinds = {member.model_fields["method"].default for member in members()}
+        quantized = sum(row.num_parameters for row in self.rows if row.kind in kinds)
         return quantized / max(1, self.num_parameters)
 
 
-_KINDS = ("nf4", "fp4", "int8")
+@dataclass(frozen=True)
+class QuantizedBase:
+    """Which weights of a base are quantized when it is loaded, and how."""
+
+    method: str
+    weights: Mapping[str, bool]
+    """Parameter name in memory -> whether the checkpoint holds it transposed ([in, out])."""
+    round_trip: RoundTrip
+    dtype: torch.dtype
+    """Of what is not quantized."""
 
 
-def bitsandbytes_config(
-    config: QuantizationConfig | None, dtype: torch.dtype
-) -> BitsAndBytesConfig | None:
-    """Translate the `quantization` section; None where nothing is quantized."""
-    if isinstance(config, Nf4Quantization | Fp4Quantization):
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=config.method,
-            bnb_4bit_use_double_quant=config.double_quant,
-            bnb_4bit_compute_dtype=compute_dtype(config, dtype),
+def describe_quantized_base(config: ModelConfig, source: Checkpoint) -> QuantizedBase | None:
+    """Say what `load_model` would quantize, from the skeleton of the model; no weight is read.
+
+    Returns:
+        None if `config` quantizes nothing.
+
+    Raises:
+        LlmtuneError: this machine does not have the device asked for.
+    """
+    quantization = config.storage
+    if not quantization.is_quantized:
+        return None
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device, source.model_type)
+    remote = {"trust_remote_code": config.trust_remote_code}
+    with quiet_loading(), torch.device("meta"):
+        model_config = AutoConfig.from_pretrained(
+            str(source.directory), local_files_only=True, **remote
         )
-    if isinstance(config, Int8Quantization):
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=config.outlier_threshold)
-    return None
+        skeleton = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **remote)
+        weights = quantization.quantized_weights(skeleton, dtype)
+    if not weights:
+        raise LlmtuneError(
+            f"{source.origin}: has no linear layer that {quantization.method} quantizes; "
+            "set model.quantization=null"
+        )
+    return QuantizedBase(
+        quantization.method, weights, quantization.round_trip(device, dtype), dtype
+    )
+
+
+def dense_weight(layer: nn.Module) -> Callable[[], Tensor] | None:
+    """Return a function that gives the dense weight [out, in] of a quantized layer; else None."""
+    return next(filter(None, (member.dense_weight(layer) for member in members())), None)
 
 
 def keep_differentiable(model: PreTrainedModel) -> None:
@@ -89,13 +120,8 @@ def keep_differentiable(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def compute_dtype(config: Nf4Quantization | Fp4Quantization, dtype: torch.dtype) -> torch.dtype:
-    """Return the precision of the 4-bit layers' products; auto is the model's own dtype."""
-    return dtype if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
-
-
 def check_quantization(
-    model: PreTrainedModel, config: QuantizationConfig | None, dtype: torch.dtype
+    model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype
 ) -> None:
     """Check that the loaded model is quantized as asked: a library that fell back is an error.
 
@@ -103,22 +129,21 @@ def check_quantization(
         LlmtuneError: quantization was asked for and the model has no linear layer to quantize, or
             a layer has another format, nesting or compute dtype than asked.
     """
-    if not isinstance(config, Nf4Quantization | Fp4Quantization | Int8Quantization):
+    if not quantization.is_quantized:
         return
-    layers = {name: layer for name, layer in model.named_modules() if _kind(layer) in _KINDS}
+    layers = {name: layer for name, layer in model.named_modules() if _kind(layer) is not None}
     if not layers:
         raise LlmtuneError(
-            f"model.quantization.method={config.method}: {type(model).__name__} has no linear "
-            "layer that bitsandbytes can quantize. Set model.quantization=null."
+            f"model.quantization.method={quantization.method}: {type(model).__name__} has no "
+            "linear layer that it can quantize. Set model.quantization=null."
         )
     for name, layer in layers.items():
         _check_shape(name, layer)
         _check_width(name, layer)
-        found: tuple[Any, ...] = (_kind(layer),)
-        wanted: tuple[Any, ...] = (config.method,)
-        if not isinstance(config, Int8Quantization):
-            found += (layer.weight.quant_state.nested, layer.compute_dtype)
-            wanted += (config.double_quant, compute_dtype(config, dtype))
+        found = (_kind(layer),)
+        wanted = quantization.wanted_settings(dtype)
+        if found[0] == wanted[0]:
+            found = quantization.settings_of(layer)
         if found != wanted:
             raise LlmtuneError(
                 f"model.quantization: {name} was loaded as {found}, asked for was {wanted} "
@@ -198,13 +223,8 @@ def _state_bytes(state: Any) -> int:
 
 
 def _kind(module: nn.Module) -> str | None:
-    """Name bitsandbytes' format of a layer, read from the weight itself, not from a config."""
-    weight: Any = getattr(module, "weight", None)
-    if type(weight).__name__ == "Params4bit":
-        return weight.quant_type
-    if type(weight).__name__ == "Int8Params":
-        return "int8"
-    return None
+    """Name the format that a quantized layer is in, read from the layer itself, not a config."""
+    return next(filter(None, (member.kind_of(module) for member in members())), None)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

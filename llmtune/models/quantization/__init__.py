@@ -1,0 +1,1 @@
+"""How a base's weights are kept: one file for each way."""

@@ -1,0 +1,11 @@
+"""NormalFloat, 4 bits."""
+
+from typing import Literal
+
+from llmtune.models.quantization.four_bit import FourBitQuantization
+
+
+class Nf4Quantization(FourBitQuantization):
+    """4-bit NormalFloat weights (QLoRA, arXiv:2305.14314) by bitsandbytes, on CUDA and CPU."""
+
+    method: Literal["nf4"] = "nf4"
