@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.exporting.base import FileExporter, Written
-from llmtune.exporting.gguf_writer.types import ADAPTER_TYPES, DEFAULT_ADAPTER_TYPE, is_gguf
+from llmtune.exporting.gguf_writer.types import ADAPTER_TYPES, DEFAULT_ADAPTER_TYPE
+from llmtune.io.gguf_head import is_gguf
 
 if TYPE_CHECKING:
     from llmtune.exporting.export import ExportJob

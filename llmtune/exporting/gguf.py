@@ -10,9 +10,9 @@ from llmtune.exporting.gguf_writer.types import (
     DEFAULT_TYPE,
     GGUF_TYPES,
     QUANTIZER_TYPES,
-    is_gguf,
     require_quantizer,
 )
+from llmtune.io.gguf_head import is_gguf
 
 if TYPE_CHECKING:
     from llmtune.exporting.export import ExportJob

@@ -82,6 +82,14 @@ class GgufHead:
     tensors: tuple[GgufTensor, ...]
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a file that begins as a GGUF file does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+
+
 def read_gguf_head(path: Path) -> GgufHead:
     """Read the head of a GGUF file; memory and time are bounded whatever the file says.
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file
+from llmtune.io.gguf_head import is_gguf
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.io.unfinished import remove_all_leftovers, unfinished_dir
 from llmtune.models.checkpoint import CONFIG_NAME
 
 RECORD_NAME = "llmtune_base.json"
-GGUF_MAGIC = b"GGUF"
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,8 @@ def dense_checkpoint(gguf_path: Path) -> tuple[Path, str]:
     Raises:
         LlmtuneError: not a GGUF file, of a kind transformers cannot read, or no room to write.
     """
-    with gguf_path.open("rb") as file:
-        if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
-            raise LlmtuneError(f"{gguf_path}: not a GGUF file (its first four bytes are not GGUF).")
+    if not is_gguf(gguf_path):
+        raise LlmtuneError(f"{gguf_path}: not a GGUF file (its first four bytes are not GGUF).")
     sha256 = hash_file(gguf_path)
     target = cache_dir() / "bases" / sha256[:16]
     if not (target / CONFIG_NAME).is_file():

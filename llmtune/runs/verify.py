@@ -11,7 +11,7 @@ from llmtune.checks.reference import Reference
 from llmtune.checks.verification import Comparison, Verification
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.tasks.base import Suite
-from llmtune.exporting.gguf_writer.read import read_file_type, read_source
+from llmtune.exporting.gguf_writer.types import read_file_type, read_source
 from llmtune.merging.config import MergeConfig
 from llmtune.runs.evaluate import load_suites
 from llmtune.runs.targets import Target, resolve_target

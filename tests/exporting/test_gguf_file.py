@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer import tiles, write
+from llmtune.exporting.gguf_writer.types import FILE_TYPES, GGUF_TYPES
 from llmtune.exporting.gguf_writer.write import GgufRequest, runtime_name, write_gguf
 from llmtune.io.unfinished import unfinished_file
 from llmtune.models.checkpoint import Checkpoint
@@ -76,6 +77,11 @@ def test_query_rows_are_paired_for_llama_and_the_rest_is_in_place(llama_dir, tmp
             written[f"blk.1.{target}.weight"], stored[f"model.layers.1.{name}.weight"].numpy()
         )
     assert "output.weight" not in written  # tied
+
+
+def test_the_numbers_of_file_types_are_llama_cpps():
+    official = {name: gguf.LlamaFileType[f"MOSTLY_{name.upper()}"] for name in GGUF_TYPES[1:]}
+    assert {"f32": gguf.LlamaFileType.ALL_F32, **official} == FILE_TYPES
 
 
 def test_small_tiles_give_the_same_file(llama_dir, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.config import check_exportable
-from llmtune.exporting.gguf_writer.read import read_file_type
+from llmtune.exporting.gguf_writer.types import read_file_type
 from tests.exporting.exports import export_model
 from tests.tiny import make_model
 

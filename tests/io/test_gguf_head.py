@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.gguf_writer.read import read_file_type
+from llmtune.exporting.gguf_writer.types import read_file_type
 from llmtune.io.gguf_head import MAX_TENSORS, read_gguf_head
 from llmtune.models.gguf import dense_checkpoint
 from llmtune.planning.gguf_config import read_gguf_config

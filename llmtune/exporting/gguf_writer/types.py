@@ -1,10 +1,11 @@
-"""The types of GGUF files; llama.cpp's own quantizer makes those that nothing else does (light)."""
+"""The types of GGUF files: those written here, those that llama.cpp makes, and that of a file."""
 
 import shutil
 import subprocess
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.gguf_head import read_gguf_head
 
 OWN_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 QUANTIZER_TYPES = (
@@ -20,20 +21,25 @@ QUANTIZER_TYPES = (
 )
 """What only llama.cpp's own quantizer makes."""
 GGUF_TYPES = OWN_TYPES + QUANTIZER_TYPES
+FILE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q8_0": 7,
+    "q5_0": 8,
+    "q5_1": 9,
+    **{name: 10 + place for place, name in enumerate(QUANTIZER_TYPES)},
+    "bf16": 32,
+}
+"""llama.cpp's numbers for `general.file_type`."""
 DEFAULT_TYPE = "q8_0"
 ADAPTER_TYPES = ("f32", "f16", "bf16")
 DEFAULT_ADAPTER_TYPE = "f16"
-GGUF_MAGIC = b"GGUF"
+SOURCE_KEY = "llmtune.source"
+"""The fingerprint of the checkpoint's weights that a file was made from."""
 PROGRAM = "llama-quantize"
 LAST_LINES = 3
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether `path` is a file that begins as a GGUF file does."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
 
 
 def require_quantizer(type: str) -> str:
@@ -63,3 +69,23 @@ def quantize_file(source: Path, path: Path, type: str) -> None:
         path.unlink(missing_ok=True)
         last = " | ".join((done.stderr or done.stdout).strip().splitlines()[-LAST_LINES:])
         raise LlmtuneError(f"{command[0]} failed (exit {done.returncode}): {last}")
+
+
+def read_file_type(path: Path) -> str:
+    """Return the type most of a model's weights have, such as `q8_0`.
+
+    Raises:
+        LlmtuneError: it is not a GGUF file, is cut short, or holds an adapter.
+    """
+    values = read_gguf_head(path).values
+    if values.get("general.type") == "adapter":
+        raise LlmtuneError(f"{path}: holds an adapter; expected a whole model")
+    names = {number: name for name, number in FILE_TYPES.items()}
+    number = values.get("general.file_type")
+    return names.get(number, "other") if isinstance(number, int) else "other"
+
+
+def read_source(path: Path) -> str | None:
+    """Return the fingerprint of the checkpoint the file was made from, or None if it has none."""
+    source = read_gguf_head(path).values.get(SOURCE_KEY)
+    return source if isinstance(source, str) else None

@@ -11,7 +11,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf import GGUFReader, GGUFWriter, LlamaFileType
+from gguf import GGUFReader, GGUFWriter
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.architectures import (
@@ -22,22 +22,11 @@ from llmtune.exporting.gguf_writer.architectures import (
 )
 from llmtune.exporting.gguf_writer.tensors import PlannedTensor, plan_tensors
 from llmtune.exporting.gguf_writer.tiles import iter_tensor_bytes
-from llmtune.exporting.gguf_writer.types import QUANTIZER_TYPES, quantize_file
+from llmtune.exporting.gguf_writer.types import FILE_TYPES, QUANTIZER_TYPES, quantize_file
 from llmtune.exporting.gguf_writer.vocabulary import Vocabulary, read_vocabulary
 from llmtune.io.safetensors import CheckpointIndex
 from llmtune.io.unfinished import require_space
 
-FILE_TYPES = {
-    "f32": LlamaFileType.ALL_F32,
-    "f16": LlamaFileType.MOSTLY_F16,
-    "bf16": LlamaFileType.MOSTLY_BF16,
-    "q8_0": LlamaFileType.MOSTLY_Q8_0,
-    "q5_1": LlamaFileType.MOSTLY_Q5_1,
-    "q5_0": LlamaFileType.MOSTLY_Q5_0,
-    "q4_1": LlamaFileType.MOSTLY_Q4_1,
-    "q4_0": LlamaFileType.MOSTLY_Q4_0,
-    **{name: LlamaFileType[f"MOSTLY_{name.upper()}"] for name in QUANTIZER_TYPES},
-}
 PHI3_NAME = re.compile("phi-?3", re.IGNORECASE)
 HEAD_BYTES = 16 << 20
 """More than any tokenizer and tensor list take."""
