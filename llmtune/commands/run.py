@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from llmtune.commands.harness import with_harness_options
+from llmtune.commands.lm_eval import with_lm_eval_options
 from llmtune.commands.options import (
     CONFIG_ARGUMENT,
     FORCE_OPTION,
@@ -98,7 +98,7 @@ def train(
 @TARGET_ARGUMENT
 @OVERRIDES_ARGUMENT
 @click.option("--suite", "suites", multiple=True, help="A suite file or a shipped suite's name.")
-@with_harness_options
+@with_lm_eval_options
 @FORCE_OPTION
 @with_output_options
 def evaluate(  # noqa: PLR0913 (one argument an option)

@@ -7,24 +7,25 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.harness import HARNESS_TASK, HarnessSettings, suite_name
-from llmtune.evaluation.results import ArmResult, ItemScore, finite_or_none
+from llmtune.evaluation.results import LM_EVAL_TASK, ArmResult, ItemScore, finite_or_none
 from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.stats import standard_error
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.quiet import quieted
 from llmtune.scoring.batches import inference
 
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
 LIBRARY = "lm_eval"
+HOW_TO_INSTALL = 'install it with: pip install "llmtune[lm-eval]"'
 PREFERRED = ("acc", "exact_match", "bits_per_byte")
 """The metric kept for each item where a task has it; else its first with a value per item."""
 METRIC_NAMES = {"acc": "accuracy"}
@@ -33,7 +34,24 @@ PER_BYTE = "bits_per_byte"
 
 
 @dataclass(frozen=True)
-class HarnessRun:
+class LmEvalSettings:
+    """Tasks of lm-evaluation-harness and how they are run.
+
+    `limit` is the number of items of each task; `num_fewshot` None takes each task's own number;
+    `role` says where the report puts the results.
+    """
+
+    tasks: tuple[str, ...]
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    chat_template: bool = False
+    batch_size: int = 8
+    role: str = "general"
+
+
+@dataclass(frozen=True)
+class LmEvalRun:
     """What one call of the harness gave for one arm: a result a task, and its own summary."""
 
     results: tuple[ArmResult, ...]
@@ -41,12 +59,26 @@ class HarnessRun:
     """task -> `metric,filter` -> the value that the harness itself reports."""
 
 
-def run_tasks(scored: ScoredModel, arm: str, settings: HarnessSettings) -> HarnessRun:
+def suite_name(task: str) -> str:
+    """Return the name under which a task's results are kept: `lm_eval_<task>`."""
+    return f"lm_eval_{task.replace('/', '_')}"
+
+
+def run_tasks(scored: ScoredModel, arm: str, settings: LmEvalSettings) -> LmEvalRun:
     """Run the settings' tasks on a loaded model as it stands.
 
     Raises:
-        LlmtuneError: a task is unknown, needs the network, is unsafe, or has no value per item.
+        LlmtuneError: the harness is not installed, or a task is unknown, needs the network, is
+            unsafe, or has no value per item.
     """
+    try:
+        from lm_eval import simple_evaluate
+    except ImportError as error:
+        if error.name is None or not error.name.startswith(LIBRARY):
+            raise
+        raise LlmtuneError(
+            f"--lm-eval: lm-evaluation-harness is not installed; {HOW_TO_INSTALL}"
+        ) from None
     started = time.perf_counter()
     with quieted(LIBRARY), inference(scored.model):
         manager = _task_manager(settings)
@@ -69,7 +101,7 @@ def run_tasks(scored: ScoredModel, arm: str, settings: HarnessSettings) -> Harne
                 "the hub; tasks of your own are found with --include-path"
             ) from error
     seconds = (time.perf_counter() - started) / max(len(found["samples"]), 1)
-    return HarnessRun(
+    return LmEvalRun(
         tuple(
             _arm_result(scored, arm, settings, _Task(name, found, samples), seconds)
             for name, samples in found["samples"].items()
@@ -78,8 +110,10 @@ def run_tasks(scored: ScoredModel, arm: str, settings: HarnessSettings) -> Harne
     )
 
 
-def harness_model(scored: ScoredModel, *, batch_size: int = 8) -> HFLM:
+def harness_model(scored: ScoredModel, *, batch_size: int = 8) -> "HFLM":
     """Return the loaded model as the harness takes it; nothing is loaded again."""
+    from lm_eval.models.huggingface import HFLM
+
     return HFLM(pretrained=scored.model, tokenizer=scored.tokenizer, batch_size=batch_size)
 
 
@@ -90,8 +124,10 @@ class _Task:
     samples: Sequence[Mapping[str, Any]]
 
 
-def _task_manager(settings: HarnessSettings) -> TaskManager:
+def _task_manager(settings: LmEvalSettings) -> "TaskManager":
     """Return an index of tasks; the harness's own, some 10,000, only where they are asked for."""
+    from lm_eval.tasks import TaskManager
+
     if settings.include_path is not None:
         own = TaskManager(include_path=settings.include_path, include_defaults=False)
         if all(own.match_tasks([name]) for name in settings.tasks):
@@ -99,7 +135,7 @@ def _task_manager(settings: HarnessSettings) -> TaskManager:
     return TaskManager(include_path=settings.include_path)
 
 
-def _known_tasks(manager: TaskManager, settings: HarnessSettings) -> list[str]:
+def _known_tasks(manager: "TaskManager", settings: LmEvalSettings) -> list[str]:
     chosen = []
     for name in settings.tasks:
         matches = manager.match_tasks([name])
@@ -115,7 +151,7 @@ def _known_tasks(manager: TaskManager, settings: HarnessSettings) -> list[str]:
 
 
 def _arm_result(
-    scored: ScoredModel, arm: str, settings: HarnessSettings, task: _Task, seconds: float
+    scored: ScoredModel, arm: str, settings: LmEvalSettings, task: _Task, seconds: float
 ) -> ArmResult:
     metric, chosen_filter = _choose_metric(task)
     rows = [row for row in task.samples if row["filter"] == chosen_filter]
@@ -126,7 +162,7 @@ def _arm_result(
     recipe = _recipe(scored, settings, task, metric, chosen_filter)
     return ArmResult(
         suite=suite_name(task.name),
-        task=HARNESS_TASK,
+        task=LM_EVAL_TASK,
         role=settings.role,
         description=f"lm-evaluation-harness task {task.name}, {metric}",
         arm=arm,
@@ -197,7 +233,7 @@ def _direction(task: _Task, metric: str) -> bool:
 
 
 def _recipe(
-    scored: ScoredModel, settings: HarnessSettings, task: _Task, metric: str, chosen_filter: str
+    scored: ScoredModel, settings: LmEvalSettings, task: _Task, metric: str, chosen_filter: str
 ) -> dict[str, Any]:
     identity = scored.identity
     template = template_fingerprint(scored.tokenizer).to_json() if settings.chat_template else None

@@ -10,6 +10,9 @@ from typing import Any
 from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import atomic_write_json
 
+LM_EVAL_TASK = "lm-eval"
+"""The `task` of a result that lm-evaluation-harness made."""
+
 AGAIN = "remove the file and measure it again: llmtune eval RUN"
 
 

@@ -11,8 +11,13 @@ import numpy.typing as npt
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import Resampling, arm_kind, cluster_names
-from llmtune.evaluation.harness import HARNESS_TASK
-from llmtune.evaluation.results import ArmResult, ItemScore, finite_or_none, read_arm_result
+from llmtune.evaluation.results import (
+    LM_EVAL_TASK,
+    ArmResult,
+    ItemScore,
+    finite_or_none,
+    read_arm_result,
+)
 from llmtune.evaluation.stats import standard_error
 from llmtune.io.manifest import Manifest
 from llmtune.io.run_dir import RunDir
@@ -94,8 +99,8 @@ def current_results(run: RunDir, manifest: Manifest, models: Models) -> Callable
         if arm_kind(result.arm) in {arm_kind(arm) for arm in arms}:
             return False  # of an earlier call with other knobs: a draw or a strength too many
         # Tasks of lm-evaluation-harness and further arms are run outside the stage.
-        is_beside = result.task == HARNESS_TASK or arm_kind(result.arm) not in MAIN_KINDS
-        is_of_suite = result.task == HARNESS_TASK or result.suite in made
+        is_beside = result.task == LM_EVAL_TASK or arm_kind(result.arm) not in MAIN_KINDS
+        is_of_suite = result.task == LM_EVAL_TASK or result.suite in made
         return is_beside and is_of_suite and is_of_models(result)
 
     return is_current

@@ -44,10 +44,12 @@ def score_lm_eval(  # noqa: PLR0913 (one argument an option of the harness)
         LlmtuneError: the harness is not installed, the target has no such arm, or a task cannot
             be run.
     """
-    from llmtune.evaluation.harness import HarnessSettings
-    from llmtune.serving.harness import run_harness
+    from llmtune.evaluation.lm_eval import LmEvalSettings
+    from llmtune.serving import score as serving
 
     target = resolve_target(name, overrides)
-    settings = HarnessSettings(tasks, include_path, num_fewshot, limit, chat_template, batch_size)
+    settings = LmEvalSettings(tasks, include_path, num_fewshot, limit, chat_template, batch_size)
     results_dir = target.results_dir
-    return run_harness(target, settings, target.evaluate, arms=arms, results_dir=results_dir)
+    return serving.score_lm_eval(
+        target, settings, target.evaluate, arms=arms, results_dir=results_dir
+    )

@@ -20,8 +20,7 @@ from tests.tiny import make_model, make_tokenizer
 
 pytest.importorskip("lm_eval", reason='needs the extra: pip install "llmtune[lm-eval]"')
 
-from llmtune.evaluation.harness import HarnessSettings  # noqa: E402
-from llmtune.evaluation.lm_eval import harness_model, run_tasks  # noqa: E402
+from llmtune.evaluation.lm_eval import LmEvalSettings, harness_model, run_tasks  # noqa: E402
 
 IDENTITY = ModelIdentity(base="b", adapter="a", dtype="float32", quantization="none")
 WORDS = ["dog", "fox", "film", "plot", "quick", "lazy", "warm", "funny", "ending", "sentence"]
@@ -84,7 +83,7 @@ def tokenizer_with_bos():
 def test_choice_accuracy_equals_the_harness_item_by_item(model, make, tmp_path):
     suite = write_task(tmp_path)
     scored = ScoredModel(model, make(), IDENTITY)
-    settings = HarnessSettings(("local_words",), include_path=str(tmp_path / "tasks"))
+    settings = LmEvalSettings(("local_words",), include_path=str(tmp_path / "tasks"))
     run = run_tasks(scored, "tuned", settings)
     [theirs] = run.results
     ours = evaluate_suite(scored, suite, arm="tuned")
@@ -116,7 +115,7 @@ def test_both_read_the_same_token_ids(model, make, tmp_path):
 def test_arms_of_a_task_are_compared_as_any_suite(model, tmp_path):
     write_task(tmp_path, num_items=30)
     scored = ScoredModel(model, make_tokenizer(), IDENTITY)
-    settings = HarnessSettings(("local_words",), include_path=str(tmp_path / "tasks"), limit=20)
+    settings = LmEvalSettings(("local_words",), include_path=str(tmp_path / "tasks"), limit=20)
     with model.disable_adapter():
         [base] = run_tasks(scored, "base", settings).results
     [tuned] = run_tasks(scored, "tuned", settings).results
@@ -124,7 +123,7 @@ def test_arms_of_a_task_are_compared_as_any_suite(model, tmp_path):
     assert base.metric == "accuracy"
     found = compare_arms(base, tuned, resampling=Resampling(samples=200))
     assert found.difference == pytest.approx(tuned.mean - base.mean)
-    whole = run_tasks(scored, "tuned", HarnessSettings(**{**vars(settings), "limit": None}))
+    whole = run_tasks(scored, "tuned", LmEvalSettings(**{**vars(settings), "limit": None}))
     with pytest.raises(LlmtuneError, match="items"):
         compare_arms(base, whole.results[0], resampling=Resampling(samples=200))
 
@@ -151,7 +150,7 @@ def test_generation_and_likelihood_tasks_keep_a_value_an_item(model, tmp_path):
     for name, task in tasks.items():
         (tmp_path / "tasks" / f"{name}.yaml").write_text(json.dumps({"task": name} | data | task))
     scored = ScoredModel(model, make_tokenizer(), IDENTITY)
-    settings = HarnessSettings(tuple(tasks), include_path=str(tmp_path / "tasks"))
+    settings = LmEvalSettings(tuple(tasks), include_path=str(tmp_path / "tasks"))
     run = run_tasks(scored, "tuned", settings)
     results = {result.suite: result for result in run.results}
     assert results["lm_eval_local_write"].metric == "exact_match"
@@ -163,7 +162,7 @@ def test_generation_and_likelihood_tasks_keep_a_value_an_item(model, tmp_path):
 def test_an_unknown_task_is_named_with_its_neighbours(model, tmp_path):
     write_task(tmp_path, num_items=2)
     scored = ScoredModel(model, make_tokenizer(), IDENTITY)
-    settings = HarnessSettings(("local_wrods",), include_path=str(tmp_path / "tasks"))
+    settings = LmEvalSettings(("local_wrods",), include_path=str(tmp_path / "tasks"))
     with pytest.raises(LlmtuneError, match="local_words"):
         run_tasks(scored, "tuned", settings)
 
@@ -175,7 +174,7 @@ def test_the_real_model_scores_movies_as_the_harness_does(monkeypatch, tmp_path)
     config = ModelConfig(base="models/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32")
     loaded = load_model(config, resolve_base(config))
     scored = ScoredModel(loaded.model, loaded.tokenizer, IDENTITY)
-    settings = HarnessSettings(("llmtune_movies",), include_path="evals/tasks", limit=80)
+    settings = LmEvalSettings(("llmtune_movies",), include_path="evals/tasks", limit=80)
     [theirs] = run_tasks(scored, "base", settings).results
 
     rows = (root / "data/quickstart/movies_test.jsonl").read_text().splitlines()[:80]

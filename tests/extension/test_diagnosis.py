@@ -65,6 +65,23 @@ class AnswerLength(Diagnosis[AnswerLengthResult]):
 '''
 
 
+PROGRAM = """
+import shutil
+from llmtune import evaluate, load_config, report, train
+
+plain = ["evaluate.arms=[base,tuned]", "evaluate.strengths=[]", "evaluate.few_shot.measure=false"]
+without = ["probe", "shift", "memorisation", "divergence", "stops", "contamination"]
+plain += [f"evaluate.{{name}}=false" for name in without]
+config = load_config({config!r}, [*plain, "evaluate.extent=none"])
+train(config)
+evaluate(config)
+report(config.run_dir)
+shutil.copy(config.run_dir / "report.json", "before.json")
+evaluate(load_config({config!r}, [*plain, "evaluate.extent=full"]))
+report(config.run_dir)
+"""
+
+
 def test_a_new_diagnosis_is_measured_at_its_extent_and_shown(tmp_path):
     house = House(tmp_path / "house")
     house.add("evaluation/diagnosis/answer_length.py", ANSWER_LENGTH)
@@ -79,18 +96,9 @@ def test_a_new_diagnosis_is_measured_at_its_extent_and_shown(tmp_path):
         },
     )
     config, run = make_project(tmp_path / "project"), tmp_path / "project" / "run"
-    house.run("run", str(config), "evaluate.extent=none", "export.to=[]", cwd=tmp_path)
-    assert "length of the answers" in json.loads((run / "report.json").read_text())["missing"]
-    only = ["probe=false", "shift=false", "memorisation=false", "few_shot.measure=false"]
-    house.run(
-        "eval",
-        str(config),
-        "evaluate.extent=full",
-        "evaluate.strengths=[]",
-        *(f"evaluate.{knob}" for knob in only),
-        cwd=tmp_path,
-    )
-    house.run("report", str(run), cwd=tmp_path)
+    house.execute(PROGRAM.format(config=str(config)), cwd=tmp_path)
+    before = json.loads((tmp_path / "before.json").read_text())
+    assert "length of the answers" in before["missing"]
     found = json.loads((run / "diagnostics" / "answer_length.json").read_text())
     assert found["tuned"] > 0
     report = json.loads((run / "report.json").read_text())

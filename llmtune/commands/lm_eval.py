@@ -40,7 +40,7 @@ OPTIONS = (
 )
 
 
-def with_harness_options(command: Command) -> Command:
+def with_lm_eval_options(command: Command) -> Command:
     """Add the options, and hand them over together as `harness`: None without `--lm-eval`."""
 
     @functools.wraps(command)
