@@ -15,7 +15,6 @@ from llmtune.training.fused.packing import packed_attention
 from llmtune.training.loss import choose_head
 from llmtune.training.memory.arithmetic import UNLIMITED
 from llmtune.training.protect.config import ProtectConfig, add_replay
-from llmtune.training.protect.own_text import as_example, rows_for_share, write_own_text
 from llmtune.training.protect.penalties import (
     BaseProbe,
     Protection,
@@ -23,6 +22,7 @@ from llmtune.training.protect.penalties import (
     probe_base,
     squared_update_norm,
 )
+from llmtune.training.protect.prepare import as_example, rows_for_share, write_own_text
 from llmtune.training.train import train_adapter
 from tests.tiny import make_model
 from tests.training.tiny_runs import (
