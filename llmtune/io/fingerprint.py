@@ -4,10 +4,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 READ_BYTES = 1 << 20
 
-JsonValue = Mapping | Sequence | str | int | float | bool | None
+JsonValue = Mapping[str, Any] | Sequence[Any] | str | int | float | bool | None
 
 
 def hash_text(text: str) -> str:

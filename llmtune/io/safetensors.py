@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from llmtune.errors import LlmtuneError
 
@@ -177,7 +178,7 @@ def _read_preamble(
     return length_field + header
 
 
-def _entry(path: Path, name: str, info: dict, data_start: int) -> TensorEntry:
+def _entry(path: Path, name: str, info: dict[str, Any], data_start: int) -> TensorEntry:
     begin, end = (int(offset) for offset in info["data_offsets"])
     shape = tuple(int(size) for size in info["shape"])
     dtype = info["dtype"]

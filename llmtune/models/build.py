@@ -16,7 +16,9 @@ from llmtune.models.checkpoint import CONFIG_NAME, GENERATION_NAME
 from llmtune.models.stored_tensors import stored_tensors
 
 
-def build_model(directory: Path, keywords: dict[str, Any]) -> tuple[PreTrainedModel, dict]:
+def build_model(
+    directory: Path, keywords: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the causal LM in a checkpoint directory, and transformers' loading info.
 
     `keywords` are those of `from_pretrained`, with `output_loading_info`.
@@ -29,7 +31,8 @@ def build_model(directory: Path, keywords: dict[str, Any]) -> tuple[PreTrainedMo
         config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
         tensors = stored_tensors(directory)
     if tensors is None or not _has_own_class(config):
-        return AutoModelForCausalLM.from_pretrained(str(directory), **keywords)
+        model, info = AutoModelForCausalLM.from_pretrained(str(directory), **keywords)
+        return model, info
     model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None, config=config, state_dict=tensors, **keywords
     )

@@ -91,4 +91,4 @@ def choose_attention(
 
 def _gpu_has_bfloat16(device: torch.device) -> bool:
     with torch.cuda.device(device):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))

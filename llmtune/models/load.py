@@ -203,7 +203,7 @@ def _too_large(config: ModelConfig, source: Checkpoint, keywords: dict[str, Any]
     )
 
 
-def _check_loading_info(info: dict, source: Checkpoint) -> None:
+def _check_loading_info(info: dict[str, Any], source: Checkpoint) -> None:
     """Refuse a model of which parts were filled with random numbers: transformers only warns."""
     mismatched = [str(item[0]) for item in info.get("mismatched_keys", ())]
     for kind, keys in (("missing", info["missing_keys"]), ("of another shape", mismatched)):

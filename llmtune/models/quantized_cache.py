@@ -153,7 +153,8 @@ def _kept_config(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _move_away(entry: Path) -> None:

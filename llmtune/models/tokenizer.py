@@ -143,5 +143,5 @@ def _spare_token(tokenizer: PreTrainedTokenizerFast, taken: set[int | None]) -> 
     for pattern in SPARE_TOKENS:
         for token in special:
             if re.fullmatch(pattern, token, re.IGNORECASE):
-                return token
+                return str(token)
     return None

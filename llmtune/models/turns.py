@@ -169,13 +169,13 @@ def as_ids(value: int | Iterable[int] | None) -> list[int]:
 
 def _render(
     tokenizer: PreTrainedTokenizerFast,
-    messages: list[dict],
+    messages: list[dict[str, Any]],
     *,
-    tools: list[dict] | None = None,
+    tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
     try:
-        return tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
         )
     except TEMPLATE_ERRORS as error:
@@ -184,10 +184,11 @@ def _render(
             f"the chat template refuses a plain chat ({error}); its roles are {roles}; expected a "
             "template for user and assistant turns"
         ) from error
+    return text
 
 
 def _tool_opening(
-    tokenizer: PreTrainedTokenizerFast, answered: list[dict], specials: re.Pattern[str]
+    tokenizer: PreTrainedTokenizerFast, answered: list[dict[str, Any]], specials: re.Pattern[str]
 ) -> str | None:
     """Return the token that ends a turn followed by a tool's answer, for `next-turn` templates."""
     try:
@@ -200,7 +201,7 @@ def _tool_opening(
 
 def _call_closing(
     tokenizer: PreTrainedTokenizerFast,
-    asked: list[dict],
+    asked: list[dict[str, Any]],
     known: list[str],
     specials: re.Pattern[str],
 ) -> str | None:

@@ -82,7 +82,7 @@ def select_labelled(hidden_BSD: Tensor, positions_T: Tensor) -> Tensor:
     return hidden_BSD.flatten(0, 1).index_select(0, positions_T)
 
 
-class _FrozenHeadCrossEntropy(torch.autograd.Function):
+class _FrozenHeadCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     """Loss forward; the hidden states' gradient is ready when forward returns."""
 
     @staticmethod
@@ -110,7 +110,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden_TD,) = ctx.saved_tensors
         return grad_hidden_TD * grad_loss, None, None, None
@@ -188,7 +188,7 @@ def _tile_rows(logits_CV: Tensor, dtype: torch.dtype) -> int:
     if logits_CV.device.type != "cpu":
         return len(logits_CV)
     row_bytes = logits_CV.shape[1] * dtype.itemsize
-    return min(len(logits_CV), max(1, CPU_TILE_BYTES // row_bytes))
+    return min(len(logits_CV), max(1, int(CPU_TILE_BYTES // row_bytes)))
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

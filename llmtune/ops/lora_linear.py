@@ -72,7 +72,7 @@ class AdapterCopies:
         self._copies = None
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def stack_adapters(linears: Sequence[LoraLinear], dtype: torch.dtype) -> StackedAdapters:
     """Copy a group's adapters to `dtype`; each value is rounded once, after scaling."""
     lora_A_SI = torch.cat([linear.lora_A_RI.to(dtype) for linear in linears])
@@ -112,7 +112,7 @@ def lora_linear(inputs: Tensor, linear: LoraLinear, adapter: StackedAdapters) ->
     return output
 
 
-class _LoraLinears(torch.autograd.Function):
+class _LoraLinears(torch.autograd.Function):  # type: ignore[misc]
     """The module docstring's formulas. The masters are arguments only to receive gradients."""
 
     @staticmethod
@@ -136,7 +136,7 @@ class _LoraLinears(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         input_NI, thin_NS = ctx.saved_tensors  # once: checkpointing allows no second look
         linears, adapters = ctx.linears, ctx.adapters
@@ -193,7 +193,8 @@ def _masters(linears: Sequence[LoraLinear]) -> list[Tensor]:
 
 
 def _split(thin_NS: Tensor, linears: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
-    return thin_NS.split(_ranks(linears), dim=1)
+    parts: tuple[Tensor, ...] = thin_NS.split(_ranks(linears), dim=1)
+    return parts
 
 
 def _ranks(linears: Sequence[LoraLinear]) -> list[int]:

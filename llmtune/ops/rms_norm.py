@@ -26,7 +26,7 @@ def rms_norm(inputs: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(inputs, weight_D, eps)
 
 
-class _RmsNorm(torch.autograd.Function):
+class _RmsNorm(torch.autograd.Function):  # type: ignore[misc]
     """Keeps the input and one number a token."""
 
     @staticmethod
@@ -38,7 +38,7 @@ class _RmsNorm(torch.autograd.Function):
         return weight_D * (wide * scale_N1).to(inputs.dtype)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         inputs, scale_N1 = ctx.saved_tensors
         grad = (grad_output * ctx.weight_D).to(scale_N1.dtype)

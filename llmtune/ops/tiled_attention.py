@@ -42,11 +42,11 @@ class Tile(NamedTuple):
 
     @property
     def num_queries(self) -> int:
-        return self.queries.stop - self.queries.start
+        return int(self.queries.stop - self.queries.start)
 
     @property
     def num_keys(self) -> int:
-        return self.keys.stop - self.keys.start
+        return int(self.keys.stop - self.keys.start)
 
 
 class Stack(NamedTuple):
@@ -172,7 +172,7 @@ def _stack(tiles: list[Tile]) -> Stack:
     return Stack(tuple(tiles), num_queries, num_keys, mask)
 
 
-class _TiledAttention(torch.autograd.Function):
+class _TiledAttention(torch.autograd.Function):  # type: ignore[misc]
     """Forward keeps its inputs; backward walks the same stacks again."""
 
     @staticmethod
@@ -197,7 +197,7 @@ class _TiledAttention(torch.autograd.Function):
         return output_1HTD
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: FunctionCtx, grad_output_1HTD: Tensor) -> tuple[Tensor | None, ...]:
         query_1HTD, key_1GTD, value_1GTD = ctx.saved_tensors
         rule: ScoreRule = ctx.rule

@@ -258,7 +258,8 @@ def _cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> Tenso
 def _load_flex_attention(*, is_compiled: bool) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if is_compiled else flex_attention
+    attend: Callable[..., Tensor] = flex_attention
+    return torch.compile(attend, dynamic=True) if is_compiled else attend
 
 
 @lru_cache(maxsize=8)

@@ -212,7 +212,7 @@ def _stored_bytes(parameter: nn.Parameter) -> int:
     scales = getattr(parameter, "SCB", None)  # int8: one scale per row
     if scales is not None:
         stored += scales.numel() * scales.element_size()
-    return stored
+    return int(stored)
 
 
 def _state_bytes(state: Any) -> int:
