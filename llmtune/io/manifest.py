@@ -28,6 +28,7 @@ class TrainRecord(TypedDict, total=False):
     order_hash: str
     adapter_bytes: int
     choices: Mapping[str, str]
+    protect: Mapping[str, Any] | None
     device: str
     dtype: str
 

@@ -109,7 +109,7 @@ class EvaluateStage(Stage):
         config = self.config
         run = config.run
         target = Target(str(run.path), config.model, run.adapter_dir, run.merged_dir, config)
-        train = read_manifest(run).stages.get("train", {}).get("result") or {}
+        trained = read_manifest(run).trained
         request = EvaluationRequest(
             knobs=self._knobs(inputs),
             run=run,
@@ -120,7 +120,7 @@ class EvaluateStage(Stage):
             load=lambda arm: load_live(target, arm).scored,
             force=self.force,
         )
-        return evaluate_run(request, train.get("seconds"))
+        return evaluate_run(request, trained.get("seconds"))
 
     def _knobs(self, inputs: Mapping[str, Any]) -> EvaluateConfig:
         """Return the config's section to the extent that these inputs name."""
@@ -177,11 +177,11 @@ def trained_steps(config: RunConfig) -> "TrainedSteps":
     """Return how much the run trained, by its manifest, and on which rows."""
     from llmtune.evaluation.diagnosis.prepare import TrainedSteps
 
-    result = read_manifest(config.run).stages.get("train", {}).get("result") or {}
+    trained = read_manifest(config.run).trained
     return TrainedSteps(
-        result.get("steps", 0),
+        trained.get("steps", 0),
         config.train.batch_size,
         config.seed,
         num_sources=len(config.data.train),
-        num_added=(result.get("protect") or {}).get("replayed_rows", 0),
+        num_added=(trained.get("protect") or {}).get("replayed_rows", 0),
     )
