@@ -149,6 +149,14 @@ class Adapter(Section):
         return None
 
     @classmethod
+    def weigh(cls, layer: "BaseTunerLayer", weights: Mapping[str, float]) -> None:
+        """Multiply each named adapter's share of a layer by its weight, for good.
+
+        Asked only of methods whose adapters can be combined (`why_only_alone`).
+        """
+        raise NotImplementedError
+
+    @classmethod
     def rewritten_base(cls, config: SavedConfig) -> str | None:
         """Name the initialization that changed the base's weights; None if they are as they were.
 

@@ -169,6 +169,13 @@ class LowRankAdapter(SavedLowRank):
         return undo
 
     @classmethod
+    def weigh(cls, layer: "BaseTunerLayer", weights: Mapping[str, float]) -> None:
+        """Multiply the scalings."""
+        for adapter, weight in weights.items():
+            if adapter in layer.scaling:
+                layer.scaling[adapter] *= weight
+
+    @classmethod
     def rewritten_base(cls, config: SavedConfig) -> str | None:
         """Name the initialization if it took a part of the weights out of the base."""
         start = config.get("init_lora_weights", True)

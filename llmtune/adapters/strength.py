@@ -1,7 +1,8 @@
 """A live adapter at a strength other than 1: base + strength * (adapted - base), and back again."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,30 @@ def adapter_strength(model: PeftModel, strength: float) -> Iterator[None]:
     finally:
         for put_back in undo:
             put_back()
+
+
+def add_adapters(
+    model: PeftModel, others: Sequence[tuple[Path, float]], *, first_weight: float
+) -> None:
+    """Load further adapters onto a live one and switch all of them on, each at its weight.
+
+    The model is of no use for anything else afterwards.
+
+    Args:
+        model: a model with one adapter whose method can be combined (`Adapter.why_only_alone`).
+        others: the directories and weights of the further adapters.
+        first_weight: the weight of the adapter that the model has.
+    """
+    (name,) = model.peft_config
+    weights = {name: first_weight}
+    for place, (directory, weight) in enumerate(others):
+        model.load_adapter(str(directory), adapter_name=f"other{place}")
+        weights[f"other{place}"] = weight
+    model.base_model.set_adapter(list(weights))
+    method = live_method(model)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            method.weigh(module, weights)
 
 
 def refuse_rewritten_base(model: PeftModel) -> None:

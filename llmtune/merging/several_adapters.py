@@ -1,8 +1,7 @@
 """Several adapters of one base merged into one model, and checked."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import nn
 
 from llmtune.adapters.config import method_of
 from llmtune.adapters.manifest import (
@@ -20,6 +18,7 @@ from llmtune.adapters.manifest import (
     read_adapter_config,
     read_adapter_manifest,
 )
+from llmtune.adapters.strength import add_adapters
 from llmtune.checks.merged import VerifyResult, load_merged, verify_merge
 from llmtune.checks.prompts import NUM_NEW_TOKENS, build_prompts
 from llmtune.checks.reference import comparison_dtype, load_live
@@ -223,35 +222,19 @@ def _compare(request: SeveralRequest, merged_dir: Path) -> VerifyResult:
         is_quantized=request.knobs.base == "dequantized",
     )
     loaded = live.loaded
-    with _all_active(live.model, first, others):
-        return verify_merge(
-            live.model,
-            merged_dir,
-            replace(build_prompts(loaded.tokenizer), open_prompts=()),
-            decoding=Decoding(NUM_NEW_TOKENS, loaded.stop_token_ids),
-            dtype=loaded.dtype,
-        )
-
-
-@contextmanager
-def _all_active(
-    live: nn.Module, first: WeightedAdapter, others: Sequence[WeightedAdapter]
-) -> Iterator[None]:
-    """Switch on every adapter at its weight; the model is not used for anything else."""
-    assert isinstance(live, PeftModel)
-    (name,) = live.peft_config
-    weights = {name: first.weight}
-    for place, one in enumerate(others):
-        live.load_adapter(str(one.directory), adapter_name=f"other{place}")
-        weights[f"other{place}"] = one.weight
-    live.base_model.set_adapter(list(weights))
-    for module in live.modules():
-        scaling = getattr(module, "scaling", None)
-        if isinstance(scaling, dict):
-            for adapter, weight in weights.items():
-                if adapter in scaling:
-                    scaling[adapter] *= weight
-    yield
+    assert isinstance(live.model, PeftModel)
+    add_adapters(
+        live.model,
+        [(one.directory, one.weight) for one in others],
+        first_weight=first.weight,
+    )
+    return verify_merge(
+        live.model,
+        merged_dir,
+        replace(build_prompts(loaded.tokenizer), open_prompts=()),
+        decoding=Decoding(NUM_NEW_TOKENS, loaded.stop_token_ids),
+        dtype=loaded.dtype,
+    )
 
 
 def _describe(adapters: Sequence[WeightedAdapter]) -> list[dict[str, object]]:
