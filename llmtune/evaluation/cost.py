@@ -77,7 +77,7 @@ def cost_lines(costs: Sequence[MeasureCost], train_seconds: float | None = None)
     """Return a small table: what is still to be measured, its tokens, its minutes.
 
     Args:
-        train_seconds: what training took; the whole is then also told as its multiple.
+        train_seconds: what training took; the total is then also given as a multiple of it.
     """
     if not costs:
         return ["nothing is left to measure"]
