@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -28,6 +26,7 @@ from llmtune.data.prepared import PreparedData, fingerprint_table
 from llmtune.data.report import DataReport
 from llmtune.data.rows import find_files
 from llmtune.data.stored import read_stored
+from llmtune.io.cache_entries import new_entry, replace_entry
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
 from llmtune.models.gguf import cache_dir
 
@@ -38,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 KEPT_ENTRIES = 32
 META_FILE, INDEX_FILE = "meta.txt", "index.npz"
-WRITING = ".writing-"
-"""Begins the name of a directory that is being written or taken away."""
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 NOT_IN_KEY = {"packing", "cache"}
 """Knobs that do not change a token."""
@@ -115,8 +112,7 @@ def open_entry(entry: Path) -> Iterator[Path | None]:
     None where the cache cannot be written: it saves time, and a run needs none.
     """
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(dir=entry.parent, prefix=WRITING))
+        directory = new_entry(entry)
     except OSError as error:
         logger.warning("prepared data is not kept in %s: %s", entry.parent, error)
         yield None
@@ -143,9 +139,7 @@ def save_prepared(entry: Path, prepared: PreparedData, directory: Path) -> None:
             np.savez(file, **table.columns)  # type: ignore[arg-type]
         text = json.dumps(meta)
         (directory / META_FILE).write_text(f"{hash_text(text)}\n{text}", encoding="utf-8")
-        _move_away(entry)  # damaged, or another process was faster with the same content
-        directory.rename(entry)
-        _forget_oldest(entry.parent)
+        replace_entry(directory, entry, num_kept=KEPT_ENTRIES)
     except OSError as error:
         logger.warning("prepared data is not kept in %s: %s", entry.parent, error)
 
@@ -156,32 +150,6 @@ def _hash_index(table: ExampleTable) -> str:
     for array in table.columns.values():
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def _move_away(entry: Path) -> None:
-    """Take an entry out of the way in one step; whoever has mapped it keeps its bytes."""
-    with contextlib.suppress(FileNotFoundError):
-        away = Path(tempfile.mkdtemp(dir=entry.parent, prefix=WRITING))
-        entry.rename(away / entry.name)
-    shutil.rmtree(away, ignore_errors=True)
-
-
-def _forget_oldest(directory: Path) -> None:
-    """Keep the entries that were used last, and no leavings of a process that was killed."""
-    ages = []
-    for entry in directory.iterdir():
-        try:
-            ages.append((entry.stat().st_mtime, entry))
-        except FileNotFoundError:
-            continue  # another process was faster
-    left = [entry for age, entry in ages if entry.name.startswith(WRITING) and age < _yesterday()]
-    kept = sorted((pair for pair in ages if not pair[1].name.startswith(".")), reverse=True)
-    for entry in [*left, *(entry for _, entry in kept[KEPT_ENTRIES:])]:
-        _move_away(entry)
-
-
-def _yesterday() -> float:
-    return time.time() - 24 * 3600
 
 
 @lru_cache

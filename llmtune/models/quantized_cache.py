@@ -5,8 +5,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from llmtune.io.cache_entries import new_entry, replace_entry
 from llmtune.io.environment import package_version
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
 from llmtune.models.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint
@@ -28,8 +27,6 @@ logger = logging.getLogger(__name__)
 FOLDER = "quantized"
 META_FILE = "meta.txt"
 LIBRARIES = ("bitsandbytes", "transformers", "torch", "safetensors")
-WRITING = ".writing-"
-"""Begins the name of a directory that is being written or taken away."""
 KEPT_ENTRIES = 4
 SHARD_SIZE = "1GB"
 SPARE_FACTOR = 3
@@ -113,11 +110,9 @@ def keep_quantized(entry: Path, model: PreTrainedModel, source_dir: Path, num_by
                 entry.parent,
             )
             return
-        directory = Path(tempfile.mkdtemp(dir=entry.parent, prefix=WRITING))
+        directory = new_entry(entry)
         _write(directory, model, source_dir)
-        _move_away(entry)  # damaged, or another process was faster with the same content
-        directory.rename(entry)
-        _forget_oldest(entry.parent)
+        replace_entry(directory, entry, num_kept=KEPT_ENTRIES)
     except (OSError, SafetensorError) as error:  # safetensors' only reason to fail is the disk
         logger.warning("the quantized base is not kept in %s: %s", entry.parent, error)
     finally:
@@ -155,26 +150,3 @@ def _kept_config(model: PreTrainedModel) -> Iterator[None]:
 def _read_json(path: Path) -> Mapping[str, Any]:
     content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
-
-
-def _move_away(entry: Path) -> None:
-    """Take an entry out of the way in one step; whoever has mapped it keeps its bytes."""
-    if not entry.exists():
-        return
-    away = Path(tempfile.mkdtemp(dir=entry.parent, prefix=WRITING))
-    with contextlib.suppress(FileNotFoundError):
-        entry.rename(away / entry.name)
-    shutil.rmtree(away, ignore_errors=True)
-
-
-def _forget_oldest(directory: Path) -> None:
-    """Keep the entries that were used last, and no leavings of a process that was killed."""
-    ages = []
-    for entry in directory.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            ages.append((entry.stat().st_mtime, entry))
-    yesterday = time.time() - 24 * 3600
-    left = [entry for age, entry in ages if entry.name.startswith(WRITING) and age < yesterday]
-    kept = sorted((pair for pair in ages if not pair[1].name.startswith(".")), reverse=True)
-    for entry in [*left, *(entry for _, entry in kept[KEPT_ENTRIES:])]:
-        _move_away(entry)
