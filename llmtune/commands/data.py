@@ -124,7 +124,7 @@ def data_check(  # noqa: PLR0913 (one argument an option)
     """Read all rows as a run would and report every fault; no model is loaded.
 
     CONFIG is a YAML file or a run directory.
-    Exit code 1 where a finding would stop a run; near-duplicates and style only warn.
+    Exit code 1 if a finding would stop a run; near-duplicates and style only warn.
 
     \b
       llmtune data check configs/quickstart.yaml

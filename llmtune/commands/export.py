@@ -95,7 +95,7 @@ def verify(  # noqa: PLR0913 (one argument an option)
     """Reload a merged directory or a GGUF file and compare it with the adapter.
 
     A file is compared twice: with the merged model it was made from (is the file right?) and with
-    base + adapter (does all of it together answer as trained?). Exit code 1 where one of them
+    base + adapter (does all of it together answer as trained?). Exit code 1 if one of them
     differs by more than its limit.
 
     \b

@@ -25,7 +25,7 @@ UNLIMITED_WIDTH = 10_000
 def runs(directory: Path, quiet: bool, as_json: bool) -> None:
     """List runs with their state and verdict (default: runs).
 
-    Where a line of the terminal is too short for a table, each run is a paragraph.
+    If a line of the terminal is too short for a table, each run is a paragraph.
 
     \b
       llmtune runs

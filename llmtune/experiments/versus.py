@@ -45,7 +45,7 @@ class SuiteVersus:
         return unit_of_metric(self.found.metric)
 
     def better(self, significance: float) -> str | None:
-        """Return `first` or `second` where the difference is clear of chance, else None."""
+        """Return `first` or `second` if the difference is clear of chance, else None."""
         if self.found.low <= 0 <= self.found.high or self.holm_p > significance:
             return None
         return "second" if self.found.gain > 0 else "first"

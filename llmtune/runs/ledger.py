@@ -112,9 +112,9 @@ def open_ledger(
     is_recorded: bool = True,
     force: bool = False,
 ) -> Iterator[Ledger]:
-    """Hold the run directory, making it where there is none.
+    """Hold the run directory, making it if there is none.
 
-    `config` is the whole config as JSON values, recorded where `is_recorded`; `deciding` returns
+    `config` is the whole config as JSON values, recorded if `is_recorded`; `deciding` returns
     those of a config's that may not differ from what the directory was made with, once training has
     left something there; what an older config lacks it returns as its default. With `force` what
     earlier stages left is removed. A directory that was made here disappears again if the input

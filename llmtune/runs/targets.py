@@ -34,7 +34,7 @@ RUN_NAMES = "a run directory, or a config (a .yaml file)"
 
 
 class ModelOnly(Section):
-    """The keys that can be overridden where the target is an adapter or a model."""
+    """The keys that can be overridden if the target is an adapter or a model."""
 
     model: ModelConfig
 
