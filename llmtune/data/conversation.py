@@ -43,6 +43,9 @@ UNREADABLE_KEYS = {
 TEXT_PARTS = ("text", "input_text", "output_text")
 """What the parts of a content list are called that hold text."""
 
+THINKING_PARTS = ("thinking", "reasoning")
+"""What the parts are called that hold an assistant's reasoning."""
+
 Message = dict[str, Any]
 
 
@@ -137,6 +140,15 @@ def _read_message(value: Any, index: int) -> Message:
         if value.get(key):
             raise RowError(f"{where} ({role}) has {key}, which is {what}", "content")
     reasoning = [value[key] for key in REASONING_KEYS if value.get(key)]
+    if role == "assistant" and isinstance(value.get("content"), list):
+        thought, value = _take_thinking(value, f"{where} ({role})")
+        if thought and reasoning:
+            raise RowError(
+                f"{where} ({role}) has its reasoning twice: as a part of content and beside it; "
+                "take one out",
+                "content",
+            )
+        reasoning = [thought] if thought else reasoning
     if reasoning:
         message["reasoning_content"] = check_text(reasoning[0], f"{where} ({role}): reasoning")
     if value.get("tool_calls"):
@@ -197,6 +209,21 @@ def _read_content(value: Mapping, where: str, *, has_more: bool) -> str:
     if not content.strip() and not has_more and value["role"] in ("user", "assistant"):
         raise RowError(f"{where}: content is empty; expected text", "empty")
     return content
+
+
+def _take_thinking(value: Mapping, where: str) -> tuple[str, Mapping]:
+    """Return the text of an answer's thinking parts, and the message without them."""
+    thought, rest = [], []
+    for part in value["content"]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in THINKING_PARTS:
+            rest.append(part)
+            continue
+        inner = next((part[key] for key in (kind, "text", "value", "content") if key in part), None)
+        if isinstance(inner, list):
+            inner = _join_parts(inner, where)
+        thought.append(check_text(inner, f"{where}: the text of a {kind} part"))
+    return "".join(thought), {**value, "content": rest or None}
 
 
 def _join_parts(parts: list, where: str) -> str:

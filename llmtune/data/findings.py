@@ -16,7 +16,7 @@ from llmtune.data.config import DataConfig
 from llmtune.data.conversation import Conversation
 from llmtune.data.duplicates import find_near_duplicates, find_shared_ngrams
 from llmtune.data.length import MAX_LOST_RATIO
-from llmtune.data.overlap import conversation_key, normalized_text
+from llmtune.data.overlap import conversation_key, normalized_text, tool_texts
 from llmtune.data.problems import RowProblem, shorten
 from llmtune.data.report import DataReport
 from llmtune.data.rows import LoadedRow
@@ -98,7 +98,7 @@ class Suspects:
 
 @dataclass
 class SeenRows:
-    """What one split's rows showed as they passed: about 60 bytes a row, the texts in a file."""
+    """What one split's rows showed as they passed: about 70 bytes a row, the texts in a file."""
 
     places: PlaceList = field(default_factory=PlaceList)
     keys: bytearray = field(default_factory=bytearray)
@@ -110,6 +110,8 @@ class SeenRows:
     answers: array[int] = field(default_factory=lambda: array("q"))
     """Hash of the answer to it."""
     shown_answers: SpooledTexts = field(default_factory=SpooledTexts)
+    tools: array[int] = field(default_factory=lambda: array("q"))
+    """Hash of the tools that the model is given."""
     suspicions: dict[str, Suspects] = field(default_factory=dict)
     roles: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
@@ -127,6 +129,7 @@ class SeenRows:
         self.questions.append(question)
         self.answers.append(hash(answer))
         self.shown_answers.append(shorten(answer, 40))
+        self.tools.append(hash(tuple(tool_texts(conversation))))
         self.roles.update([message["role"] for message in conversation.messages])
         self.turns[len(conversation.messages)] += 1
         for kind, detail in find_suspicions(conversation):
@@ -274,7 +277,9 @@ class Notebook:
                 for row in (pair.first, pair.second)
             )
             if first[0].key(first[1]) == second[0].key(second[1]):
-                continue  # told as a duplicate or a leak
+                continue  # reported as a duplicate or a leak
+            if first[0].tools[first[1]] != second[0].tools[second[1]]:
+                continue  # with other tools the same question has another answer
             crosses = pair.first < split <= pair.second
             here, there = (first, second) if crosses else (second, first)
             detail = f"{pair.similarity:.0%} like {_show(there[0].places[there[1]])}"
@@ -286,7 +291,7 @@ class Notebook:
                 *train.places[row], f"shares {shorten(words)} with {_show(evaluation.places[at])}"
             )
             for row, at, words in find_shared_ngrams(train.texts, evaluation.texts)
-            if train.key(row) != evaluation.key(at)
+            if train.key(row) != evaluation.key(at) and train.tools[row] == evaluation.tools[at]
         ]
         self.add(
             "ngram-overlap", "warning", "train rows that share 13 words with evaluation", shared
@@ -308,7 +313,7 @@ def _question_and_answer(conversation: Conversation) -> tuple[int, str]:
     if conversation.kind == "plain":
         return hash(conversation.prompt), conversation.text
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    context = Conversation("chat", messages[:last], trained_from=0)
+    context = Conversation("chat", messages[:last], conversation.tools)
     return hash(normalized_text(context)), messages[last]["content"].strip()
 
 

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import unicodedata
 
 from llmtune.data.conversation import Conversation
 
 HELD_OUT_SALT = "llmtune-held-out-1"
+_RAISED = re.compile(
+    "([\u00aa\u00b2\u00b3\u00b9\u00ba\u00bc-\u00be\u02b0-\u02b8\u02e0-\u02e4"
+    "\u1d2c-\u1d6a\u1d78\u1d9b-\u1dbf\u2070-\u209c\u2150-\u215f\u2189\u2c7c\u2c7d])"
+)
+"""Raised and lowered signs and fractions: NFKC would make 2² the same as 22."""
 
 
 def normalized_text(conversation: Conversation) -> str:
-    """Return what a row says, so that case, spaces and Unicode forms make no difference."""
+    """Return what a row says, so that case, spaces and Unicode forms make no difference.
+
+    A chat's tools are part of it: with other tools the same question has another answer.
+    """
     parts = [conversation.prompt, conversation.text]
     for message in conversation.messages:
         parts.append(f"{message['role']} {message['content']}")
         parts += [str(call["function"]) for call in message.get("tool_calls", [])]
-    text = unicodedata.normalize("NFKC", "\n".join(parts)).casefold()
-    return " ".join(text.split())
+    parts += tool_texts(conversation)
+    text = "\n".join(parts)
+    if not text.isascii():
+        pieces = _RAISED.split(text)
+        pieces[::2] = [unicodedata.normalize("NFKC", piece) for piece in pieces[::2]]
+        text = "".join(pieces)
+    return " ".join(text.casefold().split())
+
+
+def tool_texts(conversation: Conversation) -> list[str]:
+    """Return each tool's schema as text, the order of its keys aside."""
+    tools = [tool.get("function", tool) for tool in conversation.tools or []]
+    return [json.dumps(tool, sort_keys=True, ensure_ascii=False) for tool in tools]
 
 
 def conversation_key(conversation: Conversation) -> bytes:

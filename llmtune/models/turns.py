@@ -27,6 +27,12 @@ TEMPLATE_ERRORS = (
 )
 """What rendering may raise: a template is someone's program, run on someone's rows."""
 
+THINKING = re.compile(
+    r"<think>|</think>|<thinking>|</thinking>|\[/?THINK\]|<\|(?:START|END)_THINKING\|>"
+    r"|<\|channel>(?:thought)?|<channel\|>|<seed:think>|</seed:think>"
+)
+"""What templates write around an answer's reasoning."""
+
 QUESTION = "Which number comes after twelve?"
 ANSWER = "Thirteen, of course"
 TOOL = {
@@ -148,6 +154,33 @@ def special_pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
     } | {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
     ordered = sorted(tokens, key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+
+
+def control_pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
+    """Return a pattern for what must not be typed inside a text: it would end or open a turn.
+
+    Besides the control tokens these are the added tokens around a plain chat's turns, whether or
+    not the tokenizer calls them special (DeepSeek's are not); marks of thinking may be typed.
+    """
+    specials = special_pattern(tokenizer)
+    asked = {"role": "user", "content": QUESTION}
+    answered = [asked, {"role": "assistant", "content": ANSWER}, asked]
+    try:
+        text = _render(tokenizer, answered)
+    except LlmtuneError:
+        return specials  # refused by whoever needs the template, with its reason
+    frame = "\n".join(re.split(f"{re.escape(QUESTION)}|{re.escape(ANSWER)}", text))
+    written = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if not token.special
+        and token.content.strip()
+        and token.content in frame
+        and not THINKING.search(token.content)
+    ]
+    if not written:
+        return specials
+    return re.compile("|".join([specials.pattern, *map(re.escape, written)]))
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -106,6 +106,15 @@ STRIPPING = (
     "{{ m['content'] if loop.last else m['content'] | trim }}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Turn tokens that are added to the vocabulary but not called special.
+DEEPSEEK = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}"
+    "{{ '<｜Assistant｜>' + m['content'] + '<｜end▁of▁sentence｜>' }}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
+)
 # Opens the thinking block in the prompt, as some reasoning models do.
 OPENED_THINK = CHATML.replace(
     "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}"
@@ -123,6 +132,8 @@ class Shape:
     terminator: str
     """What ends an answer."""
     has_post_processor: bool = False
+    plain_tokens: tuple[str, ...] = ()
+    """Tokens that are added without being called special."""
     split_pattern: str | None = None
     """How text is cut before merging; None: GPT-2's way, which keeps no line breaks together."""
 
@@ -174,6 +185,14 @@ SHAPES = {
     ),
     "plain": Shape(PLAIN, ("<|endoftext|>",), None, "<|endoftext|>", "<|endoftext|>"),
     "llama2": Shape(LLAMA2, ("<s>", "</s>"), "<s>", "</s>", "</s>", True),
+    "deepseek": Shape(
+        DEEPSEEK,
+        ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+        "<｜begin▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        plain_tokens=("<｜User｜>", "<｜Assistant｜>"),
+    ),
     "stripping": Shape(STRIPPING, ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>", "<|im_end|>"),
 }
 
@@ -201,7 +220,9 @@ def make_shape_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_tokens([AddedToken(text, special=False) for text in THINK_TOKENS])
+    tokenizer.add_tokens(
+        [AddedToken(text, special=False) for text in (*THINK_TOKENS, *shape.plain_tokens)]
+    )
     if shape.has_post_processor:
         bos = shape.bos
         tokenizer.post_processor = processors.TemplateProcessing(

@@ -11,7 +11,8 @@ from llmtune.data.row_values import check_text, parse_json_text
 class InstructionFormat:
     """`{"instruction": ..., "input": ..., "output": ...}`, rendered as one user turn.
 
-    The input stands below the instruction, after an empty line.
+    The input follows the instruction, after an empty line. Where the instruction is empty, the
+    input is the question.
     """
 
     name: ClassVar[str] = "instruction"
@@ -32,10 +33,10 @@ class InstructionFormat:
     def to_conversation(self, row: Row) -> Conversation:
         question = check_text(row["instruction"], "instruction")
         extra = row.get("input")
-        if not question.strip():
-            raise RowError("instruction is empty; expected text", "empty")
         if extra is not None and check_text(extra, "input").strip():
-            question = f"{question}\n\n{extra}"
+            question = f"{question}\n\n{extra}" if question.strip() else extra
+        if not question.strip():
+            raise RowError("instruction is empty, and so is input; expected text", "empty")
         output = check_text(row["output"], "output")
         if not output.strip():
             raise RowError("output is empty; expected the answer to train on", "empty")
