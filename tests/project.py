@@ -84,7 +84,7 @@ def make_project(directory: Path, family: str = "llama", **settings) -> Path:
         "train": {"learning_rate": 5e-3, "max_steps": 3, "batch_size": 8},
         "evaluate": {
             "suites": [str(directory / f"{name}.yaml") for name in suites],
-            "bootstrap_samples": 200,
+            "bootstrap_samples": 1000,
         },
     }
     path = directory / "config.yaml"

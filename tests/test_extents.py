@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
     config_path = make_project(directory)
     prose = [{"id": f"p{i}", "text": f"The quick brown fox saw {i} lazy dogs."} for i in range(12)]
     write_jsonl(directory / "prose.jsonl", prose)  # a shift needs ten texts a set
-    config = load_config(config_path, ["train.max_steps=4", "evaluate.bootstrap_samples=200"])
+    config = load_config(config_path, ["train.max_steps=4", "evaluate.bootstrap_samples=1000"])
     train(config)
     merge(config)
     evaluate(load_config(config_path, ["train.max_steps=4", "evaluate.extent=none"]))

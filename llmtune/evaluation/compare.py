@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.intervals import paired_interval
 from llmtune.evaluation.results import ArmResult, ItemScore, finite_or_none
 from llmtune.evaluation.stats import (
+    Resampling,
     holm,
     mcnemar_exact,
     minimum_detectable_effect,
-    paired_bootstrap,
     standard_error,
 )
 
@@ -30,21 +31,20 @@ FREE_KINDS = ("probe", "other")
 
 ITEM_KEYS = frozenset({"items", "num_items"})
 
+SAME = 1e-12
+"""Scores closer than this are equal but for rounding."""
 
-@dataclass(frozen=True)
-class Resampling:
-    """How intervals are made."""
-
-    confidence: float = 0.95
-    samples: int = 10_000
-    seed: int = 0
+FEWEST_ITEMS = 20
+FEWEST_CLUSTERS = 8
+"""Below either of these no gain is claimed: the intervals are not known to hold there."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     """`difference` is tuned minus base, in the metric's unit; (low, high) is its interval.
 
-    `p_value` is the paired bootstrap's; `mcnemar_p` is exact and there for right/wrong scores.
+    `p_value` belongs to the interval (`paired_interval`); `mcnemar_p` is exact and there for
+    right/wrong scores.
     `gained` and `lost` count the items that are better or worse than under the base. `mde` is the
     difference these items would show with 80 % power.
     """
@@ -83,6 +83,11 @@ class Comparison:
     def gain(self) -> float:
         """The difference signed so that positive is better."""
         return self.difference if self.higher_is_better else -self.difference
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there are items and clusters enough for a claim."""
+        return self.n >= FEWEST_ITEMS and self.num_clusters >= FEWEST_CLUSTERS
 
     @property
     def verdict(self) -> str:
@@ -166,11 +171,20 @@ def compare_slices(
         chosen = [i for i, item in enumerate(all_before) if item.slices.get(column) == value]
         before, after = ([items[i] for i in chosen] for items in (all_before, all_after))
         comparisons.append(_compare_items(base, tuned, before, after, resampling))
-    adjusted = holm([comparison.p_value for comparison in comparisons])
+    adjusted = adjust_slices(comparisons)
     found = [
         SliceComparison(column, *row) for row in zip(values, comparisons, adjusted, strict=True)
     ]
     return sorted(found, key=lambda slice_: slice_.comparison.gain)
+
+
+def adjust_slices(slices: Sequence[Comparison]) -> list[float]:
+    """Return p-values adjusted over the slices that are large enough for a claim; 1 for others."""
+    places = [place for place, each in enumerate(slices) if each.is_enough]
+    adjusted = [1.0] * len(slices)
+    for place, p_value in zip(places, holm([slices[i].p_value for i in places]), strict=True):
+        adjusted[place] = p_value
+    return adjusted
 
 
 def require_same_recipe(
@@ -242,18 +256,19 @@ def _compare_items(
     weights = np.array([item.weight for item in base_items])
     weighing = None if (weights == 1).all() else weights
     clusters = cluster_names(base_items)
-    interval = paired_bootstrap(
+    both = np.array([before, after])
+    interval = paired_interval(
         differences,
         weights=weighing,
         clusters=clusters,
-        samples=resampling.samples,
-        confidence=resampling.confidence,
-        seed=resampling.seed,
+        is_bounded=base.higher_is_better and bool(((both >= 0) & (both <= 1)).all()),
+        resampling=resampling,
     )
     error = standard_error(differences, weights=weighing, clusters=clusters)
-    better = differences if base.higher_is_better else -differences
+    better = np.where(np.abs(differences) > SAME, differences, 0.0)
+    better = better if base.higher_is_better else -better
     gained, lost = int((better > 0).sum()), int((better < 0).sum())
-    is_binary = bool(np.isin([before, after], (0, 1)).all())
+    is_binary = bool(np.isin(both, (0, 1)).all())
     return Comparison(
         suite=base.suite,
         task=base.task,

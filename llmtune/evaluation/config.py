@@ -84,8 +84,8 @@ class EvaluateConfig(_Measured):
     """Seed of the item shuffle and the bootstrap."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
     """Probability mass of every interval."""
-    bootstrap_samples: int = Field(default=10_000, ge=100)
-    """Resamples of the paired bootstrap."""
+    bootstrap_samples: int = Field(default=10_000, ge=1000)
+    """Resamples of the paired bootstrap, 1,000 at least."""
 
     @field_validator("arms")
     @classmethod

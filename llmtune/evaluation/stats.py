@@ -20,8 +20,17 @@ FloatArray = np.ndarray
 
 
 @dataclass(frozen=True)
+class Resampling:
+    """How intervals are made."""
+
+    confidence: float = 0.95
+    samples: int = 10_000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Interval:
-    """A percentile interval of the mean difference and its two-sided bootstrap p-value."""
+    """An interval of the mean difference and the two-sided p-value that goes with it."""
 
     low: float
     high: float
@@ -46,8 +55,8 @@ def paired_bootstrap(
         weights: what each item counts, [n], positive; the mean is sum(w d) / sum(w).
         clusters: the cluster of each item, [n]; clusters are drawn whole.
     """
-    sums, sizes = _cluster_sums(differences, weights, clusters)
-    means = [(drawn @ sums) / (drawn @ sizes) for drawn in _iter_draws(len(sums), samples, seed)]
+    sums, sizes = cluster_sums(differences, weights, clusters)
+    means = [(drawn @ sums) / (drawn @ sizes) for drawn in iter_draws(len(sums), samples, seed)]
     return _read_interval(np.concatenate(means), confidence)
 
 
@@ -74,12 +83,12 @@ def two_level_bootstrap(
     """
     trainings = len(differences)
     assert trainings >= 2, "one training says nothing of its noise"
-    pairs = [_cluster_sums(row, weights, clusters) for row in differences]
+    pairs = [cluster_sums(row, weights, clusters) for row in differences]
     sums, sizes = np.stack([found for found, _ in pairs], axis=1), pairs[0][1]  # [C, R], [C]
     widened = math.sqrt(trainings / (trainings - 1))
     random = np.random.default_rng([seed, trainings])
     means = []
-    for drawn in _iter_draws(len(sums), samples, seed):
+    for drawn in iter_draws(len(sums), samples, seed):
         by_training = (drawn @ sums) / (drawn @ sizes)[:, None]  # [draws, R]
         middle = by_training.mean(1, keepdims=True)
         chosen = random.integers(0, trainings, by_training.shape)
@@ -88,7 +97,7 @@ def two_level_bootstrap(
     return _read_interval(np.concatenate(means), confidence)
 
 
-def _iter_draws(count: int, samples: int, seed: int) -> Iterator[FloatArray]:
+def iter_draws(count: int, samples: int, seed: int) -> Iterator[FloatArray]:
     """Yield how often each of `count` items is in a draw with replacement, [draws, count].
 
     `samples` draws in all. A report compares dozens of arms on the same items: draws of a usual
@@ -121,6 +130,7 @@ def _read_interval(means: FloatArray, confidence: float) -> Interval:
     return Interval(float(low), float(high), min(1.0, 2 * (1 + beyond) / (len(means) + 1)))
 
 
+@functools.lru_cache(maxsize=4096)
 def mcnemar_exact(num_lost: int, num_gained: int) -> float:
     """Return the exact two-sided McNemar p-value of `num_lost` against `num_gained` items.
 
@@ -150,7 +160,7 @@ def standard_error(
     if clusters is None and weights is None:
         return float(np.std(values, ddof=1) / math.sqrt(len(values)))
     centred = values - np.average(values, weights=weights)
-    sums, sizes = _cluster_sums(centred, weights, clusters)
+    sums, sizes = cluster_sums(centred, weights, clusters)
     return float(np.sqrt((sums**2).sum()) / sizes.sum())
 
 
@@ -171,7 +181,7 @@ def minimum_detectable_effect(
     is_right_wrong = bool(np.isin(differences, (-1, 0, 1)).all())
     mean = 0.0 if is_right_wrong else np.average(differences, weights=weights)
     moved = differences - mean
-    sums, sizes = _cluster_sums(moved, weights, clusters)
+    sums, sizes = cluster_sums(moved, weights, clusters)
     total = sizes.sum()
     changed = moved[differences != 0]
     typical = float(np.sqrt((changed**2).mean())) if len(changed) else 1.0
@@ -200,7 +210,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _cluster_sums(
+def cluster_sums(
     values: FloatArray, weights: FloatArray | None, clusters: Sequence[str] | None
 ) -> tuple[FloatArray, FloatArray]:
     """Return sum(w d) and sum(w) per cluster; an item without a cluster of its own is one."""

@@ -6,12 +6,13 @@ from dataclasses import replace
 from llmtune.evaluation.compare import (
     Resampling,
     SliceComparison,
+    adjust_slices,
     compare_arms,
     compare_slices,
 )
 from llmtune.evaluation.diagnosis.contamination import ContaminationResult
 from llmtune.evaluation.results import ArmResult
-from llmtune.evaluation.stats import holm, needed_items
+from llmtune.evaluation.stats import needed_items
 from llmtune.reporting.run_results import Results, restrict
 from llmtune.reporting.sections.arms import measure_rivals, sort_arms
 from llmtune.reporting.suites import (
@@ -96,7 +97,7 @@ def _measure_slices(
     for column, count in values.items():
         if 1 < count <= MAX_SLICE_VALUES:
             found += compare_slices(base, tuned, column, resampling=resampling)
-    adjusted = holm([each.comparison.p_value for each in found])
+    adjusted = adjust_slices([each.comparison for each in found])
     return tuple(map(_slice_report, found, adjusted))
 
 

@@ -54,18 +54,29 @@ class ArmScore:
 
 @dataclass(frozen=True)
 class Change:
-    """A paired difference between two arms on the same items, with its interval, raw unit."""
+    """A paired difference between two arms on the same items, with its interval, raw unit.
+
+    `is_enough`: whether there are items and clusters enough for a claim.
+    """
 
     difference: float
     low: float
     high: float
     p_value: float
     standard_error: float | None = None
+    is_enough: bool = True
 
     @classmethod
     def of(cls, found: Comparison) -> "Change":
         """Return a comparison's difference and interval."""
-        return cls(found.difference, found.low, found.high, found.p_value, found.standard_error)
+        return cls(
+            found.difference,
+            found.low,
+            found.high,
+            found.p_value,
+            found.standard_error,
+            found.is_enough,
+        )
 
 
 @dataclass(frozen=True)

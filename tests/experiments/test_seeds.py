@@ -21,7 +21,7 @@ def plant(path, seed, tuned, *, rows=48, **sections):
         data={"train": [{"path": "rows.jsonl"}]},
         **sections,
     ).model_dump(mode="json")
-    config["evaluate"]["bootstrap_samples"] = 400
+    config["evaluate"]["bootstrap_samples"] = 1000
     counts = {"rows_read": rows, "rows_kept": rows, "examples": rows}
     manifest = Manifest(config=config, data={"train": {"sources": [counts]}})
     suites = [PlantedSuite("movies", "target", {"base": BASE, "tuned": tuned})]

@@ -63,7 +63,7 @@ def plant_full_run(path: Path, *, name: str = "full") -> RunDir:
         config={
             "seed": 0,
             "adapter": {"method": "lora", "rank": 16},
-            "evaluate": {"bootstrap_samples": 400},
+            "evaluate": {"bootstrap_samples": 1000},
         },
         base={"origin": "org/small-model", "fingerprint": "b" * 64, "quantization": "nf4"},
         data={

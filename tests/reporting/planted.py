@@ -10,7 +10,7 @@ from llmtune.evaluation.results import ArmResult, ItemScore, save_arm_result
 from llmtune.io.manifest import Manifest
 from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
 
-SAMPLES = 400
+SAMPLES = 1000
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def hostile_page(tmp_path):
     check = {"dtype": HOSTILE, "kl": 1e-6, "divergences": [parted]}
     merge = {HOSTILE: HOSTILE, "check": check}
     manifest = Manifest(
-        config={"run_dir": HOSTILE, "evaluate": {"bootstrap_samples": 200}},
+        config={"run_dir": HOSTILE, "evaluate": {"bootstrap_samples": 1000}},
         base={"origin": HOSTILE},
         data={HOSTILE: {"notes": [[HOSTILE, 3]], "bad_rows": [{HOSTILE: HOSTILE}]}},
         stages={"merge": {"seconds": 1.0, "result": merge}},

@@ -33,7 +33,7 @@ def report(tmp_path):
                 ),
             ],
             manifest=Manifest(
-                config={"evaluate": {"bootstrap_samples": 200}},
+                config={"evaluate": {"bootstrap_samples": 1000}},
                 stages={"train": {"seconds": 209.0, "peak_bytes": 2**31, "result": {}}},
             ),
         )

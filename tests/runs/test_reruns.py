@@ -11,7 +11,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.runs.targets import require_run
 from tests.project import make_project
 
-SHORT = ["train.max_steps=2", "evaluate.bootstrap_samples=200"]
+SHORT = ["train.max_steps=2", "evaluate.bootstrap_samples=1000"]
 
 
 @pytest.fixture

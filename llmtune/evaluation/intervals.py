@@ -1,0 +1,213 @@
+"""The interval and the p-value of a paired mean, made so that small and odd samples do not lie.
+
+Changes of one size in items that stand alone (right/wrong scores): Tango's score interval, kept in
+line with McNemar's mid-p test, and the exact test's p. Everything else: the wider of a bootstrap-t
+and a t interval over the clusters; if few of many clusters changed, widened to what their signs
+alone can show.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmtune.evaluation.stats import (
+    FloatArray,
+    Interval,
+    Resampling,
+    cluster_sums,
+    iter_draws,
+    mcnemar_exact,
+)
+
+FEWEST_RESAMPLED = 8
+"""Below so many clusters a bootstrap-t is too coarse: the t interval alone."""
+
+SPARSE = 10
+"""Fewer changed clusters than this, at most half of all, are too few for a bootstrap."""
+
+ROUNDING = 1e-9
+"""Share of the largest change below which a number is rounding: thirds do not add up to 0."""
+
+BISECTIONS = 60
+SMALLEST_ERROR = 1e-3
+"""The least standard error of a draw, as a share of the sample's: a draw may be of one value."""
+
+UNKNOWN_SPREAD = 13
+"""Times its size a single cluster's change is taken to vary: t with one degree of freedom."""
+
+
+def paired_interval(
+    differences: FloatArray,
+    *,
+    weights: FloatArray | None = None,
+    clusters: Sequence[str] | None = None,
+    is_bounded: bool = False,
+    resampling: Resampling = Resampling(),
+) -> Interval:
+    """Return the interval of the (weighted) mean difference and its two-sided p-value.
+
+    Args:
+        differences: one paired difference per item, [n], n >= 1.
+        weights: what each item counts, [n], positive; the mean is sum(w d) / sum(w).
+        clusters: the cluster of each item, [n]; items of one cluster are not independent.
+        is_bounded: the scores are from 0 to 1, so that no mean difference is beyond 1.
+    """
+    sums, sizes = cluster_sums(differences, weights, clusters)
+    scale = float(np.abs(differences).max())
+    if scale == 0 and not is_bounded:
+        return Interval(0.0, 0.0, 1.0)
+    stand_alone = weights is None and len(sums) == len(differences)
+    signs = _Signs.of(sums * (len(sizes) / sizes.sum()), scale)
+    if stand_alone and signs.is_one_size:
+        found = signs.interval(resampling.confidence)
+    elif len(sums) == 1:
+        far = 1.0 if is_bounded else UNKNOWN_SPREAD * scale
+        found = Interval(-far, far, 1.0)
+    else:
+        found = _studentized(sums, sizes, resampling)
+        if signs.are_few or found.high - found.low <= ROUNDING * scale:
+            found = _wider(found, signs.interval(resampling.confidence))
+    return _tidy(found, scale=scale, is_bounded=is_bounded)
+
+
+@dataclass(frozen=True)
+class _Signs:
+    """How many of `num` clusters were lost and gained; `sizes` are those of the changed ones."""
+
+    lost: int
+    gained: int
+    num: int
+    sizes: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: FloatArray, scale: float) -> "_Signs":
+        changed = values[np.abs(values) > ROUNDING * scale] if scale else values[:0]
+        lost, gained = int((changed < 0).sum()), int((changed > 0).sum())
+        return cls(lost, gained, len(values), tuple(np.abs(changed).tolist()))
+
+    @property
+    def are_few(self) -> bool:
+        return len(self.sizes) < SPARSE and 2 * len(self.sizes) <= self.num
+
+    @property
+    def is_one_size(self) -> bool:
+        largest = max(self.sizes, default=1.0)
+        return all(largest - size <= ROUNDING * largest for size in self.sizes)
+
+    def interval(self, confidence: float) -> Interval:
+        size = max(self.sizes, default=1.0)
+        low, high = score_interval(self.lost, self.gained, self.num, confidence)
+        if mcnemar_mid_p(self.lost, self.gained) > 1 - confidence:
+            low, high = min(low, 0.0), max(high, 0.0)
+        return Interval(size * low, size * high, mcnemar_exact(self.lost, self.gained))
+
+
+@functools.lru_cache(maxsize=4096)
+def mcnemar_mid_p(num_lost: int, num_gained: int) -> float:
+    """Return the two-sided mid-p McNemar value of `num_lost` against `num_gained` items.
+
+    The exact value less half the chance of what was seen, which makes the exact test too careful;
+    mid-p keeps its level (Fagerland, Lydersen and Laake 2013, BMC Medical Research Methodology 13).
+    """
+    total, fewer = num_lost + num_gained, min(num_lost, num_gained)
+    if total == 0:
+        return 1.0
+    tail = sum(math.comb(total, j) for j in range(fewer + 1))
+    return float(min(1.0, (2 * tail - math.comb(total, fewer)) / 2**total))
+
+
+@functools.lru_cache(maxsize=4096)
+def score_interval(
+    num_lost: int, num_gained: int, num_items: int, confidence: float
+) -> tuple[float, float]:
+    """Return Tango's interval of (gained - lost) / n, which holds for few changes and for none.
+
+    The differences d at which |gained - lost - n d| / sqrt(n (2 q + d (1 - d))) reaches z, q being
+    the most likely share of lost items given d (Tango 1998, Statistics in Medicine 17).
+    """
+    from scipy.special import ndtri
+
+    z = float(ndtri((1 + confidence) / 2))
+    mean = (num_gained - num_lost) / num_items
+
+    def end(limit: float) -> float:
+        inside, outside = mean, limit
+        for _ in range(BISECTIONS):
+            middle = (inside + outside) / 2
+            if abs(_score(num_lost, num_gained, num_items, middle)) <= z:
+                inside = middle
+            else:
+                outside = middle
+        return inside
+
+    return end(-1.0), end(1.0)
+
+
+def _score(num_lost: int, num_gained: int, n: int, d: float) -> float:
+    """Return the standardized distance of the counts from d; the likeliest share lost is q."""
+    b = -(num_lost + num_gained) + (2 * n + num_lost - num_gained) * d
+    c = -num_lost * d * (1 - d)
+    q = (math.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
+    variance = n * (2 * q + d * (1 - d))
+    return (num_gained - num_lost - n * d) / math.sqrt(variance) if variance > 0 else math.inf
+
+
+def _studentized(sums: FloatArray, sizes: FloatArray, resampling: Resampling) -> Interval:
+    """Return the wider of a t interval and, from `FEWEST_RESAMPLED` clusters on, a bootstrap-t.
+
+    The t interval takes the jackknife's standard error, which unequal clusters do not shrink, and
+    one degree of freedom less than clusters (Bell and McCaffrey 2002). The bootstrap-t follows
+    skewed differences (Efron and Tibshirani 1993, chapter 12).
+    """
+    from scipy.special import stdtr, stdtrit
+
+    count, total = len(sums), float(sizes.sum())
+    confidence = resampling.confidence
+    mean = float(sums.sum()) / total
+    rest = sums - mean * sizes
+    jackknife = rest / (1 - sizes / total)
+    error = math.sqrt((count - 1) / count * float((jackknife**2).sum())) / total
+    half = float(stdtrit(count - 1, (1 + confidence) / 2)) * error
+    p_value = 2 * float(stdtr(count - 1, -abs(mean) / error)) if error else 0.0
+    found = Interval(mean - half, mean + half, p_value)
+    if count < FEWEST_RESAMPLED or not error:
+        return found
+    error = math.sqrt(count / (count - 1) * float((rest**2).sum())) / total
+    parts = np.stack([rest, sizes, rest**2, rest * sizes, sizes**2], axis=1)
+    draws = iter_draws(count, resampling.samples, resampling.seed)
+    t_values = np.concatenate([_t_values(drawn @ parts, error) for drawn in draws])
+    tail = (1 - confidence) / 2
+    lowest, highest = np.quantile(t_values, [tail, 1 - tail])
+    seen = mean / error
+    beyond = min(int((t_values <= seen).sum()), int((t_values >= seen).sum()))
+    resampled = Interval(
+        mean - float(highest) * error,
+        mean - float(lowest) * error,
+        min(1.0, 2 * (1 + beyond) / (len(t_values) + 1)),
+    )
+    return _wider(found, resampled)
+
+
+def _t_values(drawn: FloatArray, error: float) -> FloatArray:
+    """Return each draw's mean over its own standard error, from its sums of r, w, r2, rw, w2."""
+    means = drawn[:, 0] / drawn[:, 1]
+    squares = drawn[:, 2] - 2 * means * drawn[:, 3] + means**2 * drawn[:, 4]
+    errors = np.sqrt(np.maximum(squares, 0.0)) / drawn[:, 1]
+    return np.asarray(means / np.maximum(errors, SMALLEST_ERROR * error))
+
+
+def _wider(one: Interval, other: Interval) -> Interval:
+    return Interval(
+        min(one.low, other.low), max(one.high, other.high), max(one.p_value, other.p_value)
+    )
+
+
+def _tidy(found: Interval, *, scale: float, is_bounded: bool) -> Interval:
+    """Return the interval with rounding taken for 0, and none of it beyond what scores allow."""
+    low, high = (0.0 if abs(end) <= ROUNDING * scale else end for end in (found.low, found.high))
+    if is_bounded:
+        low, high = max(low, -1.0), min(high, 1.0)
+    return Interval(low, high, min(1.0, found.p_value))
