@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from peft import (
@@ -35,6 +36,8 @@ from llmtune.io.run_dir import atomic_write_json
 
 NUM_NAMED = 3
 README_NAME = "README.md"
+UNORDERED_SETTINGS = ("target_modules", "exclude_modules")
+"""Settings that peft keeps as sets."""
 
 logger = logging.getLogger(__name__)
 
@@ -184,10 +187,21 @@ def _read_peft_config(directory: Path) -> PeftConfig:
 
 def _record_base(path: Path, base: JsonValue) -> None:
     base = base if isinstance(base, Mapping) else {}
-    config = json.loads(path.read_text(encoding="utf-8"))
     revision = base.get("revision")
-    config["base_model_name_or_path"] = base.get("origin") if revision else base.get("path")
-    config["revision"] = revision
+    place = base.get("origin") if revision else base.get("path")
+    settle_config(path, {"base_model_name_or_path": place, "revision": revision})
+
+
+def settle_config(path: Path, changes: Mapping[str, JsonValue] = MappingProxyType({})) -> None:
+    """Rewrite an adapter_config.json with `changes`, and with its sets of modules in order.
+
+    peft writes them in the order of a Python set, which differs from process to process, and so
+    would the hash of the same adapter.
+    """
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    for name in UNORDERED_SETTINGS:
+        if isinstance(config.get(name), list):
+            config[name] = sorted(config[name])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -15,6 +15,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from llmtune.adapters.manifest import CONFIG_NAME, WEIGHTS_NAME
+from llmtune.adapters.saved import settle_config
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file
 from llmtune.training.request import RunTotals, Start
@@ -23,7 +25,6 @@ PREFIX = "checkpoint-"
 WRITING_PREFIX = ".writing-"
 CHECKSUMS_NAME = "checksums.json"
 PROGRESS_NAME = "llmtune.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 class DamagedCheckpointError(Exception):
@@ -252,6 +253,7 @@ def save_weights(model: PeftModel, directory: Path) -> None:
     state = {name: tensor.contiguous().cpu() for name, tensor in _state(model).items()}
     save_file(state, directory / WEIGHTS_NAME, metadata={"format": "pt"})
     model.peft_config[model.active_adapter].save_pretrained(str(directory))
+    settle_config(directory / CONFIG_NAME)
 
 
 def load_weights(model: PeftModel, directory: Path) -> None:

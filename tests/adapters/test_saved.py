@@ -1,7 +1,10 @@
 """An adapter on disk: any peft loads it, and what does not belong together does not load."""
 
 import json
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +67,42 @@ def test_stock_peft_and_llmtune_load_what_was_saved(checkpoint, saved, family, m
     torch.testing.assert_close(logits(by_llmtune), expected, rtol=0, atol=1e-6)
     with live.disable_adapter():
         assert (logits(live) - expected).abs().max() > 0.01
+
+
+SAVED_IN_A_PROCESS = """
+import sys
+from pathlib import Path
+import torch
+from llmtune.adapters.inject import inject_adapter
+from llmtune.adapters.lora import LoraAdapter
+from llmtune.adapters.saved import save_adapter
+from llmtune.training.checkpoint import save_weights
+from tests.tiny import make_model, make_tokenizer
+torch.manual_seed(0)
+model, _ = inject_adapter(make_model("llama"), LoraAdapter(rank=2, modules_to_save=["norm"]))
+target = Path(sys.argv[1])
+save_adapter(model, target / "adapter", {"base": {"path": "/base"}}, tokenizer=make_tokenizer())
+(target / "checkpoint").mkdir()
+save_weights(model, target / "checkpoint")
+"""
+
+
+def test_two_processes_save_the_same_adapter_byte_for_byte(tmp_path):
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", SAVED_IN_A_PROCESS, str(tmp_path / seed)]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+    one, other = (files_of(tmp_path / seed) for seed in ("1", "2"))
+    config = json.loads(one["adapter/adapter_config.json"])
+    assert one == other
+    assert config["target_modules"] == sorted(config["target_modules"])
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_the_tokenizer_is_saved_with_its_template_and_every_file_is_in_the_manifest(
