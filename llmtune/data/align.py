@@ -85,7 +85,9 @@ class SpanAligner:
         return results
 
     def _encode(self, texts: list[str]) -> list[Encoding]:
-        return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        backend = self.tokenizer.backend_tokenizer
+        encodings: list[Encoding] = backend.encode_batch(texts, add_special_tokens=False)
+        return encodings
 
     def _encode_ids(self, texts: list[str]) -> list[list[int]]:
         """Return the ids alone; the fast call gives the same ids and no offsets."""

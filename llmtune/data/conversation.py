@@ -55,7 +55,7 @@ class Conversation:
 
     kind: Literal["chat", "plain", "text"]
     messages: list[Message] = field(default_factory=list)
-    tools: list[dict] | None = None
+    tools: list[dict[str, Any]] | None = None
     prompt: str = ""
     """`plain`: the text that is not trained."""
     text: str = ""
@@ -96,7 +96,7 @@ def chat(
     )
 
 
-def put_system_first(messages: list, system: Any) -> list:
+def put_system_first(messages: list[Any], system: Any) -> list[Any]:
     """Return `messages` with a row's system column as the first of them, where it has one."""
     if system is None or system == "":
         return messages
@@ -127,7 +127,8 @@ def read_messages(value: Any) -> list[Message]:
 
 def _read_message(value: Any, index: int) -> Message:
     if _is_plain(value):
-        return value
+        plain: Message = value
+        return plain
     where = f"message {index}"
     if not isinstance(value, Mapping):
         raise RowError(f"{where} is {shorten(value)}; expected an object with role and content")
@@ -176,7 +177,7 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _unknown_role(value: Mapping, role: Any, where: str) -> RowError:
+def _unknown_role(value: Mapping[str, Any], role: Any, where: str) -> RowError:
     if role is None and "from" in value:
         return RowError(
             f'{where} has "from" and no "role"; expected role and content, or set '
@@ -193,7 +194,7 @@ def _unknown_role(value: Mapping, role: Any, where: str) -> RowError:
     return RowError(f"{where}: {found}; expected one of {', '.join(ROLES)}{hint}", "role")
 
 
-def _read_content(value: Mapping, where: str, *, has_more: bool) -> str:
+def _read_content(value: Mapping[str, Any], where: str, *, has_more: bool) -> str:
     """Return a message's text, which may be empty where the message has calls or reasoning."""
     content = value.get("content")
     if isinstance(content, list):
@@ -211,7 +212,7 @@ def _read_content(value: Mapping, where: str, *, has_more: bool) -> str:
     return content
 
 
-def _take_thinking(value: Mapping, where: str) -> tuple[str, Mapping]:
+def _take_thinking(value: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, Any]]:
     """Return the text of an answer's thinking parts, and the message without them."""
     thought, rest = [], []
     for part in value["content"]:
@@ -226,7 +227,7 @@ def _take_thinking(value: Mapping, where: str) -> tuple[str, Mapping]:
     return "".join(thought), {**value, "content": rest or None}
 
 
-def _join_parts(parts: list, where: str) -> str:
+def _join_parts(parts: list[Any], where: str) -> str:
     texts = []
     for part in parts:
         is_text = isinstance(part, Mapping) and part.get("type", "text") in TEXT_PARTS

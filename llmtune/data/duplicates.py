@@ -149,7 +149,8 @@ def _window_hashes(words: Words) -> np.ndarray:
 def _is_in(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Say of each value whether it stands in `known`, which rises."""
     places = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    return known[places] == values
+    found: np.ndarray = known[places] == values
+    return found
 
 
 def _count_frames(texts: Iterable[str], wanted: set[Words]) -> Counter[Words]:
@@ -204,7 +205,8 @@ def _slot(values: np.ndarray) -> np.ndarray:
 
 def _own_shingles(text: str, common: np.ndarray) -> np.ndarray:
     values = _shingle(text)
-    return values[~common[_slot(values)]]
+    own: np.ndarray = values[~common[_slot(values)]]
+    return own
 
 
 def _common_shingles(texts: Sequence[str]) -> np.ndarray:

@@ -69,7 +69,8 @@ def _open(path: Path) -> IO[bytes]:
         ".bz2": bz2.open,
         ".xz": lzma.open,
     }
-    return openers.get(suffix, open)(path, "rb")
+    file: IO[bytes] = openers.get(suffix, open)(path, "rb")
+    return file
 
 
 def _refuse_wide_text(file: Any, shown: str) -> None:

@@ -71,7 +71,8 @@ def mix_order(source_indices: np.ndarray, shares: Sequence[SourceShare], seed: i
             indices.append(places[first])
             remaining -= len(first)
             turn += 1
-    return np.concatenate(indices)[_by_key(np.concatenate(keys))]
+    order: np.ndarray = np.concatenate(indices)[_by_key(np.concatenate(keys))]
+    return order
 
 
 def hash_order(order: np.ndarray) -> str:

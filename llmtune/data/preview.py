@@ -159,7 +159,10 @@ def split_tokens(
     """
 
     def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text: str = tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
 
     start, before = 0, list[int]()
     for end in range(1, len(input_ids) + 1):

@@ -22,7 +22,7 @@ def render_messages(
     tokenizer: PreTrainedTokenizerFast,
     messages: Sequence[Mapping[str, Any]],
     *,
-    tools: list[dict] | None = None,
+    tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
 ) -> list[int]:
     """Return the token ids of a chat, as training, evaluation, chat and export all use them.
@@ -51,7 +51,7 @@ def render_text(
     tokenizer: PreTrainedTokenizerFast,
     messages: Sequence[Mapping[str, Any]],
     *,
-    tools: list[dict] | None = None,
+    tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
     """Return the text that `render_messages` tokenizes.
@@ -60,7 +60,7 @@ def render_text(
         RowError: the template refuses this chat; the message is the template's own.
     """
     try:
-        return tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             [strip_training_keys(message) for message in messages],
             tools=tools,
             add_generation_prompt=add_generation_prompt,
@@ -77,11 +77,12 @@ def render_text(
         raise RowError(
             f"the chat template refuses this chat ({error}); its roles are {roles}", "template"
         ) from error
+    return text
 
 
 def render_texts(
     tokenizer: PreTrainedTokenizerFast,
-    chats: Sequence[tuple[list[Message], list[dict] | None]],
+    chats: Sequence[tuple[list[Message], list[dict[str, Any]] | None]],
     *,
     add_generation_prompt: bool,
 ) -> list[str | RowError]:

@@ -13,14 +13,14 @@ MAX_DEPTH = 100
 """Levels of nesting in tool schemas and arguments; templates recurse into them."""
 
 
-def read_tool_calls(value: Any, where: str) -> list[dict]:
+def read_tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
     value = parse_json_text(value, f"{where}: tool_calls")
     if not isinstance(value, list):
         raise RowError(f"{where}: tool_calls is {shorten(value)}; expected a list", "tool-call")
     return [_read_tool_call(call, where) for call in value]
 
 
-def _read_tool_call(call: Any, where: str) -> dict:
+def _read_tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RowError(
@@ -51,7 +51,7 @@ def _read_tool_call(call: Any, where: str) -> dict:
     return {"type": "function", **call_id, "function": function}
 
 
-def read_tools(value: Any) -> list[dict] | None:
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
     """Return the tool schemas of a row, or None where it has none."""
     value = parse_json_text(value, "tools")
     if value is None or value == [] or value == "":

@@ -98,10 +98,7 @@ def push_directory(directory: Path, repo: str, *, card: str, public: bool) -> Hu
             reached. The token is in no message.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # the error of whichever HTTP client the installed version uses
-    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     api = HfApi(endpoint=os.environ.get(ENDPOINT_VARIABLE), token=check_push(repo))
     files = _files(directory)
@@ -118,7 +115,7 @@ def push_directory(directory: Path, repo: str, *, card: str, public: bool) -> Hu
         commit = api.create_commit(repo, operations, commit_message="Upload with llmtune")
     except HfHubHTTPError as error:
         raise LlmtuneError(f"{repo}: the hub refused: {first_line(error)}") from None
-    except (OSError, http_error) as error:
+    except (OSError, HTTPError) as error:
         raise LlmtuneError(f"{repo}: the hub could not be reached: {first_line(error)}") from None
     return HubResult(
         repo=repo,

@@ -82,7 +82,7 @@ def select_labelled(hidden_BSD: Tensor, positions_T: Tensor) -> Tensor:
     return hidden_BSD.flatten(0, 1).index_select(0, positions_T)
 
 
-class _FrozenHeadCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
+class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """Loss forward; the hidden states' gradient is ready when forward returns."""
 
     @staticmethod
@@ -110,7 +110,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden_TD,) = ctx.saved_tensors
         return grad_hidden_TD * grad_loss, None, None, None

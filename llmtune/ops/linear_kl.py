@@ -47,7 +47,7 @@ def linear_kl_divergence(
     return _FrozenHeadKl.apply(hidden_TD, reference_TD.detach(), head, chunk_size)
 
 
-class _FrozenHeadKl(torch.autograd.Function):  # type: ignore[misc]
+class _FrozenHeadKl(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, hidden_TD: Tensor, reference_TD: Tensor, head: FrozenHead, chunk: int
@@ -73,7 +73,7 @@ class _FrozenHeadKl(torch.autograd.Function):  # type: ignore[misc]
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, outer: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient_TD,) = ctx.saved_tensors
         return gradient_TD * outer.to(gradient_TD.dtype), None, None, None

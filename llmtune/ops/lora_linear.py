@@ -72,7 +72,7 @@ class AdapterCopies:
         self._copies = None
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def stack_adapters(linears: Sequence[LoraLinear], dtype: torch.dtype) -> StackedAdapters:
     """Copy a group's adapters to `dtype`; each value is rounded once, after scaling."""
     lora_A_SI = torch.cat([linear.lora_A_RI.to(dtype) for linear in linears])
@@ -112,7 +112,7 @@ def lora_linear(inputs: Tensor, linear: LoraLinear, adapter: StackedAdapters) ->
     return output
 
 
-class _LoraLinears(torch.autograd.Function):  # type: ignore[misc]
+class _LoraLinears(torch.autograd.Function):
     """The module docstring's formulas. The masters are arguments only to receive gradients."""
 
     @staticmethod
@@ -136,7 +136,7 @@ class _LoraLinears(torch.autograd.Function):  # type: ignore[misc]
         return outputs
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         input_NI, thin_NS = ctx.saved_tensors  # once: checkpointing allows no second look
         linears, adapters = ctx.linears, ctx.adapters

@@ -26,7 +26,7 @@ def rms_norm(inputs: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(inputs, weight_D, eps)
 
 
-class _RmsNorm(torch.autograd.Function):  # type: ignore[misc]
+class _RmsNorm(torch.autograd.Function):
     """Keeps the input and one number a token."""
 
     @staticmethod
@@ -38,7 +38,7 @@ class _RmsNorm(torch.autograd.Function):  # type: ignore[misc]
         return weight_D * (wide * scale_N1).to(inputs.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         inputs, scale_N1 = ctx.saved_tensors
         grad = (grad_output * ctx.weight_D).to(scale_N1.dtype)

@@ -48,7 +48,7 @@ def swiglu_lora_linear(
     return output_NO.view(*gate.shape[:-1], output_NO.shape[1])
 
 
-class _SwigluLoraLinear(torch.autograd.Function):  # type: ignore[misc]
+class _SwigluLoraLinear(torch.autograd.Function):
     """The module docstring's formula. The masters are arguments only to receive gradients."""
 
     @staticmethod
@@ -69,7 +69,7 @@ class _SwigluLoraLinear(torch.autograd.Function):  # type: ignore[misc]
         return output_NO
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         gate_NI, up_NI, thin_NR = ctx.saved_tensors
         linear, adapter = ctx.linear, ctx.adapter

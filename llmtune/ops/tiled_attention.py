@@ -172,7 +172,7 @@ def _stack(tiles: list[Tile]) -> Stack:
     return Stack(tuple(tiles), num_queries, num_keys, mask)
 
 
-class _TiledAttention(torch.autograd.Function):  # type: ignore[misc]
+class _TiledAttention(torch.autograd.Function):
     """Forward keeps its inputs; backward walks the same stacks again."""
 
     @staticmethod
@@ -197,7 +197,7 @@ class _TiledAttention(torch.autograd.Function):  # type: ignore[misc]
         return output_1HTD
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad_output_1HTD: Tensor) -> tuple[Tensor | None, ...]:
         query_1HTD, key_1GTD, value_1GTD = ctx.saved_tensors
         rule: ScoreRule = ctx.rule

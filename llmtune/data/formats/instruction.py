@@ -54,7 +54,7 @@ class InstructionFormat:
         return chat(messages, row.get("tools"), trained_from=context, weight=row_weight(row))
 
 
-def _read_history(value: Any) -> list:
+def _read_history(value: Any) -> list[Any]:
     history = parse_json_text(value, "history")
     if history is None or history == "":
         return []
@@ -63,4 +63,4 @@ def _read_history(value: Any) -> list:
     )
     if not pairs:
         raise RowError(f"history is {shorten(history)}; expected [question, answer] pairs")
-    return history
+    return list(history)

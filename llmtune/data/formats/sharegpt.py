@@ -54,7 +54,7 @@ class ShareGptFormat:
         return chat(messages, row.get("tools"), weight=row_weight(row))
 
 
-def _to_message(turn: Any, where: str) -> dict:
+def _to_message(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise RowError(f"{where} is {shorten(turn)}; expected an object with from and value")
     if "from" not in turn and "role" in turn:
