@@ -44,6 +44,7 @@ class RunConfig(Section):
 
     @property
     def run(self) -> RunDir:
+        """Return the run directory that the config names."""
         return RunDir(self.run_dir)
 
 

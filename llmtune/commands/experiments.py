@@ -24,7 +24,7 @@ from llmtune.io.run_dir import RunDir
 @click.option("--suite", help="The suite it is measured on (default: the first target suite).")
 @click.option("--target-score", type=float, help="Also say how many rows would reach this score.")
 @with_output_options
-def learning_curve(  # noqa: PLR0913 (one argument an option)
+def learning_curve(
     target: str,
     overrides: tuple[str, ...],
     suite: str | None,

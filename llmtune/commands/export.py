@@ -84,7 +84,7 @@ def export(  # noqa: PLR0913 (one argument an option)
 @click.option("--against", required=True, help="The run (or model) that PATH was made from.")
 @MAX_KL_OPTION
 @with_output_options
-def verify(  # noqa: PLR0913 (one argument an option)
+def verify(
     path: Path,
     overrides: tuple[str, ...],
     against: str,

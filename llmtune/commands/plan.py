@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--gpu", help="Plan for another device: 24GB, or a name such as rtx4090 or h100.")
 @click.option("--measure", is_flag=True, help="Time this CPU's matrix products for the estimate.")
 @with_output_options
-def plan(  # noqa: PLR0913 (one argument an option)
+def plan(
     config: Path,
     overrides: tuple[str, ...],
     gpu: str | None,

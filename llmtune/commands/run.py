@@ -26,7 +26,7 @@ from llmtune.errors import LlmtuneError
 @FORCE_OPTION
 @FAIL_IF_OPTION
 @with_output_options
-def run_all(  # noqa: PLR0913 (one argument an option)
+def run_all(
     config: Path,
     overrides: tuple[str, ...],
     force: bool,

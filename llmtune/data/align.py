@@ -35,6 +35,7 @@ class LabelledSequence:
 
     @property
     def num_trained(self) -> int:
+        """Return how many of the tokens are trained."""
         return sum(end - start for start, end in self.spans)
 
 

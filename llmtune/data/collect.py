@@ -102,6 +102,7 @@ class SplitCollector:
 
     @property
     def rows_read(self) -> int:
+        """Return the rows read so far, from all sources."""
         return sum(tally["read"] for tally in self._tallies)
 
     def read(self, directory: Path | None = None) -> ExampleTable:
@@ -195,8 +196,11 @@ class SplitCollector:
         self._stop_rows += any(_trains_stop(one, self.labeller.stop_ids) for one in sequences)
 
     def report(self, mixed: ExampleTable, taken: Sequence[tuple[int, float]]) -> DataReport:
-        """Return the counts; `mixed` is what an epoch holds, `taken` what each source gives to
-        it and would give without a repeat limit."""
+        """Return the counts.
+
+        `mixed` is what an epoch holds, `taken` what each source gives to it and would give
+        without a repeat limit.
+        """
         sources = tuple(
             SourceReport(
                 path=source.path,

@@ -12,6 +12,7 @@ BATCH_BYTES = 1 << 24
 
 
 def iter_parquet(file: IO[bytes], shown: str) -> Iterator[Parsed]:
+    """Yield the rows of a Parquet file, a batch in memory at a time."""
     import pyarrow
     import pyarrow.parquet
 
@@ -29,6 +30,7 @@ def iter_parquet(file: IO[bytes], shown: str) -> Iterator[Parsed]:
 
 
 def iter_arrow(file: IO[bytes], shown: str) -> Iterator[Parsed]:
+    """Yield the rows of an Arrow file or stream, a batch in memory at a time."""
     import pyarrow
 
     try:

@@ -67,6 +67,7 @@ class ExampleTable(Sequence[Example]):
 
     @property
     def num_tokens(self) -> int:
+        """Return the tokens of all examples together."""
         return int(self.lengths.sum())
 
     @property

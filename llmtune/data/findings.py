@@ -118,6 +118,7 @@ class SeenRows:
     scripts: Counter[str] = field(default_factory=Counter)
 
     def look_at(self, row: LoadedRow, sequences: Sequence[LabelledSequence]) -> None:
+        """Keep what the checks need to know of a row."""
         conversation = row.conversation
         self.places.append(row.source, row.line)
         self.keys += conversation_key(conversation)
@@ -178,6 +179,7 @@ class Notebook:
             self.add(kind, "error" if is_error else "warning", message, places)
 
     def add_shared(self, collector: SplitCollector) -> None:
+        """Add the train rows that are also in the evaluation data."""
         places = [
             Place(*_split_place(shared.place), f"the same row as {shared.other}")
             for shared in collector.shared
@@ -185,6 +187,7 @@ class Notebook:
         self.add("leak", "error", "train rows that are also in the evaluation data", places)
 
     def add_lengths(self, collector: SplitCollector) -> None:
+        """Add the rows that `max_length` cuts or drops."""
         count = collector.count
         lost = count.trained_tokens_lost / max(count.trained_tokens, 1)
         places = [
@@ -207,6 +210,7 @@ class Notebook:
         )
 
     def add_signal(self, report: DataReport) -> None:
+        """Add what leaves too little to learn: no stop tokens, or no rows."""
         if report.stop_row_ratio < MIN_STOP_ROWS:
             missing = round((1 - report.stop_row_ratio) * report.rows_kept)
             self.findings.append(
@@ -218,6 +222,7 @@ class Notebook:
             )
 
     def add_suspicions(self) -> None:
+        """Add the rows that look wrong in some way, and those in a rare script."""
         every = [seen for seen in self.splits.values() if len(seen.places)]
         for kind, words in SUSPICION_WORDS.items():
             found = [seen.suspicions[kind] for seen in every if kind in seen.suspicions]
@@ -243,6 +248,7 @@ class Notebook:
             self.add("script", "warning", message, places_of_rare)
 
     def add_duplicates(self) -> None:
+        """Add the rows that repeat an earlier row of their split."""
         for seen in self.splits.values():
             firsts = seen.first_rows()
             places = (
@@ -252,6 +258,7 @@ class Notebook:
             self.add("duplicate", "warning", "rows that stand more than once", places)
 
     def add_conflicts(self) -> None:
+        """Add the train rows that answer the same question differently."""
         train = self.splits["train"]
         answers = np.frombuffer(train.answers, dtype=np.int64)
         firsts = first_of_equal(np.frombuffer(train.questions, dtype=np.int64).reshape(-1, 1))
@@ -267,6 +274,7 @@ class Notebook:
         self.add("conflict", "warning", "rows that answer the same prompt differently", places)
 
     def add_near_duplicates(self, advance: Callable[[int], None] | None = None) -> None:
+        """Add the rows that are almost the same, within a split and across the two."""
         train, evaluation = self.splits["train"], self.splits["evaluation"]
         near: list[Place] = []
         leaks: list[Place] = []

@@ -55,10 +55,12 @@ class RowPreview:
 
     @property
     def text(self) -> str:
+        """Return the text of all tokens."""
         return "".join(token.text for token in self.tokens)
 
     @property
     def num_trained(self) -> int:
+        """Return how many of the tokens are trained."""
         return sum(label != IGNORE_INDEX for label in self.labels)
 
     @property

@@ -58,10 +58,12 @@ class DataReport:
 
     @property
     def rows_read(self) -> int:
+        """Return the rows read from all sources."""
         return sum(source.rows_read for source in self.sources)
 
     @property
     def rows_kept(self) -> int:
+        """Return the rows kept from all sources."""
         return sum(source.rows_kept for source in self.sources)
 
     def to_json(self) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def read_stored(directory: Path) -> StoredTokens:
 def _create(directory: Path | None, name: str) -> IO[bytes]:
     if directory is not None:
         return (directory / name).open("w+b")
-    return tempfile.TemporaryFile()  # noqa: SIM115 - stays open while rows come in
+    return tempfile.TemporaryFile()
 
 
 def _map(file: IO[bytes], dtype: np.dtype) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -137,7 +138,7 @@ def _is_dense(text: str) -> bool:
 
 def _look_at_turns(messages: list[Message]) -> Iterator[tuple[str, str]]:
     roles = [message["role"] for message in messages]
-    for index, (role, following) in enumerate(zip(roles, roles[1:], strict=False), 1):
+    for index, (role, following) in enumerate(pairwise(roles), 1):
         if role == following and role in ("user", "assistant"):
             yield "turn-order", f"messages {index} and {index + 1} are both {role}"
             break

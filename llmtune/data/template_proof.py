@@ -50,7 +50,7 @@ def prints_contents_only(template: str) -> bool:
 class _Generation(Extension):
     """Reads `{% generation %}` blocks, as the Hugging Face templates have them."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (how jinja declares it)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -14,6 +14,7 @@ MAX_DEPTH = 100
 
 
 def read_tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return the tool calls of a message, each with its arguments parsed."""
     value = parse_json_text(value, f"{where}: tool_calls")
     if not isinstance(value, list):
         raise RowError(f"{where}: tool_calls is {shorten(value)}; expected a list", "tool-call")

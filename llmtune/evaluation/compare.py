@@ -77,6 +77,7 @@ class Comparison:
 
     @property
     def interval(self) -> tuple[float, float]:
+        """Return the lower and upper end of the interval."""
         return self.low, self.high
 
     @property

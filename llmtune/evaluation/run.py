@@ -102,6 +102,7 @@ class ProgressLog:
         self._last = 0.0
 
     def __call__(self, progress: Progress) -> None:
+        """Log a line if the last one is old enough, or the arm is done."""
         now = time.monotonic()
         if progress.done == progress.total or now - self._last >= self.interval_seconds:
             self._last = now

@@ -38,8 +38,10 @@ class Training:
 
 @dataclass(frozen=True)
 class CurvePlan:
-    """The trainings beside the run's own on `num_rows` rows, and what they cost: seconds as the
-    run itself took them."""
+    """The trainings beside the run's own on `num_rows` rows, and what they cost.
+
+    The seconds are as the run itself took them.
+    """
 
     suite: Suite
     trainings: tuple[Training, ...]

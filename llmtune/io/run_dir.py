@@ -20,38 +20,47 @@ class RunDir:
 
     @property
     def adapter_dir(self) -> Path:
+        """Return the folder of the trained adapter."""
         return self.path / "adapter"
 
     @property
     def merged_dir(self) -> Path:
+        """Return the folder of the merged model."""
         return self.path / "merged"
 
     @property
     def checkpoints_dir(self) -> Path:
+        """Return the folder of the training's checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def evaluations_dir(self) -> Path:
+        """Return the folder of the evaluations."""
         return self.path / "evaluations"
 
     @property
     def diagnostics_dir(self) -> Path:
+        """Return the folder of the diagnoses."""
         return self.path / "diagnostics"
 
     @property
     def metrics_path(self) -> Path:
+        """Return the file of the training's metrics, one line a log."""
         return self.path / "metrics.jsonl"
 
     @property
     def manifest_path(self) -> Path:
+        """Return the file that records what was done."""
         return self.path / "manifest.json"
 
     @property
     def lock_path(self) -> Path:
+        """Return the file that one process at a time locks."""
         return self.path / ".lock"
 
     @property
     def generations_path(self) -> Path:
+        """Return the file of texts that the model wrote."""
         return self.path / "generations.json"
 
     @property
@@ -61,14 +70,17 @@ class RunDir:
 
     @property
     def report_html_path(self) -> Path:
+        """Return the file of the report page."""
         return self.path / "report.html"
 
     @property
     def report_md_path(self) -> Path:
+        """Return the file of the report in Markdown."""
         return self.path / "report.md"
 
     @property
     def report_json_path(self) -> Path:
+        """Return the file of the report's numbers."""
         return self.path / "report.json"
 
 

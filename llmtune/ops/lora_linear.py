@@ -168,6 +168,7 @@ class _LoraLinears(torch.autograd.Function):
 def adapted_output(
     input_NI: Tensor, thin_NR: Tensor, linear: LoraLinear, scaled_B_OR: Tensor
 ) -> Tensor:
+    """Return the output of a linear layer and its adapter; `thin_NR` is the product with `A`."""
     weight_IO = read_weight(linear, input_NI.dtype).t()
     if linear.bias_O is None:
         output_NO = input_NI @ weight_IO
@@ -177,6 +178,7 @@ def adapted_output(
 
 
 def read_weight(linear: LoraLinear, dtype: torch.dtype) -> Tensor:
+    """Return a layer's weight in `dtype`, dequantized if it is stored quantized."""
     weight_OI = linear.weight_OI if isinstance(linear.weight_OI, Tensor) else linear.weight_OI()
     return weight_OI.to(dtype)
 

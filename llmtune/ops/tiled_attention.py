@@ -13,6 +13,7 @@ the batch, D head width, S = G * tiles of a stack, Q = R * queries of a tile, K 
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -42,10 +43,12 @@ class Tile(NamedTuple):
 
     @property
     def num_queries(self) -> int:
+        """Return the number of queries."""
         return int(self.queries.stop - self.queries.start)
 
     @property
     def num_keys(self) -> int:
+        """Return the number of keys."""
         return int(self.keys.stop - self.keys.start)
 
 
@@ -122,7 +125,7 @@ def _merged_tile(start: int, lengths: list[int], sliding_window: int | None) -> 
 def _iter_cut_tiles(start: int, length: int, sliding_window: int | None) -> Iterator[Tile]:
     num_tiles = -(-length // TILE_QUERIES)
     bounds = [start + length * i // num_tiles for i in range(num_tiles + 1)]
-    for first, stop in zip(bounds, bounds[1:], strict=False):
+    for first, stop in pairwise(bounds):
         first_key = start if sliding_window is None else max(start, first - sliding_window + 1)
         # Without a window, every query of the tile sees all keys before the tile.
         first_masked = first if first_key == start and sliding_window is None else first_key

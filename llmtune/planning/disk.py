@@ -21,10 +21,12 @@ class DiskEstimate:
 
     @property
     def total_bytes(self) -> int:
+        """Return the bytes of all components."""
         return sum(self.components.values())
 
     @property
     def fits(self) -> bool:
+        """Say whether the free space is enough."""
         return self.total_bytes <= self.free_bytes
 
 

@@ -79,10 +79,12 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
+        """Return the bytes of all components."""
         return sum(self.components.values())
 
     @property
     def fits(self) -> bool:
+        """Say whether the memory is enough."""
         return self.total_bytes <= self.memory_bytes
 
 

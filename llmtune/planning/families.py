@@ -47,6 +47,7 @@ class Family:
 
     @property
     def is_gated(self) -> bool:
+        """Say whether the feed-forward block has a gate."""
         return len(self.feed_forward) == 3 or "gate_up" in self.feed_forward[0]
 
 

@@ -38,6 +38,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Say whether both memory and disk are enough."""
         return self.memory.fits and self.disk.fits
 
     def as_json(self) -> dict[str, Any]:

@@ -40,14 +40,17 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
+        """Return the width of all query heads together."""
         return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
+        """Return the width of all key heads together, which is that of the values."""
         return self.kv_heads * self.head_dim
 
     @property
     def embedding_parameters(self) -> int:
+        """Return the parameters of the token embeddings."""
         return self.vocabulary * self.width
 
     @property
@@ -58,10 +61,12 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
+        """Return the weights of all linear layers but the head."""
         return sum(math.prod(shape) for shape in self.linear.values())
 
     @property
     def expert_parameters(self) -> int:
+        """Return the weights of all fused experts."""
         return sum(math.prod(shape) for shape in self.fused_experts.values())
 
     @property
@@ -72,6 +77,7 @@ class ModelShape:
 
     @property
     def num_parameters(self) -> int:
+        """Return the parameters of the whole model."""
         return (
             self.embedding_parameters
             + self.head_parameters

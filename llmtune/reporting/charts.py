@@ -79,7 +79,7 @@ def draw(name: str, label: str, plot: Callable[[Axes], None], *, height: int = H
         plot(figure.add_subplot())
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
-    return Markup(_inline(written.getvalue(), name, label))  # noqa: S704 (texts were escaped)
+    return Markup(_inline(written.getvalue(), name, label))  # its texts were escaped
 
 
 def format_tick(value: float, _: object = None) -> str:

@@ -57,7 +57,7 @@ def render_html(report: Report) -> str:
     """Return the page; every text that comes from data or models is escaped."""
     environment = make_environment()
     sections = [
-        Markup(environment.get_template(f"{name}.html.j2").render(report=report, **shown))  # noqa: S704
+        Markup(environment.get_template(f"{name}.html.j2").render(report=report, **shown))
         for name, show in SECTIONS
         if (shown := show(report)) is not None
     ]

@@ -122,6 +122,7 @@ class StepCollator:
         self.objective = objective
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> StepRows:
+        """Return the rows of one step, from the numbers that the data loader draws."""
         return self.collate([row["row"] for row in rows])
 
     def collate(self, indices: Sequence[int]) -> StepRows:

@@ -39,6 +39,7 @@ class LearningWatch(TrainerCallback):
         model: PeftModel,
         **kwargs: Any,
     ) -> None:
+        """Check that gradients reach the adapter."""
         # The float16 scaler skips the first steps, so there the check is left to the loss.
         if args.fp16 or self._steps == CHECKED_STEPS:
             return
@@ -84,6 +85,7 @@ class FiniteWatch(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        """Check the losses since the last check."""
         last = state.global_step >= state.max_steps
         if state.global_step % CHECK_EVERY == 0 or last or control.should_save:
             self._check_losses()
@@ -96,6 +98,7 @@ class FiniteWatch(TrainerCallback):
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
+        """Check the gradient norm of this log."""
         norm = logs.get("grad_norm")
         if norm is None or not self._recent:
             return
@@ -147,6 +150,7 @@ class BestWatch(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
+        """Keep the best loss, and stop once it has not improved for too long."""
         loss = metrics.get(self._stopping.metric)
         if loss is None:
             return
@@ -175,6 +179,7 @@ class InterruptionWatch(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        """Save and stop if the process was asked to end."""
         if self._interruption.signal_name:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

@@ -49,7 +49,7 @@ OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 KEPT_METRICS = ("eval_loss", "eval_tokens", "eval_seconds")
 
 
-def build_trainer(  # noqa: PLR0913 - each is a thing of its own
+def build_trainer(
     config: TrainConfig,
     request: TrainRequest,
     setup: Setup,
@@ -94,7 +94,7 @@ def build_trainer(  # noqa: PLR0913 - each is a thing of its own
 class AdapterTrainer(SFTTrainer):
     """Trains the adapter; one item of the data loader is one whole optimizer step."""
 
-    def __init__(  # noqa: PLR0913 - what `build_trainer` is given, and trl's own
+    def __init__(
         self,
         config: TrainConfig,
         request: TrainRequest,
@@ -248,6 +248,7 @@ class Pacing(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        """Start the clock, and put this run's intervals in place of those in the checkpoint."""
         self._clock.start(state.global_step)
         state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
         state.eval_steps = args.eval_steps
@@ -259,6 +260,7 @@ class Pacing(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        """Log, save and evaluate when it is time."""
         is_last = state.global_step >= state.max_steps
         if control.should_evaluate or control.should_save or is_last:
             control.should_log = True

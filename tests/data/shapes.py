@@ -177,8 +177,15 @@ SHAPES = {
     ),
     "glm": Shape(
         GLM,
-        ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>")
-        + ("<|endoftext|>",),
+        (
+            "[gMASK]",
+            "<sop>",
+            "<|user|>",
+            "<|assistant|>",
+            "<|system|>",
+            "<|observation|>",
+            "<|endoftext|>",
+        ),
         None,
         "<|endoftext|>",
         "<|user|>",

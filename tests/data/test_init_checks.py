@@ -1,4 +1,3 @@
-# ruff: noqa: E501 (rows as they stand in files)
 """What `llmtune init` writes passes `llmtune data check`, whatever the file holds."""
 
 import json

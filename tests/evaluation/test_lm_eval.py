@@ -20,7 +20,7 @@ from tests.tiny import make_model, make_tokenizer
 
 pytest.importorskip("lm_eval", reason='needs the extra: pip install "llmtune[lm-eval]"')
 
-from llmtune.evaluation.lm_eval import LmEvalSettings, harness_model, run_tasks  # noqa: E402
+from llmtune.evaluation.lm_eval import LmEvalSettings, harness_model, run_tasks
 
 IDENTITY = ModelIdentity(base="b", adapter="a", dtype="float32", quantization="none")
 WORDS = ["dog", "fox", "film", "plot", "quick", "lazy", "warm", "funny", "ending", "sentence"]

@@ -83,7 +83,7 @@ def test_a_sequence_is_shown_only_while_its_adapters_are_the_ones_of_then(tmp_pa
 
 
 def test_what_is_no_sequence_is_refused(tasks, tmp_path):
-    first, second = (load_config(path) for path in tasks)
+    first = load_config(tasks[0])
     with pytest.raises(LlmtuneError, match="at least two"):
         train_sequence([first], tmp_path)
     with pytest.raises(LlmtuneError, match="named 'run'"):

@@ -1,5 +1,7 @@
 """Every token of a text is predicted exactly once, whatever the windows and the batches."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -75,7 +77,7 @@ def test_every_window_begins_with_the_bos_where_the_tokenizer_has_one(tokenizer_
 def test_windows_without_bos_continue_from_the_last_token(tokenizer):
     passage = encode_passage(tokenizer, TEXTS[0])
     windows = cut_windows(passage, 8)
-    assert all(b[0] == a[-1] for a, b in zip(windows, windows[1:], strict=False))
+    assert all(b[0] == a[-1] for a, b in pairwise(windows))
 
 
 def test_only_ids_before_the_text_count_as_leading(tokenizer, tokenizer_with_bos):

@@ -35,8 +35,16 @@ def test_both_arms_are_run_on_one_base_and_joined_into_the_report(project):
     try:
         called = CliRunner().invoke(
             cli,
-            ["eval", str(run.path), "--lm-eval", "local_words", "--include-path", tasks]
-            + ["--json", "--quiet"],
+            [
+                "eval",
+                str(run.path),
+                "--lm-eval",
+                "local_words",
+                "--include-path",
+                tasks,
+                "--json",
+                "--quiet",
+            ],
             standalone_mode=False,
         )
     finally:
@@ -58,8 +66,20 @@ def test_the_merged_model_is_run_where_it_is_asked_for(project):
     run, tasks = project
     called = CliRunner().invoke(
         cli,
-        ["eval", str(run.path), "--lm-eval", "local_words", "--include-path", tasks]
-        + ["--arm", "merged", "--limit", "3", "--json", "--quiet"],
+        [
+            "eval",
+            str(run.path),
+            "--lm-eval",
+            "local_words",
+            "--include-path",
+            tasks,
+            "--arm",
+            "merged",
+            "--limit",
+            "3",
+            "--json",
+            "--quiet",
+        ],
         standalone_mode=False,
     )
     assert called.exception is None, called.exception

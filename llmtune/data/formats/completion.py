@@ -30,9 +30,11 @@ class CompletionFormat:
         self.is_plain = is_plain
 
     def recognises(self, row: Row) -> bool:
+        """Say whether a row has a prompt and a completion."""
         return "prompt" in row and "completion" in row
 
     def to_conversation(self, row: Row) -> Conversation:
+        """Return the prompt and completion as a chat, or as plain text."""
         prompt, completion = _read_side(row["prompt"]), _read_side(row["completion"])
         weight = read_weight(row_weight(row))
         if self.is_plain:

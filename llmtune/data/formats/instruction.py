@@ -28,9 +28,11 @@ class InstructionFormat:
     required: ClassVar[tuple[str, ...]] = ("instruction", "output")
 
     def recognises(self, row: Row) -> bool:
+        """Say whether a row has an instruction and an output."""
         return "instruction" in row and "output" in row
 
     def to_conversation(self, row: Row) -> Conversation:
+        """Return the instruction, with its input and history, and the output as a chat."""
         question = check_text(row["instruction"], "instruction")
         extra = row.get("input")
         if extra is not None and check_text(extra, "input").strip():

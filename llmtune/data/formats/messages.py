@@ -21,12 +21,14 @@ class MessagesFormat:
     required: ClassVar[tuple[str, ...]] = ("messages",)
 
     def recognises(self, row: Row) -> bool:
+        """Say whether a row has messages with roles."""
         value = row.get("messages")
         if isinstance(value, str):
             return '"role"' in value or value.lstrip().startswith("[")
         return "messages" in row and not _has_from_turns(value)
 
     def to_conversation(self, row: Row) -> Conversation:
+        """Return the messages as a chat."""
         messages = parse_json_text(row["messages"], "messages")
         if isinstance(messages, list):
             messages = put_system_first(messages, row.get("system"))

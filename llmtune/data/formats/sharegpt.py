@@ -40,9 +40,11 @@ class ShareGptFormat:
     required: ClassVar[tuple[str, ...]] = ("conversations",)
 
     def recognises(self, row: Row) -> bool:
+        """Say whether a row has conversations."""
         return "conversations" in row
 
     def to_conversation(self, row: Row) -> Conversation:
+        """Return the from/value turns as a chat."""
         turns = parse_json_text(row["conversations"], "conversations")
         if not isinstance(turns, list):
             raise RowError(

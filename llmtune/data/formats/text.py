@@ -19,9 +19,11 @@ class TextFormat:
     required: ClassVar[tuple[str, ...]] = ("text",)
 
     def recognises(self, row: Row) -> bool:
+        """Say whether a row has a text."""
         return isinstance(row.get("text"), str)
 
     def to_conversation(self, row: Row) -> Conversation:
+        """Return the text as a document that is trained whole."""
         text = check_text(row["text"], "text")
         if not text.strip():
             raise RowError("text is empty; expected a document", "empty")

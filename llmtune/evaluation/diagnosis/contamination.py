@@ -59,8 +59,10 @@ class ContaminatedItem:
 
 @dataclass(frozen=True)
 class SuiteContamination:
-    """Items of one suite found in the train rows. An item counts once: exact, else near, else
-    ngram; `item_ids` are all of them."""
+    """Items of one suite found in the train rows.
+
+    An item counts once: exact, else near, else ngram; `item_ids` are all of them.
+    """
 
     exact: int
     ngram: int
@@ -71,10 +73,12 @@ class SuiteContamination:
 
     @property
     def exact_share(self) -> float:
+        """Return the share of items found word for word."""
         return self.exact / self.n
 
     @property
     def share(self) -> float:
+        """Return the share of items found in any way."""
         return len(self.item_ids) / self.n
 
 

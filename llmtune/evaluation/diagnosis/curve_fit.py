@@ -28,6 +28,7 @@ class Measured:
 
     @property
     def mean(self) -> float:
+        """Return the weighted mean of the values."""
         return float(np.average(self.values, weights=self.weights))
 
 

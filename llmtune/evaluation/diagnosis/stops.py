@@ -39,6 +39,7 @@ class StopCount:
 
     @property
     def share(self) -> float:
+        """Return the share of answers that stopped."""
         return self.stopped / self.n
 
 

@@ -55,6 +55,7 @@ class PlannedTensor:
 
     @property
     def num_columns(self) -> int:
+        """Return the length of a row."""
         return self.shape[-1]
 
     @property

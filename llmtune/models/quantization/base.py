@@ -44,7 +44,7 @@ class Quantization(Section):
     def loading_config(self, dtype: "torch.dtype") -> Any:
         """Return the `quantization_config` for transformers; None loads the weights as they are."""
 
-    def finish_loading(self, model: "PreTrainedModel") -> None:  # noqa: B027
+    def finish_loading(self, model: "PreTrainedModel") -> None:
         """Quantize or prepare a model whose weights were just loaded, in place."""
 
     @classmethod

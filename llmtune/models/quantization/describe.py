@@ -47,10 +47,12 @@ class QuantizationTable:
 
     @property
     def num_parameters(self) -> int:
+        """Return the parameters of all rows."""
         return sum(row.num_parameters for row in self.rows)
 
     @property
     def bytes(self) -> int:
+        """Return the bytes of all rows."""
         return sum(row.bytes for row in self.rows)
 
     @property
