@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmtune.evaluation.compare import Resampling, compare_arms
+from llmtune.evaluation.compare import compare_arms
 from llmtune.evaluation.results import ArmResult, arm_result_path, read_arm_result
+from llmtune.evaluation.stats import Resampling
 
 ARMS = ("base", "tuned", "merged")
 

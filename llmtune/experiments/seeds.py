@@ -16,14 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.compare import (
-    Resampling,
-    cluster_names,
-    pair_items,
-    require_same_recipe,
-)
+from llmtune.evaluation.compare import cluster_names, pair_items, require_same_recipe
 from llmtune.evaluation.results import ArmResult
-from llmtune.evaluation.stats import holm, paired_bootstrap, two_level_bootstrap
+from llmtune.evaluation.stats import Resampling, holm, paired_bootstrap, two_level_bootstrap
 from llmtune.experiments.versus import tell_apart
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text

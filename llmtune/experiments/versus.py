@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.compare import Comparison, Resampling, compare_arms
+from llmtune.evaluation.compare import Comparison, compare_arms
 from llmtune.evaluation.results import ArmResult
-from llmtune.evaluation.stats import holm, needed_items
+from llmtune.evaluation.stats import Resampling, holm, needed_items
 from llmtune.io.manifest import read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
 from llmtune.reporting.charts import draw_interval, interval_limit

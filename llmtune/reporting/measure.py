@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from llmtune.evaluation.compare import (
-    Resampling,
     SliceComparison,
     adjust_slices,
     compare_arms,
@@ -12,7 +11,7 @@ from llmtune.evaluation.compare import (
 )
 from llmtune.evaluation.diagnosis.contamination import ContaminationResult
 from llmtune.evaluation.results import ArmResult
-from llmtune.evaluation.stats import needed_items
+from llmtune.evaluation.stats import Resampling, needed_items
 from llmtune.reporting.run_results import Results, restrict
 from llmtune.reporting.sections.arms import measure_rivals, sort_arms
 from llmtune.reporting.suites import (

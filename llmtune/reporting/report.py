@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
-from llmtune.evaluation.compare import Resampling
+from llmtune.evaluation.stats import Resampling
 from llmtune.io.manifest import Manifest
 from llmtune.reporting.diagnostics import Diagnostics
 from llmtune.reporting.missing import Missing

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.compare import Resampling, arm_kind, cluster_names
+from llmtune.evaluation.compare import arm_kind, cluster_names
 from llmtune.evaluation.results import (
     LM_EVAL_TASK,
     ArmResult,
@@ -18,7 +18,7 @@ from llmtune.evaluation.results import (
     finite_or_none,
     read_arm_result,
 )
-from llmtune.evaluation.stats import standard_error
+from llmtune.evaluation.stats import Resampling, standard_error
 from llmtune.io.manifest import Manifest
 from llmtune.io.run_dir import RunDir
 from llmtune.models.checkpoint import Checkpoint

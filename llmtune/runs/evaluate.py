@@ -129,8 +129,8 @@ class EvaluateStage(Stage):
 
     def scores(self) -> "Scores":
         """Read the arms' scores, with the difference of tuned and base and its interval."""
-        from llmtune.evaluation.compare import Resampling
         from llmtune.evaluation.scores import read_scores
+        from llmtune.evaluation.stats import Resampling
 
         knobs = self.config.evaluate
         return read_scores(

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.compare import Resampling
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.lm_eval import LmEvalSettings, run_tasks, suite_name
 from llmtune.evaluation.results import ArmResult, save_arm_result
 from llmtune.evaluation.run import evaluate_arms, scoring_settings
 from llmtune.evaluation.scores import Scores, summarize_scores
+from llmtune.evaluation.stats import Resampling
 from llmtune.evaluation.suite import load_suite
 from llmtune.models.config import Loadable
 from llmtune.serving.live import load_live

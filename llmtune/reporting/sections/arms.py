@@ -6,8 +6,9 @@ from typing import TypedDict
 
 from markupsafe import Markup
 
-from llmtune.evaluation.compare import Comparison, Resampling, arm_kind, compare_arms
+from llmtune.evaluation.compare import Comparison, arm_kind, compare_arms
 from llmtune.evaluation.results import ArmResult
+from llmtune.evaluation.stats import Resampling
 from llmtune.reporting.charts import draw_interval, interval_limit
 from llmtune.reporting.suites import Change, Rival, SuiteReport
 

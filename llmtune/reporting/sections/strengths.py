@@ -11,9 +11,10 @@ from typing import TypedDict
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from llmtune.evaluation.compare import Comparison, Resampling, arm_kind, compare_arms
+from llmtune.evaluation.compare import Comparison, arm_kind, compare_arms
 from llmtune.evaluation.halves import in_selection_half
 from llmtune.evaluation.results import ArmResult
+from llmtune.evaluation.stats import Resampling
 from llmtune.reporting.charts import BAD, BASE, GOOD, INK, QUIET, draw, finish_axes
 from llmtune.reporting.numbers import Unit, unit_of_metric
 from llmtune.reporting.run_results import Results, restrict
