@@ -67,10 +67,10 @@ def test_each_extent_measures_more_and_loads_the_base_once(config, monkeypatch, 
 
     def load(target, arm):
         loads.append(arm)
-        return load_live(target, arm)
+        return load_target(target, arm)
 
-    load_live = live.load_live
-    monkeypatch.setattr(live, "load_live", load)
+    load_target = live.load_target
+    monkeypatch.setattr(live, "load_target", load)
     evaluate(config)
     assert arms_of(config) == PLAIN | {"strength-0.5"}
     assert diagnostics_of(config) == {"divergence", "stops", "contamination"}

@@ -18,7 +18,7 @@ from llmtune.evaluation.suite import load_suite
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.targets import resolve_target
 from llmtune.serving.chat import Chat, ChatSettings
-from llmtune.serving.live import load_live
+from llmtune.serving.live import load_target
 from tests.conftest import write_jsonl
 from tests.project import make_project
 from tests.tiny import CHATML
@@ -128,5 +128,5 @@ def test_training_evaluation_and_chat_give_the_model_the_same_ids(finished, monk
 
     monkeypatch.setattr("llmtune.serving.chat.stream_text", watched)
     settings = ChatSettings(arm=None, max_new_tokens=4, temperature=0.0, system=None, as_json=True)
-    Chat(load_live(resolve_target(str(finished / "run"), [])), settings).answer(question)
+    Chat(load_target(resolve_target(str(finished / "run"), [])), settings).answer(question)
     assert given == [prompt]

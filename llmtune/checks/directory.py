@@ -13,8 +13,8 @@ from llmtune.checks.provenance import read_record, strength_of
 from llmtune.checks.reference import (
     Reference,
     adapter_problems,
-    at_strength,
     comparison_dtype,
+    is_dequantized,
     load_reference,
 )
 from llmtune.checks.tricky_strings import TRICKY_STRINGS
@@ -23,6 +23,7 @@ from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import render_question
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.scoring.generate import Decoding
+from llmtune.scoring.live import as_arm
 
 log = logging.getLogger("llmtune")
 
@@ -84,7 +85,7 @@ def check_directory(
     of 200 tricky strings.
 
     Raises:
-        LlmtuneError: the directory or the reference cannot be loaded.
+        LlmtuneError: the directory or the reference cannot be live.
     """
     saved = Checkpoint.open(directory)
     type = _stored_type(saved.config)
@@ -92,28 +93,26 @@ def check_directory(
     problems = adapter_problems(record, reference)
     dtype = comparison_dtype(directory, device=reference.model.device)
     live = load_reference(reference, record, dtype)
-    loaded, tokenizer = live.loaded, saved.tokenizer
-    with at_strength(live, strength_of(record)):
+    tokenizer = saved.tokenizer
+    with as_arm(live, strength=strength_of(record)):
         check = verify_merge(
             live.model,
             directory,
-            build_prompts(loaded.tokenizer, reference.held_out),
-            decoding=Decoding(NUM_NEW_TOKENS, loaded.stop_token_ids),
-            dtype=loaded.dtype,
+            build_prompts(live.tokenizer, reference.held_out),
+            decoding=Decoding(NUM_NEW_TOKENS, live.stop_token_ids),
+            dtype=live.dtype,
         )
     log.info("verify: %s", check.summary())
     max_kl = tolerances.max_kl if tolerances.max_kl is not None else _bound(type, reference)
     if not check.kl <= max_kl:
         problems.append(f"KL {check.kl:.4f} nats per token, the limit is {max_kl:g}")
-    odd = [
-        text for text in TRICKY_STRINGS if tokenizer.encode(text) != loaded.tokenizer.encode(text)
-    ]
+    odd = [text for text in TRICKY_STRINGS if tokenizer.encode(text) != live.tokenizer.encode(text)]
     problems += tolerances.string_problems(len(odd), len(TRICKY_STRINGS), odd)
     stops = saved.stop_token_ids
-    if not set(stops) >= set(loaded.stop_token_ids):
-        problems.append(f"answers end with {stops}, expected {loaded.stop_token_ids}")
+    if not set(stops) >= set(live.stop_token_ids):
+        problems.append(f"answers end with {stops}, expected {live.stop_token_ids}")
     different = sum(
-        render_question(tokenizer, text) != render_question(loaded.tokenizer, text)
+        render_question(tokenizer, text) != render_question(live.tokenizer, text)
         for text in OPEN_PROMPTS
     )
     if different:
@@ -125,7 +124,7 @@ def check_directory(
         problems=tuple(problems),
         max_kl=max_kl,
         strength=strength_of(record),
-        live_is_quantized=live.is_quantized,
+        live_is_quantized=is_dequantized(record),
         check=check,
         num_prompts=len(OPEN_PROMPTS),
         num_same_prompts=len(OPEN_PROMPTS) - different,

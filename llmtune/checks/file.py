@@ -45,7 +45,6 @@ from llmtune.checks.provenance import MergeRecord, read_record, strength_of
 from llmtune.checks.reference import (
     Reference,
     adapter_problems,
-    at_strength,
     comparison_dtype,
     load_reference,
 )
@@ -55,6 +54,7 @@ from llmtune.evaluation.tasks.base import Suite
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.memory import release_memory
 from llmtune.models.resolve import resolve_base
+from llmtune.scoring.live import as_arm
 
 log = logging.getLogger("llmtune")
 
@@ -295,7 +295,7 @@ def _compare_with_live(
 ) -> ModelComparison:
     dtype = comparison_dtype(source, num_models=1, device=reference.model.device)
     live = load_reference(reference, record, dtype)
-    with at_strength(live, strength_of(record)):
+    with as_arm(live, strength=strength_of(record)):
         return _compare(asked, live.model, limits)
 
 

@@ -1,27 +1,22 @@
 """The live model that a merged model or a file is judged by: base and adapter, unmerged."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
-from peft import PeftModel
-from torch import nn
 
 from llmtune.adapters.manifest import adapter_fingerprint, has_strengths
-from llmtune.adapters.saved import load_adapter
-from llmtune.adapters.strength import adapter_strength
 from llmtune.checks.prompts import HeldOut
 from llmtune.checks.provenance import MergeRecord, strength_of
-from llmtune.data.template import require_trained_template
 from llmtune.errors import LlmtuneError
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.hardware import choose_device
-from llmtune.models.load import LoadedModel, load_model
+from llmtune.models.live import LiveModel
 from llmtune.models.resolve import resolve_base
+from llmtune.scoring.live import load_live
 
 FLOAT32_BYTES = 4
 BYTES_PICKLED = 2
@@ -44,49 +39,16 @@ class Reference:
     """A run's held-out rows and suites; without any the open prompts are compared."""
 
 
-@dataclass(frozen=True)
-class LiveModel:
-    """An adapter on its base, or a base alone."""
-
-    model: nn.Module
-    loaded: LoadedModel
-    is_quantized: bool
-
-
-def load_live(
-    config: ModelConfig,
-    source: Checkpoint,
-    adapter_dir: Path | None,
-    *,
-    dtype: str,
-    is_quantized: bool,
-) -> LiveModel:
-    """Load a base and its adapter to be compared with what was made of them.
+def comparison_config(model: ModelConfig, dtype: str, *, is_quantized: bool) -> ModelConfig:
+    """Return how a base is loaded to be compared with what was made of it and its adapter.
 
     Args:
-        config: the base as the adapter was trained on it.
-        source: the base.
-        adapter_dir: None for the base alone.
+        model: the base as the adapter was trained on it.
         dtype: float32 or bfloat16, for everything that is not quantized.
         is_quantized: as in training; else the base is loaded as it is on the disk.
     """
-    loaded = load_model(_reference(config, dtype, is_quantized=is_quantized), source)
-    if adapter_dir is None:
-        return LiveModel(loaded.model, loaded, is_quantized)
-    model = load_adapter(loaded.model, adapter_dir, base_fingerprint=loaded.fingerprint)
-    return LiveModel(model, loaded, is_quantized)
-
-
-def _reference(model: ModelConfig, dtype: str, *, is_quantized: bool) -> ModelConfig:
     quantization = model.storage.for_comparison() if is_quantized else None
     return model.model_copy(update={"quantization": quantization, "dtype": dtype})
-
-
-def at_strength(live: LiveModel, strength: float) -> AbstractContextManager[None]:
-    """Scale the adapter while the block runs; nothing changes at 1, or for a base alone."""
-    if strength == 1 or not isinstance(live.model, PeftModel):
-        return nullcontext()
-    return adapter_strength(live.model, strength)
 
 
 def comparison_dtype(directory: Path, *, num_models: int = 2, device: str = "cpu") -> str:
@@ -130,12 +92,14 @@ def load_reference(reference: Reference, record: MergeRecord | None, dtype: str)
             f"{reference.name}: merged at strength {strength:g}, and an adapter with "
             "biases or single token rows has no live model of that strength to compare with"
         )
-    is_quantized = record is not None and record.base == "dequantized"
     source = resolve_base(reference.model, allow_quantized=True)
-    live = load_live(reference.model, source, adapter_dir, dtype=dtype, is_quantized=is_quantized)
-    if adapter_dir is not None:
-        require_trained_template(live.loaded.tokenizer, adapter_dir)
-    return live
+    config = comparison_config(reference.model, dtype, is_quantized=is_dequantized(record))
+    return load_live(config, source, adapter_dir)
+
+
+def is_dequantized(record: MergeRecord | None) -> bool:
+    """Whether a directory was merged into its dequantized base."""
+    return record is not None and record.base == "dequantized"
 
 
 def adapter_problems(record: MergeRecord | None, reference: Reference) -> list[str]:

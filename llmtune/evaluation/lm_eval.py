@@ -14,10 +14,10 @@ import numpy as np
 from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.results import LM_EVAL_TASK, ArmResult, ItemScore, finite_or_none
-from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.stats import standard_error
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.quiet import quieted
+from llmtune.models.live import LiveModel
 from llmtune.scoring.batches import inference
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def suite_name(task: str) -> str:
     return f"lm_eval_{task.replace('/', '_')}"
 
 
-def run_tasks(scored: ScoredModel, arm: str, settings: LmEvalSettings) -> LmEvalRun:
+def run_tasks(scored: LiveModel, arm: str, settings: LmEvalSettings) -> LmEvalRun:
     """Run the settings' tasks on a loaded model as it stands.
 
     Raises:
@@ -110,7 +110,7 @@ def run_tasks(scored: ScoredModel, arm: str, settings: LmEvalSettings) -> LmEval
     )
 
 
-def harness_model(scored: ScoredModel, *, batch_size: int = 8) -> "HFLM":
+def harness_model(scored: LiveModel, *, batch_size: int = 8) -> "HFLM":
     """Return the loaded model as the harness takes it; nothing is loaded again."""
     from lm_eval.models.huggingface import HFLM
 
@@ -151,7 +151,7 @@ def _known_tasks(manager: "TaskManager", settings: LmEvalSettings) -> list[str]:
 
 
 def _arm_result(
-    scored: ScoredModel, arm: str, settings: LmEvalSettings, task: _Task, seconds: float
+    scored: LiveModel, arm: str, settings: LmEvalSettings, task: _Task, seconds: float
 ) -> ArmResult:
     metric, chosen_filter = _choose_metric(task)
     rows = [row for row in task.samples if row["filter"] == chosen_filter]
@@ -233,7 +233,7 @@ def _direction(task: _Task, metric: str) -> bool:
 
 
 def _recipe(
-    scored: ScoredModel, settings: LmEvalSettings, task: _Task, metric: str, chosen_filter: str
+    scored: LiveModel, settings: LmEvalSettings, task: _Task, metric: str, chosen_filter: str
 ) -> dict[str, Any]:
     identity = scored.identity
     template = template_fingerprint(scored.tokenizer).to_json() if settings.chat_template else None

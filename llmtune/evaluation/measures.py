@@ -28,7 +28,6 @@ from llmtune.evaluation.run import (
     scoring_settings,
     summarize_items,
 )
-from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.side_by_side import (
     ShownPrompt,
     answer_side_by_side,
@@ -40,6 +39,7 @@ from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_file
 from llmtune.io.run_dir import RunDir, atomic_write_json
 from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.live import LiveModel
 from llmtune.models.memory import release_memory
 from llmtune.scoring.batches import position_limit
 
@@ -71,7 +71,7 @@ class EvaluationRequest:
     data: DataConfig
     mixed_data: DataConfig
     trained: TrainedSteps
-    load: Callable[[str], ScoredModel]
+    load: Callable[[str], LiveModel]
     force: bool = False
 
 
@@ -87,7 +87,7 @@ class Evaluation:
         self.settings = scoring_settings(request.knobs)
         self.results: dict[str, dict[str, ArmResult]] = {suite.name: {} for suite in self.suites}
         self.left_out: dict[str, str] = {}
-        self._scored: ScoredModel | None = None
+        self._scored: LiveModel | None = None
         self._subject: Subject | None = None
 
     @property
@@ -101,7 +101,7 @@ class Evaluation:
         return self.knobs.measured_strengths
 
     @property
-    def scored(self) -> ScoredModel:
+    def scored(self) -> LiveModel:
         """The base with the adapter on it, loaded once."""
         if self._scored is None:
             self._scored = self.request.load("tuned")
@@ -138,7 +138,7 @@ class Evaluation:
         log.info("evaluate: %s left out: %s", measure, reason)
         self.left_out[measure] = reason
 
-    def load_merged(self) -> ScoredModel:
+    def load_merged(self) -> LiveModel:
         """Give the base's memory back and load the merged model in its place."""
         self._scored = self._subject = None
         release_memory()
@@ -153,7 +153,7 @@ class Evaluation:
         save_arm_result(result, self.run.evaluations_dir)
         self.results[result.suite][result.arm] = result
 
-    def missing(self, plans: Iterable[ArmPlan], scored: ScoredModel | None = None) -> list[ArmPlan]:
+    def missing(self, plans: Iterable[ArmPlan], scored: LiveModel | None = None) -> list[ArmPlan]:
         """Return the plans without a finished result of the same recipe and model; take the others.
 
         Args:

@@ -1,20 +1,16 @@
 """Score suites on the arms of one loaded model, finished results read instead of recomputed."""
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
-from torch import nn
 
-from llmtune.adapters.strength import adapter_strength
 from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import arm_kind, cluster_names
@@ -28,14 +24,12 @@ from llmtune.evaluation.results import (
     read_arm_result,
     save_arm_result,
 )
-from llmtune.evaluation.scored_model import ModelIdentity, ScoredModel
 from llmtune.evaluation.stats import standard_error
 from llmtune.evaluation.tasks.base import Demonstration, Scoring, Suite
 from llmtune.io.fingerprint import hash_json
-from llmtune.scoring.batches import adapter_disabled, choose_token_budget, has_adapter
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from llmtune.models.live import LiveModel
+from llmtune.scoring.batches import choose_token_budget
+from llmtune.scoring.live import as_arm
 
 log = logging.getLogger("llmtune")
 
@@ -84,6 +78,11 @@ class ArmPlan:
     about: Mapping[str, Any] = field(default_factory=dict)
     strength: float | None = None
 
+    @property
+    def loaded_arm(self) -> str | None:
+        """The arm of the loaded model that answers; None is the model as it stands."""
+        return BASE_ARM if arm_kind(self.arm) in WITHOUT_ADAPTER else None
+
 
 def scoring_settings(config: EvaluateConfig) -> ScoringSettings:
     """Return how items are scored, with progress to the log."""
@@ -116,7 +115,7 @@ class ProgressLog:
 
 
 def evaluate_arms(
-    scored: ScoredModel,
+    scored: LiveModel,
     suites: Sequence[Suite],
     *,
     arms: Sequence[str] = (BASE_ARM, "tuned"),
@@ -159,21 +158,20 @@ def evaluate_arms(
     return results
 
 
-def score_plan(scored: ScoredModel, plan: ArmPlan) -> ArmResult:
+def score_plan(scored: LiveModel, plan: ArmPlan) -> ArmResult:
     """Score one suite as one arm; the model is afterwards as it was.
 
     Raises:
         LlmtuneError: a chat suite without a chat template, an item too long for the model,
             choices of which one begins another, or an adapter that has no such strength.
     """
-    with _as_arm(scored, plan) as (model, identity):
-        answering = replace(scored, model=model, identity=identity)
+    with as_arm(scored, plan.loaded_arm, strength=plan.strength) as answering:
         return evaluate_suite(
             answering, plan.suite, arm=plan.arm, settings=plan.settings, about=plan.about
         )
 
 
-def read_finished(results_dir: Path, scored: ScoredModel, plan: ArmPlan) -> ArmResult | None:
+def read_finished(results_dir: Path, scored: LiveModel, plan: ArmPlan) -> ArmResult | None:
     """Return the kept result of the same recipe and model, or None."""
     path = arm_result_path(results_dir, plan.suite.name, plan.arm)
     if not path.is_file():
@@ -183,29 +181,13 @@ def read_finished(results_dir: Path, scored: ScoredModel, plan: ArmPlan) -> ArmR
     except LlmtuneError:
         return None  # half a result, or another version's, is no result: it is computed again
     recipe = build_recipe(scored, plan.suite, plan.settings)
+    identity = scored.identity_as(plan.loaded_arm, plan.strength)
     is_same = result.recipe_hash == hash_json(recipe)
-    return result if is_same and result.model == _identity_of(scored, plan).as_dict() else None
-
-
-def _identity_of(scored: ScoredModel, plan: ArmPlan) -> ModelIdentity:
-    if arm_kind(plan.arm) in WITHOUT_ADAPTER:
-        return replace(scored.identity, adapter=None)
-    return replace(scored.identity, strength=plan.strength)
-
-
-@contextlib.contextmanager
-def _as_arm(scored: ScoredModel, plan: ArmPlan) -> Iterator[tuple[nn.Module, ModelIdentity]]:
-    state: AbstractContextManager[None] = contextlib.nullcontext()
-    if arm_kind(plan.arm) in WITHOUT_ADAPTER and has_adapter(scored.model):
-        state = adapter_disabled(scored.model)
-    elif plan.strength is not None:
-        state = adapter_strength(cast("PeftModel", scored.model), plan.strength)
-    with state:
-        yield scored.model, _identity_of(scored, plan)
+    return result if is_same and result.model == identity.as_dict() else None
 
 
 def evaluate_suite(
-    scored: ScoredModel,
+    scored: LiveModel,
     suite: Suite,
     *,
     arm: str,
@@ -279,7 +261,7 @@ def summarize_items(  # noqa: PLR0913 (the parts of one result)
 
 
 def build_recipe(
-    scored: ScoredModel, suite: Suite, settings: ScoringSettings = DEFAULT_SETTINGS
+    scored: LiveModel, suite: Suite, settings: ScoringSettings = DEFAULT_SETTINGS
 ) -> dict[str, Any]:
     """Return everything that must be the same for two results to be comparable."""
     config = suite.config.model_dump(mode="json", exclude=NOT_SCORING)

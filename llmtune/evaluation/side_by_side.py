@@ -13,8 +13,8 @@ from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.prepare import prepare_examples
 from llmtune.data.render import render_messages
 from llmtune.evaluation.requests import encode_prompts
-from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.tasks.base import Suite
+from llmtune.models.live import LiveModel
 from llmtune.scoring.batches import adapter_disabled, choose_token_budget
 from llmtune.scoring.generate import Decoding, generate_texts
 
@@ -32,11 +32,9 @@ class ShownPrompt:
     reference: str | None = None
 
 
-def answer_side_by_side(
-    scored: ScoredModel, prompts: Sequence[ShownPrompt]
-) -> list[dict[str, Any]]:
+def answer_side_by_side(scored: LiveModel, prompts: Sequence[ShownPrompt]) -> list[dict[str, Any]]:
     """Return the prompts, answered by the model with its adapter off and on."""
-    decoding = Decoding(SHOWN_NEW_TOKENS, scored.stops)
+    decoding = Decoding(SHOWN_NEW_TOKENS, scored.stop_token_ids)
     answers = {}
     for arm in ("base", "tuned"):
         with adapter_disabled(scored.model) if arm == "base" else contextlib.nullcontext():

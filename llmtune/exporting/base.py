@@ -11,7 +11,7 @@ from llmtune.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from llmtune.exporting.export import ExportJob
-    from llmtune.models.load import LoadedModel
+    from llmtune.models.live import LiveModel
 
 EXPORT_FILE = "llmtune_export.json"
 """What a directory was made from, without any path of this machine; it marks it as ours."""
@@ -50,7 +50,7 @@ class Written:
     """The result in JSON values: `num_bytes`, `notices` and more."""
     files: Mapping[str, str] = field(default_factory=dict)
     """What each file of a directory is, for its model card."""
-    live: "LoadedModel | None" = None
+    live: "LiveModel | None" = None
     """The model in memory that was written, for a check against itself."""
 
 

@@ -20,7 +20,8 @@ from llmtune.io.unfinished import require_space
 from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
-from llmtune.models.load import LoadedModel, load_model
+from llmtune.models.live import LiveModel
+from llmtune.models.load import load_model
 from llmtune.models.quantization.config import SMALLEST
 from llmtune.models.quantization.describe import describe_quantized_base
 from llmtune.models.quiet import quiet_loading
@@ -43,7 +44,7 @@ class Nf4Result:
 
     num_bytes: int
     quantized_ratio: float
-    live: LoadedModel
+    live: LiveModel
 
 
 def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) -> Nf4Result:
@@ -88,7 +89,7 @@ def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) 
     )
 
 
-def check_reloaded(live: LoadedModel, directory: Path) -> VerifyResult:
+def check_reloaded(live: LiveModel, directory: Path) -> VerifyResult:
     """Load what was written with stock transformers, and compare it with the model in memory.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from llmtune.adapters.manifest import has_strengths
 from llmtune.checks.merged import VerifyResult, verify_merge
 from llmtune.checks.prompts import NUM_NEW_TOKENS, ComparedPrompts, HeldOut, build_prompts
-from llmtune.checks.reference import LiveModel, at_strength, comparison_dtype, load_live
+from llmtune.checks.reference import comparison_config, comparison_dtype
 from llmtune.data.template import require_trained_template
 from llmtune.errors import LlmtuneError
 from llmtune.merging.changes import MergePlan
@@ -23,9 +23,11 @@ from llmtune.merging.plan import PlanOptions, plan_merge
 from llmtune.merging.planned import PlannedMerges
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
+from llmtune.models.live import LiveModel
 from llmtune.models.memory import release_memory
 from llmtune.models.quantization.describe import QuantizedBase, describe_quantized_base
 from llmtune.scoring.generate import Decoding
+from llmtune.scoring.live import as_arm, load_live
 
 log = logging.getLogger("llmtune")
 
@@ -150,7 +152,7 @@ def _judge(
             release_memory()
             live = _load_live(request, kept, is_quantized=False)
     # One list of stop tokens for everything that is saved, and a config that can be saved.
-    live.loaded.model.generation_config.save_pretrained(kept.directory)
+    live.model.generation_config.save_pretrained(kept.directory)
     return Judgment(kept, _check(request, live, kept.directory, prompts), scores)
 
 
@@ -161,12 +163,11 @@ def _is_dequantized(written: WrittenMerge) -> bool:
 
 def _load_live(request: MergeRequest, written: WrittenMerge, *, is_quantized: bool) -> LiveModel:
     """Load base and adapter, or the base alone at a strength that the live adapter cannot have."""
+    dtype = comparison_dtype(written.directory, device=request.model.device)
     return load_live(
-        request.model,
+        comparison_config(request.model, dtype, is_quantized=is_quantized),
         request.source,
         request.adapter_dir if request.has_live_model else None,
-        dtype=comparison_dtype(written.directory, device=request.model.device),
-        is_quantized=is_quantized,
     )
 
 
@@ -224,8 +225,6 @@ def _check(
 def _compare(
     request: MergeRequest, live: LiveModel, merged_dir: Path, prompts: ComparedPrompts
 ) -> VerifyResult:
-    decoding = Decoding(NUM_NEW_TOKENS, live.loaded.stop_token_ids)
-    with at_strength(live, request.knobs.strength):
-        return verify_merge(
-            live.model, merged_dir, prompts, decoding=decoding, dtype=live.loaded.dtype
-        )
+    decoding = Decoding(NUM_NEW_TOKENS, live.stop_token_ids)
+    with as_arm(live, strength=request.knobs.strength):
+        return verify_merge(live.model, merged_dir, prompts, decoding=decoding, dtype=live.dtype)

@@ -21,7 +21,7 @@ from llmtune.adapters.manifest import (
 from llmtune.adapters.strength import add_adapters
 from llmtune.checks.merged import VerifyResult, load_merged, verify_merge
 from llmtune.checks.prompts import NUM_NEW_TOKENS, build_prompts
-from llmtune.checks.reference import comparison_dtype, load_live
+from llmtune.checks.reference import comparison_config, comparison_dtype
 from llmtune.errors import LlmtuneError
 from llmtune.merging.changes import MergePlan, WeightedAdapter
 from llmtune.merging.checked import (
@@ -40,6 +40,7 @@ from llmtune.models.memory import release_memory
 from llmtune.models.quantization.describe import describe_quantized_base
 from llmtune.models.resolve import resolve_base
 from llmtune.scoring.generate import Decoding
+from llmtune.scoring.live import load_live
 
 log = logging.getLogger("llmtune")
 
@@ -214,14 +215,13 @@ def _compare(request: SeveralRequest, merged_dir: Path) -> VerifyResult:
     """Compare the merged model with its base and all adapters on the open prompts."""
     model = request.model
     first, *others = request.adapters
+    dtype = comparison_dtype(merged_dir, device=model.device)
+    is_quantized = request.knobs.base == "dequantized"
     live = load_live(
-        model,
+        comparison_config(model, dtype, is_quantized=is_quantized),
         resolve_base(model, allow_quantized=True),
         first.directory,
-        dtype=comparison_dtype(merged_dir, device=model.device),
-        is_quantized=request.knobs.base == "dequantized",
     )
-    loaded = live.loaded
     assert isinstance(live.model, PeftModel)
     add_adapters(
         live.model,
@@ -231,9 +231,9 @@ def _compare(request: SeveralRequest, merged_dir: Path) -> VerifyResult:
     return verify_merge(
         live.model,
         merged_dir,
-        replace(build_prompts(loaded.tokenizer), open_prompts=()),
-        decoding=Decoding(NUM_NEW_TOKENS, loaded.stop_token_ids),
-        dtype=loaded.dtype,
+        replace(build_prompts(live.tokenizer), open_prompts=()),
+        decoding=Decoding(NUM_NEW_TOKENS, live.stop_token_ids),
+        dtype=live.dtype,
     )
 
 

@@ -1,7 +1,6 @@
 """Load a base model onto one device, quantized as asked, and check that it is what was asked."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 from llmtune.errors import LlmtuneError
@@ -19,6 +17,7 @@ from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.generation import repair_generation_config
 from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
+from llmtune.models.live import LiveModel, ModelIdentity
 from llmtune.models.quantization.base import Quantization
 from llmtune.models.quantization.config import SMALLEST
 from llmtune.models.quantization.describe import (
@@ -39,29 +38,7 @@ from llmtune.models.quiet import quiet_loading
 from llmtune.models.turns import stop_token_ids
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A base model ready for an adapter, and what is known about it."""
-
-    model: PreTrainedModel
-    """In eval mode, whole on `device`, its generation config valid."""
-    tokenizer: PreTrainedTokenizerFast
-    source: Checkpoint
-    device: torch.device
-    dtype: torch.dtype
-    """Of everything that is not quantized, and of the activations."""
-    attention: str
-    """sdpa, eager or flash_attention_2: what transformers in fact uses."""
-    quantized: QuantizationTable
-    fingerprint: str
-    """Of the checkpoint's weights, as `Checkpoint.fingerprint` gives it."""
-    stop_token_ids: tuple[int, ...]
-    """Every token that ends an answer; also in the model's generation config."""
-    notices: tuple[str, ...]
-    """What the user should know: choices made by `auto`, repairs."""
-
-
-def load_model(config: ModelConfig, source: Checkpoint) -> LoadedModel:
+def load_model(config: ModelConfig, source: Checkpoint) -> LiveModel:
     """Load the checkpoint in `source` as `config` says.
 
     The whole model goes onto one device; nothing is offloaded, and no precision is lowered or
@@ -93,15 +70,20 @@ def load_model(config: ModelConfig, source: Checkpoint) -> LoadedModel:
     quantized = describe_quantization(model, config.quantization_method)
     if entry is not None and not is_kept:
         keep_quantized(entry, model, source.directory, quantized.bytes)
-    return LoadedModel(
+    return LiveModel(
         model=model.eval(),
         tokenizer=tokenizer,
         source=source,
+        identity=ModelIdentity(
+            base=source.fingerprint,
+            adapter=None,
+            dtype=str(dtype).removeprefix("torch."),
+            quantization=config.quantization_method,
+        ),
         device=device,
         dtype=dtype,
         attention=model.config._attn_implementation,
         quantized=quantized,
-        fingerprint=source.fingerprint,
         stop_token_ids=stops,
         notices=(
             *notices,

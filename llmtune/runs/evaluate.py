@@ -104,7 +104,7 @@ class EvaluateStage(Stage):
         from llmtune.evaluation.evaluate import evaluate_run
         from llmtune.evaluation.measures import EvaluationRequest
         from llmtune.runs.targets import Target
-        from llmtune.serving.live import load_live
+        from llmtune.serving.live import load_target
 
         config = self.config
         run = config.run
@@ -117,7 +117,7 @@ class EvaluateStage(Stage):
             data=config.data,
             mixed_data=config.mixed_data,
             trained=trained_steps(config),
-            load=lambda arm: load_live(target, arm).scored,
+            load=lambda arm: load_target(target, arm),
             force=self.force,
         )
         return evaluate_run(request, trained.get("seconds"))

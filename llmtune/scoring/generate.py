@@ -33,7 +33,7 @@ UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 class Decoding:
     """How text is generated: greedy at temperature 0, else sampled from the top `top_p` mass.
 
-    `stop_token_ids` end a text: those of `LoadedModel.stop_token_ids`.
+    `stop_token_ids` end a text: those of `LiveModel.stop_token_ids`.
     """
 
     max_new_tokens: int

@@ -9,9 +9,11 @@ import click
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
 from llmtune.models.config import Loadable
+from llmtune.models.live import LiveModel
 from llmtune.models.turns import require_chat_template
 from llmtune.scoring.generate import Decoding, stream_text
-from llmtune.serving.live import LiveTarget, load_live
+from llmtune.scoring.live import as_arm
+from llmtune.serving.live import load_target
 
 HELP = "/base and /tuned switch who answers, /clear starts over, /quit ends"
 
@@ -30,7 +32,7 @@ class ChatSettings:
 class Chat:
     """The messages so far, and who answers next."""
 
-    def __init__(self, live: LiveTarget, settings: ChatSettings) -> None:
+    def __init__(self, live: LiveModel, settings: ChatSettings) -> None:
         self.live = live
         self.settings = settings
         self.arm = settings.arm or live.arms[0]
@@ -51,16 +53,16 @@ class Chat:
     def answer(self, question: str) -> str:
         """Write the answer to stdout as it comes, and keep both turns."""
         asked = [*self.messages, {"role": "user", "content": question}]
-        tokenizer = self.live.loaded.tokenizer
+        tokenizer = self.live.tokenizer
         prompt = render_messages(tokenizer, asked, add_generation_prompt=True)
         decoding = Decoding(
             max_new_tokens=self.settings.max_new_tokens,
-            stop_token_ids=self.live.loaded.stop_token_ids,
+            stop_token_ids=self.live.stop_token_ids,
             temperature=self.settings.temperature,
         )
         pieces = []
-        with self.live.answering_as(self.arm) as model:
-            for piece in stream_text(model, tokenizer, prompt, decoding):
+        with as_arm(self.live, self.arm) as live:
+            for piece in stream_text(live.model, tokenizer, prompt, decoding):
                 pieces.append(piece)
                 if not self.settings.as_json:
                     click.echo(piece, nl=False)
@@ -80,8 +82,8 @@ def run_chat(target: Loadable, settings: ChatSettings) -> None:
     Raises:
         LlmtuneError: the target cannot be loaded or has no chat template.
     """
-    live = load_live(target, settings.arm)
-    require_chat_template(live.loaded.tokenizer)
+    live = load_target(target, settings.arm)
+    require_chat_template(live.tokenizer)
     chat = Chat(live, settings)
     is_terminal = sys.stdin.isatty()
     if is_terminal:

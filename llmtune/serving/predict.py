@@ -10,10 +10,12 @@ from llmtune.data.render import render_messages, render_question
 from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import atomic_write_text
 from llmtune.models.config import Loadable
+from llmtune.models.live import LiveModel
 from llmtune.models.turns import require_chat_template
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.generate import Decoding, generate_texts
-from llmtune.serving.live import LiveTarget, load_live
+from llmtune.scoring.live import as_arm
+from llmtune.serving.live import load_target
 
 log = logging.getLogger("llmtune")
 
@@ -56,19 +58,19 @@ def run_predict(target: Loadable, settings: PredictSettings) -> Predicted:
         raise LlmtuneError(f"{settings.output_path}: exists already; remove it or choose another")
     if not settings.output_path.absolute().parent.is_dir():
         raise LlmtuneError(f"{settings.output_path}: its directory does not exist; make it first")
-    live = load_live(target, settings.arm)
+    live = load_target(target, settings.arm)
     arm = settings.arm or live.arms[0]
     prompts = [_render(live, row) for row in rows]
     decoding = Decoding(
-        settings.max_new_tokens, live.loaded.stop_token_ids, temperature=settings.temperature
+        settings.max_new_tokens, live.stop_token_ids, temperature=settings.temperature
     )
-    with live.answering_as(arm) as model:
+    with as_arm(live, arm):
         generations = generate_texts(
-            model,
-            live.loaded.tokenizer,
+            live.model,
+            live.tokenizer,
             prompts,
             decoding,
-            token_budget=choose_token_budget(model),
+            token_budget=choose_token_budget(live.model),
             on_progress=lambda done: log.info("%d of %d answered", done, len(rows)),
         )
     lines = [
@@ -140,8 +142,8 @@ def _is_message(value: Any) -> bool:
     return is_text and bool(value["role"])
 
 
-def _render(live: LiveTarget, row: dict[str, Any]) -> list[int]:
-    tokenizer = live.loaded.tokenizer
+def _render(live: LiveModel, row: dict[str, Any]) -> list[int]:
+    tokenizer = live.tokenizer
     if row.get("messages") is not None:
         require_chat_template(tokenizer)
         return render_messages(tokenizer, row["messages"], add_generation_prompt=True)

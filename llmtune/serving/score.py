@@ -15,7 +15,8 @@ from llmtune.evaluation.scores import Scores, summarize_scores
 from llmtune.evaluation.stats import Resampling
 from llmtune.evaluation.suite import load_suite
 from llmtune.models.config import Loadable
-from llmtune.serving.live import load_live
+from llmtune.scoring.live import as_arm
+from llmtune.serving.live import load_target
 
 log = logging.getLogger("llmtune")
 
@@ -32,9 +33,9 @@ def score_target(target: Loadable, suites: Sequence[str], chosen: EvaluateConfig
         LlmtuneError: a suite or the target cannot be read or does not fit the other.
     """
     loaded_suites = [load_suite(each, seed=chosen.seed, limit=chosen.limit) for each in suites]
-    live = load_live(target)
+    live = load_target(target)
     results = evaluate_arms(
-        live.scored,
+        live,
         loaded_suites,
         arms=tuple(reversed(live.arms)),
         settings=scoring_settings(chosen),
@@ -66,9 +67,9 @@ def score_lm_eval(
     results: dict[str, dict[str, ArmResult]] = {}
     summaries: dict[str, dict[str, Any]] = {}
     for group in _by_loaded_model(chosen):
-        live = load_live(target, "tuned" if "tuned" in group else group[0])
+        live = load_target(target, "tuned" if "tuned" in group else group[0])
         for arm in group:
-            with live.scored_as(arm) as scored:
+            with as_arm(live, arm) as scored:
                 log.info("lm-eval: %s on %s", ", ".join(settings.tasks), arm)
                 run = run_tasks(scored, arm, settings)
             for result in run.results:

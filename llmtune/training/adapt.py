@@ -21,7 +21,8 @@ from llmtune.io.run_dir import RunDir
 from llmtune.io.sizes import MIB
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
-from llmtune.models.load import LoadedModel, load_model
+from llmtune.models.live import LiveModel
+from llmtune.models.load import load_model
 from llmtune.models.quantization.describe import QuantizationTable
 from llmtune.training.protect.config import ProtectConfig
 from llmtune.training.protect.prepare import PreparedProtection, prepare_protection
@@ -64,7 +65,7 @@ class AdaptedBase:
     """A loaded base with a fresh adapter, ready for `train_adapter`."""
 
     request: TrainRequest
-    loaded: LoadedModel
+    loaded: LiveModel
     rows: TrainRows
     table: InjectionTable
     protection: PreparedProtection
@@ -168,7 +169,7 @@ def _log_lines(lines: Iterator[str]) -> None:
         log.info("%s", line)
 
 
-def _describe_loaded(loaded: LoadedModel) -> Iterator[str]:
+def _describe_loaded(loaded: LiveModel) -> Iterator[str]:
     """Yield device, precision, attention, and what was quantized and what was not."""
     dtype = str(loaded.dtype).removeprefix("torch.")
     yield f"base: {loaded.source.origin} on {loaded.device}, {dtype}, attention {loaded.attention}"

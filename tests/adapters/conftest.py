@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmtune.models.config import ModelConfig
-from llmtune.models.load import LoadedModel, load_model
+from llmtune.models.live import LiveModel
+from llmtune.models.load import load_model
 from llmtune.models.resolve import resolve_base
 from tests.tiny import make_model
 
@@ -28,7 +29,7 @@ def checkpoint(tmp_path_factory):
     return make
 
 
-def load(directory: Path, **knobs) -> LoadedModel:
+def load(directory: Path, **knobs) -> LiveModel:
     config = ModelConfig(base=str(directory), device="cpu", **{"dtype": "float32", **knobs})
     return load_model(config, resolve_base(config))
 
@@ -54,7 +55,7 @@ def logits(model) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-def manifest_of(loaded: LoadedModel) -> dict:
+def manifest_of(loaded: LiveModel) -> dict:
     source = loaded.source
     return {
         "base": {

@@ -11,18 +11,17 @@ from tokenizers.processors import TemplateProcessing
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import Resampling, compare_arms
 from llmtune.evaluation.run import evaluate_suite
-from llmtune.evaluation.scored_model import ModelIdentity, ScoredModel
 from llmtune.evaluation.suite import load_suite
 from llmtune.models.config import ModelConfig
 from llmtune.models.load import load_model
 from llmtune.models.resolve import resolve_base
+from tests.evaluation.live import make_live
 from tests.tiny import make_model, make_tokenizer
 
 pytest.importorskip("lm_eval", reason='needs the extra: pip install "llmtune[lm-eval]"')
 
 from llmtune.evaluation.lm_eval import LmEvalSettings, harness_model, run_tasks
 
-IDENTITY = ModelIdentity(base="b", adapter="a", dtype="float32", quantization="none")
 WORDS = ["dog", "fox", "film", "plot", "quick", "lazy", "warm", "funny", "ending", "sentence"]
 NUM_ITEMS = 200
 
@@ -82,7 +81,7 @@ def tokenizer_with_bos():
 @pytest.mark.parametrize("make", [make_tokenizer, tokenizer_with_bos])
 def test_choice_accuracy_equals_the_harness_item_by_item(model, make, tmp_path):
     suite = write_task(tmp_path)
-    scored = ScoredModel(model, make(), IDENTITY)
+    scored = make_live(model, make())
     settings = LmEvalSettings(("local_words",), include_path=str(tmp_path / "tasks"))
     run = run_tasks(scored, "tuned", settings)
     [theirs] = run.results
@@ -101,7 +100,7 @@ def test_choice_accuracy_equals_the_harness_item_by_item(model, make, tmp_path):
 @pytest.mark.parametrize("make", [make_tokenizer, tokenizer_with_bos])
 def test_both_read_the_same_token_ids(model, make, tmp_path):
     suite = write_task(tmp_path, num_items=40)
-    scored = ScoredModel(model, make(), IDENTITY)
+    scored = make_live(model, make())
     theirs = harness_model(scored)
     for item, request in zip(
         suite.items, suite.config.choice_requests(scored.tokenizer, suite), strict=True
@@ -114,7 +113,7 @@ def test_both_read_the_same_token_ids(model, make, tmp_path):
 
 def test_arms_of_a_task_are_compared_as_any_suite(model, tmp_path):
     write_task(tmp_path, num_items=30)
-    scored = ScoredModel(model, make_tokenizer(), IDENTITY)
+    scored = make_live(model, make_tokenizer())
     settings = LmEvalSettings(("local_words",), include_path=str(tmp_path / "tasks"), limit=20)
     with model.disable_adapter():
         [base] = run_tasks(scored, "base", settings).results
@@ -149,7 +148,7 @@ def test_generation_and_likelihood_tasks_keep_a_value_an_item(model, tmp_path):
     }
     for name, task in tasks.items():
         (tmp_path / "tasks" / f"{name}.yaml").write_text(json.dumps({"task": name} | data | task))
-    scored = ScoredModel(model, make_tokenizer(), IDENTITY)
+    scored = make_live(model, make_tokenizer())
     settings = LmEvalSettings(tuple(tasks), include_path=str(tmp_path / "tasks"))
     run = run_tasks(scored, "tuned", settings)
     results = {result.suite: result for result in run.results}
@@ -161,7 +160,7 @@ def test_generation_and_likelihood_tasks_keep_a_value_an_item(model, tmp_path):
 
 def test_an_unknown_task_is_named_with_its_neighbours(model, tmp_path):
     write_task(tmp_path, num_items=2)
-    scored = ScoredModel(model, make_tokenizer(), IDENTITY)
+    scored = make_live(model, make_tokenizer())
     settings = LmEvalSettings(("local_wrods",), include_path=str(tmp_path / "tasks"))
     with pytest.raises(LlmtuneError, match="local_words"):
         run_tasks(scored, "tuned", settings)
@@ -173,7 +172,7 @@ def test_the_real_model_scores_movies_as_the_harness_does(monkeypatch, tmp_path)
     monkeypatch.chdir(root)
     config = ModelConfig(base="models/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32")
     loaded = load_model(config, resolve_base(config))
-    scored = ScoredModel(loaded.model, loaded.tokenizer, IDENTITY)
+    scored = make_live(loaded.model, loaded.tokenizer)
     settings = LmEvalSettings(("llmtune_movies",), include_path="evals/tasks", limit=80)
     [theirs] = run_tasks(scored, "base", settings).results
 

@@ -15,20 +15,19 @@ from llmtune.evaluation.run import (
     evaluate_arms,
     evaluate_suite,
 )
-from llmtune.evaluation.scored_model import ModelIdentity, ScoredModel
 from llmtune.evaluation.suite import load_suite
 from llmtune.evaluation.tasks.base import Demonstration
+from tests.evaluation.live import IDENTITY, make_live
 from tests.tiny import CHATML, make_model, make_tokenizer
 
 WORDS = ["dog", "fox", "film", "plot", "quick", "lazy", "warm", "funny"]
-IDENTITY = ModelIdentity(base="b", adapter="a", dtype="float32", quantization="none")
 
 
 @pytest.fixture(scope="module")
 def scored():
     lora = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear")
     model = get_peft_model(make_model("llama"), lora).eval()
-    return ScoredModel(model, make_tokenizer(), IDENTITY)
+    return make_live(model, make_tokenizer())
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def test_every_task_gives_items_and_a_mean_on_both_arms(scored, suites, tmp_path
 
 
 def test_the_base_arm_is_the_model_without_adapter(scored, suites):
-    plain = ScoredModel(make_model("llama"), scored.tokenizer, replace(IDENTITY, adapter=None))
+    plain = make_live(make_model("llama"), scored.tokenizer, replace(IDENTITY, adapter=None))
     for suite in suites.values():
         [base] = evaluate_arms(scored, [suite], arms=("base",))[suite.name].values()
         alone = evaluate_suite(plain, suite, arm="base")

@@ -51,7 +51,7 @@ class AnswerLength(Diagnosis[AnswerLengthResult]):
                         scored.model,
                         scored.tokenizer,
                         prompts,
-                        Decoding(8, scored.stops),
+                        Decoding(8, scored.stop_token_ids),
                         token_budget=given.diagnosis_settings.budget(scored),
                     )
                 lengths[arm] = sum(len(each.token_ids) for each in written) / len(written)

@@ -36,7 +36,7 @@ class ContainsAllSuite(PromptedSuite):
             scored.model,
             scored.tokenizer,
             encode_prompts(scored.tokenizer, suite, scoring.demonstrations),
-            Decoding(NEW_TOKENS, scored.stops),
+            Decoding(NEW_TOKENS, scored.stop_token_ids),
             token_budget=scoring.token_budget,
             on_progress=scoring.on_items,
         )

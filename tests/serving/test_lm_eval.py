@@ -28,7 +28,7 @@ def project(tmp_path_factory):
 def test_both_arms_are_run_on_one_base_and_joined_into_the_report(project):
     run, tasks = project
     loads = []
-    import llmtune.serving.live as live
+    import llmtune.scoring.live as live
 
     original = live.load_model
     live.load_model = lambda *given: loads.append(given) or original(*given)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from llmtune.data.config import DataConfig
     from llmtune.evaluation.diagnosis.subject import DiagnosisSettings, Subject
     from llmtune.evaluation.results import ArmResult
-    from llmtune.evaluation.scored_model import ScoredModel
     from llmtune.evaluation.tasks.base import Suite
+    from llmtune.models.live import LiveModel
 
 Interval = tuple[float, float]
 Extent = Literal["none", "quick", "full"]
@@ -86,7 +86,7 @@ class Given(Protocol):
         """The run's own rows."""
 
     @property
-    def scored(self) -> "ScoredModel":
+    def scored(self) -> "LiveModel":
         """The base with its adapter on, loaded when it is first asked for."""
 
     @property

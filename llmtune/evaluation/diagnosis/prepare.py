@@ -9,8 +9,8 @@ from llmtune.data.config import DataConfig
 from llmtune.data.example import ExampleTable
 from llmtune.data.prepare import prepare_examples
 from llmtune.evaluation.diagnosis.subject import Subject
-from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.tasks.base import Suite
+from llmtune.models.live import LiveModel
 from llmtune.training.rows import EpochSampler
 
 
@@ -40,7 +40,7 @@ class TrainedSteps:
 
 
 def prepare_subject(
-    scored: ScoredModel,
+    scored: LiveModel,
     suites: Sequence[Suite],
     data: DataConfig,
     mixed_data: DataConfig,

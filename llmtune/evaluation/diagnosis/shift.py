@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from llmtune.evaluation.diagnosis.rows import RowTexts
     from llmtune.evaluation.diagnosis.subject import DiagnosisSettings
-    from llmtune.evaluation.scored_model import ScoredModel
     from llmtune.evaluation.tasks.base import Suite
+    from llmtune.models.live import LiveModel
 
 MAX_TEXTS = 300
 MAX_GENERAL_TEXTS = 100
@@ -215,7 +215,7 @@ def _domain_text(row: RowTexts) -> str:
 
 
 def plan_shift(
-    scored: ScoredModel, texts: Mapping[str, Sequence[str]], settings: DiagnosisSettings
+    scored: LiveModel, texts: Mapping[str, Sequence[str]], settings: DiagnosisSettings
 ) -> Planned[ShiftResult]:
     """Plan to compare the train texts with every other set of texts, under the base alone.
 
@@ -247,7 +247,7 @@ def plan_shift(
 
 
 def _measure(
-    scored: ScoredModel,
+    scored: LiveModel,
     encoded: Mapping[str, _Encoded],
     settings: DiagnosisSettings,
     inputs: Mapping[str, str],
@@ -279,7 +279,7 @@ def _measure(
     )
 
 
-def _encode(scored: ScoredModel, texts: Sequence[str]) -> _Encoded:
+def _encode(scored: LiveModel, texts: Sequence[str]) -> _Encoded:
     from llmtune.scoring.perplexity import encode_passage
 
     sequences, num_bytes, num_words = [], 0, 0
@@ -296,7 +296,7 @@ def _encode(scored: ScoredModel, texts: Sequence[str]) -> _Encoded:
     return _Encoded(sequences, num_bytes, num_words)
 
 
-def _middle(scored: ScoredModel) -> int:
+def _middle(scored: LiveModel) -> int:
     from llmtune.evaluation.diagnosis.states import quarter_layers
 
     quarters = quarter_layers(scored.model)

@@ -123,7 +123,7 @@ def plan_stops(subject: Subject, settings: DiagnosisSettings) -> Planned[StopsRe
         return refuse(StopsResult, "neither a target suite nor a row has a prompt to answer")
     inputs = model_inputs(scored, with_adapter=True) | {
         "items": hash_ids(prompts),
-        "stops": " ".join(map(str, scored.stops)),
+        "stops": " ".join(map(str, scored.stop_token_ids)),
     }
     tokens = 2 * sum(len(prompt) + MAX_NEW_TOKENS for prompt in prompts)
     measure = partial(_measure, subject, settings, prompts, inputs)
@@ -150,7 +150,7 @@ def _measure(
                 scored.model,
                 scored.tokenizer,
                 prompts,
-                Decoding(MAX_NEW_TOKENS, scored.stops),
+                Decoding(MAX_NEW_TOKENS, scored.stop_token_ids),
                 token_budget=settings.budget(scored),
                 on_progress=settings.report(f"stops, {arm}", len(prompts)),
             )
@@ -165,6 +165,6 @@ def _measure(
         seconds=time.perf_counter() - started,
         base=counts["base"],
         tuned=counts["tuned"],
-        trained_stop_share=stop_row_ratio(subject.train, frozenset(scored.stops)),
+        trained_stop_share=stop_row_ratio(subject.train, frozenset(scored.stop_token_ids)),
         max_new_tokens=MAX_NEW_TOKENS,
     )

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.example import IGNORE_INDEX, Example, ExampleTable
 from llmtune.evaluation.requests import encode_prompts
-from llmtune.evaluation.scored_model import ScoredModel
 from llmtune.evaluation.tasks.base import Role, Suite
 from llmtune.io.fingerprint import hash_json
+from llmtune.models.live import LiveModel
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.perplexity import encode_passage
 
@@ -28,7 +28,7 @@ class Subject:
     empty.
     """
 
-    scored: ScoredModel
+    scored: LiveModel
     suites: tuple[Suite, ...]
     train: ExampleTable
     trained: tuple[int, ...]
@@ -44,7 +44,7 @@ class DiagnosisSettings:
     confidence: float = 0.95
     on_progress: OnProgress | None = None
 
-    def budget(self, scored: ScoredModel) -> int:
+    def budget(self, scored: LiveModel) -> int:
         """Return the padded tokens of one batch."""
         return self.token_budget or choose_token_budget(scored.model)
 
@@ -66,7 +66,7 @@ class Turn:
     answer_ids: tuple[int, ...]
 
 
-def model_inputs(scored: ScoredModel, *, with_adapter: bool) -> dict[str, str]:
+def model_inputs(scored: LiveModel, *, with_adapter: bool) -> dict[str, str]:
     """Return the hashes of the models for a diagnostic's `inputs`."""
     identity = scored.identity
     inputs = {"base": identity.base, "precision": f"{identity.dtype} {identity.quantization}"}

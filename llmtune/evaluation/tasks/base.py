@@ -16,7 +16,7 @@ from llmtune.schema import Section
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from llmtune.evaluation.scored_model import ScoredModel
+    from llmtune.models.live import LiveModel
     from llmtune.scoring.likelihood import ContinuationRequest
 
 Role = Literal["target", "transfer", "general"]
@@ -156,7 +156,7 @@ class SuiteConfig(Section):
         """
         raise NotImplementedError
 
-    def score(self, scored: "ScoredModel", suite: "Suite", scoring: Scoring) -> list[ItemScore]:
+    def score(self, scored: "LiveModel", suite: "Suite", scoring: Scoring) -> list[ItemScore]:
         """Score every item of a suite of this task, in the suite's order."""
         raise NotImplementedError
 

@@ -27,7 +27,7 @@ from llmtune.evaluation.tasks.base import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from llmtune.evaluation.scored_model import ScoredModel
+    from llmtune.models.live import LiveModel
     from llmtune.scoring.likelihood import ContinuationRequest, ContinuationScore
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class ChoiceSuite(PromptedSuite):
             "them"
         )
 
-    def score(self, scored: "ScoredModel", suite: Suite, scoring: Scoring) -> list[ItemScore]:
+    def score(self, scored: "LiveModel", suite: Suite, scoring: Scoring) -> list[ItemScore]:
         """Score every choice of every item."""
         from llmtune.scoring.likelihood import score_continuations
 

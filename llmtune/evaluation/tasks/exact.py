@@ -25,7 +25,7 @@ from llmtune.evaluation.tasks.base import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from llmtune.evaluation.scored_model import ScoredModel
+    from llmtune.models.live import LiveModel
 
 Normalization = Literal["strip", "lowercase", "punctuation", "articles", "whitespace"]
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -74,7 +74,7 @@ class ExactSuite(PromptedSuite):
             raise BadItem(f"field {self.answer!r} must be a text, a number or a list of those")
         return replace(item, references=tuple(str(reference) for reference in references))
 
-    def score(self, scored: "ScoredModel", suite: Suite, scoring: Scoring) -> list[ItemScore]:
+    def score(self, scored: "LiveModel", suite: Suite, scoring: Scoring) -> list[ItemScore]:
         """Write an answer to every item and score it."""
         from llmtune.evaluation.requests import encode_prompts
         from llmtune.scoring.generate import Decoding, generate_texts
@@ -83,7 +83,7 @@ class ExactSuite(PromptedSuite):
             scored.model,
             scored.tokenizer,
             encode_prompts(scored.tokenizer, suite, scoring.demonstrations),
-            Decoding(self.max_new_tokens, scored.stops),
+            Decoding(self.max_new_tokens, scored.stop_token_ids),
             token_budget=scoring.token_budget,
             on_progress=scoring.on_items,
         )

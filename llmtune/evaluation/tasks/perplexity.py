@@ -23,7 +23,7 @@ from llmtune.evaluation.tasks.base import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from llmtune.evaluation.scored_model import ScoredModel
+    from llmtune.models.live import LiveModel
     from llmtune.scoring.perplexity import TextScore
 
 
@@ -50,7 +50,7 @@ class PerplexitySuite(SuiteConfig):
             raise BadItem(f"field {self.text!r} must be a text that is not empty")
         return replace(item, text=passage)
 
-    def score(self, scored: "ScoredModel", suite: Suite, scoring: Scoring) -> list[ItemScore]:
+    def score(self, scored: "LiveModel", suite: Suite, scoring: Scoring) -> list[ItemScore]:
         """Score the loss of every passage.
 
         Raises:

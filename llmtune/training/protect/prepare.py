@@ -14,7 +14,7 @@ from llmtune.data.open_prompts import OPEN_PROMPTS, OPENERS
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import atomic_write_json
-from llmtune.models.load import LoadedModel
+from llmtune.models.live import LiveModel
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.generate import Decoding, generate_texts
 from llmtune.training.protect.config import OWN_TEXT, KlToBaseConfig, ProtectConfig
@@ -55,7 +55,7 @@ class PreparedProtection:
 
 def prepare_protection(
     protect: ProtectConfig,
-    loaded: LoadedModel,
+    loaded: LiveModel,
     *,
     num_rows: int,
     general: Sequence[Example] | None,
@@ -91,7 +91,7 @@ def prepare_protection(
 
 
 def _rows_to_hold(
-    penalty: KlToBaseConfig, general: Sequence[Example] | None, loaded: LoadedModel, seed: int
+    penalty: KlToBaseConfig, general: Sequence[Example] | None, loaded: LiveModel, seed: int
 ) -> tuple[Example, ...]:
     if general is None:
         return _write(loaded, seed, num_rows=KEPT_ROWS, num_tokens=penalty.max_length)
@@ -102,7 +102,7 @@ def _rows_to_hold(
     return tuple(rows)
 
 
-def _keep(path: Path, loaded: LoadedModel, rows: Mapping[str, Sequence[Example]]) -> None:
+def _keep(path: Path, loaded: LiveModel, rows: Mapping[str, Sequence[Example]]) -> None:
     """Leave what the base wrote in the run directory, to be looked at."""
     texts = {
         name: [loaded.tokenizer.decode(row.input_ids) for row in some if row.source != "protect"]
@@ -111,9 +111,7 @@ def _keep(path: Path, loaded: LoadedModel, rows: Mapping[str, Sequence[Example]]
     atomic_write_json(path, texts)
 
 
-def _write(
-    loaded: LoadedModel, seed: int, *, num_rows: int, num_tokens: int
-) -> tuple[Example, ...]:
+def _write(loaded: LiveModel, seed: int, *, num_rows: int, num_tokens: int) -> tuple[Example, ...]:
     log.info("protect: the base writes %d rows of its own", num_rows)
     rows = write_own_text(
         loaded.model,

@@ -8,12 +8,10 @@ from peft import LoraConfig, get_peft_model
 from llmtune.data.config import DataConfig
 from llmtune.data.prepare import prepare_examples
 from llmtune.evaluation.diagnosis.subject import DiagnosisSettings, Subject
-from llmtune.evaluation.scored_model import ModelIdentity, ScoredModel
 from llmtune.evaluation.suite import load_suite
+from tests.evaluation.live import make_live
 from tests.project import make_project
 from tests.tiny import make_model, make_tokenizer
-
-IDENTITY = ModelIdentity(base="b", adapter="a", dtype="float32", quantization="none")
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +42,7 @@ def subject(suites, tables):
     model = get_peft_model(make_model("llama"), lora).eval()
     train, held_out = tables
     return Subject(
-        scored=ScoredModel(model, make_tokenizer(), IDENTITY),
+        scored=make_live(model, make_tokenizer()),
         suites=suites,
         train=train,
         trained=tuple(range(len(train))),
