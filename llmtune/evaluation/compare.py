@@ -18,6 +18,7 @@ from llmtune.evaluation.stats import (
 )
 
 ALLOWED_DIFFERENCES = {
+    "original": frozenset({"precision"}),
     "merged": frozenset({"base", "precision"}),
     "few-shot": frozenset({"demonstrations", "selection"}),
     "prompt": frozenset({"prompt", "selection"}),

@@ -8,6 +8,7 @@ from pydantic import Field, create_model, field_validator
 
 from llmtune.evaluation.diagnosis.base import EXTENTS, Extent
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
+from llmtune.evaluation.main_arms import MAIN_ARMS, MainArm
 from llmtune.schema import Section
 
 MEASURED_FROM: dict[str, Extent] = {
@@ -45,8 +46,8 @@ class _Arms(Section):
 
     suites: tuple[str, ...] = ()
     """Suite files, or names of suites that ship with llmtune (`general`)."""
-    arms: tuple[Literal["base", "tuned", "merged"], ...] = ("base", "tuned", "merged")
-    """Models to score: the adapter off, on, and the merged checkpoint."""
+    arms: tuple[MainArm, ...] = MAIN_ARMS
+    """Models to score: the base before quantization, the adapter off, on, and the merged model."""
     extent: Extent = "quick"
     """Beside the arms: none; quick: cheap diagnostics; full: all of them (slow)."""
     few_shot: FewShotConfig = FewShotConfig()
@@ -91,7 +92,7 @@ class EvaluateConfig(_Measured):
     @classmethod
     def _require_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
         if not arms or len(set(arms)) != len(arms):
-            raise ValueError("name at least one arm, each once: base, tuned, merged")
+            raise ValueError("name at least one arm, each once: " + ", ".join(MAIN_ARMS))
         return arms
 
     @field_validator("prompts", "predictions")

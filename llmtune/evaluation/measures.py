@@ -1,11 +1,13 @@
 """What an evaluation can measure: each entry of MEASURES plans what of it is still missing."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from llmtune.data.config import DataConfig
+from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.cost import TokenCounter
 from llmtune.evaluation.diagnosis.prepare import TrainedSteps, prepare_subject
@@ -16,6 +18,7 @@ from llmtune.evaluation.few_shot import (
     takes_demonstrations,
 )
 from llmtune.evaluation.halves import in_half_size
+from llmtune.evaluation.main_arms import SAME_AS
 from llmtune.evaluation.predictions import read_predictions, score_predictions
 from llmtune.evaluation.prompt_file import read_prompt_file
 from llmtune.evaluation.results import ArmResult, save_arm_result
@@ -38,13 +41,18 @@ from llmtune.evaluation.suite import choose_ids
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_file
 from llmtune.io.run_dir import RunDir, atomic_write_json
+from llmtune.io.sizes import format_size
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.models.live import LiveModel
+from llmtune.models.live import LiveModel, ModelIdentity
 from llmtune.models.memory import release_memory
-from llmtune.scoring.batches import position_limit
+from llmtune.planning.devices import free_device
+from llmtune.scoring.batches import model_device, position_limit
+from llmtune.training.memory.measure import is_out_of_memory
 
 log = logging.getLogger("llmtune")
 
+UNQUANTIZED = "none"
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MIN_HALVED = 40
 """A general suite of fewer items is measured whole at every strength."""
 
@@ -61,12 +69,14 @@ class Work:
 class EvaluationRequest:
     """What is evaluated: a run's models, rows and suites, and what is asked of them.
 
-    `load` loads `tuned` (the base with the adapter on it) or `merged`; `mixed_data` is what was
-    trained on, `data` the run's own rows.
+    `base` is the checkpoint that the user gave. `load` loads `tuned` (the base with the adapter on
+    it), `original` (the base, never quantized) or `merged`; `mixed_data` is what was trained on,
+    `data` the run's own rows.
     """
 
     knobs: EvaluateConfig
     run: RunDir
+    base: Checkpoint
     suites: tuple[Suite, ...]
     data: DataConfig
     mixed_data: DataConfig
@@ -89,6 +99,7 @@ class Evaluation:
         self.left_out: dict[str, str] = {}
         self._scored: LiveModel | None = None
         self._subject: Subject | None = None
+        self._device = "cpu"
 
     @property
     def data(self) -> DataConfig:
@@ -138,11 +149,35 @@ class Evaluation:
         log.info("evaluate: %s left out: %s", measure, reason)
         self.left_out[measure] = reason
 
-    def load_merged(self) -> LiveModel:
-        """Give the base's memory back and load the merged model in its place."""
+    def load_alone(self, arm: str, checkpoint: Checkpoint, dtype: str) -> LiveModel | None:
+        """Give the memory of what is loaded back and load a whole model in its place.
+
+        None, and said, if it does not fit.
+        """
+        if self._scored is not None:
+            self._device = str(model_device(self._scored.model))
         self._scored = self._subject = None
         release_memory()
-        return self.request.load("merged")
+        needed = 0
+        if checkpoint.has_safetensors:
+            size = ELEMENT_BYTES.get(dtype, 2)
+            shapes = [entry.shape for entry in checkpoint.index.tensors.values()]
+            needed = size * sum(map(math.prod, shapes))
+        free = free_device(self._device).memory_bytes
+        reason = (
+            f"its weights need {format_size(needed)}, and {format_size(free)} are free on "
+            f"{self._device}"
+        )
+        if needed > free:
+            self.leave_out(arm, reason)
+            return None
+        try:
+            return self.request.load(arm)
+        except LlmtuneError as error:
+            if error.__cause__ is None or not is_out_of_memory(error.__cause__):
+                raise
+        self.leave_out(arm, reason)
+        return None
 
     def score(self, plan: ArmPlan) -> None:
         """Score an arm of the loaded base and adapter."""
@@ -300,26 +335,55 @@ def plan_strengths(evaluation: Evaluation) -> list[Work]:
     )
 
 
+def plan_original(evaluation: Evaluation) -> list[Work]:
+    """The base as the user gave it on every suite, loaded alone; without quantization, the base."""
+    live, suites = evaluation.scored, evaluation.suites
+    if "original" not in evaluation.knobs.arms:
+        return []
+    if live.identity.quantization != UNQUANTIZED:
+        identity = replace(live.identity, adapter=None, quantization=UNQUANTIZED)
+        return _plan_alone(evaluation, "original", evaluation.request.base, identity)
+    if "base" not in evaluation.knobs.arms:
+        return evaluation.work_on(ArmPlan("original", s, evaluation.settings) for s in suites)
+    left = evaluation.missing(ArmPlan("original", s, evaluation.settings) for s in suites)
+    return [Work(0, partial(_take_from_base, evaluation, plan.suite)) for plan in left]
+
+
+def _take_from_base(evaluation: Evaluation, suite: Suite) -> None:
+    """Keep the base's result as the original's: they are one model, measured once."""
+    base = evaluation.results[suite.name]["base"]
+    about = {**base.about, SAME_AS: "base"}
+    evaluation.keep(replace(base, arm="original", seconds=0.0, about=about))
+
+
 def plan_merged(evaluation: Evaluation) -> list[Work]:
-    """The merged model on the target suites; it is loaded in the base's place."""
+    """The merged model on every suite, loaded alone."""
     if "merged" not in evaluation.knobs.arms:
         return []
-    live, merged_dir = evaluation.scored, evaluation.run.merged_dir
-    base = Checkpoint.open(merged_dir).fingerprint
-    identity = replace(live.identity, base=base, adapter=None, quantization="none")
-    plans = [
-        ArmPlan("merged", suite, evaluation.settings)
-        for suite in evaluation.suites
-        if suite.role == "target"
-    ]
-    left = evaluation.missing(plans, replace(live, identity=identity))
+    merged = Checkpoint.open(evaluation.run.merged_dir)
+    identity = replace(
+        evaluation.scored.identity,
+        base=merged.fingerprint,
+        adapter=None,
+        quantization=UNQUANTIZED,
+    )
+    return _plan_alone(evaluation, "merged", merged, identity)
+
+
+def _plan_alone(
+    evaluation: Evaluation, arm: str, checkpoint: Checkpoint, identity: ModelIdentity
+) -> list[Work]:
+    """Score a model that is loaded in the base's place; one that does not fit is left out."""
+    plans = [ArmPlan(arm, suite, evaluation.settings) for suite in evaluation.suites]
+    left = evaluation.missing(plans, replace(evaluation.scored, identity=identity))
     if not left:
         return []
 
     def score() -> None:
-        scored = evaluation.load_merged()
-        for plan in left:
-            evaluation.keep(score_plan(scored, plan))
+        scored = evaluation.load_alone(arm, checkpoint, identity.dtype)
+        if scored is not None:
+            for plan in left:
+                evaluation.keep(score_plan(scored, plan))
 
     return [Work(sum(evaluation.counter.count(plan) for plan in left), score)]
 
@@ -346,5 +410,5 @@ ARM_MEASURES: dict[str, Plan] = {
     "predictions": plan_predictions,
     "strengths": plan_strengths,
 }
-LAST_MEASURES: dict[str, Plan] = {"merged": plan_merged}
+LAST_MEASURES: dict[str, Plan] = {"original": plan_original, "merged": plan_merged}
 """Measures that take the base's place in memory, so nothing may come after them."""

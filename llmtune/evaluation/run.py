@@ -35,7 +35,7 @@ log = logging.getLogger("llmtune")
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 BASE_ARM = "base"
-WITHOUT_ADAPTER = ("base", "few-shot", "prompt")
+WITHOUT_ADAPTER = ("original", "base", "few-shot", "prompt")
 """Kinds of arms that the base answers; the others are the model as it stands."""
 
 NOT_SCORING = {"name", "description", "items", "id", "slices", "limit", "role"}

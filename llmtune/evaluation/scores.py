@@ -1,14 +1,13 @@
-"""The scores of several arms on several suites as JSON values, with tuned compared to base."""
+"""The scores of several arms on several suites as JSON values, with the two that are compared."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmtune.evaluation.compare import compare_arms
+from llmtune.evaluation.main_arms import MAIN_ARMS, compared_arms
 from llmtune.evaluation.results import ArmResult, arm_result_path, read_arm_result
 from llmtune.evaluation.stats import Resampling
-
-ARMS = ("base", "tuned", "merged")
 
 Scores = dict[str, dict[str, Any]]
 
@@ -16,9 +15,9 @@ Scores = dict[str, dict[str, Any]]
 def summarize_scores(
     results: Mapping[str, Mapping[str, ArmResult]], resampling: Resampling
 ) -> Scores:
-    """Return for each suite `n`, `metric`, `majority`, `arms` (means) and `comparison`.
+    """Return for each suite `n`, `metric`, `majority`, `arms` (means), `compared`, `comparison`.
 
-    `comparison` is tuned against base, or null where one of them was not scored.
+    `compared` names the two arms that `comparison` is about; both are null without such a pair.
     """
     return {name: _summarize(by_arm, resampling) for name, by_arm in results.items() if by_arm}
 
@@ -28,7 +27,7 @@ def read_scores(
     suites: Iterable[str],
     resampling: Resampling,
     *,
-    arms: Sequence[str] = ARMS,
+    arms: Sequence[str] = MAIN_ARMS,
 ) -> Scores:
     """Summarize what is on disk for the named suites and arms; other arms may be out of date."""
     results: dict[str, dict[str, ArmResult]] = {}
@@ -42,9 +41,10 @@ def read_scores(
 
 def _summarize(by_arm: Mapping[str, ArmResult], resampling: Resampling) -> dict[str, Any]:
     first = next(iter(by_arm.values()))
-    comparison = None
-    if "base" in by_arm and "tuned" in by_arm:
-        comparison = compare_arms(by_arm["base"], by_arm["tuned"], resampling=resampling).as_dict()
+    compared, comparison = compared_arms(by_arm), None
+    if compared is not None:
+        before, after = (by_arm[arm] for arm in compared)
+        comparison = compare_arms(before, after, resampling=resampling).as_dict()
     return {
         "task": first.task,
         "role": first.role,
@@ -56,5 +56,6 @@ def _summarize(by_arm: Mapping[str, ArmResult], resampling: Resampling) -> dict[
             arm: {"mean": result.mean, "standard_error": result.standard_error}
             for arm, result in by_arm.items()
         },
+        "compared": compared,
         "comparison": comparison,
     }

@@ -25,7 +25,7 @@ OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
 }
 EXPRESSION = re.compile(r"\s*(?P<name>\S.*?)\s*(?P<op><=|>=|==|!=|<|>)\s*(?P<bound>\S+)\s*")
-SUITE_NUMBERS = ("change", "gain", "tuned", "base", "merged", "unparseable")
+SUITE_NUMBERS = ("change", "gain", "tuned", "base", "original", "merged", "unparseable")
 EXAMPLE = "general_loss>0.2"
 
 

@@ -4,6 +4,7 @@ from llmtune.evaluation.diagnosis.contamination import ContaminationResult
 from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
+from llmtune.merging.config import MergeConfig
 from llmtune.reporting.diagnostics import read_diagnostics
 from llmtune.reporting.html import render_html
 from llmtune.reporting.markdown import render_markdown
@@ -54,6 +55,7 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
         contamination=diagnostics.of(ContaminationResult),
         learning_curve=diagnostics.of(LearningCurveResult),
         strengths=strengths,
+        merge_base=_read_merge_base(manifest),
     )
     curve, generations = read_loss_curve(run.metrics_path), read_generations(run)
     training, merge = (
@@ -92,6 +94,15 @@ def write_report(report: Report, run: RunDir) -> None:
     atomic_write_json(run.report_json_path, report.as_json())
     atomic_write_text(run.report_html_path, page)
     atomic_write_text(run.report_md_path, render_markdown(report))
+
+
+def _read_merge_base(manifest: Manifest) -> str | None:
+    """Return the `merge.base` of a merge into a quantized base; None if there was no choice."""
+    if manifest.base.get("quantization") in (None, "none"):
+        return None
+    result = manifest.stages.get("merge", {}).get("result") or {}
+    configured = (manifest.config.get("merge") or {}).get("base")
+    return str(result.get("base") or configured or MergeConfig().base)
 
 
 def _find_unfinished(run: RunDir, manifest: Manifest) -> tuple[Missing, ...]:

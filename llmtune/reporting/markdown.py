@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmtune.evaluation.main_arms import CHAIN, MAIN_ARMS
 from llmtune.reporting.numbers import (
     FRACTION,
     NumberWriter,
@@ -13,8 +14,8 @@ from llmtune.reporting.numbers import (
     format_seconds,
 )
 from llmtune.reporting.report import Report
-from llmtune.reporting.sections.arms import FEW_SHOT, MAIN_ARMS, split_name
-from llmtune.reporting.suites import Change, SuiteReport
+from llmtune.reporting.sections.arms import FEW_SHOT, split_name
+from llmtune.reporting.suites import Change, SuiteReport, name_pairs
 
 UNSAFE = str.maketrans({"|": "\\|", "\n": " ", "<": "&lt;", ">": "&gt;"})
 
@@ -39,6 +40,8 @@ def _head(report: Report) -> Iterator[str]:
     origin = str(base.get("origin") or (config.get("model") or {}).get("base") or "unknown")
     yield f"# {_text(report.name)}"
     yield f"Fine-tuned from **{_text(origin if base.get('revision') else Path(origin).name)}**."
+    if report.compared:
+        yield _text(report.compared)
     yield f"## Verdict: {report.verdict.name}"
     yield _text(report.verdict.meaning)
     yield _bullets(report.verdict.reasons)
@@ -54,11 +57,22 @@ def _results(report: Report) -> Iterator[str]:
         return
     percent = f"{report.resampling.confidence * 100:g} %"
     yield "## Results"
-    yield f"The same items for every model; the change is tuned minus base, {percent} interval."
+    pairs = name_pairs(report.suites)
+    yield f"The same items for every model. Change: {pairs}, {percent} interval."
     yield _table(
-        ("suite", "role", "items", "base", "tuned", "merged", f"change, {percent}", "shows from"),
+        ("suite", "role", "items", *MAIN_ARMS, f"change, {percent}", "shows from"),
         (_result_row(suite) for suite in report.suites),
     )
+    parts = [part for part in CHAIN if any(part in suite.chain for suite in report.suites)]
+    if len(parts) > 1:
+        yield "What the change is made of:"
+        yield _table(
+            ("suite", *(f"{part}: {after} − {before}" for part, (before, after) in CHAIN.items())),
+            (
+                (suite.name, *(format_interval(suite.unit, suite.chain.get(p)) for p in CHAIN))
+                for suite in report.suites
+            ),
+        )
 
 
 def _result_row(suite: SuiteReport) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from llmtune.evaluation.compare import (
     compare_slices,
 )
 from llmtune.evaluation.diagnosis.contamination import ContaminationResult
+from llmtune.evaluation.main_arms import CHAIN, SAME_AS, compared_arms
 from llmtune.evaluation.results import ArmResult
 from llmtune.evaluation.stats import Resampling, needed_items
 from llmtune.reporting.run_results import Results, restrict
@@ -52,7 +53,7 @@ def measure_suites(
 
 
 def measure_suite(arms: Mapping[str, ArmResult], resampling: Resampling) -> SuiteReport:
-    """Compare one suite's arms: tuned with base, merged with tuned, the others, and each slice."""
+    """Compare one suite's arms: what ships with what was, its parts, the others, each slice."""
     first = arms.get("base") or arms.get("tuned") or next(iter(arms.values()))
     suite = SuiteReport(
         name=first.suite,
@@ -68,34 +69,43 @@ def measure_suite(arms: Mapping[str, ArmResult], resampling: Resampling) -> Suit
         chance=first.chance,
         rivals=measure_rivals(arms, resampling),
     )
-    base, tuned, merged = (arms.get(name) for name in ("base", "tuned", "merged"))
-    if tuned and merged:
-        found = compare_arms(tuned, merged, resampling=resampling)
-        suite = replace(suite, merged_change=Change.of(found))
-    if not base or not tuned:
+    compared = compared_arms(arms)
+    if compared is None:
         return suite
-    found = compare_arms(base, tuned, resampling=resampling)
-    values = _count_values(base)
+    before, after = (arms[name] for name in compared)
+    found = compare_arms(before, after, resampling=resampling)
+    values = _count_values(before)
     return replace(
         suite,
+        compared=compared,
+        chain=_measure_chain(arms, resampling),
         change=Change.of(found),
         mde=found.mde,
         needed_items=needed_items(found.difference, found.mde, found.n),
         mcnemar_p=found.mcnemar_p,
         gained=found.gained,
         lost=found.lost,
-        slices=_measure_slices(base, tuned, values, resampling),
+        slices=_measure_slices(before, after, values, resampling),
         wide_columns={name: n for name, n in values.items() if n > MAX_SLICE_VALUES},
     )
 
 
+def _measure_chain(arms: Mapping[str, ArmResult], resampling: Resampling) -> dict[str, Change]:
+    """Compare each arm with the one before it; an unquantized base has no first part."""
+    return {
+        name: Change.of(compare_arms(arms[first], arms[second], resampling=resampling))
+        for name, (first, second) in CHAIN.items()
+        if first in arms and second in arms and SAME_AS not in arms[first].about
+    }
+
+
 def _measure_slices(
-    base: ArmResult, tuned: ArmResult, values: Mapping[str, int], resampling: Resampling
+    before: ArmResult, after: ArmResult, values: Mapping[str, int], resampling: Resampling
 ) -> tuple[SliceReport, ...]:
     found: list[SliceComparison] = []
     for column, count in values.items():
         if 1 < count <= MAX_SLICE_VALUES:
-            found += compare_slices(base, tuned, column, resampling=resampling)
+            found += compare_slices(before, after, column, resampling=resampling)
     adjusted = adjust_slices([each.comparison for each in found])
     return tuple(map(_slice_report, found, adjusted))
 
@@ -113,8 +123,8 @@ def _slice_report(found: SliceComparison, holm_p: float) -> SliceReport:
         column=found.column,
         value=found.value,
         n=comparison.n,
-        base=comparison.base,
-        tuned=comparison.tuned,
+        before=comparison.base,
+        after=comparison.tuned,
         change=change,
         holm_p=holm_p,
     )
@@ -123,13 +133,14 @@ def _slice_report(found: SliceComparison, holm_p: float) -> SliceReport:
 def _clean(
     arms: Mapping[str, ArmResult], leaked: set[str], resampling: Resampling
 ) -> CleanChange | None:
-    base, tuned = arms.get("base"), arms.get("tuned")
-    if base is None or tuned is None:
+    compared = compared_arms(arms)
+    if compared is None:
         return None
-    kept = {item.id for item in base.items} - leaked
+    before, after = (arms[name] for name in compared)
+    kept = {item.id for item in before.items} - leaked
     if not kept:
         return None
-    found = compare_arms(restrict(base, kept), restrict(tuned, kept), resampling=resampling)
+    found = compare_arms(restrict(before, kept), restrict(after, kept), resampling=resampling)
     change = Change.of(found)
     return CleanChange(found.n, found.base, found.tuned, change)
 

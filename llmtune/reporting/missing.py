@@ -41,6 +41,7 @@ def find_missing(
             diagnosis.is_missing(found, kinds, has_choices=has_choices)
         )
     absent: Mapping[Missing, bool] = {
+        Missing("evaluation of the original base", EVALUATE): "original" not in kinds,
         Missing("evaluation of the base model", EVALUATE): "base" not in kinds,
         Missing("evaluation of the tuned model", EVALUATE): "tuned" not in kinds,
         Missing("evaluation of the merged model", EVALUATE): "merged" not in kinds,

@@ -15,7 +15,7 @@ from llmtune.reporting.sections.probabilities import ProbabilityShift, ShiftJson
 from llmtune.reporting.sections.sequence import SequenceJson, SequenceResult
 from llmtune.reporting.sections.strengths import StrengthSweep, SweepJson
 from llmtune.reporting.sections.training import TIMED_STAGES, Cost, CurveJson, LossCurve
-from llmtune.reporting.suites import SuiteJson, SuiteReport, Thresholds
+from llmtune.reporting.suites import SuiteJson, SuiteReport, Thresholds, describe_compared
 from llmtune.reporting.verdict.outcome import Verdict, VerdictJson
 
 FORMAT = 1
@@ -28,6 +28,7 @@ class ReportJson(TypedDict):
     format: int
     run: str
     created: str
+    compared: str
     verdict: str
     decided_by: VerdictJson
     caveats: list[str]
@@ -76,6 +77,11 @@ class Report:
     resampling: Resampling = field(default_factory=Resampling)
     thresholds: Thresholds = field(default_factory=Thresholds)
 
+    @property
+    def compared(self) -> str:
+        """What was compared with what, in a sentence; empty if nothing was."""
+        return describe_compared(self.suites, self.manifest.base.get("quantization"))
+
     def with_role(self, role: str) -> tuple[SuiteReport, ...]:
         """Return the suites of a role, in their order."""
         return tuple(suite for suite in self.suites if suite.role == role)
@@ -88,6 +94,7 @@ class Report:
             "format": FORMAT,
             "run": self.name,
             "created": self.manifest.created,
+            "compared": self.compared,
             "verdict": self.verdict.name,
             "decided_by": self.verdict.as_json(),
             "caveats": list(self.caveats),

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import arm_kind, cluster_names
+from llmtune.evaluation.main_arms import MAIN_ARMS
 from llmtune.evaluation.results import (
     LM_EVAL_TASK,
     ArmResult,
@@ -22,9 +23,7 @@ from llmtune.evaluation.stats import Resampling, standard_error
 from llmtune.io.manifest import Manifest
 from llmtune.io.run_dir import RunDir
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.reporting.sections.arms import FEW_SHOT, MAIN_ARMS, sort_arms
-
-MAIN_KINDS = ("base", "tuned", "merged")
+from llmtune.reporting.sections.arms import FEW_SHOT, sort_arms
 
 Results = Mapping[str, Mapping[str, ArmResult]]
 """Suite -> arm -> result."""
@@ -99,7 +98,7 @@ def current_results(run: RunDir, manifest: Manifest, models: Models) -> Callable
         if arm_kind(result.arm) in {arm_kind(arm) for arm in arms}:
             return False  # of an earlier call with other knobs: a draw or a strength too many
         # Tasks of lm-evaluation-harness and further arms are run outside the stage.
-        is_beside = result.task == LM_EVAL_TASK or arm_kind(result.arm) not in MAIN_KINDS
+        is_beside = result.task == LM_EVAL_TASK or arm_kind(result.arm) not in MAIN_ARMS
         is_of_suite = result.task == LM_EVAL_TASK or result.suite in made
         return is_beside and is_of_suite and is_of_models(result)
 
@@ -131,6 +130,7 @@ def _models_on_disk(run: RunDir, models: Models) -> Callable[[ArmResult], bool]:
     merged = Checkpoint.open(run.merged_dir).fingerprint if is_merged else None
     bare, tuned = (models.base, None), (models.base, models.adapter)
     identities = {
+        "original": bare if models.base else None,
         "base": bare if models.base else None,
         "few-shot": bare if models.base else None,
         "prompt": bare if models.base else None,

@@ -1,13 +1,20 @@
-"""What the report says about one suite: its arms, the change from base to tuned, its slices."""
+"""What the report says about one suite: its arms, the change and its parts, its slices."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
 from llmtune.evaluation.compare import Comparison
+from llmtune.evaluation.main_arms import MainArm
 from llmtune.reporting.numbers import Unit, unit_of_metric
 
 ROLES = ("target", "transfer", "general")
+ARM_WORDS = {
+    "original": "the original base",
+    "base": "the base",
+    "tuned": "base + adapter",
+    "merged": "the merged model",
+}
 
 
 def place_of(role: str, name: str) -> tuple[int, str]:
@@ -22,7 +29,8 @@ class Thresholds:
     `general_drop` is a fraction of 1, `general_loss_rise` in nats/token, `general_bits_rise` in
     bits/byte (0.2 nats/token at about four bytes a token). More than `contaminated_share` of a
     target suite's items among the training rows block the verdict. A smaller strength is advised
-    if the full one uses up more than `strength_share` of a bound.
+    if the full one uses up more than `strength_share` of a bound. Merging may cost these shares of
+    a target's gain and of a general suite's bound.
     """
 
     general_drop: float = 0.05
@@ -30,6 +38,9 @@ class Thresholds:
     general_bits_rise: float = 0.07
     contaminated_share: float = 0.01
     strength_share: float = 0.5
+    merging_share: Mapping[str, float] = field(
+        default_factory=lambda: {"target": 0.25, "general": 0.5}
+    )
 
     def general_bound(self, unit: Unit) -> float:
         """Return the largest tolerated worsening of a general suite, in its raw unit."""
@@ -97,11 +108,11 @@ class Rival:
 
 @dataclass(frozen=True)
 class CleanChange:
-    """Base, tuned and the change between them on the items that are not in the training rows."""
+    """The compared arms and their change on the items that are not in the training rows."""
 
     n: int
-    base: float
-    tuned: float
+    before: float
+    after: float
     change: Change
 
 
@@ -111,8 +122,8 @@ class SliceJson(TypedDict):
     column: str
     value: str
     n: int
-    base: float
-    tuned: float
+    before: float
+    after: float
     difference: float
     interval: list[float]
     p_value: float
@@ -126,8 +137,8 @@ class SliceReport:
     column: str
     value: str
     n: int
-    base: float
-    tuned: float
+    before: float
+    after: float
     change: Change
     holm_p: float
 
@@ -137,8 +148,8 @@ class SliceReport:
             "column": self.column,
             "value": self.value,
             "n": self.n,
-            "base": self.base,
-            "tuned": self.tuned,
+            "before": self.before,
+            "after": self.after,
             "difference": self.change.difference,
             "interval": [self.change.low, self.change.high],
             "p_value": self.change.p_value,
@@ -157,9 +168,11 @@ class SuiteJson(TypedDict):
     description: str
     n: int
     clusters: int | None
+    original: float | None
     base: float | None
     tuned: float | None
     merged: float | None
+    compared: list[str] | None
     majority: float | None
     chance: float | None
     difference: float | None
@@ -171,8 +184,7 @@ class SuiteJson(TypedDict):
     needed_items: int | None
     gained: int | None
     lost: int | None
-    merged_difference: float | None
-    merged_interval: list[float] | None
+    chain: dict[str, Mapping[str, object]]
     unparseable: dict[str, int]
     seconds: dict[str, float | None]
     slices: list[SliceJson]
@@ -183,9 +195,11 @@ class SuiteJson(TypedDict):
 
 @dataclass(frozen=True)
 class SuiteReport:
-    """One suite: `change` is tuned minus base, `merged_change` is merged minus tuned.
+    """One suite: `change` is the second of the `compared` arms minus the first.
 
-    `arms` holds every arm that was measured, `rivals` how those beside base, tuned and merged
+    `chain` holds its parts by name (`main_arms.CHAIN`); a part is there if both its arms are.
+
+    `arms` holds every arm that was measured, `rivals` how those beside the main ones
     compare. `majority` is the score of always answering the most frequent right answer, `chance`
     that of guessing; `mde` is the smallest difference that n items show with 80 % power at 5 %.
     """
@@ -202,7 +216,8 @@ class SuiteReport:
     majority: float | None = None
     chance: float | None = None
     change: Change | None = None
-    merged_change: Change | None = None
+    compared: tuple[MainArm, MainArm] | None = None
+    chain: Mapping[str, Change] = field(default_factory=dict)
     mde: float | None = None
     needed_items: int | None = None
     mcnemar_p: float | None = None
@@ -223,6 +238,16 @@ class SuiteReport:
         """Return an arm's mean, or None if the arm was not evaluated."""
         return self.arms[arm].mean if arm in self.arms else None
 
+    @property
+    def before(self) -> float | None:
+        """The mean of the arm that is compared with: what the user had."""
+        return self.score(self.compared[0]) if self.compared else None
+
+    @property
+    def after(self) -> float | None:
+        """The mean of the arm that is judged: what ships."""
+        return self.score(self.compared[1]) if self.compared else None
+
     def gain(self, change: Change) -> tuple[float, float, float]:
         """Return a change and its interval turned so that positive is better."""
         if self.higher_is_better:
@@ -231,7 +256,7 @@ class SuiteReport:
 
     def as_json(self) -> SuiteJson:
         """Return the suite as report.json holds it; what was not measured is null."""
-        change, merged = self.change, self.merged_change
+        change = self.change
         return {
             "role": self.role,
             "task": self.task,
@@ -241,9 +266,11 @@ class SuiteReport:
             "description": self.description,
             "n": self.n,
             "clusters": self.clusters,
+            "original": self.score("original"),
             "base": self.score("base"),
             "tuned": self.score("tuned"),
             "merged": self.score("merged"),
+            "compared": list(self.compared) if self.compared else None,
             "majority": self.majority,
             "chance": self.chance,
             "difference": change.difference if change else None,
@@ -255,8 +282,7 @@ class SuiteReport:
             "needed_items": self.needed_items,
             "gained": self.gained,
             "lost": self.lost,
-            "merged_difference": merged.difference if merged else None,
-            "merged_interval": [merged.low, merged.high] if merged else None,
+            "chain": {name: asdict(part) for name, part in self.chain.items()},
             "unparseable": {name: arm.unparseable for name, arm in self.arms.items()},
             "seconds": {name: arm.seconds for name, arm in self.arms.items()},
             "slices": [each.as_json() for each in self.slices],
@@ -268,3 +294,52 @@ class SuiteReport:
     def _arm_as_json(self, name: str) -> Mapping[str, object]:
         rival = self.rivals.get(name)
         return asdict(self.arms[name]) | (asdict(rival) if rival else {})
+
+
+def name_pairs(suites: Sequence[SuiteReport]) -> str:
+    """Return which arm is compared with which, in formulas; with suites if they differ."""
+    return "; ".join(
+        f"{after} minus {before}{where}" for (before, after), where in _list_pairs(suites)
+    )
+
+
+def describe_compared(suites: Sequence[SuiteReport], quantization: str | None) -> str:
+    """Return a sentence on what was compared with what, and what that leaves out.
+
+    Args:
+        quantization: how the base was quantized in training, none if it was not.
+    """
+    pairs = _list_pairs(suites)
+    if not pairs:
+        return ""
+    is_quantized = quantization not in (None, "none")
+    words = ARM_WORDS | ({"base": f"the quantized base ({quantization})"} if is_quantized else {})
+    compared = "; ".join(
+        f"{words[after]} against {words[before]}{where}" for (before, after), where in pairs
+    )
+    befores, afters = ({pair[side] for pair, _ in pairs} for side in (0, 1))
+    left_out = [
+        sentence
+        for sentence, is_so in (
+            (
+                "The original base was not measured: what quantization costs is not counted.",
+                is_quantized and "base" in befores,
+            ),
+            (
+                "The merged model was not measured: what merging costs is not counted.",
+                "tuned" in afters,
+            ),
+        )
+        if is_so
+    ]
+    return " ".join([f"Compared: {compared}, on the same items.", *left_out])
+
+
+def _list_pairs(suites: Sequence[SuiteReport]) -> list[tuple[tuple[MainArm, MainArm], str]]:
+    """Return the compared pairs, each once, and on which suites if there are several."""
+    named: dict[tuple[MainArm, MainArm], list[str]] = {}
+    for suite in suites:
+        if suite.compared is not None:
+            named.setdefault(suite.compared, []).append(suite.name)
+    is_one = len(named) == 1
+    return [(pair, "" if is_one else f" on {', '.join(on)}") for pair, on in named.items()]

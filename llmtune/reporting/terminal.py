@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtune.evaluation.diagnosis.learning_curve import Forecast, LearningCurveResult
+from llmtune.evaluation.main_arms import CHAIN, MAIN_ARMS
 from llmtune.reporting.numbers import (
     Unit,
     format_bytes,
@@ -18,7 +19,7 @@ from llmtune.reporting.numbers import (
     unit_of_metric,
 )
 from llmtune.reporting.report import Report
-from llmtune.reporting.sections.arms import MAIN_ARMS, arm_rows
+from llmtune.reporting.sections.arms import arm_rows
 from llmtune.reporting.sections.record import group_by_command
 from llmtune.reporting.suites import Change, SuiteReport
 
@@ -29,10 +30,13 @@ def render_terminal(report: Report) -> RenderableType:
     """Return what to print; color is the console's choice, so NO_COLOR works."""
     name = report.verdict.name
     verdict = _sentence((name, STYLES[report.verdict.tone]), "  ", report.verdict.meaning)
-    parts: list[RenderableType] = [verdict]
+    parts: list[RenderableType] = [_sentence(report.compared)] if report.compared else []
+    parts += [verdict]
     parts += [_indented(reason) for reason in report.verdict.reasons]
     if report.suites:
         parts += [Text(), suites_table(report)]
+    if any(suite.chain for suite in report.suites):
+        parts += [chain_table(report)]
     if any(suite.rivals for suite in report.with_role("target")):
         parts += [arms_table(report)]
     if report.caveats:
@@ -46,14 +50,12 @@ def render_terminal(report: Report) -> RenderableType:
 
 
 def suites_table(report: Report) -> Table:
-    """Return the table of base, tuned and merged per suite, grouped by role."""
-    percent = f"{report.resampling.confidence * 100:g} %"
+    """Return the table of the main arms per suite, grouped by role."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
     table.add_column("suite", overflow="fold")
     table.add_column("n", justify="right", no_wrap=True)
-    for arm in ("base", "tuned", "merged", "majority"):
+    for arm in (*MAIN_ARMS, "majority"):
         table.add_column(arm, justify="right", no_wrap=True)
-    table.add_column(f"change, {percent}", justify="right", no_wrap=True)
     previous = None
     for suite in report.suites:
         if previous is not None and suite.role != previous:
@@ -63,11 +65,26 @@ def suites_table(report: Report) -> Table:
         table.add_row(
             Text(suite.name),
             format_count(suite.n),
-            unit.score(suite.score("base")),
-            unit.score(suite.score("tuned")),
-            unit.score(suite.score("merged")),
+            *(unit.score(suite.score(arm)) for arm in MAIN_ARMS),
             unit.score(suite.majority),
+        )
+    return table
+
+
+def chain_table(report: Report) -> Table:
+    """Return each suite's change with its interval, and the parts that it is made of."""
+    percent = f"{report.resampling.confidence * 100:g} %"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column("suite", overflow="fold")
+    table.add_column(f"change, {percent}", justify="right", no_wrap=True)
+    for part in CHAIN:
+        table.add_column(part, justify="right", no_wrap=True)
+    for suite in report.suites:
+        parts = (suite.chain.get(part) for part in CHAIN)
+        table.add_row(
+            Text(suite.name),
             _format_change(suite, suite.change),
+            *(suite.unit.change(part.difference) if part else "–" for part in parts),
         )
     return table
 
@@ -120,7 +137,7 @@ def format_cost(report: Report) -> str:
 
 
 def render_scores(scores: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return a table of suites by arms; the last column is tuned minus base with its interval."""
+    """Return a table of suites by arms; the last column is the change with its interval."""
     arms = [arm for arm in MAIN_ARMS if any(arm in suite["arms"] for suite in scores.values())]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("suite")
@@ -128,7 +145,9 @@ def render_scores(scores: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(name, justify="right")
     is_compared = any(suite["comparison"] for suite in scores.values())
     if is_compared:
-        table.add_column("tuned - base", justify="right")
+        pairs = dict.fromkeys(tuple(s["compared"]) for s in scores.values() if s["compared"])
+        name = "; ".join(f"{after} - {before}" for before, after in pairs)
+        table.add_column(name, justify="right")
     for name, suite in scores.items():
         unit = unit_of_metric(suite["metric"])
         cells = [name, format_count(suite["n"])]

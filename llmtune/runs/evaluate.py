@@ -1,4 +1,4 @@
-"""The evaluate stage: base, tuned and merged model on the run's suites, and the diagnoses."""
+"""The evaluate stage: the main arms on the run's suites, and the diagnoses."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ class EvaluateStage(Stage):
         if "merged" in config.evaluate.arms and not config.run.merged_dir.is_dir():
             raise LlmtuneError(
                 f"{config.run.path}: has no merged model; make it with: llmtune merge "
-                f"{config.run.path}, or leave it out with evaluate.arms='[base, tuned]'"
+                f"{config.run.path}, or leave it out with evaluate.arms='[original, base, tuned]'"
             )
 
     def inputs(self, manifest: Manifest) -> dict[str, Any]:
@@ -90,13 +90,14 @@ class EvaluateStage(Stage):
         """Yield the results of every arm and diagnosis."""
         run, knobs = self.config.run, self._knobs(record.get("inputs") or {})
         made = record.get("result") or {}
+        left_out = made.get("left_out", {})
         for suite in self.suites:
-            arms = {arm for arm in knobs.arms if arm != "merged" or suite.role == "target"}
+            arms = {arm for arm in knobs.arms if arm not in left_out}
             for arm in arms | set(made.get("suites", {}).get(suite.name, {})):
                 yield arm_result_path(run.evaluations_dir, suite.name, arm)
         for diagnosis in DIAGNOSES:
             is_made = diagnosis.extent is not None and knobs.measures(diagnosis.name)
-            if is_made and diagnosis.name not in made.get("left_out", {}):
+            if is_made and diagnosis.name not in left_out:
                 yield run.diagnostics_dir / diagnosis.result.FILE_NAME
 
     def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -113,6 +114,7 @@ class EvaluateStage(Stage):
         request = EvaluationRequest(
             knobs=self._knobs(inputs),
             run=run,
+            base=self.source,
             suites=tuple(self.suites),
             data=config.data,
             mixed_data=config.mixed_data,
@@ -128,7 +130,7 @@ class EvaluateStage(Stage):
         return knobs.model_copy(update={"extent": inputs.get("extent", knobs.extent)})
 
     def scores(self) -> "Scores":
-        """Read the arms' scores, with the difference of tuned and base and its interval."""
+        """Read the arms' scores, with the difference of the compared two and its interval."""
         from llmtune.evaluation.scores import read_scores
         from llmtune.evaluation.stats import Resampling
 

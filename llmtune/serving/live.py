@@ -1,4 +1,4 @@
-"""What a target names, loaded: its base or its adapter on it, or the merged model of a run."""
+"""What a target names, loaded: its base, its adapter on it, the merged or the original model."""
 
 import logging
 from dataclasses import replace
@@ -16,26 +16,27 @@ log = logging.getLogger("llmtune")
 def load_target(target: Loadable, arm: str | None = None) -> LiveModel:
     """Load what `target` names so that it can answer as `arm` (default: its first).
 
-    The merged model of a run is loaded as the run's base, but never quantized.
+    The merged model of a run, and `original`, the base of any target, are loaded as the base is,
+    but never quantized.
 
     Raises:
         LlmtuneError: the target has no such arm, or its adapter was made for a different base or
             chat template.
     """
     wanted = arm or target.arms[0]
-    if wanted not in target.arms:
+    if wanted not in (*target.arms, "original"):
         raise LlmtuneError(
             f"{target.name}: has no {wanted} model; there is: {', '.join(target.arms)}"
         )
-    is_merged = wanted == "merged"
-    config = target.model
-    if is_merged:
-        update = {"base": str(target.merged_dir), "revision": None, "quantization": None}
-        config = config.model_copy(update=update)
-    live = load_live(config, resolve_base(config), None if is_merged else target.adapter_dir)
+    config, is_whole = target.model, wanted in ("original", "merged")
+    if wanted == "merged":
+        config = config.model_copy(update={"base": str(target.merged_dir), "revision": None})
+    if is_whole:
+        config = config.model_copy(update={"quantization": None})
+    live = load_live(config, resolve_base(config), None if is_whole else target.adapter_dir)
     log.info("model: %s on %s, %s", live.source.origin, live.device, live.identity.dtype)
-    if not is_merged:
+    if not is_whole:
         return live
     if target.adapter_dir is not None:
         require_trained_template(live.tokenizer, target.adapter_dir)
-    return replace(live, arms=("merged",))
+    return replace(live, arms=("merged",) if wanted == "merged" else ("original", "base"))

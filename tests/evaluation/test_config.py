@@ -8,7 +8,7 @@ from llmtune.evaluation.config import EvaluateConfig
 
 def test_the_defaults_measure_every_arm_at_95_percent():
     config = EvaluateConfig()
-    assert config.arms == ("base", "tuned", "merged")
+    assert config.arms == ("original", "base", "tuned", "merged")
     assert (config.confidence, config.bootstrap_samples) == (0.95, 10_000)
 
 

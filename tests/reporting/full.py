@@ -192,6 +192,7 @@ def _movies() -> PlantedSuite:
         "movies",
         "target",
         {
+            "original": base,
             "base": base,
             "tuned": tuned,
             "merged": worsen(tuned, 0.01, seed=3),

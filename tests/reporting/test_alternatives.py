@@ -101,7 +101,7 @@ def test_train_rows_among_the_target_items_block_the_verdict(tmp_path):
     assert report.verdict.also == ("SHIP",)
     clean = report.suites[0].clean
     others = BASE[4:], TUNED[4:]
-    assert (clean.n, clean.base, clean.tuned) == (296, *(pytest.approx(mean(o)) for o in others))
+    assert (clean.n, clean.before, clean.after) == (296, *(pytest.approx(mean(o)) for o in others))
     assert f"{100 * mean(others[1]):.1f} %, a change of" in " ".join(report.verdict.reasons)
     leak(3)
     report = build_report(run)
@@ -218,7 +218,14 @@ def test_the_full_report_says_everything_and_repeats_itself(tmp_path):
 
 def test_every_verdict_can_be_reached_and_has_a_meaning(tmp_path):
     """The kinds that the planted truths of this file and of test_verdict give."""
-    reached = {"SHIP", "NEGATIVE", "BROKE-GENERAL", "INCONCLUSIVE", "NOT-MEASURED"}
+    reached = {
+        "SHIP",
+        "MERGE-DIFFERENTLY",
+        "NEGATIVE",
+        "BROKE-GENERAL",
+        "INCONCLUSIVE",
+        "NOT-MEASURED",
+    }
     reached |= {"USE-PROMPT", "USE-PROBE", "CONTAMINATED", "MORE-DATA", "SHIP at strength x"}
     assert reached == set(MEANINGS)
 

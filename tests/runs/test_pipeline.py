@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from llmtune import evaluate, load_config, merge, report, run, train
+from llmtune.evaluation.main_arms import MAIN_ARMS
 from llmtune.io.manifest import read_manifest
 from tests.project import make_project
 from tests.tiny import FAMILIES
@@ -35,7 +36,14 @@ def test_every_family_runs_from_rows_to_report(tmp_path, family, quantization):
     assert values["verdict"] == built.verdict.name
     suite = values["suites"]["sentiment"]
     assert suite["n"] == 4
-    assert {"base", "tuned", "merged", "majority", "difference", "interval"} <= set(suite)
+    for suite in values["suites"].values():
+        assert suite["compared"] == ["original", "merged"]
+        assert None not in [suite[arm] for arm in MAIN_ARMS]
+        assert suite["difference"] == pytest.approx(suite["merged"] - suite["original"])
+        parts = sum(part["difference"] for part in suite["chain"].values())
+        assert suite["difference"] == pytest.approx(parts)
+        assert ("quantization" in suite["chain"]) == (quantization == "nf4")
+        assert (suite["original"] == suite["base"]) == (quantization == "none")
     assert values["merge"]["check"]["kl"] < 1e-3
     assert config.run.report_html_path.stat().st_size > 1000
 

@@ -128,8 +128,8 @@ class Writer(Protocol):
 class CleanScore:
     """A suite's scores without the items that were found among the rows, as text."""
 
-    base: str
-    tuned: str
+    before: str
+    after: str
     change: str
     interval: str
 

@@ -134,14 +134,14 @@ class Contamination(Diagnosis[ContaminationResult]):
             "blocks the verdict."
         )
         if facts.clean:
-            head += ["Base: all → others", "Tuned: all → others", "Change on others"]
+            head += ["Before: all → others", "After: all → others", "Change on others"]
             note += " Others: the items that are not among the training rows in any of these ways."
         rows = []
         for name, suite in found.suites.items():
             row: list[str | Cell] = [name]
             row += map(write.count, (suite.n, suite.exact, suite.near, suite.ngram))
             if clean := facts.clean.get(name):
-                row += [clean.base, clean.tuned, Cell(clean.change, clean.interval)]
+                row += [clean.before, clean.after, Cell(clean.change, clean.interval)]
             elif facts.clean:
                 row += ["–"] * 3
             rows.append(tuple(row))

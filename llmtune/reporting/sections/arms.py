@@ -7,18 +7,19 @@ from typing import TypedDict
 from markupsafe import Markup
 
 from llmtune.evaluation.compare import Comparison, arm_kind, compare_arms
+from llmtune.evaluation.main_arms import MAIN_ARMS
 from llmtune.evaluation.results import ArmResult
 from llmtune.evaluation.stats import Resampling
 from llmtune.reporting.charts import draw_interval, interval_limit
 from llmtune.reporting.suites import Change, Rival, SuiteReport
 
 FEW_SHOT = "few-shot"
-MAIN_ARMS = ("base", "tuned", "merged")
 PROMPTING = (FEW_SHOT, "prompt")
 """Kinds of arms that leave the base as it is and only say more to it."""
 
-ORDER = ("base", FEW_SHOT, "prompt", "probe", "strength", "tuned", "merged", "other")
+ORDER = ("original", "base", FEW_SHOT, "prompt", "probe", "strength", "tuned", "merged", "other")
 KIND_LABELS = {
+    "original": "Original, not quantized",
     "base": "Base, as it is",
     "tuned": "Tuned",
     "merged": "Merged model",
@@ -83,7 +84,7 @@ def sort_arms(names: Sequence[str]) -> list[str]:
 
 
 def measure_rivals(arms: Mapping[str, ArmResult], resampling: Resampling) -> dict[str, Rival]:
-    """Compare every arm besides base, tuned and merged with base and tuned.
+    """Compare every arm besides the main ones with base and tuned.
 
     Raises:
         LlmtuneError: an arm was made by a recipe that its kind may not have.
@@ -105,7 +106,7 @@ def measure_rivals(arms: Mapping[str, ArmResult], resampling: Resampling) -> dic
 
 
 def show_arms(suites: Sequence[SuiteReport]) -> ArmsSection | None:
-    """Return a table for every target or transfer suite with an arm besides the main three."""
+    """Return a table for every target or transfer suite with an arm besides the main ones."""
     tables = [(s, arm_rows(s)) for s in suites if s.rivals and s.role != "general"]
     return {"tables": tables} if tables else None
 
@@ -148,21 +149,25 @@ def _gap_closed(over_base: Comparison | None, tuned_over: Comparison | None) -> 
 
 def _over_base(suite: SuiteReport, name: str) -> Change | None:
     if name == "tuned":
-        return suite.change
+        return suite.chain.get("training")
+    if name == "original":
+        return _turned(suite.chain.get("quantization"))
     rival = suite.rivals.get(name)
     return rival.over_base if rival else None
 
 
 def _tuned_over(suite: SuiteReport, name: str) -> Change | None:
     if name == "base":
-        return suite.change
-    if name == "merged" and suite.merged_change is not None:
-        return _turned(suite.merged_change)
+        return suite.chain.get("training")
+    if name == "merged":
+        return _turned(suite.chain.get("merging"))
     rival = suite.rivals.get(name)
     return rival.tuned_over if rival else None
 
 
-def _turned(change: Change) -> Change:
+def _turned(change: Change | None) -> Change | None:
+    if change is None:
+        return None
     return replace(change, difference=-change.difference, low=-change.high, high=-change.low)
 
 

@@ -50,8 +50,8 @@ def _clean(suite: SuiteReport) -> CleanScore:
     assert clean is not None, "only suites with leaked items are compared without them"
     change = clean.change
     return CleanScore(
-        base=f"{unit.score(suite.score('base'))} → {unit.score(clean.base)}",
-        tuned=f"{unit.score(suite.score('tuned'))} → {unit.score(clean.tuned)}",
+        before=f"{unit.score(suite.before)} → {unit.score(clean.before)}",
+        after=f"{unit.score(suite.after)} → {unit.score(clean.after)}",
         change=unit.change(change.difference),
         interval=unit.interval(change.low, change.high),
     )

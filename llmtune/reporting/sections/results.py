@@ -1,4 +1,4 @@
-"""Base, tuned and merged on every suite, grouped by what the suite is for."""
+"""The main arms on every suite, grouped by what the suite is for, and the parts of the change."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +6,10 @@ from typing import TypedDict
 
 from markupsafe import Markup
 
+from llmtune.evaluation.main_arms import CHAIN, MainArm
 from llmtune.reporting.charts import draw_interval, interval_limit
 from llmtune.reporting.numbers import Unit
-from llmtune.reporting.suites import Change, SliceReport, SuiteReport, Thresholds
+from llmtune.reporting.suites import Change, SliceReport, SuiteReport, Thresholds, name_pairs
 
 ROLE_TITLES = {
     "target": "What it was tuned for",
@@ -37,10 +38,16 @@ class Group:
 
 
 class ResultsSection(TypedDict):
-    """What the template shows; `limits` are the ends of each unit's axis."""
+    """What the template shows; `limits` are the ends of each unit's axis.
+
+    `pairs` says which arms are compared; `parts` are the change's, shown for the suites `chains`.
+    """
 
     groups: list[Group]
     limits: dict[Unit, float]
+    pairs: str
+    parts: dict[str, tuple[MainArm, MainArm]]
+    chains: list[SuiteReport]
 
 
 def show_results(suites: Sequence[SuiteReport], thresholds: Thresholds) -> ResultsSection | None:
@@ -56,7 +63,13 @@ def show_results(suites: Sequence[SuiteReport], thresholds: Thresholds) -> Resul
         )
         for role in dict.fromkeys(suite.role for suite in suites)
     ]
-    return {"groups": groups, "limits": limits}
+    return {
+        "groups": groups,
+        "limits": limits,
+        "pairs": name_pairs(suites),
+        "parts": CHAIN,
+        "chains": [suite for suite in suites if len(suite.chain) > 1],
+    }
 
 
 def _find_limits(suites: Sequence[SuiteReport], thresholds: Thresholds) -> dict[Unit, float]:

@@ -80,20 +80,19 @@ def _general_not_measured(evidence: Evidence) -> Iterator[str]:
 
 def _below_majority(evidence: Evidence) -> Iterator[str]:
     for suite in evidence.suites:
-        if suite.change is not None and not is_above_majority(suite):
-            tuned, majority = suite.score("tuned"), suite.majority
+        if suite.compared is not None and not is_above_majority(suite):
             yield (
-                f"{suite.name}: the tuned model ({suite.unit.score(tuned)}) does not beat always "
-                f"giving the most frequent answer ({suite.unit.score(majority)})."
+                f"{suite.name}: the {suite.compared[1]} model "
+                f"({suite.unit.score(suite.after)}) does not beat always giving "
+                f"the most frequent answer ({suite.unit.score(suite.majority)})."
             )
 
 
 def _merged_worse(evidence: Evidence) -> Iterator[str]:
-    compared = [s for s in evidence.suites if s.merged_change is not None]
-    adjusted = holm([s.merged_change.p_value for s in compared if s.merged_change])
-    for suite, p_value in zip(compared, adjusted, strict=True):
-        assert suite.merged_change is not None
-        gain, _, high = suite.gain(suite.merged_change)
+    merged = [(s, s.chain["merging"]) for s in evidence.suites if "merging" in s.chain]
+    adjusted = holm([change.p_value for _, change in merged])
+    for (suite, change), p_value in zip(merged, adjusted, strict=True):
+        gain, _, high = suite.gain(change)
         if high < 0 and p_value <= evidence.significance:
             yield (
                 f"{suite.name}: the merged model is worse than base + adapter by "

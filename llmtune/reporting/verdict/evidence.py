@@ -20,9 +20,11 @@ class Evidence:
     contamination: ContaminationResult | None = None
     learning_curve: LearningCurveResult | None = None
     strengths: StrengthSweep | None = None
+    merge_base: str | None = None
+    """What the adapter was merged into; None if the base was not quantized, or without a merge."""
 
     def with_role(self, role: str) -> tuple[SuiteReport, ...]:
-        """Return the suites of a role on which base and tuned were compared."""
+        """Return the suites of a role on which what ships was compared with what was there."""
         return tuple(s for s in self.suites if s.role == role and s.change is not None)
 
     @property
@@ -41,6 +43,27 @@ class Evidence:
     def broken(self) -> tuple[SuiteReport, ...]:
         """Return the general suites that lost more than their bound, clear of 0."""
         return tuple(s for s in self.worse("general") if self.used_bound(s, s.change) > 1)
+
+    def merged_worse(self) -> tuple[SuiteReport, ...]:
+        """Return the suites on which merging lost what training had brought, or broke something.
+
+        That is a loss clear of 0 that takes a quarter of a target's gain or half of a general
+        suite's bound; smaller ones are caveats.
+        """
+        suites = [s for s in self.suites if s.role in ("target", "general")]
+        return tuple(
+            suite
+            for suite in self.clear(suites, lambda suite: suite.chain.get("merging"), sign=-1)
+            if self._share_lost_in_merging(suite) > self.thresholds.merging_share[suite.role]
+        )
+
+    def _share_lost_in_merging(self, suite: SuiteReport) -> float:
+        merging, training = (suite.chain.get(part) for part in ("merging", "training"))
+        if suite.role == "general":
+            return self.used_bound(suite, merging)
+        if merging is None or training is None or suite.gain(training)[1] <= 0:
+            return 0.0
+        return -suite.gain(merging)[0] / suite.gain(training)[0]
 
     def used_bound(self, suite: SuiteReport, change: Change | None) -> float:
         """Return the loss of a general suite as a share of its bound; negative for a gain."""
@@ -102,15 +125,14 @@ class Evidence:
 
 
 def gain_of(suite: SuiteReport) -> tuple[float, float, float]:
-    """Return the change from base to tuned and its interval, turned so that positive is better."""
+    """Return the change and its interval, turned so that positive is better."""
     assert suite.change is not None, "only compared suites are asked for their gain"
     return suite.gain(suite.change)
 
 
 def is_above_majority(suite: SuiteReport) -> bool:
-    """Return whether the tuned model beats always giving the most frequent right answer."""
-    tuned = suite.score("tuned")
-    return suite.majority is None or tuned is None or tuned > suite.majority
+    """Return whether what ships beats always giving the most frequent right answer."""
+    return suite.majority is None or suite.after is None or suite.after > suite.majority
 
 
 def over_base(suite: SuiteReport, arm: str) -> Change | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 AT_STRENGTH = "SHIP at strength"
+MERGE_DIFFERENTLY = "MERGE-DIFFERENTLY"
 
 
 Numbers = Mapping[str, object]
@@ -61,6 +62,8 @@ MEANINGS = {
     "SHIP": "A gain on the target that is clear of chance, and general ability within its bound.",
     f"{AT_STRENGTH} x": "At a smaller strength of the adapter the gain stays, and general ability "
     "is within its bound.",
+    MERGE_DIFFERENTLY: "The merged model is clearly worse than base + adapter: what was tuned "
+    "is not what would ship.",
     "NEGATIVE": "The tuned model is worse at the task it was tuned for, clear of chance.",
     "BROKE-GENERAL": "General ability fell beyond its bound, clear of chance.",
     "USE-PROMPT": "Prompting the base model does as well: the tuned model is not shown to be "
@@ -77,6 +80,7 @@ MEANINGS = {
 TONES = {
     "SHIP": "good",
     f"{AT_STRENGTH} x": "good",
+    MERGE_DIFFERENTLY: "bad",
     "NEGATIVE": "bad",
     "BROKE-GENERAL": "bad",
     "CONTAMINATED": "bad",

@@ -8,13 +8,14 @@ from llmtune.reporting.numbers import FRACTION, NATS, format_count
 from llmtune.reporting.sections.arms import FEW_SHOT, PROMPTING, split_name
 from llmtune.reporting.suites import SuiteReport
 from llmtune.reporting.verdict.evidence import Evidence, is_above_majority
-from llmtune.reporting.verdict.outcome import AT_STRENGTH, Numbers, Verdict
+from llmtune.reporting.verdict.outcome import AT_STRENGTH, MERGE_DIFFERENTLY, Numbers, Verdict
 from llmtune.reporting.verdict.sentences import (
     change_formatter,
     format_at_strength,
     format_below_majority,
     format_bounds,
     format_clean,
+    format_merging,
     format_rivals,
     format_what_would_decide,
 )
@@ -52,6 +53,32 @@ def not_measured(evidence: Evidence) -> Verdict | None:
         else "Base and tuned model were not compared on any suite, so there is nothing to judge."
     )
     return Verdict("NOT-MEASURED", (reason,))
+
+
+def merge_differently(evidence: Evidence) -> Verdict | None:
+    """MERGE-DIFFERENTLY: merging lost what training brought, or general ability, clear of 0."""
+    lost = evidence.merged_worse()
+    if not lost:
+        return None
+    reasons = [format_merging(suite, evidence.confidence) for suite in lost]
+    numbers = {suite.name: asdict(suite.chain["merging"]) for suite in lost}
+    return Verdict(MERGE_DIFFERENTLY, (*reasons, _way_to_merge(evidence.merge_base)), numbers)
+
+
+def _way_to_merge(merge_base: str | None) -> str:
+    """Return what to merge into instead of `merge_base`."""
+    if merge_base is None:
+        return "Check the merge (llmtune verify RUN), or ship base and adapter without merging."
+    other = "dequantized" if merge_base == "original" else "original"
+    why = {
+        "dequantized": "the adapter was trained on the weights as the quantized model computes "
+        "with them",
+        "original": "what quantization changed in the weights was merged along",
+    }[other]
+    return (
+        f"Merge it differently: llmtune merge RUN merge.base={other} ({why}; now it is "
+        f"merge.base={merge_base}), then: llmtune eval RUN"
+    )
 
 
 def negative(evidence: Evidence) -> Verdict | None:
@@ -213,6 +240,7 @@ def inconclusive(evidence: Evidence) -> Verdict | None:
 RULES: tuple[Rule, ...] = (
     contaminated,
     not_measured,
+    merge_differently,
     negative,
     beyond_rescue,
     use_prompt,

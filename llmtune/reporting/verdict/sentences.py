@@ -14,12 +14,21 @@ def format_change(suite: SuiteReport, confidence: float) -> str:
     """Format one suite's change as a sentence made from its numbers."""
     assert suite.change is not None, "only compared suites are described"
     unit, change = suite.unit, suite.change
-    base, tuned = suite.arms["base"].mean, suite.arms["tuned"].mean
     factor = f", perplexity ×{math.exp(change.difference):.2f}" if unit.name == "nats/token" else ""
     return (
-        f"{suite.name}: {unit.score(base)} → {unit.score(tuned)}, a change of "
+        f"{suite.name}: {unit.score(suite.before)} → {unit.score(suite.after)}, a change of "
         f"{format_difference(suite, change, confidence)}, n = {suite.n}{factor}): "
         f"{word_for(suite, change)}."
+    )
+
+
+def format_merging(suite: SuiteReport, confidence: float) -> str:
+    """Format what merging alone changed."""
+    unit, change = suite.unit, suite.chain["merging"]
+    return (
+        f"{suite.name}: base + adapter {unit.score(suite.score('tuned'))}, merged "
+        f"{unit.score(suite.score('merged'))}, a change of "
+        f"{format_difference(suite, change, confidence)}): {word_for(suite, change)}."
     )
 
 
@@ -69,8 +78,8 @@ def format_clean(suite: SuiteReport) -> str:
         return ""
     unit, clean = suite.unit, suite.clean
     return (
-        f"On the other {format_count(clean.n)} items: {unit.score(clean.base)} → "
-        f"{unit.score(clean.tuned)}, a change of {unit.difference(clean.change.difference)} "
+        f"On the other {format_count(clean.n)} items: {unit.score(clean.before)} → "
+        f"{unit.score(clean.after)}, a change of {unit.difference(clean.change.difference)} "
         f"{unit.interval(clean.change.low, clean.change.high)}."
     )
 

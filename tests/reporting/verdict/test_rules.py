@@ -33,6 +33,7 @@ def suite(
         "higher_is_better": not is_loss,
         "n": 200,
         "arms": {"base": ArmScore(base), "tuned": ArmScore(base + difference)},
+        "compared": ("base", "tuned"),
         "change": Change(difference, low, high, p_value, half_width / 1.96),
         "mde": half_width / 1.96 * 2.8,
         "gained": 10,
@@ -129,6 +130,38 @@ def test_without_a_compared_target_nothing_is_claimed(suites):
     assert verdict.numbers == {}
 
 
+def part(difference: float, half_width: float = 0.01) -> Change:
+    p_value = 0.001 if abs(difference) > half_width else 0.4
+    return Change(difference, difference - half_width, difference + half_width, p_value, 0.005)
+
+
+@pytest.mark.parametrize(
+    ("merge_base", "advice"),
+    [
+        ("original", "merge.base=dequantized"),
+        ("dequantized", "merge.base=original"),
+        (None, "without merging"),
+    ],
+)
+def test_a_merged_model_that_lost_the_gain_is_to_be_merged_differently(merge_base, advice):
+    lost = suite(0.1, 0.03, chain={"training": part(0.4), "merging": part(-0.3)})
+    verdict = verdict_on(lost, merge_base=merge_base)
+    assert verdict.name == "MERGE-DIFFERENTLY"
+    assert advice in verdict.reasons[-1]
+    assert verdict.numbers["movies"]["difference"] == -0.3
+
+
+def test_what_merging_broke_in_general_is_not_blamed_on_training():
+    broken = dataclasses.replace(prose(0.3), chain={"training": part(0.02), "merging": part(0.28)})
+    assert verdict_on(suite(0.16, 0.03), broken).name == "MERGE-DIFFERENTLY"
+
+
+def test_a_small_loss_in_merging_ships_with_a_caveat():
+    fine = suite(0.35, 0.03, chain={"training": part(0.4), "merging": part(-0.05)})
+    assert verdict_on(fine).name == "SHIP"
+    assert any("merged model is worse" in each for each in find_caveats(Evidence((fine,))))
+
+
 def test_every_verdict_is_explained_in_the_documentation():
     page = (Path(__file__).parents[3] / "docs" / "report.md").read_text(encoding="utf-8")
     for name in MEANINGS:
@@ -141,7 +174,7 @@ def test_caveats_name_what_the_verdict_does_not():
     target = dataclasses.replace(
         target,
         arms={**target.arms, "merged": ArmScore(0.8, unparseable=20)},
-        merged_change=Change(-0.06, -0.08, -0.04, 0.001, 0.01),
+        chain={"merging": Change(-0.06, -0.08, -0.04, 0.001, 0.01)},
     )
     worse_domain = suite(-0.1, 0.03, name="tweets", role="transfer")
     caveats = " ".join(find_caveats(Evidence((target, worse_domain))))
