@@ -34,8 +34,7 @@ def test_every_family_runs_from_rows_to_report(tmp_path, family, quantization):
     built = run(config)
     values = json.loads(config.run.report_json_path.read_text())
     assert values["verdict"] == built.verdict.name
-    suite = values["suites"]["sentiment"]
-    assert suite["n"] == 4
+    assert values["suites"]["sentiment"]["n"] == 4
     for suite in values["suites"].values():
         assert suite["compared"] == ["original", "merged"]
         assert None not in [suite[arm] for arm in MAIN_ARMS]
@@ -43,7 +42,8 @@ def test_every_family_runs_from_rows_to_report(tmp_path, family, quantization):
         parts = sum(part["difference"] for part in suite["chain"].values())
         assert suite["difference"] == pytest.approx(parts)
         assert ("quantization" in suite["chain"]) == (quantization == "nf4")
-        assert (suite["original"] == suite["base"]) == (quantization == "none")
+    prose = values["suites"]["prose"]
+    assert (prose["original"] == prose["base"]) == (quantization == "none")
     assert values["merge"]["check"]["kl"] < 1e-3
     assert config.run.report_html_path.stat().st_size > 1000
 
