@@ -91,7 +91,7 @@ def check_directory(
     type = _stored_type(saved.config)
     record = read_record(directory)
     problems = adapter_problems(record, reference)
-    dtype = comparison_dtype(directory, device=reference.model.device)
+    dtype = comparison_dtype(saved, device=reference.model.device)
     live = load_reference(reference, record, dtype)
     tokenizer = saved.tokenizer
     with as_arm(live, strength=strength_of(record)):

@@ -209,7 +209,7 @@ def check_file(file: ModelFile, reference: Reference, tolerances: Tolerances) ->
     )
     against_model = against_live = None
     if model is not None:
-        against_model = _compare_with_model(asked, model.directory, limits)
+        against_model = _compare_with_model(asked, model, limits)
         problems += against_model.problems(tolerances)
         release_memory()
     if reference.adapter_dir is not None:
@@ -218,7 +218,7 @@ def check_file(file: ModelFile, reference: Reference, tolerances: Tolerances) ->
             limits.max_kl + MERGED_KL,
             limits.max_accuracy_change + MERGED_ACCURACY,
         )
-        against_live = _compare_with_live(asked, reference, record, source.directory, limits)
+        against_live = _compare_with_live(asked, reference, record, source, limits)
         problems += against_live.problems(tolerances)
     return FileComparison(file.type, tuple(problems), against_model, against_live)
 
@@ -285,13 +285,17 @@ def _origin_problems(file: ModelFile, model: Checkpoint | None) -> list[str]:
     return [f"it was made from other weights than those in {model.directory}; export it again"]
 
 
-def _compare_with_model(asked: _Asked, model_dir: Path, limits: Limits) -> ModelComparison:
-    dtype = getattr(torch, comparison_dtype(model_dir, num_models=1))
-    return _compare(asked, load_merged(model_dir, dtype=dtype, device="cpu"), limits)
+def _compare_with_model(asked: _Asked, model: Checkpoint, limits: Limits) -> ModelComparison:
+    dtype = getattr(torch, comparison_dtype(model, num_models=1))
+    return _compare(asked, load_merged(model.directory, dtype=dtype, device="cpu"), limits)
 
 
 def _compare_with_live(
-    asked: _Asked, reference: Reference, record: MergeRecord | None, source: Path, limits: Limits
+    asked: _Asked,
+    reference: Reference,
+    record: MergeRecord | None,
+    source: Checkpoint,
+    limits: Limits,
 ) -> ModelComparison:
     dtype = comparison_dtype(source, num_models=1, device=reference.model.device)
     live = load_reference(reference, record, dtype)

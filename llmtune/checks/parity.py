@@ -111,18 +111,17 @@ class ParityQuestions:
     runtime: RuntimeRequest
 
 
-def compare_file(source: Path, path: Path, *, chat_template: Path | None = None) -> ParityResult:
+def compare_file(source: Checkpoint, path: Path) -> ParityResult:
     """Compare a GGUF file in llama.cpp with the checkpoint it was made from, both on the CPU.
 
     Raises:
         LlmtuneError: llama.cpp is not installed or cannot load the file.
     """
-    checkpoint = Checkpoint.open(source, chat_template=chat_template)
     dtype = getattr(torch, comparison_dtype(source, num_models=1))
-    model = load_merged(source, dtype=dtype, device="cpu")
-    stops = checkpoint.stop_token_ids
+    model = load_merged(source.directory, dtype=dtype, device="cpu")
+    stops = source.stop_token_ids
     request = ParityRequest(path, stops, num_threads=torch.get_num_threads())
-    parity = compare_with_runtime(model, checkpoint.tokenizer, request)
+    parity = compare_with_runtime(model, source.tokenizer, request)
     log.info("export: %s", describe_parity(parity))
     return parity
 

@@ -51,15 +51,15 @@ def comparison_config(model: ModelConfig, dtype: str, *, is_quantized: bool) -> 
     return model.model_copy(update={"quantization": quantization, "dtype": dtype})
 
 
-def comparison_dtype(directory: Path, *, num_models: int = 2, device: str = "cpu") -> str:
+def comparison_dtype(source: Checkpoint, *, num_models: int = 2, device: str = "cpu") -> str:
     """Return float32 if the models fit in it, so that only rounding shows; else bfloat16.
 
     Args:
-        directory: a checkpoint of the models' size.
+        source: a checkpoint of the models' size.
         num_models: how many are in memory at once.
         device: where they run.
     """
-    needed = num_models * FLOAT32_BYTES * _num_parameters(directory)
+    needed = num_models * FLOAT32_BYTES * _num_parameters(source)
     free = psutil.virtual_memory().available
     place = choose_device(device)
     if place.type == "cuda":
@@ -67,11 +67,10 @@ def comparison_dtype(directory: Path, *, num_models: int = 2, device: str = "cpu
     return "float32" if needed <= MEMORY_SHARE * free else "bfloat16"
 
 
-def _num_parameters(directory: Path) -> int:
-    base = Checkpoint.open(directory)
-    if not base.has_safetensors:
-        return sum(path.stat().st_size for path in directory.glob("*.bin")) // BYTES_PICKLED
-    return sum(math.prod(one.shape) for one in base.index.tensors.values())
+def _num_parameters(source: Checkpoint) -> int:
+    if not source.has_safetensors:
+        return sum(path.stat().st_size for path in source.directory.glob("*.bin")) // BYTES_PICKLED
+    return sum(math.prod(one.shape) for one in source.index.tensors.values())
 
 
 def load_reference(reference: Reference, record: MergeRecord | None, dtype: str) -> LiveModel:

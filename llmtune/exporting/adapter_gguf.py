@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.exporting.base import FileExporter, Written
 from llmtune.exporting.gguf_writer.types import ADAPTER_TYPES, DEFAULT_ADAPTER_TYPE
 from llmtune.io.gguf_head import is_gguf
+from llmtune.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from llmtune.exporting.export import ExportJob
@@ -21,11 +22,11 @@ class AdapterGgufExporter(FileExporter):
     default_type = DEFAULT_ADAPTER_TYPE
     product = "GGUF file"
 
-    def check_base(self, base_dir: Path, *, chat_template: Path | None) -> None:
+    def check_base(self, base: Checkpoint) -> None:
         """Check that llama.cpp computes this base, and has its tokenizer."""
         from llmtune.exporting.gguf_writer.vocabulary import check_convertible
 
-        check_convertible(base_dir, chat_template=chat_template)
+        check_convertible(base)
 
     def output_name(self, stem: str) -> str:
         """Return the name of the file."""
@@ -39,12 +40,11 @@ class AdapterGgufExporter(FileExporter):
         """Write the adapter, if it was trained on this base."""
         from llmtune.adapters.manifest import adapter_fingerprint, check_adapter
         from llmtune.exporting.gguf_writer.adapter import write_adapter_gguf
-        from llmtune.models.checkpoint import Checkpoint
 
         assert job.type is not None
-        adapter_dir, base = job.adapter_dir, job.base_dir
-        self.check_base(base, chat_template=job.chat_template)
-        check_adapter(adapter_dir, base_fingerprint=Checkpoint.open(base).fingerprint)
+        adapter_dir, base = job.adapter_dir, job.base
+        self.check_base(base)
+        check_adapter(adapter_dir, base_fingerprint=base.fingerprint)
         provenance = {
             **job.provenance(base),
             "llmtune.adapter": adapter_fingerprint(adapter_dir),

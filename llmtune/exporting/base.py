@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmtune.errors import LlmtuneError
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -106,12 +107,11 @@ class Exporter(ABC):
             raise LlmtuneError(f"--type {chosen}: --to {self.name} writes {', '.join(self.types)}")
         return chosen
 
-    def check_base(self, base_dir: Path, *, chat_template: Path | None) -> None:  # noqa: B027
+    def check_base(self, base: Checkpoint) -> None:  # noqa: B027
         """Check that models of this base can be exported; reads its small files only.
 
         Args:
-            base_dir: the 16-bit base, or a model merged from it.
-            chat_template: a Jinja file that replaces the checkpoint's own template.
+            base: the 16-bit base, or a model merged from it.
 
         Raises:
             LlmtuneError: they cannot.

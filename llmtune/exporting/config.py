@@ -12,6 +12,7 @@ from llmtune.exporting.gguf import GgufExporter
 from llmtune.exporting.hub import HubExporter
 from llmtune.exporting.nf4 import Nf4Exporter
 from llmtune.exporting.ollama import OllamaExporter
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.schema import Section
 
 EXPORTERS: tuple[Exporter, ...] = (
@@ -89,20 +90,17 @@ def find_exporter(name: str) -> Exporter:
     raise LlmtuneError(f"--to {name}: expected one of {known}")
 
 
-def check_exportable(
-    base_dir: Path, to: str, type: str | None = None, *, chat_template: Path | None = None
-) -> None:
+def check_exportable(base: Checkpoint, to: str, type: str | None = None) -> None:
     """Check that a checkpoint of this base can be exported; reads its small files only.
 
     Args:
-        base_dir: the 16-bit base, or a model merged from it.
+        base: the 16-bit base, or a model merged from it.
         to: the name of an exporter.
         type: one of the exporter's types; None is its default.
-        chat_template: a Jinja file that replaces the checkpoint's own template.
 
     Raises:
         LlmtuneError: an unknown exporter or type, or a base that cannot be exported so.
     """
     exporter = find_exporter(to)
     exporter.choose_type(type)
-    exporter.check_base(base_dir, chat_template=chat_template)
+    exporter.check_base(base)

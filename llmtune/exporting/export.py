@@ -67,17 +67,12 @@ class ExportJob:
         """The model's name: that of the run's or the model's directory."""
         return (self.source.run_dir or Path(self.source.name)).resolve().name
 
-    @property
-    def chat_template(self) -> Path | None:
-        """A Jinja file that replaces the checkpoint's own template."""
-        return self.source.model.chat_template
-
     def option(self, name: str) -> Any:
         """Return the value of an option of the exporter; None if it was not given."""
         return self.settings.options.get(name)
 
     @cached_property
-    def model_dir(self) -> Path:
+    def model(self) -> Checkpoint:
         """The 16-bit model to export: a run's merged one, or the model named.
 
         Raises:
@@ -85,17 +80,17 @@ class ExportJob:
         """
         source = self.source
         if source.merged_dir is not None:
+            template = source.model.chat_template
+            merged = Checkpoint.open(source.merged_dir, chat_template=template)
             if source.adapter_dir is not None:
-                template = self.chat_template
-                merged = Checkpoint.open(source.merged_dir, chat_template=template)
                 require_trained_template(merged.tokenizer, source.adapter_dir)
-            return source.merged_dir
+            return merged
         if source.run_dir is not None or source.adapter_dir is not None:
             raise LlmtuneError(
                 f"{source.name}: there is no merged model yet; make it with: "
                 f"llmtune merge {source.name}"
             )
-        return self.base_dir
+        return self.base
 
     @property
     def adapter_dir(self) -> Path:
@@ -109,9 +104,9 @@ class ExportJob:
         return self.source.adapter_dir
 
     @cached_property
-    def base_dir(self) -> Path:
+    def base(self) -> Checkpoint:
         """The checkpoint of the base, or of the whole model."""
-        return resolve_base(self.source.model).directory
+        return resolve_base(self.source.model)
 
     @cached_property
     def report(self) -> dict[str, Any] | None:
@@ -129,9 +124,9 @@ class ExportJob:
         """Return the text of the model card."""
         return render_card(name, self.report, files=files)
 
-    def provenance(self, model_dir: Path) -> dict[str, str]:
-        """Return what an export of `model_dir` was made from, as keys of a GGUF file's head."""
-        facts = {f"llmtune.{key}": value for key, value in self._facts(model_dir).items()}
+    def provenance(self, made_from: Checkpoint) -> dict[str, str]:
+        """Return what an export of `made_from` was made from, as keys of a GGUF file's head."""
+        facts = {f"llmtune.{key}": value for key, value in self._facts(made_from).items()}
         name = facts.pop("llmtune.base_name", None)
         return facts | ({"general.base_model.0.name": name} if name else {})
 
@@ -153,7 +148,7 @@ class ExportJob:
             written = exporter.write(job, directory)
             checked = exporter.check(job, directory, written)
             atomic_write_text(directory / CARD_NAME, job.card(job.name, written.files))
-            facts = {"to": exporter.name, "type": job.type, **job._facts(job.model_dir)}
+            facts = {"to": exporter.name, "type": job.type, **job._facts(job.model)}
             content = {**facts, "versions": versions()}
             atomic_write_text(directory / EXPORT_FILE, json.dumps(content, indent=2) + "\n")
             move_into_place(directory, out)
@@ -181,10 +176,10 @@ class ExportJob:
         )
         return replace(self, settings=replace(self.settings, out=out))
 
-    def _facts(self, model_dir: Path) -> dict[str, str]:
+    def _facts(self, made_from: Checkpoint) -> dict[str, str]:
         """Return what the export was made from, without any path of this machine."""
-        facts = {"source": Checkpoint.open(model_dir).fingerprint, "version": __version__}
-        record = read_record(model_dir)
+        facts = {"source": made_from.fingerprint, "version": __version__}
+        record = read_record(made_from.directory)
         if record is not None:
             facts["merged_into"] = record.base
         if self.report is not None:

@@ -13,6 +13,7 @@ from llmtune.exporting.gguf_writer.types import (
     require_quantizer,
 )
 from llmtune.io.gguf_head import is_gguf
+from llmtune.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from llmtune.exporting.export import ExportJob
@@ -46,20 +47,19 @@ class GgufModelExporter(WritingExporter):
             require_quantizer(chosen)
         return chosen
 
-    def check_base(self, base_dir: Path, *, chat_template: Path | None) -> None:
+    def check_base(self, base: Checkpoint) -> None:
         """Check that llama.cpp computes this model, and has this tokenizer."""
         from llmtune.exporting.gguf_writer.vocabulary import check_convertible
 
-        check_convertible(base_dir, chat_template=chat_template)
+        check_convertible(base)
 
     def write_model(self, job: "ExportJob", path: Path, out: Path) -> dict[str, Any]:
         """Write the GGUF file `path`, which will be `out`; return the result as JSON."""
         from llmtune.exporting.gguf_writer.write import GgufRequest, write_model
 
         assert job.type is not None
-        source = job.model_dir
         result = write_model(
-            GgufRequest(source, path, job.type, job.name, job.provenance(source), job.chat_template)
+            GgufRequest(job.model, path, job.type, job.name, job.provenance(job.model))
         )
         log.info("export: %s, %d bytes, %.1f s", job.type, result.num_bytes, result.seconds)
         return {**result.to_dict(), "path": str(out)}
@@ -72,7 +72,7 @@ class GgufModelExporter(WritingExporter):
         if not wants_runtime(job.option("runtime")):
             return {"parity": None}
         assert job.type is not None
-        parity = compare_file(job.model_dir, path, chat_template=job.chat_template)
+        parity = compare_file(job.model, path)
         require_parity(parity, job.type, job.out, max_kl=job.option("max_kl"))
         notices = (*written.details["notices"], *parity.notices)
         return {"notices": notices, "parity": parity.to_dict()}

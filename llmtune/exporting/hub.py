@@ -39,7 +39,7 @@ class HubExporter(Exporter):
         source = job.source
         is_adapter = source.run_dir is None and source.adapter_dir is not None
         result = push_directory(
-            job.adapter_dir if is_adapter else job.model_dir,
+            job.adapter_dir if is_adapter else job.model.directory,
             repo,
             card=job.card(repo.partition("/")[2], {}),
             public=bool(job.option("public")),

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
@@ -38,18 +37,17 @@ class Turns:
         return self.start + "".join(turns) + self.answer
 
 
-def modelfile_of(source_dir: Path, gguf_name: str, *, chat_template: Path | None) -> str:
+def modelfile_of(source: Checkpoint, gguf_name: str) -> str:
     """Return the Modelfile for a GGUF file of a checkpoint.
 
     Raises:
         LlmtuneError: as `render_modelfile`, or llama.cpp does not have the tokenizer.
     """
-    source = Checkpoint.open(source_dir, chat_template=chat_template)
     return render_modelfile(
         source.tokenizer,
         gguf_name,
         stop_token_ids=source.stop_token_ids,
-        adds_bos=read_vocabulary(source_dir, chat_template=chat_template).adds_bos,
+        adds_bos=read_vocabulary(source).adds_bos,
     )
 
 

@@ -25,7 +25,7 @@ class Nf4Exporter(DirectoryExporter):
         """Quantize the merged model and save it."""
         from llmtune.exporting.nf4_checkpoint import write_nf4
 
-        result = write_nf4(job.model_dir, path, chat_template=job.chat_template)
+        result = write_nf4(job.model, path)
         files = {"model.safetensors": "the model in 4 bits (bitsandbytes NF4)"}
         return Written(
             {"num_bytes": result.num_bytes, "quantized_ratio": result.quantized_ratio},

@@ -25,7 +25,6 @@ from llmtune.models.load import load_model
 from llmtune.models.quantization.config import SMALLEST
 from llmtune.models.quantization.describe import describe_quantized_base
 from llmtune.models.quiet import quiet_loading
-from llmtune.models.resolve import resolve_base
 from llmtune.scoring.generate import Decoding
 
 RELOADED_KL = 1e-3
@@ -47,15 +46,14 @@ class Nf4Result:
     live: LiveModel
 
 
-def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) -> Nf4Result:
+def write_nf4(source: Checkpoint, directory: Path) -> Nf4Result:
     """Quantize a 16-bit checkpoint to NF4 with double quantization, into an empty directory.
 
     The tokenizer's files are the source's, byte for byte.
 
     Args:
-        source_dir: a merged or other 16-bit checkpoint.
+        source: a merged or other 16-bit checkpoint.
         directory: where the files go.
-        chat_template: a Jinja file that replaces the checkpoint's own template.
 
     Raises:
         LlmtuneError: the model cannot be quantized, or the disk has too little room for it, which
@@ -63,23 +61,23 @@ def write_nf4(source_dir: Path, directory: Path, *, chat_template: Path | None) 
         OSError: the disk ran full.
     """
     config = ModelConfig(
-        base=str(source_dir),
+        base=str(source.directory),
         quantization=SMALLEST,
         cache_quantized=False,  # what is exported is that very file
-        chat_template=chat_template,
+        chat_template=source.chat_template,
     )
-    source = resolve_base(config)
+    source.require_whole(allow_pickle=False)
     require_space(directory, needed_bytes(config, source))
     loaded = load_model(config, source)
     with quiet_loading(), _plain_errors(directory):
         loaded.model.save_pretrained(directory)
-    for path in _copied_files(source_dir):
+    for path in _copied_files(source.directory):
         if path.is_dir():
             shutil.copytree(path, directory / path.name)
         else:
             shutil.copyfile(path, directory / path.name)
-    if chat_template is not None:
-        shutil.copyfile(chat_template, directory / TEMPLATE_FILES[0])
+    if source.chat_template is not None:
+        shutil.copyfile(source.chat_template, directory / TEMPLATE_FILES[0])
     for path in directory.iterdir():  # some writers leave files that only their owner can read
         path.chmod(0o644 if path.is_file() else 0o755)
     return Nf4Result(

@@ -28,7 +28,7 @@ class OllamaExporter(GgufModelExporter, DirectoryExporter):
         from llmtune.exporting.modelfile import modelfile_of
 
         file_name = _file_name(job)
-        modelfile = modelfile_of(job.model_dir, file_name, chat_template=job.chat_template)
+        modelfile = modelfile_of(job.model, file_name)
         details = self.write_model(job, path / file_name, job.out / file_name)
         (path / MODELFILE_NAME).write_text(modelfile, encoding="utf-8")
         files = {file_name: f"the model in {job.type}", MODELFILE_NAME: "for `ollama create`"}

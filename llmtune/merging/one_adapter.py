@@ -163,7 +163,7 @@ def _is_dequantized(written: WrittenMerge) -> bool:
 
 def _load_live(request: MergeRequest, written: WrittenMerge, *, is_quantized: bool) -> LiveModel:
     """Load base and adapter, or the base alone at a strength that the live adapter cannot have."""
-    dtype = comparison_dtype(written.directory, device=request.model.device)
+    dtype = comparison_dtype(Checkpoint.open(written.directory), device=request.model.device)
     return load_live(
         comparison_config(request.model, dtype, is_quantized=is_quantized),
         request.source,

@@ -35,6 +35,7 @@ from llmtune.merging.config import Combination, MergeConfig, MergeSettings
 from llmtune.merging.one_adapter import plan_options
 from llmtune.merging.plan import plan_combined_merge
 from llmtune.merging.planned import PlannedMerges
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.memory import release_memory
 from llmtune.models.quantization.describe import describe_quantized_base
@@ -215,7 +216,7 @@ def _compare(request: SeveralRequest, merged_dir: Path) -> VerifyResult:
     """Compare the merged model with its base and all adapters on the open prompts."""
     model = request.model
     first, *others = request.adapters
-    dtype = comparison_dtype(merged_dir, device=model.device)
+    dtype = comparison_dtype(Checkpoint.open(merged_dir), device=model.device)
     is_quantized = request.knobs.base == "dequantized"
     live = load_live(
         comparison_config(model, dtype, is_quantized=is_quantized),

@@ -44,7 +44,7 @@ class TrainStage(Stage):
         refuse_unusable(config.run, values, deciding_knobs_of, force=self.force)
         for exporter, type in config.export.exports():
             exporter.choose_type(type)
-            exporter.check_base(self.source.directory, chat_template=config.model.chat_template)
+            exporter.check_base(self.source)
         self.data  # noqa: B018 (prepared here, before the run is opened)
 
     @cached_property

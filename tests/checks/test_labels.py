@@ -17,6 +17,7 @@ from llmtune.checks.limits import Tolerances
 from llmtune.checks.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs import pipeline
 from llmtune.runs.verify import verify_target
 from tests.project import make_project
@@ -33,7 +34,7 @@ def test_choices_that_begin_alike_are_not_asked():
 @needs_runtime
 def test_labels_in_llama_cpp_are_those_of_transformers(llama_dir, tmp_path):
     path = tmp_path / "tiny.gguf"
-    write_gguf(GgufRequest(llama_dir, path, "f32", "tiny"))
+    write_gguf(GgufRequest(Checkpoint.open(llama_dir), path, "f32", "tiny"))
     model = AutoModelForCausalLM.from_pretrained(llama_dir).eval()
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(5, 480, (12,), generator=draw).tolist() for _ in range(12)]
@@ -99,7 +100,7 @@ def test_verify_compares_the_labels_of_the_target_suite(finished, tmp_path):
 
     other = tmp_path / "other.gguf"
     make_model("llama", tmp_path / "other", seed=5)
-    write_gguf(GgufRequest(tmp_path / "other", other, "f16", "other"))
+    write_gguf(GgufRequest(Checkpoint.open(tmp_path / "other"), other, "f16", "other"))
     with pytest.raises(CheckFailed, match="KL to the merged model"):
         verify(other, finished.run.path)
 

@@ -23,7 +23,7 @@ def compare(source, path, **keywords):
 
 def test_an_exact_file_answers_as_the_model(llama_dir, tmp_path):
     path = tmp_path / "model.gguf"
-    write_gguf(GgufRequest(llama_dir, path, "f32", "tiny"))
+    write_gguf(GgufRequest(Checkpoint.open(llama_dir), path, "f32", "tiny"))
     result = compare(llama_dir, path)
     assert (result.num_prompts, result.num_same_prompts, result.num_same_strings) == (20, 20, 200)
     assert 0 <= result.kl < 1e-4
@@ -39,7 +39,7 @@ def test_another_models_file_is_seen(llama_dir, make_checkpoint, tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight"] *= -1
     tensors[name] = tensors[name].flip(0)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    write_gguf(GgufRequest(source, tmp_path / "model.gguf", "f32", "tiny"))
+    write_gguf(GgufRequest(Checkpoint.open(source), tmp_path / "model.gguf", "f32", "tiny"))
     result = compare(llama_dir, tmp_path / "model.gguf")
     assert result.kl > 0.05
     assert result.differences
@@ -52,5 +52,5 @@ def test_another_template_is_seen(llama_dir, tmp_path):
     template = tmp_path / "other.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     path = tmp_path / "model.gguf"
-    write_gguf(GgufRequest(llama_dir, path, "f32", "tiny", chat_template=template))
+    write_gguf(GgufRequest(Checkpoint.open(llama_dir, chat_template=template), path, "f32", "tiny"))
     assert compare(llama_dir, path).num_same_prompts == 0

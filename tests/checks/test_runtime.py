@@ -47,7 +47,7 @@ ROPES = {
 
 def export(source: Path) -> Path:
     path = source / "model.gguf"
-    write_gguf(GgufRequest(source, path, "f32", "tiny"))
+    write_gguf(GgufRequest(Checkpoint.open(source), path, "f32", "tiny"))
     return path
 
 

@@ -10,6 +10,7 @@ from llmtune.checks.runtime import is_runtime_installed
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 from llmtune.merging.merge import merge_adapter
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.verify import verify_target
 from tests.exporting.exports import export_model, make_tuned
 
@@ -60,13 +61,13 @@ def test_another_template_and_lost_stop_tokens_are_seen(tuned, tmp_path):
 @needs_runtime
 def test_a_gguf_file_is_verified_against_the_adapter(tuned, llama_dir, tmp_path):
     path = tmp_path / "m.gguf"
-    write_gguf(GgufRequest(tuned / "merged", path, "q8_0", "tiny"))
+    write_gguf(GgufRequest(Checkpoint.open(tuned / "merged"), path, "q8_0", "tiny"))
     result = verify(path, tuned / "adapter")
     assert result["type"] == "q8_0"
     assert result["file"] is None  # an adapter directory has no merged model beside it
     assert result["chain"]["max_kl"] == pytest.approx(0.1)
     assert result["chain"]["kl"] < 0.01
-    write_gguf(GgufRequest(llama_dir, tmp_path / "base.gguf", "q8_0", "tiny"))
+    write_gguf(GgufRequest(Checkpoint.open(llama_dir), tmp_path / "base.gguf", "q8_0", "tiny"))
     with pytest.raises(CheckFailed, match=r"KL to the live adapter .* the limit is 0\.1"):
         verify(tmp_path / "base.gguf", tuned / "adapter")
 

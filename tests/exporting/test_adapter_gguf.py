@@ -11,6 +11,7 @@ from llmtune.checks.runtime import RuntimeRequest, ask_runtime, is_runtime_insta
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.adapter import write_adapter_gguf
 from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
+from llmtune.models.checkpoint import Checkpoint
 
 PROMPT = [2, 40, 50, 60, 70, 80]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -38,8 +39,8 @@ def save_adapter(base, directory, **settings):
 def test_llama_cpp_applies_the_adapter_as_peft_does(settings, llama_dir, tmp_path):
     adapter = save_adapter(llama_dir, tmp_path / "adapter", **settings)
     base, lora = tmp_path / "base.gguf", tmp_path / "adapter.gguf"
-    write_gguf(GgufRequest(llama_dir, base, "f32", "tiny"))
-    write_adapter_gguf(adapter, llama_dir, lora, type="f32", provenance={})
+    write_gguf(GgufRequest(Checkpoint.open(llama_dir), base, "f32", "tiny"))
+    write_adapter_gguf(adapter, Checkpoint.open(llama_dir), lora, type="f32", provenance={})
     found = ask_runtime(base, RuntimeRequest(prompts=[PROMPT], lora=str(lora))).distributions[0]
     plain = AutoModelForCausalLM.from_pretrained(llama_dir)
     with torch.no_grad():
@@ -54,7 +55,11 @@ def test_llama_cpp_applies_the_adapter_as_peft_does(settings, llama_dir, tmp_pat
 def test_the_file_says_that_it_is_an_adapter(llama_dir, tmp_path):
     adapter = save_adapter(llama_dir, tmp_path / "adapter")
     write_adapter_gguf(
-        adapter, llama_dir, tmp_path / "a.gguf", type="f16", provenance={"llmtune.adapter": "x"}
+        adapter,
+        Checkpoint.open(llama_dir),
+        tmp_path / "a.gguf",
+        type="f16",
+        provenance={"llmtune.adapter": "x"},
     )
     reader = GGUFReader(tmp_path / "a.gguf")
     assert reader.get_field("general.type").contents() == "adapter"
@@ -75,7 +80,9 @@ def test_the_file_says_that_it_is_an_adapter(llama_dir, tmp_path):
 def test_what_llama_cpp_adapters_cannot_hold_is_refused(settings, message, llama_dir, tmp_path):
     adapter = save_adapter(llama_dir, tmp_path / "adapter", **settings)
     with pytest.raises(LlmtuneError, match=message):
-        write_adapter_gguf(adapter, llama_dir, tmp_path / "a.gguf", type="f16", provenance={})
+        write_adapter_gguf(
+            adapter, Checkpoint.open(llama_dir), tmp_path / "a.gguf", type="f16", provenance={}
+        )
     assert not (tmp_path / "a.gguf").exists()
 
 
@@ -103,5 +110,7 @@ def test_factors_that_do_not_fit_the_base_are_refused(changes, message, llama_di
     adapter = save_adapter(llama_dir, tmp_path / "adapter")
     cut(adapter, **changes)
     with pytest.raises(LlmtuneError, match=message):
-        write_adapter_gguf(adapter, llama_dir, tmp_path / "a.gguf", type="f16", provenance={})
+        write_adapter_gguf(
+            adapter, Checkpoint.open(llama_dir), tmp_path / "a.gguf", type="f16", provenance={}
+        )
     assert not (tmp_path / "a.gguf").exists()

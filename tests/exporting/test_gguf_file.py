@@ -25,7 +25,8 @@ from tests.checkpoints import FAMILIES
 from tests.exporting.exports import export_model
 
 
-def export(source, path, type="f32", **keywords):
+def export(directory, path, type="f32", *, chat_template=None, **keywords):
+    source = Checkpoint.open(directory, chat_template=chat_template)
     with unfinished_file(path) as unfinished:
         return write_gguf(GgufRequest(source, unfinished, type, "tiny", **keywords))
 
@@ -265,11 +266,13 @@ def test_killed_at_any_moment_leaves_no_file_and_the_next_export_is_whole(llama_
     code = (
         "import sys; from pathlib import Path;"
         "from llmtune.exporting.gguf_writer import tiles, write;"
+        "from llmtune.models.checkpoint import Checkpoint;"
         "from llmtune.io.unfinished import unfinished_file;"
         "tiles.TILE_NUMBERS = 64;"
         "print('ready', flush=True);"
         f"place = unfinished_file(Path({str(path)!r})); path = place.__enter__();"
-        f"write.write_gguf(write.GgufRequest(Path({str(llama_dir)!r}), path, 'q4_0', 'tiny'));"
+        f"source = Checkpoint.open(Path({str(llama_dir)!r}));"
+        "write.write_gguf(write.GgufRequest(source, path, 'q4_0', 'tiny'));"
         "place.__exit__(None, None, None)"
     )
     for delay in (0.02, 0.1, 0.2):

@@ -16,6 +16,7 @@ from llmtune.exporting.gguf_writer.architectures import (
 )
 from llmtune.exporting.gguf_writer.tensors import plan_tensors
 from llmtune.exporting.gguf_writer.types import OWN_TYPES
+from llmtune.models.checkpoint import Checkpoint
 from tests.checkpoints import FAMILIES, save_byte_level, save_sentencepiece
 from tests.versions import without_torch
 
@@ -31,7 +32,7 @@ def test_supported_families_pass_without_their_weights(family, make_checkpoint):
     directory = make_checkpoint(family)
     (directory / "model.safetensors").unlink()
     for type in OWN_TYPES:
-        check_exportable(directory, "gguf", type)
+        check_exportable(Checkpoint.open(directory), "gguf", type)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
@@ -40,8 +41,8 @@ def test_an_unsupported_architecture_is_refused(family, tmp_path):
 
     make_model(family, tmp_path)
     with pytest.raises(LlmtuneError, match=f"does not support model type '{family}'"):
-        check_exportable(tmp_path, "gguf")
-    check_exportable(tmp_path, "nf4")
+        check_exportable(Checkpoint.open(tmp_path), "gguf")
+    check_exportable(Checkpoint.open(tmp_path), "nf4")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_what_llama_cpp_computes_differently_is_refused(
     directory = make_checkpoint(family)
     change_json(directory / "config.json", lambda config: config.update({key: value}))
     with pytest.raises(LlmtuneError, match=message):
-        check_exportable(directory, "gguf")
+        check_exportable(Checkpoint.open(directory), "gguf")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,8 +70,9 @@ def test_what_config_json_leaves_out_is_what_its_class_says(family, make_checkpo
     overrides = {"gemma": {"head_dim": 256}, "qwen3": {"head_dim": 128}}
     directory = make_checkpoint(family, **overrides.get(family, {}))
     written = json.loads((directory / "config.json").read_text())
-    expected = hyperparameters(find_architecture(directory), read_full_config(directory))
-    assert expected == hyperparameters(find_architecture(directory), written)
+    source = Checkpoint.open(directory)
+    expected = hyperparameters(find_architecture(source), read_full_config(source))
+    assert expected == hyperparameters(find_architecture(source), written)
     usual = CONFIG_MAPPING[family]().to_dict()
     left_out = {key for key, value in written.items() if key in usual and value == usual[key]}
     left_out -= {"model_type"}
@@ -78,17 +80,18 @@ def test_what_config_json_leaves_out_is_what_its_class_says(family, make_checkpo
     change_json(
         directory / "config.json", lambda config: [config.pop(key) for key in sorted(left_out)]
     )
-    assert hyperparameters(find_architecture(directory), read_full_config(directory)) == expected
-    rows = len(plan_tensors(directory, find_architecture(directory), written, "f32"))
-    config = read_full_config(directory)
-    assert len(plan_tensors(directory, find_architecture(directory), config, "f32")) == rows
+    source = Checkpoint.open(directory)
+    config = read_full_config(source)
+    assert hyperparameters(find_architecture(source), config) == expected
+    rows = len(plan_tensors(source, find_architecture(source), written, "f32"))
+    assert len(plan_tensors(source, find_architecture(source), config, "f32")) == rows
 
 
 def test_a_config_that_transformers_refuses_is_named(make_checkpoint):
     directory = make_checkpoint("llama")
     change_json(directory / "config.json", lambda config: config.update(num_hidden_layers="two"))
     with pytest.raises(LlmtuneError, match=r"config\.json: transformers cannot make a llama"):
-        check_exportable(directory, "gguf")
+        check_exportable(Checkpoint.open(directory), "gguf")
 
 
 def test_an_unknown_pre_tokenizer_is_refused(make_checkpoint):
@@ -96,7 +99,7 @@ def test_an_unknown_pre_tokenizer_is_refused(make_checkpoint):
     pattern = {"type": "Split", "pattern": {"Regex": r"\w+|\s"}, "behavior": "Isolated"}
     change_json(directory / "tokenizer.json", lambda file: file.update(pre_tokenizer=pattern))
     with pytest.raises(LlmtuneError, match=r"no pre-tokenizer.*\\w\+"):
-        check_exportable(directory, "gguf")
+        check_exportable(Checkpoint.open(directory), "gguf")
 
 
 def test_a_space_before_every_text_is_refused_for_byte_level(make_checkpoint):
@@ -106,26 +109,26 @@ def test_a_space_before_every_text_is_refused_for_byte_level(make_checkpoint):
         lambda file: file["pre_tokenizer"].update(add_prefix_space=True),
     )
     with pytest.raises(LlmtuneError, match="add_prefix_space"):
-        check_exportable(directory, "gguf")
+        check_exportable(Checkpoint.open(directory), "gguf")
 
 
 def test_a_sentencepiece_token_with_an_unlisted_merge_is_refused(make_checkpoint):
     directory = make_checkpoint("llama")
     save_sentencepiece(directory, adds_space=False)
-    check_exportable(directory, "gguf")
+    check_exportable(Checkpoint.open(directory), "gguf")
     change_json(
         directory / "tokenizer.json",
         lambda file: file["model"]["merges"].pop(-1),
     )
     with pytest.raises(LlmtuneError, match="can be joined from other pieces"):
-        check_exportable(directory, "gguf")
+        check_exportable(Checkpoint.open(directory), "gguf")
 
 
 def test_more_stop_tokens_than_the_file_can_name_are_refused(make_checkpoint):
     directory = make_checkpoint("llama")
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1, 2, 3]}))
     with pytest.raises(LlmtuneError, match="4 tokens end an answer"):
-        check_exportable(directory, "gguf")
+        check_exportable(Checkpoint.open(directory), "gguf")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,7 @@ def test_more_stop_tokens_than_the_file_can_name_are_refused(make_checkpoint):
 )
 def test_unknown_kinds_and_types_are_refused(to, type, message, llama_dir):
     with pytest.raises(LlmtuneError, match=message):
-        check_exportable(llama_dir, to, type)
+        check_exportable(Checkpoint.open(llama_dir), to, type)
 
 
 def test_llama3_and_smollm_are_told_apart(make_checkpoint):
@@ -148,7 +151,7 @@ def test_llama3_and_smollm_are_told_apart(make_checkpoint):
     directory = make_checkpoint("llama")
     for kind in ("smollm", "llama-bpe", "dbrx", "qwen2"):
         save_byte_level(directory, kind)
-        assert read_vocabulary(directory).pre.name == kind
+        assert read_vocabulary(Checkpoint.open(directory)).pre.name == kind
 
 
 @without_torch
@@ -156,7 +159,8 @@ def test_the_check_loads_neither_peft_nor_gguf(llama_dir):
     code = (
         "import sys; from pathlib import Path;"
         "from llmtune.exporting.config import check_exportable;"
-        f"check_exportable(Path({str(llama_dir)!r}), 'gguf', 'q8_0');"
+        "from llmtune.models.checkpoint import Checkpoint;"
+        f"check_exportable(Checkpoint.open(Path({str(llama_dir)!r})), 'gguf', 'q8_0');"
         "assert not {'gguf', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,6 +8,7 @@ import pytest
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.config import check_exportable
 from llmtune.exporting.gguf_writer.types import read_file_type
+from llmtune.models.checkpoint import Checkpoint
 from tests.exporting.exports import export_model
 from tests.tiny import make_model
 
@@ -31,7 +32,7 @@ def export(source: Path, out: Path):
 def test_without_a_quantizer_a_k_quant_is_refused_before_training(llama_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LlmtuneError, match="llama-quantize, which is not on the PATH"):
-        check_exportable(llama_dir, "gguf", "q4_k_m")
+        check_exportable(Checkpoint.open(llama_dir), "gguf", "q4_k_m")
 
 
 def test_a_quantizer_that_fails_is_quoted_and_leaves_nothing(llama_dir, tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ class SafetensorsExporter(FileExporter):
         import torch
         from safetensors.torch import load_file, save_file
 
-        tensors = load_file(job.model_dir / "model.safetensors")
+        tensors = load_file(job.model.directory / "model.safetensors")
         dtype = getattr(torch, job.type)
         save_file({name: one.to(dtype) for name, one in tensors.items()}, path)
         return Written({"num_bytes": path.stat().st_size, "path": str(job.out)})
@@ -53,7 +53,7 @@ class SafetensorsExporter(FileExporter):
         """Compare every number with the merged model's."""
         from safetensors.torch import load_file
 
-        found, expected = load_file(path), load_file(job.model_dir / "model.safetensors")
+        found, expected = load_file(path), load_file(job.model.directory / "model.safetensors")
         largest = max(
             (found[name].float() - one.float()).abs().max().item()
             for name, one in expected.items()

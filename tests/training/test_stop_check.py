@@ -9,6 +9,7 @@ import pytest
 from llmtune import load_config, train
 from llmtune.data.example import IGNORE_INDEX, Example
 from llmtune.io.manifest import read_manifest
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.turns import stop_token_ids
 from llmtune.reporting.verdict.caveats import find_training_caveats
 from llmtune.training.stop_check import MAX_NEW_TOKENS, check_stops
@@ -115,5 +116,5 @@ def test_every_stop_token_is_written_into_everything_that_is_saved(tmp_path):
     for directory in (config.run.adapter_dir, config.run.merged_dir):
         saved = json.loads((directory / "generation_config.json").read_text())
         assert saved["eos_token_id"] == stops
-    special = read_vocabulary(config.run.merged_dir).special_ids
+    special = read_vocabulary(Checkpoint.open(config.run.merged_dir)).special_ids
     assert {special[name] for name in ("eos", "eot", "eom")} == set(stops)

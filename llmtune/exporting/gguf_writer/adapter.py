@@ -39,7 +39,7 @@ LOW_RANK_TYPE = "lora"
 
 
 def write_adapter_gguf(
-    adapter_dir: Path, base_dir: Path, path: Path, *, type: str, provenance: Mapping[str, str]
+    adapter_dir: Path, base: Checkpoint, path: Path, *, type: str, provenance: Mapping[str, str]
 ) -> GgufResult:
     """Write the adapter in `adapter_dir` as the GGUF file `path`.
 
@@ -48,7 +48,7 @@ def write_adapter_gguf(
 
     Args:
         adapter_dir: a LoRA adapter in PEFT's format.
-        base_dir: the base checkpoint, for its architecture.
+        base: its base, for the architecture.
         path: the file to make.
         type: one of `ADAPTER_TYPES`.
         provenance: further text for the file's head, by key.
@@ -58,11 +58,11 @@ def write_adapter_gguf(
             no layer of that shape, or llama.cpp does not support the base.
     """
     start = time.monotonic()
-    architecture, config = find_architecture(base_dir), read_full_config(base_dir)
+    architecture, config = find_architecture(base), read_full_config(base)
     adapter = AdapterFiles.open(adapter_dir)
     _refuse_more_than_factors(adapter)
     alpha = float(adapter.method.usual_alpha(adapter.config))
-    _check_shapes(adapter, index_of(Checkpoint.open(base_dir)).tensors)
+    _check_shapes(adapter, index_of(base).tensors)
     tensors = _plan(adapter, architecture, config, (type, alpha))
     writer = GGUFWriter(path, architecture.name)
     writer.add_type(gguf.GGUFType.ADAPTER)

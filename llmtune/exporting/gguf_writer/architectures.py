@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
@@ -32,31 +31,31 @@ class Architecture:
     """Added to every norm weight (Gemma keeps them as the difference from one)."""
 
 
-def find_architecture(base_dir: Path) -> Architecture:
+def find_architecture(base: Checkpoint) -> Architecture:
     """Return how this checkpoint is written for llama.cpp.
 
     Raises:
         LlmtuneError: its architecture is not supported, or it uses something llama.cpp lacks; the
             message names every such thing.
     """
-    model_type = Checkpoint.open(base_dir).model_type
+    model_type = base.model_type
     architecture = ARCHITECTURES.get(model_type)
     if architecture is None:
         raise LlmtuneError(
-            f"{base_dir}: GGUF export does not support model type {model_type!r}; expected one of "
-            f"{', '.join(sorted(ARCHITECTURES))}"
+            f"{base.directory}: GGUF export does not support model type {model_type!r}; expected "
+            f"one of {', '.join(sorted(ARCHITECTURES))}"
         )
-    config = read_full_config(base_dir)
+    config = read_full_config(base)
     problems = list(_common_problems(config, architecture)) + list(architecture.problems(config))
     if problems:
         raise LlmtuneError(
-            f"{base_dir}: llama.cpp would compute this {model_type} model differently: "
+            f"{base.directory}: llama.cpp would compute this {model_type} model differently: "
             + "; ".join(problems)
         )
     return architecture
 
 
-def read_full_config(base_dir: Path) -> Config:
+def read_full_config(base: Checkpoint) -> Config:
     """Return config.json with the values that it leaves out, as the model's config class has them.
 
     A key that is missing is rarely absent from the model: Mixtral turns at a base of 1,000,000,
@@ -68,13 +67,12 @@ def read_full_config(base_dir: Path) -> Config:
     from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    checkpoint = Checkpoint.open(base_dir)
-    written = dict(checkpoint.config)
+    written = dict(base.config)
     try:
-        completed: dict[str, Any] = CONFIG_MAPPING[checkpoint.model_type](**written).to_dict()
+        completed: dict[str, Any] = CONFIG_MAPPING[base.model_type](**written).to_dict()
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise LlmtuneError(
-            f"{base_dir / CONFIG_NAME}: transformers cannot make a {checkpoint.model_type} config "
+            f"{base.directory / CONFIG_NAME}: transformers cannot make a {base.model_type} config "
             f"of it: {first_line(error)}"
         ) from error
     return written | completed

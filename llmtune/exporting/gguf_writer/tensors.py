@@ -16,7 +16,8 @@ from llmtune.exporting.gguf_writer.architectures import (
     Config,
     rope_factors,
 )
-from llmtune.io.safetensors import CheckpointIndex, TensorEntry
+from llmtune.io.safetensors import TensorEntry
+from llmtune.models.checkpoint import Checkpoint
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 FUSED_EXPERTS = re.compile(r"^(.*\.experts)\.(gate_up_proj|down_proj)$")
@@ -67,7 +68,7 @@ class PlannedTensor:
 
 
 def plan_tensors(
-    directory: Path, architecture: Architecture, config: Config, type: str
+    source: Checkpoint, architecture: Architecture, config: Config, type: str
 ) -> list[PlannedTensor]:
     """Give every tensor of the checkpoint its place, name and type in the file.
 
@@ -78,7 +79,7 @@ def plan_tensors(
     Raises:
         LlmtuneError: a tensor has no place in this architecture, or a dtype that cannot be read.
     """
-    index = CheckpointIndex.open(directory)
+    directory, index = source.directory, source.index
     groups = _group(index.tensors, config)
     names = tensor_names(architecture, config)
     planned, unplaced = [], []

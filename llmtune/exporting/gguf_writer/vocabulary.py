@@ -15,7 +15,6 @@ from llmtune.exporting.gguf_writer.architectures import find_architecture
 from llmtune.exporting.gguf_writer.pretokenizers import PreTokenizer, recognise_pre_tokenizer
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.tokenizer import TOKENIZER_NAME
-from llmtune.models.turns import stop_token_ids
 
 PROBE = "a"
 NUM_STOPS = 3
@@ -53,14 +52,14 @@ class Vocabulary:
     notices: tuple[str, ...]
 
 
-def check_convertible(base_dir: Path, *, chat_template: Path | None = None) -> None:
+def check_convertible(base: Checkpoint) -> None:
     """Check that llama.cpp computes a checkpoint as transformers does, and has its tokenizer.
 
     Raises:
         LlmtuneError: its architecture, a number in its config, or its tokenizer is not supported.
     """
-    find_architecture(base_dir)
-    read_vocabulary(base_dir, chat_template=chat_template)
+    find_architecture(base)
+    read_vocabulary(base)
 
 
 def read_tokenizer_json(directory: Path) -> dict[str, Any]:
@@ -79,20 +78,16 @@ def read_tokenizer_json(directory: Path) -> dict[str, Any]:
     return content
 
 
-def read_vocabulary(directory: Path, *, chat_template: Path | None = None) -> Vocabulary:
+def read_vocabulary(base: Checkpoint) -> Vocabulary:
     """Read a checkpoint's tokenizer, chat template and stop tokens.
-
-    Args:
-        directory: the checkpoint.
-        chat_template: a Jinja file that replaces the checkpoint's own template.
 
     Raises:
         LlmtuneError: llama.cpp has no such tokenizer, or its stop tokens do not fit in the file.
     """
+    directory = base.directory
     path = directory / TOKENIZER_NAME
     content = read_tokenizer_json(directory)
     pre = recognise_pre_tokenizer(content, path)
-    base = Checkpoint.open(directory, chat_template=chat_template)
     rows, tokenizer = base.num_embedding_rows, base.tokenizer
     tokens, kinds = _tokens(content, rows, is_sentencepiece=pre.model == "llama")
     merges = _merges(content["model"])
@@ -106,7 +101,7 @@ def read_vocabulary(directory: Path, *, chat_template: Path | None = None) -> Vo
         kinds=kinds,
         merges=() if scores else tuple(f"{left} {right}" for left, right in merges),
         scores=scores,
-        special_ids=_special_ids(tokenizer, directory),
+        special_ids=_special_ids(base),
         adds_bos=_adds(tokenizer, tokenizer.bos_token_id, first=True),
         adds_eos=_adds(tokenizer, tokenizer.eos_token_id, first=False),
         chat_template=_chat_template(tokenizer, directory),
@@ -189,21 +184,21 @@ def _splits(text: str, plain: set[str]) -> set[tuple[str, str]]:
     return {(left, right) for left, right in cuts if left in plain and right in plain}
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, int]:
+def _special_ids(base: Checkpoint) -> dict[str, int]:
     """Return the ids by role; every stop token of the checkpoint is an end of something."""
+    tokenizer, stops = base.tokenizer, base.stop_token_ids
     ids = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "unk": tokenizer.unk_token_id,
         "pad": tokenizer.pad_token_id,
     }
-    stops = stop_token_ids(tokenizer, Checkpoint.open(directory).generation_config)
     others = [stop for stop in stops if stop != tokenizer.eos_token_id]
     if len(others) >= NUM_STOPS:
         named = tokenizer.convert_ids_to_tokens(list(stops))
         raise LlmtuneError(
-            f"{directory}: {len(stops)} tokens end an answer ({', '.join(named)}), and a GGUF file "
-            f"can name {NUM_STOPS}. Shorten eos_token_id in generation_config.json."
+            f"{base.directory}: {len(stops)} tokens end an answer ({', '.join(named)}), and a GGUF "
+            f"file can name {NUM_STOPS}. Shorten eos_token_id in generation_config.json."
         )
     ids |= dict(zip(("eot", "eom"), others, strict=False))
     return {role: id for role, id in ids.items() if id is not None}

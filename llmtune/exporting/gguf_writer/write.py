@@ -24,8 +24,8 @@ from llmtune.exporting.gguf_writer.tensors import PlannedTensor, plan_tensors
 from llmtune.exporting.gguf_writer.tiles import iter_tensor_bytes
 from llmtune.exporting.gguf_writer.types import FILE_TYPES, QUANTIZER_TYPES, quantize_file
 from llmtune.exporting.gguf_writer.vocabulary import Vocabulary, read_vocabulary
-from llmtune.io.safetensors import CheckpointIndex
 from llmtune.io.unfinished import require_space
+from llmtune.models.checkpoint import Checkpoint
 
 PHI3_NAME = re.compile("phi-?3", re.IGNORECASE)
 HEAD_BYTES = 16 << 20
@@ -64,8 +64,8 @@ class _Plan:
 class GgufRequest:
     """Which checkpoint becomes which file."""
 
-    source_dir: Path
-    """A 16- or 32-bit checkpoint with its tokenizer."""
+    source: Checkpoint
+    """16- or 32-bit weights with their tokenizer."""
     path: Path
     type: str
     """One of `OWN_TYPES`; for `write_model`, of `GGUF_TYPES`."""
@@ -73,8 +73,6 @@ class GgufRequest:
     """`general.name`."""
     provenance: Mapping[str, str] = field(default_factory=dict)
     """Further text for the file's head, by key."""
-    chat_template: Path | None = None
-    """A Jinja file that replaces the checkpoint's own template."""
 
 
 def write_model(request: GgufRequest) -> GgufResult:
@@ -88,7 +86,7 @@ def write_model(request: GgufRequest) -> GgufResult:
     if request.type not in QUANTIZER_TYPES:
         return write_gguf(request)
     exact = path.with_name("exact.gguf")
-    result = write_gguf(replace(request, path=exact, type=_exact_type(request.source_dir)))
+    result = write_gguf(replace(request, path=exact, type=_exact_type(request.source)))
     start = time.monotonic()
     quantize_file(exact, path, request.type)
     exact.unlink()
@@ -102,9 +100,9 @@ def write_model(request: GgufRequest) -> GgufResult:
     )
 
 
-def _exact_type(source_dir: Path) -> str:
+def _exact_type(source: Checkpoint) -> str:
     """Return the GGUF type that holds every number of the checkpoint as it is."""
-    stored = {tensor.dtype for tensor in CheckpointIndex.open(source_dir).tensors.values()}
+    stored = {tensor.dtype for tensor in source.index.tensors.values()}
     return "f32" if len(stored) > 1 else {"BF16": "bf16", "F16": "f16"}.get(stored.pop(), "f32")
 
 
@@ -143,13 +141,13 @@ def write_gguf(request: GgufRequest) -> GgufResult:
 
 
 def _plan(request: GgufRequest) -> _Plan:
-    architecture = find_architecture(request.source_dir)
-    config = read_full_config(request.source_dir)
+    architecture = find_architecture(request.source)
+    config = read_full_config(request.source)
     return _Plan(
         architecture,
         config,
-        read_vocabulary(request.source_dir, chat_template=request.chat_template),
-        plan_tensors(request.source_dir, architecture, config, request.type),
+        read_vocabulary(request.source),
+        plan_tensors(request.source, architecture, config, request.type),
     )
 
 
