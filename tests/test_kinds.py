@@ -48,7 +48,6 @@ KINDS: dict[str, Kind] = {
         classes="Adapter",
         unions=frozenset(
             {
-                "attach",
                 "base",
                 "config",
                 "inject",
@@ -58,7 +57,7 @@ KINDS: dict[str, Kind] = {
                 "manifest",
                 "module_selection",
                 "saved",
-                "strength",
+                "live",
                 "update",
             }
         ),

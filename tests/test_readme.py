@@ -93,7 +93,7 @@ def test_the_script_of_the_readme_works(clone):
 
 def test_every_recipe_is_a_valid_config():
     from llmtune.config import load_config
-    from llmtune.io.shipped import shipped_files
+    from llmtune.io.yaml_source import shipped_files
 
     recipes = shipped_files("configs")
     assert {"quickstart", "smoke", "lora-8b-24gb", "qlora-8b-24gb"} <= set(recipes)

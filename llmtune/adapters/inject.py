@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmtune.adapters.attach import attach
 from llmtune.adapters.base import Adapter
+from llmtune.adapters.live import attach
 from llmtune.adapters.module_selection import ModuleNames, choose_targets, shorten_targets
 from llmtune.adapters.saved import start_from_adapter
 from llmtune.errors import LlmtuneError

@@ -78,7 +78,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
 
 
 def has_strengths(directory: Path) -> bool:
-    """Whether a live adapter can be weakened (`adapters.strength`): no bias or token row of it."""
+    """Whether a live adapter can be weakened (`adapters.live`): no bias or token row of it."""
     config = read_adapter_config(directory)
     tensors = read_header(directory / WEIGHTS_NAME).tensors
     has_biases = any(entry.name.endswith(".bias") for entry in tensors)

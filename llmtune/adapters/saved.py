@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from llmtune.adapters.attach import attach
 from llmtune.adapters.config import method_of
+from llmtune.adapters.live import attach
 from llmtune.adapters.manifest import (
     CONFIG_NAME,
     COPY_AGAIN,

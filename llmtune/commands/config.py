@@ -13,7 +13,7 @@ from llmtune.commands.options import (
     with_output_options,
 )
 from llmtune.errors import LlmtuneError
-from llmtune.io.shipped import shipped_files
+from llmtune.io.yaml_source import shipped_files
 
 
 @click.group("config", cls=Uncut)

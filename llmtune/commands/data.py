@@ -130,8 +130,7 @@ def data_check(  # noqa: PLR0913 (one argument an option)
       llmtune data check configs/quickstart.yaml
       llmtune data check configs/quickstart.yaml --html rows.html
     """
-    from llmtune.data.check import check_data
-    from llmtune.data.check_page import render_check_page
+    from llmtune.data.check import check_data, render_check_page
     from llmtune.runs.rows import open_rows
 
     show_progress(quiet)

@@ -1,12 +1,13 @@
 """run, train, eval: the stages of a run."""
 
+import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import click
 
-from llmtune.commands.lm_eval import with_lm_eval_options
 from llmtune.commands.options import (
     CONFIG_ARGUMENT,
     FORCE_OPTION,
@@ -18,6 +19,63 @@ from llmtune.commands.options import (
 )
 from llmtune.commands.report import FAIL_IF_OPTION
 from llmtune.errors import LlmtuneError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+OPTIONS = (
+    click.option(
+        "--lm-eval",
+        "tasks",
+        metavar="TASKS",
+        help="Tasks of lm-evaluation-harness, comma-separated.",
+    ),
+    click.option(
+        "--include-path",
+        type=click.Path(exists=True, file_okay=False),
+        help="Directory of task files of your own.",
+    ),
+    click.option("--num-fewshot", type=click.IntRange(min=0), help="Shots of those tasks."),
+    click.option("--limit", type=click.IntRange(min=1), help="Items of each of those tasks."),
+    click.option(
+        "--chat-template", is_flag=True, help="Ask those tasks through the chat template."
+    ),
+    click.option(
+        "--batch-size", type=click.IntRange(min=1), default=8, help="Rows at once, those tasks."
+    ),
+    click.option(
+        "--arm",
+        "arms",
+        multiple=True,
+        type=click.Choice(["base", "tuned", "merged"]),
+        help="Model to run those tasks on; may be repeated.",
+    ),
+)
+
+
+def with_lm_eval_options(command: Command) -> Command:
+    """Add the options, and hand them over together as `harness`: None without `--lm-eval`."""
+
+    @functools.wraps(command)
+    def collected(**values: Any) -> Any:
+        tasks, arms = values.pop("tasks"), values.pop("arms")
+        names = ("include_path", "num_fewshot", "limit", "chat_template", "batch_size")
+        settings = {name: values.pop(name) for name in names}
+        if tasks is None:
+            defaults = {"chat_template": False, "batch_size": 8}
+            given = [name for name in names if settings[name] not in (None, defaults.get(name))]
+            if given or arms:
+                flag = (given or ["arm"])[0].replace("_", "-")
+                raise LlmtuneError(f"--{flag}: is for --lm-eval TASKS; name the tasks as well")
+            return command(harness=None, **values)
+        chosen = tuple(name.strip() for name in tasks.split(",") if name.strip())
+        if not chosen:
+            raise LlmtuneError("--lm-eval: names no task; expected TASK or TASK,TASK")
+        return command(harness={"tasks": chosen, **settings, "arms": arms}, **values)
+
+    decorated: Any = collected
+    for option in reversed(OPTIONS):
+        decorated = option(decorated)
+    return cast(Command, decorated)
 
 
 @click.command("run")
@@ -126,11 +184,11 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
     if harness is not None and suites:
         raise LlmtuneError("give --suite or --lm-eval, one at a time")
     if harness is not None:
-        from llmtune.runs.score import score_lm_eval
+        from llmtune.runs.evaluate import score_lm_eval
 
         scores = score_lm_eval(target, overrides, **harness)
     elif suites:
-        from llmtune.runs.score import score
+        from llmtune.runs.evaluate import score
 
         # Such scores are printed and not kept, so there is nothing that --force would redo.
         scores = score(target, overrides, suites)

@@ -20,14 +20,13 @@ import numpy as np
 
 from llmtune.data.collect import Split, choose_sources
 from llmtune.data.config import DataConfig
-from llmtune.data.example import ExampleTable
+from llmtune.data.example import ExampleTable, PreparedData, fingerprint_table
 from llmtune.data.hub import is_hub_id
-from llmtune.data.prepared import PreparedData, fingerprint_table
 from llmtune.data.report import DataReport
 from llmtune.data.rows import find_files
 from llmtune.data.stored import read_stored
-from llmtune.io.cache_entries import new_entry, replace_entry
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
+from llmtune.io.unfinished import new_entry, replace_entry
 from llmtune.models.gguf import cache_dir
 
 if TYPE_CHECKING:

@@ -1,9 +1,11 @@
-"""Everything about the data that would make a fine-tune silently wrong, told beforehand."""
+"""Everything about the data that would make a fine-tune silently wrong, found beforehand."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 from llmtune.data.collect import Split, SplitCollector, read_evaluation_keys
@@ -16,6 +18,8 @@ from llmtune.data.report import DataReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+SHOWN_PLACES = 50
 
 
 @dataclass(frozen=True)
@@ -125,3 +129,75 @@ def check_data(
         turns=dict(sorted((train.turns + evaluation.turns).items())),
         scripts=dict((train.scripts + evaluation.scripts).most_common()),
     )
+
+
+def render_check_page(report: CheckReport) -> str:
+    """Return the page: verdict, findings with their rows, and every count."""
+    state = "ok" if report.is_ok else "bad"
+    findings = "\n".join(_finding_html(finding) for finding in report.findings)
+    splits = "\n".join(_split_html(split) for split in report.reports)
+    counts = "".join(
+        f"<tr><th>{name}</th><td>{html.escape(_join(values))}</td></tr>"
+        for name, values in (
+            ("roles", report.roles),
+            ("messages in a row", report.turns),
+            ("scripts", report.scripts),
+        )
+    )
+    return Template(PAGE).substitute(
+        state=state,
+        verdict=html.escape(report.verdict),
+        splits=splits,
+        counts=counts,
+        findings=findings or "<p>Nothing found.</p>",
+    )
+
+
+def _finding_html(finding: Finding) -> str:
+    places = "".join(
+        f"<li><code>{html.escape(f'{place.source}:{place.line}')}</code> "
+        f"{html.escape(place.detail)}</li>"
+        for place in finding.places[:SHOWN_PLACES]
+    )
+    more = finding.count - min(len(finding.places), SHOWN_PLACES)
+    places += f"<li>... and {more:,} more</li>" if more > 0 and finding.places else ""
+    return (
+        f'<details class="{finding.severity}" open><summary>{finding.severity}: '
+        f"<b>{html.escape(finding.kind)}</b>: {html.escape(finding.message)}: {finding.count:,}"
+        f"</summary><ul>{places}</ul></details>"
+    )
+
+
+def _split_html(report: DataReport) -> str:
+    lines = "\n".join(html.escape(line) for line in report.lines())
+    return f"<pre>{lines}</pre>"
+
+
+def _join(counts: dict[str, int] | dict[int, int]) -> str:
+    return ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Data check</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --quiet: #6b6b6b;
+  --error: #b3261e; --warning: #8a6100; --ok: #1e7a36; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #eaeaea; --paper: #161616; --quiet: #9a9a9a; --error: #ff8a80;
+    --warning: #f2c14e; --ok: #7bd88f; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem } .ok { color: var(--ok) } .bad { color: var(--error) }
+pre { white-space: pre-wrap; overflow-wrap: anywhere }
+th { text-align: left; padding-right: 1rem; font-weight: 600; vertical-align: top }
+details { border-left: 4px solid var(--warning); padding: .2rem .8rem; margin: .6rem 0 }
+details.error { border-color: var(--error) } li { overflow-wrap: anywhere }
+</style></head><body>
+<h1>Data check: <span class="$state">$verdict</span></h1>
+$splits
+<table>$counts</table>
+$findings
+</body></html>
+"""

@@ -1,5 +1,8 @@
-"""Tokenized examples: token ids with labels, and a compact table of many of them."""
+"""Tokenized examples: ids with labels, a compact table of many, and a split of them prepared."""
 
+from __future__ import annotations
+
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +11,7 @@ from typing import ClassVar, overload
 
 import numpy as np
 
+from llmtune.data.report import DataReport
 from llmtune.data.stored import StoredTokens, TokenWriter
 
 FLUSHED_ROWS = 1024
@@ -90,8 +94,8 @@ class ExampleTable(Sequence[Example]):
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
-    def __getitem__(self, index: slice) -> "ExampleTable": ...
-    def __getitem__(self, index: int | slice) -> "Example | ExampleTable":
+    def __getitem__(self, index: slice) -> ExampleTable: ...
+    def __getitem__(self, index: int | slice) -> Example | ExampleTable:
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
         if not -len(self) <= index < len(self):
@@ -111,7 +115,7 @@ class ExampleTable(Sequence[Example]):
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
-    def take(self, indices: np.ndarray) -> "ExampleTable":
+    def take(self, indices: np.ndarray) -> ExampleTable:
         """Return the examples at `indices` (int [M], may repeat), in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
         index = {name: array[chosen] for name, array in self.columns.items()}
@@ -184,3 +188,24 @@ class ExampleTableBuilder:
                 for (name, dtype), value in zip(ExampleTable.COLUMNS.items(), values, strict=True)
             }
         )
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """One split, ready for training."""
+
+    examples: ExampleTable
+    """Train: in the order of the seed. Evaluation: in the order of the files."""
+    source_names: tuple[str, ...]
+    report: DataReport
+    fingerprint: str
+    """SHA-256 over every token, mask, weight and their order."""
+    order_hash: str
+
+
+def fingerprint_table(table: ExampleTable) -> str:
+    """Return the SHA-256 over a table's tokens and masks, and its examples and weights in order."""
+    digest = hashlib.sha256(table.stored.content_hash.encode())
+    for name in ("starts", "lengths", "weights"):
+        digest.update(table.columns[name].tobytes())
+    return digest.hexdigest()

@@ -17,7 +17,7 @@ from typing import IO, Any
 from llmtune.data.columnar import iter_arrow, iter_parquet, refuse_doubled_columns
 from llmtune.data.json_list import READ_BYTES, iter_json_list
 from llmtune.data.problems import Parsed, RowProblem, shorten
-from llmtune.data.strict_json import DECODER, json_reason, parse_json
+from llmtune.data.row_values import DECODER, json_reason, parse_json
 from llmtune.errors import LlmtuneError
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")

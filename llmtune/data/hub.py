@@ -11,7 +11,7 @@ from llmtune.data.columnar import drop_nulls
 from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.data.files import file_kind
 from llmtune.errors import LlmtuneError
-from llmtune.io.deadline import call_within, first_line
+from llmtune.io.stopping import call_within, first_line
 from llmtune.models.hub import COMMIT, HUB_ID
 
 HUB_KNOBS = ("revision", "split", "subset")

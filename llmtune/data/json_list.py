@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from llmtune.data.strict_json import DECODER, json_reason
+from llmtune.data.row_values import DECODER, json_reason
 from llmtune.errors import LlmtuneError
 
 READ_BYTES = 1 << 20

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmtune.data.problems import RowError, shorten
-from llmtune.data.row_values import check_text, parse_json_text
-from llmtune.data.strict_json import json_reason, parse_json
+from llmtune.data.row_values import check_text, json_reason, parse_json, parse_json_text
 
 MAX_DEPTH = 100
 """Levels of nesting in tool schemas and arguments; templates recurse into them."""

@@ -21,9 +21,8 @@ from llmtune.evaluation.tasks.base import (
 )
 from llmtune.evaluation.tasks.config import TASKS
 from llmtune.io.fingerprint import hash_json
-from llmtune.io.shipped import shipped_files
 from llmtune.io.validation import validate_section
-from llmtune.io.yaml_source import read_yaml
+from llmtune.io.yaml_source import read_yaml, shipped_files
 
 MAX_PROBLEMS = 10
 

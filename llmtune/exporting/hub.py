@@ -10,7 +10,7 @@ from llmtune.adapters.manifest import CONFIG_NAME, MANIFEST_NAME, read_adapter_m
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.base import Exported, Exporter, ExportOption
 from llmtune.exporting.card import CARD_NAME
-from llmtune.io.deadline import first_line
+from llmtune.io.stopping import first_line
 from llmtune.models.hub import reads_as_hub_id
 
 if TYPE_CHECKING:

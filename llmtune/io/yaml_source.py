@@ -1,4 +1,4 @@
-"""YAML with a memory: every key keeps the file and the line it came from."""
+"""YAML with a memory: every key keeps the file and line it came from; and the files that ship."""
 
 import re
 import sys
@@ -238,3 +238,12 @@ def _copy(value: Any) -> Any:
     if isinstance(value, list):
         return [_copy(child) for child in value]
     return value
+
+
+def shipped_files(folder: str, pattern: str = "*.yaml") -> dict[str, Path]:
+    """Return name -> file of what ships in `folder` (`configs` or `evals`), by bare name."""
+    package_dir = Path(__file__).parent.parent
+    found: dict[str, Path] = {}
+    for place in (package_dir.parent / folder, package_dir / folder):
+        found |= {path.stem: path for path in sorted(place.glob(pattern))}
+    return found

@@ -1,18 +1,20 @@
-"""What an adapter directory holds, read from its config and its header; no tensor is loaded."""
+"""What an adapter directory holds, by its config and header; tensors compared, not loaded."""
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from llmtune.adapters.base import Adapter, SavedConfig
 from llmtune.adapters.config import method_of
 from llmtune.adapters.manifest import WEIGHTS_NAME, read_adapter_config
 from llmtune.adapters.update import Factors, ModuleTensors, Part
 from llmtune.errors import LlmtuneError
-from llmtune.io.safetensors import TensorEntry, read_header
+from llmtune.io.safetensors import DTYPE_BITS, TensorEntry, read_header
 from llmtune.merging.changes import ADAPTER_PREFIX
-from llmtune.merging.compare import have_same_bytes
 
 TOKENS_KEY = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
 SAVED_KEY = re.compile(r"\.modules_to_save(?:\.(?!weight$|bias$)[^.]+)?(?=\.(?:weight|bias)$)")
@@ -20,6 +22,11 @@ SAVED_KEY = re.compile(r"\.modules_to_save(?:\.(?!weight$|bias$)[^.]+)?(?=\.(?:w
 BASE_COPY_KEY = re.compile(
     r"(?:\.token_adapter)?\.base_layer(?=\.weight$)|\.original_module(?=\.(?:weight|bias)$)"
 )
+
+PIECE_ELEMENTS = 1 << 20
+
+# The coarsest of the 16-bit formats keeps 8 bits of a number: what a cast to it may change.
+CAST_TOLERANCE = 2.0**-8
 
 
 @dataclass
@@ -115,3 +122,33 @@ class AdapterFiles:
                 "save one adapter alone"
             )
         group.parts[part.name] = entry
+
+
+def have_same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(a == b for a, b in zip(_pieces(one), _pieces(other), strict=True))
+
+
+def agree(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two tensors of one shape hold the same numbers, but for a cast to 16 bits."""
+    if one.dtype == other.dtype:
+        return have_same_bytes(one, other)
+    return all(
+        np.allclose(_floats(a, one.dtype), _floats(b, other.dtype), rtol=CAST_TOLERANCE, atol=1e-30)
+        for a, b in zip(_pieces(one), _pieces(other), strict=True)
+    )
+
+
+def _pieces(entry: TensorEntry) -> Iterator[bytes]:
+    piece_bytes = PIECE_ELEMENTS * DTYPE_BITS[entry.dtype] // 8
+    with entry.path.open("rb") as file:
+        for start in range(entry.start, entry.stop, piece_bytes):
+            yield os.pread(file.fileno(), min(piece_bytes, entry.stop - start), start)
+
+
+def _floats(piece: bytes, dtype: str) -> np.ndarray:
+    if dtype == "BF16":
+        return (np.frombuffer(piece, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(piece, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])

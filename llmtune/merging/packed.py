@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,18 @@ from typing import Any
 from llmtune.errors import LlmtuneError
 from llmtune.io.safetensors import CheckpointIndex, TensorEntry
 from llmtune.merging.changes import PackedFourBit, PlannedTensor
-from llmtune.ops.four_bit_names import STATE_PREFIX, group_four_bit_names
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+STATE_PREFIX = "quant_state.bitsandbytes__"
+STATE_SUFFIXES = (
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+    "quant_state.bitsandbytes__nf4",
+    "quant_state.bitsandbytes__fp4",
+)
 
 
 @dataclass(frozen=True)
@@ -78,3 +87,24 @@ def _read_header(entry: TensorEntry) -> tuple[str, tuple[int, ...]]:
             f"{entry.path}: {entry.name!r} does not describe a 4-bit weight ({error}); download "
             "it again"
         ) from None
+
+
+def group_four_bit_names(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Find the 4-bit weights of a checkpoint by the names of its tensors.
+
+    Returns:
+        Weight name -> {suffix in `STATE_SUFFIXES`: name of that tensor}, in the order given.
+        Weights without a `quant_state` are not 4-bit and are left out.
+    """
+    known = list(names)
+    states: dict[str, dict[str, str]] = {name: {} for name in known}
+    for name in known:
+        for suffix in STATE_SUFFIXES:
+            weight_name = name.removesuffix(f".{suffix}")
+            if weight_name != name and weight_name in states:
+                states[weight_name][suffix] = name
+    return {
+        name: state
+        for name, state in states.items()
+        if any(suffix.startswith(STATE_PREFIX) for suffix in state)
+    }

@@ -7,9 +7,8 @@ from typing import Any
 from llmtune.adapters.update import ModuleTensors, Place, WeightUpdate, Widths
 from llmtune.errors import LlmtuneError
 from llmtune.io.safetensors import CheckpointIndex, TensorEntry
-from llmtune.merging.adapter_files import AdapterFiles
+from llmtune.merging.adapter_files import AdapterFiles, agree
 from llmtune.merging.changes import Block, PlannedTensor
-from llmtune.merging.compare import agree
 from llmtune.merging.experts import plan_experts
 from llmtune.merging.names import find_tensor, is_embedding, is_head, near_misses
 from llmtune.merging.packed import PackedWeights

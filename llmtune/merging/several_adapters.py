@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from llmtune.adapters.config import method_of
+from llmtune.adapters.live import add_adapters
 from llmtune.adapters.manifest import (
     MANIFEST_NAME,
     WEIGHTS_NAME,
@@ -18,7 +19,6 @@ from llmtune.adapters.manifest import (
     read_adapter_config,
     read_adapter_manifest,
 )
-from llmtune.adapters.strength import add_adapters
 from llmtune.checks.merged import VerifyResult, load_merged, verify_merge
 from llmtune.checks.prompts import NUM_NEW_TOKENS, build_prompts
 from llmtune.checks.reference import comparison_config, comparison_dtype

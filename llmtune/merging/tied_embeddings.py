@@ -6,8 +6,8 @@ from typing import Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.safetensors import CheckpointIndex
+from llmtune.merging.adapter_files import have_same_bytes
 from llmtune.merging.changes import PlannedTensor
-from llmtune.merging.compare import have_same_bytes
 from llmtune.merging.names import find_embedding, head_name, is_embedding, is_head
 
 

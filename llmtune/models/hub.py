@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
-from llmtune.io.deadline import call_within, first_line
+from llmtune.io.stopping import call_within, first_line
 from llmtune.models.checkpoint import Checkpoint
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

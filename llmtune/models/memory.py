@@ -6,7 +6,7 @@ import gc
 
 import torch
 
-from llmtune.io.interrupt import catch_interruption
+from llmtune.io.stopping import catch_interruption
 
 
 def release_memory() -> None:

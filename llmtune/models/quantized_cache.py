@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from llmtune.io.cache_entries import new_entry, replace_entry
 from llmtune.io.environment import package_version
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
+from llmtune.io.unfinished import new_entry, replace_entry
 from llmtune.models.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmtune.ops.four_bit_names import STATE_PREFIX
-
 LEVELS = 16
+STATE_PREFIX = "quant_state.bitsandbytes__"
+"""Begins the suffix of the tensor that describes the others of a weight."""
 
 
 class FourBitWeight(NamedTuple):
@@ -41,7 +41,7 @@ def read_four_bit_weight(weight: Tensor, state: Mapping[str, Tensor]) -> FourBit
 
     Args:
         weight: the packed codes in any storage dtype.
-        state: the tensors beside it, by their suffix (`four_bit_names.STATE_SUFFIXES`).
+        state: the tensors beside it, by their suffix, as bitsandbytes names them.
 
     Raises:
         ValueError: if a tensor is missing, or if sizes disagree.

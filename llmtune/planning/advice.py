@@ -6,7 +6,7 @@ from typing import Any
 
 from llmtune.io.sizes import GIB, MIB, format_size
 from llmtune.models.quantization.config import SMALLEST
-from llmtune.planning.disk import DiskEstimate
+from llmtune.planning.estimate import DiskEstimate
 from llmtune.planning.rows import RowFacts
 from llmtune.planning.shape import ModelShape
 from llmtune.planning.workload import PlanRequest, plan_memory_of

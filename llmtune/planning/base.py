@@ -5,20 +5,47 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llmtune.errors import LlmtuneError
-from llmtune.io.deadline import call_within, first_line
+from llmtune.io.gguf_head import read_gguf_head
 from llmtune.io.quiet import quieted
+from llmtune.io.stopping import call_within, first_line
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint, refuse_quantized
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
 from llmtune.models.hub import LOOKUP_SECONDS, no_such_base, reads_as_hub_id
-from llmtune.planning.gguf_config import read_gguf_config
 
 TOKENIZER_NAME = "tokenizer.json"
 RECORD_NAME = "llmtune_base.json"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# llama.cpp calls several of transformers' families by one name; they have the same parts.
+MODEL_TYPES = MappingProxyType(
+    {
+        "llama": "llama",
+        "qwen2": "qwen2",
+        "qwen3": "qwen3",
+        "gemma2": "gemma2",
+        "gemma3": "gemma3_text",
+        "phi3": "phi3",
+        "olmo2": "olmo2",
+        "granite": "granite",
+        "smollm3": "smollm3",
+    }
+)
+KEYS = MappingProxyType(
+    {
+        "embedding_length": "hidden_size",
+        "block_count": "num_hidden_layers",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.key_length": "head_dim",
+        "context_length": "max_position_embeddings",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -128,3 +155,34 @@ def _read_hub(repo: str, revision: str | None) -> BaseNumbers:
         stored,
         directory if has_tokenizer else None,
     )
+
+
+def read_gguf_config(path: Path) -> dict[str, Any]:
+    """Return what a transformers config.json would say of this model's shape.
+
+    Raises:
+        LlmtuneError: it is not a GGUF file, or of a kind whose parts are not known.
+    """
+    head = read_gguf_head(path)
+    values, tensors = head.values, {tensor.name for tensor in head.tensors}
+    architecture = str(values.get("general.architecture"))
+    model_type = MODEL_TYPES.get(architecture)
+    is_mixture = bool(values.get(f"{architecture}.expert_count"))
+    if model_type is None or is_mixture:
+        kind = f"{architecture} with experts" if is_mixture else architecture
+        raise LlmtuneError(
+            f"{path}: a GGUF file of kind {kind!r}: the parts of its layers are not known here; "
+            f"expected one of {', '.join(MODEL_TYPES)}"
+        )
+    config = {
+        ours: values[f"{architecture}.{theirs}"]
+        for theirs, ours in KEYS.items()
+        if f"{architecture}.{theirs}" in values
+    }
+    return {
+        **config,
+        "model_type": model_type,
+        "vocab_size": head.lengths.get("tokenizer.ggml.tokens"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+    }

@@ -1,8 +1,10 @@
-"""The peak memory of a training run by component, and what fits: arithmetic on a model's shape."""
+"""The memory and disk of a training run by component, and what fits: arithmetic on a shape."""
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -11,7 +13,7 @@ from llmtune.models.quantization.base import Quantization
 from llmtune.planning.activations import Adapted, activation_cost, merged_expert_bytes
 from llmtune.planning.kernels import advise_capacity, count_sizes, kernel_bytes
 from llmtune.planning.shape import ModelShape
-from llmtune.planning.weights import base_bytes, trained_bytes
+from llmtune.training.config import TrainConfig
 from llmtune.training.memory.arithmetic import (
     USABLE_SHARE,
     USEFUL_TOKENS,
@@ -31,6 +33,12 @@ ACTIVATIONS = ("activations", "recomputed layers")
 HEAD_CHUNK = 256
 HEAD_TILE_BYTES = 8 * MIB
 FLOAT32 = 4
+
+STATES_PER_WEIGHT = MappingProxyType({"adamw": 2 * FLOAT32, "adamw_8bit": 2 * (1 + 4 / 256)})
+"""Bytes of AdamW's two moments for a trained weight."""
+
+TOKENIZER_BYTES = 8 << 20
+"""Tokenizer and small files beside an adapter or a merged model."""
 
 
 @dataclass(frozen=True)
@@ -203,3 +211,70 @@ def _activation_components(cost: ActivationCost, plan: MemoryPlan, tokens: int) 
         once = cost.layer_bytes + recomputed * cost.recomputed_layer_bytes
         components[recomputed_name] = round(once * tokens)
     return components
+
+
+def base_bytes(shape: ModelShape, quantization: Quantization, element_bytes: int) -> dict[str, int]:
+    """Return the base's bytes by how they are kept: {"nf4": .., "bfloat16": ..} and the like.
+
+    Quantized are the linear layers; embeddings, LM head, norms, biases, routers and fused experts
+    stay in the model's dtype (`element_bytes`).
+    """
+    name = {2: "16-bit", 4: "float32"}[element_bytes]
+    rest = shape.num_parameters - shape.linear_parameters
+    if not quantization.is_quantized:
+        return {name: shape.num_parameters * element_bytes}
+    stored = sum(quantization.stored_bytes(size) for size in shape.linear.values())
+    return {quantization.method: stored, name: rest * element_bytes}
+
+
+def trained_bytes(adapter_parameters: int, optimizer: str, *, copy_bytes: int) -> Mapping[str, int]:
+    """Return what training adds for float32 adapter weights.
+
+    `copy_bytes` are those of an element of the copies that fused linears compute with; 0 without.
+    """
+    return {
+        "adapter": FLOAT32 * adapter_parameters,
+        "gradients": FLOAT32 * adapter_parameters,
+        "optimizer": round(STATES_PER_WEIGHT[optimizer] * adapter_parameters),
+        "adapter copies": copy_bytes * adapter_parameters,
+    }
+
+
+@dataclass(frozen=True)
+class DiskEstimate:
+    """Bytes a run writes, by what they are, and what is free where it writes."""
+
+    components: Mapping[str, int]
+    free_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Return the bytes of all components."""
+        return sum(self.components.values())
+
+    @property
+    def fits(self) -> bool:
+        """Say whether the free space is enough."""
+        return self.total_bytes <= self.free_bytes
+
+
+def estimate_disk(
+    train: TrainConfig, *, adapter_parameters: int, merged_bytes: int, run_dir: Path
+) -> DiskEstimate:
+    """Estimate checkpoints, adapter and merged model.
+
+    One checkpoint more than are kept exists while it is written, and another with early stopping.
+    """
+    checkpoint = adapter_parameters * (FLOAT32 + STATES_PER_WEIGHT[train.optimizer])
+    kept = train.keep_checkpoints + 1 + (1 if train.early_stopping else 0)
+    place = run_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    return DiskEstimate(
+        {
+            "checkpoints": round(kept * checkpoint),
+            "adapter": FLOAT32 * adapter_parameters + TOKENIZER_BYTES,
+            "merged model": merged_bytes + TOKENIZER_BYTES,
+        },
+        shutil.disk_usage(place).free,
+    )

@@ -7,9 +7,9 @@ import numpy as np
 
 from llmtune.data.cache import cache_path, load_prepared
 from llmtune.data.config import DataConfig, SourceConfig
+from llmtune.data.example import PreparedData
 from llmtune.data.hub import is_hub_id
 from llmtune.data.prepare import prepare_examples
-from llmtune.data.prepared import PreparedData
 from llmtune.data.rows import find_files
 from llmtune.errors import LlmtuneError
 from llmtune.io.quiet import quieted

@@ -8,7 +8,7 @@ from typing import TypedDict
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.module_selection import ModuleNames, choose_targets
 from llmtune.data.config import DataConfig
-from llmtune.data.prepared import PreparedData
+from llmtune.data.example import PreparedData
 from llmtune.errors import LlmtuneError
 from llmtune.models.config import ModelConfig
 from llmtune.planning.activations import Adapted

@@ -1,4 +1,7 @@
-"""The evaluate stage: the main arms on the run's suites, and the diagnoses."""
+"""The evaluate stage: the main arms on the run's suites, and the diagnoses.
+
+Beside it, the scores of any target on suites or on tasks of lm-evaluation-harness.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +23,7 @@ from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_file
 from llmtune.io.manifest import Manifest, StageRecord, read_manifest
 from llmtune.runs.stage import Stage
+from llmtune.runs.targets import resolve_target
 
 if TYPE_CHECKING:
     from llmtune.evaluation.diagnosis.prepare import TrainedSteps
@@ -186,4 +190,50 @@ def trained_steps(config: RunConfig) -> "TrainedSteps":
         config.seed,
         num_sources=len(config.data.train),
         num_added=(trained.get("protect") or {}).get("replayed_rows", 0),
+    )
+
+
+def score(name: str, overrides: Sequence[str], suites: Sequence[str]) -> "Scores":
+    """Score a target's arms on `suites`; nothing is kept, a run's own results stay as they are.
+
+    If the target is a run, its `evaluate` section says how items are chosen and intervals made.
+
+    Raises:
+        LlmtuneError: a suite or the target cannot be read, or they do not fit each other.
+    """
+    from llmtune.serving.score import score_target
+
+    target = resolve_target(name, overrides)
+    return score_target(target, suites, target.evaluate)
+
+
+def score_lm_eval(  # noqa: PLR0913 (one argument an option of the harness)
+    name: str,
+    overrides: Sequence[str],
+    tasks: tuple[str, ...],
+    *,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    chat_template: bool = False,
+    batch_size: int = 8,
+    arms: Sequence[str] = (),
+) -> "Scores":
+    """Run tasks of lm-evaluation-harness on a target; a run keeps them, its next report shows them.
+
+    Args:
+        arms: base, tuned, merged; empty is base and tuned, or the model alone.
+
+    Raises:
+        LlmtuneError: the harness is not installed, the target has no such arm, or a task cannot
+            be run.
+    """
+    from llmtune.evaluation.lm_eval import LmEvalSettings
+    from llmtune.serving import score as serving
+
+    target = resolve_target(name, overrides)
+    settings = LmEvalSettings(tasks, include_path, num_fewshot, limit, chat_template, batch_size)
+    results_dir = target.results_dir
+    return serving.score_lm_eval(
+        target, settings, target.evaluate, arms=arms, results_dir=results_dir
     )

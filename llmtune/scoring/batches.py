@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from llmtune.adapters.strength import refuse_rewritten_base
+from llmtune.adapters.live import refuse_rewritten_base
 from llmtune.errors import LlmtuneError
 
 CPU_TOKEN_BUDGET = 2048

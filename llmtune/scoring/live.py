@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+from llmtune.adapters.live import adapter_strength
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.adapters.saved import load_adapter
-from llmtune.adapters.strength import adapter_strength
 from llmtune.data.template import require_trained_template
 from llmtune.errors import LlmtuneError
 from llmtune.models.checkpoint import Checkpoint

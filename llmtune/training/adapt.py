@@ -12,8 +12,7 @@ import torch
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.inject import InjectionTable, inject_adapter
 from llmtune.adapters.saved import save_adapter
-from llmtune.data.example import Example
-from llmtune.data.prepared import PreparedData
+from llmtune.data.example import Example, PreparedData
 from llmtune.data.template import template_fingerprint
 from llmtune.io.environment import versions
 from llmtune.io.fingerprint import hash_json

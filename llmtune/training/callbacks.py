@@ -7,9 +7,9 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmtune.adapters.attach import live_method
+from llmtune.adapters.live import live_method
 from llmtune.errors import LlmtuneError
-from llmtune.io.interrupt import Interruption
+from llmtune.io.stopping import Interruption
 from llmtune.training.config import EarlyStopping
 from llmtune.training.request import RunTotals
 from llmtune.training.rows import Examples

@@ -18,8 +18,7 @@ from llmtune.training.fused.lora import fused_lora
 from llmtune.training.fused.packing import choose_packing, packed_attention
 from llmtune.training.loss import HeadChoice, choose_head, decoder_hidden
 from llmtune.training.memory.arithmetic import UNLIMITED, MemoryPlan
-from llmtune.training.memory.dry_run import Trial, find_plan
-from llmtune.training.memory.gradient_checkpointing import recomputable_layers, recomputing
+from llmtune.training.memory.dry_run import Trial, find_plan, recomputable_layers, recomputing
 from llmtune.training.objectives.base import MicroBatch, Objective
 from llmtune.training.protect.penalties import Protection
 from llmtune.training.request import TrainRequest

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import hash_json
-from llmtune.io.interrupt import catch_interruption
+from llmtune.io.stopping import catch_interruption
 from llmtune.training.checkpoint import (
     checkpoint_dir,
     find_start,

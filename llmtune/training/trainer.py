@@ -25,8 +25,8 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from llmtune.io.interrupt import Interruption
 from llmtune.io.run_dir import RunDir, atomic_write_json
+from llmtune.io.stopping import Interruption
 from llmtune.training.batch import StepRows
 from llmtune.training.callbacks import BestWatch, FiniteWatch, InterruptionWatch, LearningWatch
 from llmtune.training.checkpoint import (

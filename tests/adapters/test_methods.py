@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 
 from llmtune.adapters.config import METHODS, method_of
 from llmtune.adapters.inject import inject_adapter
+from llmtune.adapters.live import adapter_strength
 from llmtune.adapters.manifest import has_effect, read_adapter_config
 from llmtune.adapters.saved import save_adapter
-from llmtune.adapters.strength import adapter_strength
 from llmtune.errors import LlmtuneError
 from llmtune.merging.merge import merge_adapter
 from tests.adapters.conftest import load, logits, manifest_of

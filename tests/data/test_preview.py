@@ -7,8 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from llmtune.data.check import check_data
-from llmtune.data.check_page import render_check_page
+from llmtune.data.check import check_data, render_check_page
 from llmtune.data.config import DataConfig
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import prepare_examples

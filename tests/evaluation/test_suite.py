@@ -6,7 +6,7 @@ import pytest
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.suite import find_suite, load_suite
-from llmtune.io.shipped import shipped_files
+from llmtune.io.yaml_source import shipped_files
 
 ITEMS = [
     {"id": "a", "question": "2 + 2", "answer": "4", "options": ["3", "4"], "source": "x"},

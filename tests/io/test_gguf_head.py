@@ -14,7 +14,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.types import read_file_type
 from llmtune.io.gguf_head import MAX_TENSORS, read_gguf_head
 from llmtune.models.gguf import dense_checkpoint
-from llmtune.planning.gguf_config import read_gguf_config
+from llmtune.planning.base import read_gguf_config
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmtune.ops.four_bit_names import group_four_bit_names
+from llmtune.merging.packed import group_four_bit_names
 from llmtune.ops.nf4 import (
     dequantize,
     dequantize_rows,

@@ -18,7 +18,7 @@ from llmtune.training.fused.blocks import fused_blocks
 from llmtune.training.fused.lora import fused_lora
 from llmtune.training.fused.packing import packed_attention
 from llmtune.training.loss import choose_head, decoder_hidden, summed_loss
-from llmtune.training.memory.gradient_checkpointing import recomputable_layers
+from llmtune.training.memory.dry_run import recomputable_layers
 from llmtune.training.memory.measure import measure_activations
 from tests.planning.shapes import small_config
 

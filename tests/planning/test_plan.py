@@ -18,9 +18,8 @@ from llmtune.models.quantization.nf4 import Nf4Quantization
 from llmtune.models.resolve import resolve_base
 from llmtune.planning.base import read_base
 from llmtune.planning.devices import GIB, given_gpu
-from llmtune.planning.estimate import RUNTIME_BYTES
+from llmtune.planning.estimate import RUNTIME_BYTES, base_bytes, trained_bytes
 from llmtune.planning.shape import read_shape
-from llmtune.planning.weights import base_bytes, trained_bytes
 from llmtune.runs.pipeline import plan
 from tests.planning.shapes import small_config
 from tests.tiny import make_model

@@ -9,8 +9,8 @@ from llmtune.models.quantization.config import DENSE
 from llmtune.planning.activations import Adapted
 from llmtune.planning.devices import Device, given_gpu
 from llmtune.planning.estimate import Workload
+from llmtune.planning.plan import choose_rate, flops_a_token
 from llmtune.planning.shape import read_shape
-from llmtune.planning.speed import choose_rate, flops_a_token
 from llmtune.training.memory.arithmetic import RowSizes
 
 SHAPES = Path(__file__).parent.parent.parent / "docs" / "shapes"

@@ -86,7 +86,7 @@ class DivergenceFromBase(Diagnosis[DivergenceResult]):
 
     def plan(self, given: Given) -> Planned[DivergenceResult]:
         """Plan to measure it at every strength."""
-        from llmtune.adapters.strength import adapter_strength
+        from llmtune.adapters.live import adapter_strength
 
         model = cast("PeftModel", given.scored.model)
         return plan_divergence(

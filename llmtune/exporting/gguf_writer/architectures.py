@@ -6,7 +6,7 @@ from typing import Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.rope import llama3_factors, read_rope, rope_problem
-from llmtune.io.deadline import first_line
+from llmtune.io.stopping import first_line
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 
 Config = Mapping[str, Any]

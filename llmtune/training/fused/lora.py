@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
-from llmtune.adapters.attach import live_method
 from llmtune.adapters.base import Adapter
+from llmtune.adapters.live import live_method
 from llmtune.adapters.low_rank import active_factors
 from llmtune.models.quantization.describe import dense_weight
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear, lora_linears

@@ -1,12 +1,17 @@
-"""The end of the run tried before its beginning: the largest micro-batch, and every save."""
+"""The end of the run tried before its beginning: the largest micro-batch, and every save.
+
+Layers whose activations do not fit are recomputed in the backward pass (gradient checkpointing).
+"""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import RunDir
@@ -22,7 +27,6 @@ from llmtune.training.memory.arithmetic import (
     plan_memory,
     shrink_plan,
 )
-from llmtune.training.memory.gradient_checkpointing import recomputable_layers, recomputing
 from llmtune.training.memory.measure import available_bytes, is_out_of_memory, measure_activations
 from llmtune.training.objectives.base import MicroBatch
 
@@ -187,3 +191,46 @@ def _write_everything(
             "the base model's config files cannot be saved again, so neither could the tuned "
             f"model's: {error} Correct generation_config.json of the base."
         ) from error
+
+
+def recomputable_layers(model: PeftModel) -> list[nn.Module]:
+    """Return the layers whose activations can be recomputed, in the order of the forward pass."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def recomputing(model: PeftModel, num_layers: int) -> Iterator[None]:
+    """Recompute the activations of the first `num_layers` layers inside.
+
+    transformers 5.23 calls the switch `activation_checkpointing_enable`; before it was
+    `gradient_checkpointing_enable`. This is the one place that knows.
+
+    Raises:
+        LlmtuneError: the architecture does not offer it.
+    """
+    if num_layers == 0:
+        yield
+        return
+    base: PreTrainedModel = model.get_base_model()
+    layers = recomputable_layers(model)
+    if not base.supports_gradient_checkpointing or not layers:
+        raise LlmtuneError(
+            f"{type(base).__name__} offers no gradient checkpointing: set "
+            "train.gradient_checkpointing=false and a smaller train.micro_batch_size"
+        )
+    options = {"use_reentrant": False}
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    # Not needed without reentrant checkpointing, and it would make the embeddings' output a leaf.
+    base.disable_input_require_grads()
+    for layer in layers[num_layers:]:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        if hasattr(base, "activation_checkpointing_disable"):
+            base.activation_checkpointing_disable()
+        else:
+            base.gradient_checkpointing_disable()

@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from llmtune.adapters.attach import live_method
+from llmtune.adapters.live import live_method
 from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
 from llmtune.ops.linear_cross_entropy import FrozenHead

@@ -13,8 +13,12 @@ from llmtune.training.memory.arithmetic import (
     RowSizes,
     plan_memory,
 )
-from llmtune.training.memory.dry_run import dry_run_save, dry_run_step
-from llmtune.training.memory.gradient_checkpointing import recomputable_layers, recomputing
+from llmtune.training.memory.dry_run import (
+    dry_run_save,
+    dry_run_step,
+    recomputable_layers,
+    recomputing,
+)
 from llmtune.training.memory.measure import measure_activations
 from llmtune.training.train import train_adapter
 from tests.training.tiny_runs import make_adapter, make_config, make_request, make_rows

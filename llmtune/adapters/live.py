@@ -1,20 +1,53 @@
-"""A live adapter at a strength other than 1: base + strength * (adapted - base), and back again."""
+"""A live adapter: attached to its base, asked for its method, and weakened or strengthened.
+
+At a strength other than 1 the model is base + strength * (adapted - base), until it is set back.
+"""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
-from llmtune.adapters.attach import live_method
+from llmtune.adapters.base import Adapter
 from llmtune.adapters.config import method_of
 from llmtune.errors import LlmtuneError
+
+# peft reads a property that transformers renamed, and corrects fan_in_fan_out itself if
+# Linear and Conv1D are both targets.
+UNWANTED = (
+    (r".is_gradient_checkpointing. is deprecated", FutureWarning),
+    (r"fan_in_fan_out is set to", UserWarning),
+)
+
+
+def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Return `model` (changed in place) with freshly initialized adapter layers, in float32.
+
+    Raises:
+        ValueError: the config's modules are not in the model.
+    """
+    with warnings.catch_warnings():
+        for message, category in UNWANTED:
+            warnings.filterwarnings("ignore", message=message, category=category)
+        return PeftModelForCausalLM(model, config, autocast_adapter_dtype=True)
+
+
+def live_method(model: PeftModel) -> type[Adapter]:
+    """Return the method of a live model's adapter, or of the first of several.
+
+    Raises:
+        LlmtuneError: it is not a method that llmtune has.
+    """
+    return method_of(next(iter(model.peft_config.values())).to_dict())
 
 
 @contextlib.contextmanager

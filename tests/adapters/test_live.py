@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from llmtune.adapters.strength import adapter_strength
+from llmtune.adapters.live import adapter_strength
 from llmtune.errors import LlmtuneError
 from llmtune.merging.merge import merge_adapter
 from tests.tiny import make_model
