@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from llmtune.exporting.gguf_writer.pretokenizers import (
 from tests.tiny import CHATML, CORPUS, SPECIAL_TOKENS, make_model
 
 # {family: what tests/tiny.py does not set}
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "head_dim": 32},
     "mistral": {"sliding_window": None},
     "qwen2": {},

@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -32,7 +33,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 # The same examples everywhere, however slow the machine; `--hypothesis-profile random` looks for
 # others.
-_slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+_slow: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("random", **_slow)
 settings.register_profile("same", **_slow, derandomize=True, database=None)
 settings.load_profile("same")

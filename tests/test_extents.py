@@ -4,13 +4,15 @@ import json
 import logging
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from llmtune import evaluate, load_config, merge, train
 from llmtune.evaluation import measures
-from llmtune.evaluation.compare import Resampling, compare_arms
+from llmtune.evaluation.compare import compare_arms
 from llmtune.evaluation.results import arm_result_path, read_arm_result
+from llmtune.evaluation.stats import Resampling
 from llmtune.io.manifest import read_manifest
 from llmtune.runs.pipeline import measure
 from llmtune.serving import live
@@ -208,12 +210,13 @@ def test_every_knob_of_the_few_shot_arm_is_another_recipe(config):
 def test_a_general_suite_is_halved_at_other_strengths_and_a_transfer_suite_left_out():
     items = tuple(SimpleNamespace(id=f"i{n}") for n in range(200))
 
-    class Suite(SimpleNamespace):
+    class Items(SimpleNamespace):
         def select(self, ids):
-            return Suite(role=self.role, items=tuple(i for i in self.items if i.id in ids))
+            return Items(role=self.role, items=tuple(i for i in self.items if i.id in ids))
 
     def count(role, number=200):
-        chosen = measures.items_at_strength(Suite(role=role, items=items[:number]))
+        suite: Any = Items(role=role, items=items[:number])
+        chosen = measures.items_at_strength(suite)
         return None if chosen is None else len(chosen.items)
 
     assert count("target") == 200 and count("transfer") is None

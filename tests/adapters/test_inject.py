@@ -1,6 +1,7 @@
 """Injecting: the chosen weights alone are trained, on every family, and the table says so."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_experts_are_adapted_or_the_table_says_why_not():
 
 
 def test_family_whose_names_peft_reinterprets_is_refused_with_names_that_work():
-    knobs = {
+    knobs: dict[str, Any] = {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "n_group": 1,

@@ -1,5 +1,7 @@
 """A live adapter's strength: what merging writes, exact at the ends, and put back."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,7 +13,7 @@ from llmtune.merging.merge import merge_adapter
 from tests.tiny import make_model
 
 IDS = torch.tensor([[5, 17, 200, 33, 4, 90]])
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": "all-linear"},
     "rslora": {"target_modules": "all-linear", "use_rslora": True},
     "dora": {"target_modules": "all-linear", "use_dora": True},

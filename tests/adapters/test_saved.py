@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -294,10 +295,11 @@ def test_saving_again_replaces_the_adapter_and_leaves_nothing_else(saved, tmp_pa
 
 
 def test_failed_save_keeps_the_adapter_that_was_there(saved, tmp_path):
+    bad: Any = object()
     directory, loaded, model = saved()
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
     with pytest.raises(TypeError):
-        save_adapter(model, directory, {**manifest_of(loaded), "bad": object()})
+        save_adapter(model, directory, {**manifest_of(loaded), "bad": bad})
 
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

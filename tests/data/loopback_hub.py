@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 Files = Mapping[str, bytes]
@@ -77,7 +78,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             if not rest or rest[0] == "revision":
                 siblings = [{"rfilename": path} for path in files]
                 return self._json({"id": name, "sha": commit, "siblings": siblings, "tags": []})
-            entries = [
+            entries: list[dict[str, Any]] = [
                 {"type": "file", "path": path, "size": len(content), "oid": _oid(content)}
                 for path, content in files.items()
             ]

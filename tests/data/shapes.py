@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from tokenizers import (
     AddedToken,
@@ -214,7 +215,9 @@ def make_shape(name: str) -> PreTrainedTokenizerFast:
 
 def make_shape_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
-    cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=shape.split_pattern is None)
+    cut: Any = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=shape.split_pattern is None
+    )
     if shape.split_pattern is not None:
         split = pre_tokenizers.Split(Regex(shape.split_pattern), behavior="isolated")
         cut = pre_tokenizers.Sequence([split, cut])
@@ -231,7 +234,7 @@ def make_shape_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
         [AddedToken(text, special=False) for text in (*THINK_TOKENS, *shape.plain_tokens)]
     )
     if shape.has_post_processor:
-        bos = shape.bos
+        bos = shape.bos or ""
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )

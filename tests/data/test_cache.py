@@ -11,6 +11,7 @@ from llmtune.data import cache
 from llmtune.data.config import DataConfig
 from llmtune.data.prepare import prepare_examples
 from llmtune.errors import LlmtuneError
+from llmtune.models.gguf import cache_dir
 from tests.data.shapes import CHATML, SHAPES, make_shape, make_shape_tokenizer, turns, write_jsonl
 
 
@@ -24,7 +25,7 @@ def prepare(path, tokenizer=None, seed=0, **data):
 
 
 def entries() -> list:
-    directory = cache.cache_dir() / "data"
+    directory = cache_dir() / "data"
     return sorted(directory.iterdir()) if directory.is_dir() else []
 
 

@@ -1,5 +1,7 @@
 """`init` writes a config that reads the user's own file."""
 
+from typing import Any
+
 import pytest
 import yaml
 
@@ -9,7 +11,7 @@ from llmtune.data.prepare import prepare_examples
 from llmtune.errors import LlmtuneError
 from tests.data.shapes import make_shape, turns, write_jsonl
 
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "messages": {"messages": turns("a", "b")},
     "chat": {"conversation": turns("a", "b")},
     "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},

@@ -1,6 +1,7 @@
 """`init` drafts a suite over rows that are not trained on, so that a run ends with a verdict."""
 
 import json
+from typing import Any
 
 import pytest
 import yaml
@@ -50,7 +51,8 @@ def test_what_init_writes_is_a_suite_that_can_be_read(tmp_path, capsys):
     written = json.loads(capsys.readouterr().out)
     suite = load_suite(written["suite"])
     assert suite.name == "mine" and suite.role == "target"
-    assert suite.config.end_of_answer, "bill begins billing"
+    config: Any = suite.config
+    assert config.end_of_answer, "bill begins billing"
     assert written["suite"] in yaml.safe_load(out.read_text())["evaluate"]["suites"]
 
 

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from llmtune.data.cache import cache_dir
+from llmtune.data.collect import Split
 from llmtune.data.config import DataConfig, MixtureConfig, SourceConfig
 from llmtune.data.prepare import prepare_examples
 from llmtune.errors import LlmtuneError
+from llmtune.models.gguf import cache_dir
 from tests.data.shapes import make_shape, turns, write_jsonl
 from tests.data.test_hub import HUB_KNOBS
 
@@ -37,7 +38,7 @@ def files(tmp_path_factory):
     return {name: write_jsonl(directory / f"{name}.jsonl", rows) for name, rows in contents.items()}
 
 
-def outcome(data: dict, split: str) -> str:
+def outcome(data: dict, split: Split) -> str:
     """Return everything that preparing gives, or the error it ends with."""
     config = DataConfig.model_validate(data)
     try:

@@ -141,9 +141,9 @@ def test_a_row_cannot_steer_the_terminal_it_is_shown_in(tmp_path):
     rows = [{"messages": turns(hidden, hidden)}]
     config = DataConfig(train=[{"path": write_jsonl(tmp_path / "rows.jsonl", rows)}])
     (preview,) = preview_rows(config, make_shape("chatml"))
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=(written := io.StringIO()), width=200)
     console.print(render_terminal([preview]))
-    for shown in (console.file.getvalue(), render_page([preview])):
+    for shown in (written.getvalue(), render_page([preview])):
         assert not set("\x1b\x07\u200b\u202e") & set(shown)
         assert "␛" in shown and "U+202E" in shown
     assert hidden in preview.text  # scripts get it as it is

@@ -100,7 +100,9 @@ def test_control_tokens_alone_tell_where_plain_spans_are():
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     marks = ControlMarks(tokenizer)
     (places,) = marks.places([ids])
-    (anchor,) = marks.anchors(TextSample(text, (span,)), ids, places) or ()
+    found = marks.anchors(TextSample(text, (span,)), ids, places)
+    assert found is not None
+    (anchor,) = found
     assert anchor.tail == "<|im_start|>assistant\n"
     assert tokenizer.decode(ids[anchor.token :]) == text[text.rindex("<|im_start|>") :]
     assert tokenizer.decode(ids[anchor.terminator]) == "<|im_end|>"

@@ -3,14 +3,16 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.compare import Resampling, compare_arms
+from llmtune.evaluation.compare import compare_arms
 from llmtune.evaluation.run import evaluate_suite
+from llmtune.evaluation.stats import Resampling
 from llmtune.evaluation.suite import load_suite
 from llmtune.models.config import ModelConfig
 from llmtune.models.load import load_model
@@ -129,7 +131,7 @@ def test_arms_of_a_task_are_compared_as_any_suite(model, tmp_path):
 
 def test_generation_and_likelihood_tasks_keep_a_value_an_item(model, tmp_path):
     write_task(tmp_path, num_items=6)
-    data = {"dataset_path": "json", "test_split": "test"}
+    data: dict[str, Any] = {"dataset_path": "json", "test_split": "test"}
     data["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "items.jsonl")}}
     tasks = {
         "local_write": {

@@ -1,6 +1,7 @@
 """Another model's answers are found by id or place and scored by the suite's own metric."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ ITEMS = [{"id": f"i{n}", "q": f"{n}?", "answer": "yes" if n % 2 else "no"} for n
 
 def make_suite(folder, name="suite", **keys):
     write_jsonl(folder / "items.jsonl", ITEMS)
-    values = {"task": "choice", "items": "items.jsonl", "prompt": "{{ q }}"}
+    values: dict[str, Any] = {"task": "choice", "items": "items.jsonl", "prompt": "{{ q }}"}
     if keys.get("task") != "exact":
         values["choices"] = ["yes", "no"]
     (folder / f"{name}.yaml").write_text(json.dumps(values | keys))

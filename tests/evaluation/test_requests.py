@@ -7,12 +7,9 @@ from tokenizers.processors import TemplateProcessing
 
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.requests import (
-    Demonstration,
-    encode_prompts,
-    split_continuation,
-)
+from llmtune.evaluation.requests import encode_prompts, split_continuation
 from llmtune.evaluation.suite import load_suite
+from llmtune.evaluation.tasks.base import Demonstration
 from tests.tiny import CHATML, make_tokenizer
 
 THINKING = CHATML.replace(

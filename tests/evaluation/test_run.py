@@ -9,12 +9,13 @@ from peft import LoraConfig, get_peft_model
 
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.compare import Resampling, compare_arms
+from llmtune.evaluation.compare import compare_arms
 from llmtune.evaluation.run import (
     ScoringSettings,
     evaluate_arms,
     evaluate_suite,
 )
+from llmtune.evaluation.stats import Resampling
 from llmtune.evaluation.suite import load_suite
 from llmtune.evaluation.tasks.base import Demonstration
 from tests.evaluation.live import IDENTITY, make_live

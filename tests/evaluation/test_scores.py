@@ -1,7 +1,7 @@
 """Scores read back from disk hold the arms that were asked for."""
 
-from llmtune.evaluation.compare import Resampling
 from llmtune.evaluation.scores import read_scores
+from llmtune.evaluation.stats import Resampling
 from tests.reporting.planted import PlantedSuite, plant_run, right_wrong
 
 

@@ -4,6 +4,7 @@ import base64
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -14,8 +15,23 @@ from llmtune.exporting.hub import push_directory
 TOKEN = "hf_secret_of_the_test"
 
 
+class Hub(ThreadingHTTPServer):
+    """The repositories of a model hub, in memory."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.private: dict[str, bool] = {}
+        self.files: dict[str, Any] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.tokens: set[str | None] = set()
+        self.refuses = False
+
+
 class StandIn(BaseHTTPRequestHandler):
-    """As much of a model hub as a push needs: repositories in memory."""
+    """As much of a model hub as a push needs."""
+
+    server: Hub
 
     def do_GET(self):
         repo = self.path.removeprefix("/api/models/")
@@ -105,10 +121,7 @@ class StandIn(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    server.private, server.files, server.blobs, server.tokens = {}, {}, {}, set()
-    server.refuses = False
+    server = Hub(("127.0.0.1", 0), StandIn)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -6,16 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmtune.checks.provenance import PROVENANCE_FILE
 from llmtune.errors import LlmtuneError
 from llmtune.io.unfinished import remove_leftovers
-from llmtune.merging.merge import PROVENANCE_FILE, merge_adapter
+from llmtune.merging.merge import merge_adapter
 from llmtune.merging.sidecar import write_sidecar
 from llmtune.models.checkpoint import Checkpoint
 from tests.merging.adapters import load_base, make_adapter, make_base
@@ -24,6 +25,7 @@ from tests.tiny import make_tokenizer
 STUCK_MERGE = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from llmtune.merging import merge, shards, tiles
 real, done = tiles.TensorMerger.merge_tile, []
 def stuck(self, *tile):
@@ -39,6 +41,7 @@ merge.merge_adapter(*map(Path, sys.argv[1:]), num_threads=1)
 SMALL_FILES = """
 import resource, sys
 from pathlib import Path
+from types import SimpleNamespace
 from llmtune.errors import LlmtuneError
 from llmtune.merging.merge import merge_adapter
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -61,7 +64,8 @@ def merge(made: Path, out_dir: Path, **options):
 
 
 def start(code: str, made: Path, out_dir: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", code, made / "base", made / "adapter", out_dir]
+    paths = (made / "base", made / "adapter", out_dir)
+    command = [sys.executable, "-c", code, *map(str, paths)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -106,7 +110,7 @@ def test_failed_overwrite_keeps_the_old_directory(made, tmp_path, monkeypatch):
 
 
 def test_full_disk_is_seen_before_anything_is_written(made, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 5000, 5000)
+    usage = SimpleNamespace(total=10**9, used=10**9 - 5000, free=5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(LlmtuneError, match=r"needs [\d,]+ bytes and its disk has 5,000 free"):
         merge(made, tmp_path / "out")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from llmtune.models.checkpoint import Checkpoint
 from tests.merging.adapters import load_adapter, load_base, logits, make_adapter, make_base
 
 WEIGHTS = (0.6, 0.4)
-A_CONFIG = {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]}
-B_CONFIG = {"r": 6, "lora_alpha": 3, "rank_pattern": {"up_proj": 2}}
+A_CONFIG: dict[str, Any] = {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]}
+B_CONFIG: dict[str, Any] = {"r": 6, "lora_alpha": 3, "rank_pattern": {"up_proj": 2}}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Merging into the weights that a quantized base computes with, to the bit."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from llmtune.models.quantization.describe import describe_quantized_base
 from llmtune.models.resolve import resolve_base
 from tests.merging.adapters import load_base, logits, make_adapter, make_base
 
-QUANTIZATIONS = {
+QUANTIZATIONS: dict[str, Any] = {
     "nf4": {"method": "nf4"},
     "nf4 with plain scales": {"method": "nf4", "double_quant": False},
     "nf4 computed in float32": {"method": "nf4", "compute_dtype": "float32"},

@@ -1,6 +1,7 @@
 """A merged tensor is the float32 sum rounded once, and the merged model answers as the adapter."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from llmtune.merging.merge import merge_adapter
 from tests.merging.adapters import load_adapter, load_base, logits, make_adapter, make_base
 from tests.tiny import FAMILIES
 
-TIED = {"tie_word_embeddings": True}
+TIED: dict[str, Any] = {"tie_word_embeddings": True}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXPERTS = {"num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 16}
 
@@ -83,7 +84,7 @@ def test_merge_equals_forward_with_adapter_in_every_family(tmp_path, family):
     assert_same_answers(base, adapter, tmp_path / "merged")
 
 
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dora": ("llama", {}, {"use_dora": True}),
     "dora conv1d": ("gpt2", {}, {"use_dora": True}),
     "dora embedding": ("llama", {}, {"use_dora": True, "target_modules": ["embed_tokens"]}),

@@ -1,5 +1,7 @@
 """The frozen-head cross-entropy against plain torch: value, gradient, edges, memory, isolation."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from llmtune.ops import linear_cross_entropy as op
 from llmtune.ops.linear_cross_entropy import linear_cross_entropy, select_labelled
 
 WIDTH, VOCAB = 16, 97
-HEADS = {
+HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
     "softcap": {"logit_softcap": 3.0},
     "scale": {"logit_scale": 0.25},

@@ -1,5 +1,8 @@
 """Packed attention against plain torch: value, gradient, isolation, and which backend is chosen."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from llmtune.ops.varlen_attention import (
 WIDTH = 8
 SCALE = WIDTH**-0.5
 LENGTHS = (3, 1, 7, 2, 5, 1)
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "causal": {},
     "window": {"sliding_window": 3},
     "window_of_one": {"sliding_window": 1},
@@ -39,12 +42,23 @@ def clear_plans() -> None:
     plan_stacks.cache_clear()
 
 
-def make_inputs(lengths, dtype, *, heads=6, groups=2, seed=0) -> list[Tensor]:
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def make_inputs(lengths, dtype, *, heads=6, groups=2, seed=0) -> Inputs:
     """Strided as transformers makes them: memory ordered `[1, T, heads, D]`."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(1, sum(lengths), count, WIDTH) for count in (heads, groups, groups)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    return [tensor.to(dtype).transpose(1, 2).detach().requires_grad_() for tensor in tensors]
+    query, key, value = (
+        tensor.to(dtype).transpose(1, 2).detach().requires_grad_() for tensor in tensors
+    )
+    return query, key, value
+
+
+def detached(inputs: Inputs) -> Inputs:
+    query, key, value = (tensor.detach() for tensor in inputs)
+    return query, key, value
 
 
 def plain_attention(query, key, value, lengths, *, scale, sliding_window=None, softcap=None):
@@ -103,7 +117,7 @@ def test_padded_sdpa_equals_plain_attention(window):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_flex_equals_plain_attention(name):
-    inputs = [tensor.detach() for tensor in make_inputs(LENGTHS, torch.float32, groups=2)]
+    inputs = detached(make_inputs(LENGTHS, torch.float32, groups=2))
     result = varlen_attention(*inputs, LENGTHS, scale=SCALE, backend="flex", **SHAPES[name])
     expected = plain_attention(*inputs, LENGTHS, scale=SCALE, **SHAPES[name])
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
@@ -135,8 +149,11 @@ def test_a_neighbour_has_no_influence_at_all(backend, small_tiles):
         mixed[:, :, kept] = tensor.detach()[:, :, kept]
         changed.append(mixed.requires_grad_())
 
-    def kept_results(tensors: list[Tensor]) -> list[Tensor]:
-        output = varlen_attention(*tensors, LENGTHS, scale=SCALE, backend=backend)[:, :, kept]
+    def kept_results(tensors: Sequence[Tensor]) -> list[Tensor]:
+        query, key, value = tensors
+        output = varlen_attention(query, key, value, LENGTHS, scale=SCALE, backend=backend)[
+            :, :, kept
+        ]
         gradients = torch.autograd.grad(output.square().sum(), tensors)
         foreign = torch.ones(sum(LENGTHS), dtype=torch.bool)
         foreign[kept] = False
@@ -149,7 +166,7 @@ def test_a_neighbour_has_no_influence_at_all(backend, small_tiles):
 
 @pytest.mark.parametrize("backend", ["tiled", "padded_sdpa", "flex"])
 def test_the_next_projection_reads_the_result_without_a_copy(backend):
-    inputs = [tensor.detach() for tensor in make_inputs(LENGTHS, torch.float32)]
+    inputs = detached(make_inputs(LENGTHS, torch.float32))
     output = varlen_attention(*inputs, LENGTHS, scale=SCALE, backend=backend)
     assert output.transpose(1, 2).is_contiguous()
 

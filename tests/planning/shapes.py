@@ -1,9 +1,11 @@
 """Small configs of every family the planner knows."""
 
+from typing import Any
+
 
 def small_config(family: str, *, layers: int = 2) -> dict:
     """Return a small model's config values for `CONFIG_MAPPING[family]`."""
-    config = {
+    config: dict[str, Any] = {
         "vocab_size": 512,
         "hidden_size": 64,
         "num_hidden_layers": layers,

@@ -1,6 +1,7 @@
 """What a token is said to cost is what autograd keeps in training's own forward pass."""
 
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def compare(family, adapter, *, dtype=torch.bfloat16, is_fused=True):
             rows: measure_activations(
                 injected,
                 layers,
-                lambda rows=rows: summed_loss(injected, pack_rows([ROW] * rows), head),
+                partial(summed_loss, injected, pack_rows([ROW] * rows), head),
                 64 * rows,
             )
             for rows in (4, 8)

@@ -11,13 +11,14 @@ from gguf import GGUFWriter
 from llmtune.cli import run_command
 from llmtune.config import load_config
 from llmtune.errors import LlmtuneError
+from llmtune.io.sizes import GIB
 from llmtune.models.config import ModelConfig
 from llmtune.models.load import load_model
 from llmtune.models.quantization.config import DENSE
 from llmtune.models.quantization.nf4 import Nf4Quantization
 from llmtune.models.resolve import resolve_base
 from llmtune.planning.base import read_base
-from llmtune.planning.devices import GIB, given_gpu
+from llmtune.planning.devices import given_gpu
 from llmtune.planning.estimate import RUNTIME_BYTES, base_bytes, trained_bytes
 from llmtune.planning.shape import read_shape
 from llmtune.runs.pipeline import plan

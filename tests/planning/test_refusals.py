@@ -7,9 +7,10 @@ import pytest
 from llmtune.cli import run_command
 from llmtune.config import load_config
 from llmtune.errors import LlmtuneError
+from llmtune.io.sizes import GIB
 from llmtune.models.config import ModelConfig
 from llmtune.planning.base import read_base
-from llmtune.planning.devices import GIB, given_gpu
+from llmtune.planning.devices import given_gpu
 from llmtune.planning.shape import read_shape
 from llmtune.runs.pipeline import plan
 from tests.planning.shapes import small_config

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llmtune.evaluation.diagnosis.base import Diagnostic, write_diagnostic
 from llmtune.evaluation.diagnosis.contamination import (
@@ -50,7 +51,7 @@ def plant_full_run(path: Path, *, name: str = "full") -> RunDir:
         "seconds": 190.0,
         "device": "cpu",
     }
-    stages = {
+    stages: dict[str, Any] = {
         "train": {"finished": "now", "seconds": 197.0, "peak_bytes": 3 * 2**30, "result": training},
         "merge": {
             "finished": "now",

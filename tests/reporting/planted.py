@@ -2,9 +2,10 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from llmtune.evaluation.results import ArmResult, ItemScore, save_arm_result
 from llmtune.io.manifest import Manifest
@@ -23,7 +24,7 @@ class PlantedSuite:
 
     name: str
     role: str
-    arms: dict[str, Sequence[float]]
+    arms: Mapping[str, Sequence[float]]
     metric: str = "accuracy"
     majority: float | None = None
     weights: Sequence[float] | None = None
@@ -44,7 +45,7 @@ def plant_run(
     made = {suite.name: dict.fromkeys(suite.arms, 0.0) for suite in suites}
     manifest = manifest or Manifest(config=config)
     if suites:
-        evaluated = {"evaluate": {"finished": "now", "result": {"suites": made}}}
+        evaluated: dict[str, Any] = {"evaluate": {"finished": "now", "result": {"suites": made}}}
         manifest = replace(manifest, stages={**evaluated, **manifest.stages})
     manifest.save(run)
     for suite in suites:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def full_run(tmp_path):
     general = right_wrong(200, 0.5, seed=2)
     hurt = [score if index % 2 else 0.0 for index, score in enumerate(general)]
     prose = [3.0 + index / 100 for index in range(40)]
-    stages = {
+    stages: dict[str, Any] = {
         "train": {
             "fingerprint": "a" * 64,
             "finished": "now",
@@ -142,6 +143,7 @@ def test_the_slice_that_regressed_is_found(full_run):
 
 def test_perplexity_is_weighted_by_tokens_and_a_rise_is_worse(full_run):
     prose = next(suite for suite in build_report(full_run).suites if suite.name == "prose")
+    assert prose.change is not None
     assert prose.change.difference == pytest.approx(0.05)
     assert prose.gain(prose.change)[0] == pytest.approx(-0.05)
     assert prose.score("base") > 3.2
@@ -175,7 +177,7 @@ def test_identical_models_have_difference_zero_and_p_one(tmp_path):
     run = plant_run(tmp_path, [PlantedSuite("movies", "target", {"base": BASE, "tuned": BASE})])
     movies = build_report(run).as_json()["suites"]["movies"]
     assert (movies["difference"], movies["p_value"]) == (0, 1)
-    low, high = movies["interval"]
+    low, high = movies["interval"] or (0, 0)
     assert low < 0 < high
 
 
@@ -209,7 +211,7 @@ def test_the_same_run_gives_the_same_report(full_run):
 def test_report_json_is_json_without_nan(full_run):
     plant_log(full_run, [2.0, float("nan"), 1.0], {})
     manifest = read_manifest(full_run)
-    stages = {**manifest.stages, "merge": {"result": {"check": {"kl": math.nan}}}}
+    stages: dict[str, Any] = {**manifest.stages, "merge": {"result": {"check": {"kl": math.nan}}}}
     dataclasses.replace(manifest, stages=stages).save(full_run)
     assert "NaN" in full_run.manifest_path.read_text()
     write_report(build_report(full_run), full_run)
@@ -283,7 +285,8 @@ def test_the_planned_memory_stands_beside_the_measured_peak(full_run):
     manifest = read_manifest(full_run)
     estimate = {"total_bytes": 2_800, "components": {"base": 2_000, "activations": 800}}
     result = {**manifest.stages["train"]["result"], "estimate": estimate, "peak_bytes": 3_500}
-    stages = {**manifest.stages, "train": {**manifest.stages["train"], "result": result}}
+    train: Any = {**manifest.stages["train"], "result": result}
+    stages = {**manifest.stages, "train": train}
     assert build_report(full_run).as_json()["plan"] is None
     dataclasses.replace(manifest, stages=stages).save(full_run)
     report = build_report(full_run)
@@ -299,7 +302,8 @@ def test_gpu_memory_of_training_is_told_apart_from_the_host_peak(full_run):
     manifest = read_manifest(full_run)
     for device, expected in (("cuda:0", 7_000), ("cpu", None)):
         result = {**manifest.stages["train"]["result"], "device": device, "peak_bytes": 7_000}
-        stages = {**manifest.stages, "train": {**manifest.stages["train"], "result": result}}
+        train: Any = {**manifest.stages["train"], "result": result}
+        stages = {**manifest.stages, "train": train}
         dataclasses.replace(manifest, stages=stages).save(full_run)
         report = build_report(full_run)
         write_report(report, full_run)

@@ -1,5 +1,7 @@
 """Batched, streamed and plain decoding write the same text, and only the given settings count."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def test_sampling_is_repeatable_and_independent_of_the_batches(llama, tokenizer)
 def test_a_tiny_nucleus_is_greedy(llama, tokenizer):
     greedy = Decoding(max_new_tokens=6, stop_token_ids=())
     nucleus = Decoding(max_new_tokens=6, stop_token_ids=(), temperature=2.0, top_p=1e-6)
-    settings = {"token_budget": 1000}
+    settings: dict[str, Any] = {"token_budget": 1000}
     assert generate_texts(llama, tokenizer, PROMPTS, greedy, **settings) == generate_texts(
         llama, tokenizer, PROMPTS, nucleus, **settings
     )

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmtune.scoring import likelihood
-from llmtune.scoring.batches import batch_by_length
+from llmtune.scoring.batches import batch_by_length, run_forward
 from llmtune.scoring.generate import Decoding, generate_texts
 from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
 from tests.tiny import make_model, make_tokenizer
@@ -64,7 +64,7 @@ def test_logits_of_long_choices_stay_within_their_bound(monkeypatch):
     bound = 90 * model.config.vocab_size * 4
     monkeypatch.setattr("llmtune.scoring.batches.LOGITS_BYTES", bound)
     seen = []
-    real = likelihood.run_forward
+    real = run_forward
 
     def record(*args, **kwargs):
         result = real(*args, **kwargs)

@@ -22,7 +22,7 @@ def clone(tmp_path):
 
 
 def setup(clone: Path, path: str) -> subprocess.CompletedProcess[str]:
-    command = [shutil.which("bash"), str(clone / "scripts" / "setup.sh")]
+    command = [str(shutil.which("bash")), str(clone / "scripts" / "setup.sh")]
     environment = {"PATH": path, "HOME": str(clone)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 

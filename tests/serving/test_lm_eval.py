@@ -1,6 +1,8 @@
 """`eval --lm-eval` on a run: both arms on one loaded base, kept, and shown in the report."""
 
+import importlib
 import json
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -28,7 +30,7 @@ def project(tmp_path_factory):
 def test_both_arms_are_run_on_one_base_and_joined_into_the_report(project):
     run, tasks = project
     loads = []
-    import llmtune.scoring.live as live
+    live: Any = importlib.import_module("llmtune.scoring.live")
 
     original = live.load_model
     live.load_model = lambda *given: loads.append(given) or original(*given)

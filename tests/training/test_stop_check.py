@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from llmtune.io.manifest import read_manifest
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.turns import stop_token_ids
 from llmtune.reporting.verdict.caveats import find_training_caveats
-from llmtune.training.stop_check import MAX_NEW_TOKENS, check_stops
+from llmtune.training.stop_check import MAX_NEW_TOKENS, StopCheck, check_stops
 from llmtune.training.train import train_adapter
 from tests.conftest import write_jsonl
 from tests.project import chat_row, make_project
@@ -32,7 +33,7 @@ def make_example() -> Example:
     return Example(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer, "rows.jsonl", 1)
 
 
-def overfit(example: Example, run) -> dict:
+def overfit(example: Example, run) -> StopCheck:
     model = make_adapter()
     request = make_request(model, run, train=[example])
     train_adapter(make_config(max_steps=200, batch_size=1, learning_rate=1e-2), request)
@@ -65,7 +66,7 @@ def test_a_run_records_whether_its_model_stops(tmp_path):
     config = load_config(path, [*OVERFIT, f"data.train=[{{path: {tmp_path}/one.jsonl}}]"])
     write_jsonl(tmp_path / "one.jsonl", [chat_row("The film is warm.", "positive")])
     write_jsonl(tmp_path / "validation.jsonl", [chat_row("The film is  warm!", "positive")])
-    result = train(config)
+    result: Any = train(config)
     assert (result["stop_check"]["stopped"], result["stop_check"]["asked"]) == (1, 1)
     recorded = read_manifest(config.run).stages["train"]["result"]["stop_check"]
     assert recorded == result["stop_check"]

@@ -28,7 +28,7 @@ def test_divergence_is_measured_on_general_text_and_on_the_tasks_prompts(subject
     found = plan_divergence(subject, settings).measure()
     assert found.general.num_texts == 4 and found.target.num_texts == 12
     for text in (found.general, found.target):
-        low, high = text.kl_interval
+        low, high = text.kl_interval or (0, 0)
         assert 0 < low < text.kl < high
         assert 0 < text.top1_flips <= 1
     silence(subject)

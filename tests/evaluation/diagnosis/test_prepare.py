@@ -48,8 +48,8 @@ def test_a_subject_holds_both_splits_and_the_seen_rows(subject, project):
 
 def test_plain_texts_are_the_rows_own_words(project, suites):
     config = load_config(project / "config.yaml")
-    rows = [read_row_texts(config.data, split) for split in ("train", "evaluation")]
-    sets = shift_texts(*rows, suites)
+    train, evaluation = (read_row_texts(config.data, split) for split in ("train", "evaluation"))
+    sets = shift_texts(train, evaluation, suites)
     assert {name: len(texts) for name, texts in sets.items()} == {
         "train": 48, "evaluation": 4, "general": 4,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,13 +20,13 @@ def suite(
     name: str = "movies",
     role: str = "target",
     base: float = 0.7,
-    **fields: object,
+    **fields: Any,
 ) -> SuiteReport:
     """Return a suite of 200 items whose interval is symmetric around the difference."""
     is_loss = fields.get("metric") == "nats_per_token"
     p_value = 0.001 if abs(difference) > half_width else 0.4
     low, high = difference - half_width, difference + half_width
-    values = {
+    values: dict[str, Any] = {
         "name": name,
         "role": role,
         "task": "perplexity" if is_loss else "choice",
@@ -46,7 +47,7 @@ def prose(rise: float, half_width: float = 0.01) -> SuiteReport:
     return suite(rise, half_width, name="prose", role="general", base=3.0, metric="nats_per_token")
 
 
-def verdict_on(*suites: SuiteReport, **fields: object) -> Verdict:
+def verdict_on(*suites: SuiteReport, **fields: Any) -> Verdict:
     return decide(Evidence(suites, **fields))
 
 

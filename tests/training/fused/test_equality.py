@@ -2,6 +2,7 @@
 
 import statistics
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ NOISE = 2**-7
 
 # Choosing the best two of four experts turns rounding into another choice, in stock as in fused
 # training, so here all are taken; the choice itself is tested in float32 in test_fused_lora.py.
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {},

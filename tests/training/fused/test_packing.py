@@ -1,5 +1,7 @@
 """Rows are packed only where the probe shows that they stay apart."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,13 +12,13 @@ from llmtune.training.loss import decoder_hidden
 from tests.training.tiny_runs import make_adapter, make_rows
 from tests.versions import IS_CURRENT
 
-PACKABLE = ("llama", "qwen2", "qwen3", "mistral", "phi", "gpt_neox", "mixtral")
+PACKABLE: tuple[str, ...] = ("llama", "qwen2", "qwen3", "mistral", "phi", "gpt_neox", "mixtral")
 if IS_CURRENT:  # on transformers 5.17 the probe refuses gemma2, whose rows are padded then
     PACKABLE += ("gemma2",)
 
 
 # Learned positions: unlike rotary ones, they would tell if positions went on over a row's border.
-LEARNED_POSITIONS = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+LEARNED_POSITIONS: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -81,10 +83,11 @@ def test_demanding_packing_of_a_model_that_mixes_is_an_error():
 
 
 def test_an_attention_that_ignores_the_window_is_found(monkeypatch):
+    from llmtune.ops.varlen_attention import varlen_attention
     from llmtune.training.fused import packing
 
     model = make_adapter("gemma2", sliding_window=8)
-    real = packing.varlen_attention
+    real = varlen_attention
     monkeypatch.setattr(
         packing,
         "varlen_attention",
