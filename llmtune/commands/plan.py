@@ -15,7 +15,7 @@ from llmtune.commands.options import (
     print_result,
     with_output_options,
 )
-from llmtune.io.sizes import MIB, format_apart, format_size
+from llmtune.io.sizes import format_apart, format_in, format_size
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
@@ -86,13 +86,14 @@ def _lines(found: "Plan") -> list[str]:
     memory, disk, rows = found.memory, found.disk, found.rows
     written = ", ".join(f"{name} {format_size(size)}" for name, size in disk.components.items())
     needed, free = format_apart(disk.total_bytes, disk.free_bytes)
+    a_token = format_in(memory.bytes_a_token, "MiB", digits=2)
     lines = [
         "",
         f"model        {found.shape.num_parameters / 1e9:.3g} billion parameters"
         f"{_active(found)}, {found.adapter_parameters / 1e6:.1f} million trained",
         f"rows         longest {rows.longest} tokens, mean {rows.mean:.0f}: {rows.source}",
         f"micro-batch  {memory.tokens} tokens at once, {memory.recomputed_layers} of "
-        f"{memory.layers} layers recomputed, {memory.bytes_a_token / MIB:.2f} MiB a token",
+        f"{memory.layers} layers recomputed, {a_token} a token",
         f"disk         {needed} ({written}); {free} free{'' if disk.fits else ': too little'}",
     ]
     if found.seconds is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.io.sizes import MIB, format_apart
+from llmtune.io.sizes import MIB, format_apart, format_in
 from llmtune.io.unfinished import free_bytes
 from llmtune.merging.changes import MergePlan
 from llmtune.merging.merge import needed_bytes
@@ -61,7 +61,7 @@ def _format_plan(plan: Mapping[str, Any]) -> Iterator[str]:
     for (pattern, change, shape, dtype, deltas), sizes in groups.items():
         yield (
             f"  {len(sizes):>4} x {pattern} [{shape}] {dtype}: {change}"
-            f"{', ' + deltas if deltas else ''}, {sum(sizes) / MIB:.1f} MiB"
+            f"{', ' + deltas if deltas else ''}, {format_in(sum(sizes), 'MiB')}"
         )
     untouched = plan["tensors"] - len(plan["changed"])
     yield f"  {untouched:>4} tensors copied; {plan['bytes'] / MIB:,.1f} MiB in all"

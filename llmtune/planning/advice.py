@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmtune.io.sizes import GIB, MIB, format_size
+from llmtune.io.sizes import MIB, format_in, format_size
 from llmtune.models.quantization.config import SMALLEST
 from llmtune.planning.estimate import DiskEstimate
 from llmtune.planning.rows import RowFacts
@@ -22,16 +22,15 @@ def advise_memory(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> li
         options[:count] for count in range(2, len(options) + 1)
     ]
     found: list[str] = []
-    needed = 0
+    in_gib = ""
     for way in ways:
         changed, length = _apply(request, way)
         memory = plan_memory_of(changed, shape, _shorten(rows, length))
-        needed = memory.total_bytes
+        in_gib = format_in(memory.total_bytes, "GiB")
         if memory.fits and len(found) < NUM_SUGGESTIONS:
-            found.append(f"{_join(way)}: {_format_gib(needed)} in all")
+            found.append(f"{_join(way)}: {in_gib} in all")
     return found or [
-        f"even {_join(options)} needs {_format_gib(needed)}: choose a smaller base, or a device "
-        "with more memory"
+        f"even {_join(options)} needs {in_gib}: choose a smaller base, or a device with more memory"
     ]
 
 
@@ -89,7 +88,3 @@ def _shorten(rows: RowFacts, length: int | None) -> RowFacts:
         return rows
     share = length / rows.longest
     return replace(rows, longest=length, largest_step=round(rows.largest_step * share))
-
-
-def _format_gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+from llmtune.io import sizes
+
 T = TypeVar("T")
 MINUS = "\N{MINUS SIGN}"
 NO_VALUE = "\N{EN DASH}"
 SECONDS_PER_MINUTE = 60
 SECONDS_PER_HOUR = 3600
-BYTES_PER_STEP = 1024
 SMALLEST_P = 0.001
 NO_BREAK = "\N{NO-BREAK SPACE}"
 UNBROKEN = re.compile(r"n = (?=\d)|(?<=\d) (?=%|points|nats|bits|items|tokens)|\[\S+ (?=\S+\])")
@@ -97,12 +98,7 @@ def format_bytes(size: float | None) -> str:
     """Format a number of bytes with a binary unit, as `3.7 GiB`."""
     if size is None:
         return NO_VALUE
-    value, units = float(size), ("B", "KiB", "MiB", "GiB", "TiB")
-    for unit in units:
-        if value < BYTES_PER_STEP or unit == units[-1]:
-            break
-        value /= BYTES_PER_STEP
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    return sizes.format_bytes(size)
 
 
 def format_p(p_value: float | None) -> str:

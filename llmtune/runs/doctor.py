@@ -14,7 +14,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from llmtune.io.environment import machine, package_version
-from llmtune.io.sizes import GIB
+from llmtune.io.sizes import GIB, format_in
 from llmtune.models.gguf import cache_dir
 
 LOW_DISK_BYTES = 10 * GIB
@@ -148,7 +148,7 @@ def _torch() -> Iterator[Finding]:
         name = torch.cuda.get_device_name(index)
         free, total = torch.cuda.mem_get_info(index)
         yield Finding(
-            f"GPU {index}", "ok", f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+            f"GPU {index}", "ok", f"{name}, {free / GIB:.1f} of {format_in(total, 'GiB')} free"
         )
         has_bf16 = torch.cuda.get_device_capability(index)[0] >= 8
         yield Finding(
@@ -176,7 +176,7 @@ def _quantization() -> Finding:
 def _memory() -> Finding:
     memory = psutil.virtual_memory()
     return Finding(
-        "memory", "ok", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
+        "memory", "ok", f"{memory.available / GIB:.1f} of {format_in(memory.total, 'GiB')} free"
     )
 
 
@@ -184,7 +184,7 @@ def _disk(subject: str, path: Path) -> Finding:
     while not path.exists():
         path = path.parent
     free = shutil.disk_usage(path).free
-    found = f"{free / GIB:.1f} GiB free at {path}"
+    found = f"{format_in(free, 'GiB')} free at {path}"
     if free < LOW_DISK_BYTES:
         return Finding(subject, "note", found, "a merged 8B model alone takes 16 GiB")
     return Finding(subject, "ok", found)

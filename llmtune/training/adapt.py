@@ -17,7 +17,7 @@ from llmtune.data.template import template_fingerprint
 from llmtune.io.environment import versions
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.run_dir import RunDir
-from llmtune.io.sizes import MIB
+from llmtune.io.sizes import format_in
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.live import LiveModel
@@ -181,12 +181,12 @@ def _describe_quantized(table: QuantizationTable) -> Iterator[str]:
     """Yield one line for each group of like-named weights, largest memory first."""
     yield (
         f"quantized: {table.quantized_ratio:.1%} of {table.num_parameters / MILLION:.1f} million "
-        f"weights to {table.method}, {table.bytes / MIB:.1f} MiB in all"
+        f"weights to {table.method}, {format_in(table.bytes, 'MiB')} in all"
     )
     for row in table.rows:
         yield (
             f"  {row.kind:<9} {row.count:>4} x {row.pattern}, "
-            f"{row.num_parameters / MILLION:.1f} million, {row.bytes / MIB:.1f} MiB"
+            f"{row.num_parameters / MILLION:.1f} million, {format_in(row.bytes, 'MiB')}"
         )
 
 

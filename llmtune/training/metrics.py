@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from llmtune.io.sizes import format_in
 from llmtune.training.memory.measure import peak_bytes
 from llmtune.training.request import RunTotals
 
@@ -125,7 +126,7 @@ def format_metrics(line: dict[str, Any], total_steps: int) -> str:
             f"loss {line['loss']:.4f}",
             f"lr {line['learning_rate']:.2e}",
             f"{line['tokens_per_second']:,.0f} tokens/s",
-            f"peak {line['peak_bytes'] / 2**30:.1f} GiB",
+            f"peak {format_in(line['peak_bytes'], 'GiB')}",
             f"left {format_seconds(line['seconds_left'])}",
         )
     )

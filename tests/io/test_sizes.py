@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.io.sizes import GIB, MIB, format_apart, format_size
+from llmtune.io.sizes import GIB, MIB, format_apart, format_bytes, format_in, format_size
 from llmtune.io.unfinished import free_bytes, require_space
 
 
@@ -41,3 +41,9 @@ def test_a_disk_that_lacks_a_single_byte_is_refused_with_both_numbers(tmp_path, 
     words = rf"the adapter needs {free + 1:,} bytes and its disk has {free:,} free"
     with pytest.raises(Exception, match=words):
         require_space(tmp_path / "out", free + 1, what="the adapter")
+
+
+def test_a_size_is_written_in_the_unit_and_with_the_digits_that_are_asked_for():
+    assert format_in(512 * MIB, "GiB") == "0.5 GiB"
+    assert format_in(3 * GIB, "MiB", digits=2) == "3072.00 MiB"
+    assert format_bytes(2000) == "2.0 KiB"

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import RunDir
+from llmtune.io.sizes import format_in
 from llmtune.io.unfinished import require_space
 from llmtune.training.batch import StepCollator, largest_micro_batches, move_to
 from llmtune.training.checkpoint import save_weights
@@ -150,7 +151,7 @@ def dry_run_step(run_step: Callable[[], None], *, longest: int, plan: MemoryPlan
         raise DoesNotFitError(
             f"the longest row has {longest} tokens, and a micro-batch of {size} with "
             f"{plan.recomputed_layers} layers recomputed does not fit the memory (about "
-            f"{plan.needed_bytes / 2**30:.1f} GiB for activations). Set data.max_length="
+            f"{format_in(plan.needed_bytes, 'GiB')} for activations). Set data.max_length="
             f"{max(longest // 2, 1)}, or train.gradient_checkpointing=true with "
             "train.micro_batch_size=1 (batch_size, and so the result, stays)."
         ) from error
