@@ -5,6 +5,8 @@ import re
 import tomllib
 from pathlib import Path
 
+from tests.test_kinds import KINDS
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 TABLE = PAGE[PAGE.index("| room |") : PAGE.index("Imports point one way;")]
@@ -67,3 +69,74 @@ def test_commands_call_runs_experiments_or_the_one_room_that_does_the_work():
                 rooms.add(room)
         others = rooms - together
         assert others <= alone, f"{path.name} imports {sorted(others - alone)}"
+
+
+def module_files() -> list[Path]:
+    """Return every module of the package that holds code."""
+    package = ROOT / "llmtune"
+    return [path for path in sorted(package.rglob("*.py")) if not path.name.startswith("__")]
+
+
+def test_few_modules_are_short_and_none_is_too_long_to_read():
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in module_files()
+    }
+    assert {path: lines for path, lines in lengths.items() if lines > 450} == {}
+    short = [path for path, lines in lengths.items() if lines < 60]
+    assert len(short) < 0.12 * len(lengths), f"{len(short)} of {len(lengths)}: {short}"
+
+
+def test_no_function_is_longer_than_a_hundred_lines():
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in module_files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or node.lineno) - node.lineno >= 100
+    ]
+    assert long == []
+
+
+def needed_modules(path: Path) -> set[str]:
+    """Return the modules of llmtune that a file needs when it runs.
+
+    What only types need does not count. The members of a union are light, and import what does
+    their work inside the method that starts it; these imports do not count either.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    is_member = any(path.is_relative_to(ROOT / "llmtune" / kind.folder) for kind in KINDS.values())
+    ignored: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if for_types or (is_member and isinstance(node, ast.FunctionDef)):
+            ignored |= set(ast.walk(node))
+    found = set()
+    for node in ast.walk(tree):
+        if node in ignored:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def circles(needs: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Return the modules in a circle, or between two circles, with those they need of these."""
+    left = {name: needed & needs.keys() - {name} for name, needed in needs.items()}
+    while True:
+        needed_by_some = set().union(*left.values())
+        kept = {name for name, needed in left.items() if needed and name in needed_by_some}
+        if len(kept) == len(left):
+            return left
+        left = {name: left[name] & kept for name in kept}
+
+
+def test_no_modules_need_each_other():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}).keys() == {"b", "c"}
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): needed_modules(path)
+        for path in module_files()
+    }
+    assert circles(modules) == {}
