@@ -1,5 +1,6 @@
 """Another model's answers, from a file: scored by the suite's own metric, item by item."""
 
+import codecs
 import json
 import logging
 from collections import Counter
@@ -103,7 +104,7 @@ def read_predictions(name: str, path: Path) -> PredictionsFile:
     """
     where = f"evaluate.predictions.{name}: {path}"
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise LlmtuneError(f"{where}: cannot be read: {error.strerror}") from None
     found: list[Prediction] = []

@@ -1,12 +1,22 @@
 """From a suite's items to token ids: the chat template's, or raw text split as lm-eval does."""
 
+import logging
+import os
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.data.conversation import Conversation, Message
+from llmtune.data.masks import LabelledRow, Labeller
+from llmtune.data.problems import RowError
 from llmtune.data.render import render_messages
+from llmtune.errors import LlmtuneError
 from llmtune.evaluation.tasks.base import Demonstration, PromptedSuite, Suite, SuiteItem
+from llmtune.models.turns import TurnEnding
+from llmtune.scoring.likelihood import ContinuationRequest
 from llmtune.scoring.perplexity import leading_special_ids
+
+logger = logging.getLogger(__name__)
 
 RAW_SEPARATOR = "\n\n"
 
@@ -27,20 +37,136 @@ def encode_prompts(
         lead = leading_special_ids(tokenizer)
         texts = [raw_context(config, item, demonstrations) for item in suite.items]
         return [(*lead, *encode_text(tokenizer, text)) for text in texts]
-    opening = [{"role": "system", "content": config.system}] if config.system else []
+    return [
+        tuple(render_messages(tokenizer, messages, add_generation_prompt=True))
+        for messages in _chat_messages(suite, demonstrations)
+    ]
+
+
+def encode_raw_choices(
+    tokenizer: PreTrainedTokenizerFast,
+    suite: Suite,
+    demonstrations: Sequence[Demonstration] = (),
+) -> list[ContinuationRequest]:
+    """Return each item's raw prompt and choices, split as lm-evaluation-harness splits them.
+
+    Raises:
+        LlmtuneError: a prompt or a choice has no tokens.
+    """
+    config = suite.config
+    assert isinstance(config, PromptedSuite)
+    lead = leading_special_ids(tokenizer)
+    requests = []
+    for item in suite.items:
+        context = raw_context(config, item, demonstrations)
+        pairs = [
+            split_continuation(tokenizer, context, config.separator + choice)
+            for choice in item.choices
+        ]
+        heads = {tuple(head) for head, _ in pairs}
+        assert len(heads) == 1, "the context's ids do not depend on the continuation"
+        prompt = (*lead, *heads.pop())
+        if not prompt or not all(tail for _, tail in pairs):
+            raise LlmtuneError(
+                f"{suite.items_path}:{item.line}: prompt or a choice is empty after tokenization"
+            )
+        requests.append(ContinuationRequest(prompt, tuple(tuple(tail) for _, tail in pairs)))
+    return requests
+
+
+def encode_chat_choices(
+    tokenizer: PreTrainedTokenizerFast,
+    suite: Suite,
+    demonstrations: Sequence[Demonstration] = (),
+    *,
+    with_end: bool,
+) -> list[ContinuationRequest]:
+    """Return each item's prompt and choices with the very ids that training gives such rows.
+
+    Every choice is rendered as the answer of a whole conversation and labelled as a training row:
+    the trained ids are the choice (the end of the turn only `with_end`), those before are the
+    prompt. What all choices begin with because the template writes it (an empty thinking block)
+    belongs to the prompt. Where training would refuse the template's rows, a choice is tokenized
+    apart behind the generation prompt, as the model itself would write it; that is logged.
+
+    Raises:
+        LlmtuneError: the tokenizer has no chat template, or a choice has no tokens.
+    """
+    prompts = encode_prompts(tokenizer, suite, demonstrations)
+    conversations = [
+        Conversation(
+            "chat",
+            [*messages, {"role": "assistant", "content": choice}],
+            trained_from=len(messages),
+        )
+        for item, messages in zip(suite.items, _chat_messages(suite, demonstrations), strict=True)
+        for choice in item.choices
+    ]
+    labeller = Labeller(tokenizer, "last-assistant")
+    ending = labeller.ending
+    lead = encode_text(tokenizer, ending.lead)
+    rows = iter(labeller.label(conversations))
+    requests = []
+    refused = None
+    for item, prompt in zip(suite.items, prompts, strict=True):
+        found = [next(rows) for _ in item.choices]
+        refused = refused or next((row for row in found if isinstance(row, RowError)), None)
+        answers = [
+            _trained_ids(row, prompt, with_end=with_end)
+            or _apart_ids(tokenizer, ending, choice, with_end=with_end)
+            for row, choice in zip(found, item.choices, strict=True)
+        ]
+        shared = len(os.path.commonprefix([lead, *answers]))
+        if not all(ids[shared:] for ids in answers):
+            raise LlmtuneError(
+                f"{suite.items_path}:{item.line}: a choice is empty after tokenization"
+            )
+        requests.append(
+            ContinuationRequest(
+                (*prompt, *lead[:shared]), tuple(tuple(ids[shared:]) for ids in answers)
+            )
+        )
+    if refused is not None:
+        logger.warning(
+            "%s: choices are scored right behind the prompt, because training could not learn from "
+            "such answers: %s",
+            suite.items_path,
+            refused,
+        )
+    return requests
+
+
+def _trained_ids(
+    row: LabelledRow | RowError, prompt: tuple[int, ...], *, with_end: bool
+) -> list[int]:
+    """Return the ids that training would train of an answer; none if it asks with other ids."""
+    if isinstance(row, RowError) or len(row.sequences) != 1:
+        return []
+    [sequence] = row.sequences
+    [(start, end)] = sequence.spans
+    if tuple(sequence.input_ids[:start]) != prompt:
+        return []
+    return sequence.input_ids[start : end if with_end else end - 1]
+
+
+def _apart_ids(
+    tokenizer: PreTrainedTokenizerFast, ending: TurnEnding, choice: str, *, with_end: bool
+) -> list[int]:
+    tail = [ending.terminator_id] if with_end else []
+    return encode_text(tokenizer, ending.lead + choice) + tail
+
+
+def _chat_messages(suite: Suite, demonstrations: Sequence[Demonstration]) -> list[list[Message]]:
+    """Return each item's messages up to its question."""
+    config = suite.config
+    assert isinstance(config, PromptedSuite)
+    opening: list[Message] = []
+    if config.system:
+        opening.append({"role": "system", "content": config.system})
     for shown in demonstrations:
         opening.append({"role": "user", "content": shown.prompt})
         opening.append({"role": "assistant", "content": shown.answer})
-    return [
-        tuple(
-            render_messages(
-                tokenizer,
-                [*opening, {"role": "user", "content": item.prompt}],
-                add_generation_prompt=True,
-            )
-        )
-        for item in suite.items
-    ]
+    return [[*opening, {"role": "user", "content": item.prompt}] for item in suite.items]
 
 
 def raw_context(

@@ -1,5 +1,6 @@
 """Finding and loading a suite: one YAML file that says what is asked, how it is scored, on what."""
 
+import codecs
 import difflib
 import hashlib
 import json
@@ -83,6 +84,8 @@ def read_items(config: SuiteConfig, path: Path) -> tuple[SuiteItem, ...]:
     problems: list[str] = []
     with path.open("rb") as file:
         for line, content in enumerate(file, start=1):
+            if line == 1:
+                content = content.removeprefix(codecs.BOM_UTF8)
             if not content.strip():
                 continue
             try:
@@ -99,7 +102,10 @@ def read_items(config: SuiteConfig, path: Path) -> tuple[SuiteItem, ...]:
         raise LlmtuneError("\n".join(problems[:MAX_PROBLEMS] + tail))
     if not items:
         raise LlmtuneError(f"{path}: the suite has no items")
-    return tuple(items)
+    try:
+        return config.settle_items(items)
+    except BadItem as error:
+        raise LlmtuneError(f"{path}: {error}") from None
 
 
 def choose_ids(ids: Sequence[str], limit: int | None, seed: int) -> set[str]:
@@ -112,7 +118,7 @@ def choose_ids(ids: Sequence[str], limit: int | None, seed: int) -> set[str]:
 
 def _read_item(config: SuiteConfig, content: bytes, line: int) -> SuiteItem:
     try:
-        fields = json.loads(content.decode("utf-8"))
+        fields = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise BadItem(f"not UTF-8 text: {error}; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -126,6 +132,10 @@ def _read_item(config: SuiteConfig, content: bytes, line: int) -> SuiteItem:
         slices=tuple((name, str(read_field(fields, name))) for name in config.slices),
     )
     return config.read_item(fields, item)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a value; quote it if it is a text: {json.dumps(name)}")
 
 
 def _read_config(path: Path) -> SuiteConfig:
@@ -151,5 +161,5 @@ def _name_of(path: Path, config: SuiteConfig) -> str:
 
 def _item_content(item: SuiteItem) -> dict[str, Any]:
     content = asdict(item)
-    del content["line"]
+    del content["line"], content["number"]
     return content

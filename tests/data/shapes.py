@@ -10,6 +10,7 @@ from tokenizers import (
     Tokenizer,
     decoders,
     models,
+    normalizers,
     pre_tokenizers,
     processors,
     trainers,
@@ -243,6 +244,30 @@ def make_shape_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
     )
     fast.chat_template = shape.template
     return fast
+
+
+@lru_cache
+def make_spaced(way: str) -> PreTrainedTokenizerFast:
+    """Train a tokenizer that puts a space before text, in one of the ways that are in use."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if way == "normalizer":
+        parts = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(parts)
+        shown = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(shown)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=way)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=way)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(set("".join(CORPUS) + "▁\n[]/INST?<|>")),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def write_jsonl(path, rows) -> str:

@@ -1,16 +1,13 @@
 """Trained texts against strings that a few lines of this file derive without our code."""
 
 import random
-from functools import lru_cache
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.conversation import chat
 from llmtune.data.masks import Labeller
 from llmtune.data.render import render_messages
-from tests.data.shapes import CHATML, CORPUS, LLAMA2, make_shape
+from tests.data.shapes import CHATML, LLAMA2, make_shape, make_spaced
 
 WORDS = [
     "fox",
@@ -77,30 +74,6 @@ def test_every_trained_text_is_the_one_expected_character_by_character(name):
         messages = random_chat(draw, WORDS, has_system=has_system)
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         assert trained_texts(make_shape(name), messages) == list(map(EXPECTED[name], answers))
-
-
-@lru_cache
-def make_spaced(way: str) -> PreTrainedTokenizerFast:
-    """Train a tokenizer that puts a space before text, in one of the ways that are in use."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    if way == "normalizer":
-        parts = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        tokenizer.normalizer = normalizers.Sequence(parts)
-        shown = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        tokenizer.decoder = decoders.Sequence(shown)
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=way)
-        tokenizer.decoder = decoders.Metaspace(prepend_scheme=way)
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=sorted(set("".join(CORPUS) + "▁\n[]/INST?<|>")),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 @pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>"), (LLAMA2, "</s>")])

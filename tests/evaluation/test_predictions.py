@@ -8,7 +8,6 @@ import pytest
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.predictions import read_predictions, score_predictions
 from llmtune.evaluation.suite import load_suite
-from llmtune.evaluation.tasks.choice import find_choice
 from tests.conftest import write_jsonl
 
 ITEMS = [{"id": f"i{n}", "q": f"{n}?", "answer": "yes" if n % 2 else "no"} for n in range(4)]
@@ -95,21 +94,6 @@ def test_bad_lines_are_named_with_their_place(tmp_path):
         read_predictions("large", tmp_path / "none.jsonl")
     with pytest.raises(LlmtuneError, match="give all or none"):
         read(tmp_path, [{"prediction": "a"}, {"id": 1, "prediction": "b"}])
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("New York", 1),
-        ("york", 0),
-        ("it is york.", 0),
-        ("I think New York!", None),
-        ("Boston", None),
-        ("", None),
-    ],
-)
-def test_a_choice_is_named_by_itself_or_as_the_only_one(text, found):
-    assert find_choice(text, ["york", "new york"]) == found
 
 
 def test_lines_that_answer_no_item_are_said_and_one_id_twice_is_refused(tmp_path, caplog):

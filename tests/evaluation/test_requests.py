@@ -5,16 +5,27 @@ import json
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from llmtune.data.conversation import chat
+from llmtune.data.masks import Labeller
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.requests import encode_prompts, split_continuation
 from llmtune.evaluation.suite import load_suite
 from llmtune.evaluation.tasks.base import Demonstration
+from tests.data.shapes import LLAMA2, MISTRAL, make_shape, make_spaced
 from tests.tiny import CHATML, make_tokenizer
 
 THINKING = CHATML.replace(
     "message['content'] +",
     "('<think>\n\n</think>\n\n' if message['role'] == 'assistant' else '') + message['content'] +",
+)
+
+
+ZEPHYR = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
 
@@ -68,6 +79,44 @@ def test_what_a_template_writes_before_an_answer_belongs_to_the_prompt(make_suit
     assert whole[: len(begun)] == begun
     assert "</think>" in tokenizer.decode(request.prompt_ids)
     assert "think" not in tokenizer.decode(request.choice_ids[1])
+
+
+@pytest.mark.parametrize("with_end", [False, True])
+@pytest.mark.parametrize("template", [ZEPHYR, LLAMA2, MISTRAL, CHATML])
+@pytest.mark.parametrize("way", ["always", "first", "never", "normalizer"])
+def test_choices_have_the_ids_that_training_gives_such_rows(make_suite, way, template, with_end):
+    tokenizer = make_spaced(way)
+    tokenizer.chat_template = template
+    assert_scored_as_trained(tokenizer, make_suite, end_of_answer=with_end)
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama2", "llama3", "gemma", "qwen3", "glm", "plain"])
+def test_choices_have_the_ids_of_training_in_every_shape_of_template(make_suite, name):
+    assert_scored_as_trained(make_shape(name), make_suite, end_of_answer=True)
+
+
+def assert_scored_as_trained(tokenizer, make_suite, **keys):
+    """Hold prompt and choice against the labelled row of training, id by id."""
+    choices = ("yes", "no", "Paris is the capital")
+    [request] = choice_requests(tokenizer, make_suite(choices=choices, **keys))
+    for choice, ids in zip(choices, request.choice_ids, strict=True):
+        talk = [
+            {"role": "user", "content": "is 12 more than 3?"},
+            {"role": "assistant", "content": choice},
+        ]
+        [row] = Labeller(tokenizer, "assistant").label([chat(talk)])
+        [sequence] = row.sequences
+        [(_, end)] = sequence.spans
+        scored = [*request.prompt_ids, *ids]
+        assert scored == sequence.input_ids[: end if keys["end_of_answer"] else end - 1]
+
+
+def test_a_template_that_training_refuses_is_asked_as_at_inference(make_suite, caplog):
+    changing = CHATML.replace("assistant\n' }}", "assistant\nSo: ' }}")
+    tokenizer = make_tokenizer(chat_template=changing)
+    [request] = choice_requests(tokenizer, make_suite())
+    assert list(request.choice_ids[0]) == ids_of(tokenizer, "yes")
+    assert "training could not learn from such answers" in caplog.text
 
 
 def test_demonstrations_are_earlier_turns_of_the_chat(make_suite):

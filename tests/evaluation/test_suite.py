@@ -46,6 +46,67 @@ def test_an_answer_may_be_an_index(tmp_path):
     assert load_suite(write_suite(tmp_path, items=items)).items[0].answer == 0
 
 
+STARS = """\
+task: choice
+items: items.jsonl
+prompt: "{{ q }}"
+"""
+
+
+def answers_of(folder, declared, items):
+    suite = load_suite(write_suite(folder, STARS + declared, items))
+    return [item.right_answer for item in suite.items]
+
+
+@pytest.mark.parametrize("choices", ["[1, 2, 3, 4, 5]", '["1", "2", "3", "4", "5"]'])
+def test_a_whole_number_that_is_a_choice_means_that_choice(tmp_path, choices):
+    items = [{"q": "review", "answer": number} for number in (1, 2, 4)]
+    assert answers_of(tmp_path, f"choices: {choices}\n", items) == ["1", "2", "4"]
+
+
+def test_a_whole_number_that_is_no_choice_makes_all_of_them_positions(tmp_path):
+    items = [{"q": "review", "answer": number} for number in (0, 1, 2)]
+    assert answers_of(tmp_path, "choices: [1, 2, 3]\n", items) == ["1", "2", "3"]
+
+
+def test_numbers_that_fit_no_one_reading_are_refused_by_line(tmp_path):
+    items = [{"q": "review", "answer": number} for number in (0, 5)]
+    path = write_suite(tmp_path, STARS + "choices: [1, 2, 5]\n", items)
+    assert "items.jsonl: line 2: the answer 5 is not a position" in message_of(path)
+
+
+def test_numbers_that_fit_both_readings_of_an_items_own_choices_are_not_guessed(tmp_path):
+    items = [{"q": "sum", "options": ["2", "1", "0"], "answer": 1}] * 2
+    items.append({"q": "sum", "options": ["2", "1", "0"], "answer": 2})
+    declared = "choices_field: options\n"
+    message = message_of(write_suite(tmp_path, STARS + declared, items))
+    assert "line 3: the answer 2 is the text of one of the choices" in message
+    assert answers_of(tmp_path, declared + "answer_is: text\n", items) == ["1", "1", "2"]
+    assert answers_of(tmp_path, declared + "answer_is: position\n", items) == ["1", "1", "0"]
+
+
+def test_a_mark_of_byte_order_is_not_text(tmp_path):
+    path = write_suite(tmp_path)
+    for file in (path, tmp_path / "items.jsonl"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(load_suite(path).items) == 2
+
+
+def test_nan_is_a_text_if_it_is_quoted(tmp_path):
+    text = 'task: exact\nitems: items.jsonl\nprompt: "{{ question }}"\n'
+    items = [{"question": "which?", "answer": answer} for answer in ("nan", "NA", "None", "null")]
+    suite = load_suite(write_suite(tmp_path, text, items))
+    assert [item.references for item in suite.items] == [("nan",), ("NA",), ("None",), ("null",)]
+    path = write_suite(tmp_path, text, ['{"question": "which?", "answer": NaN}'])
+    assert "items.jsonl:1: not JSON: NaN is not a value; quote it" in message_of(path)
+
+
+def test_number_match_needs_a_number_that_can_be_read(tmp_path):
+    text = STARS.replace("choice", "exact") + "metric: number_match\n"
+    path = write_suite(tmp_path, text, [{"q": "how many?", "answer": "1,2"}])
+    assert "items.jsonl:1: the answer '1,2' holds no number" in message_of(path)
+
+
 def test_an_exact_suite_accepts_several_references(tmp_path):
     text = 'task: exact\nitems: items.jsonl\nprompt: "{{ question }}"\n'
     items = [{"question": "2 + 2", "answer": ["4", "four"]}, {"question": "1", "answer": 1}]

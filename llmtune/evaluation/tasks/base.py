@@ -47,6 +47,8 @@ class SuiteItem:
     text: str = ""
     cluster: str | None = None
     slices: tuple[tuple[str, str], ...] = ()
+    number: int | None = None
+    """The right choice as a whole number, until all lines are read (`settle_items`)."""
 
     @property
     def right_answer(self) -> str:
@@ -155,6 +157,14 @@ class SuiteConfig(Section):
             BadItem: a field is missing or wrong.
         """
         raise NotImplementedError
+
+    def settle_items(self, items: Sequence[SuiteItem]) -> tuple[SuiteItem, ...]:
+        """Return the items after what only all of them together can say.
+
+        Raises:
+            BadItem: they do not fit together; the message names the line.
+        """
+        return tuple(items)
 
     def score(self, scored: "LiveModel", suite: "Suite", scoring: Scoring) -> list[ItemScore]:
         """Score every item of a suite of this task, in the suite's order."""

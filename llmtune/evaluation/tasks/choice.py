@@ -1,15 +1,15 @@
 """The most likely of some given answers."""
 
 import logging
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.answers import find_choice
+from llmtune.evaluation.choices import NumberReading, settle_numbers
 from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.tasks.base import (
     BadItem,
@@ -46,14 +46,30 @@ class ChoiceSuite(PromptedSuite):
     """The same for every item."""
     choices_field: str | None = None
     """Field with an item's choices."""
-    normalize: Literal["none", "length"] = "none"
-    """Compare log-likelihoods, or their mean per token."""
+    answer_is: NumberReading = "auto"
+    """How a whole number in `answer` is read; auto: as a text if every one is, else a position."""
+    normalize: Literal["none", "length", "characters"] = "none"
+    """Compare log-likelihoods; length: per token; characters: as `acc_norm` of lm-eval."""
     delimiter: str = " "
     """Between prompt and choice where chat is false."""
     end_of_answer: bool = False
     """Also score the end-of-turn token, so that '4' is not favoured over '42'."""
     metric: Literal["accuracy", "answer_probability"] = "accuracy"
     """What an item scores."""
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _write_numbers(cls, choices: Any) -> Any:
+        """Take `[1, 2]` as texts; `[yes, no]` must be quoted, since YAML reads it as true, false.
+
+        Numbers keep their usual form: 1 is "1" and 0.5 is "0.5".
+        """
+        if not isinstance(choices, list | tuple):
+            return choices
+        return [
+            str(each) if isinstance(each, int | float) and not isinstance(each, bool) else each
+            for each in choices
+        ]
 
     @model_validator(mode="after")
     def _require_choices(self) -> "ChoiceSuite":
@@ -91,13 +107,21 @@ class ChoiceSuite(PromptedSuite):
         answer = read_field(fields, self.answer)
         if isinstance(answer, str) and answer in choices:
             return replace(item, choices=choices, answer=choices.index(answer))
-        is_index = isinstance(answer, int) and not isinstance(answer, bool)
-        if is_index and 0 <= answer < len(choices):
-            return replace(item, choices=choices, answer=answer)
-        raise BadItem(
-            f"the answer {answer!r} is neither one of the choices {list(choices)} nor an index of "
-            "them"
-        )
+        is_number = isinstance(answer, int) and not isinstance(answer, bool)
+        if not is_number or not (str(answer) in choices or 0 <= answer < len(choices)):
+            raise BadItem(
+                f"the answer {answer!r} is neither one of the choices {list(choices)} nor a "
+                "position among them, from 0"
+            )
+        return replace(item, choices=choices, number=answer)
+
+    def settle_items(self, items: Sequence[SuiteItem]) -> tuple[SuiteItem, ...]:
+        """Read the whole numbers among the answers in one way: as texts, or as positions from 0.
+
+        Raises:
+            BadItem: neither reading fits all of them, or both do and differ.
+        """
+        return settle_numbers(items, self.answer_is, has_own_choices=self.choices is None)
 
     def score(self, scored: "LiveModel", suite: Suite, scoring: Scoring) -> list[ItemScore]:
         """Score every choice of every item."""
@@ -146,36 +170,20 @@ class ChoiceSuite(PromptedSuite):
             LlmtuneError: the suite is a chat and the tokenizer has no chat template, or a prompt or
                 choice has no tokens.
         """
-        from llmtune.evaluation.requests import raw_context, split_continuation
-        from llmtune.scoring.likelihood import ContinuationRequest
-        from llmtune.scoring.perplexity import leading_special_ids
+        from llmtune.evaluation.requests import encode_chat_choices, encode_raw_choices
 
         if self.chat:
-            return self._encode_in_chat(tokenizer, suite, demonstrations)
-        lead = leading_special_ids(tokenizer)
-        requests = []
-        for item in suite.items:
-            context = raw_context(self, item, demonstrations)
-            pairs = [
-                split_continuation(tokenizer, context, self.delimiter + choice)
-                for choice in item.choices
-            ]
-            heads = {tuple(head) for head, _ in pairs}
-            assert len(heads) == 1, "the context's ids do not depend on the continuation"
-            prompt = (*lead, *heads.pop())
-            if not prompt or not all(tail for _, tail in pairs):
-                raise LlmtuneError(
-                    f"{suite.items_path}:{item.line}: prompt or a choice is empty after "
-                    "tokenization"
-                )
-            requests.append(ContinuationRequest(prompt, tuple(tuple(tail) for _, tail in pairs)))
-        return requests
+            return encode_chat_choices(
+                tokenizer, suite, demonstrations, with_end=self.end_of_answer
+            )
+        return encode_raw_choices(tokenizer, suite, demonstrations)
 
     def majority(self, items: Sequence[SuiteItem]) -> float | None:
-        """Return the share of the commonest right choice, where all items have the same choices."""
-        if self.choices is None:
-            return None
-        return commonest_share([item.right_answer for item in items])
+        """Return what always giving one answer scores: the commonest text, or place among them."""
+        texts = commonest_share([item.right_answer for item in items])
+        if self.choices is not None:
+            return texts
+        return max(texts, commonest_share([str(item.answer) for item in items]))
 
     def chance(self, items: Sequence[SuiteItem]) -> float | None:
         """Return the mean of one divided by the number of choices."""
@@ -229,6 +237,11 @@ class ChoiceSuite(PromptedSuite):
         values = [score.log_likelihood for score in scores]
         if self.normalize == "length":
             values = [score.log_likelihood / score.num_tokens for score in scores]
+        elif self.normalize == "characters":
+            values = [
+                score.log_likelihood / len(choice)
+                for score, choice in zip(scores, item.choices, strict=True)
+            ]
         return item.scored(
             METRIC_FUNCTIONS[self.metric](values, item.answer),
             prediction=item.choices[values.index(max(values))],
@@ -239,37 +252,6 @@ class ChoiceSuite(PromptedSuite):
                 "answer_is_greedy": scores[item.answer].is_greedy,
             },
         )
-
-    def _encode_in_chat(
-        self,
-        tokenizer: "PreTrainedTokenizerFast",
-        suite: Suite,
-        demonstrations: Sequence[Demonstration],
-    ) -> "list[ContinuationRequest]":
-        """Put each choice where the template puts an answer, after what it writes before one.
-
-        Some templates write an empty thinking block or a space between the generation prompt and
-        the answer; its tokens belong to the prompt, except where they merge with the choice's
-        first.
-        """
-        from llmtune.evaluation.requests import encode_prompts, encode_text
-        from llmtune.models.turns import find_turn_ending
-        from llmtune.scoring.likelihood import ContinuationRequest
-
-        prompts = encode_prompts(tokenizer, suite, demonstrations)
-        ending = find_turn_ending(tokenizer)
-        tail = [ending.terminator_id] if self.end_of_answer else []
-        lead = encode_text(tokenizer, ending.lead)
-        requests = []
-        for item, prompt in zip(suite.items, prompts, strict=True):
-            choices = [encode_text(tokenizer, ending.lead + each) + tail for each in item.choices]
-            shared = len(os.path.commonprefix([lead, *choices]))
-            requests.append(
-                ContinuationRequest(
-                    (*prompt, *lead[:shared]), tuple(tuple(ids[shared:]) for ids in choices)
-                )
-            )
-        return requests
 
 
 def accuracy(values: Sequence[float], answer: int) -> float:
@@ -287,20 +269,6 @@ def answer_probability(values: Sequence[float], answer: int) -> float:
 
 METRIC_FUNCTIONS = {"accuracy": accuracy, "answer_probability": answer_probability}
 """What an item scores, by metric: the choices' values and which of them is right."""
-
-
-def find_choice(text: str, choices: Sequence[str]) -> int | None:
-    """Return which choice a text names: it is that choice, or holds just one as whole words."""
-    plain = _plain(text)
-    for place, choice in enumerate(choices):
-        if plain == _plain(choice):
-            return place
-    named = [
-        place
-        for place, choice in enumerate(choices)
-        if _plain(choice) and re.search(rf"(?<!\w){re.escape(_plain(choice))}(?!\w)", plain)
-    ]
-    return named[0] if len(named) == 1 else None
 
 
 def _warn_of_head_starts(suite: Suite, requests: "Sequence[ContinuationRequest]") -> None:
@@ -322,7 +290,3 @@ def _warn_of_head_starts(suite: Suite, requests: "Sequence[ContinuationRequest]"
             len(lines),
             lines[0],
         )
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from llmtune.evaluation.answers import find_last_number
 from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.tasks.base import (
     BadItem,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 Normalization = Literal["strip", "lowercase", "punctuation", "articles", "whitespace"]
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -72,6 +72,10 @@ class ExactSuite(PromptedSuite):
         plain = all(isinstance(ref, str | int | float) for ref in references)
         if not references or not plain or not all(str(ref).strip() for ref in references):
             raise BadItem(f"field {self.answer!r} must be a text, a number or a list of those")
+        if self.metric == "number_match":
+            for reference in map(str, references):
+                if find_last_number(reference) is None:
+                    raise BadItem(f"the answer {reference!r} holds no number that can be read")
         return replace(item, references=tuple(str(reference) for reference in references))
 
     def score(self, scored: "LiveModel", suite: Suite, scoring: Scoring) -> list[ItemScore]:
@@ -135,8 +139,13 @@ class ExactSuite(PromptedSuite):
             score,
             prediction=text,
             answer=item.references[0],
-            parsed=bool(found and found.strip()),
+            parsed=bool(found and found.strip()) and self._is_readable(found),
             details=details,
+        )
+
+    def _is_readable(self, found: str | None) -> bool:
+        return found is not None and (
+            self.metric != "number_match" or find_last_number(found) is not None
         )
 
 
@@ -162,7 +171,7 @@ def token_f1(prediction: str, reference: str) -> float:
 
 def number_match(prediction: str, reference: str) -> float:
     """1 where the last number in the prediction equals the last number in the reference."""
-    written, expected = last_number(prediction), last_number(reference)
+    written, expected = find_last_number(prediction), find_last_number(reference)
     return float(written is not None and written == expected)
 
 
@@ -173,12 +182,6 @@ METRIC_FUNCTIONS = {
     "number_match": number_match,
 }
 """What an item scores, by metric: the normalised prediction against one normalised reference."""
-
-
-def last_number(text: str) -> float | None:
-    """Return the last number written in `text` (thousands commas allowed), or None."""
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
 
 
 def normalize_text(text: str, steps: Sequence[Normalization]) -> str:

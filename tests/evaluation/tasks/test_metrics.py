@@ -6,8 +6,10 @@ from typing import get_args
 import pytest
 
 from llmtune.evaluation.tasks import choice, exact
+from llmtune.evaluation.tasks.base import SuiteItem
 from llmtune.evaluation.tasks.config import TASKS
 from llmtune.evaluation.tasks.exact import normalize_text
+from llmtune.scoring.likelihood import ContinuationScore
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -65,7 +67,36 @@ def test_token_f1_by_hand():
         ("-3.50", "-3.5", 1.0),
         ("forty-two", "42", 0.0),
         ("42 or 43", "42", 0.0),
+        ("1,2", "12", 0.0),
+        ("10-20", "-20", 0.0),
+        ("it is -5", "-5", 1.0),
     ],
 )
 def test_number_match_compares_the_last_numbers(prediction, reference, score):
     assert exact.number_match(prediction, reference) == score
+
+
+def suite_of(**keys):
+    return choice.ChoiceSuite(task="choice", items="i.jsonl", prompt="{{ q }}", **keys)
+
+
+def make_item(answer, *choices):
+    return SuiteItem(id="i", line=1, choices=choices, answer=answer)
+
+
+def test_the_majority_of_items_with_choices_of_their_own_is_the_commonest_place_or_text():
+    suite = suite_of(choices_field="options")
+    items = [make_item(0, f"a{n}", f"b{n}") for n in range(3)] + [make_item(1, "a3", "b3")]
+    assert suite.majority(items) == 0.75
+    items = [make_item(0, "x", "y"), make_item(1, "z", "x"), make_item(2, "z", "y", "x")]
+    assert suite.majority(items) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("normalize", "right"), [("none", "no"), ("length", "perhaps so"), ("characters", "perhaps so")]
+)
+def test_likelihoods_may_be_compared_per_token_or_per_character(normalize, right):
+    suite = suite_of(choices=["no", "perhaps so"], normalize=normalize)
+    scores = [ContinuationScore(-1.0, 1, False), ContinuationScore(-1.5, 2, False)]
+    found = suite._score_item(make_item(0, "no", "perhaps so"), scores)
+    assert found.prediction == right
