@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ ROWS_A_CHOICE = 5
 """Answers that stand in fewer rows each are no labels."""
 SHORT_ANSWER = 60
 LONGEST_ANSWER_TOKENS = 256
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+TOKENS_AROUND = 24
+"""What the untuned model may write around a short answer."""
 CHARACTERS_PER_TOKEN = 3.0
 """English runs at 4 or so; a low guess asks for more length, never for less."""
 
@@ -135,10 +139,14 @@ def _choice_lines(draft: SuiteDraft) -> Iterator[str]:
 
 
 def _exact_lines(draft: SuiteDraft) -> Iterator[str]:
-    tokens = math.ceil(draft.longest_answer / CHARACTERS_PER_TOKEN) + 8
+    is_short = draft.longest_answer <= SHORT_ANSWER
+    around = TOKENS_AROUND if is_short else 8
+    tokens = math.ceil(draft.longest_answer / CHARACTERS_PER_TOKEN) + around
     yield f"max_new_tokens: {min(tokens, LONGEST_ANSWER_TOKENS)}"
-    if draft.longest_answer <= SHORT_ANSWER:
-        yield "metric: exact_match   # the whole answer; also: contains, token_f1, number_match"
+    if is_short and all(NUMBER.fullmatch(item["answer"].strip()) for item in draft.items):
+        yield "metric: number_match   # the last number in the text"
+    elif is_short:
+        yield "metric: contains   # anywhere in the text: a new format alone is not a gain"
     else:
         yield "metric: token_f1   # words shared with the reference; long answers are never equal"
         yield "limit: 100   # every answer is written out, which takes time"

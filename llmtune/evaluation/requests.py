@@ -177,6 +177,13 @@ def raw_context(
     return RAW_SEPARATOR.join([*shown, item.prompt])
 
 
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """Return a written text up to the first stop that comes after its leading spaces."""
+    text = text.lstrip()
+    places = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(places, default=len(text))]
+
+
 def split_continuation(
     tokenizer: PreTrainedTokenizerFast, context: str, continuation: str
 ) -> tuple[list[int], list[int]]:

@@ -66,6 +66,8 @@ class ArmResult:
     seconds: float
     items: tuple[ItemScore, ...]
     about: dict[str, Any] = field(default_factory=dict)
+    also: dict[str, Any] = field(default_factory=dict)
+    """Scores beside the suite's metric, as its task names them."""
 
 
 def arm_result_path(results_dir: Path, suite: str, arm: str) -> Path:

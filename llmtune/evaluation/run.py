@@ -257,6 +257,7 @@ def summarize_items(  # noqa: PLR0913 (the parts of one result)
         seconds=seconds,
         items=tuple(items),
         about=dict(about),
+        also=suite.config.describe(items),
     )
 
 
@@ -279,6 +280,8 @@ def build_recipe(
     }
     if len(suite.items) < suite.num_whole:
         recipe["selection"] = hash_json([item.id for item in suite.items])
+    if facts := suite.config.recipe_facts():
+        recipe["metric"] = facts
     if settings.prompt is not None:
         recipe["prompt"] = settings.prompt.fingerprint
     return recipe

@@ -88,6 +88,13 @@ class Checkpoint:
         return rows
 
     @property
+    def num_positions(self) -> int | None:
+        """The longest sequence that the model has positions for, or None if it has no limit."""
+        text = self.config.get("text_config") or {}
+        found = self.config.get("max_position_embeddings", text.get("max_position_embeddings"))
+        return found if isinstance(found, int) else None
+
+    @property
     def is_quantized(self) -> bool:
         """Whether the weights are stored quantized already."""
         return bool(self.config.get("quantization_config"))

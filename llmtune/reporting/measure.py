@@ -153,6 +153,7 @@ def _arm_score(result: ArmResult) -> ArmScore:
         result.seconds,
         result.n,
         result.about,
+        result.also,
     )
 
 

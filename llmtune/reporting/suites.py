@@ -61,6 +61,8 @@ class ArmScore:
     seconds: float | None = None
     n: int | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    also: Mapping[str, Any] = field(default_factory=dict)
+    """Scores beside the suite's metric."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from llmtune.runs.targets import resolve_target
 if TYPE_CHECKING:
     from llmtune.evaluation.diagnosis.prepare import TrainedSteps
     from llmtune.evaluation.scores import Scores
+    from llmtune.models.checkpoint import Checkpoint
 
 log = logging.getLogger("llmtune")
 
@@ -51,6 +52,7 @@ class EvaluateStage(Stage):
         check_evaluation_files(config.evaluate, self.suites)
         self.source  # noqa: B018 (raises if the base cannot be found)
         self.adapter  # noqa: B018 (raises without an adapter)
+        check_item_lengths(self.source, self.suites)
         if "merged" in config.evaluate.arms and not config.run.merged_dir.is_dir():
             raise LlmtuneError(
                 f"{config.run.path}: has no merged model; make it with: llmtune merge "
@@ -169,6 +171,19 @@ def check_evaluation_files(knobs: EvaluateConfig, suites: Sequence[Suite]) -> No
     for name, path in knobs.predictions.items():
         predictions = read_predictions(name, path)
         predictions.texts_by_suite([suite for suite in suites if suite.asks])
+
+
+def check_item_lengths(base: "Checkpoint", suites: Sequence[Suite]) -> None:
+    """Refuse items that the model has too few positions for.
+
+    Raises:
+        LlmtuneError: names them by file and line.
+    """
+    if not suites or base.num_positions is None:
+        return
+    from llmtune.evaluation.lengths import refuse_long_items
+
+    refuse_long_items(base.tokenizer, suites, base.num_positions)
 
 
 def warn_of_leaks(knobs: EvaluateConfig, data: DataConfig, suites: Sequence[Suite]) -> None:

@@ -12,6 +12,7 @@ from llmtune.merging.config import MergeSettings
 from llmtune.runs.evaluate import (
     EvaluateStage,
     check_evaluation_files,
+    check_item_lengths,
     load_suites,
     warn_of_leaks,
 )
@@ -38,6 +39,7 @@ def run(config: RunConfig, *, force: bool = False) -> "Report":
     suites = load_suites(config.evaluate)
     check_evaluation_files(config.evaluate, suites)
     if force or not config.run.adapter_dir.is_dir():
+        check_item_lengths(TrainStage(config).source, suites)
         warn_of_leaks(config.evaluate, config.data, suites)
     for stage in _stages_before_report(config, force=force):
         stage.do()

@@ -14,6 +14,7 @@ from llmtune.scoring.batches import (
     logits_positions,
     model_device,
     pad_rows,
+    position_limit,
     require_positions,
     run_forward,
     select_rows,
@@ -64,7 +65,8 @@ def generate_texts(
     """Continue every prompt; rows that stop leave their batch, so nothing waits for the longest.
 
     The model's generation_config is not read. Sampling draws from one generator per prompt, seeded
-    by `decoding.seed` and the prompt's place, so texts do not depend on the batches.
+    by `decoding.seed` and the prompt's place, so texts do not depend on the batches. A text that
+    reaches the model's last position ends there, and counts as one that did not stop.
 
     Args:
         prompts: token ids, none empty.
@@ -72,12 +74,13 @@ def generate_texts(
         on_progress: called with the number of prompts finished so far.
 
     Raises:
-        LlmtuneError: a prompt and its new tokens exceed the model's positions.
+        LlmtuneError: a prompt leaves the model no position for an answer.
     """
     if not prompts:
         return []
     longest = max(len(prompt) for prompt in prompts)
-    require_positions(model, longest + decoding.max_new_tokens)
+    require_positions(model, longest + 1)
+    limit = position_limit(model)
     written: list[list[int]] = [[] for _ in prompts]
     stopped = [False] * len(prompts)
     done = 0
@@ -90,7 +93,8 @@ def generate_texts(
             max_rows = rows_at_once(model, slots=slots, kept=1, token_budget=token_budget)
         for batch in batch_by_length(lengths, token_budget, max_rows=max_rows):
             chosen = [prompts[i] for i in batch]
-            for row, token in _decode(model, chosen, decoding, batch, prefix):
+            rooms = [_room(len(ids), decoding.max_new_tokens, limit) for ids in chosen]
+            for row, token in _decode(model, chosen, decoding, batch, prefix, rooms):
                 if token in decoding.stop_token_ids:
                     stopped[batch[row]] = True
                 else:
@@ -114,13 +118,14 @@ def stream_text(
     """Yield a prompt's continuation piece by piece, never half a character.
 
     Raises:
-        LlmtuneError: the prompt and the new tokens exceed the model's positions.
+        LlmtuneError: the prompt leaves the model no position for an answer.
     """
-    require_positions(model, len(prompt) + decoding.max_new_tokens)
+    require_positions(model, len(prompt) + 1)
+    room = _room(len(prompt), decoding.max_new_tokens, position_limit(model))
     written: list[int] = []
     shown = ""
     with evaluation_mode(model):
-        for _, token in _decode(model, [prompt], decoding, [0]):
+        for _, token in _decode(model, [prompt], decoding, [0], NO_PREFIX, [room]):
             if token in decoding.stop_token_ids:
                 break
             written.append(token)
@@ -152,22 +157,27 @@ def _decode(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     places: Sequence[int],
-    prefix: SharedPrefix = NO_PREFIX,
+    prefix: SharedPrefix,
+    rooms: Sequence[int],
 ) -> Iterator[tuple[int, int]]:
-    """Yield (row, token) as they are chosen, stop tokens included."""
+    """Yield (row, token) as they are chosen, stop tokens included; each row has its own room."""
     device = model_device(model)
     generators = [_make_generator(decoding.seed, place) for place in places]
     suffixes = [prompt[prefix.length :] for prompt in prompts]
     batch = pad_rows(suffixes, device, left=True, known=prefix.length)
     rows = list(range(len(prompts)))
     cache = prefix.for_rows(len(prompts), device)
-    for step in range(decoding.max_new_tokens):
+    for step in range(max(rooms)):
         result = run_forward(model, batch, logits_to_keep=1, cache=cache, keep_cache=True)
         cache, logits = result.cache, result.logits[:, -1].float()
         tokens = _choose_tokens(logits, decoding, [generators[row] for row in rows])
         yield from zip(rows, tokens, strict=True)
-        going = [i for i, token in enumerate(tokens) if token not in decoding.stop_token_ids]
-        if not going or step + 1 == decoding.max_new_tokens:
+        going = [
+            i
+            for i, token in enumerate(tokens)
+            if token not in decoding.stop_token_ids and step + 1 < rooms[rows[i]]
+        ]
+        if not going:
             return
         kept = batch
         if len(going) < len(rows):
@@ -180,6 +190,11 @@ def _decode(
         # Without a cache of keys and values the text so far runs again for every token.
         ids = new if cache is not None else torch.cat([kept.input_ids, new], dim=1)
         batch = PaddedBatch(ids, mask)
+
+
+def _room(prompt_tokens: int, max_new_tokens: int, limit: int | None) -> int:
+    """Return how many tokens may follow a prompt."""
+    return max_new_tokens if limit is None else min(max_new_tokens, limit - prompt_tokens)
 
 
 def _make_generator(seed: int, place: int) -> torch.Generator:

@@ -18,6 +18,7 @@ from llmtune.evaluation.run import (
 from llmtune.evaluation.stats import Resampling
 from llmtune.evaluation.suite import load_suite
 from llmtune.evaluation.tasks.base import Demonstration
+from llmtune.scoring.generate import Decoding, generate_texts
 from tests.evaluation.live import IDENTITY, make_live
 from tests.tiny import CHATML, make_model, make_tokenizer
 
@@ -175,7 +176,59 @@ def test_written_answers_end_at_every_stop_token_of_the_model(scored, suites):
     everything = tuple(range(scored.model.config.vocab_size))
     stopping = replace(scored, stop_token_ids=everything)
     stopped = evaluate_suite(stopping, suites["say"], arm="tuned").items[0]
-    assert stopped.details == {"stopped": True, "num_tokens": 0}
+    assert stopped.details["stopped"] is True
+    assert stopped.details["num_tokens"] == 0
+
+
+def test_choices_are_also_scored_as_the_model_writes_them(scored, suites):
+    suite = suites["pick"]
+    result = evaluate_suite(scored, suite, arm="tuned")
+    prompts = [
+        list(each.prompt_ids) for each in suite.config.choice_requests(scored.tokenizer, suite)
+    ]
+    plain = generate_texts(
+        scored.model,
+        scored.tokenizer,
+        prompts,
+        Decoding(suite.config.num_written, scored.stop_token_ids),
+        token_budget=1000,
+    )
+    for item, score, text in zip(suite.items, result.items, plain, strict=True):
+        written = score.details["written"]
+        assert text.text.startswith(written["text"])
+        assert written["score"] == float(written["choice"] == item.right_answer)
+        if score.details["answer_is_greedy"]:
+            assert written["choice"] == item.right_answer
+    rights = [score.details["written"]["score"] for score in result.items]
+    assert result.also["written_accuracy"] == pytest.approx(sum(rights) / len(rights))
+    assert 0 <= result.also["calibration_error"] <= 1
+
+
+def test_no_answer_is_written_if_its_length_is_zero(scored, suites):
+    pick = suites["pick"]
+    silent = replace(pick, config=pick.config.model_copy(update={"written_tokens": 0}))
+    result = evaluate_suite(scored, silent, arm="tuned")
+    assert "written" not in result.items[0].details
+    assert "written_accuracy" not in result.also
+
+
+def test_an_exact_answer_has_a_strict_and_a_lenient_score(suites):
+    suite = suites["say"]
+    [right, *_] = suite.items[0].references
+    score = suite.config.score_text(suite.items[0], f"I think it is {right}, of course")
+    assert score.score == 0.0
+    assert (score.details["strict"], score.details["lenient"]) == (0.0, 1.0)
+    assert suite.config.describe([score]) == {"strict": 0.0, "lenient": 1.0}
+
+
+def test_raw_answers_end_at_the_lines_end(suites):
+    config = suites["say"].config
+    raw = config.model_copy(update={"chat": False})
+    assert raw.cut("\n Paris\nQ: and Spain?") == "Paris"
+    assert config.cut("Paris\nindeed") == "Paris\nindeed"
+    assert (
+        raw.model_copy(update={"stop": (" and",)}).cut("Paris\nand more and") == "Paris\nand more"
+    )
 
 
 def test_half_a_result_is_computed_again(scored, suites, tmp_path):

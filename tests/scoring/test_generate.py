@@ -89,4 +89,14 @@ def test_the_stream_leaves_gradients_on_between_its_pieces(llama, tokenizer):
 
 def test_a_prompt_that_leaves_no_room_is_refused(llama, tokenizer):
     with pytest.raises(LlmtuneError, match="positions"):
-        generate_texts(llama, tokenizer, [[5] * 510], Decoding(8, ()), token_budget=1000)
+        generate_texts(llama, tokenizer, [[5] * 512], Decoding(8, ()), token_budget=1000)
+
+
+def test_a_text_ends_at_the_models_last_position(llama, tokenizer):
+    prompts = [[5] * 510, [6, 7]]
+    found = generate_texts(llama, tokenizer, prompts, Decoding(8, ()), token_budget=4000)
+    assert [len(each.token_ids) for each in found] == [2, 8]
+    assert [each.stopped for each in found] == [False, False]
+    assert list(found[0].token_ids) == continue_plainly(llama, prompts[0], 2)
+    assert list(found[1].token_ids) == continue_plainly(llama, prompts[1], 8)
+    assert len(list(stream_text(llama, tokenizer, prompts[0], Decoding(8, ())))) <= 2

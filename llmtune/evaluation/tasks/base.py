@@ -170,9 +170,21 @@ class SuiteConfig(Section):
         """Score every item of a suite of this task, in the suite's order."""
         raise NotImplementedError
 
+    def describe(self, scores: Sequence[ItemScore]) -> dict[str, Any]:
+        """Return what the items' scores say beside their mean, as JSON values."""
+        return {}
+
+    def recipe_facts(self) -> dict[str, Any]:
+        """Return what decides scores and is not in the declaration (the user's own code)."""
+        return {}
+
     def count_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: "Suite") -> int:
         """Return the forward tokens of scoring, written ones as many as there may be."""
         raise NotImplementedError
+
+    def item_lengths(self, tokenizer: "PreTrainedTokenizerFast", suite: "Suite") -> list[int]:
+        """Return how many positions each item takes at least; 1 where a task does not say."""
+        return [1 for _ in suite.items]
 
     def majority(self, items: Sequence[SuiteItem]) -> float | None:
         """Return what always giving the commonest answer scores; None where it means nothing."""

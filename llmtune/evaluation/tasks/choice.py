@@ -1,15 +1,17 @@
 """The most likely of some given answers."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.answers import find_choice
 from llmtune.evaluation.choices import NumberReading, settle_numbers
+from llmtune.evaluation.classification import describe_choices
 from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.tasks.base import (
     BadItem,
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from llmtune.scoring.likelihood import ContinuationRequest, ContinuationScore
 
 logger = logging.getLogger(__name__)
+
+WRITTEN_TOKENS = 12
+"""A written answer beside the likelihoods: a word or two, and what may lead to them."""
 
 
 class ChoiceSuite(PromptedSuite):
@@ -54,6 +59,8 @@ class ChoiceSuite(PromptedSuite):
     """Between prompt and choice where chat is false."""
     end_of_answer: bool = False
     """Also score the end-of-turn token, so that '4' is not favoured over '42'."""
+    written_tokens: int | None = Field(default=None, ge=0)
+    """Length of the written answer that is scored beside; 0: none; null: 12 in chats, else none."""
     metric: Literal["accuracy", "answer_probability"] = "accuracy"
     """What an item scores."""
 
@@ -134,13 +141,73 @@ class ChoiceSuite(PromptedSuite):
             token_budget=scoring.token_budget,
             on_progress=scoring.on_items,
         )
-        return [self._score_item(*pair) for pair in zip(suite.items, found, strict=True)]
+        scores = [self._score_item(*pair) for pair in zip(suite.items, found, strict=True)]
+        if not self.num_written:
+            return scores
+        texts = self._write_answers(scored, suite, requests, found, scoring)
+        return [self._add_written(*each) for each in zip(suite.items, scores, texts, strict=True)]
+
+    @property
+    def num_written(self) -> int:
+        """The tokens of a written answer; 0 where none is written."""
+        if self.written_tokens is None:
+            return WRITTEN_TOKENS if self.chat else 0
+        return self.written_tokens
+
+    def describe(self, scores: Sequence[ItemScore]) -> dict[str, Any]:
+        """Return classes, calibration, and the accuracy of the written answers."""
+        return describe_choices(scores, self.fixed_choices)
+
+    def _write_answers(
+        self,
+        scored: "LiveModel",
+        suite: Suite,
+        requests: "Sequence[ContinuationRequest]",
+        found: "Sequence[Sequence[ContinuationScore]]",
+        scoring: Scoring,
+    ) -> list[str]:
+        """Return what the model writes to each item, up to the choice that it begins with.
+
+        Where the likeliest tokens spell a choice, that is what greedy decoding writes, so only the
+        other items are written out.
+        """
+        from llmtune.evaluation.requests import cut_at
+        from llmtune.scoring.generate import Decoding, generate_texts
+
+        texts: list[str | None] = []
+        for item, each in zip(suite.items, found, strict=True):
+            greedy = [
+                choice for choice, one in zip(item.choices, each, strict=True) if one.is_greedy
+            ]
+            texts.append(max(greedy, key=len, default=None))
+        left = [place for place, text in enumerate(texts) if text is None]
+        written = generate_texts(
+            scored.model,
+            scored.tokenizer,
+            [requests[place].prompt_ids for place in left],
+            Decoding(self.num_written, scored.stop_token_ids),
+            token_budget=scoring.token_budget,
+        )
+        for place, answer in zip(left, written, strict=True):
+            texts[place] = answer.text if self.chat else cut_at(answer.text, ["\n"])
+        return [text or "" for text in texts]
+
+    def _add_written(self, item: SuiteItem, score: ItemScore, text: str) -> ItemScore:
+        chosen = find_choice(text, item.choices)
+        written = {
+            "text": text,
+            "choice": None if chosen is None else item.choices[chosen],
+            "score": float(chosen == item.answer),
+        }
+        return replace(score, details={**score.details, "written": written})
 
     def count_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> int:
         """Return the tokens of prompts and choices, a shared beginning once."""
         from llmtune.scoring.likelihood import count_forward_tokens
 
-        return count_forward_tokens(self.encode_choices(tokenizer, suite))
+        requests = self.encode_choices(tokenizer, suite)
+        written = sum(len(each.prompt_ids) + self.num_written for each in requests)
+        return count_forward_tokens(requests) + (written if self.num_written else 0)
 
     def choice_requests(
         self,
@@ -177,6 +244,11 @@ class ChoiceSuite(PromptedSuite):
                 tokenizer, suite, demonstrations, with_end=self.end_of_answer
             )
         return encode_raw_choices(tokenizer, suite, demonstrations)
+
+    def item_lengths(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> list[int]:
+        """Return the tokens of each prompt with its longest choice."""
+        requests = self.encode_choices(tokenizer, suite)
+        return [len(each.prompt_ids) + max(map(len, each.choice_ids)) for each in requests]
 
     def majority(self, items: Sequence[SuiteItem]) -> float | None:
         """Return what always giving one answer scores: the commonest text, or place among them."""
@@ -250,6 +322,8 @@ class ChoiceSuite(PromptedSuite):
                 "log_likelihoods": [score.log_likelihood for score in scores],
                 "num_tokens": [score.num_tokens for score in scores],
                 "answer_is_greedy": scores[item.answer].is_greedy,
+                "probabilities": choice_probabilities(values),
+                "right": item.answer,
             },
         )
 
@@ -261,10 +335,14 @@ def accuracy(values: Sequence[float], answer: int) -> float:
 
 def answer_probability(values: Sequence[float], answer: int) -> float:
     """The right choice's share of probability among the choices: softmax of `values` (nats)."""
-    import numpy as np
+    return choice_probabilities(values)[answer]
 
-    shifted = np.exp(np.asarray(values, dtype=np.float64) - max(values))
-    return float(shifted[answer] / shifted.sum())
+
+def choice_probabilities(values: Sequence[float]) -> list[float]:
+    """Return the softmax of the choices' values (nats)."""
+    shifted = [math.exp(value - max(values)) for value in values]
+    total = math.fsum(shifted)
+    return [each / total for each in shifted]
 
 
 METRIC_FUNCTIONS = {"accuracy": accuracy, "answer_probability": answer_probability}

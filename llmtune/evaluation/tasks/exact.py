@@ -50,6 +50,8 @@ class ExactSuite(PromptedSuite):
     """Applied to prediction and reference before they are compared."""
     extract: str | None = None
     """Regex with one group that finds the answer; no match is unparseable."""
+    stop: tuple[str, ...] | None = None
+    """Texts that end an answer; null: the line's end where chat is false, else none."""
     metric: Literal["exact_match", "contains", "token_f1", "number_match"] = "exact_match"
     """What an item scores."""
 
@@ -94,11 +96,28 @@ class ExactSuite(PromptedSuite):
         return [
             self._score_written(
                 item,
-                answer.text,
+                self.cut(answer.text),
                 {"stopped": answer.stopped, "num_tokens": len(answer.token_ids)},
             )
             for item, answer in zip(suite.items, written, strict=True)
         ]
+
+    def cut(self, text: str) -> str:
+        """Return a written text up to the first of the texts that end an answer."""
+        from llmtune.evaluation.requests import cut_at
+
+        stops = self.stop if self.stop is not None else () if self.chat else ("\n",)
+        return cut_at(text, stops) if stops else text
+
+    def describe(self, scores: Sequence[ItemScore]) -> dict[str, Any]:
+        """Return the strict and the lenient score: the whole answer is right, or a part of it."""
+        kept = [each.details for each in scores if "lenient" in each.details]
+        if not kept or len(kept) < len(scores):
+            return {}
+        return {
+            name: sum(details[name] for details in kept) / len(kept)
+            for name in ("strict", "lenient")
+        }
 
     def count_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> int:
         """Return the tokens of the prompts, a long shared beginning once, and of the answers."""
@@ -110,6 +129,12 @@ class ExactSuite(PromptedSuite):
         shared = shared if shared >= LONG_PREFIX_TOKENS else 0
         new = self.max_new_tokens * len(prompts)
         return shared + sum(len(ids) - shared for ids in prompts) + new
+
+    def item_lengths(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> list[int]:
+        """Return the tokens of each prompt and one to answer with."""
+        from llmtune.evaluation.requests import encode_prompts
+
+        return [len(prompt) + 1 for prompt in encode_prompts(tokenizer, suite)]
 
     def majority(self, items: Sequence[SuiteItem]) -> float | None:
         """Return the share of the commonest reference."""
@@ -131,6 +156,7 @@ class ExactSuite(PromptedSuite):
             match = re.search(self.extract, text)
             found = match.group(1) if match else None
         score = 0.0
+        details = {**(details or {}), **self._strict_and_lenient(item, text)}
         if found is not None:
             prediction = normalize_text(found, self.normalize)
             references = [normalize_text(text, self.normalize) for text in item.references]
@@ -142,6 +168,18 @@ class ExactSuite(PromptedSuite):
             parsed=bool(found and found.strip()) and self._is_readable(found),
             details=details,
         )
+
+    def _strict_and_lenient(self, item: SuiteItem, text: str) -> dict[str, float]:
+        """Score the whole written text, and whether a right answer is anywhere in it."""
+        if self.metric == "token_f1":
+            return {}
+        written = normalize_text(text, self.normalize)
+        references = [normalize_text(each, self.normalize) for each in item.references]
+        strict = max(exact_match(written, each) for each in references)
+        lenient = max(contains(written, each) for each in references)
+        if self.metric == "number_match":
+            lenient = max(lenient, *(number_match(written, each) for each in references))
+        return {"strict": strict, "lenient": max(strict, lenient)}
 
     def _is_readable(self, found: str | None) -> bool:
         return found is not None and (

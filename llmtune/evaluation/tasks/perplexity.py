@@ -81,6 +81,13 @@ class PerplexitySuite(SuiteConfig):
         passages = [encode_passage(tokenizer, item.text) for item in suite.items]
         return sum(len(window) for p in passages for window in cut_windows(p, self.max_length))
 
+    def item_lengths(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> list[int]:
+        """Return the tokens of each passage's longest window."""
+        from llmtune.scoring.perplexity import encode_passage
+
+        passages = [encode_passage(tokenizer, item.text) for item in suite.items]
+        return [min(len(passage.token_ids), self.max_length) for passage in passages]
+
     def _score_item(self, item: SuiteItem, found: "TextScore") -> ItemScore:
         per_token = self.metric == "nats_per_token"
         weight = found.num_tokens if per_token else found.num_bytes

@@ -7,6 +7,7 @@ from typing import TypedDict
 from markupsafe import Markup
 
 from llmtune.evaluation.main_arms import CHAIN, MainArm
+from llmtune.reporting.beside import BesideTable, tabulate_beside
 from llmtune.reporting.charts import draw_interval, interval_limit
 from llmtune.reporting.numbers import Unit
 from llmtune.reporting.suites import Change, SliceReport, SuiteReport, Thresholds, name_pairs
@@ -48,6 +49,7 @@ class ResultsSection(TypedDict):
     pairs: str
     parts: dict[str, tuple[MainArm, MainArm]]
     chains: list[SuiteReport]
+    beside: list[BesideTable]
 
 
 def show_results(suites: Sequence[SuiteReport], thresholds: Thresholds) -> ResultsSection | None:
@@ -69,6 +71,7 @@ def show_results(suites: Sequence[SuiteReport], thresholds: Thresholds) -> Resul
         "pairs": name_pairs(suites),
         "parts": CHAIN,
         "chains": [suite for suite in suites if len(suite.chain) > 1],
+        "beside": [table for suite in suites if (table := tabulate_beside(suite)) is not None],
     }
 
 

@@ -1,0 +1,58 @@
+"""Items that are longer than the model has positions, found before anything is trained."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.tasks.base import PromptedSuite, Suite, SuiteItem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SHOWN_PROBLEMS = 5
+TEMPLATE_TOKENS = 512
+"""More than a chat template writes around one question; only then are items tokenized to see."""
+
+
+def refuse_long_items(
+    tokenizer: "PreTrainedTokenizerFast", suites: Sequence[Suite], positions: int | None
+) -> None:
+    """Refuse suites with items that the model cannot read whole.
+
+    Args:
+        positions: the longest sequence that the model has positions for; None has no limit.
+
+    Raises:
+        LlmtuneError: names the items by file and line, with their tokens and the model's limit.
+    """
+    if positions is None:
+        return
+    problems = [line for suite in suites for line in _find_long(tokenizer, suite, positions)]
+    if problems:
+        more = len(problems) - SHOWN_PROBLEMS
+        raise LlmtuneError(
+            "\n".join(problems[:SHOWN_PROBLEMS] + [f"... and {more} more"] * (more > 0))
+        )
+
+
+def _find_long(tokenizer: "PreTrainedTokenizerFast", suite: Suite, positions: int) -> list[str]:
+    config = suite.config
+    room = positions - TEMPLATE_TOKENS
+    system = config.system or "" if isinstance(config, PromptedSuite) else ""
+    # No token is shorter than a byte, so most items are known to fit without tokenizing them.
+    doubtful = suite.select({item.id for item in suite.items if _num_bytes(item, system) > room})
+    if not doubtful.items:
+        return []
+    lengths = config.item_lengths(tokenizer, doubtful)
+    return [
+        f"{suite.items_path}:{item.line}: takes {length:,} tokens, and the model has "
+        f"{positions:,} positions; shorten the item or leave it out"
+        for item, length in zip(doubtful.items, lengths, strict=True)
+        if length > positions
+    ]
+
+
+def _num_bytes(item: SuiteItem, system: str) -> int:
+    longest = max(item.choices, key=len, default="")
+    texts = (system, item.prompt, longest, item.text)
+    return sum(len(text.encode("utf-8", "replace")) for text in texts)

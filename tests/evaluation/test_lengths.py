@@ -1,0 +1,61 @@
+"""Items that a model has too few positions for are named before anything is trained."""
+
+import json
+
+import pytest
+
+from llmtune.config import load_config
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.lengths import refuse_long_items
+from llmtune.evaluation.suite import load_suite
+from llmtune.runs.pipeline import run
+from tests.conftest import write_jsonl
+from tests.project import make_project
+from tests.tiny import make_tokenizer
+
+SHORT, LONG = "a dog", "a dog " * 700
+
+
+@pytest.fixture
+def make_suite(tmp_path):
+    def make(**declared):
+        write_jsonl(tmp_path / "i.jsonl", [{"q": text, "answer": "yes"} for text in (SHORT, LONG)])
+        values = {"items": "i.jsonl", **declared}
+        (tmp_path / "s.yaml").write_text(json.dumps(values))
+        return load_suite(tmp_path / "s.yaml")
+
+    return make
+
+
+ASKED = {"prompt": "{{ q }}"}
+KINDS = [
+    {"task": "choice", "choices": ["yes", "no"], **ASKED},
+    {"task": "choice", "choices": ["yes", "no"], "chat": False, **ASKED},
+    {"task": "exact", **ASKED},
+    {"task": "perplexity", "text": "q", "max_length": 2000},
+]
+
+
+@pytest.mark.parametrize("declared", KINDS)
+def test_an_item_too_long_is_named_by_file_and_line(make_suite, declared):
+    suite = make_suite(**declared)
+    with pytest.raises(LlmtuneError, match=r"i\.jsonl:2: takes [\d,]+ tokens, and the model has 5"):
+        refuse_long_items(make_tokenizer(), [suite], 512)
+    refuse_long_items(make_tokenizer(), [suite], 8192)
+    refuse_long_items(make_tokenizer(), [suite], None)
+
+
+def test_a_passage_is_cut_into_windows_that_fit(make_suite):
+    suite = make_suite(task="perplexity", text="q", max_length=500)
+    refuse_long_items(make_tokenizer(), [suite], 512)
+
+
+def test_a_run_refuses_long_items_before_it_trains(tmp_path):
+    config = load_config(make_project(tmp_path / "project"))
+    items = tmp_path / "project" / "items.jsonl"
+    lines = items.read_text().splitlines()
+    lines[2] = json.dumps({"id": "long", "text": LONG, "answer": "positive"})
+    items.write_text("\n".join(lines) + "\n")
+    with pytest.raises(LlmtuneError, match=r"items\.jsonl:3: takes"):
+        run(config)
+    assert not config.run.adapter_dir.exists()
