@@ -1,11 +1,13 @@
 """A generated answer compared with the reference."""
 
+import json
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -22,6 +24,13 @@ from llmtune.evaluation.tasks.base import (
     commonest_share,
     read_field,
 )
+from llmtune.evaluation.text_metrics import (
+    OWN_METRIC,
+    TEXT_METRICS,
+    corpus_bleu,
+    fingerprint_own_metric,
+    load_own_metric,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,6 +38,21 @@ if TYPE_CHECKING:
     from llmtune.models.live import LiveModel
 
 Normalization = Literal["strip", "lowercase", "punctuation", "articles", "whitespace"]
+MetricName = Literal[
+    "exact_match",
+    "contains",
+    "token_f1",
+    "number_match",
+    "rouge_l",
+    "bleu",
+    "chrf",
+    "json_valid",
+    "json_match",
+    "json_fields",
+]
+OwnMetric = Annotated[str, Field(pattern=f"^{OWN_METRIC.pattern}$")]
+STRICT_METRICS = ("exact_match", "contains", "number_match")
+"""Those that have a strict and a lenient form."""
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -41,6 +65,12 @@ class ExactSuite(PromptedSuite):
         Metric("contains", True, "share of items"),
         Metric("token_f1", True, "F1 of words"),
         Metric("number_match", True, "share of items"),
+        Metric("rouge_l", True, "F1 of the longest common words"),
+        Metric("bleu", True, "sentence BLEU"),
+        Metric("chrf", True, "chrF"),
+        Metric("json_valid", True, "share of items"),
+        Metric("json_match", True, "share of items"),
+        Metric("json_fields", True, "F1 of fields"),
     )
 
     task: Literal["exact"]
@@ -52,8 +82,8 @@ class ExactSuite(PromptedSuite):
     """Regex with one group that finds the answer; no match is unparseable."""
     stop: tuple[str, ...] | None = None
     """Texts that end an answer; null: the line's end where chat is false, else none."""
-    metric: Literal["exact_match", "contains", "token_f1", "number_match"] = "exact_match"
-    """What an item scores."""
+    metric: MetricName | OwnMetric = "exact_match"
+    """What an item scores; `my_module:function` is your own."""
 
     @field_validator("extract")
     @classmethod
@@ -67,9 +97,33 @@ class ExactSuite(PromptedSuite):
                 raise ValueError(f"the pattern needs exactly one group, it has {groups}")
         return pattern
 
+    @property
+    def is_own_metric(self) -> bool:
+        """Whether the metric is a function of the user's."""
+        return OWN_METRIC.fullmatch(self.metric) is not None
+
+    @property
+    def chosen_metric(self) -> Metric:
+        """The metric that items are scored by."""
+        if self.is_own_metric:
+            return Metric(self.metric, True, "as your function returns")
+        return super().chosen_metric
+
+    def recipe_facts(self) -> dict[str, Any]:
+        """Return a hash of the user's own metric."""
+        return {"source": fingerprint_own_metric(self.metric)} if self.is_own_metric else {}
+
+    def check_templates(self, items_path: Path) -> None:
+        """Compile the prompt, and find the user's own metric."""
+        super().check_templates(items_path)
+        if self.is_own_metric:
+            load_own_metric(self.metric)
+
     def read_answer(self, fields: Fields, item: SuiteItem) -> SuiteItem:
         """Return `item` with the accepted texts."""
         answer = read_field(fields, self.answer)
+        if self.metric.startswith("json_") and isinstance(answer, dict | list):
+            return replace(item, references=(json.dumps(answer, ensure_ascii=False),))
         references = answer if isinstance(answer, list) else [answer]
         plain = all(isinstance(ref, str | int | float) for ref in references)
         if not references or not plain or not all(str(ref).strip() for ref in references):
@@ -111,6 +165,9 @@ class ExactSuite(PromptedSuite):
 
     def describe(self, scores: Sequence[ItemScore]) -> dict[str, Any]:
         """Return the strict and the lenient score: the whole answer is right, or a part of it."""
+        if self.metric == "bleu":
+            texts = [(each.prediction or "", each.answer or "") for each in scores]
+            return {"corpus_bleu": corpus_bleu(*zip(*texts, strict=True))}
         kept = [each.details for each in scores if "lenient" in each.details]
         if not kept or len(kept) < len(scores):
             return {}
@@ -158,9 +215,7 @@ class ExactSuite(PromptedSuite):
         score = 0.0
         details = {**(details or {}), **self._strict_and_lenient(item, text)}
         if found is not None:
-            prediction = normalize_text(found, self.normalize)
-            references = [normalize_text(text, self.normalize) for text in item.references]
-            score = max(METRIC_FUNCTIONS[self.metric](prediction, text) for text in references)
+            score = max(self._score_pair(found, reference) for reference in item.references)
         return item.scored(
             score,
             prediction=text,
@@ -169,9 +224,17 @@ class ExactSuite(PromptedSuite):
             details=details,
         )
 
+    def _score_pair(self, found: str, reference: str) -> float:
+        """Score an answer against one reference; overlap and JSON metrics read them as written."""
+        if self.metric in METRIC_FUNCTIONS:
+            texts = [normalize_text(text, self.normalize) for text in (found, reference)]
+            return METRIC_FUNCTIONS[self.metric](*texts)
+        score = TEXT_METRICS.get(self.metric) or load_own_metric(self.metric)
+        return score(found.strip(), reference.strip())
+
     def _strict_and_lenient(self, item: SuiteItem, text: str) -> dict[str, float]:
         """Score the whole written text, and whether a right answer is anywhere in it."""
-        if self.metric == "token_f1":
+        if self.metric not in STRICT_METRICS:
             return {}
         written = normalize_text(text, self.normalize)
         references = [normalize_text(each, self.normalize) for each in item.references]

@@ -1,0 +1,98 @@
+"""Metrics of longer answers, against their own libraries and by hand."""
+
+import json
+
+import pytest
+
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.results import ItemScore
+from llmtune.evaluation.suite import load_suite
+from llmtune.evaluation.tasks.exact import ExactSuite
+from llmtune.evaluation.text_metrics import TEXT_METRICS, load_own_metric
+from tests.conftest import write_jsonl
+
+sacrebleu = pytest.importorskip("sacrebleu", reason='needs the extra: "llmtune[metrics]"')
+rouge = pytest.importorskip("rouge_score.rouge_scorer", reason="the same")
+
+TEXTS = [("the cat sat on the mat", "a cat sat on a mat today"), ("dogs", "cats"), ("", "cats")]
+
+
+@pytest.mark.parametrize(("written", "right"), TEXTS)
+def test_overlaps_are_those_of_the_libraries(written, right):
+    scorer = rouge.RougeScorer(["rougeL"])
+    assert (
+        TEXT_METRICS["rouge_l"](written, right) == scorer.score(right, written)["rougeL"].fmeasure
+    )
+    bleu = sacrebleu.sentence_bleu(written, [right]).score
+    assert TEXT_METRICS["bleu"](written, right) == pytest.approx(bleu / 100)
+    chrf = sacrebleu.sentence_chrf(written, [right]).score
+    assert TEXT_METRICS["chrf"](written, right) == pytest.approx(chrf / 100)
+
+
+def test_words_of_every_script_count():
+    assert TEXT_METRICS["rouge_l"]("добрый день", "добрый день") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("written", "valid", "match", "fields"),
+    [
+        ('{"b": [1, 2], "a": "x"}', 1, 1, 1),
+        ('```json\n{"a": "x", "b": [1, 2]}\n```', 1, 1, 1),
+        ('{"a": "x", "b": [1, 3]}', 1, 0, 2 / 3),
+        ('{"a": "x"}', 1, 0, 0.5),
+        ("null", 1, 0, 0),
+        ('{"a": "x"', 0, 0, 0),
+        ("so: {}", 0, 0, 0),
+    ],
+)
+def test_json_by_hand(written, valid, match, fields):
+    right = '{"a": "x", "b": [1, 2]}'
+    names = ("json_valid", "json_match", "json_fields")
+    assert [TEXT_METRICS[name](written, right) for name in names] == pytest.approx(
+        [valid, match, fields]
+    )
+
+
+def write_suite(folder, metric, answer="Paris"):
+    write_jsonl(folder / "i.jsonl", [{"q": "where?", "answer": answer}])
+    values = {"task": "exact", "items": "i.jsonl", "prompt": "{{ q }}", "metric": metric}
+    (folder / "s.yaml").write_text(json.dumps(values))
+    return folder / "s.yaml"
+
+
+def test_an_answer_may_be_json_itself(tmp_path):
+    suite = load_suite(write_suite(tmp_path, "json_fields", {"city": "Paris"}))
+    assert suite.config.score_text(suite.items[0], '{"city": "Paris"}').score == 1.0
+
+
+def test_a_function_of_ones_own_scores_items(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_scores.py").write_text(
+        "def by_length(written, right):\n    return min(1, len(written) / len(right))\n"
+        "def broken(written, right):\n    return written / right\n"
+        "def text(written, right):\n    return 'good'\n"
+    )
+    suite = load_suite(write_suite(tmp_path, "own_scores:by_length"))
+    assert suite.config.score_text(suite.items[0], "Par").score == 0.6
+    assert suite.config.chosen_metric.name == "own_scores:by_length"
+    before = suite.config.recipe_facts()
+    assert len(before["source"]) == 64
+    for name, message in (("broken", "failed on 'a'"), ("text", "returned 'good'")):
+        with pytest.raises(LlmtuneError, match=message):
+            load_own_metric(f"own_scores:{name}")("a", "b")
+    with pytest.raises(LlmtuneError, match="own_scores:nothing: cannot be imported"):
+        load_suite(write_suite(tmp_path, "own_scores:nothing"))
+    with pytest.raises(LlmtuneError, match="no_such_module"):
+        load_suite(write_suite(tmp_path, "no_such_module:f"))
+
+
+def test_an_unknown_metric_is_refused(tmp_path):
+    with pytest.raises(LlmtuneError, match="metric"):
+        load_suite(write_suite(tmp_path, "rouge"))
+
+
+def test_bleu_of_all_answers_is_given_beside():
+    suite = ExactSuite(task="exact", items="i.jsonl", prompt="{{ q }}", metric="bleu")
+    scores = [ItemScore("i", 0.5, written, right) for written, right in TEXTS]
+    expected = sacrebleu.corpus_bleu([w for w, _ in TEXTS], [[r for _, r in TEXTS]]).score / 100
+    assert suite.describe(scores) == {"corpus_bleu": pytest.approx(expected)}
