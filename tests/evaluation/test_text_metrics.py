@@ -60,9 +60,14 @@ def write_suite(folder, metric, answer="Paris"):
     return folder / "s.yaml"
 
 
+def score_of(suite, text):
+    assert isinstance(suite.config, ExactSuite)
+    return suite.config.score_text(suite.items[0], text).score
+
+
 def test_an_answer_may_be_json_itself(tmp_path):
     suite = load_suite(write_suite(tmp_path, "json_fields", {"city": "Paris"}))
-    assert suite.config.score_text(suite.items[0], '{"city": "Paris"}').score == 1.0
+    assert score_of(suite, '{"city": "Paris"}') == 1.0
 
 
 def test_a_function_of_ones_own_scores_items(tmp_path, monkeypatch):
@@ -73,7 +78,7 @@ def test_a_function_of_ones_own_scores_items(tmp_path, monkeypatch):
         "def text(written, right):\n    return 'good'\n"
     )
     suite = load_suite(write_suite(tmp_path, "own_scores:by_length"))
-    assert suite.config.score_text(suite.items[0], "Par").score == 0.6
+    assert score_of(suite, "Par") == 0.6
     assert suite.config.chosen_metric.name == "own_scores:by_length"
     before = suite.config.recipe_facts()
     assert len(before["source"]) == 64
