@@ -7,9 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmtune.data.answers import TextSpan
 from llmtune.data.marks import Anchor, ControlMarks
 from llmtune.data.problems import RowError, shorten
-from llmtune.data.spans import TextSample, TextSpan
+from llmtune.data.spans import TextSample
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

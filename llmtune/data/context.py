@@ -18,8 +18,8 @@ TELLING_CHARACTERS = 24
 """A text this long does not stand in another one by chance."""
 MAX_KNOWN = 4096
 
-Shape = tuple[tuple[tuple[str, tuple[bool, ...]], ...], bool]
-"""Of each message its role and what it has beside it; and whether there are tools."""
+Shape = tuple[tuple[tuple[str, tuple[bool, ...]], ...], bool, bool]
+"""Of each message its role and what it has beside it; whether there are tools, and a prompt."""
 Place = int | tuple[int, str] | Literal["tools"]
 """What a mark stood for: a message's content, its reasoning, or the tools."""
 
@@ -43,7 +43,18 @@ class ContextGuard:
         Raises:
             RowError: which message or tool is not printed.
         """
-        messages = row.messages[:before]
+        rendered = row.messages if before is None else row.messages[: before + 1]
+        self._check(text, row, row.messages[:before], rendered)
+
+    def _check(
+        self,
+        text: str,
+        row: Conversation,
+        messages: list[Message],
+        rendered: list[Message],
+        *,
+        is_prompt: bool = False,
+    ) -> None:
         given = [i for i, m in enumerate(messages) if m["role"] != "assistant"]
         for index in given:
             if not _holds(text, messages[index]["content"].strip()):
@@ -51,8 +62,7 @@ class ContextGuard:
         short = [i for i in given if len(messages[i]["content"].strip()) < TELLING_CHARACTERS]
         if not short and not row.tools:
             return
-        rendered = row.messages if before is None else row.messages[: before + 1]
-        unprinted = self._find_unprinted(rendered, row.tools)
+        unprinted = self._find_unprinted(rendered, row.tools, is_prompt=is_prompt)
         for index in short:
             if index in unprinted:
                 raise _not_printed(messages[index], index)
@@ -64,6 +74,14 @@ class ContextGuard:
                     "learn to call what it was never shown",
                     "template",
                 )
+
+    def check_prompt(self, prompt: str, row: Conversation, before: int) -> None:
+        """Refuse `row` where `prompt`, what the turn `before` is asked with, lacks something.
+
+        Raises:
+            RowError: which message or tool is not printed.
+        """
+        self._check(prompt, row, row.messages[:before], row.messages[:before], is_prompt=True)
 
     def check_all(self, text: str, row: Conversation) -> None:
         """Refuse `row` where `text` lacks anything, the assistant's turns included.
@@ -95,20 +113,28 @@ class ContextGuard:
                     )
 
     def _find_unprinted(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        is_prompt: bool = False,
     ) -> set[Place]:
         """Return the places whose marks the template does not print."""
         parts = ("content", "reasoning_content", "tool_calls")
         roles = tuple((m["role"], tuple(bool(m.get(key)) for key in parts)) for m in messages)
-        shape = (roles, bool(tools))
+        shape = (roles, bool(tools), is_prompt)
         if shape not in self._unprinted:
             if len(self._unprinted) >= MAX_KNOWN:
                 self._unprinted.clear()
-            self._unprinted[shape] = self._render_marks(messages, tools)
+            self._unprinted[shape] = self._render_marks(messages, tools, is_prompt=is_prompt)
         return self._unprinted[shape]
 
     def _render_marks(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        is_prompt: bool,
     ) -> set[Place]:
         marked, places = [], list[Place]()
         for index, message in enumerate(messages):
@@ -120,7 +146,9 @@ class ContextGuard:
         if marked_tools:
             places.append("tools")
         try:
-            text = render_text(self._tokenizer, marked, tools=marked_tools or None)
+            text = render_text(
+                self._tokenizer, marked, tools=marked_tools or None, add_generation_prompt=is_prompt
+            )
         except RowError:
             return set()  # a template that reads contents; the row itself was rendered
         return {place for place in places if not _holds(text, _mark(place))}

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llmtune.data.align import NOTE_APART, LabelledSequence, PendingSamples, SpanAligner
+from llmtune.data.answers import Turn
 from llmtune.data.context import ContextGuard
 from llmtune.data.conversation import Conversation
 from llmtune.data.problems import RowError, shorten
 from llmtune.data.render import encode_plain, render_texts
 from llmtune.data.skeleton import Skeleton, SkeletonBook
-from llmtune.data.spans import RowSamples, TextSample, Turn, plan_samples, trained_turns
+from llmtune.data.spans import RowSamples, TextSample, plan_samples, trained_turns
 from llmtune.data.template_proof import prints_contents_only
 from llmtune.errors import LlmtuneError
 from llmtune.models.turns import (
     TurnEnding,
-    control_pattern,
     find_turn_ending,
     special_pattern,
     stop_token_ids,
@@ -89,11 +88,6 @@ class Labeller:
     def stop_ids(self) -> frozenset[int]:
         """Every token that ends generation whatever the generation config says."""
         return frozenset(stop_token_ids(self.tokenizer))
-
-    @cached_property
-    def _controls(self) -> re.Pattern[str]:
-        """What must not be typed inside a text that goes through the template."""
-        return control_pattern(self.tokenizer)
 
     def label(self, conversations: Sequence[Conversation]) -> list[LabelledRow | RowError]:
         """Return each conversation's sequences, or why it is refused.
@@ -271,7 +265,7 @@ class Labeller:
         if not value:
             return None
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        found = self._controls.search(text)
+        found = self.ending.controls.search(text)
         return found.group() if found else None
 
     def _label_plain(self, row: Conversation) -> LabelledRow | RowError:

@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llmtune.data.answers import TextSpan
 from llmtune.data.conversation import Conversation
 from llmtune.data.problems import RowError
-from llmtune.data.spans import RowSamples, TextSample, TextSpan
+from llmtune.data.spans import RowSamples, TextSample
 
 MAX_SKELETONS = 4096
 

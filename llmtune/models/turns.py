@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2.exceptions import TemplateError
 
 from llmtune.errors import LlmtuneError
+from llmtune.models.thinking import THINKING, lead_behind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,12 +28,6 @@ TEMPLATE_ERRORS = (
     RecursionError,
 )
 """What rendering may raise: a template is someone's program, run on someone's rows."""
-
-THINKING = re.compile(
-    r"<think>|</think>|<thinking>|</thinking>|\[/?THINK\]|<\|(?:START|END)_THINKING\|>"
-    r"|<\|channel>(?:thought)?|<channel\|>|<seed:think>|</seed:think>"
-)
-"""What templates write around an answer's reasoning."""
 
 QUESTION = "Which number comes after twelve?"
 ANSWER = "Thirteen, of course"
@@ -62,15 +58,21 @@ class TurnEnding:
     kind: Literal["closed", "next-turn", "none"]
     terminator: str
     terminator_id: int
+    opening: str
+    """What opens an assistant's turn, in the generation prompt and in a finished turn alike."""
+    written_lead: str
+    """What a finished turn has between its opening and the answer."""
     lead: str
-    """What the template writes between its generation prompt and the answer (an empty
-    `<think>` block, a space)."""
+    """What is trained between the generation prompt and the answer: an empty `<think>` block, a
+    space, or what closes a block of thinking that the prompt opened."""
     tail: str
     """What it writes after the answer of a chat's last turn."""
     stop_ids: tuple[int, ...]
     """Every token that ends generation: the tokenizer's end-of-text, then the template's own."""
     stop_texts: tuple[str, ...]
     """The same as text."""
+    controls: re.Pattern[str]
+    """The control tokens, and whatever else opens a turn: no text may hold one."""
 
 
 def stop_token_ids(
@@ -116,6 +118,7 @@ def find_turn_ending(tokenizer: PreTrainedTokenizerFast) -> TurnEnding:
     position = text.rindex(ANSWER)
     tail = text[position + len(ANSWER) :]
     specials = special_pattern(tokenizer)
+    turn_opening, written_lead = _find_opening(tokenizer, asked, (prompt, text))
     closing = specials.search(tail)
     opening = specials.search(longer[longer.index(ANSWER) + len(ANSWER) :])
     kind: Literal["closed", "next-turn", "none"]
@@ -140,10 +143,15 @@ def find_turn_ending(tokenizer: PreTrainedTokenizerFast) -> TurnEnding:
         kind=kind,
         terminator=terminator,
         terminator_id=tokenizer.convert_tokens_to_ids(terminator),
-        lead=text[len(prompt) : position] if text.startswith(prompt) else "",
+        opening=turn_opening,
+        written_lead=written_lead,
+        lead=text[len(prompt) : position]
+        if text.startswith(prompt)
+        else lead_behind(prompt, written_lead),
         tail=tail,
         stop_ids=tuple(tokenizer.convert_tokens_to_ids(list(stop_texts))),
         stop_texts=stop_texts,
+        controls=control_pattern(tokenizer),
     )
 
 
@@ -218,6 +226,34 @@ def _render(
             "template for user and assistant turns"
         ) from error
     return text
+
+
+def _find_opening(
+    tokenizer: PreTrainedTokenizerFast, asked: list[dict], texts: tuple[str, str]
+) -> tuple[str, str]:
+    """Return what opens an assistant's turn and what a finished turn has after it.
+
+    `texts` are the known question with the generation prompt, and with its answer. What both have
+    after the question's own end is the opening; a block of thinking is not part of it.
+    """
+    prompt, text = (known[known.rindex(QUESTION) + len(QUESTION) :] for known in texts)
+    before = text[: text.rindex(ANSWER)]
+    alone = _render(tokenizer, asked)
+    end = _shared_length(tokenizer, alone[alone.rindex(QUESTION) + len(QUESTION) :], before)
+    prompt, before = prompt[end:], before[end:]
+    shared = before[: _shared_length(tokenizer, prompt, before)]
+    thinking = THINKING.search(shared)
+    opening = shared[: thinking.start()] if thinking else shared
+    return opening, before[len(opening) :]
+
+
+def _shared_length(tokenizer: PreTrainedTokenizerFast, one: str, other: str) -> int:
+    """Return how many characters two texts share from the start, without half a token."""
+    length = len(os.path.commonprefix([one, other]))
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    tokens = re.compile("|".join([THINKING.pattern, *map(re.escape, added)]))
+    cut = [m.start() for m in tokens.finditer(other) if m.start() < length < m.end()]
+    return min([length, *cut])
 
 
 def _tool_opening(

@@ -117,6 +117,64 @@ DEEPSEEK = (
     "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
 )
+# The next ones write before an answer what is not their generation prompt.
+# A block of thinking is closed in the prompt and absent from history; a tool's answer belongs to
+# the model's turn, and what follows it opens a turn that no prompt opens.
+CLOSED_CHANNEL = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'tool' %}{{ '<|tool_response>' + m['content'] + '<tool_response|>' }}"
+    "{% elif m['role'] == 'assistant' %}{{ '<|turn>model\n' }}"
+    "{% if m['reasoning_content'] %}"
+    "{{ '<|channel>thought\n' + m['reasoning_content'] + '<channel|>' }}{% endif %}"
+    "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}"
+    "{{ '<|tool_call>' + c['function']['name'] + c['function']['arguments'] | tojson }}"
+    "{{ '<tool_call|>' }}{% endfor %}"
+    "{% if not m['tool_calls'] %}{{ '<turn|>\n' }}{% endif %}"
+    "{% else %}{{ '<|turn>' + m['role'] + '\n' + m['content'] + '<turn|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'tool' %}"
+    "{{ '<|turn>model\n<|channel>thought\n<channel|>' }}{% endif %}"
+    "{% if tools %}{{ tools[0]['function']['name'] }}{% endif %}"
+)
+OPEN_CHANNEL = CLOSED_CHANNEL.replace(
+    "<|turn>model\n<|channel>thought\n<channel|>", "<|turn>model\n"
+)
+# Drops an answer's thinking, which the prompt opens.
+DROPPED_THINK = DEEPSEEK.replace(
+    "m['content'] + '<｜end▁of▁sentence｜>'",
+    "m['content'].split('</think>')[-1] + '<｜end▁of▁sentence｜>'",
+).replace("{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜><think>\n' }}")
+CLOSED_THINK = DEEPSEEK.replace("{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜></think>' }}")
+# Closes the block in history, and opens it in the prompt.
+SHUT_THINK = (
+    "[gMASK]<sop>{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
+    "{% if m['role'] == 'assistant' %}"
+    "{{ '<think>' + m['reasoning_content'] if m['reasoning_content'] else '' }}{{ '</think>' }}"
+    "{% endif %}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
+)
+EMPTY_THINK = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}"
+    "{{ '<think>\n' + m['reasoning_content'] + '\n</think>\n' if m['reasoning_content'] "
+    "else '<think></think>' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+# Announces a response in history, and skips the thinking in the prompt.
+RESPONSE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|START_OF_TURN_TOKEN|><|' + m['role'] + '|>' }}"
+    "{{ '<|START_RESPONSE|>' if m['role'] == 'assistant' else '' }}"
+    "{{ m['content'] + '<|END_OF_TURN_TOKEN|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|START_OF_TURN_TOKEN|><|assistant|><|START_THINKING|><|END_THINKING|>' }}{% endif %}"
+)
+# Puts the system message into the last user turn, if that is the last of all.
+LATE_SYSTEM = (
+    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+    "{{ bos_token }}{% for m in messages if m['role'] != 'system' %}"
+    "{% if m['role'] == 'user' %}{{ '[INST]' }}"
+    "{{ system + '\n\n' if loop.last and system else '' }}{{ m['content'] + '[/INST]' }}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
 # Opens the thinking block in the prompt, as some reasoning models do.
 OPENED_THINK = CHATML.replace(
     "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}"
@@ -205,13 +263,55 @@ SHAPES = {
     "stripping": Shape(STRIPPING, ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>", "<|im_end|>"),
 }
 
+DEEPSEEK_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
+CHANNEL_TOKENS = ("<bos>", "<eos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>") + (
+    "<|tool_call>",
+    "<tool_call|>",
+    "<|tool_response>",
+    "<tool_response|>",
+)
+
+
+def _deepseek(template: str) -> Shape:
+    bos, eos = DEEPSEEK_TOKENS
+    added = ("<｜User｜>", "<｜Assistant｜>")
+    return Shape(template, DEEPSEEK_TOKENS, bos, eos, eos, plain_tokens=added)
+
+
+IM_TOKENS = ("<|im_start|>", "<|im_end|>")
+BEHIND_SHAPES = {
+    "closed-channel": Shape(CLOSED_CHANNEL, CHANNEL_TOKENS, "<bos>", "<eos>", "<turn|>"),
+    "open-channel": Shape(OPEN_CHANNEL, CHANNEL_TOKENS, "<bos>", "<eos>", "<turn|>"),
+    "dropped-think": _deepseek(DROPPED_THINK),
+    "closed-think": _deepseek(CLOSED_THINK),
+    "opened-think": Shape(OPENED_THINK, IM_TOKENS, None, "<|im_end|>", "<|im_end|>"),
+    "shut-think": Shape(
+        SHUT_THINK,
+        ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>"),
+        None,
+        "<|endoftext|>",
+        "<|user|>",
+    ),
+    "empty-think": Shape(EMPTY_THINK, IM_TOKENS, None, "<|im_end|>", "<|im_end|>"),
+    "response": Shape(
+        RESPONSE,
+        ("<BOS>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|user|>", "<|assistant|>")
+        + ("<|START_RESPONSE|>", "<|START_THINKING|>", "<|END_THINKING|>"),
+        "<BOS>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|END_OF_TURN_TOKEN|>",
+    ),
+    "late-system": Shape(LATE_SYSTEM, ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", "</s>"),
+}
+"""Shapes whose generation prompt is not what they write before an answer."""
+
 THINK_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
 
 @lru_cache
 def make_shape(name: str) -> PreTrainedTokenizerFast:
     """Train a small byte-level tokenizer with the shape's control tokens and template."""
-    return make_shape_tokenizer(SHAPES[name])
+    return make_shape_tokenizer(SHAPES[name] if name in SHAPES else BEHIND_SHAPES[name])
 
 
 def make_shape_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:

@@ -5,11 +5,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 
+from llmtune.data.answers import TextSpan
 from llmtune.data.conversation import chat
 from llmtune.data.marks import ControlMarks
 from llmtune.data.masks import LabelledRow, Labeller
 from llmtune.data.problems import RowError
-from llmtune.data.spans import TextSample, TextSpan
+from llmtune.data.spans import TextSample
 from llmtune.data.template_proof import prints_contents_only
 from tests.data.shapes import CHATML, SHAPES, make_shape, make_shape_tokenizer
 from tests.data.shapes import turns as make_turns
