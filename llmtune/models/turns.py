@@ -229,7 +229,7 @@ def _render(
 
 
 def _find_opening(
-    tokenizer: PreTrainedTokenizerFast, asked: list[dict], texts: tuple[str, str]
+    tokenizer: PreTrainedTokenizerFast, asked: list[dict[str, Any]], texts: tuple[str, str]
 ) -> tuple[str, str]:
     """Return what opens an assistant's turn and what a finished turn has after it.
 
