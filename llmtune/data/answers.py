@@ -65,8 +65,9 @@ def find_span(
     if begin is not None:
         _check_lead(turn, message, ending, begin)
     closed = find_end(turn, message, ending, specials, content_end)
-    span = None if closed is None else TextSpan(start, *closed)
-    return (start, content_end, span), has_stripped
+    if closed is not None:
+        return (start, content_end, TextSpan(start, *closed)), has_stripped
+    return (start, end_of_text(turn, message, content_end), None), has_stripped
 
 
 def find_end(
@@ -99,6 +100,11 @@ def find_end(
             "template",
         )
     return closing.start(), closing.end()
+
+
+def end_of_text(turn: Turn, message: Message, content_end: int) -> int:
+    """Return where an open turn's text ends: with calls, after all that closes the calls."""
+    return len(turn.upto.rstrip()) if message.get("tool_calls") else content_end
 
 
 def find_content(
@@ -201,7 +207,13 @@ def opens_turn(text: str, ending: TurnEnding) -> bool:
 
 
 def close_turn(
-    text: str, start: int, content_end: int, span: TextSpan | None, ending: TurnEnding
+    text: str,
+    start: int,
+    content_end: int,
+    span: TextSpan | None,
+    ending: TurnEnding,
+    *,
+    has_calls: bool,
 ) -> tuple[str, TextSpan]:
     """Return `text` with a terminator after its content, and the span that is trained."""
     if span is not None:
@@ -209,8 +221,9 @@ def close_turn(
     kept = text if ending.kind == "next-turn" else text[:content_end]
     if kept[content_end:].strip():
         raise RowError("the template writes text after the answer that nothing ends", "template")
-    end = len(kept) + len(ending.terminator)
-    return kept + ending.terminator, TextSpan(start, len(kept), end)
+    terminator = ending.call_terminator if has_calls else ending.terminator
+    end = len(kept) + len(terminator)
+    return kept + terminator, TextSpan(start, len(kept), end)
 
 
 def _difference(prompt: str, upto: str) -> str:

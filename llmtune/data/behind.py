@@ -10,7 +10,15 @@ from __future__ import annotations
 
 import re
 
-from llmtune.data.answers import TextSpan, Turn, close_turn, find_content, find_end, opens_turn
+from llmtune.data.answers import (
+    TextSpan,
+    Turn,
+    close_turn,
+    end_of_text,
+    find_content,
+    find_end,
+    opens_turn,
+)
 from llmtune.data.context import compact
 from llmtune.data.conversation import Message
 from llmtune.data.problems import RowError, shorten
@@ -34,7 +42,10 @@ def find_behind(
     begin, content_end, _ = find_content(turn, printed, ending, start)
     closed = find_end(turn, message, ending, specials, content_end)
     span = None if closed is None else TextSpan(start, *closed)
-    upto, span = close_turn(turn.upto, start, content_end, span, ending)
+    has_calls = "tool_calls" in message
+    if span is None:
+        content_end = end_of_text(turn, message, content_end)
+    upto, span = close_turn(turn.upto, start, content_end, span, ending, has_calls=has_calls)
     body, end = upto[start : span.terminator], upto[span.terminator : span.end]
     if begin is not None and not message.get("reasoning_content"):
         _check_written(upto[start:begin], ending, turn.index)
@@ -67,7 +78,7 @@ def _check_written(written: str, ending: TurnEnding, index: int) -> None:
 
 def _join_thinking(thinking: Thinking, body: str, message: Message, index: int) -> str:
     """Return what is generated behind a prompt that may have opened or closed the thinking."""
-    reasoning = message.get("reasoning_content", "").strip()
+    reasoning: str = message.get("reasoning_content", "").strip()
     position = body.find(reasoning) if reasoning else -1
     if thinking.state == "none":
         return body

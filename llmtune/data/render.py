@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmtune.data.problems import RowError
+from llmtune.data.tool_form import find_tool_form
 from llmtune.errors import LlmtuneError
 from llmtune.models.turns import TEMPLATE_ERRORS, require_chat_template
 
@@ -36,8 +37,8 @@ def render_messages(
     require_chat_template(tokenizer)
     try:
         ids = tokenizer.apply_chat_template(
-            [strip_training_keys(message) for message in messages],
-            tools=tools,
+            _shape_messages(tokenizer, messages),
+            tools=_shape_tools(tokenizer, tools),
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=False,
@@ -61,8 +62,8 @@ def render_text(
     """
     try:
         text: str = tokenizer.apply_chat_template(
-            [strip_training_keys(message) for message in messages],
-            tools=tools,
+            _shape_messages(tokenizer, messages),
+            tools=_shape_tools(tokenizer, tools),
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
@@ -92,7 +93,7 @@ def render_texts(
     if plain:
         try:
             together = tokenizer.apply_chat_template(
-                [[strip_training_keys(message) for message in chats[index][0]] for index in plain],
+                [_shape_messages(tokenizer, chats[index][0]) for index in plain],
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
@@ -132,6 +133,22 @@ def encode_plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     if len(ids) > 1 and eos is not None and ids[-1] == eos and bare[-1:] != [eos]:
         ids = ids[:-1]
     return ids
+
+
+def _shape_messages(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Return a chat as the template takes it: no keys for the trainer, calls in its own form."""
+    shaped = [strip_training_keys(message) for message in messages]
+    if any("tool_calls" in message for message in shaped):
+        return find_tool_form(tokenizer).shape_messages(shaped)
+    return shaped
+
+
+def _shape_tools(
+    tokenizer: PreTrainedTokenizerFast, tools: list[dict[str, Any]] | None
+) -> list[dict[str, Any]] | None:
+    return find_tool_form(tokenizer).shape_tools(tools) if tools else None
 
 
 def strip_training_keys(message: Mapping[str, Any]) -> Mapping[str, Any]:

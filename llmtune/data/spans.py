@@ -16,7 +16,7 @@ from llmtune.data.answers import (
 )
 from llmtune.data.behind import find_behind
 from llmtune.data.context import ContextGuard
-from llmtune.data.conversation import Conversation
+from llmtune.data.conversation import Conversation, Message
 from llmtune.data.problems import RowError
 from llmtune.models.turns import TurnEnding
 
@@ -105,7 +105,7 @@ def plan_samples(
             notes.append(NOTE_SPACES)
     together = None
     if not behind and (ending.kind != "none" or len(turns) == 1):
-        together = _spans_in_full(full, turns, found, ending, len(messages))
+        together = _spans_in_full(full, turns, found, ending, messages)
     has_one_weight = len({turn.weight for turn in turns}) == 1
     if together is not None and has_one_weight:
         text, spans = together
@@ -123,7 +123,14 @@ def plan_samples(
             sample = behind[turn.index]
             guard.check_prompt(turn.prompt, conversation, turn.index)
         else:
-            text, trained = close_turn(turn.upto, start, content_end, closed, ending)
+            text, trained = close_turn(
+                turn.upto,
+                start,
+                content_end,
+                closed,
+                ending,
+                has_calls="tool_calls" in messages[turn.index],
+            )
             sample = TextSample(text, (trained,), turn.weight)
             guard.check(text, conversation, turn.index)
         samples.append(sample)
@@ -135,7 +142,7 @@ def _spans_in_full(
     turns: Sequence[Turn],
     found: Sequence[ContentSpan],
     ending: TurnEnding,
-    num_messages: int,
+    messages: Sequence[Message],
 ) -> tuple[str, tuple[TextSpan, ...]] | None:
     """Return one text with all spans, or None where `full` shows a turn differently."""
     text = full
@@ -148,8 +155,15 @@ def _spans_in_full(
             continue
         if not full.startswith(turn.upto[:content_end]):
             return None
-        if turn.index == num_messages - 1 or ending.kind == "none":
-            text, span = close_turn(full, start, content_end, None, ending)
+        if turn.index == len(messages) - 1 or ending.kind == "none":
+            text, span = close_turn(
+                full,
+                start,
+                content_end,
+                None,
+                ending,
+                has_calls="tool_calls" in messages[turn.index],
+            )
         else:
             opening = _next_opening(full, start, content_end, ending)
             if opening is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -67,6 +68,8 @@ class TurnEnding:
     space, or what closes a block of thinking that the prompt opened."""
     tail: str
     """What it writes after the answer of a chat's last turn."""
+    call_terminator: str
+    """What ends a last turn of tool calls that the template itself leaves open."""
     stop_ids: tuple[int, ...]
     """Every token that ends generation: the tokenizer's end-of-text, then the template's own."""
     stop_texts: tuple[str, ...]
@@ -134,8 +137,10 @@ def find_turn_ending(tokenizer: PreTrainedTokenizerFast) -> TurnEnding:
             "tuned model could never stop; set eos_token in tokenizer_config.json"
         )
     texts = [tokenizer.eos_token, terminator]
+    call_terminator = terminator
     if kind == "next-turn":
-        texts.append(_tool_opening(tokenizer, answered, specials))
+        call_terminator = _tool_opening(tokenizer, answered, specials) or terminator
+        texts.append(call_terminator)
     elif kind == "closed":
         texts.append(_call_closing(tokenizer, asked, [text for text in texts if text], specials))
     stop_texts = tuple(dict.fromkeys(str(text) for text in texts if text))
@@ -149,6 +154,7 @@ def find_turn_ending(tokenizer: PreTrainedTokenizerFast) -> TurnEnding:
         if text.startswith(prompt)
         else lead_behind(prompt, written_lead),
         tail=tail,
+        call_terminator=call_terminator,
         stop_ids=tuple(tokenizer.convert_tokens_to_ids(list(stop_texts))),
         stop_texts=stop_texts,
         controls=control_pattern(tokenizer),
@@ -275,11 +281,14 @@ def _call_closing(
     specials: re.Pattern[str],
 ) -> str | None:
     """Return the token that ends a turn of tool calls where none of the `known` ones does."""
-    calling = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    try:
-        text = _render(tokenizer, [*asked, calling], tools=[TOOL])
-    except LlmtuneError:
-        return None  # a template without tools has no such token
+    text = ""
+    written = {**CALL, "function": {"name": "look_up", "arguments": f'{{"number": "{ANSWER}"}}'}}
+    for call, content in itertools.product((CALL, written), ("", None)):
+        calling = {"role": "assistant", "content": content, "tool_calls": [call]}
+        with contextlib.suppress(LlmtuneError):  # a template without tools has no such token
+            text = _render(tokenizer, [*asked, calling], tools=[TOOL])
+        if ANSWER in text:
+            break
     position = text.rfind(ANSWER)
     rest = text[position + len(ANSWER) :]
     if position < 0 or any(stop in rest for stop in known):

@@ -264,7 +264,13 @@ SHAPES = {
 }
 
 DEEPSEEK_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
-CHANNEL_TOKENS = ("<bos>", "<eos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>") + (
+CHANNEL_TOKENS = (
+    "<bos>",
+    "<eos>",
+    "<|turn>",
+    "<turn|>",
+    "<|channel>",
+    "<channel|>",
     "<|tool_call>",
     "<tool_call|>",
     "<|tool_response>",
@@ -277,6 +283,47 @@ def _deepseek(template: str) -> Shape:
     added = ("<｜User｜>", "<｜Assistant｜>")
     return Shape(template, DEEPSEEK_TOKENS, bos, eos, eos, plain_tokens=added)
 
+
+# Templates that take tools and calls in one form only.
+ITEM_CALLS = (
+    "[gMASK]<sop>{% if tools %}{{ '<|system|>' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    "{% endif %}{% for m in messages %}"
+    "{% if m['role'] == 'tool' %}{{ '<|observation|>' + m['content'] }}"
+    "{% else %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}{{ '\n<tool_call>' + c['function']['name'] }}"
+    "{% for k, v in c['function']['arguments'].items() %}"
+    "{{ '\n<arg_key>' + k + '</arg_key>\n<arg_value>' }}"
+    "{{ v if v is string else v | tojson }}{{ '</arg_value>' }}{% endfor %}"
+    "{{ '\n</tool_call>' }}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+TEXT_CALLS = (
+    "{{ bos_token }}{% for t in tools or [] %}{{ t['function'] | tojson }}{% endfor %}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
+    "{% elif m['role'] == 'tool' %}{{ '<tool>' + m['content'] + '</tool>' }}"
+    "{% elif m['content'] is not defined %}{{ '<｜Assistant｜>' }}{% for c in m['tool_calls'] %}"
+    "{{ c['function']['name'] + '\n' + c['function']['arguments'] }}{% endfor %}"
+    "{{ eos_token }}{% else %}{{ '<｜Assistant｜>' + m['content'] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
+)
+ID_CALLS = (
+    "{{ bos_token }}{% for t in tools or [] %}{{ t['function'] | tojson }}{% endfor %}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'tool' %}"
+    "{% if m['tool_call_id'] | length != 9 %}{{ raise_exception('ids have length 9') }}{% endif %}"
+    "{{ '[RESULT]' + m['tool_call_id'] + m['content'] + '[/RESULT]' }}"
+    "{% elif m['tool_calls'] %}{{ '[CALLS]' }}{% for c in m['tool_calls'] %}"
+    "{% if c['id'] | length != 9 %}{{ raise_exception('ids have length 9') }}{% endif %}"
+    "{{ c['function'] | tojson + c['id'] }}{% endfor %}{{ eos_token }}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+# Writes what it is given with Python's own quotes.
+BARE_CALLS = QWEN3.replace(
+    "call.function | tojson", "(call.function.name ~ call.function.arguments)"
+)
+FLAT_TOOLS = QWEN3.replace("tool | tojson", "tool.name + tool.description")
 
 IM_TOKENS = ("<|im_start|>", "<|im_end|>")
 BEHIND_SHAPES = {
@@ -295,8 +342,16 @@ BEHIND_SHAPES = {
     "empty-think": Shape(EMPTY_THINK, IM_TOKENS, None, "<|im_end|>", "<|im_end|>"),
     "response": Shape(
         RESPONSE,
-        ("<BOS>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|user|>", "<|assistant|>")
-        + ("<|START_RESPONSE|>", "<|START_THINKING|>", "<|END_THINKING|>"),
+        (
+            "<BOS>",
+            "<|START_OF_TURN_TOKEN|>",
+            "<|END_OF_TURN_TOKEN|>",
+            "<|user|>",
+            "<|assistant|>",
+            "<|START_RESPONSE|>",
+            "<|START_THINKING|>",
+            "<|END_THINKING|>",
+        ),
         "<BOS>",
         "<|END_OF_TURN_TOKEN|>",
         "<|END_OF_TURN_TOKEN|>",
@@ -305,13 +360,22 @@ BEHIND_SHAPES = {
 }
 """Shapes whose generation prompt is not what they write before an answer."""
 
+TOOL_SHAPES = {
+    "item-calls": Shape(ITEM_CALLS, SHAPES["glm"].specials, None, "<|endoftext|>", "<|user|>"),
+    "text-calls": _deepseek(TEXT_CALLS),
+    "id-calls": Shape(ID_CALLS, ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", "</s>"),
+    "bare-calls": Shape(BARE_CALLS, IM_TOKENS, None, "<|im_end|>", "<|im_end|>"),
+    "flat-tools": Shape(FLAT_TOOLS, IM_TOKENS, None, "<|im_end|>", "<|im_end|>"),
+}
+"""Shapes that take tools and calls in one form only."""
+
 THINK_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
 
 @lru_cache
 def make_shape(name: str) -> PreTrainedTokenizerFast:
     """Train a small byte-level tokenizer with the shape's control tokens and template."""
-    return make_shape_tokenizer(SHAPES[name] if name in SHAPES else BEHIND_SHAPES[name])
+    return make_shape_tokenizer((SHAPES | BEHIND_SHAPES | TOOL_SHAPES)[name])
 
 
 def make_shape_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
