@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmtune.data.columnar import iter_arrow, iter_parquet, refuse_doubled_columns
-from llmtune.data.json_list import READ_BYTES, iter_json_list
+from llmtune.data.json_list import READ_BYTES, iter_json_list, iter_member_list, read_member_kinds
 from llmtune.data.problems import Parsed, RowProblem, shorten
-from llmtune.data.row_values import DECODER, json_reason, parse_json
+from llmtune.data.row_values import json_reason, parse_json
 from llmtune.errors import LlmtuneError
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
@@ -107,7 +107,7 @@ def _iter_jsonl(file: Iterable[bytes], shown: str) -> Iterator[Parsed]:
 
 
 def _iter_json(file: IO[bytes], shown: str) -> Iterator[Parsed]:
-    """Yield a list's elements one by one; a file that is one object is read whole."""
+    """Yield a list's elements one by one; a file that is one row is read whole."""
     start = file.read(READ_BYTES)
     if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
         for number, row in _number_rows(iter_json_list(start, file, shown)):
@@ -115,30 +115,33 @@ def _iter_json(file: IO[bytes], shown: str) -> Iterator[Parsed]:
     elif _are_lines(start):
         yield from _iter_jsonl(_iter_lines(start, file), shown)
     else:
-        yield from _iter_json_object(_decode(start + file.read(), shown), shown)
+        yield from _iter_json_object(start, file, shown)
 
 
-def _iter_json_object(text: str, shown: str) -> Iterator[Parsed]:
+def _iter_json_object(start: bytes, file: IO[bytes], shown: str) -> Iterator[Parsed]:
+    """Yield the rows of `{"data": [...]}` one by one, or the object as the file's only row.
+
+    Which of the two it is shows at the file's end, so the file is read twice.
+    """
+    if not file.seekable():  # a compressed stream that goes one way
+        start += file.read()
+        file = io.BytesIO()
     try:
-        rows = parse_json(text)
-    except (ValueError, RecursionError) as error:
-        lines = [line for line in text.splitlines() if line.strip()]
-        if len(lines) > 1 and all(line.lstrip().startswith("{") for line in lines[:2]):
-            yield from _iter_jsonl(io.BytesIO(text.encode()), shown)  # JSON lines named .json
-            return
-        line = getattr(error, "lineno", 1)
-        raise LlmtuneError(
-            f"{shown}:{line}: not JSON ({json_reason(error)}); expected a list of objects"
-        ) from error
-    if not isinstance(rows, dict):
-        raise LlmtuneError(f"{shown}: holds {shorten(rows)}; expected a list of objects")
-    lists = [key for key, value in rows.items() if isinstance(value, list)]
-    if len(lists) != 1 or not set(rows).isdisjoint(ROW_COLUMNS):
-        yield 1, rows  # the file is one row
+        kinds = read_member_kinds(start, file, shown)
+    except LlmtuneError:
+        lines = [line for line in start.splitlines() if line.strip()]
+        if len(lines) < 2 or not all(line.lstrip().startswith(b"{") for line in lines[:2]):
+            raise
+        file.seek(0)
+        yield from _iter_jsonl(file.readlines() or io.BytesIO(start), shown)  # named .json
         return
-    listed = rows[lists[0]]  # {"data": [...]}
-    starts = _element_lines(text, lists[0], len(listed))
-    for number, row in _number_rows(zip(starts, listed, strict=True)):
+    file.seek(0)
+    start = file.read(READ_BYTES) or start
+    lists = [key for key, is_list in kinds.items() if is_list]
+    if len(lists) != 1 or not set(kinds).isdisjoint(ROW_COLUMNS):
+        yield 1, parse_json(_decode(start + file.read(), shown))  # the file is one row
+        return
+    for number, row in _number_rows(iter_member_list(start, file, shown, lists[0])):
         yield _object_or_problem(row, shown, number)
 
 
@@ -168,37 +171,6 @@ def _iter_lines(start: bytes, file: IO[bytes]) -> Iterator[bytes]:
     yield from lines[:-1]
     yield lines[-1] if lines[-1].endswith(b"\n") else lines[-1] + file.readline()
     yield from file
-
-
-def _element_lines(text: str, key: str, count: int) -> Iterator[int]:
-    """Yield the line on which each element of the list under `key` starts."""
-    position, line, counted = _list_start(text, key), 1, 0
-    for _ in range(count):
-        while text[position] in " \t\r\n,":
-            position += 1
-        line += text.count("\n", counted, position)
-        counted = position
-        yield line
-        position = DECODER.raw_decode(text, position)[1]
-
-
-def _list_start(text: str, key: str) -> int:
-    """Return where the list under `key` of the outermost object begins, after its bracket."""
-    found = -1
-    position = text.index("{") + 1
-    while text[position := _skip(text, position, " \t\r\n,")] != "}":
-        name, position = DECODER.raw_decode(text, position)
-        start = _skip(text, position, " \t\r\n:")
-        if name == key:
-            found = start + 1  # of a key that is there twice, the last one counts
-        position = DECODER.raw_decode(text, start)[1]
-    return found
-
-
-def _skip(text: str, position: int, marks: str) -> int:
-    while text[position] in marks:
-        position += 1
-    return position
 
 
 def _iter_csv(file: IO[bytes], shown: str, *, delimiter: str = ",") -> Iterator[Parsed]:

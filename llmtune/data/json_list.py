@@ -1,4 +1,4 @@
-"""Reading a JSON list element by element, however long it is."""
+"""Reading a JSON list element by element, however long it is, alone or in an object."""
 
 from __future__ import annotations
 
@@ -27,19 +27,76 @@ def iter_json_list(start: bytes, file: IO[bytes], shown: str) -> Iterator[tuple[
         LlmtuneError: the text is not a JSON list, or not UTF-8; elements before are yielded.
     """
     window = _Window(start, file, shown)
-    window.take("[")
-    if window.look() == "]":
-        window.take("]")
-    else:
+    yield from _iter_elements(window)
+    if window.look():
+        raise window.refuse("Extra data")
+
+
+def read_member_kinds(start: bytes, file: IO[bytes], shown: str) -> dict[str, bool]:
+    """Return the keys of the object that begins in `start`, and whether each holds a list.
+
+    Lists are read element by element and not kept.
+
+    Raises:
+        LlmtuneError: the text is not a JSON object, or not UTF-8.
+    """
+    window = _Window(start, file, shown)
+    kinds: dict[str, bool] = {}
+    for key in _iter_keys(window):
+        if key in kinds:
+            raise window.refuse(f"the key {key!r} stands twice in one object")
+        kinds[key] = window.look() == "["
+        if kinds[key]:
+            for _ in _iter_elements(window):
+                pass
+        else:
+            window.read_value()
+    return kinds
+
+
+def iter_member_list(
+    start: bytes, file: IO[bytes], shown: str, member: str
+) -> Iterator[tuple[int, Any]]:
+    """Yield `(line, element)` of the list under `member` of the object that begins in `start`."""
+    window = _Window(start, file, shown)
+    for key in _iter_keys(window):
+        if key == member:
+            yield from _iter_elements(window)
+            return
+        window.look()
+        window.read_value()
+
+
+def _iter_keys(window: _Window) -> Iterator[str]:
+    """Yield an object's keys; whoever takes one reads its value from the window."""
+    window.take("{")
+    if window.look() != "}":
         while True:
-            window.look()
-            yield window.line, window.read_value()
+            if window.look() != '"':
+                raise window.refuse("Expecting property name enclosed in double quotes")
+            key = str(window.read_value())
+            window.take(":")
+            yield key
             if window.look() != ",":
                 break
             window.take(",")
-        window.take("]")
+    window.take("}")
     if window.look():
         raise window.refuse("Extra data")
+
+
+def _iter_elements(window: _Window) -> Iterator[tuple[int, Any]]:
+    window.take("[")
+    if window.look() == "]":
+        window.take("]")
+        return
+    while True:
+        window.look()
+        yield window.line, window.read_value()
+        if window.look() != ",":
+            break
+        window.take(",")
+    window.take("]")
 
 
 class _Window:
@@ -73,7 +130,7 @@ class _Window:
     def take(self, mark: str) -> None:
         """Step over `mark`, which must come next."""
         if self.look() != mark:
-            raise self.refuse("Expecting ',' delimiter" if mark == "]" else f"Expecting '{mark}'")
+            raise self.refuse("Expecting ',' delimiter" if mark in "]}" else f"Expecting '{mark}'")
         self.position += 1
 
     def read_value(self) -> Any:

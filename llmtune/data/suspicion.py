@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -21,7 +21,13 @@ HTML_ENTITY = re.compile(r"&(?:amp|lt|gt|quot|nbsp|#\d{2,5});")
 REFUSAL = re.compile(
     r"\bas an ai (?:language )?model\b|\bi(?:'m| am) sorry, but i can(?:no|')t\b", re.I
 )
-LOOP = re.compile(r"(\b[\w' ]{2,40}?[\s.,;!?]+)\1{7,}|(\S)\2{60,}")
+SAME_SIGN = re.compile(r"(\S)\1{60,}")
+LOOP_WORD = re.compile(r"[\w']+[.,;!?]*|[^\w\s']+")
+LOOP_BLOCK = re.compile(r"[\w' ]{2,40}[.,;!?]*")
+"""What may repeat: a few words, without signs between them."""
+LOOP_WORDS = 20
+"""The most words of a repeating block."""
+LOOP_TIMES = 8
 MAX_LOOP_RATIO = 0.4
 
 SCRIPTS = (
@@ -127,12 +133,36 @@ def _look_at_answer(text: str, where: str) -> Iterator[tuple[str, str]]:
         yield "spaces", f"{where}: the answer begins or ends with spaces or line breaks"
     if REFUSAL.search(text):
         yield "refusal", f"{where}: a refusal or self-description: {shorten(text)}"
-    if len(text) > 60 and _is_dense(text) and LOOP.search(text):
+    if len(text) > 60 and _is_dense(text) and has_loop(text):
         yield "loop", f"{where}: the same words over and over"
 
 
+def has_loop(text: str) -> bool:
+    """Whether a few words stand eight times in a row, or one sign more than sixty times."""
+    if SAME_SIGN.search(text):
+        return True
+    words = LOOP_WORD.findall(text)
+    return any(
+        LOOP_BLOCK.fullmatch(" ".join(words[start : start + size]))
+        for start, size in find_repeats(words, LOOP_WORDS, LOOP_TIMES)
+    )
+
+
+def find_repeats(items: Sequence[object], longest: int, times: int) -> Iterator[tuple[int, int]]:
+    """Yield `(start, size)` of every block that stands `times` times in a row.
+
+    Each item is compared with the one a block before it: `longest` comparisons an item.
+    """
+    for size in range(1, longest + 1):
+        equal = 0
+        for index in range(size, len(items)):
+            equal = equal + 1 if items[index] == items[index - size] else 0
+            if equal == size * (times - 1):
+                yield index + 1 - size, size
+
+
 def _is_dense(text: str) -> bool:
-    """Say whether the text compresses as only a repeating one does; spares the slow pattern."""
+    """Say whether the text compresses as only a repeating one does; spares the slower look."""
     return len(zlib.compress(text.encode(), 1)) < MAX_LOOP_RATIO * len(text)
 
 

@@ -1,0 +1,98 @@
+"""Work and memory grow with the data and not with its square: counted, never timed."""
+
+import io
+
+import pytest
+
+from llmtune.data.files import READERS, iter_file
+from llmtune.data.json_list import READ_BYTES
+from llmtune.data.problems import RowProblem
+from llmtune.data.suspicion import find_repeats, has_loop
+from llmtune.errors import LlmtuneError
+
+
+class Counted:
+    """A word that counts how often words are compared."""
+
+    compared = 0
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    __hash__ = None
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return isinstance(other, Counted) and self.text == other.text
+
+
+@pytest.mark.parametrize("words", [["a"], ["a", "b"], ["", "a", ""]])
+def test_looking_for_a_loop_compares_each_word_a_fixed_number_of_times(words):
+    counts = []
+    for size in (1000, 2000):
+        Counted.compared = 0
+        list(find_repeats([Counted(w) for w in words * (size // len(words))], 20, 8))
+        counts.append(Counted.compared)
+    assert counts[0] <= 20 * 1000 and counts[1] <= 20 * 2000
+
+
+@pytest.mark.parametrize(
+    "text", ["ha, " * 8, "I am sorry. " * 8, "x" * 61, "so it is,so it is," * 4, "no\n\n" * 9]
+)
+def test_loops_are_found(text):
+    assert has_loop(f"Well: {text} and so on")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["ha, " * 7, "0 | " * 20, " " * 500, "\n \n" * 200, "a" + " " * 1000 + "b", "- - - " * 9],
+)
+def test_spaces_tables_and_short_repeats_are_no_loops(text):
+    assert not has_loop(f"Well: {text} and so on")
+
+
+class Recorded(io.BytesIO):
+    """A file that remembers how much was asked of it at once."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.sizes: list[int] = []
+
+    def read(self, size=-1):
+        self.sizes.append(-1 if size is None else size)
+        return super().read(size)
+
+
+def test_a_list_inside_an_object_is_read_piece_by_piece():
+    row = '{"text": "' + "x" * 1000 + '"}'
+    text = '{"version": 1, "data": [' + ", ".join([row] * 8000) + '], "by": {"data": [1]}}'
+    file = Recorded(text.encode())
+    rows = list(READERS[".json"](file, "rows.json"))
+    assert len(rows) == 8000 and rows[7999] == (8000, {"text": "x" * 1000})
+    assert len(text) > 6 * READ_BYTES
+    assert min(file.sizes) > 0 and max(file.sizes) <= 2 * READ_BYTES
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"data": [{"text": "a"}', "rows.json:1: not JSON (Expecting ',' delimiter"),
+        ('{"data": [], \n"data": []}', "stands twice"),
+        ('{"data": [{"text": "a"}]} x', "Extra data"),
+        ("{x: 1}", "Expecting property name"),
+    ],
+)
+def test_a_broken_object_is_named_with_its_line(tmp_path, text, words):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(LlmtuneError) as caught:
+        list(iter_file(path, "rows.json"))
+    assert words in str(caught.value)
+
+
+def test_lines_named_json_are_read_as_lines_after_a_broken_first_one(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('{"text": "a"\n{"text": "b"}\n{"text": "c"}\n')
+    found = list(iter_file(path, "rows.json"))
+    assert isinstance(found[0], RowProblem)
+    assert found[1:] == [(2, {"text": "b"}), (3, {"text": "c"})]
