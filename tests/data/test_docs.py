@@ -41,6 +41,7 @@ def test_every_format_has_an_example_under_its_name():
     assert all(word in examples for word in words)
     knobs = (
         "columns",
+        "ignore",
         "replay",
         "weight",
         "rows",
