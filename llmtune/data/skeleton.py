@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from llmtune.data.problems import RowError
 from llmtune.data.spans import RowSamples, TextSample
 
 MAX_SKELETONS = 4096
+CHECKED_TURNS = 64
+"""Of a longer chat so many turns are rendered alone: the first, the last and some between. The
+others must have the same text around them, so that the work grows with the chat, not its square."""
 
 Signature = tuple[tuple[str, ...], tuple[tuple[int, float], ...]]
 """The roles of a chat, and which of its messages are trained with which weight."""
@@ -86,13 +90,14 @@ class SkeletonBook:
     def _make(self, signature: Signature) -> Skeleton | None:
         roles, turns = signature
         trained = dict(turns)
-        messages = [
-            {"role": role, "content": f"\ue000{index}\ue001"}
-            | ({"train": index in trained} if role == "assistant" else {})
-            for index, role in enumerate(roles)
-        ]
         if len(set(trained.values())) != 1:
             return None
+        checked = set(_spread(list(trained), CHECKED_TURNS))
+        messages = [
+            {"role": role, "content": f"\ue000{index}\ue001"}
+            | ({"train": index in checked} if role == "assistant" else {})
+            for index, role in enumerate(roles)
+        ]
         planned = self._plan(Conversation("chat", messages, weight=turns[0][1]))
         if isinstance(planned, RowError) or planned.notes or len(planned.samples) != 1:
             return None
@@ -103,12 +108,67 @@ class SkeletonBook:
             return None
         edges = [0, *(edge for match in found for edge in match.span()), len(sample.text)]
         literals = tuple(sample.text[edges[i] : edges[i + 1]] for i in range(0, len(edges), 2))
-        spans, terminators = [], []
-        for span in sample.spans:
-            place = []
-            for position in (span.start, span.terminator):
-                passed = [match for match in found if match.end() <= position]
-                place += [len(passed), position - sum(len(m.group()) for m in passed)]
-            spans.append((place[0], place[1], place[2], place[3]))
-            terminators.append(span.end - span.terminator)
-        return Skeleton(literals, order, tuple(spans), tuple(terminators), sample.weight)
+        spans = _extend_spans(sample.spans, sorted(checked), sorted(trained), (found, literals))
+        if spans is None:
+            return None
+        ends = [match.end() for match in found]
+        lengths = [0, *itertools.accumulate(len(match.group()) for match in found)]
+
+        def place(position: int) -> tuple[int, int]:
+            passed = bisect_right(ends, position)
+            return passed, position - lengths[passed]
+
+        return Skeleton(
+            literals,
+            order,
+            tuple((*place(span.start), *place(span.terminator)) for span in spans),
+            tuple(span.end - span.terminator for span in spans),
+            sample.weight,
+        )
+
+
+def _spread(turns: list[int], count: int) -> list[int]:
+    """Return at most `count` turns: the first, the last and some between, evenly."""
+    if len(turns) <= count:
+        return turns
+    quarter = count // 4
+    middle = turns[quarter:-quarter]
+    step = len(middle) / (count - 2 * quarter)
+    chosen = [middle[int(number * step)] for number in range(count - 2 * quarter)]
+    return [*turns[:quarter], *chosen, *turns[-quarter:]]
+
+
+def _extend_spans(
+    spans: tuple[TextSpan, ...],
+    checked: list[int],
+    trained: list[int],
+    text: tuple[list[re.Match[str]], tuple[str, ...]],
+) -> list[TextSpan] | None:
+    """Return the spans of all `trained` turns from those of the `checked` ones.
+
+    None where a turn has other text around it than every checked one has, or where two checked
+    turns with the same text around them are trained differently.
+    """
+    if checked == trained:
+        return list(spans)
+    found, literals = text
+    slots = {int(match.group(1)): slot for slot, match in enumerate(found)}
+    known: dict[tuple[str, str], tuple[int, int, int]] = {}
+    for index, span in zip(checked, spans, strict=True):
+        slot = slots[index]
+        offsets = (
+            found[slot].start() - span.start,
+            span.terminator - found[slot].end(),
+            span.end - span.terminator,
+        )
+        if known.setdefault((literals[slot], literals[slot + 1]), offsets) != offsets:
+            return None
+    extended = []
+    for index in trained:
+        slot = slots[index]
+        like = known.get((literals[slot], literals[slot + 1]))
+        if like is None:
+            return None
+        terminator = found[slot].end() + like[1]
+        extended.append(TextSpan(found[slot].start() - like[0], terminator, terminator + like[2]))
+    return extended

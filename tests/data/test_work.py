@@ -4,11 +4,14 @@ import io
 
 import pytest
 
+from llmtune.data.conversation import chat
 from llmtune.data.files import READERS, iter_file
 from llmtune.data.json_list import READ_BYTES
+from llmtune.data.masks import Labeller
 from llmtune.data.problems import RowProblem
 from llmtune.data.suspicion import find_repeats, has_loop
 from llmtune.errors import LlmtuneError
+from tests.data.shapes import make_shape, turns
 
 
 class Counted:
@@ -49,6 +52,44 @@ def test_loops_are_found(text):
 )
 def test_spaces_tables_and_short_repeats_are_no_loops(text):
     assert not has_loop(f"Well: {text} and so on")
+
+
+def count_rendered(labeller, messages):
+    """Label one chat; return the result and how many messages were rendered for it."""
+    rendered = []
+    tokenizer = labeller.tokenizer
+    render = type(tokenizer).apply_chat_template.__get__(tokenizer)
+
+    def counting(conversation, *args, **kwargs):
+        several = conversation and isinstance(conversation[0], list)
+        rendered.append(sum(map(len, conversation)) if several else len(conversation))
+        return render(conversation, *args, **kwargs)
+
+    tokenizer.apply_chat_template = counting
+    try:
+        return labeller.label([chat(messages)])[0], sum(rendered)
+    finally:
+        del tokenizer.apply_chat_template
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "phi"])
+def test_a_chat_of_twice_the_turns_is_twice_the_work(name):
+    tokenizer = make_shape(name)
+    counts = []
+    for num_turns in (200, 400):
+        messages = turns(*["What is it?", "A fox."] * num_turns)
+        row, count = count_rendered(Labeller(tokenizer, "assistant"), messages)
+        assert sum(len(sequence.spans) for sequence in row.sequences) == num_turns
+        counts.append(count)
+    assert counts[1] < 2.2 * counts[0]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "phi", "gemma", "llama2"])
+def test_a_long_chat_is_labelled_as_if_every_turn_had_been_rendered(name):
+    tokenizer = make_shape(name)
+    messages = turns(*(f"word {number}" for number in range(180)))
+    quick = Labeller(tokenizer, "assistant").label([chat(messages)])
+    assert quick == Labeller(tokenizer, "assistant", use_shortcuts=False).label([chat(messages)])
 
 
 class Recorded(io.BytesIO):
