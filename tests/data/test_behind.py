@@ -1,6 +1,7 @@
 """An answer is trained behind the generation prompt if the template writes another before it."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -108,7 +109,7 @@ def test_reasoning_behind_a_prompt_that_closes_thinking_is_refused_with_the_reas
 @pytest.mark.parametrize("reasoning", ["A tail.", ""])
 def test_after_a_tools_answer_the_opening_of_a_turn_is_not_trained(name, reasoning):
     more = {"reasoning_content": reasoning} if reasoning else {}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "Weather in Rome?"},
         {"role": "assistant", "content": "I look.", "tool_calls": [CALL], "train": False},
         {"role": "tool", "content": "It is sunny there."},

@@ -22,8 +22,6 @@ class Counted:
     def __init__(self, text: str) -> None:
         self.text = text
 
-    __hash__ = None
-
     def __eq__(self, other: object) -> bool:
         Counted.compared += 1
         return isinstance(other, Counted) and self.text == other.text
