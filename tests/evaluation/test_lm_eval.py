@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,23 @@ def test_choice_accuracy_equals_the_harness_item_by_item(model, make, tmp_path):
         )
     assert ours.mean == theirs.mean == run.summary["local_words"]["acc,none"]
     assert 0 < ours.mean < 1
+
+
+def test_accuracy_per_character_is_acc_norm_item_by_item(model, tmp_path):
+    suite = write_task(tmp_path)
+    live = make_live(model, make_tokenizer())
+    settings = LmEvalSettings(("local_words",), include_path=str(tmp_path / "tasks"))
+    run = run_tasks(live, "tuned", settings)
+    [theirs] = run.results
+    normalized = suite.config.model_copy(update={"normalize": "characters"})
+    ours = evaluate_suite(live, replace(suite, config=normalized), arm="tuned")
+
+    for item, mine, other in zip(suite.items, ours.items, theirs.items, strict=True):
+        pairs = zip(other.details["log_likelihoods"], item.choices, strict=True)
+        values = [likelihood / len(choice) for likelihood, choice in pairs]
+        assert mine.score == float(values.index(max(values)) == item.answer)
+    assert ours.mean == pytest.approx(run.summary["local_words"]["acc_norm,none"])
+    assert ours.mean != theirs.mean
 
 
 @pytest.mark.parametrize("make", [make_tokenizer, tokenizer_with_bos])
