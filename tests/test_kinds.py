@@ -28,6 +28,13 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
+    "dataset format": Kind(
+        folder="data/formats",
+        # the other formats are called by the column that they read
+        names=frozenset({"sharegpt"}),
+        classes="Format",
+        unions=frozenset({"base"}),
+    ),
     "objective": Kind(
         folder="training/objectives",
         names=frozenset({"sft"}),

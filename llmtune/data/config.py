@@ -1,12 +1,16 @@
 """What a user says about the data: sources, lengths, what the loss is taken on, and mixing."""
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from llmtune.data.formats import FORMATS
 from llmtune.schema import Section
 
-FormatName = Literal["messages", "sharegpt", "instruction", "completion", "text"]
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[("auto", *FORMATS)]
 
 
 class SourceConfig(Section):
@@ -16,7 +20,7 @@ class SourceConfig(Section):
     """A file, a directory, a glob, or a hub id (`org/name`).
 
     Files: .jsonl .json .csv .tsv .parquet .arrow .txt, each also as .gz .zst .bz2 .xz."""
-    format: Literal["auto"] | FormatName = "auto"
+    format: FormatName = "auto"
     """What a row looks like. `auto` looks at the rows and says what it found."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Where the format's columns are in this source, as `format's name: source's name`,
@@ -44,7 +48,8 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _plain_is_for_completion(self) -> Self:
-        if self.render == "plain" and self.format not in ("completion", "auto"):
+        has_plain_form = self.format == "auto" or FORMATS[self.format].has_plain_form
+        if self.render == "plain" and not has_plain_form:
             raise ValueError(
                 f"render: plain joins a prompt and a completion; format is {self.format!r}. "
                 "Use format: completion, or leave render out"

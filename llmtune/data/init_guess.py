@@ -8,46 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.data.config import SourceConfig
 from llmtune.data.formats import FORMATS, choose_format, rename_columns
+from llmtune.data.formats.base import LABELS
 from llmtune.data.problems import RowProblem
 from llmtune.data.rows import iter_raw_rows
-from llmtune.data.unread import LABELS
 from llmtune.errors import LlmtuneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 GUESSED_FROM_ROWS = 100
-SYSTEM = ("system", "system_prompt", "system_message")
-TEXTS = ("text", "sentence", "utterance", "review", "content", "document", "body", "article")
-
-ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
-    "messages": {
-        "messages": ("messages", "conversation", "chat", "dialog", "dialogue"),
-        "system": SYSTEM,
-        "tools": ("tools", "functions"),
-    },
-    "sharegpt": {
-        "conversations": ("conversations", "items"),
-        "system": SYSTEM,
-        "tools": ("tools", "functions"),
-    },
-    "instruction": {
-        "instruction": ("instruction", "question", "query", "problem", "user", "task", "input"),
-        "output": (
-            *("output", "answer", "response", "reply", "solution", "assistant", "target"),
-            "completion",
-        ),
-        "input": ("input", "context"),
-        "system": SYSTEM,
-    },
-    "completion": {
-        "prompt": ("prompt", *TEXTS),
-        "completion": ("completion", "response", "target", "output", *sorted(LABELS)),
-        "system": SYSTEM,
-    },
-    "text": {"text": (*TEXTS, "passage")},
-}
-"""Other names that columns go by, the likeliest first."""
 
 
 def guess_source(
@@ -80,8 +49,8 @@ def guess_source(
         return _named(given, rows, tokenizer)
     candidates = {
         name: found
-        for name, wanted in ALIASES.items()
-        if (found := _match_columns(rows[0], name, wanted)) is not None
+        for name, member in FORMATS.items()
+        if (found := _match_columns(rows[0], name, member.aliases)) is not None
     }
     if not candidates or _fits_as_it_is(rows):
         return _named(given, rows, tokenizer)
@@ -116,7 +85,7 @@ def _named(source: SourceConfig, rows: Sequence[Mapping[str, Any]], tokenizer: A
 def _with_render(source: SourceConfig, tokenizer: PreTrainedTokenizerFast | None) -> SourceConfig:
     """A base without a chat template takes a prompt and its completion as plain text."""
     has_template = tokenizer is None or bool(tokenizer.chat_template)
-    if not has_template and source.format == "completion":
+    if not has_template and source.format in FORMATS and FORMATS[source.format].has_plain_form:
         return source.model_copy(update={"render": "plain"})
     return source
 

@@ -4,12 +4,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llmtune.data.config import SourceConfig
-from llmtune.data.formats.base import DatasetFormat, Row
+from llmtune.data.formats.base import LABELS, DatasetFormat, Row
 from llmtune.data.training_marks import MARKS, looks_like_mark
 
 MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
 PREFERENCES = frozenset({"chosen", "rejected", "chosen_response", "rejected_response"})
-LABELS = frozenset({"label", "labels", "class", "category", "target", "intent", "sentiment"})
 SPEAKERS = frozenset({"role", "from", "speaker", "author"})
 LIKELY = {
     "system": ("system_prompt", "system_message", "sys_prompt"),

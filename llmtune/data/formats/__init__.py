@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from llmtune.data.config import SourceConfig
 from llmtune.data.formats.base import DatasetFormat, Row
 from llmtune.data.formats.completion import CompletionFormat
 from llmtune.data.formats.instruction import InstructionFormat
@@ -12,6 +12,9 @@ from llmtune.data.formats.sharegpt import ShareGptFormat
 from llmtune.data.formats.text import TextFormat
 from llmtune.data.problems import did_you_mean
 from llmtune.errors import LlmtuneError
+
+if TYPE_CHECKING:
+    from llmtune.data.config import SourceConfig
 
 FORMATS: dict[str, type[DatasetFormat]] = {
     member.name: member
@@ -33,17 +36,21 @@ class FormatChoice:
     reason: str
 
 
-def choose_format(source: SourceConfig, rows: Sequence[Row]) -> FormatChoice:
+def choose_format(source: "SourceConfig", rows: Sequence[Row]) -> FormatChoice:
     """Return the format of `source`: the one it names, or the one its first `rows` have.
 
     Raises:
         LlmtuneError: no format fits, or more than one does (all candidates are named).
     """
     if source.format != "auto":
-        return FormatChoice(_build(source.format, source), f"{source.format} (set in the config)")
+        return FormatChoice(
+            FORMATS[source.format].of(source), f"{source.format} (set in the config)"
+        )
     renamed = [rename_columns(row, source.columns) for row in rows]
     # A bad row must not hide the format of the others, so the most frequent answer is taken.
-    votes = {name: sum(_build(name, source).recognises(row) for row in renamed) for name in FORMATS}
+    votes = {
+        name: sum(FORMATS[name].of(source).recognises(row) for row in renamed) for name in FORMATS
+    }
     most = max(votes.values(), default=0)
     found = [name for name, count in votes.items() if count == most]
     if most == 0:
@@ -55,14 +62,14 @@ def choose_format(source: SourceConfig, rows: Sequence[Row]) -> FormatChoice:
             f"Say which in the config, for example format: {found[0]}"
         )
     name = found[0]
-    if source.render == "plain" and name != "completion":
+    if source.render == "plain" and not FORMATS[name].has_plain_form:
         raise LlmtuneError(
             f"{source.path}: render: plain joins a prompt and a completion; the rows are {name}. "
             "Leave render out"
         )
     needed = ", ".join(FORMATS[name].required)
     return FormatChoice(
-        _build(name, source),
+        FORMATS[name].of(source),
         f"{name} (found in the rows: {needed}; {most} of {len(rows)} looked at)",
     )
 
@@ -77,7 +84,7 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     return renamed
 
 
-def check_columns(source: SourceConfig, choice: FormatChoice, rows: Sequence[Row]) -> None:
+def check_columns(source: "SourceConfig", choice: FormatChoice, rows: Sequence[Row]) -> None:
     """Refuse a `columns` entry that the format does not have, or that none of `rows` has."""
     given = list(dict.fromkeys(str(key) for row in rows for key in row))
     for name, column in source.columns.items():
@@ -95,13 +102,13 @@ def check_columns(source: SourceConfig, choice: FormatChoice, rows: Sequence[Row
             )
 
 
-def unread_columns(source: SourceConfig, choice: FormatChoice, rows: Sequence[Row]) -> list[str]:
+def unread_columns(source: "SourceConfig", choice: FormatChoice, rows: Sequence[Row]) -> list[str]:
     """Return the columns of `rows` that the format makes no use of."""
     renamed = {str(key) for row in rows for key in rename_columns(row, source.columns)}
     return sorted(renamed - set(choice.format.columns))
 
 
-def missing_column(choice: FormatChoice, row: Row, source: SourceConfig) -> str | None:
+def missing_column(choice: FormatChoice, row: Row, source: "SourceConfig") -> str | None:
     """Return what to say when `row` (columns renamed) lacks one that the format needs."""
     for name in choice.format.required:
         if name not in row:
@@ -115,13 +122,7 @@ def missing_column(choice: FormatChoice, row: Row, source: SourceConfig) -> str 
     return None
 
 
-def _build(name: str, source: SourceConfig) -> DatasetFormat:
-    if name == "completion":
-        return CompletionFormat(is_plain=source.render == "plain")
-    return FORMATS[name]()
-
-
-def _nothing_fits(source: SourceConfig, rows: Sequence[Row]) -> str:
+def _nothing_fits(source: "SourceConfig", rows: Sequence[Row]) -> str:
     found = list(dict.fromkeys(str(key) for row in rows for key in row))
     if {"chosen", "rejected"} <= set(found):
         return (

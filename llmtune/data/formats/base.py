@@ -1,11 +1,21 @@
 """What every dataset format is: the columns it reads, how it is recognised, and its conversion."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from llmtune.data.conversation import Conversation
 
+if TYPE_CHECKING:
+    from llmtune.data.config import SourceConfig
+
 Row = Mapping[str, Any]
+
+LABELS = frozenset({"label", "labels", "class", "category", "target", "intent", "sentiment"})
+"""Columns that say what a text is an example of."""
+TEXTS = ("text", "sentence", "utterance", "review", "content", "document", "body", "article")
+"""What a column of texts is called, the likeliest first."""
+SYSTEM = ("system", "system_prompt", "system_message")
+"""What a column of system messages is called."""
 
 
 class DatasetFormat(Protocol):
@@ -15,6 +25,15 @@ class DatasetFormat(Protocol):
     columns: ClassVar[dict[str, str]]
     """Every column it reads, with what it holds (for messages and the docs)."""
     required: ClassVar[tuple[str, ...]]
+    aliases: ClassVar[dict[str, tuple[str, ...]]]
+    """Column -> what files call it, the likeliest first; `llmtune init` guesses by these."""
+    has_plain_form: ClassVar[bool] = False
+    """Whether its texts can also stand as they are, without the chat template."""
+
+    @classmethod
+    def of(cls, source: "SourceConfig") -> Self:
+        """Return the format as the source's other knobs ask for it."""
+        return cls()
 
     def recognises(self, row: Row) -> bool:
         """Say whether `row`, its columns already renamed, looks like this format."""

@@ -2,15 +2,18 @@
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llmtune.data.conversation import Conversation, chat, put_system_first, read_messages
-from llmtune.data.formats.base import Row, row_weight
+from llmtune.data.formats.base import LABELS, SYSTEM, TEXTS, DatasetFormat, Row, row_weight
 from llmtune.data.problems import RowError
 from llmtune.data.row_values import check_text, parse_json_text, read_weight
 
+if TYPE_CHECKING:
+    from llmtune.data.config import SourceConfig
 
-class CompletionFormat:
+
+class CompletionFormat(DatasetFormat):
     """`{"prompt": ..., "completion": ...}`: two texts, or two lists of messages.
 
     Two texts become one user and one assistant turn, or with `render: plain` stay as they are.
@@ -25,9 +28,20 @@ class CompletionFormat:
         "weight": "what the row's loss is multiplied by",
     }
     required: ClassVar[tuple[str, ...]] = ("prompt", "completion")
+    aliases: ClassVar[dict[str, tuple[str, ...]]] = {
+        "prompt": ("prompt", *TEXTS),
+        "completion": ("completion", "response", "target", "output", *sorted(LABELS)),
+        "system": SYSTEM,
+    }
+    has_plain_form: ClassVar[bool] = True
 
     def __init__(self, *, is_plain: bool = False) -> None:
         self.is_plain = is_plain
+
+    @classmethod
+    def of(cls, source: "SourceConfig") -> Self:
+        """Return the format: two turns of a chat, or two texts as they are."""
+        return cls(is_plain=source.render == "plain")
 
     def recognises(self, row: Row) -> bool:
         """Say whether a row has a prompt and a completion."""

@@ -3,12 +3,12 @@
 from typing import Any, ClassVar
 
 from llmtune.data.conversation import Conversation, chat, put_system_first
-from llmtune.data.formats.base import Row, row_weight
+from llmtune.data.formats.base import SYSTEM, DatasetFormat, Row, row_weight
 from llmtune.data.problems import RowError, shorten
 from llmtune.data.row_values import check_text, parse_json_text
 
 
-class InstructionFormat:
+class InstructionFormat(DatasetFormat):
     """`{"instruction": ..., "input": ..., "output": ...}`, rendered as one user turn.
 
     The input follows the instruction, after an empty line. Where the instruction is empty, the
@@ -26,6 +26,15 @@ class InstructionFormat:
         "weight": "what the row's loss is multiplied by",
     }
     required: ClassVar[tuple[str, ...]] = ("instruction", "output")
+    aliases: ClassVar[dict[str, tuple[str, ...]]] = {
+        "instruction": ("instruction", "question", "query", "problem", "user", "task", "input"),
+        "output": (
+            *("output", "answer", "response", "reply", "solution", "assistant", "target"),
+            "completion",
+        ),
+        "input": ("input", "context"),
+        "system": SYSTEM,
+    }
 
     def recognises(self, row: Row) -> bool:
         """Say whether a row has an instruction and an output."""

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from llmtune.data.conversation import Conversation, chat, put_system_first
-from llmtune.data.formats.base import Row, row_weight
+from llmtune.data.formats.base import SYSTEM, DatasetFormat, Row, row_weight
 from llmtune.data.row_values import parse_json_text
 
 
-class MessagesFormat:
+class MessagesFormat(DatasetFormat):
     """`{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}`."""
 
     name: ClassVar[str] = "messages"
@@ -19,6 +19,11 @@ class MessagesFormat:
         "weight": "what the row's loss is multiplied by",
     }
     required: ClassVar[tuple[str, ...]] = ("messages",)
+    aliases: ClassVar[dict[str, tuple[str, ...]]] = {
+        "messages": ("messages", "conversation", "chat", "dialog", "dialogue"),
+        "system": SYSTEM,
+        "tools": ("tools", "functions"),
+    }
 
     def recognises(self, row: Row) -> bool:
         """Say whether a row has messages with roles."""

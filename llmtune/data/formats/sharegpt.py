@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from llmtune.data.conversation import Conversation, chat, put_system_first
-from llmtune.data.formats.base import Row, row_weight
+from llmtune.data.formats.base import SYSTEM, DatasetFormat, Row, row_weight
 from llmtune.data.problems import RowError, did_you_mean, shorten
 from llmtune.data.row_values import parse_json_text
 
@@ -27,7 +27,7 @@ SPEAKERS = {
 }
 
 
-class ShareGptFormat:
+class ShareGptFormat(DatasetFormat):
     """`{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}`."""
 
     name: ClassVar[str] = "sharegpt"
@@ -38,6 +38,11 @@ class ShareGptFormat:
         "weight": "what the row's loss is multiplied by",
     }
     required: ClassVar[tuple[str, ...]] = ("conversations",)
+    aliases: ClassVar[dict[str, tuple[str, ...]]] = {
+        "conversations": ("conversations", "items"),
+        "system": SYSTEM,
+        "tools": ("tools", "functions"),
+    }
 
     def recognises(self, row: Row) -> bool:
         """Say whether a row has conversations."""

@@ -3,12 +3,12 @@
 from typing import ClassVar
 
 from llmtune.data.conversation import Conversation
-from llmtune.data.formats.base import Row, row_weight
+from llmtune.data.formats.base import TEXTS, DatasetFormat, Row, row_weight
 from llmtune.data.problems import RowError
 from llmtune.data.row_values import check_text, read_weight
 
 
-class TextFormat:
+class TextFormat(DatasetFormat):
     """`{"text": ...}`: no template; the tokenizer's own start and end of text are added."""
 
     name: ClassVar[str] = "text"
@@ -17,6 +17,7 @@ class TextFormat:
         "weight": "what the row's loss is multiplied by",
     }
     required: ClassVar[tuple[str, ...]] = ("text",)
+    aliases: ClassVar[dict[str, tuple[str, ...]]] = {"text": (*TEXTS, "passage")}
 
     def recognises(self, row: Row) -> bool:
         """Say whether a row has a text."""
