@@ -1,6 +1,7 @@
-"""Callbacks that stop a run which learns nothing, breaks, no longer improves, or is asked to."""
+"""Callbacks: what stops a run (nothing learned, broken, no better, asked to), and its pace."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from llmtune.adapters.live import live_method
 from llmtune.errors import LlmtuneError
 from llmtune.io.stopping import Interruption
 from llmtune.training.config import EarlyStopping
+from llmtune.training.metrics import Clock
 from llmtune.training.request import RunTotals
 from llmtune.training.rows import Examples
 from llmtune.training.step import StepRecord
@@ -155,7 +157,8 @@ class BestWatch(TrainerCallback):
         if loss is None:
             return
         totals = self._totals
-        if totals.best_eval_loss is None or loss < totals.best_eval_loss - self._stopping.min_delta:
+        known = math.inf if totals.best_eval_loss is None else totals.best_eval_loss
+        if loss < known - self._stopping.min_delta:  # never true of NaN
             totals.best_eval_loss, totals.best_step = loss, state.global_step
             totals.stale_evaluations = 0
             control.should_save = True
@@ -167,10 +170,14 @@ class BestWatch(TrainerCallback):
 
 
 class InterruptionWatch(TrainerCallback):
-    """Ends the run after the current step, with a checkpoint, once someone asked for it."""
+    """Ends the run after the current step, with a checkpoint, once someone asked for it.
 
-    def __init__(self, interruption: Interruption) -> None:
+    An evaluation that is due is made up by the call that continues.
+    """
+
+    def __init__(self, interruption: Interruption, totals: RunTotals) -> None:
         self._interruption = interruption
+        self._totals = totals
 
     def on_step_end(
         self,
@@ -179,7 +186,46 @@ class InterruptionWatch(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Save and stop if the process was asked to end."""
+        """Save and stop instead of evaluating, if someone asked for it."""
         if self._interruption.signal_name:
             control.should_save = control.should_training_stop = True
+            self._totals.owes_evaluation = control.should_evaluate
             control.should_evaluate = False
+
+
+class Pacing(TrainerCallback):
+    """Starts the clock at the first step, not at the start-up before it, and paces the log.
+
+    A continued run logs, evaluates and saves as its config says, not as the checkpoint did. A
+    step that is evaluated, saved or last has its line of metrics, whatever `log_every` is.
+    """
+
+    def __init__(self, clock: Clock, reopen_window: Callable[[], None]) -> None:
+        """Take what counts the time, and what restores the steps that were not logged yet."""
+        self._clock = clock
+        self._reopen_window = reopen_window
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Start the clock, and put this run's intervals in place of those in the checkpoint."""
+        self._clock.start(state.global_step)
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
+        state.eval_steps = args.eval_steps
+        self._reopen_window()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Log, save and evaluate when it is time."""
+        is_last = state.global_step >= state.max_steps
+        if control.should_evaluate or control.should_save or is_last:
+            control.should_log = True

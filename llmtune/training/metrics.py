@@ -29,17 +29,24 @@ class MetricsLog:
         path: Path,
         *,
         resumed_step: int,
+        without_evaluation: bool = False,
         screen: "ProgressLine | None" = None,
         total_steps: int = 0,
     ) -> None:
         """Open the file, dropping what was written after `resumed_step` (0 drops everything).
 
         Args:
+            resumed_step: the step that the run continues after.
+            without_evaluation: drop that step's evaluation too: it is made up.
             screen: shows every line too.
             total_steps: of the run, for the screen.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _read_lines(path) if line["step"] <= resumed_step]
+        kept = [
+            line
+            for line in _read_lines(path)
+            if line["step"] < resumed_step + ("eval_loss" not in line or not without_evaluation)
+        ]
         # Half a line is what a killed run leaves; the whole ones before it are kept.
         temporary = path.with_name(f".{path.name}.kept")
         temporary.write_text("".join(_format(line) for line in kept), encoding="utf-8")

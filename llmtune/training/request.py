@@ -51,6 +51,12 @@ class RunTotals:
     has_stopped_early: bool = False
     final_loss: float | None = None
     final_eval_loss: float | None = None
+    owes_evaluation: bool = False
+    """Whether the evaluation of the last step was interrupted; it is made up on resume."""
+
+    def is_done(self, steps: int, total_steps: int) -> bool:
+        """Whether nothing is left to do after `steps`."""
+        return not self.owes_evaluation and (steps >= total_steps or self.has_stopped_early)
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,8 @@ class Start:
 
     @property
     def is_done(self) -> bool:
-        """Whether no step is left."""
-        return self.steps >= self.total_steps or self.totals.has_stopped_early
+        """Whether nothing is left to do."""
+        return self.totals.is_done(self.steps, self.total_steps)
 
 
 @dataclass(frozen=True)

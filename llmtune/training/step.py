@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmtune.training.batch import SMALLEST_WEIGHT, StepRows, move_to
+from llmtune.training.objectives.base import OpenSums
 from llmtune.training.setup import Setup
 
 REMEMBERED_STEPS = 4
@@ -76,6 +77,20 @@ class TrainingStep:
         """Return what objective and penalties measured since the last call; this waits."""
         protection = self.setup.protection
         return self._tally.take() | ({} if protection is None else protection.take())
+
+    def open_metrics(self) -> dict[str, OpenSums]:
+        """Return what `take_metrics` would be made of, as JSON values; this waits."""
+        protection = self.setup.protection
+        return {
+            "objective": self._tally.open_sums(),
+            "protection": [] if protection is None else protection.open_sums(),
+        }
+
+    def restore(self, metrics: Mapping[str, OpenSums]) -> None:
+        """Continue from what `open_metrics` returned."""
+        self._tally.restore(metrics["objective"])
+        if self.setup.protection is not None:
+            self.setup.protection.restore(metrics["protection"])
 
     def evaluate(
         self, groups: Mapping[str, Sequence[int]], is_interrupted: Callable[[], bool]

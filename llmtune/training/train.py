@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import hash_json
-from llmtune.io.stopping import catch_interruption
+from llmtune.io.stopping import Interruption, catch_interruption
 from llmtune.training.checkpoint import (
     checkpoint_dir,
     find_start,
@@ -51,20 +51,22 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
         setup = set_up(config, request, stack)
         for name, choice in setup.choices.items():
             progress.note(f"{name}: {choice}")
-        if interruption.signal_name:
-            raise RunInterrupted(
-                f"stopped by {interruption.signal_name} before step {start.steps + 1} of "
-                f"{start.total_steps}. The same command continues."
-            )
+        _stop_if_asked(interruption, start)
         setup = add_protection(setup, request)
         metrics = MetricsLog(
             request.run.metrics_path,
             resumed_step=start.steps,
+            without_evaluation=start.totals.owes_evaluation,
             screen=progress,
             total_steps=start.total_steps,
         )
         stack.callback(metrics.close)
         trainer = build_trainer(config, request, setup, start, metrics, interruption)
+        if start.checkpoint and start.totals.owes_evaluation:
+            trainer.make_up_evaluation(start.checkpoint)
+            if start.is_done:
+                return _finish(request, start, start.steps, setup.choices, progress)
+            _stop_if_asked(interruption, start)
         try:
             trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
         except RuntimeError as error:
@@ -73,8 +75,7 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
             raise _out_of_memory(trainer.state.global_step, start) from error
         steps = trainer.state.global_step
         trainer.clock.stop(steps)
-        is_done = steps >= start.total_steps or start.totals.has_stopped_early
-        if interruption.signal_name and not is_done:
+        if interruption.signal_name and not start.totals.is_done(steps, start.total_steps):
             raise RunInterrupted(
                 f"stopped by {interruption.signal_name} after step {steps} of "
                 f"{start.total_steps}; saved in "
@@ -82,6 +83,14 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
             )
         result = _finish(request, start, steps, setup.choices, progress)
         return replace(result, interrupted_by=interruption.signal_name)
+
+
+def _stop_if_asked(interruption: Interruption, start: Start) -> None:
+    if interruption.signal_name:
+        raise RunInterrupted(
+            f"stopped by {interruption.signal_name} before step {start.steps + 1} of "
+            f"{start.total_steps}. The same command continues."
+        )
 
 
 def _check_request(config: TrainConfig, request: TrainRequest) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -28,12 +26,20 @@ from trl import SFTConfig, SFTTrainer
 from llmtune.io.run_dir import RunDir, atomic_write_json
 from llmtune.io.stopping import Interruption
 from llmtune.training.batch import StepRows
-from llmtune.training.callbacks import BestWatch, FiniteWatch, InterruptionWatch, LearningWatch
+from llmtune.training.callbacks import (
+    BestWatch,
+    FiniteWatch,
+    InterruptionWatch,
+    LearningWatch,
+    Pacing,
+)
 from llmtune.training.checkpoint import (
+    CHECKSUMS_NAME,
     PROGRESS_NAME,
     check_finite,
     checkpoint_dir,
     load_weights,
+    read_progress,
     remove_old_checkpoints,
     save_weights,
     write_checkpoint,
@@ -83,8 +89,9 @@ def build_trainer(
     for callback in (
         LearningWatch(),
         *([BestWatch(start.totals, stopping)] if stopping else []),
-        InterruptionWatch(interruption),
-        Pacing(trainer.clock),
+        Pacing(trainer.clock, trainer.reopen_window),
+        # after Pacing: a step has the line of metrics that it has without an interruption
+        InterruptionWatch(interruption, start.totals),
         FiniteWatch(trainer.step.recent, setup.collator.examples),
     ):
         trainer.add_callback(callback)
@@ -142,6 +149,8 @@ class AdapterTrainer(SFTTrainer):
                 self._evaluation_rows, lambda: self._interruption.signal_name is not None
             )
         if metrics is None:
+            self._start.totals.owes_evaluation = True
+            self.control.should_save = self.control.should_training_stop = True
             return EvalLoopOutput(None, None, {}, 0)
         metrics["eval_seconds"] = time.perf_counter() - started
         num_rows = sum(map(len, self._evaluation_rows.values()))
@@ -165,6 +174,38 @@ class AdapterTrainer(SFTTrainer):
     def _write(self, line: dict[str, Any]) -> None:
         steps_left = self.state.max_steps - self.state.global_step
         self._metrics_log.write(line, seconds_left=steps_left * self.clock.seconds_a_step)
+
+    # What an interruption left open
+
+    def make_up_evaluation(self, checkpoint: Path) -> None:
+        """Evaluate a checkpoint whose evaluation was interrupted, and record it there.
+
+        `RunTotals.owes_evaluation` stays true if it is interrupted once more.
+        """
+        self._start.totals.owes_evaluation = False
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.evaluate()
+        if self._start.totals.owes_evaluation:
+            return
+
+        def copy_with_new_totals(directory: Path) -> None:
+            for path in checkpoint.iterdir():
+                if path.name not in (CHECKSUMS_NAME, PROGRESS_NAME):
+                    shutil.copy2(path, directory / path.name)
+            progress = read_progress(checkpoint) | {"totals": vars(self._start.totals)}
+            atomic_write_json(directory / PROGRESS_NAME, progress)
+
+        write_checkpoint(checkpoint, copy_with_new_totals)
+
+    def reopen_window(self) -> None:
+        """Restore the sums over the steps since the last line of metrics."""
+        if self._start.checkpoint is None:
+            return
+        window = read_progress(self._start.checkpoint).get("window")
+        if window is not None:  # an older version logged every step that it saved
+            self._tr_loss.fill_(window["loss"])
+            self._globalstep_last_logged = window["logged_step"]
+            self.step.restore(window["metrics"])
 
     # Order of the rows, learning rate
 
@@ -190,6 +231,8 @@ class AdapterTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         target = checkpoint_dir(self._request.run.checkpoints_dir, self.state.global_step)
+        if self.state.global_step > self._globalstep_last_logged:
+            self.clock.stop(self.state.global_step)  # no line of metrics has counted this time
         with self.clock.aside():
             check_finite(self._request.model, self.state.global_step)
             write_checkpoint(target, self._write_files)
@@ -209,6 +252,11 @@ class AdapterTrainer(SFTTrainer):
             "identity": dict(self._start.identity),
             "totals": vars(self._start.totals),
             "choices": dict(self._choices),
+            "window": {
+                "loss": self._tr_loss.item(),
+                "logged_step": self._globalstep_last_logged,
+                "metrics": self.step.open_metrics(),
+            },
         }
         atomic_write_json(directory / PROGRESS_NAME, progress)
 
@@ -229,41 +277,6 @@ class AdapterTrainer(SFTTrainer):
     def compute_loss(self, *_args: Any, **_kwargs: Any) -> Tensor:
         """Refuse: the loss is the objective's, in `TrainingStep`."""
         raise AssertionError("trl's loss is not what is trained")
-
-
-class Pacing(TrainerCallback):
-    """Starts the clock at the first step, not at the start-up before it, and paces the log.
-
-    A continued run logs, evaluates and saves as its config says, not as the checkpoint did. A
-    step that is evaluated, saved or last has its line of metrics, whatever `log_every` is.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Start the clock, and put this run's intervals in place of those in the checkpoint."""
-        self._clock.start(state.global_step)
-        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
-        state.eval_steps = args.eval_steps
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Log, save and evaluate when it is time."""
-        is_last = state.global_step >= state.max_steps
-        if control.should_evaluate or control.should_save or is_last:
-            control.should_log = True
 
 
 def learning_rate_factor(

@@ -56,6 +56,16 @@ class UniformLosses:
         taken = {"uniform_loss": sum(one.item() for one in self._sums)}
         self._sums = []
         return taken
+
+    def open_sums(self):
+        """Return the sum since `take`."""
+        return [sum(one.item() for one in self._sums)]
+
+    def restore(self, sums):
+        """Continue from it."""
+        import torch
+
+        self._sums = [torch.tensor(one) for one in sums if one]
 '''
 
 

@@ -1,5 +1,6 @@
 """A run that was stopped continues as if it had not been, or says why it cannot."""
 
+import contextlib
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.run_dir import RunDir
 from llmtune.training import checkpoint as checkpoints
+from llmtune.training.step import TrainingStep
 from llmtune.training.train import train_adapter
 from llmtune.training.trainer import AdapterTrainer
 from tests.training.tiny_runs import (
@@ -189,6 +192,87 @@ def test_a_signal_finishes_the_step_saves_and_continues_exactly(number, tmp_path
     assert checkpoints.step_of(checkpoint) == len(begun) == 5
     _, again = run(tmp_path / "cut", max_steps=12, save_every=100)
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+WATCHED = {
+    "max_steps": 7,
+    "save_every": 100,
+    "keep_checkpoints": 2,
+    "log_every": 3,
+    "eval_every": 2,
+    "early_stopping": {"patience": 2, "min_delta": 0.05},
+}
+LASTING = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "trained_tokens")
+LASTING_RESULT = ("steps", "tokens", "trained_tokens", "final_loss", "final_eval_loss")
+
+
+def run_watched(path, **knobs):
+    """Return everything that decides a report: the result, the weights and the lines of metrics."""
+    source = [replace(row, source_index=line % 2) for line, row in enumerate(make_rows(20))]
+    model = make_adapter(dropout=0.1)
+    request = make_request(model, path, train=source, evaluation=make_rows(4, seed=5))
+    result = train_adapter(make_config(**WATCHED | knobs), request)
+    lines = [
+        {
+            name: value
+            for name, value in line.items()
+            if name in LASTING or name.startswith(("loss/", "eval_loss"))
+        }
+        for line in metrics(path)
+    ]
+    chosen = {name: getattr(result, name) for name in (*LASTING_RESULT, "best_checkpoint")}
+    return chosen | {"stopped_by": result.stopped_by}, adapter_weights(model), lines
+
+
+@pytest.fixture(scope="module", params=[0.02, 0.3], ids=["to the end", "stopped early"])
+def uninterrupted(request, tmp_path_factory):
+    return request.param, run_watched(tmp_path_factory.mktemp("run"), learning_rate=request.param)
+
+
+def interrupt(monkeypatch, where: str, count: int) -> None:
+    """Send SIGTERM in the step, or during the evaluation, of this number."""
+    seen = []
+    name = {"step": "run", "evaluation": "_evaluate_rows"}[where]
+    original = getattr(TrainingStep, name)
+
+    def interrupted(self, *args, **options):
+        seen.append(self)
+        if len(seen) == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(TrainingStep, name, interrupted)
+
+
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [*(("step", step) for step in range(1, 8)), ("evaluation", 1), ("evaluation", 3)],
+)
+def test_a_run_interrupted_anywhere_equals_an_uninterrupted_one(
+    where, count, uninterrupted, tmp_path, monkeypatch
+):
+    learning_rate, (result, weights, lines) = uninterrupted
+    with monkeypatch.context() as patched:
+        interrupt(patched, where, count)
+        with contextlib.suppress(RunInterrupted):
+            run_watched(tmp_path, learning_rate=learning_rate)
+    again, same_weights, same_lines = run_watched(tmp_path, learning_rate=learning_rate)
+    assert again == result
+    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+    assert same_lines == lines
+
+
+def test_an_evaluation_that_is_interrupted_twice_is_still_made_up(
+    uninterrupted, tmp_path, monkeypatch
+):
+    learning_rate, (result, weights, lines) = uninterrupted
+    for _ in range(2):
+        with monkeypatch.context() as patched, pytest.raises(RunInterrupted):
+            interrupt(patched, "evaluation", 1)
+            run_watched(tmp_path, learning_rate=learning_rate)
+    again, same_weights, same_lines = run_watched(tmp_path, learning_rate=learning_rate)
+    assert (again, same_lines) == (result, lines)
+    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
 
 
 def test_a_full_disk_is_one_clear_message_and_keeps_the_last_checkpoint(tmp_path):

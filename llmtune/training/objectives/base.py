@@ -17,6 +17,10 @@ MicroBatch = dict[str, Any]
 """Tensors of rows that go through the model together: see `training.batch`."""
 
 
+OpenSums = list[Any]
+"""Numbers and lists of numbers, as JSON has them."""
+
+
 class Tally(Protocol):
     """Sums up an objective's own metrics on the device, without waiting for it."""
 
@@ -29,6 +33,13 @@ class Tally(Protocol):
     def take(self) -> dict[str, float]:
         """Return the metrics since the last call by their names, and begin again."""
         ...
+
+    def open_sums(self) -> OpenSums:
+        """Return what was added since `take`, for a checkpoint."""
+        ...
+
+    def restore(self, sums: OpenSums) -> None:
+        """Continue from what `open_sums` returned."""
 
 
 class Objective(Section):

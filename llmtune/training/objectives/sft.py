@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from llmtune.training.objectives.base import MicroBatch, Objective
+from llmtune.training.objectives.base import MicroBatch, Objective, OpenSums
 
 if TYPE_CHECKING:
     import torch
@@ -72,3 +72,12 @@ class SourceLosses:
             for index, name in self._names.items()
             if weights[index] > 0
         }
+
+    def open_sums(self) -> OpenSums:
+        """Return the sums since `take`."""
+        sums: OpenSums = self._sums.tolist()
+        return sums
+
+    def restore(self, sums: OpenSums) -> None:
+        """Continue from these sums."""
+        self._sums.copy_(self._sums.new_tensor(sums))

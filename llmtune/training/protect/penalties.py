@@ -18,7 +18,7 @@ from llmtune.scoring.batches import adapter_disabled
 from llmtune.training.batch import move_to
 from llmtune.training.loss import HeadChoice, decoder_hidden
 from llmtune.training.memory.measure import is_out_of_memory
-from llmtune.training.objectives.base import MicroBatch
+from llmtune.training.objectives.base import MicroBatch, OpenSums
 from llmtune.training.protect.config import KlToBaseConfig, ProtectConfig
 
 BASE_TOLERANCE = 2e-2
@@ -148,6 +148,15 @@ class Protection:
         if steps and self._updates:
             taken["update_norm"] = norm / steps
         return taken
+
+    def open_sums(self) -> OpenSums:
+        """Return the sums since `take`, for a checkpoint."""
+        sums: OpenSums = self._sums.tolist()
+        return sums
+
+    def restore(self, sums: OpenSums) -> None:
+        """Continue from what `open_sums` returned."""
+        self._sums.copy_(self._sums.new_tensor(sums))
 
     def _mean_kl(self, config: KlToBaseConfig, step: int) -> Tensor:
         places = range(step * config.rows, (step + 1) * config.rows)
