@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from llmtune.errors import LlmtuneError
@@ -57,8 +58,10 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
         LlmtuneError: float16 on a CPU, packing demanded where it mixes rows, or out of memory.
     """
     model = request.model
-    embedding = model.get_input_embeddings().weight
-    device, dtype = embedding.device, embedding.dtype
+    embedding = model.get_input_embeddings()
+    # a module that is trained whole has a float32 copy of its own
+    weight = getattr(embedding, "original_module", embedding).weight
+    device, dtype = weight.device, weight.dtype
     if device.type == "cpu" and dtype == torch.float16:
         raise LlmtuneError("a CPU cannot train in float16: set model.dtype=bfloat16 or float32")
     autocast_dtype = None if dtype == torch.float32 else dtype
@@ -133,6 +136,43 @@ def _describe_limits(plan: MemoryPlan) -> str:
     else:
         size = f"at most {plan.limits.tokens} tokens"
     return f"{size}, about {plan.needed_bytes / 1e9:.2f} GB of activations"
+
+
+@contextmanager
+def float32_weights(model: PeftModel) -> Iterator[None]:
+    """Keep everything that is trained in float32 inside, and give it back in its own dtype.
+
+    Most updates of a learning rate that suits a whole module are lost between two 16-bit numbers,
+    and float16 gradients cannot be unscaled. Such a module's output stays in the base's dtype.
+    """
+    rounded = [p for p in model.parameters() if p.requires_grad and p.dtype != torch.float32]
+    dtypes = [parameter.dtype for parameter in rounded]
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    handles = [module.register_forward_hook(_round_output) for module in wrappers if rounded]
+    for parameter in rounded:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, dtype in zip(rounded, dtypes, strict=True):
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+
+
+def _round_output(module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+    """Return a module's output in the dtype that the frozen original computes in."""
+    original = next(module.original_module.parameters(), None)
+    if original is None or not isinstance(output, Tensor) or not output.is_floating_point():
+        return output
+    return output.to(original.dtype)
+
+
+def check_float32(model: PeftModel) -> None:
+    """Assert that everything that is trained is in float32."""
+    wrong = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    assert not wrong, f"trained in 16 bits: {wrong[0]}"
 
 
 @contextmanager

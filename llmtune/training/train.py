@@ -21,7 +21,7 @@ from llmtune.training.memory.measure import is_out_of_memory, peak_bytes
 from llmtune.training.metrics import MetricsLog, ProgressLine
 from llmtune.training.request import Start, TrainRequest, TrainResult
 from llmtune.training.rows import find_untrained
-from llmtune.training.setup import add_protection, set_up
+from llmtune.training.setup import add_protection, float32_weights, set_up
 from llmtune.training.trainer import build_trainer, restored_model
 
 
@@ -43,6 +43,7 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
         stack.callback(progress.stop)
         interruption = stack.enter_context(catch_interruption())
         stack.enter_context(restored_model(request.model))
+        stack.enter_context(float32_weights(request.model))
         dry_run_save(request.model, request.tokenizer, request.run)
         start = _find_start(config, request, progress)
         if start.checkpoint and start.is_done:

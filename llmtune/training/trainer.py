@@ -48,7 +48,7 @@ from llmtune.training.config import TrainConfig
 from llmtune.training.metrics import Clock, MetricsLog
 from llmtune.training.request import Start, TrainRequest
 from llmtune.training.rows import EpochSampler, group_by_source, name_sources
-from llmtune.training.setup import Setup
+from llmtune.training.setup import Setup, check_float32
 from llmtune.training.step import TrainingStep
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
@@ -81,6 +81,7 @@ def build_trainer(
             eval_dataset=Dataset.from_dict({"row": [0]}) if num_rows[1] else None,
             processing_class=request.tokenizer,
         )
+    check_float32(request.model)
     trainer.remove_callback(PrinterCallback)
     for tracker in trainer.callback_handler.callbacks:
         if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:

@@ -1,6 +1,7 @@
 """Training gives the same weights however a step is split, and leaves the model as it came."""
 
 import json
+import shutil
 import socket
 from contextlib import nullcontext
 from hashlib import sha256
@@ -8,7 +9,10 @@ from hashlib import sha256
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from llmtune.adapters.inject import inject_adapter
+from llmtune.adapters.lora import LoraAdapter
 from llmtune.data.example import Example, ExampleTableBuilder
 from llmtune.errors import LlmtuneError
 from llmtune.training.batch import StepCollator
@@ -293,6 +297,50 @@ def test_a_head_that_is_trained_too_is_saved_and_continued(packing, tmp_path):
     start = adapter_weights(add_lora(make_model("llama"), modules_to_save=["lm_head"]))
     assert not torch.equal(weights[head], start[head])
     _, again = run(4)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+WHOLE = LoraAdapter(rank=4, modules_to_save=["lm_head", "norm", "embed_tokens"])
+
+
+def test_what_is_trained_whole_has_float32_weights_over_a_16_bit_base(tmp_path):
+    """At a learning rate that suits whole modules, 16-bit weights lose most of the updates."""
+
+    def updates(dtype, path):
+        torch.manual_seed(0)
+        model = inject_adapter(make_model("llama", dtype=dtype), WHOLE).model
+        start = adapter_weights(model)
+        train(path, model=model, learning_rate=2e-5, warmup_ratio=0, max_steps=6, save_every=3)
+        assert {name: p.dtype for name, p in adapter_weights(model).items()} == {
+            name: p.dtype for name, p in start.items()
+        }
+        assert model(torch.arange(5, 9)[None]).logits.isfinite().all()  # as any other model
+        saved = load_file(path / "checkpoints/checkpoint-6/adapter_model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+        return {
+            module: weight - start[f"base_model.model.{module}.modules_to_save.default.weight"]
+            for module in ("lm_head", "model.norm", "model.embed_tokens")
+            for name, weight in saved.items()
+            if name == f"base_model.model.{module}.weight"
+        }
+
+    exact, found = updates(torch.float32, tmp_path / "32"), updates(torch.bfloat16, tmp_path / "16")
+    for module, expected in exact.items():
+        moved = expected != 0
+        assert (found[module][moved] != 0).float().mean() > 0.95, module
+        assert torch.cosine_similarity(found[module].flatten(), expected.flatten(), 0) > 0.9
+
+
+def test_a_run_with_modules_trained_whole_continues_bit_for_bit(tmp_path):
+    def run(steps, path):
+        torch.manual_seed(0)
+        model = inject_adapter(make_model("llama", dtype=torch.bfloat16), WHOLE).model
+        train(path, model=model, max_steps=steps, save_every=2, keep_checkpoints=9)
+        return adapter_weights(model)
+
+    weights = run(4, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints/checkpoint-4")
+    again = run(4, tmp_path)
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
