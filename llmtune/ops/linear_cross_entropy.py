@@ -49,7 +49,9 @@ def linear_cross_entropy(  # noqa: PLR0913 - keyword-only options, like torch.nn
     `cap(x) = softcap * tanh(x / softcap)`, the order Gemma and Cohere use. The products run in
     the head's dtype (autocast does not apply), the softmax and the sum in float32.
     Fold the division by the number of trained tokens into `weights_T` where you can: the
-    gradient is then rounded to the hidden states' dtype once instead of twice.
+    gradient is then rounded to the hidden states' dtype once instead of twice. In float16, whose
+    range such weights would leave, the gradient is kept unweighted until the backward pass, and
+    weighted there together with a gradient scaler's factor.
 
     Args:
         hidden_TD: last hidden states of the labelled positions, already shifted.
@@ -97,23 +99,45 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         loss = hidden_TD.new_zeros((), dtype=_accumulation_dtype(hidden_TD.dtype))
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_gradient else None
+        is_weighted_late = torch.float16 in (hidden_TD.dtype, head.weight_VD.dtype)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             for start, logits_CV in _iter_logits(hidden_TD, head.weight_VD, chunk_size):
                 chunk = slice(start, start + len(logits_CV))
                 weights_C = None if weights_T is None else weights_T[chunk]
                 losses_C = None if losses_out_T is None else losses_out_T[chunk]
                 labelled_C = (labels_T[chunk], weights_C, losses_C)
-                loss += _reduce_chunk(logits_CV, head, labelled_C, needs_gradient)
+                loss += _reduce_chunk(
+                    logits_CV, head, labelled_C, needs_gradient, is_weighted_late=is_weighted_late
+                )
                 if grad_hidden_TD is not None:  # the chunk now holds the logits' gradient
                     grad_hidden_TD[chunk] = logits_CV @ head.weight_VD
-        ctx.save_for_backward(grad_hidden_TD)
+        ctx.save_for_backward(grad_hidden_TD, weights_T if is_weighted_late else None)
+        ctx.is_weighted_late, ctx.chunk_size = is_weighted_late, chunk_size
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_hidden_TD,) = ctx.saved_tensors
-        return grad_hidden_TD * grad_loss, None, None, None
+        grad_hidden_TD, weights_T = ctx.saved_tensors
+        if not ctx.is_weighted_late:
+            return grad_hidden_TD * grad_loss, None, None, None
+        return scale_rows(grad_hidden_TD, weights_T, grad_loss, ctx.chunk_size), None, None, None
+
+
+def scale_rows(
+    rows_TD: Tensor, weights_T: Tensor | None, factor: Tensor, chunk_size: int
+) -> Tensor:
+    """Return `rows * weights * factor` in the rows' dtype, multiplied in float32, in chunks.
+
+    In float16 a scaler's factor alone would be infinite, and a weight of one in many tokens
+    would be rounded away.
+    """
+    scaled_TD = torch.empty_like(rows_TD)
+    factors_T = factor.expand(len(rows_TD)) if weights_T is None else weights_T * factor
+    for start in range(0, len(rows_TD), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        scaled_TD[chunk] = rows_TD[chunk].float() * factors_T[chunk, None].float()
+    return scaled_TD
 
 
 def _iter_logits(
@@ -133,10 +157,13 @@ def _reduce_chunk(
     head: FrozenHead,
     labelled_C: tuple[Tensor, Tensor | None, Tensor | None],
     needs_gradient: bool,
+    *,
+    is_weighted_late: bool,
 ) -> Tensor:
     """Return the chunk's loss and, if asked, overwrite its raw logits with their gradient.
 
-    `labelled_C` are labels, weights, and where each token's loss goes.
+    `labelled_C` are labels, weights, and where each token's loss goes; with `is_weighted_late`
+    the gradient is that of the unweighted loss.
     """
     labels_C, weights_C, losses_C = labelled_C
     dtype = _accumulation_dtype(logits_CV.dtype)
@@ -160,7 +187,7 @@ def _reduce_chunk(
         loss += (losses_R1 if weights_R1 is None else losses_R1 * weights_R1).sum()
         if needs_gradient:  # d loss / d logits = weight * (softmax - one_hot(label))
             grad_RV.scatter_add_(1, labels_R1, grad_RV.new_full((1, 1), -1).expand_as(labels_R1))
-            for factor in (weights_R1, slope_RV):
+            for factor in (None if is_weighted_late else weights_R1, slope_RV):
                 if factor is not None:
                     grad_RV.mul_(factor)
             if head.logit_scale != 1.0:

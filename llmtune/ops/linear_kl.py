@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from llmtune.ops.linear_cross_entropy import FrozenHead
+from llmtune.ops.linear_cross_entropy import FrozenHead, scale_rows
 
 CHUNK_BYTES = 64 << 20
 """Bytes of one float32 copy of a chunk's logits; about four exist at a time."""
+SCALED_ROWS = 1024
+"""Rows of a float16 gradient that exist in float32 at a time."""
 
 
 def linear_kl_divergence(
@@ -76,6 +78,8 @@ class _FrozenHeadKl(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, outer: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient_TD,) = ctx.saved_tensors
+        if gradient_TD.dtype == torch.float16:  # a gradient scaler's factor may be beyond its range
+            return scale_rows(gradient_TD, None, outer, SCALED_ROWS), None, None, None
         return gradient_TD * outer.to(gradient_TD.dtype), None, None, None
 
 

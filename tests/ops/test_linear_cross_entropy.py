@@ -214,3 +214,29 @@ def test_a_label_whose_probability_underflows_has_its_true_loss(dtype):
     (gradient,) = torch.autograd.grad(loss, hidden)
     (wanted,) = torch.autograd.grad(expected, hidden)
     torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2_000, 65_000])
+@pytest.mark.parametrize("scale", [1024.0, 65536.0])
+def test_float16_gradients_are_weighted_with_the_scalers_factor(num_tokens, scale):
+    """A weight of one in 65,000 alone, or a factor of 65,536 alone, is beyond float16."""
+    exact, head, labels, _ = make_inputs(num_tokens, torch.float64)
+    weights = torch.full((num_tokens,), 1 / num_tokens, dtype=torch.float32)
+    hidden = exact.detach().half().requires_grad_()
+    head, bias = head.half(), make_options("bias", torch.float16)["bias_V"]
+    loss = linear_cross_entropy(hidden, head, labels, weights_T=weights, bias_V=bias)
+    factor = scale / 64 if num_tokens == 1 else scale  # one token's own gradient must fit
+    (loss * factor).backward()
+    exact = hidden.detach().double().requires_grad_()
+    truth = plain_loss(exact, head.double(), labels, weights.double(), bias_V=bias.double())
+    (truth * factor).backward()
+    assert hidden.grad.isfinite().all()
+    error = (hidden.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < 2e-3
+
+
+def test_a_float16_factor_beyond_its_range_is_no_infinity():
+    hidden, head, labels, _ = make_inputs(64, torch.float16)
+    weights = torch.full((64,), 1e-5)
+    (linear_cross_entropy(hidden, head, labels, weights_T=weights) * 2.0**20).backward()
+    assert hidden.grad.isfinite().all() and hidden.grad.abs().max() > 0

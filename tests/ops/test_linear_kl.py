@@ -70,3 +70,12 @@ def test_a_trained_head_and_other_shapes_are_refused():
         linear_kl_divergence(torch.zeros(2, 4), torch.zeros(2, 4), head)
     with pytest.raises(ValueError, match="one shape"):
         linear_kl_divergence(torch.zeros(2, 4), torch.zeros(3, 4), FrozenHead(torch.randn(11, 4)))
+
+
+def test_a_factor_beyond_float16_is_no_infinity():
+    generator = torch.Generator().manual_seed(0)
+    head = FrozenHead(torch.randn(23, 8, generator=generator).half())
+    reference = torch.randn(7, 8, generator=generator).half()
+    hidden = (reference + 0.01).requires_grad_()
+    (linear_kl_divergence(hidden, reference, head) * 65536.0).backward()
+    assert hidden.grad.isfinite().all() and hidden.grad.abs().max() > 0
