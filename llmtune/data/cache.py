@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from llmtune.data.stored import read_stored
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
 from llmtune.io.unfinished import new_entry, replace_entry
 from llmtune.models.gguf import cache_dir
+from llmtune.models.template_date import template_date_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +49,7 @@ def cache_path(
     The name is a hash of everything the result depends on: the bytes of every file, the options,
     the seed, the tokenizer with its template, this package's code and the libraries' versions.
     A hub source's bytes are known by its commit, which must stand in its `revision`. A template
-    that prints the date makes another entry each day.
+    that prints the date makes an entry for each date.
     """
     sources = [*config.train, *config.evaluation]
     needed = sources if split == "train" else choose_sources(config, split)[0]
@@ -70,7 +70,7 @@ def cache_path(
         "tokenizer": hash_text(backend.to_str()),
         "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
         "template": template,
-        "date": time.strftime("%Y-%m-%d") if "strftime_now" in str(template) else "",
+        "date": template_date_of(tokenizer) or "",
         "code": _code_hash(),
     }
     return cache_dir() / "data" / hash_json(key)

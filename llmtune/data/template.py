@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from llmtune.adapters.manifest import MANIFEST_NAME, read_adapter_manifest
 from llmtune.data.render import encode_plain
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_json
+from llmtune.models.template_date import DatedTemplate, fix_template_date, prints_date
 from llmtune.models.turns import TEMPLATE_ERRORS
 
 if TYPE_CHECKING:
@@ -21,8 +23,8 @@ GOLDEN_MESSAGES = [
     {"role": "assistant", "content": "It is 5."},
     {"role": "user", "content": "Sind Sie sicher? 確か？\n\n  - yes\n  - no"},
 ]
-GOLDEN_DATE = "01 Jan 2025"
-"""Templates that print today's date read this variable first, so the golden prompt stays."""
+GOLDEN_DATE = date(2025, 1, 1)
+"""What templates print as today's date in the golden prompt, which must not change by itself."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,13 @@ def template_fingerprint(tokenizer: PreTrainedTokenizerFast) -> TemplateIdentity
     template = tokenizer.chat_template or ""
     if template:
         try:
-            ids = tokenizer.apply_chat_template(
+            render = DatedTemplate(tokenizer, GOLDEN_DATE.isoformat())
+            ids = render(
                 GOLDEN_MESSAGES,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
-                date_string=GOLDEN_DATE,
+                date_string=GOLDEN_DATE.strftime("%d %b %Y"),
             )
         except TEMPLATE_ERRORS as error:
             raise LlmtuneError(
@@ -75,14 +78,24 @@ def template_fingerprint(tokenizer: PreTrainedTokenizerFast) -> TemplateIdentity
     )
 
 
-def require_same_template(tokenizer: PreTrainedTokenizerFast, identity: TemplateIdentity) -> None:
-    """Refuse a tokenizer that would render another prompt than the one of training.
+def require_same_template(
+    tokenizer: PreTrainedTokenizerFast, identity: TemplateIdentity, *, is_of_the_day: bool = False
+) -> None:
+    """Refuse a tokenizer that would render a different prompt than the one of training.
+
+    Args:
+        tokenizer: as it is now.
+        identity: as it was in training.
+        is_of_the_day: the recorded golden prompt holds the day it was recorded on, so that only
+            the template itself can be compared.
 
     Raises:
         LlmtuneError: what differs: the template's text, or the ids it leads to.
     """
     now = template_fingerprint(tokenizer)
     if now == identity:
+        return
+    if now.template_hash == identity.template_hash and is_of_the_day:
         return
     what = "chat template or special tokens have"
     if now.template_hash == identity.template_hash:
@@ -97,9 +110,10 @@ def require_same_template(tokenizer: PreTrainedTokenizerFast, identity: Template
 
 
 def require_trained_template(tokenizer: PreTrainedTokenizerFast, adapter_dir: Path) -> None:
-    """Refuse a tokenizer that renders another prompt than the adapter in `adapter_dir` learned.
+    """Refuse a tokenizer that renders a different prompt than the adapter in `adapter_dir` learned.
 
-    An adapter that llmtune did not write records no template, so there is nothing to compare.
+    If the template prints the date, it prints the one of the training from now on. An adapter that
+    llmtune did not write records no template, so there is nothing to compare.
 
     Raises:
         LlmtuneError: what differs.
@@ -107,5 +121,13 @@ def require_trained_template(tokenizer: PreTrainedTokenizerFast, adapter_dir: Pa
     if not (adapter_dir / MANIFEST_NAME).is_file():
         return
     recorded = read_adapter_manifest(adapter_dir).get("template")
-    if recorded is not None:
-        require_same_template(tokenizer, TemplateIdentity.from_json(recorded))
+    if recorded is None:
+        return
+    day = recorded.get("date")
+    if day is not None:
+        fix_template_date(tokenizer, day)
+    require_same_template(
+        tokenizer,
+        TemplateIdentity.from_json(recorded),
+        is_of_the_day=day is None and prints_date(tokenizer),
+    )

@@ -37,6 +37,8 @@ class Checkpoint:
     """SHA-256 of the GGUF file that the checkpoint was made from."""
     chat_template: Path | None = None
     """A Jinja file that replaces the checkpoint's own chat template."""
+    template_date: str | None = None
+    """The date (YYYY-MM-DD) that its chat template prints; null is the day's."""
 
     @classmethod
     def open(cls, directory: Path, *, chat_template: Path | None = None) -> "Checkpoint":
@@ -138,15 +140,19 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The fast tokenizer, checked, with a pad token; see `models.tokenizer.load_tokenizer`."""
+        from llmtune.models.template_date import fix_template_date
         from llmtune.models.tokenizer import load_tokenizer
 
-        return load_tokenizer(
+        tokenizer = load_tokenizer(
             self.directory,
             num_rows=self.num_embedding_rows,
             config=self.config,
             generation_config=self.generation_config,
             chat_template=self.chat_template,
         )
+        if self.template_date is not None:
+            fix_template_date(tokenizer, self.template_date)
+        return tokenizer
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:

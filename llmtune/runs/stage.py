@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,11 +12,12 @@ from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig, anchor_paths
 from llmtune.data.config import SourceConfig
 from llmtune.errors import LlmtuneError
-from llmtune.io.manifest import Manifest, StageRecord
+from llmtune.io.manifest import Manifest, StageRecord, read_manifest
 from llmtune.io.validation import validate_section
 from llmtune.io.yaml_source import SourcedTree
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.resolve import resolve_base
+from llmtune.models.template_date import today
 from llmtune.runs.ledger import Ledger, open_ledger
 
 
@@ -93,8 +95,17 @@ class Stage(ABC):
 
     @cached_property
     def source(self) -> Checkpoint:
-        """The base of the run."""
-        return resolve_base(self.config.model)
+        """The base of the run; its chat template prints the date of the run, whatever day it is."""
+        source = resolve_base(self.config.model)
+        return replace(source, template_date=self._recorded_date() or today())
+
+    def _recorded_date(self) -> str | None:
+        """Return the date that the run has trained with, if it is to be kept."""
+        run = self.config.run
+        if (self.is_first and self.force) or not run.manifest_path.is_file():
+            return None
+        date = read_manifest(run).base.get("template_date")
+        return None if date is None else str(date)
 
     @cached_property
     def adapter(self) -> str:

@@ -15,6 +15,7 @@ from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.manifest import Manifest, StageRecord
 from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.template_date import template_date_of
 from llmtune.runs.ledger import Ledger, has_training, refuse_unusable
 from llmtune.runs.stage import Stage, deciding_knobs, deciding_knobs_of
 
@@ -128,6 +129,9 @@ class TrainStage(Stage):
         if self.config.run.adapter_dir.is_dir():
             self._refuse_other(ledger.manifest.stages.get(self.name, {}), inputs)
         source = {**self.source.as_dict(), "fingerprint": inputs["base"]}
+        date = template_date_of(self.source.tokenizer)
+        if date is not None:
+            source["template_date"] = date
         ledger.describe(
             base={**ledger.manifest.base, **source},
             data={name: prepared.report.to_json() for name, prepared in self.data.items()},

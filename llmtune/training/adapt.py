@@ -23,6 +23,7 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.live import LiveModel
 from llmtune.models.load import load_model
 from llmtune.models.quantization.describe import QuantizationTable
+from llmtune.models.template_date import template_date_of
 from llmtune.training.protect.config import ProtectConfig
 from llmtune.training.protect.prepare import PreparedProtection, prepare_protection
 from llmtune.training.request import TrainRequest, TrainResult
@@ -78,9 +79,11 @@ class AdaptedBase:
             batch_size: rows of an optimizer step.
         """
         loaded, directory = self.loaded, self.request.run.adapter_dir
+        date = template_date_of(loaded.tokenizer)
         manifest: dict[str, Any] = {
             "base": {**loaded.source.as_dict(), "fingerprint": loaded.fingerprint},
-            "template": template_fingerprint(loaded.tokenizer).to_json(),
+            "template": template_fingerprint(loaded.tokenizer).to_json()
+            | ({} if date is None else {"date": date}),
             "data_fingerprint": self.rows.train.fingerprint,
             "stop_token_ids": list(loaded.stop_token_ids),
             "versions": versions(),
