@@ -1,6 +1,7 @@
 """From the sections of a config to the planner's numbers."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -21,6 +22,9 @@ from llmtune.training.config import TrainConfig
 
 MASK_BYTES = {"cpu": 4, "cuda": 1}
 """Of a dropped feature: a CPU keeps the mask in float32."""
+
+VOCABULARY_TABLES = ("lm_head", "embed_out", "output", "embed_tokens", "embed_in", "wte")
+"""What architectures call the LM head and the token embedding."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ def plan_memory_of(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> M
 def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> Workload:
     """Turn a config's sections into the planner's numbers."""
     model, adapter, train = request.model, request.adapter, request.train
-    chosen = choose_targets(adapter, _module_names(shape))
+    # Only a loaded model knows the names of its other modules, and training checks them there.
+    named = adapter.model_copy(update={"modules_to_save": []})
+    chosen = choose_targets(named, _module_names(shape))
     adaptable: Mapping[str, tuple[int, ...]] = {**shape.linear, **shape.fused_experts}
     packed = request.data.packing != "off"
     steps, num_tokens = count_steps(train, rows)
@@ -62,7 +68,8 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
             kept_outputs=adapter.KEPT_OUTPUTS,
             dense_copies=adapter.DENSE_COPIES,
         ),
-        adapter_parameters=adapter.num_parameters({name: adaptable[name] for name in chosen}),
+        adapter_parameters=adapter.num_parameters({name: adaptable[name] for name in chosen})
+        + _whole_parameters(adapter.modules_to_save, shape),
         optimizer=train.optimizer,
         batch_size=train.batch_size,
         micro_batch_size=train.micro_batch_size,
@@ -72,6 +79,15 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
         steps=steps,
         num_tokens=num_tokens,
         num_lengths=rows.num_lengths,
+    )
+
+
+def _whole_parameters(modules: Sequence[str], shape: ModelShape) -> int:
+    """Return the parameters of modules that are trained whole; norms and the like count nothing."""
+    endings = [module.rpartition(".")[2] for module in modules]
+    tables = sum(ending in VOCABULARY_TABLES for ending in endings) * shape.embedding_parameters
+    return tables + sum(
+        math.prod(size) for name, size in shape.linear.items() if name.rpartition(".")[2] in endings
     )
 
 
@@ -124,10 +140,10 @@ def estimate_training(
     try:
         base = read_base(request.model)
         shape = read_shape(base.config, base.place)
+        rows = measure_rows(train, evaluation, batch_size=request.train.batch_size)
+        memory = plan_memory_of(request, shape, rows)
     except LlmtuneError:
         return None
-    rows = measure_rows(train, evaluation, batch_size=request.train.batch_size)
-    memory = plan_memory_of(request, shape, rows)
     components = dict(memory.components)
     if request.device.kind == "cuda":
         del components["runtime"]

@@ -21,6 +21,8 @@ CHECKED_STEPS = 2
 CHECK_EVERY = 2
 TOLERATED_STEPS_FP16 = 3
 MAX_NAMES = 8
+LARGEST_LIKELY_RATE = 0.1
+"""AdamW moves every weight by about the learning rate; beyond this one step saturates a model."""
 
 
 class LearningWatch(TrainerCallback):
@@ -61,11 +63,19 @@ class LearningWatch(TrainerCallback):
         }
         if must_learn:
             names = ", ".join(sorted(must_learn)[:MAX_NAMES])
+            why = (
+                "They are frozen or cut off from the loss and would be saved unchanged. Take these "
+                "modules out of adapter.target_modules."
+            )
+            if self._steps > 1 and args.learning_rate > LARGEST_LIKELY_RATE:
+                why = (
+                    f"The first step moved the weights so far (train.learning_rate is "
+                    f"{args.learning_rate:g}) that nothing gets a gradient any more. Lower "
+                    "train.learning_rate: adapters are usually trained with 1e-5 to 1e-3."
+                )
             raise LlmtuneError(
                 f"{len(must_learn)} of {len(trained)} trained tensors have had no gradient by step "
-                f"{self._steps}: {names}{' ...' if len(must_learn) > MAX_NAMES else ''}. They are "
-                "frozen or cut off from the loss and would be saved unchanged. Take these modules "
-                "out of adapter.target_modules."
+                f"{self._steps}: {names}{' ...' if len(must_learn) > MAX_NAMES else ''}. {why}"
             )
 
 

@@ -61,9 +61,11 @@ def write_checkpoint(target_dir: Path, write_files: Callable[[Path], None]) -> N
         else:
             temporary.rename(target_dir)
         _sync(parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports I/O so
+    except (OSError, RuntimeError, SafetensorError) as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        if not _is_disk_error(error):
+            raise
         free = shutil.disk_usage(_existing_parent(parent)).free
         # torch and safetensors report a full disk in their own words, without an error number
         reason = getattr(error, "strerror", None) or "a file could not be written to its end"
@@ -72,6 +74,17 @@ def write_checkpoint(target_dir: Path, write_files: Callable[[Path], None]) -> N
             "there. Earlier checkpoints are kept: make room (or choose another run_dir) and run "
             "the same command again to continue from the newest one."
         ) from error
+
+
+def _is_disk_error(error: Exception) -> bool:
+    """Tell a file that could not be written from any other failure, by what the writers say.
+
+    torch's archive writer and safetensors report a full disk in their own words.
+    """
+    if isinstance(error, OSError):
+        return True
+    marks = ("PytorchStreamWriter", "inline_container", "unexpected pos", "os error", "I/O error")
+    return any(mark in str(error) for mark in marks)
 
 
 def list_checkpoints(checkpoints_dir: Path) -> list[Path]:

@@ -36,6 +36,16 @@ def write_config(directory, base, **data):
     return path
 
 
+@pytest.mark.parametrize("name", ["norm", "embed_out", "lm_head", "embed_tokens"])
+def test_a_module_that_is_trained_whole_vetoes_no_plan(name, tmp_path):
+    """Only a loaded model knows the names of its modules; the known tables are counted."""
+    path = write_config(tmp_path, make_base(tmp_path / "base"))
+    without = plan(load_config(path))
+    asked = ["adapter.method=lora", f"adapter.modules_to_save=[{name}]"]
+    found = plan(load_config(path, asked))
+    assert (found.adapter_parameters > without.adapter_parameters) == (name != "norm")
+
+
 def test_a_directory_without_config_says_so(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(LlmtuneError, match="not a model checkpoint: there is no config.json"):

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState
 
 from llmtune.errors import LlmtuneError
 from llmtune.training import checkpoint as checkpoints
+from llmtune.training.callbacks import BestWatch
+from llmtune.training.config import EarlyStopping
+from llmtune.training.request import RunTotals
 from llmtune.training.train import train_adapter
 from tests.training.tiny_runs import adapted_layers, make_adapter, make_config, make_request
 
@@ -24,6 +28,23 @@ def test_an_adapter_whose_first_half_is_detached_is_named_by_step_two(tmp_path):
     lora_a.register_forward_hook(lambda _module, _inputs, output: output.detach())
     with pytest.raises(LlmtuneError, match=r"no gradient by step 2.*q_proj.lora_A"):
         train_adapter(make_config(), make_request(model, tmp_path))
+
+
+def test_a_learning_rate_that_saturates_the_model_is_named(tmp_path):
+    config = make_config(learning_rate=3e4, warmup_ratio=0, max_grad_norm=0)
+    with pytest.raises(LlmtuneError, match=r"train\.learning_rate") as caught:
+        train_adapter(config, make_request(make_adapter(), tmp_path))
+    assert "target_modules" not in str(caught.value)
+
+
+@pytest.mark.parametrize("losses", [[float("nan"), 2.0, 1.0], [2.0, float("nan"), 1.0]])
+def test_an_evaluation_that_is_not_a_number_is_never_the_best(losses):
+    totals = RunTotals()
+    watch = BestWatch(totals, EarlyStopping(patience=3))
+    for step, loss in enumerate(losses, start=1):
+        state, control = TrainerState(global_step=step), TrainerControl()
+        watch.on_evaluate(None, state, control, {"eval_loss": loss})
+    assert (totals.best_step, totals.best_eval_loss) == (3, 1.0)
 
 
 @pytest.mark.parametrize("log_every", [1, 10])

@@ -293,6 +293,15 @@ def test_a_full_disk_is_one_clear_message_and_keeps_the_last_checkpoint(tmp_path
     assert [path.name for path in directory.iterdir()] == ["checkpoint-2"]
 
 
+def test_a_failure_that_is_not_the_disks_is_not_blamed_on_it(tmp_path):
+    def fail(directory: Path) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        checkpoints.write_checkpoint(checkpoints.checkpoint_dir(tmp_path, 1), fail)
+    assert not list(tmp_path.iterdir())
+
+
 KILLED_WRITER = """
 import sys, pathlib, json, os
 from llmtune.training import checkpoint

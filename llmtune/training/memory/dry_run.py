@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import RunDir
 from llmtune.io.sizes import format_in
@@ -31,7 +32,7 @@ from llmtune.training.memory.arithmetic import (
 from llmtune.training.memory.measure import available_bytes, is_out_of_memory, measure_activations
 from llmtune.training.objectives.base import MicroBatch
 
-# Tried in this order: the fewer, the less exact.
+# Tried in this order, whole rows and then a piece of one: the fewer, the less exact.
 MEASURED_TOKENS = (256, 32)
 # Two checkpoints (weights and two moments each) beside one being written, and the adapter itself.
 SAVED_COPIES = 10
@@ -45,7 +46,13 @@ def find_plan(config: TrainConfig, trial: "Trial", longest_first: Sequence[int])
     """Plan by the measured cost, try the largest micro-batch, and shrink until it fits.
 
     `longest_first` are the rows of the largest possible step. The collator keeps the limits.
+
+    Raises:
+        DoesNotFitError: nothing fits.
+        LlmtuneError: recomputation is asked for, and the architecture does not offer it.
     """
+    if config.gradient_checkpointing is True:
+        require_recomputable(trial.model)
     lengths = [len(trial.collator.examples[index].input_ids) for index in longest_first]
     cost = trial.measure()
     device_type = trial.device.type
@@ -88,14 +95,14 @@ class Trial:
         self.device = model.get_input_embeddings().weight.device
 
     def measure(self) -> ActivationCost:
-        """Measure what a token's activations cost, on the first rows.
+        """Measure what a token's activations cost, on the first rows, or on a piece of the first.
 
         Raises:
             DoesNotFitError: not even a short forward pass fits.
         """
-        for tokens in MEASURED_TOKENS:
+        for rows in (self._first_rows(MEASURED_TOKENS[0]), [self._piece(MEASURED_TOKENS[-1])]):
             try:
-                return self._measure(tokens)
+                return self._measure(rows)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -104,15 +111,24 @@ class Trial:
             "Quantize it (model.quantization.method=nf4), or choose a smaller base."
         )
 
-    def _measure(self, wanted_tokens: int) -> ActivationCost:
-        chosen: list[int] = []
+    def _first_rows(self, wanted_tokens: int) -> list[Example]:
+        chosen: list[Example] = []
         tokens = 0
         for index in range(len(self.collator.examples)):
-            chosen.append(index)
-            tokens += len(self.collator.examples[index].input_ids)
+            chosen.append(self.collator.examples[index])
+            tokens += len(chosen[-1].input_ids)
             if tokens >= wanted_tokens:
                 break
-        (micro_batch,) = self.collator.collate(chosen)["micro_batches"]
+        return chosen
+
+    def _piece(self, num_tokens: int) -> Example:
+        """Return the beginning of the first row, all of it trained: any memory holds that."""
+        row = self.collator.examples[0]
+        ids = row.input_ids[:num_tokens]
+        return Example(ids, ids, row.source, row.line)
+
+    def _measure(self, rows: Sequence[Example]) -> ActivationCost:
+        micro_batch = self.collator.build(rows)
         self.model.train()
         return measure_activations(
             self.model,
@@ -199,6 +215,20 @@ def recomputable_layers(model: PeftModel) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
+def require_recomputable(model: PeftModel) -> None:
+    """Refuse an architecture without layers that can be recomputed.
+
+    Raises:
+        LlmtuneError: it has none, so that asking for it would change nothing.
+    """
+    base: PreTrainedModel = model.get_base_model()
+    if not base.supports_gradient_checkpointing or not recomputable_layers(model):
+        raise LlmtuneError(
+            f"{type(base).__name__} offers no gradient checkpointing: set "
+            "train.gradient_checkpointing=false and a smaller train.micro_batch_size"
+        )
+
+
 @contextmanager
 def recomputing(model: PeftModel, num_layers: int) -> Iterator[None]:
     """Recompute the activations of the first `num_layers` layers inside.
@@ -212,13 +242,9 @@ def recomputing(model: PeftModel, num_layers: int) -> Iterator[None]:
     if num_layers == 0:
         yield
         return
+    require_recomputable(model)
     base: PreTrainedModel = model.get_base_model()
     layers = recomputable_layers(model)
-    if not base.supports_gradient_checkpointing or not layers:
-        raise LlmtuneError(
-            f"{type(base).__name__} offers no gradient checkpointing: set "
-            "train.gradient_checkpointing=false and a smaller train.micro_batch_size"
-        )
     options = {"use_reentrant": False}
     if hasattr(base, "activation_checkpointing_enable"):
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)

@@ -1,6 +1,7 @@
 """Micro-batches fill the memory that is there; layers are recomputed only when they must be."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +126,31 @@ def test_micro_batches_are_halved_until_the_dry_run_fits(tmp_path):
     result = train_adapter(make_config(batch_size=16), request)
     tokens = int(result.choices["micro-batch"].split()[2])
     assert 60 <= tokens <= 300
+
+
+def test_a_first_row_too_long_for_the_measurement_does_not_end_the_run(tmp_path):
+    model = make_adapter()
+    layer = model.get_base_model().model.layers[0]
+    failed = []
+
+    def fail_once(_module, inputs, _output):
+        if inputs[0].shape[0] * inputs[0].shape[1] > 150 and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    layer.register_forward_hook(fail_once)
+    long = replace(make_rows(1)[0], input_ids=[5] * 200, labels=[5] * 200)
+    request = make_request(model, tmp_path, train=[long, *make_rows(8)])
+    assert train_adapter(make_config(max_steps=1), request).steps == 1
+    assert failed
+
+
+def test_recomputation_that_is_asked_for_and_not_offered_is_refused(tmp_path, monkeypatch):
+    model = make_adapter()
+    monkeypatch.setattr(type(model.get_base_model()), "supports_gradient_checkpointing", False)
+    config = make_config(gradient_checkpointing=True)
+    with pytest.raises(LlmtuneError, match="no gradient checkpointing"):
+        train_adapter(config, make_request(model, tmp_path))
 
 
 def test_a_row_that_never_fits_is_an_error_before_step_one(tmp_path):
