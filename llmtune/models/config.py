@@ -26,7 +26,8 @@ class ModelConfig(Section):
     """Keep the quantized base in the cache directory: the next load reads it, quantizing nothing.
     The four used last are kept."""
     dtype: DtypeName = "auto"
-    """Precision of the base; auto is bfloat16, or float16 on a GPU that has no bfloat16."""
+    """Precision of the base; auto is bfloat16; float16 on a GPU that has no bfloat16, float32 on a
+    CPU that only emulates it."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """auto (the first GPU, else the CPU), cpu, cuda, or one GPU such as cuda:1."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"

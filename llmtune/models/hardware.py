@@ -1,7 +1,11 @@
 """What this machine can do: the device, the precision and the attention a base is loaded with."""
 
 import importlib.util
+import os
+import time
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +14,11 @@ from llmtune.errors import LlmtuneError
 from llmtune.models.config import ModelConfig
 
 # Trained in bfloat16 with activations beyond float16's 65504: float16 gives inf, then NaN.
+SLOW_RATIO = 4.0
+"""How many times slower than float32 a 16-bit product is where the CPU only emulates it; where it
+is native it is faster, so a busy machine does not change the answer."""
+PRODUCT_SIZE = 256
+PRODUCT_TRIALS = 5
 UNSAFE_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "gemma3n", "t5gemma")
 
 
@@ -44,14 +53,18 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_dtype(wanted: str, device: torch.device, model_type: str) -> torch.dtype:
-    """Return the base's precision; `auto` is bfloat16, or float16 on a GPU without it.
+    """Return the base's precision.
+
+    `auto` is bfloat16; on a GPU without it float16, on a CPU that only emulates it float32.
 
     Raises:
         LlmtuneError: bfloat16 was asked for and the GPU has none, or the precision is float16 and
             the model is known to overflow in it.
     """
     has_bfloat16 = device.type != "cuda" or _gpu_has_bfloat16(device)
-    if wanted == "auto":
+    if wanted == "auto" and device.type == "cpu":
+        wanted = "float32" if cpu_emulates_bfloat16() else "bfloat16"
+    elif wanted == "auto":
         wanted = "bfloat16" if has_bfloat16 else "float16"
     if wanted == "bfloat16" and not has_bfloat16:
         raise LlmtuneError(
@@ -64,6 +77,60 @@ def choose_dtype(wanted: str, device: torch.device, model_type: str) -> torch.dt
             "Use model.dtype=bfloat16 where the hardware has it, else float32."
         )
     return getattr(torch, wanted)
+
+
+@cache
+def cpu_emulates_bfloat16() -> bool:
+    """Whether a matrix product takes this CPU far longer in bfloat16 than in float32 (timed)."""
+    return _product_seconds(torch.bfloat16) > SLOW_RATIO * _product_seconds(torch.float32)
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Return the shortest of a few timings of one product."""
+    factor = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype)
+    factor @ factor  # the first call also prepares the kernel
+    seconds = []
+    for _ in range(PRODUCT_TRIALS):
+        started = time.perf_counter()
+        factor @ factor
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def why_threads_wait(device: torch.device) -> str | None:
+    """Say what to export if this process has more threads than processors to run them on.
+
+    PyTorch's threads spin while they wait for each other: with one of them off its processor, all
+    the others burn theirs.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return None
+    allowed = _usable_processors()
+    others = min(max(os.getloadavg()[0] - 1, 0.0), allowed)  # one is this process
+    free = max(round(allowed - others), 1)
+    if threads <= free:
+        return None
+    what = (
+        f"this process may use {allowed:g} processors"
+        if threads > allowed
+        else f"other work keeps about {others:.0f} of {allowed:g} processors busy"
+    )
+    return (
+        f"{what}, and PyTorch runs {threads} threads, which wait for each other. Training may be "
+        f"many times faster after: export OMP_NUM_THREADS={free} OMP_WAIT_POLICY=passive"
+    )
+
+
+def _usable_processors() -> float:
+    """Return the processors that this process may use, a container's limit included."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = float(len(affinity(0)) if affinity else os.cpu_count() or 1)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return count if quota == "max" else min(count, max(int(quota) / int(period), 1.0))
+    except (OSError, ValueError):
+        return count
 
 
 def choose_attention(

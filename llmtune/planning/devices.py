@@ -1,6 +1,7 @@
 """How much memory a device has and how fast it multiplies: asked of it, given, or by its name."""
 
 import contextlib
+import os
 import re
 import subprocess
 from dataclasses import dataclass
@@ -91,14 +92,47 @@ def find_device(wanted: str) -> Device:
 
 
 def _list_gpus() -> list[Device]:
-    """Return the GPUs that nvidia-smi names, with what is free on each; none without it."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    """Return the GPUs that CUDA programs see, in their order, with what is free on each.
+
+    They are asked of nvidia-smi, which lists all of them; without it there are none.
+    """
+    query = "--query-gpu=uuid,memory.free,memory.total,name"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    found = [line.rpartition(", ") for line in answer.stdout.splitlines()]
-    return [Device(name, "cuda", int(free) << 20) for name, _, free in found if free.isdigit()]
+    found: dict[str, Device] = {}
+    for line in answer.stdout.splitlines():
+        uuid, free, total, name = line.split(", ", 3)
+        found[uuid] = Device(name, "cuda", _gpu_bytes(free, total))
+    return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _gpu_bytes(free: str, total: str) -> int:
+    """Return a GPU's memory from nvidia-smi's MiB; one that shares the machine's names none."""
+    for number in (free, total):
+        if number.isdigit():
+            return int(number) << 20
+    return this_cpu().memory_bytes
+
+
+def _visible(gpus: dict[str, Device], wanted: str | None) -> list[Device]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES names, by number or uuid, up to the first wrong."""
+    every = list(gpus.values())
+    if wanted is None:
+        return every
+    chosen = []
+    for name in wanted.split(","):
+        name = name.strip()
+        matching = [uuid for uuid in gpus if name.startswith("GPU-") and uuid.startswith(name)]
+        if len(matching) == 1:
+            chosen.append(gpus[matching[0]])
+        elif name.isdigit() and int(name) < len(every):
+            chosen.append(every[int(name)])
+        else:
+            break
+    return chosen
 
 
 def this_cpu() -> Device:

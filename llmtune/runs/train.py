@@ -15,6 +15,7 @@ from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.manifest import Manifest, StageRecord
 from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.config import ModelConfig
 from llmtune.models.template_date import template_date_of
 from llmtune.runs.ledger import Ledger, has_training, refuse_unusable
 from llmtune.runs.stage import Stage, deciding_knobs, deciding_knobs_of
@@ -34,6 +35,7 @@ class TrainStage(Stage):
     def __init__(self, config: RunConfig, *, force: bool = False) -> None:
         super().__init__(config, force=force)
         self._interrupted_by: str | None = None
+        self._dtype = "auto"
 
     def check(self) -> None:
         """Find everything that can be wrong with the input; the rows are read and tokenized."""
@@ -91,7 +93,7 @@ class TrainStage(Stage):
         estimate = estimate_training(self._plan_request(), rows["train"], rows["evaluation"])
         adapted = adapt_base(
             self.source,
-            config.model,
+            self._model,
             config.adapter,
             config.protect,
             TrainRows(rows["train"], rows["evaluation"], rows.get("protect")),
@@ -114,7 +116,7 @@ class TrainStage(Stage):
 
         config, base = self.config, str(self.source.directory)
         return PlanRequest(
-            model=config.model.model_copy(update={"base": base, "revision": None}),
+            model=self._model.model_copy(update={"base": base, "revision": None}),
             adapter=config.adapter,
             data=config.data,
             train=config.train,
@@ -123,12 +125,30 @@ class TrainStage(Stage):
             device=free_device(str(choose_device(config.model.device))),
         )
 
+    @property
+    def _model(self) -> ModelConfig:
+        """How the base is loaded: in the precision that the run began with."""
+        return self.config.model.model_copy(update={"dtype": self._dtype})
+
+    def _choose_dtype(self) -> str:
+        from llmtune.models.hardware import choose_device, choose_dtype
+
+        model = self.config.model
+        dtype = choose_dtype(model.dtype, choose_device(model.device), self.source.model_type)
+        return str(dtype).removeprefix("torch.")
+
     def before(self, ledger: Ledger) -> None:
         """Refuse an adapter of other inputs, and describe base and rows in the manifest."""
         inputs = self.inputs(ledger.manifest)
         if self.config.run.adapter_dir.is_dir():
             self._refuse_other(ledger.manifest.stages.get(self.name, {}), inputs)
-        source = {**self.source.as_dict(), "fingerprint": inputs["base"]}
+        began = ledger.manifest.base.get("dtype") if has_training(self.config.run) else None
+        self._dtype = began or self._choose_dtype()
+        source = {
+            **self.source.as_dict(),
+            "fingerprint": inputs["base"],
+            "dtype": self._dtype,
+        }
         date = template_date_of(self.source.tokenizer)
         if date is not None:
             source["template_date"] = date

@@ -20,6 +20,7 @@ from llmtune.io.run_dir import RunDir
 from llmtune.io.sizes import format_in
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
+from llmtune.models.hardware import why_threads_wait
 from llmtune.models.live import LiveModel
 from llmtune.models.load import load_model
 from llmtune.models.quantization.describe import QuantizationTable
@@ -140,6 +141,9 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
     """
     loaded = load_model(model, source)
     _log_lines(_describe_loaded(loaded))
+    waiting = why_threads_wait(loaded.device)
+    if waiting is not None:
+        log.warning("%s", waiting)
     protection = prepare_protection(
         protect,
         loaded,

@@ -342,9 +342,13 @@ def build_arguments(
         prediction_loss_only=True,
         router_aux_loss_coef=0.0,
     )
-    # One process, one GPU: with several visible ones transformers would split the batch.
+    # One process, one GPU: with several visible ones transformers would split the batch, and the
+    # first of them would be its device.
     _ = arguments.device
     arguments._n_gpu = min(arguments._n_gpu, 1)
+    arguments.__dict__["_setup_devices"] = setup.device  # where the cached property keeps it
+    if setup.device.type == "cuda":
+        torch.cuda.set_device(setup.device)
     return arguments
 
 

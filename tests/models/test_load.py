@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from llmtune.errors import LlmtuneError
+from llmtune.models import hardware
 from llmtune.models.config import ModelConfig
 from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
 from llmtune.models.load import load_model
@@ -129,8 +131,30 @@ def test_cpu_chosen_by_auto_is_said(checkpoint):
     assert "no GPU was found: the CPU is used" in loaded.notices
 
 
-def test_auto_precision_is_bfloat16_whatever_the_file_holds():
-    assert choose_dtype("auto", torch.device("cpu"), "llama") == torch.bfloat16
+@pytest.mark.parametrize("is_emulated", [False, True])
+def test_auto_precision_is_what_the_cpu_multiplies_fast(is_emulated, monkeypatch):
+    seconds = {torch.float32: 1.0, torch.bfloat16: 20.0 if is_emulated else 1.5}
+    monkeypatch.setattr(hardware, "_product_seconds", seconds.__getitem__)
+    hardware.cpu_emulates_bfloat16.cache_clear()
+    expected = torch.float32 if is_emulated else torch.bfloat16
+    assert choose_dtype("auto", torch.device("cpu"), "llama") == expected
+    assert choose_dtype("bfloat16", torch.device("cpu"), "llama") == torch.bfloat16
+    hardware.cpu_emulates_bfloat16.cache_clear()
+
+
+def test_more_threads_than_processors_are_named_with_what_to_export(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(hardware, "_usable_processors", lambda: 8.0)
+    for load, free in ((0.2, None), (1.0, None), (4.0, 5), (30.0, 1)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
+        said = hardware.why_threads_wait(cpu)
+        assert (said is None) if free is None else f"OMP_NUM_THREADS={free} " in said
+    monkeypatch.setattr(hardware, "_usable_processors", lambda: 2.0)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0, 0))
+    assert "may use 2 processors" in hardware.why_threads_wait(cpu)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert hardware.why_threads_wait(cpu) is None
 
 
 def test_float16_is_refused_for_models_that_overflow_in_it():

@@ -1,8 +1,13 @@
 """The learning rate rises from above zero to its peak once and then takes its course."""
 
-import pytest
+from types import SimpleNamespace
 
-from llmtune.training.trainer import learning_rate_factor
+import pytest
+import torch
+
+from llmtune.io.run_dir import RunDir
+from llmtune.training.trainer import build_arguments, learning_rate_factor
+from tests.training.tiny_runs import make_config
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -20,3 +25,13 @@ def test_cosine_and_linear_are_at_half_in_the_middle():
 
 def test_constant_stays_at_the_peak():
     assert learning_rate_factor("constant", 19, 4, 20) == 1.0
+
+
+def test_the_trainer_is_on_the_device_of_the_model(tmp_path, monkeypatch):
+    placed = []
+    monkeypatch.setattr(torch.cuda, "set_device", placed.append)
+    second = torch.device("cuda", 1)
+    setup = SimpleNamespace(device=second, autocast_dtype=torch.bfloat16)
+    arguments = build_arguments(make_config(), RunDir(tmp_path), setup, num_rows=(8, 0), seed=0)
+    assert arguments.device == second
+    assert placed[-1:] == [second]
