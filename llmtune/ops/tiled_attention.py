@@ -127,12 +127,18 @@ def _iter_cut_tiles(start: int, length: int, sliding_window: int | None) -> Iter
     bounds = [start + length * i // num_tiles for i in range(num_tiles + 1)]
     for first, stop in pairwise(bounds):
         first_key = start if sliding_window is None else max(start, first - sliding_window + 1)
-        # Without a window, every query of the tile sees all keys before the tile.
-        first_masked = first if first_key == start and sliding_window is None else first_key
-        is_seen = _is_in_reach(
-            torch.arange(first, stop), torch.arange(first_masked, stop), sliding_window
-        )
-        yield Tile(slice(first, stop), slice(first_key, stop), _additive(is_seen))
+        # Within the first window, every query of the tile sees all keys before the tile.
+        sees_all_before = sliding_window is None or stop - start <= sliding_window
+        first_masked = first if sees_all_before else first_key
+        mask = _cut_mask(stop - first, first - first_masked, sliding_window)
+        yield Tile(slice(first, stop), slice(first_key, stop), mask)
+
+
+@lru_cache(maxsize=8)  # one long sample has two sizes of tiles, and their masks are large
+def _cut_mask(num_queries: int, num_before: int, sliding_window: int | None) -> Tensor:
+    """Return the mask of a tile whose queries follow `num_before` masked keys; do not change it."""
+    keys = torch.arange(num_before + num_queries)
+    return _additive(_is_in_reach(keys[num_before:], keys, sliding_window))
 
 
 def _is_in_reach(queries: Tensor, keys: Tensor, sliding_window: int | None) -> Tensor:
@@ -166,6 +172,8 @@ def plan_stacks(
 def _stack(tiles: list[Tile]) -> Stack:
     num_queries = max(tile.num_queries for tile in tiles)
     num_keys = max(tile.num_keys for tile in tiles)
+    if len(tiles) == 1:
+        return Stack(tuple(tiles), num_queries, num_keys, tiles[0].mask[None])
     first_masked = min(tile.num_keys - tile.mask.shape[1] for tile in tiles)
     mask = torch.zeros(len(tiles), num_queries, num_keys - first_masked)
     for mask_of_one, tile in zip(mask, tiles, strict=True):

@@ -228,6 +228,14 @@ def test_a_window_bounds_the_keys_of_a_tile():
     assert max(spans) <= tiled.TILE_QUERIES + 63
 
 
+def test_the_masks_of_a_window_are_shared():
+    """Each was a float32 matrix of its own: 270 MiB a plan here, and as much for its stacks."""
+    stacks = plan_stacks((16384,), 4096, 8)
+    masks = [tile.mask for stack in stacks for tile in stack.tiles] + [s.mask for s in stacks]
+    storages = {mask.untyped_storage().data_ptr(): mask.untyped_storage() for mask in masks}
+    assert sum(storage.nbytes() for storage in storages.values()) < 16 << 20
+
+
 def test_lengths_that_do_not_fit_the_batch_are_refused():
     inputs = make_inputs(LENGTHS, torch.float32)
     with pytest.raises(ValueError, match="lengths adding up to 4"):
