@@ -185,6 +185,9 @@ class AdapterTrainer(SFTTrainer):
         """
         self._start.totals.owes_evaluation = False
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        # after the last step the run ends by itself, and no evaluation stops it early
+        is_last = self.state.global_step >= self._start.total_steps
+        self.control.should_training_stop = is_last
         self.evaluate()
         if self._start.totals.owes_evaluation:
             return

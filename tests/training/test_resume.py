@@ -262,6 +262,19 @@ def test_a_run_interrupted_anywhere_equals_an_uninterrupted_one(
     assert same_lines == lines
 
 
+def test_patience_that_ends_with_the_last_step_does_not_end_an_interrupted_run_early(
+    tmp_path, monkeypatch
+):
+    knobs = {"max_steps": 4, "early_stopping": {"patience": 1, "min_delta": 100.0}}
+    straight = run_watched(tmp_path / "straight", **knobs)
+    with monkeypatch.context() as patched, pytest.raises(RunInterrupted):
+        interrupt(patched, "step", 4)
+        run_watched(tmp_path / "cut", **knobs)
+    again = run_watched(tmp_path / "cut", **knobs)
+    assert straight[0]["stopped_by"] == "max_steps"
+    assert (again[0], again[2]) == (straight[0], straight[2])
+
+
 def test_an_evaluation_that_is_interrupted_twice_is_still_made_up(
     uninterrupted, tmp_path, monkeypatch
 ):
