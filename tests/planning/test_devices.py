@@ -5,7 +5,6 @@ import subprocess
 import pytest
 
 from llmtune.errors import LlmtuneError
-from llmtune.planning import devices
 from llmtune.planning.devices import find_device
 
 LISTED = """GPU-aaaa1111, 20000, 24000, NVIDIA A
@@ -19,7 +18,7 @@ MIB = 1 << 20
 def listed(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     answer = subprocess.CompletedProcess([], 0, stdout=LISTED)
-    monkeypatch.setattr(devices.subprocess, "run", lambda *_args, **_options: answer)
+    monkeypatch.setattr(subprocess, "run", lambda *_args, **_options: answer)
 
 
 @pytest.mark.parametrize(

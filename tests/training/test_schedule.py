@@ -1,11 +1,13 @@
 """The learning rate rises from above zero to its peak once and then takes its course."""
 
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 from llmtune.io.run_dir import RunDir
+from llmtune.training.setup import Setup
 from llmtune.training.trainer import build_arguments, learning_rate_factor
 from tests.training.tiny_runs import make_config
 
@@ -31,7 +33,7 @@ def test_the_trainer_is_on_the_device_of_the_model(tmp_path, monkeypatch):
     placed = []
     monkeypatch.setattr(torch.cuda, "set_device", placed.append)
     second = torch.device("cuda", 1)
-    setup = SimpleNamespace(device=second, autocast_dtype=torch.bfloat16)
+    setup = cast(Setup, SimpleNamespace(device=second, autocast_dtype=torch.bfloat16))
     arguments = build_arguments(make_config(), RunDir(tmp_path), setup, num_rows=(8, 0), seed=0)
     assert arguments.device == second
     assert placed[-1:] == [second]
