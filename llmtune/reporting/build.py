@@ -47,7 +47,7 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
     results = read_results(run.evaluations_dir, is_wanted=current_results(run, manifest, models))
     suites = measure_suites(results, resampling, contamination=diagnostics.of(ContaminationResult))
     bounds = {s.name: thresholds.general_bound(s.unit) for s in suites if s.role == "general"}
-    strengths = measure_strengths(results, bounds, resampling)
+    strengths = measure_strengths(results, bounds, resampling, thresholds)
     evidence = Evidence(
         suites,
         thresholds,

@@ -44,7 +44,11 @@ def _head(report: Report) -> Iterator[str]:
         yield _text(report.compared)
     yield f"## Verdict: {report.verdict.name}"
     yield _text(report.verdict.meaning)
+    if report.verdict.carries:
+        yield _text(f"Not shown or not measured: {'; '.join(report.verdict.carries)}.")
     yield _bullets(report.verdict.reasons)
+    if report.verdict.to_do:
+        yield _text(f"Now: {report.verdict.to_do}")
     if report.verdict.also:
         yield f"Also holds: {', '.join(report.verdict.also)}."
     if report.caveats:

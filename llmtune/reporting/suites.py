@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 
 from llmtune.evaluation.compare import Comparison
 from llmtune.evaluation.main_arms import MainArm
-from llmtune.reporting.numbers import Unit, unit_of_metric
+from llmtune.reporting.numbers import FRACTION, Unit, unit_of_metric
 
 ROLES = ("target", "transfer", "general")
 ARM_WORDS = {
@@ -28,9 +28,11 @@ class Thresholds:
 
     `general_drop` is a fraction of 1, `general_loss_rise` in nats/token, `general_bits_rise` in
     bits/byte (0.2 nats/token at about four bytes a token). More than `contaminated_share` of a
-    target suite's items among the training rows block the verdict. A smaller strength is advised
-    if the full one uses up more than `strength_share` of a bound. Merging may cost these shares of
-    a target's gain and of a general suite's bound.
+    target suite's items among the training rows (exactly, nearly, or by many words in a row) block
+    the verdict. A smaller strength is advised if the full one uses up more than `strength_share` of
+    a bound. What is at most `as_good_drop` (a fraction of 1) worse than tuning, or at most
+    `as_good_share` of tuning's gain, is as good. Merging may cost the shares `merging_share` of a
+    target's gain and of a general suite's bound.
     """
 
     general_drop: float = 0.05
@@ -41,11 +43,18 @@ class Thresholds:
     merging_share: Mapping[str, float] = field(
         default_factory=lambda: {"target": 0.25, "general": 0.5}
     )
+    as_good_drop: float = 0.02
+    as_good_share: float = 0.25
 
     def general_bound(self, unit: Unit) -> float:
         """Return the largest tolerated worsening of a general suite, in its raw unit."""
         bounds = {"nats/token": self.general_loss_rise, "bits/byte": self.general_bits_rise}
         return bounds.get(unit.name, self.general_drop)
+
+    def as_good_margin(self, unit: Unit, gain: float) -> float:
+        """Return by how much something may be worse than tuning, which gained so much, raw unit."""
+        drop = self.as_good_drop if unit == FRACTION else 0.0
+        return max(drop, self.as_good_share * gain)
 
 
 @dataclass(frozen=True)

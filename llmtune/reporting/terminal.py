@@ -32,7 +32,9 @@ def render_terminal(report: Report) -> RenderableType:
     verdict = _sentence((name, STYLES[report.verdict.tone]), "  ", report.verdict.meaning)
     parts: list[RenderableType] = [_sentence(report.compared)] if report.compared else []
     parts += [verdict]
+    parts += [_indented(f"Carries: {carried}.") for carried in report.verdict.carries]
     parts += [_indented(reason) for reason in report.verdict.reasons]
+    parts += [_indented(f"Now: {report.verdict.to_do}")] if report.verdict.to_do else []
     if report.suites:
         parts += [Text(), suites_table(report)]
     if any(suite.chain for suite in report.suites):

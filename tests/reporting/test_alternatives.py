@@ -50,7 +50,7 @@ def test_few_shot_that_ties_with_tuning_is_use_prompt(tmp_path):
     assert rival["tuned_over"]["low"] <= 0 < rival["over_base"]["low"]
     assert "mean of 3 draws" in report.verdict.reasons[0]
     assert "can show" in report.verdict.reasons[0]
-    assert "SHIP" in report.verdict.also
+    assert "SHIP, general not shown" in report.verdict.also
 
 
 def test_a_prompt_of_ones_own_that_ties_is_use_prompt(tmp_path):
@@ -61,7 +61,27 @@ def test_a_prompt_of_ones_own_that_ties_is_use_prompt(tmp_path):
 
 def test_tuning_that_beats_every_prompt_ships(tmp_path):
     arms = {"tuned": TUNED, "few-shot-1": improve(BASE, 0.05, seed=4), "prompt-x": SLIGHTLY}
-    assert report_on(tmp_path, arms).verdict.name == "SHIP"
+    assert report_on(tmp_path, arms, prose(0.01)).verdict.name == "SHIP"
+
+
+def test_a_prompt_that_may_be_far_behind_is_no_rival_but_is_named(tmp_path):
+    """Two answers worse of 40, so the items cannot tell it from ten points."""
+    base = right_wrong(40, 0.5, seed=0)
+    tuned = improve(base, 0.4, seed=1)
+    arms = {"base": base, "tuned": tuned, "prompt-x": worsen(tuned, 0.05, seed=2)}
+    report = build_report(plant_run(tmp_path, [PlantedSuite("movies", "target", arms)]))
+    assert report.verdict.name == "SHIP, general not shown"
+    assert any("not shown to beat Own prompt x" in caveat for caveat in report.caveats)
+
+
+def test_near_copies_and_shared_words_block_like_exact_ones(tmp_path):
+    run = plant_run(tmp_path, [PlantedSuite("movies", "target", {"base": BASE, "tuned": TUNED})])
+    leaked = SuiteContamination(0, 2, 2, N, tuple(item_ids("movies", 4)))
+    result = ContaminationResult(inputs={}, suites={"movies": leaked}, n_train_rows=900)
+    write_diagnostic(result, run.diagnostics_dir)
+    verdict = build_report(run).verdict
+    assert verdict.name == "CONTAMINATED"
+    assert "0 word for word, 2 nearly, 2 with many words in a row" in verdict.reasons[0]
 
 
 def test_a_prompt_that_is_no_better_than_the_bare_base_is_not_advised(tmp_path):
@@ -79,11 +99,11 @@ def test_the_best_of_many_prompts_is_not_believed_for_being_the_best(tmp_path):
 
 
 def test_a_probe_that_ties_with_tuning_is_use_probe(tmp_path):
-    report = report_on(tmp_path, {"tuned": TUNED, "probe": improve(BASE, 0.19, seed=7)})
+    report = report_on(tmp_path, {"tuned": TUNED, "probe": improve(TUNED, 0.01, seed=7)})
     assert report.verdict.name == "USE-PROBE"
-    assert "Linear probe on the base 79.0 %" in report.verdict.reasons[0]
+    assert "Linear probe on the base 81.0 %" in report.verdict.reasons[0]
     worse = report_on(tmp_path / "w", {"tuned": TUNED, "probe": improve(BASE, 0.1, seed=8)})
-    assert worse.verdict.name == "SHIP"
+    assert worse.verdict.name == "SHIP, general not shown"
 
 
 def test_train_rows_among_the_target_items_block_the_verdict(tmp_path):
@@ -97,15 +117,21 @@ def test_train_rows_among_the_target_items_block_the_verdict(tmp_path):
     leak(4)
     report = build_report(run)
     assert report.verdict.name == "CONTAMINATED"
-    assert report.verdict.numbers["movies"] == {"exact": 4, "n": 300, "bound": 0.01}
-    assert report.verdict.also == ("SHIP",)
+    assert report.verdict.numbers["movies"] == {
+        "exact": 4,
+        "near": 0,
+        "ngram": 0,
+        "n": 300,
+        "bound": 0.01,
+    }
+    assert report.verdict.also == ("SHIP, general not shown",)
     clean = report.suites[0].clean
     others = BASE[4:], TUNED[4:]
     assert (clean.n, clean.before, clean.after) == (296, *(pytest.approx(mean(o)) for o in others))
     assert f"{100 * mean(others[1]):.1f} %, a change of" in " ".join(report.verdict.reasons)
     leak(3)
     report = build_report(run)
-    assert report.verdict.name == "SHIP"
+    assert report.verdict.name == "SHIP, general not shown"
     said = next(each for each in report.caveats if "3 of 300 items are in the training" in each)
     shown = [f"{100 * mean(scores):.1f} %" for scores in (BASE[3:], TUNED[3:])]
     assert " → ".join(shown) in said
@@ -132,6 +158,15 @@ def test_a_strength_that_loses_the_gain_does_not_rescue(tmp_path):
     report = report_on(tmp_path, {"tuned": TUNED, "strength-0.5": SLIGHTLY}, prose(0.5, 0.08))
     assert report.verdict.name == "BROKE-GENERAL"
     assert report.strengths.choice is None
+
+
+def test_a_strength_chosen_by_luck_must_pass_on_the_other_half(tmp_path):
+    """On the half that chooses it keeps the gain, on the half that reports it has none."""
+    chosen = [in_selection_half(item) for item in item_ids("movies", N)]
+    lucky = [t if is_chosen else b for t, b, is_chosen in zip(TUNED, BASE, chosen, strict=True)]
+    report = report_on(tmp_path, {"tuned": TUNED, "strength-0.5": lucky}, prose(0.5, 0.08))
+    assert report.strengths.choice is not None and not report.strengths.choice.keeps_target
+    assert report.verdict.name == "BROKE-GENERAL"
 
 
 def test_a_strength_whose_forgetting_was_not_measured_does_not_rescue(tmp_path):
@@ -226,7 +261,14 @@ def test_every_verdict_can_be_reached_and_has_a_meaning(tmp_path):
         "INCONCLUSIVE",
         "NOT-MEASURED",
     }
-    reached |= {"USE-PROMPT", "USE-PROBE", "CONTAMINATED", "MORE-DATA", "SHIP at strength x"}
+    reached |= {
+        "SHIP, general not shown",
+        "USE-PROMPT",
+        "USE-PROBE",
+        "CONTAMINATED",
+        "MORE-DATA",
+        "SHIP at strength x",
+    }
     assert reached == set(MEANINGS)
 
 

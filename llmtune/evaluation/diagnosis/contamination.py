@@ -130,8 +130,8 @@ class Contamination(Diagnosis[ContaminationResult]):
         head = ["Suite", "Items", "Word for word", "Nearly", "Shared words"]
         note = (
             f"Compared with {write.count(found.n_train_rows)} training rows. More than "
-            f"{write.share(facts.contaminated_share)} of a target suite's items word for word "
-            "blocks the verdict."
+            f"{write.share(facts.contaminated_share)} of a target suite's items in any of "
+            "these ways block the verdict."
         )
         if facts.clean:
             head += ["Before: all → others", "After: all → others", "Change on others"]

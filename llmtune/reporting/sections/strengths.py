@@ -55,6 +55,8 @@ class StrengthChoice:
     held_full: Mapping[str, Change] = field(default_factory=dict)
     held_scores: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     """Means of base, this strength and strength 1 on the half that reports."""
+    keeps_target: bool = True
+    """Whether every target suite keeps its score there, within the margin of full strength."""
 
 
 class SweepJson(TypedDict):
@@ -98,13 +100,17 @@ class StrengthsSection(TypedDict):
 
 
 def measure_strengths(
-    results: Results, bounds: Mapping[str, float], resampling: Resampling
+    results: Results,
+    bounds: Mapping[str, float],
+    resampling: Resampling,
+    thresholds: Thresholds = Thresholds(),
 ) -> StrengthSweep | None:
     """Compare every strength with the base on the items that all strengths have.
 
     Args:
         results: suite -> arm -> result.
         bounds: how much a general suite may lose, by suite, in its raw unit.
+        thresholds: how much of the target's gain a smaller strength may cost.
 
     Returns:
         None if no strength besides 0 and 1 was measured.
@@ -119,7 +125,7 @@ def measure_strengths(
     ]
     if not points:
         return None
-    return StrengthSweep(tuple(points), _choose(swept, bounds, resampling))
+    return StrengthSweep(tuple(points), _choose(swept, bounds, resampling, thresholds))
 
 
 def show_strengths(
@@ -176,8 +182,16 @@ def _choose(
     swept: Mapping[str, Mapping[float, ArmResult]],
     bounds: Mapping[str, float],
     resampling: Resampling,
+    thresholds: Thresholds,
 ) -> StrengthChoice | None:
     """Return the smallest strength below 1 that passes on the selection half, None if none does."""
+
+    def passes(arms: Mapping[float, ArmResult], strength: float, bound: float | None) -> bool:
+        if arms[0.0].role == "target":
+            return _keeps_target(arms, strength, resampling, thresholds)
+        found = compare_arms(arms[0.0], arms[strength], resampling=resampling)
+        return bound is None or -found.gain <= bound
+
     selection = {name: _half_of(arms, chosen=True) for name, arms in swept.items()}
     held = {name: _half_of(arms, chosen=False) for name, arms in swept.items()}
     has_target = any(arms[0.0].role == "target" for arms in swept.values())
@@ -187,7 +201,7 @@ def _choose(
     for strength in sorted(shared - {0.0}):
         if strength >= 1:
             return None
-        if all(_passes(arms, strength, bounds.get(name)) for name, arms in selection.items()):
+        if all(passes(arms, strength, bounds.get(name)) for name, arms in selection.items()):
             return StrengthChoice(
                 strength,
                 num_selection=sum(arms[0.0].n for arms in selection.values()),
@@ -198,6 +212,11 @@ def _choose(
                     name: (arms[0.0].mean, arms[strength].mean, arms[1.0].mean)
                     for name, arms in held.items()
                 },
+                keeps_target=all(
+                    _keeps_target(arms, strength, resampling, thresholds)
+                    for arms in held.values()
+                    if arms[0.0].role == "target"
+                ),
             )
     return None
 
@@ -207,13 +226,18 @@ def _half_of(arms: Mapping[float, ArmResult], *, chosen: bool) -> dict[float, Ar
     return {strength: restrict(each, ids) for strength, each in arms.items()} if ids else {}
 
 
-def _passes(arms: Mapping[float, ArmResult], strength: float, bound: float | None) -> bool:
-    """Return whether a target keeps its score within 1 SE, or a general suite its bound."""
+def _keeps_target(
+    arms: Mapping[float, ArmResult],
+    strength: float,
+    resampling: Resampling,
+    thresholds: Thresholds,
+) -> bool:
+    """Return whether a target is neither clearly worse than at full strength nor by the margin."""
     base, full, here = arms[0.0], arms[1.0], arms[strength]
-    sign = 1 if base.higher_is_better else -1
-    if base.role == "target":
-        return sign * (here.mean - full.mean) >= -(full.standard_error or 0.0)
-    return bound is None or -sign * (here.mean - base.mean) <= bound
+    gain = full.mean - base.mean if base.higher_is_better else base.mean - full.mean
+    margin = thresholds.as_good_margin(unit_of_metric(base.metric), gain)
+    found = compare_arms(full, here, resampling=resampling)
+    return found.verdict != "worse" and found.gain >= -margin
 
 
 def _changes(

@@ -3,10 +3,15 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llmtune.evaluation.stats import holm
 from llmtune.reporting.numbers import FRACTION, format_count
+from llmtune.reporting.sections.arms import split_name
 from llmtune.reporting.suites import SuiteReport
-from llmtune.reporting.verdict.evidence import Evidence, gain_of, is_above_majority
+from llmtune.reporting.verdict.evidence import (
+    Evidence,
+    gain_of,
+    is_above_majority,
+    tuned_over,
+)
 from llmtune.reporting.verdict.rules import ship_at_strength
 from llmtune.reporting.verdict.sentences import format_change, format_clean
 
@@ -28,6 +33,7 @@ def find_caveats(evidence: Evidence) -> tuple[str, ...]:
         _general_could_be_broken,
         _some_items_leaked,
         _smaller_strength_would_do,
+        _rivals_undecided,
     )
     return tuple(sentence for check in checks for sentence in check(evidence))
 
@@ -49,11 +55,14 @@ def find_training_caveats(training: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def worse_slices(suite: SuiteReport, significance: float) -> list[str]:
-    """Return the slices that lost, clear of 0 after Holm's correction, worst first."""
+    """Return the slices that lost, clear of 0 after Holm's correction, worst first.
+
+    Slices below the floor of items and clusters show nothing.
+    """
     lost = [
         (suite.gain(each.change)[0], f"{each.column} = {each.value}")
         for each in suite.slices
-        if suite.gain(each.change)[2] < 0 and each.holm_p <= significance
+        if suite.gain(each.change)[2] < 0 and each.change.is_enough and each.holm_p <= significance
     ]
     return [name for _, name in sorted(lost)]
 
@@ -89,11 +98,12 @@ def _below_majority(evidence: Evidence) -> Iterator[str]:
 
 
 def _merged_worse(evidence: Evidence) -> Iterator[str]:
-    merged = [(s, s.chain["merging"]) for s in evidence.suites if "merging" in s.chain]
-    adjusted = holm([change.p_value for _, change in merged])
-    for (suite, change), p_value in zip(merged, adjusted, strict=True):
+    for suite in evidence.suites:
+        change = suite.chain.get("merging")
+        if change is None:
+            continue
         gain, _, high = suite.gain(change)
-        if high < 0 and p_value <= evidence.significance:
+        if high < 0:
             yield (
                 f"{suite.name}: the merged model is worse than base + adapter by "
                 f"{suite.unit.size(gain)}, clear of 0; what you would ship is not what was tuned."
@@ -165,6 +175,23 @@ def _smaller_strength_would_do(evidence: Evidence) -> Iterator[str]:
             for suite in forgotten
         )
         yield (
-            f"Strength {choice.strength:g} keeps the target within one standard error of full "
+            f"Strength {choice.strength:g} keeps the target within the margin of full "
             f"strength and forgets less ({losses}; on the half of the items not used to choose it)."
         )
+
+
+def _rivals_undecided(evidence: Evidence) -> Iterator[str]:
+    """Yield the alternatives that tuning is not shown to beat, nor they to be as good."""
+    for suite in evidence.better("target"):
+        for arm in (*evidence.prompts(), "probe"):
+            change = tuned_over(suite, arm)
+            if change is None or evidence.is_as_good(arm, among=evidence.prompts()):
+                continue
+            lead, low, high = suite.gain(change)
+            if low <= 0 <= high:
+                yield (
+                    f"{suite.name}: tuning is not shown to beat {split_name(arm).label} "
+                    f"({suite.unit.difference(lead)}, interval {suite.unit.interval(low, high)}), "
+                    f"which is not shown to be as good (within "
+                    f"{suite.unit.size(evidence.margin(suite))}) either."
+                )

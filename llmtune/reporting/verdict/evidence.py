@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from scipy.special import ndtri
+
 from llmtune.evaluation.diagnosis.contamination import ContaminationResult, SuiteContamination
 from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.evaluation.stats import holm
+from llmtune.reporting.sections.arms import FEW_SHOT, PROMPTING, split_name
 from llmtune.reporting.sections.strengths import StrengthSweep
 from llmtune.reporting.suites import Change, SuiteReport, Thresholds
 
@@ -33,11 +36,17 @@ class Evidence:
         return 1 - self.confidence
 
     def better(self, role: str) -> tuple[SuiteReport, ...]:
-        """Return the role's suites with a gain clear of 0, Holm-adjusted over the role."""
+        """Return the role's suites with a gain clear of 0, Holm-adjusted over the role.
+
+        A suite below the floor of items and clusters shows none.
+        """
         return self.clear(self.with_role(role), lambda suite: suite.change, sign=1)
 
     def worse(self, role: str) -> tuple[SuiteReport, ...]:
-        """Return the role's suites with a loss clear of 0, Holm-adjusted over the role."""
+        """Return the role's suites with a loss clear of 0, each by its own interval.
+
+        No correction: more suites must not make harm harder to find.
+        """
         return self.clear(self.with_role(role), lambda suite: suite.change, sign=-1)
 
     def broken(self) -> tuple[SuiteReport, ...]:
@@ -65,6 +74,25 @@ class Evidence:
             return 0.0
         return -suite.gain(merging)[0] / suite.gain(training)[0]
 
+    def is_within(self, suite: SuiteReport, change: Change | None) -> bool:
+        """Return whether a general suite is shown to be within its bound, interval and all."""
+        if change is None or not change.is_enough:
+            return False
+        return -suite.gain(change)[1] <= self.thresholds.general_bound(suite.unit)
+
+    def unshown(self) -> tuple[SuiteReport, ...]:
+        """Return the general suites that are neither broken nor shown to be within their bound."""
+        broken = self.broken()
+        return tuple(
+            suite
+            for suite in self.with_role("general")
+            if suite not in broken and not self.is_within(suite, suite.change)
+        )
+
+    def doubtful(self) -> tuple[SuiteReport, ...]:
+        """Return the general suites measured beyond their bound that chance might explain."""
+        return tuple(s for s in self.unshown() if self.used_bound(s, s.change) > 1)
+
     def used_bound(self, suite: SuiteReport, change: Change | None) -> float:
         """Return the loss of a general suite as a share of its bound; negative for a gain."""
         assert change is not None, "only compared suites use up a bound"
@@ -77,7 +105,9 @@ class Evidence:
         *,
         sign: int,
     ) -> tuple[SuiteReport, ...]:
-        """Return the suites whose change is clear of 0 in one direction, Holm-adjusted over all.
+        """Return the suites whose change is clear of 0 in one direction.
+
+        Gains are Holm-adjusted over all and need the floor of items; losses are not and do not.
 
         Args:
             change_of: the change that is asked about; suites that have none are left out.
@@ -88,8 +118,8 @@ class Evidence:
         found = []
         for (suite, change), p_value in zip(pairs, adjusted, strict=True):
             _, low, high = suite.gain(change)
-            is_clear = low > 0 if sign > 0 else high < 0
-            if is_clear and p_value <= self.significance:
+            is_gain = low > 0 and change.is_enough and p_value <= self.significance
+            if is_gain if sign > 0 else high < 0:
                 found.append(suite)
         return tuple(found)
 
@@ -103,25 +133,49 @@ class Evidence:
             for suite in self.suites
             if suite.role == "target"
             and suite.name in found
-            and found[suite.name].exact_share > self.thresholds.contaminated_share
+            and found[suite.name].share > self.thresholds.contaminated_share
         )
 
-    def is_as_good(self, arm: str, *, among: Sequence[str]) -> bool:
-        """Return whether tuning nowhere beats this arm, and the arm somewhere beats the bare base.
+    def prompts(self) -> list[str]:
+        """Return the ways of prompting that were tried; few-shot counts once, by its mean."""
+        targets = self.with_role("target")
+        names = dict.fromkeys(name for suite in targets for name in suite.rivals)
+        return [
+            name
+            for name in names
+            if split_name(name).kind in PROMPTING
+            and not (split_name(name).kind == FEW_SHOT and split_name(name).rest)
+        ]
 
-        Both are Holm-adjusted over the target suites. Beating the base counts with its p-value
-        times the number of arms in `among`: the best of many prompts is not believed for being the
-        best.
+    def is_as_good(self, arm: str, *, among: Sequence[str]) -> bool:
+        """Return whether this arm is shown to be as good as tuning, and to beat the bare base.
+
+        As good: on every target suite the whole interval of tuned minus it is within the margin
+        (`Thresholds.as_good_margin`). Both are held to what the number of arms in `among` asks for
+        (Bonferroni): the best of many prompts is not believed for being the best.
         """
         measured = [suite for suite in self.with_role("target") if tuned_over(suite, arm)]
-        if not measured or self.clear(measured, lambda suite: tuned_over(suite, arm), sign=1):
-            return False
         tried = max(len(among), 1)
+        if not measured or not all(self._is_within_margin(s, arm, tried) for s in measured):
+            return False
         return any(
             change.p_value * tried <= self.significance
             for suite in self.clear(measured, lambda suite: over_base(suite, arm), sign=1)
             if (change := over_base(suite, arm))
         )
+
+    def margin(self, suite: SuiteReport) -> float:
+        """Return by how much an arm may be worse than tuning on a target suite, raw unit."""
+        gain = suite.gain(suite.change)[0] if suite.change else 0.0
+        return self.thresholds.as_good_margin(suite.unit, gain)
+
+    def _is_within_margin(self, suite: SuiteReport, arm: str, tried: int) -> bool:
+        change = tuned_over(suite, arm)
+        if change is None or not change.is_enough:
+            return False
+        lead, _, high = suite.gain(change)
+        usual, asked = (ndtri(1 - self.significance / 2 / times) for times in (1, tried))
+        return bool(lead + (high - lead) * asked / usual <= self.margin(suite))
 
 
 def gain_of(suite: SuiteReport) -> tuple[float, float, float]:

@@ -6,6 +6,7 @@ from typing import TypedDict
 
 AT_STRENGTH = "SHIP at strength"
 MERGE_DIFFERENTLY = "MERGE-DIFFERENTLY"
+UNSHOWN = "SHIP, general not shown"
 
 
 Numbers = Mapping[str, object]
@@ -18,19 +19,30 @@ class VerdictJson(TypedDict):
     reasons: list[str]
     numbers: Numbers
     also: list[str]
+    headline: str
+    carries: list[str]
+    to_do: str
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The outcome: a name, the sentences made from the numbers, and the numbers themselves.
 
-    `also` names the verdicts of later rules that hold too.
+    `also` names the verdicts of later rules that hold too. `carries` is what was not shown or not
+    measured and could change the verdict, `to_do` what to do now.
     """
 
     name: str
     reasons: tuple[str, ...]
     numbers: Numbers = field(default_factory=dict)
     also: tuple[str, ...] = ()
+    carries: tuple[str, ...] = ()
+    to_do: str = ""
+
+    @property
+    def headline(self) -> str:
+        """The name and what it carries, in one line."""
+        return "; ".join((self.name, *self.carries))
 
     @property
     def kind(self) -> str:
@@ -53,29 +65,55 @@ class Verdict:
             "reasons": list(self.reasons),
             "numbers": self.numbers,
             "also": list(self.also),
+            "headline": self.headline,
+            "carries": list(self.carries),
+            "to_do": self.to_do,
         }
 
 
 MEANINGS = {
     "CONTAMINATED": "Items of the target suite are among the training rows, so its scores prove "
     "nothing.",
-    "SHIP": "A gain on the target that is clear of chance, and general ability within its bound.",
+    "SHIP": "A gain on the target that is clear of chance, and general ability shown to be within "
+    "its bound.",
+    UNSHOWN: "A gain on the target that is clear of chance. General ability is not shown to be "
+    "within its bound, nor to be beyond it.",
     f"{AT_STRENGTH} x": "At a smaller strength of the adapter the gain stays, and general ability "
     "is within its bound.",
     MERGE_DIFFERENTLY: "The merged model is clearly worse than base + adapter: what was tuned "
     "is not what would ship.",
     "NEGATIVE": "The tuned model is worse at the task it was tuned for, clear of chance.",
     "BROKE-GENERAL": "General ability fell beyond its bound, clear of chance.",
-    "USE-PROMPT": "Prompting the base model does as well: the tuned model is not shown to be "
-    "better.",
-    "USE-PROBE": "A linear probe on the frozen base does as well: the tuned model is not shown to "
-    "be better.",
+    "USE-PROMPT": "Prompting the base model is as good as the tuned model, within the stated "
+    "margin.",
+    "USE-PROBE": "A linear probe on the frozen base is as good as the tuned model, within the "
+    "stated margin.",
     "MORE-DATA": "No gain is shown yet, but the learning curve predicts that more rows would lower "
     "the loss.",
-    "INCONCLUSIVE": "These items show neither a gain nor a loss on the target.",
+    "INCONCLUSIVE": "These items do not decide: neither a gain on the target with general ability "
+    "intact, nor harm, is shown.",
     "NOT-MEASURED": "Base and tuned model were not compared on a target suite.",
 }
 """What each verdict says, in one sentence; docs/report.md says what to do about it."""
+
+TO_DO = {
+    MERGE_DIFFERENTLY: "Merge it differently, as the last reason says, and evaluate again.",
+    "CONTAMINATED": "Take these items out of the suite or out of the training rows, and run again.",
+    "SHIP": "Look at the examples, then ship the merged model.",
+    UNSHOWN: "Before shipping, measure general ability with more items (a suite with "
+    "`role: general`).",
+    f"{AT_STRENGTH} x": "Merge the adapter at this strength and ship that.",
+    "NEGATIVE": "Check the labels and the format of the training rows first.",
+    "BROKE-GENERAL": "Lower the learning rate or the steps, protect the base while training "
+    "(`protect`), or mix general text into the training data.",
+    "USE-PROMPT": "Use the prompt with the base as it is.",
+    "USE-PROBE": "Use the classifier with the base as it is.",
+    "MORE-DATA": "Collect more rows before anything else.",
+    "INCONCLUSIVE": "Write more evaluation items, or accept that the effect is smaller than these "
+    "can show.",
+    "NOT-MEASURED": "Add a suite with `role: target` and run `llmtune eval`.",
+}
+"""What to do now, by verdict."""
 
 TONES = {
     "SHIP": "good",

@@ -3,20 +3,27 @@
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
-from llmtune.evaluation.compare import arm_kind
 from llmtune.reporting.numbers import FRACTION, NATS, format_count
-from llmtune.reporting.sections.arms import FEW_SHOT, PROMPTING, split_name
 from llmtune.reporting.suites import SuiteReport
 from llmtune.reporting.verdict.evidence import Evidence, is_above_majority
-from llmtune.reporting.verdict.outcome import AT_STRENGTH, MERGE_DIFFERENTLY, Numbers, Verdict
+from llmtune.reporting.verdict.headline import find_carried, find_what_to_do
+from llmtune.reporting.verdict.outcome import (
+    AT_STRENGTH,
+    MERGE_DIFFERENTLY,
+    UNSHOWN,
+    Numbers,
+    Verdict,
+)
 from llmtune.reporting.verdict.sentences import (
     change_formatter,
     format_at_strength,
     format_below_majority,
     format_bounds,
     format_clean,
+    format_doubt,
     format_merging,
     format_rivals,
+    format_unshown,
     format_what_would_decide,
 )
 
@@ -24,7 +31,7 @@ Rule = Callable[[Evidence], Verdict | None]
 
 
 def contaminated(evidence: Evidence) -> Verdict | None:
-    """CONTAMINATED: too many items of a target suite appear word for word in the training rows."""
+    """CONTAMINATED: too many items of a target suite are in the training rows, or nearly so."""
     found = evidence.contaminated()
     if not found:
         return None
@@ -32,12 +39,19 @@ def contaminated(evidence: Evidence) -> Verdict | None:
     reasons, numbers = [], {}
     for suite, leaked in found:
         reasons.append(
-            f"{suite.name}: {format_count(leaked.exact)} of {format_count(leaked.n)} items appear "
-            f"word for word in the training rows ({FRACTION.score(leaked.exact_share)}, more than "
-            f"{FRACTION.score(bound)})."
+            f"{suite.name}: {format_count(len(leaked.item_ids))} of {format_count(leaked.n)} items "
+            f"are in the training rows ({FRACTION.score(leaked.share)}, more than "
+            f"{FRACTION.score(bound)}): {leaked.exact} word for word, {leaked.near} nearly, "
+            f"{leaked.ngram} with many words in a row."
         )
         reasons += filter(None, [format_clean(suite)])
-        numbers[suite.name] = {"exact": leaked.exact, "n": leaked.n, "bound": bound}
+        numbers[suite.name] = {
+            "exact": leaked.exact,
+            "near": leaked.near,
+            "ngram": leaked.ngram,
+            "n": leaked.n,
+            "bound": bound,
+        }
     reasons.append("Remove these items from the suite or from the training rows, and run again.")
     return Verdict("CONTAMINATED", tuple(reasons), numbers)
 
@@ -98,13 +112,8 @@ def beyond_rescue(evidence: Evidence) -> Verdict | None:
 
 
 def use_prompt(evidence: Evidence) -> Verdict | None:
-    """USE-PROMPT: few-shot or a custom prompt beats the bare base, and is not beaten by tuning."""
-    targets = evidence.with_role("target")
-    arms = [
-        name
-        for name in dict.fromkeys(name for suite in targets for name in suite.rivals)
-        if arm_kind(name) in PROMPTING and not _is_single_draw(name)
-    ]
+    """USE-PROMPT: few-shot or a custom prompt beats the bare base and is as good as tuning."""
+    arms = evidence.prompts()
     as_good = [name for name in arms if evidence.is_as_good(name, among=arms)]
     if not as_good:
         return None
@@ -114,7 +123,7 @@ def use_prompt(evidence: Evidence) -> Verdict | None:
 
 
 def use_probe(evidence: Evidence) -> Verdict | None:
-    """USE-PROBE: a linear probe beats the bare base, and is not beaten by tuning."""
+    """USE-PROBE: a linear probe beats the bare base and is as good as tuning."""
     if not evidence.is_as_good("probe", among=["probe"]):
         return None
     reasons = list(format_rivals(evidence, ["probe"]))
@@ -129,8 +138,9 @@ def ship_at_strength(evidence: Evidence) -> Verdict | None:
     """SHIP at strength x: the full adapter forgets too much, and a smaller strength does not.
 
     The strength was chosen on the selection half of the items; every number here is from the other
-    half. It holds if a target gains clear of 0 and above the majority there, none loses, and
-    every general suite that the full strength broke was measured and is not broken.
+    half. It holds if there a target gains clear of 0 and above the majority, none loses or falls
+    behind full strength by more than the margin, and every general suite is shown to be within its
+    bound.
     """
     choice = evidence.strengths.choice if evidence.strengths else None
     if choice is None:
@@ -146,10 +156,9 @@ def ship_at_strength(evidence: Evidence) -> Verdict | None:
     better = evidence.clear(targets, lambda suite: choice.held[suite.name], sign=1)
     worse = evidence.clear(targets, lambda suite: choice.held[suite.name], sign=-1)
     generals = [suite for suite in evidence.with_role("general") if suite.name in choice.held]
-    lost = evidence.clear(generals, lambda suite: choice.held[suite.name], sign=-1)
-    is_broken = any(evidence.used_bound(suite, choice.held[suite.name]) > 1 for suite in lost)
+    are_within = all(evidence.is_within(suite, choice.held[suite.name]) for suite in generals)
     above = [s for s in better if s.majority is None or choice.held_scores[s.name][1] > s.majority]
-    if worse or is_broken or not above:
+    if worse or not are_within or not above or not choice.keeps_target:
         return None
     reasons = [
         format_at_strength(suite, choice, evidence.confidence) for suite in targets + generals
@@ -158,7 +167,7 @@ def ship_at_strength(evidence: Evidence) -> Verdict | None:
         f"At full strength, general ability lost more than necessary (bound "
         f"{format_bounds(evidence, tuple(costly))}). The strength was chosen on "
         f"{format_count(choice.num_selection)} other items: the smallest that keeps the target "
-        f"within one standard error and general ability within its bound."
+        f"within the margin of full strength and general ability within its bound."
     )
     reasons.append(f"Merge it with: llmtune merge RUN --strength {choice.strength:g}")
     name = f"{AT_STRENGTH} {choice.strength:g}"
@@ -181,21 +190,26 @@ def broke_general(evidence: Evidence) -> Verdict | None:
 
 
 def ship(evidence: Evidence) -> Verdict | None:
-    """SHIP: a target gain clear of 0 and above the majority class, and general not broken."""
-    better = evidence.better("target")
-    if evidence.worse("target") or evidence.broken() or not better:
+    """SHIP: a target gain clear of 0 and above the majority class, and general ability intact.
+
+    If a general suite is not shown to be within its bound, or there is none, the name says so.
+    """
+    if not _is_gain(evidence) or evidence.broken() or evidence.doubtful():
         return None
-    if any(not is_above_majority(suite) for suite in better):
-        return None
+    better, generals = evidence.better("target"), evidence.with_role("general")
+    unshown = evidence.unshown()
     format_suite = change_formatter(evidence)
     reasons = [format_suite(suite) for suite in evidence.with_role("target")]
-    generals = evidence.with_role("general")
     reasons += [format_suite(suite) for suite in generals]
-    if generals:
+    shown = tuple(suite for suite in generals if suite not in unshown)
+    if shown:
         reasons.append(
-            f"No general suite is shown to have lost {format_bounds(evidence, generals)}."
+            f"General ability is within its bound of {format_bounds(evidence, shown)} on "
+            f"{', '.join(suite.name for suite in shown)}: the whole interval is."
         )
-    return Verdict("SHIP", tuple(reasons), _suite_numbers((*better, *generals)))
+    reasons += [f"{format_unshown(suite, evidence)}." for suite in unshown]
+    name = "SHIP" if generals and not unshown else UNSHOWN
+    return Verdict(name, tuple(reasons), _suite_numbers((*better, *generals)))
 
 
 def more_data(evidence: Evidence) -> Verdict | None:
@@ -220,21 +234,34 @@ def more_data(evidence: Evidence) -> Verdict | None:
 
 
 def inconclusive(evidence: Evidence) -> Verdict | None:
-    """INCONCLUSIVE: neither a gain nor a loss on the target is shown by these items."""
-    targets = evidence.with_role("target")
-    better = evidence.better("target")
+    """INCONCLUSIVE: the items show neither a gain with general ability intact, nor harm."""
+    targets, doubtful = evidence.with_role("target"), evidence.doubtful()
     if not targets or evidence.worse("target"):
         return None
-    if better and all(is_above_majority(suite) for suite in better):
+    if _is_gain(evidence) and not doubtful:
         return None
+    better = evidence.better("target")
     format_suite = change_formatter(evidence)
     reasons: list[str] = []
     for suite in targets:
         reasons.append(format_suite(suite))
-        reasons.append(
-            format_below_majority(suite) if suite in better else format_what_would_decide(suite)
-        )
-    return Verdict("INCONCLUSIVE", tuple(filter(None, reasons)), _suite_numbers(targets))
+        if suite not in better:
+            reasons.append(format_what_would_decide(suite))
+        elif not is_above_majority(suite):
+            reasons.append(format_below_majority(suite))
+    for suite in doubtful:
+        reasons += [format_suite(suite), format_doubt(suite, evidence)]
+    return Verdict(
+        "INCONCLUSIVE", tuple(filter(None, reasons)), _suite_numbers((*targets, *doubtful))
+    )
+
+
+def _is_gain(evidence: Evidence) -> bool:
+    """Return whether a target gained, every gain is above the majority, and none was lost."""
+    better = evidence.better("target")
+    return (
+        bool(better) and not evidence.worse("target") and all(is_above_majority(s) for s in better)
+    )
 
 
 RULES: tuple[Rule, ...] = (
@@ -257,7 +284,13 @@ def decide(evidence: Evidence) -> Verdict:
     """Return the verdict of the first rule that holds; `also` names later ones that hold too."""
     fired = [verdict for rule in RULES if (verdict := rule(evidence)) is not None]
     names = list(dict.fromkeys(verdict.name for verdict in fired))
-    return replace(fired[0], also=tuple(names[1:]))
+    first = fired[0]
+    return replace(
+        first,
+        also=tuple(names[1:]),
+        carries=tuple(find_carried(first, evidence)),
+        to_do=find_what_to_do(first, evidence),
+    )
 
 
 def _suite_numbers(suites: tuple[SuiteReport, ...]) -> Numbers:
@@ -281,8 +314,3 @@ def _rival_numbers(evidence: Evidence, arms: Iterable[str]) -> Numbers:
         suite.name: {arm: asdict(suite.rivals[arm]) for arm in arms if arm in suite.rivals}
         for suite in evidence.with_role("target")
     }
-
-
-def _is_single_draw(name: str) -> bool:
-    taken_apart = split_name(name)
-    return taken_apart.kind == FEW_SHOT and bool(taken_apart.rest)

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-from llmtune.reporting.numbers import FRACTION, format_count
+from llmtune.evaluation.compare import FEWEST_CLUSTERS, FEWEST_ITEMS
+from llmtune.reporting.numbers import FRACTION, Unit, format_count
 from llmtune.reporting.sections.arms import split_name
 from llmtune.reporting.sections.strengths import StrengthChoice
 from llmtune.reporting.suites import Change, SuiteReport
@@ -38,7 +39,7 @@ def format_rival(suite: SuiteReport, arm: str, confidence: float) -> str:
     assert rival.tuned_over is not None, "only compared arms are described"
     draws = suite.arms[arm].about.get("draws") or {}
     drawn = f" (mean of {len(draws)} draws)" if len(draws) > 1 else ""
-    mde = f" {rival.n} items can show {unit.size(rival.mde)} or more." if rival.mde else ""
+    mde = f" {format_can_show(rival.n, rival.mde, unit)}." if rival.mde else ""
     label = split_name(arm).label.partition(",")[0]
     return (
         f"{suite.name}: {label}{drawn} {unit.score(suite.score(arm))}, tuned "
@@ -113,8 +114,10 @@ def format_bounds(evidence: Evidence, suites: tuple[SuiteReport, ...]) -> str:
 def format_what_would_decide(suite: SuiteReport) -> str:
     """Format how many items would decide this difference, or why none would."""
     assert suite.change is not None
-    mde = f" {suite.n} items can show {suite.unit.size(suite.mde)} or more." if suite.mde else ""
+    mde = f" {format_can_show(suite.n, suite.mde, suite.unit)}." if suite.mde else ""
     _, low, high = gain_of(suite)
+    if not suite.change.is_enough:
+        return f"{suite.name} is too small for a claim: {_format_floor(suite)}."
     if low > 0 or high < 0:
         return f"On {suite.name} this is not clear of chance after Holm's correction over suites."
     if suite.gained == 0 and suite.lost == 0 and suite.change.difference == 0:
@@ -126,6 +129,45 @@ def format_what_would_decide(suite: SuiteReport) -> str:
         f"About {format_count(suite.needed_items)} items would decide a difference of "
         f"{size} on {suite.name}.{mde}"
     )
+
+
+def format_can_show(n: int, mde: float, unit: Unit) -> str:
+    """Format the smallest difference that so many items show."""
+    items = f"{format_count(n)} item{'' if n == 1 else 's'}"
+    if unit == FRACTION and mde > 1:
+        return f"{items} cannot show any difference"
+    return f"{items} can show {unit.size(mde)} or more"
+
+
+def format_unshown(suite: SuiteReport, evidence: Evidence) -> str:
+    """Format why a general suite is not shown to be within its bound, without a full stop."""
+    assert suite.change is not None
+    if not suite.change.is_enough:
+        return f"{suite.name} is too small for a claim: {_format_floor(suite)}"
+    bound = suite.unit.bound(evidence.thresholds.general_bound(suite.unit))
+    shows = f"; {format_can_show(suite.n, suite.mde, suite.unit)}" if suite.mde else ""
+    lost = suite.unit.size(gain_of(suite)[1])
+    return f"{suite.name} may have lost {lost}, beyond its bound of {bound}{shows}"
+
+
+def format_doubt(suite: SuiteReport, evidence: Evidence) -> str:
+    """Format that a general suite was measured beyond its bound and chance may explain it."""
+    bound = suite.unit.bound(evidence.thresholds.general_bound(suite.unit))
+    needed = (
+        f" About {format_count(suite.needed_items)} items would decide."
+        if suite.needed_items
+        else ""
+    )
+    return (
+        f"{suite.name} was measured beyond its bound of {bound}, and its {format_count(suite.n)} "
+        f"items cannot tell whether that is chance.{needed}"
+    )
+
+
+def _format_floor(suite: SuiteReport) -> str:
+    clusters = f" in {format_count(suite.clusters)} clusters" if suite.clusters else ""
+    items = f"{format_count(suite.n)} item{'' if suite.n == 1 else 's'}"
+    return f"{items}{clusters}, of {FEWEST_ITEMS} in {FEWEST_CLUSTERS} that are the least"
 
 
 def format_below_majority(suite: SuiteReport) -> str:

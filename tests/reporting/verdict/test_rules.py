@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from llmtune.reporting.numbers import FRACTION
 from llmtune.reporting.suites import ArmScore, Change, SliceReport, SuiteReport, Thresholds
 from llmtune.reporting.verdict.caveats import find_caveats
 from llmtune.reporting.verdict.evidence import Evidence
 from llmtune.reporting.verdict.outcome import MEANINGS, Verdict
 from llmtune.reporting.verdict.rules import decide
+from llmtune.reporting.verdict.sentences import format_can_show
 
 
 def suite(
@@ -76,11 +78,63 @@ def test_general_drop_beyond_the_bound_is_broke_general():
     assert "5 points" in verdict.reasons[-1]
 
 
-def test_general_drop_beyond_the_bound_but_not_clear_of_zero_is_no_break():
-    noisy = suite(-0.08, 0.09, name="general", role="general")
-    assert verdict_on(suite(0.16, 0.03), noisy).name == "SHIP"
+def test_general_drop_beyond_the_bound_but_not_clear_of_zero_decides_nothing():
+    noisy = suite(-0.08, 0.09, name="general", role="general", needed_items=400)
+    verdict = verdict_on(suite(0.16, 0.03), noisy)
+    assert verdict.name == "INCONCLUSIVE"
+    assert "cannot tell whether that is chance. About 400 items" in verdict.reasons[-1]
     caveats = find_caveats(Evidence((suite(0.16, 0.03), noisy)))
     assert any("cannot rule out" in caveat and "17.0 points" in caveat for caveat in caveats)
+
+
+def test_general_ability_is_within_its_bound_only_if_the_whole_interval_is():
+    for drop, half_width, name in (
+        (-0.02, 0.02, "SHIP"),
+        (-0.02, 0.04, "SHIP, general not shown"),
+        (0.0, 0.06, "SHIP, general not shown"),
+    ):
+        general = suite(drop, half_width, name="general", role="general")
+        verdict = verdict_on(suite(0.16, 0.03), general)
+        assert verdict.name == name
+        assert any("the whole interval is" in each for each in verdict.reasons) == (name == "SHIP")
+    assert "general ability not shown: general may have lost 6.0 points" in verdict.headline
+    assert "200 items can show" in verdict.headline
+
+
+def test_headline_names_what_was_not_measured_and_what_to_do():
+    verdict = verdict_on(suite(0.16, 0.03))
+    assert verdict.headline.startswith("SHIP, general not shown; general ability not measured; ")
+    assert "few-shot prompting and a linear probe were not measured" in verdict.headline
+    assert "llmtune report RUN --full" in verdict.to_do
+    assert verdict.as_json()["headline"] == verdict.headline
+    assert verdict_on(suite(-0.1, 0.03)).carries == ()
+
+
+def test_more_suites_do_not_hide_harm():
+    barely = Change(-0.08, -0.159, -0.001, 0.047, 0.04)
+    broken = suite(-0.08, 0.079, name="general", role="general", change=barely)
+    others = [suite(0.0, 0.02, name=f"other-{place}", role="general") for place in range(5)]
+    assert verdict_on(suite(0.16, 0.03), broken, *others).name == "BROKE-GENERAL"
+    lost = suite(-0.08, 0.079, name="lost", change=barely)
+    assert verdict_on(*(suite(0.16, 0.03, name=f"t{i}") for i in range(5)), lost).name == "NEGATIVE"
+
+
+def test_below_the_floor_no_gain_is_claimed_and_harm_still_is():
+    few = Change(0.5, 0.2, 0.8, 0.001, 0.1, is_enough=False)
+    verdict = verdict_on(suite(0.5, 0.3, n=10, change=few))
+    assert verdict.name == "INCONCLUSIVE"
+    assert any("10 items, of 20 in 8 that are the least" in each for each in verdict.reasons)
+    harm = Change(-0.5, -0.8, -0.2, 0.001, 0.1, is_enough=False)
+    few_general = suite(-0.5, 0.3, n=10, change=harm, name="general", role="general")
+    assert verdict_on(suite(0.16, 0.03), few_general).name == "BROKE-GENERAL"
+    intact = Change(0.0, -0.01, 0.01, 0.9, 0.01, is_enough=False)
+    tiny = suite(0.0, 0.01, n=10, change=intact, name="general", role="general")
+    assert verdict_on(suite(0.16, 0.03), tiny).name == "SHIP, general not shown"
+
+
+def test_an_item_alone_can_show_nothing():
+    assert format_can_show(1, 2.8, FRACTION) == "1 item cannot show any difference"
+    assert format_can_show(200, 0.05, FRACTION) == "200 items can show 5.0 points or more"
 
 
 def test_loss_rise_beyond_a_fifth_of_a_nat_is_broke_general():
@@ -117,7 +171,7 @@ def test_gain_that_stays_below_the_majority_class_does_not_ship():
 def test_barely_clear_gain_does_not_survive_holm_over_many_targets():
     barely = Change(0.05, 0.001, 0.099, 0.04, 0.025)
     targets = [suite(0.05, 0.05, name="first", change=barely)]
-    assert verdict_on(*targets).name == "SHIP"
+    assert verdict_on(*targets).name == "SHIP, general not shown"
     targets += [suite(0.0, 0.05, name=f"other-{index}") for index in range(3)]
     verdict = verdict_on(*targets)
     assert verdict.name == "INCONCLUSIVE"

@@ -1,0 +1,44 @@
+"""What stands next to the verdict's name: what was not shown or measured, and what to do now."""
+
+from collections.abc import Iterator
+
+from llmtune.reporting.verdict.evidence import Evidence
+from llmtune.reporting.verdict.outcome import AT_STRENGTH, TO_DO, UNSHOWN, Verdict
+from llmtune.reporting.verdict.sentences import format_unshown
+
+SHIPPING = ("SHIP", UNSHOWN, f"{AT_STRENGTH} x")
+
+
+def find_carried(verdict: Verdict, evidence: Evidence) -> Iterator[str]:
+    """Yield what was not shown or not measured and could change a verdict to ship."""
+    if verdict.kind not in SHIPPING:
+        return
+    if not evidence.with_role("general"):
+        yield "general ability not measured"
+    if verdict.kind == UNSHOWN:
+        for suite in evidence.unshown():
+            yield f"general ability not shown: {format_unshown(suite, evidence)}"
+    missing = _unmeasured(evidence)
+    if missing:
+        verb = "was" if len(missing) == 1 else "were"
+        yield f"{' and '.join(missing)} {verb} not measured and could be as good"
+
+
+def find_what_to_do(verdict: Verdict, evidence: Evidence) -> str:
+    """Return what to do now."""
+    if verdict.kind in SHIPPING and _unmeasured(evidence):
+        return (
+            f"{TO_DO[verdict.kind]} To know whether less would do, measure "
+            f"{' and '.join(_unmeasured(evidence))}: llmtune report RUN --full"
+        )
+    return TO_DO[verdict.kind]
+
+
+def _unmeasured(evidence: Evidence) -> list[str]:
+    """Return the alternatives without training that were not measured and apply to the task."""
+    targets = evidence.with_role("target")
+    missing = [] if evidence.prompts() else ["few-shot prompting"]
+    is_choice = any(suite.task == "choice" for suite in targets)
+    if is_choice and not any("probe" in suite.rivals for suite in targets):
+        missing.append("a linear probe")
+    return missing
