@@ -89,6 +89,7 @@ def fit_curve(
         n_need=None if target is None else _rows_needed(found[0], target),
     )
     steepest, flattest = np.quantile(_log_slopes(rows, means), [tail, 1 - tail])
+    flattest = max(float(flattest), _slope_end(points, confidence))
     refused = None
     if flattest >= 0:
         refused = (
@@ -159,6 +160,19 @@ def _log_slopes(rows: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """
     centred = np.log(rows) - np.log(rows).mean()
     return np.asarray(losses @ centred / (centred**2).sum())
+
+
+def _slope_end(points: Sequence[Measured], confidence: float) -> float:
+    """Return the upper end of the t interval of the slope of the losses against log rows.
+
+    The scatter of the trainings around the line is the noise of training, with two degrees of
+    freedom less than trainings: few trainings that fall by luck promise nothing.
+    """
+    from scipy.stats import linregress, t
+
+    found = linregress(np.log([point.rows for point in points]), [point.mean for point in points])
+    quantile = float(t.ppf((1 + confidence) / 2, len(points) - 2))
+    return float(found.slope + quantile * found.stderr)
 
 
 def _training_spread(points: Sequence[Measured]) -> float:
