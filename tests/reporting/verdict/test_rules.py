@@ -213,7 +213,7 @@ def test_what_merging_broke_in_general_is_not_blamed_on_training():
 
 def test_a_small_loss_in_merging_ships_with_a_caveat():
     fine = suite(0.35, 0.03, chain={"training": part(0.4), "merging": part(-0.05)})
-    assert verdict_on(fine).name == "SHIP"
+    assert verdict_on(fine, prose(0.01)).name == "SHIP"
     assert any("merged model is worse" in each for each in find_caveats(Evidence((fine,))))
 
 
