@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.copies import group_copies
 from llmtune.evaluation.tasks.base import (
     NAME_RULE,
     BadItem,
@@ -67,7 +68,7 @@ def load_suite(name_or_path: str | Path, *, seed: int = 0, limit: int | None = N
     kept = choose_ids([item.id for item in items], largest, seed)
     items = tuple(item for item in items if item.id in kept)
     fingerprint = hash_json([_item_content(item) for item in items])
-    return Suite(name, path, config, items, items_path, fingerprint)
+    return Suite(name, path, config, group_copies(items), items_path, fingerprint)
 
 
 def read_items(config: SuiteConfig, path: Path) -> tuple[SuiteItem, ...]:
