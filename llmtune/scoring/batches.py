@@ -231,6 +231,14 @@ def select_rows(cache: Cache, rows: torch.Tensor) -> Cache:
     return selected
 
 
+def can_narrow(cache: Cache | None) -> bool:
+    """Return whether `select_rows` keeps all of a row's state.
+
+    Recurrent and convolution states have no way to select rows, so their rows stay together.
+    """
+    return cache is None or is_plain_cache(cache)
+
+
 def is_plain_cache(cache: Cache | None) -> bool:
     """Return whether every layer caches keys and values only, so that its rows can be reused."""
     plain = (DynamicLayer, DynamicSlidingWindowLayer)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from llmtune.scoring.batches import (
     PaddedBatch,
     batch_by_length,
+    can_narrow,
     evaluation_mode,
     logits_positions,
     model_device,
@@ -63,6 +64,8 @@ def generate_texts(
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Generation]:
     """Continue every prompt; rows that stop leave their batch, so nothing waits for the longest.
+
+    Only in a model with recurrent or convolution states they stay in it to the end.
 
     The model's generation_config is not read. Sampling draws from one generator per prompt, seeded
     by `decoding.seed` and the prompt's place, so texts do not depend on the batches. A text that
@@ -166,26 +169,27 @@ def _decode(
     suffixes = [prompt[prefix.length :] for prompt in prompts]
     batch = pad_rows(suffixes, device, left=True, known=prefix.length)
     rows = list(range(len(prompts)))
+    finished: set[int] = set()
     cache = prefix.for_rows(len(prompts), device)
     for step in range(max(rooms)):
         result = run_forward(model, batch, logits_to_keep=1, cache=cache, keep_cache=True)
         cache, logits = result.cache, result.logits[:, -1].float()
         tokens = _choose_tokens(logits, decoding, [generators[row] for row in rows])
-        yield from zip(rows, tokens, strict=True)
-        going = [
-            i
-            for i, token in enumerate(tokens)
-            if token not in decoding.stop_token_ids and step + 1 < rooms[rows[i]]
-        ]
-        if not going:
+        for row, token in zip(rows, tokens, strict=True):
+            if row not in finished:
+                yield row, token
+                if token in decoding.stop_token_ids or step + 1 >= rooms[row]:
+                    finished.add(row)
+        if len(finished) == len(prompts):
             return
         kept = batch
-        if len(going) < len(rows):
+        going = [i for i, row in enumerate(rows) if row not in finished]
+        if len(going) < len(rows) and can_narrow(cache):
             index = torch.tensor(going, device=device)
             kept = PaddedBatch(batch.input_ids[index], batch.attention_mask[index])
             cache = None if cache is None else select_rows(cache, index)
-        rows = [rows[i] for i in going]
-        new = torch.tensor([[tokens[i]] for i in going], device=device)
+            rows, tokens = [rows[i] for i in going], [tokens[i] for i in going]
+        new = torch.tensor(tokens, device=device)[:, None]
         mask = torch.cat([kept.attention_mask, torch.ones_like(new)], dim=1)
         # Without a cache of keys and values the text so far runs again for every token.
         ids = new if cache is not None else torch.cat([kept.input_ids, new], dim=1)

@@ -16,6 +16,41 @@ from tests.tiny import FAMILIES, make_model
 PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14, 15, 16], [40], [300, 200, 100, 50]]
 
 
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+# Families whose cache holds recurrent or convolution states: {family: its config's own keys}
+HYBRIDS = {
+    "granitemoehybrid": {
+        **MAMBA,
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64,
+    },
+    "bamba": {**MAMBA, "attn_layer_indices": [1], "mamba_chunk_size": 16},
+    "falcon_h1": {**MAMBA, "head_dim": 16, "mamba_d_ssm": 128, "mamba_chunk_size": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "qwen3_5_text": {**DELTA, "head_dim": 16},
+    "olmo_hybrid": {**DELTA, "num_key_value_heads": 4},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "mamba_d_state": 8},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention"],
+        "head_dim": 16,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 1,
+        "ssm_state_size": 16,
+        "chunk_size": 16,
+    },
+}
+
+
 def continue_plainly(model, prompt, num_tokens):
     ids = list(prompt)
     for _ in range(num_tokens):
@@ -40,6 +75,19 @@ def test_rows_stop_at_a_stop_token_and_the_others_go_on(llama, tokenizer):
     stop = plain[0][3]
     decoding = Decoding(max_new_tokens=8, stop_token_ids=(stop,))
     found = generate_texts(llama, tokenizer, PROMPTS, decoding, token_budget=1000)
+    for generation, ids in zip(found, plain, strict=True):
+        cut = ids.index(stop) if stop in ids else len(ids)
+        assert list(generation.token_ids) == ids[:cut]
+        assert generation.stopped == (stop in ids)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_rows_that_stop_first_do_not_disturb_recurrent_states(family, tokenizer):
+    model = make_model(family, **{"num_key_value_heads": 2, **HYBRIDS[family]})
+    plain = [continue_plainly(model, prompt, 8) for prompt in PROMPTS]
+    stop = plain[0][3]
+    decoding = Decoding(max_new_tokens=8, stop_token_ids=(stop,))
+    found = generate_texts(model, tokenizer, PROMPTS, decoding, token_budget=1000)
     for generation, ids in zip(found, plain, strict=True):
         cut = ids.index(stop) if stop in ids else len(ids)
         assert list(generation.token_ids) == ids[:cut]
