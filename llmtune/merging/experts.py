@@ -8,7 +8,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.safetensors import TensorEntry
 from llmtune.merging.adapter_files import AdapterFiles
 from llmtune.merging.changes import Block
-from llmtune.merging.names import find_tensor
+from llmtune.merging.names import BaseNames
 
 # Parameters that transformers 5 fuses over the experts, and the linear layers a checkpoint holds
 # for each expert instead, in the order in which their rows are stacked.
@@ -18,9 +18,6 @@ EXPERT_LINEARS = {
     "gate_proj": (("gate_proj",),),
     "down_proj": (("down_proj",), ("w2",)),
 }
-
-# Families that store a stack as [experts, in, out]; the others store [experts, out, in].
-TRANSPOSED_FAMILIES = frozenset({"gpt_oss", "llama4", "llama4_text"})
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ def plan_experts(
     group: ModuleTensors,
     adapter: AdapterFiles,
     base: Mapping[str, TensorEntry],
-    model_type: str,
+    names: BaseNames,
     *,
     strength: float = 1.0,
 ) -> list[tuple[TensorEntry, tuple[Block, ...]]]:
@@ -59,7 +56,7 @@ def plan_experts(
     module = group.module.replace(".base_layer", "")
     fitting = [
         layout
-        for layout in _layouts(module, adapter, base, model_type, group)
+        for layout in _layouts(module, adapter, base, names, group)
         if adapter.method.fits_experts(group, layout.whole, adapter.config)
     ]
     if len(fitting) != 1:
@@ -83,28 +80,33 @@ def _layouts(
     module: str,
     adapter: AdapterFiles,
     base: Mapping[str, TensorEntry],
-    model_type: str,
+    names: BaseNames,
     group: ModuleTensors,
 ) -> Iterator[_Layout]:
     targets = adapter.method.target_parameters(adapter.config)
     widths = adapter.method.widths(group)
     for leaf in sorted({target.rpartition(".")[2] for target in targets}):
         key = f"{module}.{leaf}"
-        fused = find_tensor(key, base)
+        fused = names.find(key)
         if fused is not None and len(base[fused].shape) == 3:
-            yield _fused_layout(key, base[fused], model_type, widths)
+            yield _fused_layout(
+                key, base[fused], widths, is_square_transposed=module in names.transposed
+            )
             continue
         for linears in EXPERT_LINEARS.get(leaf, ()):
-            layout = _per_expert_layout(key, module, linears, base)
+            layout = _per_expert_layout(key, module, linears, base, names)
             if layout is not None:
                 yield layout
 
 
-def _fused_layout(key: str, entry: TensorEntry, model_type: str, widths: Widths) -> _Layout:
+def _fused_layout(
+    key: str, entry: TensorEntry, widths: Widths, *, is_square_transposed: bool
+) -> _Layout:
+    """Return the layout of a stack; PEFT asks the module how a square one is stored."""
     num_experts, rows, columns = entry.shape
     is_transposed = (widths.num_out, widths.num_in) == (columns, rows)
     if rows == columns:
-        is_transposed = model_type in TRANSPOSED_FAMILIES
+        is_transposed = is_square_transposed
     num_in, num_out = (rows, columns) if is_transposed else (columns, rows)
     whole = Place(key, num_out, num_in, is_transposed, num_experts=num_experts)
     parts = tuple(
@@ -114,14 +116,18 @@ def _fused_layout(key: str, entry: TensorEntry, model_type: str, widths: Widths)
 
 
 def _per_expert_layout(
-    key: str, module: str, linears: tuple[str, ...], base: Mapping[str, TensorEntry]
+    key: str,
+    module: str,
+    linears: tuple[str, ...],
+    base: Mapping[str, TensorEntry],
+    names: BaseNames,
 ) -> _Layout | None:
     found: list[tuple[TensorEntry, int, int]] = []  # tensor, expert, first of its outputs
     num_experts = num_out = 0
-    while all(find_tensor(f"{module}.{num_experts}.{one}.weight", base) for one in linears):
+    while all(names.find(f"{module}.{num_experts}.{one}.weight") for one in linears):
         num_out = 0
         for linear in linears:
-            name = find_tensor(f"{module}.{num_experts}.{linear}.weight", base)
+            name = names.find(f"{module}.{num_experts}.{linear}.weight")
             assert name is not None
             entry = base[name]
             if len(entry.shape) != 2:

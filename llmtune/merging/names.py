@@ -2,6 +2,11 @@
 
 import difflib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # (in memory, in the checkpoint): how transformers 5 renames on loading, tried in this order.
 RENAMED_PREFIXES = (
@@ -32,6 +37,73 @@ def find_tensor(name: str, checkpoint: Collection[str]) -> str | None:
         if candidate.startswith(old)
     ]
     return next((candidate for candidate in candidates if candidate in checkpoint), None)
+
+
+@dataclass(frozen=True)
+class BaseNames:
+    """What the base calls its parameters, in memory and in its files."""
+
+    checkpoint: Collection[str]
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """{parameter in memory: tensor in the checkpoint}, as transformers loads the base."""
+    embedding: str | None = None
+    """The input embedding's weight, in memory; None if the model was not asked."""
+    head: str | None = None
+    """The output head's weight, in memory."""
+    transposed: frozenset[str] = frozenset()
+    """Modules that say of themselves that they hold stacked weights as [experts, in, out]."""
+
+    @classmethod
+    def ask(cls, skeleton: "PreTrainedModel | None", checkpoint: Collection[str]) -> "BaseNames":
+        """Ask the model itself; without one, names are guessed."""
+        if skeleton is None:
+            return cls(checkpoint)
+        from llmtune.models.skeleton import parameter_of, stored_names
+
+        return cls(
+            checkpoint,
+            stored_names(skeleton, checkpoint),
+            parameter_of(skeleton, skeleton.get_input_embeddings()),
+            parameter_of(skeleton, skeleton.get_output_embeddings()),
+            frozenset(
+                name
+                for name, module in skeleton.named_modules()
+                if getattr(module, "is_transposed", False)
+            ),
+        )
+
+    def find(self, name: str) -> str | None:
+        """Return the checkpoint's name for the parameter `name`, or None if it has none."""
+        return self.stored.get(name) or find_tensor(name, self.checkpoint)
+
+    def is_embedding(self, name: str) -> bool:
+        """Whether a parameter, named as in memory or in the files, is the input embedding."""
+        if self.embedding is None:
+            return is_embedding(name)
+        return name in (self.embedding, self.find(self.embedding))
+
+    def is_head(self, name: str) -> bool:
+        """Whether a parameter, named as in memory or in the files, is the output head."""
+        if self.embedding is None:
+            return is_head(name)
+        return self.head is not None and name in (self.head, self.find(self.head))
+
+    def find_embedding(self) -> str | None:
+        """Return the name of the input embedding's tensor."""
+        if self.embedding is None:
+            return find_embedding(self.checkpoint)
+        return self.find(self.embedding)
+
+    def find_heads(self) -> list[str]:
+        """Return the names of the tensors that are the output head."""
+        return [name for name in self.checkpoint if self.is_head(name)]
+
+    def new_head(self, model_type: str) -> str:
+        """Return the name under which an untied head is written into a checkpoint without one.
+
+        Files may lack a prefix that the model has, and then they lack it everywhere.
+        """
+        return self.head or head_name(model_type)
 
 
 def find_embedding(checkpoint: Collection[str]) -> str | None:

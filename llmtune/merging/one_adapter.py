@@ -90,6 +90,7 @@ def plan_options(model: ModelConfig, source: Checkpoint, settings: MergeSettings
     return PlanOptions(
         dtype=settings.dtype,
         allow_pickle=model.weights == "any",
+        trust_remote_code=model.trust_remote_code,
         base_name=source.origin if source.revision else Path(source.origin).name,
         base_revision=source.revision,
     )

@@ -17,7 +17,7 @@ from llmtune.merging.changes import (
     WeightedAdapter,
 )
 from llmtune.merging.config import Combination
-from llmtune.merging.names import find_tensor, safetensors_name
+from llmtune.merging.names import BaseNames, safetensors_name
 from llmtune.merging.packed import PackedWeights, find_packed_weights
 from llmtune.merging.planner import CONV1D_FAMILIES, FLOAT_DTYPES, Planner
 from llmtune.merging.tied_embeddings import settle_ties
@@ -39,6 +39,8 @@ class PlanOptions:
     """Take the weights it names as the quantized base computes with them."""
     allow_pickle: bool = False
     """Also read `pytorch_model*.bin`, through PyTorch's restricted unpickler."""
+    trust_remote_code: bool = False
+    """The base's own Python code may say what its parameters are called."""
     base_name: str | None = None
     """What the merged model records as its base; None is the last part of the base's path."""
     base_revision: str | None = None
@@ -89,6 +91,7 @@ def plan_combined_merge(
     base_dir, config = checkpoint.directory, checkpoint.config
     base = index_of(checkpoint)
     packed = find_packed_weights(base, config)
+    names = _ask_names(checkpoint, base, options)
     _refuse_packed_conv1d(base_dir, config, packed)
     notices: list[str] = []
     changed: dict[str, PlannedTensor] = {}
@@ -100,11 +103,11 @@ def plan_combined_merge(
                 f"{adapter.directory} has no effect: its tensors are as they were before training, "
                 "so the merged model would be the base; was the adapter trained?"
             )
-        part = Planner(base, config, files, adapter.weight, packed).plan()
+        part = Planner(base, config, files, adapter.weight, packed, names).plan()
         changed = _overlay(changed, part, adapter.directory)
     if options.quantized is not None:
-        changed = _requantize(base, changed, options.quantized)
-    planned, config_changes = settle_ties(base, config, changed)
+        changed = _requantize(base, changed, options.quantized, names)
+    planned, config_changes = settle_ties(base, config, changed, names)
     shards = _shards(base, planned, packed)
     if options.dtype is not None:
         shards = tuple(_cast(shard, STORED_DTYPES[options.dtype]) for shard in shards)
@@ -131,6 +134,13 @@ def index_of(checkpoint: Checkpoint) -> CheckpointIndex:
     from llmtune.merging.pickled import open_pickled  # torch, which other bases do not need
 
     return open_pickled(checkpoint.directory)
+
+
+def _ask_names(checkpoint: Checkpoint, base: CheckpointIndex, options: PlanOptions) -> BaseNames:
+    from llmtune.models.skeleton import build_skeleton  # transformers, which no reader needs
+
+    skeleton = build_skeleton(checkpoint, trust_remote_code=options.trust_remote_code)
+    return BaseNames.ask(skeleton, base.tensors)
 
 
 def _refuse_packed_conv1d(base_dir: Path, config: Mapping[str, Any], packed: PackedWeights) -> None:
@@ -181,12 +191,15 @@ def _join(one: PlannedTensor, other: PlannedTensor, adapter_dir: Path) -> Planne
 
 
 def _requantize(
-    base: CheckpointIndex, changed: Mapping[str, PlannedTensor], quantized: "QuantizedBase"
+    base: CheckpointIndex,
+    changed: Mapping[str, PlannedTensor],
+    quantized: "QuantizedBase",
+    names: BaseNames,
 ) -> dict[str, PlannedTensor]:
     """Mark every weight that the quantized model holds in few bits, changed or not."""
     marked = dict(changed)
     for parameter, is_transposed in quantized.weights.items():
-        name = find_tensor(parameter, base.tensors)
+        name = names.find(parameter)
         if name is None:
             raise LlmtuneError(
                 f"{base.directory}: {parameter!r}, which {quantized.method} quantizes, is no "

@@ -10,7 +10,7 @@ from llmtune.io.safetensors import CheckpointIndex, TensorEntry
 from llmtune.merging.adapter_files import AdapterFiles, agree
 from llmtune.merging.changes import Block, PlannedTensor
 from llmtune.merging.experts import plan_experts
-from llmtune.merging.names import find_tensor, is_embedding, is_head, near_misses
+from llmtune.merging.names import BaseNames, near_misses
 from llmtune.merging.packed import PackedWeights
 
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
@@ -33,9 +33,11 @@ class Planner:
         adapter: AdapterFiles,
         strength: float,
         packed: PackedWeights,
+        names: BaseNames,
     ) -> None:
         self.base = base.tensors
         self.packed = packed
+        self.names = names
         self.model_type = str(config.get("model_type", ""))
         self.adapter = adapter
         self.strength = strength
@@ -90,7 +92,7 @@ class Planner:
     def add_group(self, group: ModuleTensors) -> None:
         """Add what the adapter method does to one module: its weight, and its bias maybe."""
         name = f"{group.module}.weight"
-        if find_tensor(name, self.base) is None and not is_head(name):
+        if self.names.find(name) is None and not self.names.is_head(name):
             self._add_experts(group)
             return
         planned = self._planned(name, group.first.name)
@@ -105,7 +107,7 @@ class Planner:
 
     def _add_update(self, name: str, update: WeightUpdate) -> None:
         entry = update.entries[0]
-        if find_tensor(name, self.base) is None and not is_head(name):
+        if self.names.find(name) is None and not self.names.is_head(name):
             raise LlmtuneError(
                 f"{self.adapter.directory}: {entry.name!r} changes {name!r}, which the base does "
                 "not have; it cannot be merged"
@@ -124,7 +126,7 @@ class Planner:
                 "LoRA on it can be merged"
             )
         for entry, blocks in plan_experts(
-            group, self.adapter, self.base, self.model_type, strength=self.strength
+            group, self.adapter, self.base, self.names, strength=self.strength
         ):
             planned = replace(self._planned(entry.name, group.first.name), blocks=blocks)
             self._add(planned, group.first.name)
@@ -143,7 +145,7 @@ class Planner:
             num_out,
             num_in,
             is_transposed,
-            has_bias=find_tensor(f"{group.module}.bias", self.base) is not None,
+            has_bias=self.names.find(f"{group.module}.bias") is not None,
         )
 
     def _is_transposed(self, group: ModuleTensors, planned: PlannedTensor, widths: Widths) -> bool:
@@ -151,7 +153,7 @@ class Planner:
             return True
         is_conv1d_family = self.model_type in CONV1D_FAMILIES
         fan_in_fan_out = bool(self.adapter.config.get("fan_in_fan_out"))
-        if is_head(planned.name):
+        if self.names.is_head(planned.name):
             return False
         num_rows, num_columns = planned.shape
         if num_rows != num_columns:
@@ -189,10 +191,12 @@ class Planner:
         return list(setting)
 
     def _planned(self, name: str, adapter_name: str) -> PlannedTensor:
-        found = find_tensor(name, self.base)
-        if found is None and is_head(name):
+        found = self.names.find(name)
+        if found is None and self.names.is_head(name):
             # A tied head: its bytes are the embedding's.
-            embedding = next((tensor for tensor in self.base if is_embedding(tensor)), None)
+            embedding = next(
+                (tensor for tensor in self.base if self.names.is_embedding(tensor)), None
+            )
             if embedding is not None:
                 return self._start(name, self.base[embedding], adapter_name)
         if found is None:
@@ -224,7 +228,7 @@ class Planner:
         self.base_copied.discard(planned.name)
 
     def _check_grown(self, planned: PlannedTensor, entry: TensorEntry) -> None:
-        is_table = is_embedding(planned.name) or is_head(planned.name)
+        is_table = self.names.is_embedding(planned.name) or self.names.is_head(planned.name)
         has_width = len(entry.shape) == 2 and entry.shape[1:] == planned.shape[1:]
         if not (is_table and has_width and entry.shape[0] > planned.shape[0]):
             raise self._misfit(entry, planned.name, planned.shape)

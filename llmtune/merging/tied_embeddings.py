@@ -8,7 +8,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.safetensors import CheckpointIndex
 from llmtune.merging.adapter_files import have_same_bytes
 from llmtune.merging.changes import PlannedTensor
-from llmtune.merging.names import find_embedding, head_name, is_embedding, is_head
+from llmtune.merging.names import BaseNames
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,10 @@ class _Vocabulary:
 
 
 def settle_ties(
-    base: CheckpointIndex, config: Mapping[str, Any], changed: Mapping[str, PlannedTensor]
+    base: CheckpointIndex,
+    config: Mapping[str, Any],
+    changed: Mapping[str, PlannedTensor],
+    names: BaseNames,
 ) -> tuple[dict[str, PlannedTensor], dict[str, object]]:
     """Return the changed tensors with the head settled, and the changes of `config.json`.
 
@@ -35,26 +38,28 @@ def settle_ties(
             grew in one of the two only.
     """
     planned = dict(changed)
-    if not any(is_embedding(name) or is_head(name) for name in planned):
+    if not any(names.is_embedding(name) or names.is_head(name) for name in planned):
         return planned, {}
-    vocabulary = _find_vocabulary(base, config)
+    vocabulary = _find_vocabulary(base, config, names)
     changes: dict[str, object] = {}
-    if vocabulary.is_tied and _settle_tied(base, vocabulary, planned):
+    if vocabulary.is_tied and _settle_tied(base, vocabulary, planned, names):
         changes["tie_word_embeddings"] = False
     changes |= _grown_vocabulary(base, vocabulary, planned)
     return planned, changes
 
 
-def _find_vocabulary(base: CheckpointIndex, config: Mapping[str, Any]) -> _Vocabulary:
-    embedding = find_embedding(base.tensors)
-    heads = [name for name in base.tensors if is_head(name)]
+def _find_vocabulary(
+    base: CheckpointIndex, config: Mapping[str, Any], names: BaseNames
+) -> _Vocabulary:
+    embedding = names.find_embedding()
+    heads = names.find_heads()
     if embedding is None or len(heads) > 1:
         raise LlmtuneError(
             f"{base.directory}: the adapter changes the embedding or the head, and which tensors "
             "these are in the base cannot be told; such an adapter cannot be merged here"
         )
     if not heads:
-        head = head_name(str(config.get("model_type", "")))
+        head = names.new_head(str(config.get("model_type", "")))
         return _Vocabulary(embedding, head, is_tied=True, is_head_stored=False)
     is_same = have_same_bytes(base.tensors[embedding], base.tensors[heads[0]])
     if config.get("tie_word_embeddings") and not is_same:
@@ -67,11 +72,14 @@ def _find_vocabulary(base: CheckpointIndex, config: Mapping[str, Any]) -> _Vocab
 
 
 def _settle_tied(
-    base: CheckpointIndex, vocabulary: _Vocabulary, planned: dict[str, PlannedTensor]
+    base: CheckpointIndex,
+    vocabulary: _Vocabulary,
+    planned: dict[str, PlannedTensor],
+    names: BaseNames,
 ) -> bool:
     """Give the tied head its place in `planned`; return whether the tie is cut."""
     embedding = planned.get(vocabulary.embedding)
-    planned_head = next((name for name in planned if is_head(name)), None)
+    planned_head = next((name for name in planned if names.is_head(name)), None)
     head = planned.pop(planned_head) if planned_head is not None else None
     if head is None and embedding is not None and embedding.token_rows is not None:
         if vocabulary.is_head_stored:

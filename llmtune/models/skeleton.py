@@ -1,0 +1,67 @@
+"""The model that a checkpoint is loaded into, without any weights, to ask it what it is made of."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from llmtune.errors import LlmtuneError
+from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
+from llmtune.models.quiet import quiet_loading
+
+
+def build_skeleton(
+    source: Checkpoint, *, trust_remote_code: bool = False
+) -> PreTrainedModel | None:
+    """Return the checkpoint's model on the meta device.
+
+    None if its code is not transformers' own, and not trusted.
+
+    Raises:
+        LlmtuneError: config.json does not describe a model that transformers can build.
+    """
+    if source.model_type not in CONFIG_MAPPING and not trust_remote_code:
+        return None
+    remote = {"trust_remote_code": trust_remote_code}
+    try:
+        with quiet_loading(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(
+                str(source.directory), local_files_only=True, **remote
+            )
+            config.quantization_config = None
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **remote)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise LlmtuneError(
+            f"{source.directory / CONFIG_NAME}: transformers cannot build the model it describes "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        ) from error
+    return model
+
+
+def stored_names(skeleton: PreTrainedModel, checkpoint: Iterable[str]) -> dict[str, str]:
+    """Return {parameter in memory: tensor in the checkpoint}, as transformers loads them.
+
+    A parameter that is made of several tensors, or of one that is reshaped, is left out.
+    """
+    transforms: list[Any] = get_model_conversion_mapping(skeleton)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    parameters: dict[str, Any] = skeleton.state_dict()
+    names = {}
+    for tensor in checkpoint:
+        name, conversion = rename_source_key(
+            tensor, renamings, converters, skeleton.base_model_prefix, parameters
+        )
+        if conversion is None and name in parameters:
+            names[name] = tensor
+    return names
+
+
+def parameter_of(skeleton: PreTrainedModel, module: torch.nn.Module | None) -> str | None:
+    """Return the name of a module's weight; None without a module."""
+    found = (name for name, other in skeleton.named_modules() if other is module)
+    name = None if module is None else next(found, None)
+    return None if name is None else f"{name}.weight"
