@@ -35,6 +35,7 @@ from llmtune.io.fingerprint import JsonValue, hash_file
 from llmtune.io.run_dir import atomic_write_json
 
 NUM_NAMED = 3
+BASE_COPY_ENDING = ".base_layer.weight"
 README_NAME = "README.md"
 UNORDERED_SETTINGS = ("target_modules", "exclude_modules")
 """Settings that peft keeps as sets."""
@@ -149,11 +150,23 @@ def _load_weights(model: PeftModel, directory: Path) -> None:
     except SafetensorError as error:
         raise LlmtuneError(f"{path}: cannot be read: {error}. {COPY_AGAIN}") from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    problems = _differences(saved, expected)
+    problems = _differences(_without_base_copies(saved, model), expected)
     if problems:
         raise LlmtuneError(f"{path}: does not fit this model.\n" + "\n".join(problems))
     result = set_peft_model_state_dict(model, saved)
     assert not result.unexpected_keys, result.unexpected_keys
+
+
+def _without_base_copies(
+    saved: Mapping[str, torch.Tensor], model: PeftModel
+) -> dict[str, torch.Tensor]:
+    """Leave out the base's own tables, which PEFT saves beside adapters on them."""
+    own = model.state_dict()
+    return {
+        name: tensor
+        for name, tensor in saved.items()
+        if not (name.endswith(BASE_COPY_ENDING) and name in own and own[name].shape == tensor.shape)
+    }
 
 
 def _differences(

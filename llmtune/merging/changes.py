@@ -96,6 +96,8 @@ class PlannedTensor:
     @property
     def is_additive(self) -> bool:
         """Whether the tensor's only change is by deltas, to which others can be added."""
+        if self.token_rows is not None:
+            return False
         return bool(self.updates) and all(isinstance(one, AdditiveUpdate) for one in self.updates)
 
     def tiles(self) -> Iterator[tuple[Block, int, int]]:

@@ -96,8 +96,20 @@ def _settle_tied(
             entry = embedding.source  # the base's own, or its grown copy that PEFT saved
         dtype = base.tensors[vocabulary.embedding].dtype
         head = PlannedTensor(vocabulary.head, dtype, entry.shape, entry)
+    if embedding is not None and embedding.token_rows is not None and head.token_rows is None:
+        head = _with_token_rows(head, embedding)
     planned[vocabulary.head] = replace(head, name=vocabulary.head)
     return True
+
+
+def _with_token_rows(head: PlannedTensor, embedding: PlannedTensor) -> PlannedTensor:
+    """Set the trained token rows in the head too, below its own adapter, as PEFT computes."""
+    if not head.is_additive:
+        raise LlmtuneError(
+            f"the adapter trains single token rows of the tied embedding and changes the head "
+            f"{head.name!r} not as a plain delta ({head.change}), which merging does not combine"
+        )
+    return replace(head, token_rows=embedding.token_rows, token_indices=embedding.token_indices)
 
 
 def _are_one(head: PlannedTensor, embedding: PlannedTensor) -> bool:

@@ -3,8 +3,6 @@
 import json
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from llmtune.cli import run_command
 from tests.merging.adapters import load_adapter, load_base, logits, make_adapter, make_base
