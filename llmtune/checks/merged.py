@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from llmtune.checks.modules import ModuleDifference, compare_modules
 from llmtune.checks.prompts import ComparedPrompts
 from llmtune.errors import LlmtuneError
+from llmtune.io.safetensors import CheckpointIndex
 from llmtune.models.quantization.describe import keep_differentiable
 from llmtune.models.quiet import quiet_loading
 from llmtune.scoring.batches import (
@@ -69,6 +71,8 @@ class VerifyResult:
     num_open_prompts: int
     num_same_texts: int
     divergences: tuple[GreedyDivergence, ...]
+    wrong_modules: tuple[ModuleDifference, ...] = ()
+    """Modules whose merged weight does not compute what the live one does."""
 
     def to_dict(self) -> dict[str, object]:
         """Return the result as JSON."""
@@ -105,7 +109,7 @@ def verify_merge(
     *,
     decoding: Decoding,
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
 ) -> VerifyResult:
     """Load `merged_dir` with stock transformers and compare it with the live adapter model.
 
@@ -115,13 +119,18 @@ def verify_merge(
         prompts: token ids within the vocabulary.
         decoding: how many tokens of the open prompts' answers, and what stops them; greedy.
         dtype: what the merged model is computed in; None is its own on disk.
-        device: where the merged model runs; None is where the live one is.
+        trust_remote_code: whether the merged model may run the Python code that it came with.
 
     Raises:
         LlmtuneError: the merged directory cannot be loaded, or its vocabulary differs.
     """
     assert decoding.temperature == 0, "answers are compared greedily"
-    merged = load_merged(merged_dir, dtype=dtype, device=device or model_device(live))
+    merged = load_merged(
+        merged_dir,
+        dtype=dtype,
+        device=model_device(live),
+        trust_remote_code=trust_remote_code,
+    )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(merged_dir), local_files_only=True)
     compared = _compare_sequences(live, merged, prompts.sequences)
     label_differences = _compare_labels(live, merged, prompts.labels)
@@ -140,11 +149,28 @@ def verify_merge(
         num_open_prompts=len(prompts.open_prompts),
         num_same_texts=len(prompts.open_prompts) - len(divergences),
         divergences=tuple(divergences),
+        wrong_modules=compare_modules(
+            live, merged, prompts.sequences, stored_dtype=_stored_dtype(merged_dir)
+        ),
     )
 
 
+def _stored_dtype(merged_dir: Path) -> torch.dtype:
+    """Return the coarsest of the types in which a directory's weights are rounded."""
+    index = CheckpointIndex.open(merged_dir)
+    names = {entry.dtype for entry in index.tensors.values()}
+    for name, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16)):
+        if name in names:
+            return dtype
+    return torch.float32
+
+
 def load_merged(
-    merged_dir: Path, *, dtype: torch.dtype | None, device: torch.device | str
+    merged_dir: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a merged directory with stock transformers, from local files only.
 
@@ -156,7 +182,11 @@ def load_merged(
     try:
         with quiet_loading():
             model, info = AutoModelForCausalLM.from_pretrained(
-                merged_dir, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+                merged_dir,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise LlmtuneError(f"{merged_dir} cannot be loaded: {error}") from error

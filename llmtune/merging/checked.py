@@ -84,6 +84,12 @@ def merge_checked(
                 f"merged model and live adapter differ by {check.kl:.4f} nats/token (KL), more "
                 f"than merge.max_kl={max_kl:g} (--max-kl); nothing was left in {out_dir}"
             )
+        if check is not None and check.wrong_modules:
+            shown = "; ".join(one.describe() for one in check.wrong_modules[:3])
+            raise CheckFailed(
+                f"{len(check.wrong_modules)} merged modules do not compute what the live adapter "
+                f"does: {shown}; nothing was left in {out_dir}"
+            )
         record: dict[str, Any] = {}
         if judgment.candidates:
             record["candidates"] = _score_values(judgment.candidates)

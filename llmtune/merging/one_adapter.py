@@ -228,4 +228,11 @@ def _compare(
 ) -> VerifyResult:
     decoding = Decoding(NUM_NEW_TOKENS, live.stop_token_ids)
     with as_arm(live, strength=request.knobs.strength):
-        return verify_merge(live.model, merged_dir, prompts, decoding=decoding, dtype=live.dtype)
+        return verify_merge(
+            live.model,
+            merged_dir,
+            prompts,
+            decoding=decoding,
+            dtype=live.dtype,
+            trust_remote_code=request.model.trust_remote_code,
+        )

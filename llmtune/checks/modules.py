@@ -1,0 +1,167 @@
+"""Each adapted module of the live model beside its merged weight, on the same inputs.
+
+A whole model's divergence says little of an adapter whose effect is small: it may be merged wholly
+wrong within any absolute bound. Module by module, an error shows against the adapter's own effect.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from llmtune.scoring.batches import inference, model_device, pad_rows, run_forward
+
+NUM_SEQUENCES = 2
+NUM_POSITIONS = 64
+MAX_SHARE = 0.02
+"""Of the adapter's effect on a module's output, what a right merge may differ by."""
+ROUNDINGS = 4.0
+"""Rounding errors of a module's output that a right merge may differ by. A merge has about half of
+one for its stored weights; a module that is more than one product has several."""
+
+
+@dataclass(frozen=True)
+class ModuleDifference:
+    """How far a merged module's output is from the live one's, as root sums of squares."""
+
+    module: str
+    difference: float
+    effect: float
+    """Between the live module with its adapter and without it."""
+    rounding: float
+    """What the stored weights and the arithmetic round."""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the difference is rounding, or small beside the adapter's effect."""
+        return self.difference <= max(MAX_SHARE * self.effect, ROUNDINGS * self.rounding)
+
+    def describe(self) -> str:
+        """Say it in one line."""
+        share = f"{self.difference / self.effect:.0%} of its effect" if self.effect else "no effect"
+        return f"{self.module} (off by {self.difference:.2g}, {share})"
+
+
+@dataclass(frozen=True)
+class _Call:
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+    output: Tensor
+
+
+def compare_modules(
+    live: nn.Module,
+    merged: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    *,
+    stored_dtype: torch.dtype,
+) -> tuple[ModuleDifference, ...]:
+    """Return every module whose merged output is not the live one's.
+
+    Nothing is compared if `live` has no adapter, or one on quantized weights.
+    """
+    if not isinstance(live, PeftModel) or not _is_dense(live):
+        return ()
+    calls = _record(live, sequences)
+    counterparts = dict(merged.named_modules())
+    found = []
+    with inference(live), inference(merged):
+        for name, (module, made) in calls.items():
+            other = counterparts.get(name)
+            if other is not None:
+                found.append(_compare(name, live, module, other, made, stored_dtype))
+    return tuple(one for one in found if not one.is_right)
+
+
+def _is_dense(live: PeftModel) -> bool:
+    layers = (layer for layer in live.modules() if isinstance(layer, BaseTunerLayer))
+    weights = (getattr(layer.get_base_layer(), "weight", None) for layer in layers)
+    return all(weight is None or weight.is_floating_point() for weight in weights)
+
+
+def _record(
+    live: PeftModel, sequences: Sequence[Sequence[int]]
+) -> dict[str, tuple[nn.Module, list[_Call]]]:
+    """Run the live model, and keep what every compared module was given and returned."""
+    calls: dict[str, tuple[nn.Module, list[_Call]]] = {}
+    handles = []
+    for name, module in _compared(live):
+        made: list[_Call] = []
+        calls[name] = (module, made)
+        handles.append(module.register_forward_hook(_keeper(made), with_kwargs=True))
+    try:
+        with inference(live):
+            for ids in sequences[:NUM_SEQUENCES]:
+                run_forward(live, pad_rows([ids[:NUM_POSITIONS]], model_device(live), left=False))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _keeper(made: list[_Call]) -> Callable[..., None]:
+    def keep(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        if isinstance(output, Tensor):
+            made.append(_Call(args, keywords, output.clone()))  # some models scale it in place
+
+    return keep
+
+
+def _compared(live: PeftModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the outermost adapted modules, and both ends of the vocabulary, which may be tied."""
+    model = live.get_base_model()
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        is_adapted = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        if is_adapted or any(module is end for end in ends):
+            inside = (*inside[-1:], f"{name}.") if is_adapted else inside
+            yield name, module
+
+
+def _compare(
+    name: str,
+    live: PeftModel,
+    module: nn.Module,
+    other: nn.Module,
+    made: Sequence[_Call],
+    stored_dtype: torch.dtype,
+) -> ModuleDifference:
+    difference = effect = rounding = 0.0
+    for call in made:
+        expected = call.output.float()
+        device = model_device(other)
+        with live.disable_adapter():
+            before = module(*call.args, **call.keywords).float()
+        args = [_to(value, device) for value in call.args]
+        keywords = {key: _to(value, device) for key, value in call.keywords.items()}
+        found = other(*args, **keywords).float().to(expected.device)
+        difference += float((found - expected).square().sum())
+        effect += float((before - expected).square().sum())
+        rounding += _rounding(other, args, call.output, stored_dtype) ** 2
+    return ModuleDifference(name, difference**0.5, effect**0.5, rounding**0.5)
+
+
+def _rounding(
+    merged: nn.Module, args: Sequence[Any], output: Tensor, stored_dtype: torch.dtype
+) -> float:
+    """Return the root sum of squares of what rounding the weight and the products comes to."""
+    stored, computed = torch.finfo(stored_dtype).eps, torch.finfo(output.dtype).eps
+    size = float(output.float().square().sum()) ** 0.5
+    if isinstance(merged, nn.Linear):
+        inputs = args[0].float().reshape(-1, args[0].shape[-1]).square().sum(0)
+        weights = merged.weight.float().square().sum(0)
+        size = max(size, float(inputs @ weights) ** 0.5)
+    error: float = (stored + 4 * computed) * size
+    return error
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,0 +1,52 @@
+"""A merge that is wrong in one module is seen, however little the adapter does to the answers."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmtune.checks.merged import verify_merge
+from llmtune.checks.prompts import ComparedPrompts
+from llmtune.merging.merge import merge_adapter
+from llmtune.scoring.generate import Decoding
+from tests.merging.adapters import PROMPTS, load_adapter, make_adapter, make_base
+
+WEIGHT = "model.layers.1.self_attn.o_proj.weight"
+
+
+def wrong_modules(tmp_path, live):
+    prompts = ComparedPrompts(sequences=tuple(map(tuple, PROMPTS)))
+    decoding = Decoding(max_new_tokens=2, stop_token_ids=(3,))
+    result = verify_merge(
+        live, tmp_path / "merged", prompts, decoding=decoding, dtype=torch.float32
+    )
+    return result.kl, [one.module for one in result.wrong_modules]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.05, 0.5])
+def test_a_transposed_delta_is_found_in_its_module_alone(tmp_path, dtype, scale):
+    base = make_base(tmp_path / "base", dtype=dtype)
+    adapter = make_adapter(base, tmp_path / "adapter", scale=scale)
+    merge_adapter(base, adapter, tmp_path / "merged")
+    live = load_adapter(base, adapter, torch.float32)
+    assert wrong_modules(tmp_path, live)[1] == []
+    path = tmp_path / "merged" / "model.safetensors"
+    tensors, before = load_file(path), load_file(base / "model.safetensors")
+    delta = tensors[WEIGHT].float() - before[WEIGHT].float()
+    tensors[WEIGHT] = (before[WEIGHT].float() + delta.T).to(dtype)
+    save_file(tensors, path, {"format": "pt"})
+    kl, found = wrong_modules(tmp_path, live)
+    assert found == [WEIGHT.removesuffix(".weight")]
+    assert kl < 0.05 or scale > 0.05
+
+
+def test_a_head_that_was_left_tied_is_found(tmp_path):
+    base = make_base(tmp_path / "base", tie_word_embeddings=True)
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    adapter = make_adapter(base, tmp_path / "adapter", **config)
+    merge_adapter(base, adapter, tmp_path / "merged")
+    path = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path, {"format": "pt"})
+    assert wrong_modules(tmp_path, load_adapter(base, adapter))[1] == ["lm_head"]
