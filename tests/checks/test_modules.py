@@ -1,5 +1,7 @@
 """A merge that is wrong in one module is seen, however little the adapter does to the answers."""
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,7 +44,7 @@ def test_a_transposed_delta_is_found_in_its_module_alone(tmp_path, dtype, scale)
 
 def test_a_head_that_was_left_tied_is_found(tmp_path):
     base = make_base(tmp_path / "base", tie_word_embeddings=True)
-    config = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    config: Any = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
     adapter = make_adapter(base, tmp_path / "adapter", **config)
     merge_adapter(base, adapter, tmp_path / "merged")
     path = tmp_path / "merged" / "model.safetensors"

@@ -16,8 +16,13 @@ from tests.tiny import FAMILIES, make_model
 PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14, 15, 16], [40], [300, 200, 100, 50]]
 
 
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
-DELTA = {
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
+}
+DELTA: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 4,
@@ -25,7 +30,7 @@ DELTA = {
     "linear_value_head_dim": 16,
 }
 # Families whose cache holds recurrent or convolution states: {family: its config's own keys}
-HYBRIDS = {
+HYBRIDS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {
         **MAMBA,
         "layer_types": ["mamba", "attention"],
