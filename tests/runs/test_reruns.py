@@ -194,7 +194,9 @@ def test_items_among_the_training_rows_are_told_before_training(config, caplog):
     items.write_text(items.read_text() + json.dumps(leaked) + "\n")
     with caplog.at_level("INFO", "llmtune"):
         built = run(load(config))
-    told = next(n for n, line in enumerate(caplog.messages) if "1 of its 13 items are word for word" in line)
+    told = next(
+        n for n, line in enumerate(caplog.messages) if "1 of its 13 items are word for word" in line
+    )
     assert f"item 'leak' in {config.parent / 'train.jsonl'}:6" in caplog.messages[told]
     assert told < next(n for n, line in enumerate(caplog.messages) if line.startswith("train data"))
     assert built.verdict.name == "CONTAMINATED"
