@@ -228,10 +228,14 @@ def render_config(
         f"  num_epochs: {epochs}",
         f"  batch_size: {8 if found.num_rows < FEW_ROWS else 16}",
         "",
+        "protect:",
+        "  kl_to_base: {weight: 1.0}   # hold the model near its base, so that it still chats",
+        "",
         "evaluate:",
         "  suites:",
         *_suite_lines(found.suite, suite),
         "    - general   # general knowledge that ships with llmtune: what was forgotten?",
+        "    - chat   # open chat, held to the base's own answers: does it still answer?",
     ]
     return "\n".join(lines) + "\n"
 

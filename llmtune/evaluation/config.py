@@ -9,6 +9,7 @@ from pydantic import Field, create_model, field_validator
 from llmtune.evaluation.diagnosis.base import EXTENTS, Extent
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.evaluation.main_arms import MAIN_ARMS, MainArm
+from llmtune.evaluation.tasks.base import ABILITIES, Ability
 from llmtune.schema import Section
 
 MEASURED_FROM: dict[str, Extent] = {
@@ -22,6 +23,8 @@ STRENGTHS: dict[Extent, tuple[float, ...]] = {
     "quick": (0.5,),
     "full": (0.25, 0.5, 0.75),
 }
+NO_NUMBERS = {"extent", "keep", "bootstrap_samples", "token_budget"}
+"""Knobs that change no score."""
 Toggle = bool | None
 BY_EXTENT = "null leaves it to `extent`."
 
@@ -48,6 +51,8 @@ class _Arms(Section):
     """Suite files, or names of suites that ship with llmtune (`general`)."""
     arms: tuple[MainArm, ...] = MAIN_ARMS
     """Models to score: the base before quantization, the adapter off, on, and the merged model."""
+    keep: tuple[Ability, ...] = ABILITIES
+    """What must not be lost in general suites: knowledge, text, chat. The rest is given up."""
     extent: Extent = "quick"
     """Beside the arms: none; quick: cheap diagnostics; full: all of them (slow)."""
     few_shot: FewShotConfig = FewShotConfig()
@@ -119,7 +124,7 @@ class EvaluateConfig(_Measured):
 
     def measuring_knobs(self) -> dict[str, Any]:
         """Return as JSON what decides the numbers, but for the extent and contents of files."""
-        return self.model_dump(mode="json", exclude={"extent", "bootstrap_samples", "token_budget"})
+        return self.model_dump(mode="json", exclude=NO_NUMBERS)
 
     @property
     def measured_strengths(self) -> tuple[float, ...]:

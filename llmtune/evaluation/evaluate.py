@@ -3,10 +3,12 @@
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.base_answers import take_base_answers
 from llmtune.evaluation.cost import MeasureCost, cost_lines, tokens_per_second
 from llmtune.evaluation.diagnosis.base import Diagnosis, Diagnostic, Planned, write_diagnostic
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
@@ -36,7 +38,8 @@ def evaluate_run(request: EvaluationRequest, train_seconds: float | None = None)
         `suites`: the means by suite and arm; `extent`; `left_out`: what could not be measured and
         why; `measures`: what each cost, as it was estimated beforehand and as it was.
     """
-    evaluation = Evaluation(request)
+    suites = take_base_answers(request.suites, request.base, request.load)
+    evaluation = Evaluation(replace(request, suites=suites))
     planned = {name: plan(evaluation) for name, plan in MEASURES.items()}
     costs = _estimate(evaluation, {name: work for name, work in planned.items() if work})
     for line in cost_lines(costs, train_seconds):

@@ -2,6 +2,7 @@
 
 from llmtune.evaluation.diagnosis.contamination import ContaminationResult
 from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
+from llmtune.evaluation.tasks.base import ABILITIES, Ability
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
 from llmtune.merging.config import MergeConfig
@@ -55,6 +56,7 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
         contamination=diagnostics.of(ContaminationResult),
         learning_curve=diagnostics.of(LearningCurveResult),
         strengths=strengths,
+        keep=_read_keep(manifest),
         merge_base=_read_merge_base(manifest),
     )
     curve, generations = read_loss_curve(run.metrics_path), read_generations(run)
@@ -94,6 +96,10 @@ def write_report(report: Report, run: RunDir) -> None:
     atomic_write_json(run.report_json_path, report.as_json())
     atomic_write_text(run.report_html_path, page)
     atomic_write_text(run.report_md_path, render_markdown(report))
+
+
+def _read_keep(manifest: Manifest) -> tuple[Ability, ...]:
+    return tuple((manifest.config.get("evaluate") or {}).get("keep", ABILITIES))
 
 
 def _read_merge_base(manifest: Manifest) -> str | None:

@@ -6,9 +6,20 @@ from typing import Any, TypedDict
 
 from llmtune.evaluation.compare import Comparison
 from llmtune.evaluation.main_arms import MainArm
+from llmtune.evaluation.tasks.base import Ability
+from llmtune.evaluation.tasks.config import TASKS
 from llmtune.reporting.numbers import FRACTION, Unit, unit_of_metric
 
 ROLES = ("target", "transfer", "general")
+ANSWER_WORDS = {
+    "answer_words": "words an answer",
+    "length_ratio": "length against the original",
+    "short_answers": "empty or one word",
+    "distinct_words": "distinct words",
+    "ended_answers": "ended by itself",
+}
+"""What is kept of an arm's own answers, in words; shares and ratios but for the first."""
+
 ARM_WORDS = {
     "original": "the original base",
     "base": "the base",
@@ -31,13 +42,17 @@ class Thresholds:
     target suite's items among the training rows (exactly, nearly, or by many words in a row) block
     the verdict. A smaller strength is advised if the full one uses up more than `strength_share` of
     a bound. What is at most `as_good_drop` (a fraction of 1) worse than tuning, or at most
-    `as_good_share` of tuning's gain, is as good. Merging may cost the shares `merging_share` of a
+    `as_good_share` of tuning's gain, is as good. Open chat is also broken if the
+    share of empty and one-word answers rises by `short_answers_rise`, or if answers have less than
+    `answer_length` times the words of before. Merging may cost the shares `merging_share` of a
     target's gain and of a general suite's bound.
     """
 
     general_drop: float = 0.05
     general_loss_rise: float = 0.2
     general_bits_rise: float = 0.07
+    short_answers_rise: float = 0.25
+    answer_length: float = 0.5
     contaminated_share: float = 0.01
     strength_share: float = 0.5
     merging_share: Mapping[str, float] = field(
@@ -258,6 +273,28 @@ class SuiteReport:
     def after(self) -> float | None:
         """The mean of the arm that is judged: what ships."""
         return self.score(self.compared[1]) if self.compared else None
+
+    @property
+    def ability(self) -> Ability:
+        """What the suite asks for, if it is a general one."""
+        task = TASKS.get(self.task)
+        return "knowledge" if task is None else task.ABILITY
+
+    def answers(self, arm: str) -> Mapping[str, float]:
+        """Return what an arm's own answers are like; empty if the suite has none written."""
+        also = self.arms[arm].also if arm in self.arms else {}
+        return {key: also[key] for key in ANSWER_WORDS if key in also}
+
+    def has_collapsed(self, thresholds: Thresholds) -> bool:
+        """Return whether what ships hardly answers any more where there were answers before."""
+        if self.compared is None:
+            return False
+        before, after = (self.answers(arm) for arm in self.compared)
+        if not before or not after:
+            return False
+        rise = after["short_answers"] - before["short_answers"]
+        is_shorter = after["answer_words"] < thresholds.answer_length * before["answer_words"]
+        return rise > thresholds.short_answers_rise or is_shorter
 
     def gain(self, change: Change) -> tuple[float, float, float]:
         """Return a change and its interval turned so that positive is better."""

@@ -119,10 +119,11 @@ def general_sequences(
 def general_texts(suites: Sequence[Suite]) -> list[str]:
     """Return the texts of the general suites: passages, or else questions with their answers."""
     general = [suite for suite in suites if suite.role == "general"]
-    passages = [suite for suite in general if not suite.asks]
+    passages = [suite for suite in general if any(item.text for item in suite.items)]
     if passages:
         return [item.text for suite in passages for item in suite.items]
-    return [f"{item.prompt} {item.right_answer}" for suite in general for item in suite.items]
+    asking = [suite for suite in general if suite.asks]
+    return [f"{item.prompt} {item.right_answer}" for suite in asking for item in suite.items]
 
 
 def target_prompts(subject: Subject, *, limit: int, seed: int) -> list[tuple[int, ...]]:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from llmtune.scoring.likelihood import ContinuationRequest
 
 Role = Literal["target", "transfer", "general"]
+Ability = Literal["knowledge", "text", "chat"]
+"""What a general suite asks for: what the model knows, how it reads text, how it answers."""
+ABILITIES: tuple[Ability, ...] = ("knowledge", "text", "chat")
 NAME_RULE = "letters, digits, `_`, `-` and `.`, no dot or dash first"
 ERROR = "error"
 """What a learning curve calls the loss of a task that has no likelihood of the right answer."""
@@ -113,6 +116,10 @@ class SuiteConfig(Section):
 
     METRICS: ClassVar[tuple[Metric, ...]] = ()
     """The metrics that the task can be scored by."""
+    ABILITY: ClassVar[Ability] = "knowledge"
+    """What a general suite of the task asks for."""
+    NEEDS_BASE_ANSWERS: ClassVar[bool] = False
+    """Whether the items' references are what the untouched base writes."""
 
     if TYPE_CHECKING:
         task: str
@@ -168,6 +175,12 @@ class SuiteConfig(Section):
 
     def score(self, scored: "LiveModel", suite: "Suite", scoring: Scoring) -> list[ItemScore]:
         """Score every item of a suite of this task, in the suite's order."""
+        raise NotImplementedError
+
+    def write_answers(
+        self, base: "LiveModel", suite: "Suite", token_budget: int | None = None
+    ) -> list[str]:
+        """Return what the untouched base answers to every item, where the task needs that."""
         raise NotImplementedError
 
     def describe(self, scores: Sequence[ItemScore]) -> dict[str, Any]:
@@ -320,6 +333,14 @@ class Suite:
         """Return the suite with some of its items; its fingerprint stays that of all of them."""
         items = tuple(item for item in self.items if item.id in ids)
         return self if items == self.items else replace(self, items=items, whole=self.num_whole)
+
+    def with_base_answers(self, texts: Sequence[str]) -> "Suite":
+        """Return the suite with what the base answers as references, and a fingerprint of both."""
+        items = tuple(
+            replace(item, references=(text,)) for item, text in zip(self.items, texts, strict=True)
+        )
+        fingerprint = hash_json([self.items_fingerprint, list(texts)])
+        return replace(self, items=items, items_fingerprint=fingerprint)
 
     @property
     def fingerprint(self) -> str:

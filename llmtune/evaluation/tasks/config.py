@@ -1,11 +1,13 @@
 """The tasks that there are: a new one is its file and its entry here."""
 
 from llmtune.evaluation.tasks.base import Metric, SuiteConfig
+from llmtune.evaluation.tasks.chat import ChatSuite
 from llmtune.evaluation.tasks.choice import ChoiceSuite
 from llmtune.evaluation.tasks.exact import ExactSuite
 from llmtune.evaluation.tasks.perplexity import PerplexitySuite
 
 TASKS: dict[str, type[SuiteConfig]] = {
+    "chat": ChatSuite,
     "choice": ChoiceSuite,
     "exact": ExactSuite,
     "perplexity": PerplexitySuite,

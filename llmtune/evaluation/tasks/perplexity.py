@@ -10,6 +10,7 @@ from pydantic import Field
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.tasks.base import (
+    Ability,
     BadItem,
     Fields,
     Metric,
@@ -34,6 +35,8 @@ class PerplexitySuite(SuiteConfig):
         Metric("nats_per_token", False, "nats per token"),
         Metric("bits_per_byte", False, "bits per byte"),
     )
+
+    ABILITY: ClassVar[Ability] = "text"
 
     task: Literal["perplexity"]
     text: str = "text"

@@ -8,7 +8,7 @@ from llmtune.evaluation.diagnosis.base import Section
 from llmtune.reporting.report import Report
 from llmtune.reporting.sections.diagnoses import show_forgetting
 from llmtune.reporting.sections.slices import SliceTable, slice_tables
-from llmtune.reporting.suites import SuiteReport
+from llmtune.reporting.suites import ANSWER_WORDS, SuiteReport
 
 
 class BrokenSection(TypedDict):
@@ -17,6 +17,7 @@ class BrokenSection(TypedDict):
     suites: list[tuple[SuiteReport, tuple[SliceTable, ...]]]
     sections: list[Section]
     perplexity: Callable[[float], float]
+    answer_words: dict[str, str]
 
 
 def show_broken(report: Report) -> BrokenSection | None:
@@ -28,4 +29,9 @@ def show_broken(report: Report) -> BrokenSection | None:
     )
     if not suites and not is_diagnosed:
         return None
-    return {"suites": suites, "sections": show_forgetting(report), "perplexity": math.exp}
+    return {
+        "suites": suites,
+        "sections": show_forgetting(report),
+        "perplexity": math.exp,
+        "answer_words": ANSWER_WORDS,
+    }

@@ -8,6 +8,7 @@ from scipy.special import ndtri
 from llmtune.evaluation.diagnosis.contamination import ContaminationResult, SuiteContamination
 from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.evaluation.stats import holm
+from llmtune.evaluation.tasks.base import ABILITIES, Ability
 from llmtune.reporting.sections.arms import FEW_SHOT, PROMPTING, split_name
 from llmtune.reporting.sections.strengths import StrengthSweep
 from llmtune.reporting.suites import Change, SuiteReport, Thresholds
@@ -23,6 +24,8 @@ class Evidence:
     contamination: ContaminationResult | None = None
     learning_curve: LearningCurveResult | None = None
     strengths: StrengthSweep | None = None
+    keep: tuple[Ability, ...] = ABILITIES
+    """What must not be lost; other general suites are given up."""
     merge_base: str | None = None
     """What the adapter was merged into; None if the base was not quantized, or without a merge."""
 
@@ -51,7 +54,19 @@ class Evidence:
 
     def broken(self) -> tuple[SuiteReport, ...]:
         """Return the general suites that lost more than their bound, clear of 0."""
-        return tuple(s for s in self.worse("general") if self.used_bound(s, s.change) > 1)
+        return tuple(suite for suite in self._lost() if suite.ability in self.keep)
+
+    def given_up(self) -> tuple[SuiteReport, ...]:
+        """Return the general suites that lost as much and that nobody asked to keep."""
+        return tuple(suite for suite in self._lost() if suite.ability not in self.keep)
+
+    def _lost(self) -> tuple[SuiteReport, ...]:
+        worse = {s.name for s in self.worse("general") if self.used_bound(s, s.change) > 1}
+        return tuple(
+            suite
+            for suite in self.with_role("general")
+            if suite.name in worse or suite.has_collapsed(self.thresholds)
+        )
 
     def merged_worse(self) -> tuple[SuiteReport, ...]:
         """Return the suites on which merging lost what training had brought, or broke something.
@@ -86,7 +101,9 @@ class Evidence:
         return tuple(
             suite
             for suite in self.with_role("general")
-            if suite not in broken and not self.is_within(suite, suite.change)
+            if suite.ability in self.keep
+            and suite not in broken
+            and not self.is_within(suite, suite.change)
         )
 
     def doubtful(self) -> tuple[SuiteReport, ...]:

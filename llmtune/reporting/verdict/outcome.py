@@ -36,6 +36,8 @@ class Verdict:
     reasons: tuple[str, ...]
     numbers: Numbers = field(default_factory=dict)
     also: tuple[str, ...] = ()
+    given_up: tuple[str, ...] = ()
+    """What general ability is gone that nobody asked to keep, in words."""
     carries: tuple[str, ...] = ()
     to_do: str = ""
 
@@ -52,7 +54,11 @@ class Verdict:
     @property
     def meaning(self) -> str:
         """What this verdict says, in one sentence."""
-        return MEANINGS[self.kind]
+        if not self.given_up:
+            return MEANINGS[self.kind]
+        gone = " and ".join(self.given_up)
+        are = "are" if len(self.given_up) > 1 else "is"
+        return f"{MEANINGS[self.kind]} For this task only: {gone} {are} gone."
 
     @property
     def tone(self) -> str:
@@ -70,6 +76,8 @@ class Verdict:
             "to_do": self.to_do,
         }
 
+
+ABILITY_WORDS = {"knowledge": "general knowledge", "text": "reading of text", "chat": "open chat"}
 
 MEANINGS = {
     "CONTAMINATED": "Items of the target suite are among the training rows, so its scores prove "

@@ -8,6 +8,7 @@ from llmtune.reporting.suites import SuiteReport
 from llmtune.reporting.verdict.evidence import Evidence, is_above_majority
 from llmtune.reporting.verdict.headline import find_carried, find_what_to_do
 from llmtune.reporting.verdict.outcome import (
+    ABILITY_WORDS,
     AT_STRENGTH,
     MERGE_DIFFERENTLY,
     UNSHOWN,
@@ -148,7 +149,8 @@ def ship_at_strength(evidence: Evidence) -> Verdict | None:
     costly = [
         suite
         for suite in evidence.worse("general")
-        if evidence.used_bound(suite, suite.change) > evidence.thresholds.strength_share
+        if suite.ability in evidence.keep
+        and evidence.used_bound(suite, suite.change) > evidence.thresholds.strength_share
     ]
     if not costly or any(suite.name not in choice.held for suite in costly):
         return None
@@ -201,14 +203,15 @@ def ship(evidence: Evidence) -> Verdict | None:
     format_suite = change_formatter(evidence)
     reasons = [format_suite(suite) for suite in evidence.with_role("target")]
     reasons += [format_suite(suite) for suite in generals]
-    shown = tuple(suite for suite in generals if suite not in unshown)
+    kept = [suite for suite in generals if suite.ability in evidence.keep]
+    shown = tuple(suite for suite in kept if suite not in unshown)
     if shown:
         reasons.append(
             f"General ability is within its bound of {format_bounds(evidence, shown)} on "
             f"{', '.join(suite.name for suite in shown)}: the whole interval is."
         )
     reasons += [f"{format_unshown(suite, evidence)}." for suite in unshown]
-    name = "SHIP" if generals and not unshown else UNSHOWN
+    name = "SHIP" if kept and not unshown else UNSHOWN
     return Verdict(name, tuple(reasons), _suite_numbers((*better, *generals)))
 
 
@@ -285,10 +288,12 @@ def decide(evidence: Evidence) -> Verdict:
     fired = [verdict for rule in RULES if (verdict := rule(evidence)) is not None]
     names = list(dict.fromkeys(verdict.name for verdict in fired))
     first = fired[0]
+    gone = tuple(dict.fromkeys(ABILITY_WORDS[s.ability] for s in evidence.given_up()))
     return replace(
         first,
         also=tuple(names[1:]),
         carries=tuple(find_carried(first, evidence)),
+        given_up=gone,
         to_do=find_what_to_do(first, evidence),
     )
 

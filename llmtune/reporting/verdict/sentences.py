@@ -19,7 +19,19 @@ def format_change(suite: SuiteReport, confidence: float) -> str:
     return (
         f"{suite.name}: {unit.score(suite.before)} → {unit.score(suite.after)}, a change of "
         f"{format_difference(suite, change, confidence)}, n = {suite.n}{factor}): "
-        f"{word_for(suite, change)}."
+        f"{word_for(suite, change)}.{format_answers(suite)}"
+    )
+
+
+def format_answers(suite: SuiteReport) -> str:
+    """Format what answers were like before and are now; empty for a suite that has none written."""
+    before, after = (suite.answers(arm) for arm in suite.compared or ("", ""))
+    if not before or not after:
+        return ""
+    return (
+        f" An answer has {after['answer_words']:.1f} words, before {before['answer_words']:.1f}; "
+        f"{FRACTION.score(after['short_answers'])} are empty or one word, before "
+        f"{FRACTION.score(before['short_answers'])}."
     )
 
 

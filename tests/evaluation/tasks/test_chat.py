@@ -1,0 +1,92 @@
+"""Open chat is held to the untouched base's own answers, and a collapse of answers is seen."""
+
+import dataclasses
+import json
+
+import pytest
+
+from llmtune import load_config, run
+from llmtune.evaluation.results import ItemScore
+from llmtune.evaluation.suite import load_suite
+from llmtune.evaluation.tasks.chat import ChatSuite
+from llmtune.reporting.suites import ArmScore, SuiteReport, Thresholds
+from llmtune.reporting.verdict.evidence import Evidence
+from llmtune.reporting.verdict.rules import decide
+from tests.conftest import write_jsonl
+from tests.project import make_project
+from tests.reporting.verdict.test_rules import suite
+
+FULL = {"answer_words": 42.7, "length_ratio": 1.0, "short_answers": 0.0}
+GONE = {"answer_words": 1.1, "length_ratio": 0.03, "short_answers": 0.8}
+
+
+def chat(after: dict, rise: float = 0.05) -> SuiteReport:
+    found = suite(rise, 0.01, name="chat", role="general", base=0.4, metric="nats_per_token")
+    arms = {arm: ArmScore(0.4, also=also) for arm, also in (("base", FULL), ("tuned", after))}
+    return dataclasses.replace(found, task="chat", arms=arms)
+
+
+def test_the_shipped_prompts_are_forty_and_ask_nothing_that_protection_trains_with():
+    from llmtune.data.open_prompts import OPEN_PROMPTS, OPENERS
+
+    found = load_suite("chat")
+    prompts = {item.prompt for item in found.items}
+    assert len(prompts) == 40
+    assert not prompts & {*OPEN_PROMPTS, *OPENERS}
+    assert found.role == "general"
+
+
+def test_answers_are_described_by_length_and_words_and_ends():
+    config = ChatSuite(task="chat", items="chat.jsonl")
+    written = ("one two two", "", "panic")
+    items = [
+        ItemScore(str(i), 0.5, text, "four words of text", details={"stopped": bool(text)})
+        for i, text in enumerate(written)
+    ]
+    found = config.describe(items)
+    assert found["short_answers"] == pytest.approx(2 / 3)
+    assert found["length_ratio"] == pytest.approx(4 / 12)
+    assert found["distinct_words"] == pytest.approx(3 / 4)
+    assert found["ended_answers"] == pytest.approx(2 / 3)
+
+
+def test_collapsed_answers_are_broken_though_the_loss_is_within_its_bound():
+    target = suite(0.16, 0.03)
+    assert decide(Evidence((target, chat(FULL)))).name == "SHIP"
+    verdict = decide(Evidence((target, chat(GONE))))
+    assert verdict.name == "BROKE-GENERAL"
+    assert any("1.1 words, before 42.7" in reason for reason in verdict.reasons)
+    assert not chat(FULL).has_collapsed(Thresholds())
+
+
+def test_chat_that_is_given_up_by_name_is_in_the_headline():
+    verdict = decide(Evidence((suite(0.16, 0.03), chat(GONE)), keep=("knowledge", "text")))
+    assert verdict.name == "SHIP"
+    assert verdict.meaning.endswith("For this task only: open chat is gone.")
+
+
+def test_a_run_writes_the_bases_answers_once_and_scores_every_arm_on_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "cache"))
+    path = make_project(tmp_path)
+    prompts = [{"id": f"p{i}", "prompt": f"The film {i} is"} for i in range(4)]
+    write_jsonl(tmp_path / "chat.jsonl", prompts)
+    chat_suite = {"task": "chat", "role": "general", "items": "chat.jsonl", "max_new_tokens": 8}
+    (tmp_path / "chat.yaml").write_text(json.dumps(chat_suite))
+    suites = [str(tmp_path / f"{name}.yaml") for name in ("sentiment", "chat")]
+    overrides = [
+        f"evaluate.suites={json.dumps(suites)}",
+        "evaluate.extent=none",
+        "train.max_steps=2",
+        "model.quantization={method: nf4}",
+    ]
+    run(load_config(path, overrides))
+    (kept,) = (tmp_path / "cache" / "answers").glob("*.json")
+    answers = json.loads(kept.read_text())
+    assert len(answers) == 4
+    values = json.loads((tmp_path / "run" / "report.json").read_text())
+    found = values["suites"]["chat"]
+    assert found["compared"] == ["original", "merged"]
+    assert found["arms"]["original"]["also"]["length_ratio"] == pytest.approx(1.0)
+    scored = json.loads((tmp_path / "run" / "evaluations" / "chat.merged.json").read_text())
+    assert [item["answer"] for item in scored["items"]] == answers
+    assert "Its own answers" in (tmp_path / "run" / "report.html").read_text()
