@@ -90,6 +90,7 @@ class TrainStage(Stage):
         from llmtune.training.train import train_adapter
 
         config, rows = self.config, self.data
+        price = self._measure_price()
         estimate = estimate_training(self._plan_request(), rows["train"], rows["evaluation"])
         adapted = adapt_base(
             self.source,
@@ -105,8 +106,23 @@ class TrainStage(Stage):
         result = train_adapter(config.train, adapted.request)
         record = adapted.save(result, config.model_dump(mode="json"), config.train.batch_size)
         recorded = {**dataclasses.asdict(result), "estimate": estimate, **record}
+        recorded["quantization_price"] = price
         self._interrupted_by = recorded.pop("interrupted_by")
         return recorded
+
+    def _measure_price(self) -> dict[str, Any] | None:
+        """Say what the quantization costs on general text, before the base is loaded to train."""
+        from llmtune.evaluation.price import measure_price
+        from llmtune.reporting.suites import Thresholds
+
+        found = measure_price(self.config.model, self.source)
+        if found is None:
+            return None
+        bound = Thresholds().general_loss_rise
+        is_high = found.price is not None and found.price > bound / 2
+        for line in found.lines(bound):
+            log.log(logging.WARNING if is_high else logging.INFO, "quantization: %s", line)
+        return dataclasses.asdict(found)
 
     def _plan_request(self) -> "PlanRequest":
         """Ask for what this machine's free memory is now, before the base is loaded."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from llmtune.reporting.numbers import FRACTION, format_count
 from llmtune.reporting.sections.arms import split_name
-from llmtune.reporting.suites import SuiteReport
+from llmtune.reporting.suites import SuiteReport, Thresholds
 from llmtune.reporting.verdict.evidence import (
     Evidence,
     gain_of,
@@ -43,11 +43,21 @@ def find_training_caveats(training: Mapping[str, Any]) -> tuple[str, ...]:
 
     A model that does not end most of its answers by itself writes until it is cut off.
     """
+    price = training.get("quantization_price") or {}
+    bound = Thresholds().general_loss_rise
+    costly: tuple[str, ...] = ()
+    if (price.get("price") or 0.0) > bound / 2:
+        costly = (
+            f"{price['method']} alone cost {price['price']:+.3f} nats/token on general text before "
+            f"training, of {bound:g} that may be lost; model.quantization=null costs nothing but "
+            "memory.",
+        )
     check = training.get("stop_check") or {}
     stopped, asked = check.get("stopped"), check.get("asked")
     if not asked or stopped is None or 2 * stopped >= asked:
-        return ()
+        return costly
     return (
+        *costly,
         f"The tuned model ended only {stopped} of {asked} answers by itself (within "
         f"{check.get('max_new_tokens')} tokens, right after training): it may not have learned "
         "to stop.",
