@@ -38,7 +38,7 @@ def tune(run_dir, *overrides):
 @pytest.mark.slow
 def test_kl_replay_keeps_what_a_reckless_learning_rate_breaks(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    verdicts, rise, accuracy = tune(tmp_path / "plain")
+    verdicts, rise, accuracy = tune(tmp_path / "plain", "protect.kl_to_base=null")
     assert "BROKE-GENERAL" in verdicts
     held_verdicts, held_rise, held_accuracy = tune(tmp_path / "held", HELD)
     assert "BROKE-GENERAL" not in held_verdicts

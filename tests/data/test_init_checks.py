@@ -82,8 +82,10 @@ def test_a_header_cannot_inject_a_key(tmp_path, monkeypatch, capsys, base):
     )
     init(tmp_path, monkeypatch, capsys, base, "a.csv", text)
     tree = yaml.safe_load((tmp_path / "my.yaml").read_text())
-    assert "protect" not in tree and set(tree) == {
-        *("run_dir", "seed", "model", "adapter", "data", "train", "evaluate")
+    assert tree["protect"] == {"kl_to_base": {"weight": 1.0}}
+    assert set(tree) == {
+        "protect",
+        *("run_dir", "seed", "model", "adapter", "data", "train", "evaluate"),
     }
 
 
