@@ -19,7 +19,7 @@ from llmtune.serving import live
 from tests.conftest import write_jsonl
 from tests.project import make_project
 
-PLAIN = {"base", "tuned", "merged"}
+PLAIN = {"original", "base", "tuned", "merged"}
 
 
 @pytest.fixture(scope="module")

@@ -285,11 +285,11 @@ class SuiteReport:
         also = self.arms[arm].also if arm in self.arms else {}
         return {key: also[key] for key in ANSWER_WORDS if key in also}
 
-    def has_collapsed(self, thresholds: Thresholds) -> bool:
-        """Return whether what ships hardly answers any more where there were answers before."""
+    def has_collapsed(self, thresholds: Thresholds, arm: str | None = None) -> bool:
+        """Return whether what ships, or an arm, hardly answers any more where it did before."""
         if self.compared is None:
             return False
-        before, after = (self.answers(arm) for arm in self.compared)
+        before, after = self.answers(self.compared[0]), self.answers(arm or self.compared[1])
         if not before or not after:
             return False
         rise = after["short_answers"] - before["short_answers"]

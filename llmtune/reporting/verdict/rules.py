@@ -154,6 +154,9 @@ def ship_at_strength(evidence: Evidence) -> Verdict | None:
     ]
     if not costly or any(suite.name not in choice.held for suite in costly):
         return None
+    weakened = f"strength-{choice.strength:g}"
+    if any(suite.has_collapsed(evidence.thresholds, weakened) for suite in evidence.broken()):
+        return None
     targets = [suite for suite in evidence.with_role("target") if suite.name in choice.held]
     better = evidence.clear(targets, lambda suite: choice.held[suite.name], sign=1)
     worse = evidence.clear(targets, lambda suite: choice.held[suite.name], sign=-1)
