@@ -27,6 +27,7 @@ def test_training_on_a_quantized_base_says_its_price_and_keeps_it(tmp_path, monk
     assert sizes["nf4"] < sizes["int8"] < sizes["none"]
     assert len(list((tmp_path / "cache" / "prices").glob("*.json"))) == 1
     again = measure_price(config.model, resolve_base(config.model))
+    assert again is not None
     assert dataclasses.asdict(again) == price
 
 
