@@ -14,7 +14,7 @@ from llmtune.reporting.verdict.evidence import Evidence
 from llmtune.reporting.verdict.rules import decide
 from tests.conftest import write_jsonl
 from tests.project import make_project
-from tests.reporting.verdict.test_rules import suite
+from tests.reporting.verdict.test_rules import prose, suite
 
 FULL = {"answer_words": 42.7, "length_ratio": 1.0, "short_answers": 0.0}
 GONE = {"answer_words": 1.1, "length_ratio": 0.03, "short_answers": 0.8}
@@ -60,7 +60,9 @@ def test_collapsed_answers_are_broken_though_the_loss_is_within_its_bound():
 
 
 def test_chat_that_is_given_up_by_name_is_in_the_headline():
-    verdict = decide(Evidence((suite(0.16, 0.03), chat(GONE)), keep=("knowledge", "text")))
+    verdict = decide(
+        Evidence((suite(0.16, 0.03), prose(0.02), chat(GONE)), keep=("knowledge", "text"))
+    )
     assert verdict.name == "SHIP"
     assert verdict.meaning.endswith("For this task only: open chat is gone.")
 
