@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.data.general_passages import GENERAL_PASSAGES
+from llmtune.data.open_prompts import GENERAL_PASSAGES
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.run_dir import atomic_write_json
