@@ -63,7 +63,11 @@ def run_command(arguments: Sequence[str]) -> int:
     except LlmtuneError as error:
         _print_error(str(error))
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        if isinstance(error.__cause__, EOFError):  # click makes an Abort of it, like of a Ctrl-C
+            traceback.print_exception(error.__cause__)
+            _print_error("a file ended too early; if none is damaged, this is a bug: report it")
+            return EXIT_BUG
         _print_error(INTERRUPTED)
         return RunInterrupted.exit_code
     except (Exception, SystemExit) as error:  # noqa: BLE001 (the last place before the user)

@@ -16,6 +16,7 @@ from llmtune.checks.prompts import ComparedPrompts
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import encode_plain
 from llmtune.errors import CheckFailed
+from llmtune.io.own_files import copy_own
 from llmtune.io.unfinished import require_space
 from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
 from llmtune.models.checkpoint import Checkpoint
@@ -72,10 +73,7 @@ def write_nf4(source: Checkpoint, directory: Path) -> Nf4Result:
     with quiet_loading(), _plain_errors(directory):
         loaded.model.save_pretrained(directory)
     for path in _copied_files(source.directory):
-        if path.is_dir():
-            shutil.copytree(path, directory / path.name)
-        else:
-            shutil.copyfile(path, directory / path.name)
+        copy_own(path, directory / path.name, root=source.directory)
     if source.chat_template is not None:
         shutil.copyfile(source.chat_template, directory / TEMPLATE_FILES[0])
     for path in directory.iterdir():  # some writers leave files that only their owner can read

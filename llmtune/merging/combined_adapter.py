@@ -1,7 +1,6 @@
 """Several adapters of one base made into one new adapter in PEFT's format."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from llmtune.adapters.manifest import (
 from llmtune.adapters.update import Factors
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file
+from llmtune.io.own_files import copy_own
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.io.unfinished import move_into_place, unfinished_dir
 from llmtune.merging.adapter_files import AdapterFiles
@@ -164,7 +164,7 @@ def _write(
         atomic_write_json(directory / COMBINED_FILE, dict(record))
         for name in (*TOKENIZER_FILES, *TEMPLATE_FILES):
             if (first_dir / name).is_file():
-                shutil.copyfile(first_dir / name, directory / name)
+                copy_own(first_dir / name, directory / name, root=first_dir)
         if (first_dir / MANIFEST_NAME).is_file():
             _write_manifest(first_dir, directory)
         move_into_place(directory, out_dir)

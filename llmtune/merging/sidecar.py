@@ -1,11 +1,11 @@
 """The small files of a merged model: config, tokenizer, chat template, index, provenance."""
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from llmtune.io.own_files import copy_own, read_json_object
 from llmtune.io.safetensors import INDEX_FILE, tensor_bytes
 from llmtune.merging.changes import MergePlan
 
@@ -34,7 +34,7 @@ def sidecar_sources(plan: MergePlan) -> dict[str, Path]:
     sources |= _present(plan.adapter_dir, TOKENIZER_FILES)
     template_dir = plan.adapter_dir if _has_template(plan.adapter_dir) else plan.base_dir
     sources |= _present(template_dir, TEMPLATE_FILES)
-    if "auto_map" in _read_json(plan.base_dir / "config.json"):
+    if "auto_map" in read_json_object(plan.base_dir / "config.json"):
         sources |= {path.name: path for path in plan.base_dir.glob("*.py")}
     return sources
 
@@ -42,10 +42,7 @@ def sidecar_sources(plan: MergePlan) -> dict[str, Path]:
 def write_sidecar(plan: MergePlan, directory: Path) -> None:
     """Write everything but the shards and the provenance into `directory`."""
     for name, source in sidecar_sources(plan).items():
-        if source.is_dir():
-            shutil.copytree(source, directory / name)
-        else:
-            shutil.copyfile(source, directory / name)
+        copy_own(source, directory / name, root=source.parent)
     _write_json(directory / "config.json", merged_config(plan))
     if plan.index_metadata is not None:
         _write_json(directory / INDEX_FILE, _index(plan))
@@ -53,7 +50,7 @@ def write_sidecar(plan: MergePlan, directory: Path) -> None:
 
 def merged_config(plan: MergePlan) -> dict[str, Any]:
     """Return the base's config.json as the merged model needs it."""
-    config = _read_json(plan.base_dir / "config.json")
+    config = read_json_object(plan.base_dir / "config.json")
     config.pop("quantization_config", None)
     if str(config.get("_name_or_path", "")).startswith("/"):
         del config["_name_or_path"]  # a path of the machine that saved the base
@@ -77,18 +74,13 @@ def _has_template(directory: Path) -> bool:
     if _present(directory, TEMPLATE_FILES):
         return True
     path = directory / "tokenizer_config.json"
-    return path.is_file() and bool(_read_json(path).get("chat_template"))
+    return path.is_file() and bool(read_json_object(path).get("chat_template"))
 
 
 def _index(plan: MergePlan) -> dict[str, Any]:
     weight_map = {tensor.name: shard.file_name for shard in plan.shards for tensor in shard.tensors}
     metadata = {**(plan.index_metadata or {}), "total_size": plan.num_bytes}
     return {"metadata": metadata, "weight_map": weight_map}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
