@@ -78,7 +78,7 @@ def require_runtime() -> None:
     if not is_runtime_installed():
         raise LlmtuneError(
             f"checking a GGUF file needs llama.cpp ({PACKAGE}), which is not installed: "
-            "pip install 'llmtune[runtime]'"
+            "pip install xllamacpp"
         )
 
 
@@ -95,7 +95,7 @@ def wants_runtime(asked: bool | None) -> bool:
     if not is_runtime_installed():
         log.warning(
             "export: llama.cpp is not installed, so the file was not run in it: "
-            "pip install 'llmtune[runtime]'"
+            "pip install xllamacpp"
         )
     return is_runtime_installed()
 

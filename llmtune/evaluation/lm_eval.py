@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 LIBRARY = "lm_eval"
-HOW_TO_INSTALL = 'install it with: pip install "llmtune[lm-eval]"'
+HOW_TO_INSTALL = "install it with: pip install lm-eval"
 PREFERRED = ("acc", "exact_match", "bits_per_byte")
 """The metric kept for each item where a task has it; else its first with a value per item."""
 METRIC_NAMES = {"acc": "accuracy"}

@@ -17,7 +17,7 @@ TextMetric = Callable[[str, str], float]
 OWN_METRIC = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """A function of the user's: `my_module:function`."""
 FENCE = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
-NEEDS_EXTRA = 'needs the extra: pip install "llmtune[metrics]"'
+NEEDS_EXTRA = "needs two more packages: pip install sacrebleu rouge-score"
 
 
 def rouge_l(prediction: str, reference: str) -> float:

@@ -126,7 +126,7 @@ def test_a_file_that_llama_cpp_cannot_load_is_an_error(tmp_path):
 
 def test_a_missing_runtime_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "PACKAGE", "no_such_package")
-    with pytest.raises(LlmtuneError, match=r"pip install 'llmtune\[runtime\]'"):
+    with pytest.raises(LlmtuneError, match=r"pip install xllamacpp"):
         ask_runtime(tmp_path / "any.gguf", RuntimeRequest())
 
 

@@ -21,7 +21,7 @@ from llmtune.models.resolve import resolve_base
 from tests.evaluation.live import make_live
 from tests.tiny import make_model, make_tokenizer
 
-pytest.importorskip("lm_eval", reason='needs the extra: pip install "llmtune[lm-eval]"')
+pytest.importorskip("lm_eval", reason="needs lm-eval")
 
 from llmtune.evaluation.lm_eval import LmEvalSettings, harness_model, run_tasks
 

@@ -13,7 +13,7 @@ from llmtune.runs import pipeline
 from tests.evaluation.test_lm_eval import write_task
 from tests.project import make_project
 
-pytest.importorskip("lm_eval", reason='needs the extra: pip install "llmtune[lm-eval]"')
+pytest.importorskip("lm_eval", reason="needs lm-eval")
 
 
 @pytest.fixture(scope="module")
