@@ -1,5 +1,6 @@
 """Made-up results of which the truth is known get the true verdict as often as promised."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from planted_truths import Seen, Truth, iter_truths, try_truth  # noqa: E402
 
 TRUTHS = {truth.name: truth for truth in iter_truths()}
 SHORT = 20
-LONG = 400
+LONG = int(os.environ.get("LLMTUNE_REPETITIONS", "400"))
+"""The continuous integration takes fewer, for time."""
 QUICK = (
     "no effect, 20 items",
     "no effect, 3 clusters of 1 to 12 items",

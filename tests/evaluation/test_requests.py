@@ -112,7 +112,7 @@ def assert_scored_as_trained(tokenizer, make_suite, **keys):
 
 
 def test_a_template_that_training_refuses_is_asked_as_at_inference(make_suite, caplog):
-    changing = CHATML.replace("assistant\n' }}", "assistant\nSo: ' }}")
+    changing = CHATML.replace("message['content']", "message['content'] | replace('yes', 'YES')")
     tokenizer = make_tokenizer(chat_template=changing)
     [request] = choice_requests(tokenizer, make_suite())
     assert list(request.choice_ids[0]) == ids_of(tokenizer, "yes")

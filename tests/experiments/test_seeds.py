@@ -53,7 +53,7 @@ def test_a_gain_that_every_seed_has_is_shown_and_one_that_seeds_disagree_on_is_n
     assert json.loads((tmp_path / "wild" / "seed-0" / "seeds.json").read_text())["runs"][2] == {
         "run": "seed-2",
         "seed": 2,
-        "verdict": "SHIP",
+        "verdict": "SHIP, general not shown",
     }
 
 
