@@ -22,6 +22,9 @@ class MergeSettings:
     """Where the sum is computed: cpu, cuda, or one GPU such as cuda:1."""
 
 
+NO_SETTINGS = MergeSettings()
+"""Nothing is asked for beyond the run's own config."""
+
 Method = Literal["linear", "cat", "ties", "dare", "svd"]
 METHODS: tuple[Method, ...] = ("linear", "cat", "ties", "dare", "svd")
 DENSE_METHODS = frozenset({"ties", "dare", "svd"})

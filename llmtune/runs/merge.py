@@ -8,10 +8,8 @@ from pydantic import ValidationError
 
 from llmtune.config import RunConfig
 from llmtune.io.manifest import Manifest, StageRecord
-from llmtune.merging.config import MergeConfig, MergeSettings
+from llmtune.merging.config import NO_SETTINGS, MergeConfig, MergeSettings
 from llmtune.runs.stage import Stage
-
-NO_SETTINGS = MergeSettings()
 
 
 class MergeStage(Stage):

@@ -14,7 +14,7 @@ from llmtune.io.unfinished import refuse_to_replace
 from llmtune.merging.changes import WeightedAdapter
 from llmtune.merging.checked import CheckedMerge
 from llmtune.merging.combined_adapter import COMBINED_FILE, combine_adapters
-from llmtune.merging.config import Combination, MergeConfig, MergeSettings
+from llmtune.merging.config import NO_SETTINGS, Combination, MergeConfig, MergeSettings
 from llmtune.merging.one_adapter import MergeRequest, merge_one, plan_one
 from llmtune.merging.planned import PlannedMerges
 from llmtune.merging.several_adapters import (
@@ -31,7 +31,6 @@ from llmtune.runs.evaluate import load_suites
 from llmtune.runs.targets import Target, resolve_target
 
 MERGE_DEFAULTS = MergeConfig()
-NO_SETTINGS = MergeSettings()
 RUNS_DIR = "runs"
 ADAPTER_DIR = "adapter"
 # What --force may replace: what it is called, and the file that marks it.

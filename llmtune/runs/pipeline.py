@@ -8,7 +8,7 @@ from llmtune.config import RunConfig
 from llmtune.evaluation.diagnosis.base import Extent
 from llmtune.io.manifest import TrainRecord
 from llmtune.io.run_dir import RunDir
-from llmtune.merging.config import MergeSettings
+from llmtune.merging.config import NO_SETTINGS, MergeSettings
 from llmtune.runs.evaluate import (
     EvaluateStage,
     check_evaluation_files,
@@ -17,7 +17,7 @@ from llmtune.runs.evaluate import (
     warn_of_leaks,
 )
 from llmtune.runs.export import ExportStage
-from llmtune.runs.merge import NO_SETTINGS, MergeStage
+from llmtune.runs.merge import MergeStage
 from llmtune.runs.stage import Stage
 from llmtune.runs.train import TrainStage
 
