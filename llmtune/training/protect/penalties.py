@@ -21,9 +21,10 @@ from llmtune.training.memory.measure import is_out_of_memory
 from llmtune.training.objectives.base import MicroBatch, OpenSums
 from llmtune.training.protect.config import KlToBaseConfig, ProtectConfig
 
-BASE_TOLERANCE = 2e-2
-"""Largest difference, relative to the largest hidden state, of the base before and after the
-adapter was attached; kernels may differ by batch shape, a different base differs by far more."""
+BASE_TOLERANCE = 5e-2
+"""Largest ratio |h' - h| / |h| of the base's last hidden states (Frobenius norm) after and before
+the adapter was attached. On a 16-bit base of 30 layers, fused and stock kernels differ by 0.016;
+taking the first singular vector out of one late query weight makes 0.095."""
 
 
 @dataclass(frozen=True)
@@ -194,13 +195,13 @@ class Protection:
                 hidden = decoder_hidden(self._model, micro_batch)
         finally:
             self._model.train(is_training)
-        largest = probe.hidden.abs().max().float().clamp(min=1e-6)
-        difference = ((hidden - probe.hidden).abs().max().float() / largest).item()
+        before = probe.hidden.float()
+        difference = ((hidden.float() - before).norm() / before.norm().clamp(min=1e-6)).item()
         if not difference <= BASE_TOLERANCE:
             raise LlmtuneError(
                 "protect.kl_to_base: the model with its adapter switched off is not the base (its "
-                f"hidden states differ by {difference:.2g} of the largest), so there is nothing to "
-                "hold it to; train from an adapter that leaves the base's weights alone"
+                f"hidden states differ by {difference:.1%}), so there is nothing to hold it to; "
+                "train from an adapter that leaves the base's weights alone"
             )
 
 

@@ -167,12 +167,23 @@ def test_a_resumed_run_ends_where_the_straight_one_did(tmp_path):
     assert largest_difference(ends["straight"], ends["resumed"]) == 0
 
 
-def test_a_base_that_is_another_one_without_its_adapter_is_refused():
+def test_a_different_base_under_the_adapter_is_refused():
     rows = general_rows()
     probe = probe_base(make_model("llama"), rows[0])
     make_protection(make_adapter(), KL, probe=probe)
     with pytest.raises(LlmtuneError, match="switched off is not the base"):
         make_protection(make_adapter(), KL, probe=BaseProbe(probe.input_ids, -probe.hidden))
+
+
+@pytest.mark.parametrize(("noise", "is_the_base"), [(0.016, True), (0.095, False)])
+def test_what_kernels_differ_by_is_still_the_base(noise, is_the_base):
+    rows = general_rows()
+    probe = probe_base(make_model("llama"), rows[0])
+    direction = torch.randn(probe.hidden.shape, generator=torch.Generator().manual_seed(3))
+    off = probe.hidden + direction * (noise * probe.hidden.norm() / direction.norm())
+    expectation = nullcontext() if is_the_base else pytest.raises(LlmtuneError, match="9.5%")
+    with expectation:
+        make_protection(make_adapter(), KL, probe=BaseProbe(probe.input_ids, off))
 
 
 def test_what_cannot_be_held_is_refused():
