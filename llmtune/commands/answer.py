@@ -3,11 +3,12 @@
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from llmtune.commands.options import (
+    COLUMNS_OPTION,
     OVERRIDES_ARGUMENT,
     TARGET_ARGUMENT,
     print_result,
@@ -88,6 +89,21 @@ def chat(  # noqa: PLR0913 (one argument an option)
 @click.option("--arm", type=click.Choice(["base", "tuned", "merged"]), help="Who answers.")
 @MAX_NEW_TOKENS_OPTION
 @TEMPERATURE_OPTION
+@click.option("--format", help="How the rows ask: messages, instruction, ...; else they say it.")
+@COLUMNS_OPTION
+@click.option(
+    "--ignore", multiple=True, metavar="COLUMN", help="A column that is left out on purpose."
+)
+@click.option(
+    "--answer-column", default="answer", show_default=True, help="What the answers' column is."
+)
+@click.option(
+    "--too-long",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="What happens if a row leaves the model no position for an answer.",
+)
 @with_output_options
 def predict(  # noqa: PLR0913 (one argument an option)
     target: str,
@@ -97,25 +113,48 @@ def predict(  # noqa: PLR0913 (one argument an option)
     arm: str | None,
     max_new_tokens: int,
     temperature: float,
+    format: str | None,
+    columns: dict[str, str],
+    ignore: tuple[str, ...],
+    answer_column: str,
+    too_long: Literal["error", "skip"],
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Answer a JSONL of prompts in batches. A row holds `prompt` (text) or `messages`.
+    """Answer a file of prompts in batches.
 
+    Rows are read as training reads them, without their answers: `prompt` or `instruction` (text),
+    `messages` or `conversations` (turns), with `system` and `tools`; `text` is continued as it is.
     Each output line is the input row with `answer` and `stopped` added, in the same order.
+
+    The answers so far are kept in OUTPUT.partial; after Ctrl-C the same command continues.
 
     \b
       llmtune predict runs/quickstart --input prompts.jsonl --output answers.jsonl
       llmtune predict runs/quickstart --arm base --input prompts.jsonl --output base.jsonl
+      llmtune predict runs/quickstart --input q.csv --columns prompt=question --output answers.jsonl
     """
+    from llmtune.data.prompts import PromptChoice
     from llmtune.runs.targets import resolve_target
     from llmtune.serving.predict import PredictSettings, run_predict
 
     show_progress(quiet)
-    settings = PredictSettings(input_path, output_path, arm, max_new_tokens, temperature)
+    settings = PredictSettings(
+        input_path,
+        output_path,
+        arm,
+        max_new_tokens,
+        temperature,
+        PromptChoice(format, columns, ignore),
+        answer_column,
+        too_long,
+    )
     made = run_predict(resolve_target(target, overrides), settings)
+    skipped = f"; {made.skipped} rows are too long and have none" if made.skipped else ""
     print_result(
         asdict(made),
         as_json,
-        lambda: f"{made.rows} answers by the {made.arm} model in {output_path}",
+        lambda: (
+            f"{made.rows - made.skipped} answers by the {made.arm} model in {output_path}{skipped}"
+        ),
     )

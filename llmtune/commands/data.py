@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmtune.commands.options import (
+    COLUMNS_OPTION,
     CONFIG_ARGUMENT,
     OVERRIDES_ARGUMENT,
     Uncut,
@@ -18,7 +19,7 @@ from llmtune.commands.options import (
     with_output_options,
 )
 from llmtune.data.init_suite import NoSuite
-from llmtune.errors import CheckFailed, LlmtuneError
+from llmtune.errors import CheckFailed
 from llmtune.io.run_dir import atomic_write_text
 
 if TYPE_CHECKING:
@@ -36,11 +37,7 @@ if TYPE_CHECKING:
     help="The config to write.",
 )
 @click.option("--format", help="What the rows are: messages, instruction, ...; else it is guessed.")
-@click.option(
-    "--columns",
-    callback=lambda _context, _option, value: _read_columns(value),
-    help="Where the format's columns are: instruction=problem,output=solution.",
-)
+@COLUMNS_OPTION
 @with_output_options
 def init(  # noqa: PLR0913 (one argument an option)
     data: str,
@@ -75,16 +72,6 @@ def init(  # noqa: PLR0913 (one argument an option)
         "max_length": found.max_length,
     }
     print_result(result, as_json, lambda: "\n".join(_init_lines(found, out, suite)))
-
-
-def _read_columns(text: str | None) -> dict[str, str]:
-    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
-    if not all(name.strip() and column.strip() for name, _, column in pairs):
-        raise LlmtuneError(
-            f"--columns {text}: expected NAME=COLUMN pairs, as in "
-            "instruction=problem,output=solution"
-        )
-    return {name.strip(): column.strip() for name, _, column in pairs}
 
 
 def _init_lines(found: "DataDescription", out: Path, suite: Path | None) -> Iterator[str]:

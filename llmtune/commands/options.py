@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from rich.console import Console
 
+from llmtune.errors import LlmtuneError
+
 PIPED_WIDTH = 120
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -45,6 +47,23 @@ class NotNegative(NumberType):
 
 MAX_KL_OPTION = click.option(
     "--max-kl", type=NotNegative(), help="Largest KL that passes, in nats per token."
+)
+
+
+def _read_columns(text: str | None) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
+    if not all(name.strip() and column.strip() for name, _, column in pairs):
+        raise LlmtuneError(
+            f"--columns {text}: expected NAME=COLUMN pairs, as in "
+            "instruction=problem,output=solution"
+        )
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+COLUMNS_OPTION = click.option(
+    "--columns",
+    callback=lambda _context, _option, value: _read_columns(value),
+    help="Where the format's columns are: instruction=problem,output=solution.",
 )
 
 

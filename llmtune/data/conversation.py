@@ -96,6 +96,21 @@ def chat(
     )
 
 
+def ask(messages: Any, tools: Any = None) -> Conversation:
+    """Return a checked chat that waits for an answer: its last message is not the assistant's.
+
+    Raises:
+        RowError: naming the message, what was found in it and what was expected.
+    """
+    checked = read_messages(messages)
+    if checked[-1]["role"] == "assistant":
+        raise RowError(
+            "the last message is the assistant's, so nothing is left to answer; take it out",
+            "answered",
+        )
+    return Conversation(kind="chat", messages=checked, tools=read_tools(tools))
+
+
 def put_system_first(messages: list[Any], system: Any) -> list[Any]:
     """Return `messages` with a row's system column as the first of them, where it has one."""
     if system is None or system == "":

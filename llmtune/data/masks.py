@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -221,7 +222,7 @@ class Labeller:
 
     def _choose_turns(self, row: Conversation) -> list[tuple[int, float]] | RowError:
         try:
-            self._refuse_control_text(row)
+            refuse_control_text(row, self.ending.controls)
             return trained_turns(row, self.loss_on)
         except RowError as error:
             return error
@@ -250,24 +251,6 @@ class Labeller:
         except RowError as error:
             return error
 
-    def _refuse_control_text(self, row: Conversation) -> None:
-        for index, message in enumerate(row.messages, 1):
-            for key in PRINTED_KEYS if len(message) > 2 else ("content",):
-                found = self._find_control(message.get(key))
-                if found:
-                    raise _holds_control(f"message {index} ({message['role']}): {key}", found)
-        found = self._find_control(row.tools)
-        if found:
-            raise _holds_control("tools", found)
-
-    def _find_control(self, value: Any) -> str | None:
-        """Return the first control token in a text, or in any text of a JSON value."""
-        if not value:
-            return None
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        found = self.ending.controls.search(text)
-        return found.group() if found else None
-
     def _label_plain(self, row: Conversation) -> LabelledRow | RowError:
         """Label a row that goes through no template; the tokenizer's end of text closes it."""
         eos = self.tokenizer.eos_token_id
@@ -293,6 +276,31 @@ class Labeller:
         notes = (NOTE_CONTROL,) if self._specials.search(row.prompt + row.text) else ()
         sequence = LabelledSequence(ids, [(len(prompt), len(ids))], row.weight)
         return LabelledRow((sequence,), notes)
+
+
+def refuse_control_text(row: Conversation, controls: re.Pattern[str]) -> None:
+    """Refuse a chat in which a text holds what would end or open a turn.
+
+    Raises:
+        RowError: naming the message and the control token.
+    """
+    for index, message in enumerate(row.messages, 1):
+        for key in PRINTED_KEYS if len(message) > 2 else ("content",):
+            found = _find_control(message.get(key), controls)
+            if found:
+                raise _holds_control(f"message {index} ({message['role']}): {key}", found)
+    found = _find_control(row.tools, controls)
+    if found:
+        raise _holds_control("tools", found)
+
+
+def _find_control(value: Any, controls: re.Pattern[str]) -> str | None:
+    """Return the first control token in a text, or in any text of a JSON value."""
+    if not value:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    found = controls.search(text)
+    return found.group() if found else None
 
 
 def _holds_control(where: str, token: str) -> RowError:

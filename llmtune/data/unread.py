@@ -31,8 +31,12 @@ KNOWN_MESSAGE_KEYS = frozenset(
 class UnreadColumns:
     """Says of each row whether a column that is not read could change what the row means."""
 
-    def __init__(self, source: SourceConfig, format: DatasetFormat) -> None:
+    def __init__(
+        self, source: SourceConfig, format: DatasetFormat, *, is_prompt: bool = False
+    ) -> None:
+        """Look at whole rows, or (`is_prompt`) only at what changes what a row asks."""
         self._format = format
+        self._is_prompt = is_prompt
         self._expected = frozenset(format.columns) | frozenset(source.ignore)
         self._source = source
         self._known: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {}
@@ -54,13 +58,16 @@ class UnreadColumns:
                 continue
             reason = self._reason(column.lower())
             if reason is not None:
-                found.append((column, f"{reason}, or ignore: [{column}] to leave it out"))
+                ignore = f"--ignore {column}" if self._is_prompt else f"ignore: [{column}]"
+                found.append((column, f"{reason}, or {ignore} to leave it out"))
         return found
 
     def _reason(self, column: str) -> str | None:
         """Say what a column seems to hold, and the setting that reads it; None for metadata."""
         if column in MEDIA:
-            return "llmtune trains on text alone. Take these rows out"
+            return "llmtune reads text alone. Take these rows out"
+        if self._is_prompt:
+            return self._reason_of_context(column)
         if column in PREFERENCES:
             return (
                 "these are preference pairs, and llmtune trains on answers alone. Name the one to "
@@ -81,18 +88,23 @@ class UnreadColumns:
                 "each row seems to be one message of a chat. Write a chat as one row with a list: "
                 '{"messages": [{"role": ..., "content": ...}, ...]}'
             )
-        likely = _LIKELY.get(column)
-        if likely in self._format.columns and likely not in self._source.columns:
-            return (
-                f"it seems to be what {self._format.name} calls {likely}. Set columns: "
-                f"{{{likely}: {column}}}"
-            )
+        if context := self._reason_of_context(column):
+            return context
         if column in MARKS or looks_like_mark(column):
             return (
                 "it may say what is trained. Write it into the messages, or set columns: "
                 f"{{weight: {column}}}"
             )
         return None
+
+    def _reason_of_context(self, column: str) -> str | None:
+        likely = _LIKELY.get(column)
+        if likely not in self._format.columns or likely in self._source.columns:
+            return None
+        seems = f"it seems to be what {self._format.name} calls {likely}"
+        if self._is_prompt:
+            return f"{seems}. Give --columns {likely}={column}"
+        return f"{seems}. Set columns: {{{likely}: {column}}}"
 
     def _matters(self, column: str, value: Any) -> bool:
         """A label beside a chat is metadata, unless it is a mark of right and wrong."""

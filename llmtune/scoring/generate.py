@@ -1,6 +1,6 @@
 """Greedy and sampled text, in batches or as a stream, with no setting but the ones given."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,14 +79,38 @@ def generate_texts(
     Raises:
         LlmtuneError: a prompt leaves the model no position for an answer.
     """
+    found: dict[int, Generation] = {}
+    for place, generation, is_batch_end in iter_texts(
+        model, tokenizer, prompts, decoding, token_budget=token_budget
+    ):
+        found[place] = generation
+        if is_batch_end and on_progress is not None:
+            on_progress(len(found))
+    return [found[place] for place in range(len(prompts))]
+
+
+def iter_texts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    token_budget: int,
+    done: Container[int] = (),
+) -> Iterator[tuple[int, Generation, bool]]:
+    """Yield `generate_texts`' answers one by one as they end: place, answer, and batch end.
+
+    The last of a batch comes with True. Batches are made of all prompts; one whose places are all
+    `done` is left out, so that whoever continues computes what a single call would.
+
+    Raises:
+        LlmtuneError: a prompt leaves the model no position for an answer.
+    """
     if not prompts:
-        return []
+        return
     longest = max(len(prompt) for prompt in prompts)
     require_positions(model, longest + 1)
     limit = position_limit(model)
-    written: list[list[int]] = [[] for _ in prompts]
-    stopped = [False] * len(prompts)
-    done = 0
     with evaluation_mode(model):
         prefix = _share_long_prefix(model, prompts, decoding)
         lengths = [len(ids) - prefix.length + decoding.max_new_tokens for ids in prompts]
@@ -95,21 +119,22 @@ def generate_texts(
             slots = prefix.length + max(lengths)
             max_rows = rows_at_once(model, slots=slots, kept=1, token_budget=token_budget)
         for batch in batch_by_length(lengths, token_budget, max_rows=max_rows):
+            if all(place in done for place in batch):
+                continue
             chosen = [prompts[i] for i in batch]
             rooms = [_room(len(ids), decoding.max_new_tokens, limit) for ids in chosen]
+            written: list[list[int]] = [[] for _ in batch]
+            unfinished = len(batch)
             for row, token in _decode(model, chosen, decoding, batch, prefix, rooms):
-                if token in decoding.stop_token_ids:
-                    stopped[batch[row]] = True
-                else:
-                    written[batch[row]].append(token)
-            done += len(batch)
-            if on_progress is not None:
-                on_progress(done)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-    return [
-        Generation(tuple(ids), text, end)
-        for ids, text, end in zip(written, texts, stopped, strict=True)
-    ]
+                has_stopped = token in decoding.stop_token_ids
+                if not has_stopped:
+                    written[row].append(token)
+                if not has_stopped and len(written[row]) < rooms[row]:
+                    continue
+                unfinished -= 1
+                text = tokenizer.decode(written[row], skip_special_tokens=True)
+                generation = Generation(tuple(written[row]), text, has_stopped)
+                yield batch[row], generation, not unfinished
 
 
 def stream_text(

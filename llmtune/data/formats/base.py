@@ -27,6 +27,9 @@ class DatasetFormat(Protocol):
     required: ClassVar[tuple[str, ...]]
     aliases: ClassVar[dict[str, tuple[str, ...]]]
     """Column -> what files call it, the likeliest first; `llmtune init` guesses by these."""
+    asked: ClassVar[tuple[str, ...]] = ()
+    """The columns that a row without its answer needs, to be answered by a model; none: it has no
+    such form."""
     has_plain_form: ClassVar[bool] = False
     """Whether its texts can also stand as they are, without the chat template."""
 
@@ -46,6 +49,14 @@ class DatasetFormat(Protocol):
             RowError: what was found in the row and what was expected.
         """
         ...
+
+    def to_prompt(self, row: Row) -> Conversation:
+        """Convert what a row asks, read as `to_conversation` reads it; an answer is not looked at.
+
+        Raises:
+            RowError: what was found in the row and what was expected.
+        """
+        raise NotImplementedError
 
 
 def row_weight(row: Row) -> Any:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from llmtune.data.conversation import Conversation, chat, put_system_first, read_messages
+from llmtune.data.conversation import Conversation, ask, chat, put_system_first, read_messages
 from llmtune.data.formats.base import LABELS, SYSTEM, TEXTS, DatasetFormat, Row, row_weight
 from llmtune.data.problems import RowError
 from llmtune.data.row_values import check_text, parse_json_text, read_weight
@@ -28,6 +28,7 @@ class CompletionFormat(DatasetFormat):
         "weight": "what the row's loss is multiplied by",
     }
     required: ClassVar[tuple[str, ...]] = ("prompt", "completion")
+    asked: ClassVar[tuple[str, ...]] = ("prompt",)
     aliases: ClassVar[dict[str, tuple[str, ...]]] = {
         "prompt": ("prompt", *TEXTS),
         "completion": ("completion", "response", "target", "output", *sorted(LABELS)),
@@ -61,12 +62,8 @@ class CompletionFormat(DatasetFormat):
             return chat(
                 context + answer, row.get("tools"), trained_from=len(context), weight=weight
             )
-        prompt = check_text(prompt, "prompt")
+        prompt = _require_prompt(prompt)
         completion = check_text(completion, "completion")
-        if not prompt.strip():
-            raise RowError(
-                "prompt is empty; expected text (rows without prompts: format: text)", "empty"
-            )
         if not completion.strip():
             raise RowError("completion is empty; expected the text to train on", "empty")
         if self.is_plain:
@@ -79,6 +76,22 @@ class CompletionFormat(DatasetFormat):
             row.get("system"),
         )
         return chat(messages, row.get("tools"), trained_from=len(messages) - 1, weight=weight)
+
+    def to_prompt(self, row: Row) -> Conversation:
+        """Return the prompt as a chat that waits for an answer."""
+        prompt = _read_side(row["prompt"])
+        if not isinstance(prompt, list):
+            prompt = [{"role": "user", "content": _require_prompt(prompt)}]
+        return ask(put_system_first(prompt, row.get("system")), row.get("tools"))
+
+
+def _require_prompt(value: Any) -> str:
+    prompt = check_text(value, "prompt")
+    if not prompt.strip():
+        raise RowError(
+            "prompt is empty; expected text (rows without prompts: format: text)", "empty"
+        )
+    return prompt
 
 
 def _read_side(value: Any) -> Any:

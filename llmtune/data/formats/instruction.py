@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from llmtune.data.conversation import Conversation, chat, put_system_first
+from llmtune.data.conversation import Conversation, ask, chat, put_system_first
 from llmtune.data.formats.base import SYSTEM, DatasetFormat, Row, row_weight
 from llmtune.data.problems import RowError, shorten
 from llmtune.data.row_values import check_text, parse_json_text
@@ -26,6 +26,7 @@ class InstructionFormat(DatasetFormat):
         "weight": "what the row's loss is multiplied by",
     }
     required: ClassVar[tuple[str, ...]] = ("instruction", "output")
+    asked: ClassVar[tuple[str, ...]] = ("instruction",)
     aliases: ClassVar[dict[str, tuple[str, ...]]] = {
         "instruction": ("instruction", "question", "query", "problem", "user", "task", "input"),
         "output": (
@@ -42,27 +43,33 @@ class InstructionFormat(DatasetFormat):
 
     def to_conversation(self, row: Row) -> Conversation:
         """Return the instruction, with its input and history, and the output as a chat."""
-        question = check_text(row["instruction"], "instruction")
-        extra = row.get("input")
-        if extra is not None and check_text(extra, "input").strip():
-            question = f"{question}\n\n{extra}" if question.strip() else extra
-        if not question.strip():
-            raise RowError("instruction is empty, and so is input; expected text", "empty")
+        messages = _read_question(row)
         output = check_text(row["output"], "output")
         if not output.strip():
             raise RowError("output is empty; expected the answer to train on", "empty")
-        messages = put_system_first([], row.get("system"))
-        for pair in _read_history(row.get("history")):
-            messages += [
-                {"role": "user", "content": pair[0]},
-                {"role": "assistant", "content": pair[1]},
-            ]
-        context = len(messages)
+        answered = [*messages, {"role": "assistant", "content": output}]
+        context = len(messages) - 1
+        return chat(answered, row.get("tools"), trained_from=context, weight=row_weight(row))
+
+    def to_prompt(self, row: Row) -> Conversation:
+        """Return the instruction, with its input and history, as a chat that waits."""
+        return ask(_read_question(row), row.get("tools"))
+
+
+def _read_question(row: Row) -> list[Any]:
+    question = check_text(row["instruction"], "instruction")
+    extra = row.get("input")
+    if extra is not None and check_text(extra, "input").strip():
+        question = f"{question}\n\n{extra}" if question.strip() else extra
+    if not question.strip():
+        raise RowError("instruction is empty, and so is input; expected text", "empty")
+    messages = put_system_first([], row.get("system"))
+    for pair in _read_history(row.get("history")):
         messages += [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": output},
+            {"role": "user", "content": pair[0]},
+            {"role": "assistant", "content": pair[1]},
         ]
-        return chat(messages, row.get("tools"), trained_from=context, weight=row_weight(row))
+    return [*messages, {"role": "user", "content": question}]
 
 
 def _read_history(value: Any) -> list[Any]:

@@ -1,9 +1,9 @@
 """The `messages` format: a list of role/content turns, as chat services take them."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from llmtune.data.conversation import Conversation, chat, put_system_first
+from llmtune.data.conversation import Conversation, ask, chat, put_system_first
 from llmtune.data.formats.base import SYSTEM, DatasetFormat, Row, row_weight
 from llmtune.data.row_values import parse_json_text
 
@@ -19,6 +19,7 @@ class MessagesFormat(DatasetFormat):
         "weight": "what the row's loss is multiplied by",
     }
     required: ClassVar[tuple[str, ...]] = ("messages",)
+    asked: ClassVar[tuple[str, ...]] = ("messages",)
     aliases: ClassVar[dict[str, tuple[str, ...]]] = {
         "messages": ("messages", "conversation", "chat", "dialog", "dialogue"),
         "system": SYSTEM,
@@ -34,10 +35,18 @@ class MessagesFormat(DatasetFormat):
 
     def to_conversation(self, row: Row) -> Conversation:
         """Return the messages as a chat."""
-        messages = parse_json_text(row["messages"], "messages")
-        if isinstance(messages, list):
-            messages = put_system_first(messages, row.get("system"))
-        return chat(messages, row.get("tools"), weight=row_weight(row))
+        return chat(_read_turns(row), row.get("tools"), weight=row_weight(row))
+
+    def to_prompt(self, row: Row) -> Conversation:
+        """Return the messages as a chat that waits for an answer."""
+        return ask(_read_turns(row), row.get("tools"))
+
+
+def _read_turns(row: Row) -> Any:
+    messages = parse_json_text(row["messages"], "messages")
+    if isinstance(messages, list):
+        messages = put_system_first(messages, row.get("system"))
+    return messages
 
 
 def _has_from_turns(value: object) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from llmtune.data.conversation import Conversation, chat, put_system_first
+from llmtune.data.conversation import Conversation, ask, chat, put_system_first
 from llmtune.data.formats.base import SYSTEM, DatasetFormat, Row, row_weight
 from llmtune.data.problems import RowError, did_you_mean, shorten
 from llmtune.data.row_values import parse_json_text
@@ -38,6 +38,7 @@ class ShareGptFormat(DatasetFormat):
         "weight": "what the row's loss is multiplied by",
     }
     required: ClassVar[tuple[str, ...]] = ("conversations",)
+    asked: ClassVar[tuple[str, ...]] = ("conversations",)
     aliases: ClassVar[dict[str, tuple[str, ...]]] = {
         "conversations": ("conversations", "items"),
         "system": SYSTEM,
@@ -50,15 +51,22 @@ class ShareGptFormat(DatasetFormat):
 
     def to_conversation(self, row: Row) -> Conversation:
         """Return the from/value turns as a chat."""
-        turns = parse_json_text(row["conversations"], "conversations")
-        if not isinstance(turns, list):
-            raise RowError(
-                f"conversations is {shorten(turns)}; expected a list of "
-                '{"from": ..., "value": ...} objects'
-            )
-        messages = [_to_message(turn, f"turn {index}") for index, turn in enumerate(turns, 1)]
-        messages = put_system_first(messages, row.get("system"))
-        return chat(messages, row.get("tools"), weight=row_weight(row))
+        return chat(_read_turns(row), row.get("tools"), weight=row_weight(row))
+
+    def to_prompt(self, row: Row) -> Conversation:
+        """Return the turns as a chat that waits for an answer."""
+        return ask(_read_turns(row), row.get("tools"))
+
+
+def _read_turns(row: Row) -> list[dict[str, Any]]:
+    turns = parse_json_text(row["conversations"], "conversations")
+    if not isinstance(turns, list):
+        raise RowError(
+            f"conversations is {shorten(turns)}; expected a list of "
+            '{"from": ..., "value": ...} objects'
+        )
+    messages = [_to_message(turn, f"turn {index}") for index, turn in enumerate(turns, 1)]
+    return put_system_first(messages, row.get("system"))
 
 
 def _to_message(turn: Any, where: str) -> dict[str, Any]:

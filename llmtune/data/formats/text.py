@@ -17,6 +17,7 @@ class TextFormat(DatasetFormat):
         "weight": "what the row's loss is multiplied by",
     }
     required: ClassVar[tuple[str, ...]] = ("text",)
+    asked: ClassVar[tuple[str, ...]] = ("text",)
     aliases: ClassVar[dict[str, tuple[str, ...]]] = {"text": (*TEXTS, "passage")}
 
     def recognises(self, row: Row) -> bool:
@@ -25,7 +26,15 @@ class TextFormat(DatasetFormat):
 
     def to_conversation(self, row: Row) -> Conversation:
         """Return the text as a document that is trained whole."""
-        text = check_text(row["text"], "text")
-        if not text.strip():
-            raise RowError("text is empty; expected a document", "empty")
-        return Conversation(kind="text", text=text, weight=read_weight(row_weight(row)))
+        return Conversation(kind="text", text=_read(row), weight=read_weight(row_weight(row)))
+
+    def to_prompt(self, row: Row) -> Conversation:
+        """Return the text as the beginning of a document."""
+        return Conversation(kind="plain", prompt=_read(row))
+
+
+def _read(row: Row) -> str:
+    text = check_text(row["text"], "text")
+    if not text.strip():
+        raise RowError("text is empty; expected a document", "empty")
+    return text
