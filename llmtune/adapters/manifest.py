@@ -1,6 +1,5 @@
 """What is saved beside an adapter: its manifest, and checks that need no torch."""
 
-import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from llmtune.adapters.config import method_of
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file, hash_json
+from llmtune.io.json_files import read_json_object
 from llmtune.io.safetensors import read_header
 
 MANIFEST_NAME = "llmtune_adapter.json"
@@ -36,7 +36,7 @@ def read_adapter_manifest(directory: Path) -> dict[str, Any]:
                 "RUN/adapter)"
             )
         )
-    manifest = _read_json(path)
+    manifest = read_json_object(path, advice=COPY_AGAIN)
     if manifest.get("format") != MANIFEST_FORMAT:
         raise LlmtuneError(
             f"{path}: format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}. "
@@ -57,7 +57,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
             f"{directory}: no adapter here: expected {CONFIG_NAME}. Give the directory of an "
             "adapter (a run's is RUN/adapter), or copy back what is lost"
         )
-    config = _read_json(directory / CONFIG_NAME)
+    config = read_json_object(directory / CONFIG_NAME, advice=COPY_AGAIN)
     try:
         method_of(config)
     except LlmtuneError as error:
@@ -168,13 +168,3 @@ def _is_filled(content: bytes, value: float, dtype: str) -> bool:
 
 def _is_adapter(directory: Path) -> bool:
     return (directory / CONFIG_NAME).is_file()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LlmtuneError(f"{path}: not valid JSON: {error}. {COPY_AGAIN}") from error
-    if not isinstance(value, dict):
-        raise LlmtuneError(f"{path}: expected a JSON object. {COPY_AGAIN}")
-    return value

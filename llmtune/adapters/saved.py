@@ -32,6 +32,7 @@ from llmtune.adapters.manifest import (
 )
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import JsonValue, hash_file
+from llmtune.io.json_files import read_json_object
 from llmtune.io.run_dir import atomic_write_json
 
 NUM_NAMED = 3
@@ -211,7 +212,7 @@ def settle_config(path: Path, changes: Mapping[str, JsonValue] = MappingProxyTyp
     peft writes them in the order of a Python set, which differs from process to process, and so
     would the hash of the same adapter.
     """
-    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    config = {**read_json_object(path, advice=COPY_AGAIN), **changes}
     for name in UNORDERED_SETTINGS:
         if isinstance(config.get(name), list):
             config[name] = sorted(config[name])

@@ -1,12 +1,12 @@
 """What a merged model was made from, kept beside it without any path of the machine."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import read_json_object
 from llmtune.io.run_dir import atomic_write_json
 
 PROVENANCE_FILE = "llmtune_merge.json"
@@ -15,7 +15,7 @@ PROVENANCE_FILE = "llmtune_merge.json"
 def add_to_provenance(merged_dir: Path, values: Mapping[str, Any]) -> None:
     """Add what became known after the merge was written."""
     path = merged_dir / PROVENANCE_FILE
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = read_json_object(path, advice="merge again")
     atomic_write_json(path, {**known, **values})
 
 
@@ -36,7 +36,7 @@ def read_record(merged_dir: Path) -> MergeRecord | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path, advice="merge again")
         return MergeRecord(
             str(content["base"]),
             float(content["strength"]),

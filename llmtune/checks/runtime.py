@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import read_json_object
 
 log = logging.getLogger("llmtune")
 
@@ -130,7 +131,7 @@ def ask_runtime(path: Path, request: RuntimeRequest) -> RuntimeAnswers:
         if done.returncode or not answer.is_file():
             last = " | ".join((done.stderr or done.stdout).strip().splitlines()[-LAST_LINES:])
             raise LlmtuneError(f"{path}: llama.cpp failed (exit {done.returncode}): {last}")
-        return _read_answers(json.loads(answer.read_text(encoding="utf-8")))
+        return _read_answers(read_json_object(answer))
 
 
 def _read_answers(content: Mapping[str, Any]) -> RuntimeAnswers:

@@ -25,6 +25,7 @@ from llmtune.data.report import DataReport
 from llmtune.data.rows import find_files
 from llmtune.data.stored import read_stored
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
+from llmtune.io.json_files import parse_json
 from llmtune.io.unfinished import new_entry, replace_entry
 from llmtune.models.gguf import cache_dir
 from llmtune.models.template_date import template_date_of
@@ -85,7 +86,7 @@ def load_prepared(entry: Path) -> PreparedData | None:
         seal, _, text = (entry / META_FILE).read_text(encoding="utf-8").partition("\n")
         if seal != hash_text(text):
             return None
-        meta = json.loads(text)
+        meta = parse_json(text)
         with np.load(entry / INDEX_FILE, allow_pickle=False) as stored:
             index = {name: stored[name] for name in ExampleTable.COLUMNS}
         table = ExampleTable(read_stored(entry), index, meta["file_names"])

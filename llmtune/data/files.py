@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import itertools
-import json
 import lzma
 import re
 import zlib
@@ -161,7 +160,7 @@ def _are_lines(start: bytes) -> bool:
     """Say whether a file begins with an object on a line of its own, and another one."""
     first, _, rest = start.partition(b"\n")
     try:
-        return isinstance(json.loads(first), dict) and rest.lstrip()[:1] == b"{"
+        return isinstance(parse_json(first.decode()), dict) and rest.lstrip()[:1] == b"{"
     except (ValueError, RecursionError):
         return False
 

@@ -1,6 +1,5 @@
 """What the untouched base answers to the suites that are held to it, written once and kept."""
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_file, hash_json
+from llmtune.io.json_files import read_json
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.gguf import cache_dir
@@ -77,7 +77,7 @@ def _kept_at(suite: Suite, base: Checkpoint) -> Path:
 
 def _read(path: Path) -> list[str] | None:
     try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        texts = read_json(path)
+    except LlmtuneError:
         return None  # not written yet, or damaged: written again
     return texts if isinstance(texts, list) else None

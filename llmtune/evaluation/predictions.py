@@ -1,7 +1,6 @@
 """Another model's answers, from a file: scored by the suite's own metric, item by item."""
 
 import codecs
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.tasks.base import PromptedSuite, Suite
+from llmtune.io.json_files import parse_json
 
 logger = logging.getLogger("llmtune")
 
@@ -146,8 +146,8 @@ def score_predictions(suite: Suite, texts: Mapping[str, str]) -> list[ItemScore]
 
 def _read_line(line: bytes) -> Prediction:
     try:
-        row = json.loads(line.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        row = parse_json(line.decode("utf-8"))
+    except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}")

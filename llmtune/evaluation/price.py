@@ -1,15 +1,14 @@
 """What a quantization costs on a little general text, measured before anything is trained."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from llmtune.data.open_prompts import GENERAL_PASSAGES
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_json
+from llmtune.io.json_files import read_json_object
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.io.sizes import format_size
 from llmtune.models.checkpoint import Checkpoint
@@ -131,7 +130,6 @@ def _kept_at(config: ModelConfig, source: Checkpoint) -> Path:
 
 def _read(path: Path) -> QuantizationPrice | None:
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return QuantizationPrice(**values)
-    except (OSError, ValueError, TypeError):
+        return QuantizationPrice(**read_json_object(path))
+    except (LlmtuneError, TypeError):
         return None  # not measured yet, or of a different version: measured again

@@ -1,6 +1,5 @@
 """An arm's result on one suite, with every item's score, in memory and on disk."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import read_json_object
 from llmtune.io.run_dir import atomic_write_json
 
 LM_EVAL_TASK = "lm-eval"
@@ -89,12 +89,9 @@ def read_arm_result(path: Path) -> ArmResult:
         LlmtuneError: the file is missing, is not JSON, lacks a key, has no items, or a number of it
             is none.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LlmtuneError(f"{path}: no such result; run `llmtune eval` first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LlmtuneError(f"{path}: not a result of an evaluation: {error}; {AGAIN}") from None
+    if not path.exists():
+        raise LlmtuneError(f"{path}: no such result; run `llmtune eval` first")
+    values = read_json_object(path, advice=AGAIN)
     _require_keys(path, values, ArmResult)
     if not isinstance(values["items"], list) or not values["items"]:
         raise LlmtuneError(f"{path}: holds no items; {AGAIN}")

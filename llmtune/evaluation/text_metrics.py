@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import parse_json
 
 TextMetric = Callable[[str, str], float]
 OWN_METRIC = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -140,8 +141,8 @@ def _read_json(text: str) -> tuple[Any] | None:
     """Return the value in a tuple, since `null` is a value, too; None where it is not JSON."""
     fenced = FENCE.match(text)
     try:
-        return (json.loads(fenced.group(1) if fenced else text),)
-    except (ValueError, RecursionError):
+        return (parse_json(fenced.group(1) if fenced else text),)
+    except ValueError:
         return None
 
 

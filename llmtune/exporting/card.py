@@ -1,11 +1,10 @@
 """A model card from a run's report: what was done, and the numbers as they were measured."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import read_json_object
 from llmtune.models.hub import reads_as_hub_id
 from llmtune.version import __version__
 
@@ -16,15 +15,11 @@ def read_report(path: Path) -> dict[str, Any] | None:
     """Return a run's report.json, or None if the run has none yet.
 
     Raises:
-        LlmtuneError: it is not JSON.
+        LlmtuneError: it is not a JSON object.
     """
     if not path.is_file():
         return None
-    try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LlmtuneError(f"{path}: not valid JSON: {error}") from error
-    return report
+    return read_json_object(path, advice="write the report again: llmtune report RUN")
 
 
 def render_card(name: str, report: Mapping[str, Any] | None, *, files: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from llmtune.adapters.manifest import CONFIG_NAME, MANIFEST_NAME, read_adapter_m
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.base import Exported, Exporter, ExportOption
 from llmtune.exporting.card import CARD_NAME
+from llmtune.io.json_files import read_json_object
 from llmtune.io.stopping import first_line
 from llmtune.models.hub import reads_as_hub_id
 
@@ -131,7 +132,7 @@ def _content(path: Path) -> Path | bytes:
     """Return what is pushed of one file: the file itself, or an adapter's config without a path."""
     if path.name != CONFIG_NAME:
         return path
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json_object(path)
     base = str(config.get("base_model_name_or_path") or "")
     if not Path(base).is_absolute():
         return path

@@ -1,15 +1,16 @@
 """A run's manifest: its config, its sources, and which stages are finished on which inputs."""
 
 import datetime
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, cast
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.environment import machine, versions
+from llmtune.io.json_files import read_json_object
 from llmtune.io.run_dir import RunDir, atomic_write_json
 
+REDO = "damaged; rerun with --force to redo it"
 STAGES = ("train", "merge", "evaluate")
 
 
@@ -89,17 +90,33 @@ def read_manifest(run: RunDir) -> Manifest:
         LlmtuneError: there is none, or it is not one of ours.
     """
     path = run.manifest_path
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.is_file():
         raise LlmtuneError(
             f"{run.path}: not a run (no manifest.json); start one with: llmtune run CONFIG"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LlmtuneError(f"{path}: damaged ({error}); rerun with --force to redo it") from None
-    if not isinstance(value, dict) or value.pop("format", None) != 1:
+        )
+    value = read_json_object(path, advice=REDO)
+    if value.pop("format", None) != 1:
         raise LlmtuneError(f"{path}: not a manifest that this version reads (expected format 1)")
-    return Manifest(**{key: value[key] for key in Manifest.__dataclass_fields__ if key in value})
+    known = {key: value[key] for key in Manifest.__dataclass_fields__ if key in value}
+    if not _is_well_formed(known):
+        raise LlmtuneError(f"{path}: is not what llmtune writes; {REDO}")
+    return Manifest(**known)
+
+
+def _is_well_formed(values: Mapping[str, Any]) -> bool:
+    """Whether sections are objects, with a config's model, and every stage's result is, too."""
+    sections = [value for key, value in values.items() if key != "created"]
+    if not all(isinstance(value, dict) for value in sections):
+        return False
+    stages = values.get("stages", {}).values()
+    if not all(isinstance(stage, dict) for stage in stages):
+        return False
+    parts = [stage[key] for stage in stages for key in ("inputs", "result") if key in stage]
+    return (
+        all(isinstance(part, dict) for part in parts)
+        and isinstance(values.get("created", ""), str)
+        and isinstance(values.get("config", {}).get("model", {}), dict)
+    )
 
 
 def _is_after(stage: str, other: str) -> bool:

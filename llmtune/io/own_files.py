@@ -1,18 +1,13 @@
-"""Small files of a directory that somebody else made: read within limits, copied without its links.
+"""Files of a directory that somebody else made, copied without its links.
 
 A model or an adapter may come from anywhere. A link in it that leads out of its directory would
 take a file of this machine along into what is made of it, and from there onto a hub.
 """
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from llmtune.errors import LlmtuneError
-
-MOST_JSON_BYTES = 256 << 20
-"""A tokenizer.json of the largest vocabularies has about 35 MB."""
 
 
 def copy_own(source: Path, destination: Path, *, root: Path) -> None:
@@ -46,26 +41,3 @@ def require_own(path: Path, root: Path) -> None:
             f"{path}: is a link to {target}, outside of {root}. It is not copied into what is "
             "made of that directory; put the file itself there if it belongs to it"
         )
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds.
-
-    Raises:
-        LlmtuneError: it is missing, too large, not JSON, or something other than an object.
-    """
-    try:
-        if path.stat().st_size > MOST_JSON_BYTES:
-            raise LlmtuneError(
-                f"{path}: has {path.stat().st_size} bytes; expected {MOST_JSON_BYTES} at most"
-            )
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LlmtuneError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise LlmtuneError(
-            f"{path}: is not JSON ({error}); it may be damaged: fetch it again"
-        ) from None
-    if not isinstance(content, dict):
-        raise LlmtuneError(f"{path}: holds {type(content).__name__}; expected an object")
-    return content

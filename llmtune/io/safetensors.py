@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import parse_json, read_weight_map
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -25,6 +26,8 @@ DTYPE_BITS = MappingProxyType(
 )
 
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
+MAX_DIMENSIONS = 16
+MAX_SIZE = 1 << 63
 SAMPLE_BYTES = 4096  # read at the start, the middle and the end of a tensor
 
 
@@ -81,7 +84,7 @@ class CheckpointIndex:
             single = (read_header(directory / SINGLE_FILE),)
             return cls(directory, single, _tensors_by_name(single), None)
         if (directory / INDEX_FILE).is_file():
-            weight_map, metadata = _read_index(directory / INDEX_FILE)
+            weight_map, metadata = read_weight_map(directory / INDEX_FILE)
             shards = tuple(read_header(directory / name) for name in _shards(directory, weight_map))
             tensors = _tensors_by_name(shards)
             _check_weight_map(directory, weight_map, tensors)
@@ -102,8 +105,8 @@ def read_header(path: Path) -> SafetensorsFile:
     except FileNotFoundError:
         raise LlmtuneError(f"{path} does not exist; expected a safetensors file") from None
     try:
-        header = json.loads(preamble[8:])
-        metadata = header.pop("__metadata__", {})
+        header = parse_json(preamble[8:])
+        metadata = dict(header.pop("__metadata__", None) or {})
         tensors = sorted(
             (_entry(path, name, info, len(preamble)) for name, info in header.items()),
             key=lambda entry: (entry.start, entry.stop),
@@ -179,9 +182,12 @@ def _read_preamble(
 
 
 def _entry(path: Path, name: str, info: dict[str, Any], data_start: int) -> TensorEntry:
-    begin, end = (int(offset) for offset in info["data_offsets"])
-    shape = tuple(int(size) for size in info["shape"])
+    begin, end = info["data_offsets"]
+    shape = tuple(info["shape"])
     dtype = info["dtype"]
+    sizes = (begin, end, *shape)
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n < MAX_SIZE for n in sizes):
+        raise ValueError(f"tensor {name!r} has no sizes: {[*shape, begin, end]!s:.100}")
     if dtype not in DTYPE_BITS:
         raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
     if begin < 0 or min(shape, default=1) < 0 or end - begin != tensor_bytes(dtype, shape):
@@ -206,18 +212,6 @@ def _check_ranges(path: Path, tensors: list[TensorEntry], data_start: int, file_
             f"{path} {state}: its header declares {offset} bytes and the file has {file_bytes}; "
             "download or save it again"
         )
-
-
-def _read_index(path: Path) -> tuple[dict[str, str], dict[str, object]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        weight_map = dict(content["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise LlmtuneError(
-            f"{path} is not an index of shards ({type(error).__name__}: {error}); expected JSON "
-            'with a "weight_map" from tensor names to file names'
-        ) from None
-    return weight_map, dict(content.get("metadata") or {})
 
 
 def _shards(directory: Path, weight_map: Mapping[str, str]) -> list[str]:

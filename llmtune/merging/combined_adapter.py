@@ -1,6 +1,5 @@
 """Several adapters of one base made into one new adapter in PEFT's format."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from llmtune.adapters.manifest import (
 from llmtune.adapters.update import Factors
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file
+from llmtune.io.json_files import read_json_object
 from llmtune.io.own_files import copy_own
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.io.unfinished import move_into_place, unfinished_dir
@@ -172,9 +172,9 @@ def _write(
 
 def _write_manifest(first_dir: Path, directory: Path) -> None:
     """Record the base and template, which all the adapters share, and nothing of a training."""
-    known = json.loads((first_dir / MANIFEST_NAME).read_text(encoding="utf-8"))
+    known = read_json_object(first_dir / MANIFEST_NAME)
     files = {path.name: hash_file(path) for path in sorted(directory.iterdir())}
-    kept = {
+    kept: dict[str, Any] = {
         key: known[key] for key in ("format", "base", "template", "stop_token_ids") if key in known
     }
     model = known.get("config", {}).get("model", {})

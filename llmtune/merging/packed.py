@@ -1,6 +1,5 @@
 """A base whose files hold linear weights in 4 bits already, as bitsandbytes saves them."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import parse_json
 from llmtune.io.safetensors import CheckpointIndex, TensorEntry
 from llmtune.merging.changes import PackedFourBit, PlannedTensor
 
@@ -80,7 +80,7 @@ def _read_header(entry: TensorEntry) -> tuple[str, tuple[int, ...]]:
     with entry.path.open("rb") as file:
         raw = os.pread(file.fileno(), entry.num_bytes, entry.start)
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
         return DTYPE_NAMES[header["dtype"]], tuple(header["shape"])
     except (ValueError, KeyError, TypeError) as error:
         raise LlmtuneError(

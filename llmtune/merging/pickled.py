@@ -1,6 +1,5 @@
 """Old `pytorch_model*.bin` checkpoints: where each tensor's bytes are, without loading them."""
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import read_weight_map
 from llmtune.io.safetensors import CheckpointIndex, SafetensorsFile, TensorEntry
 from llmtune.models.checkpoint import PICKLE_NAMES
 
@@ -40,9 +40,8 @@ def open_pickled(directory: Path) -> CheckpointIndex:
     if single.is_file():
         names, metadata = [single.name], None
     else:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        names = sorted(set(content["weight_map"].values()))
-        metadata = dict(content.get("metadata") or {})
+        weight_map, metadata = read_weight_map(index)
+        names = sorted(set(weight_map.values()))
     shards = tuple(_read_structure(directory / name) for name in names)
     tensors = {entry.name: entry for shard in shards for entry in shard.tensors}
     return CheckpointIndex(directory, shards, MappingProxyType(tensors), metadata)

@@ -5,7 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llmtune.io.own_files import copy_own, read_json_object
+from llmtune.io.json_files import read_json_object
+from llmtune.io.own_files import copy_own
 from llmtune.io.safetensors import INDEX_FILE, tensor_bytes
 from llmtune.merging.changes import MergePlan
 

@@ -1,6 +1,5 @@
 """One opened checkpoint: where it is, where it came from, and what its small files say."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file, hash_json
+from llmtune.io.json_files import read_json_object, read_weight_map
 from llmtune.io.safetensors import CheckpointIndex, fingerprint_checkpoint
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ class Checkpoint:
             raise LlmtuneError(
                 f"{self.directory}: not a model checkpoint: {_what_else(self.directory)}"
             )
-        config = _read_json(path)
-        if not isinstance(config, dict) or "model_type" not in config:
+        config = read_json_object(path)
+        if not isinstance(config.get("model_type"), str):
             raise LlmtuneError(f"{path}: no `model_type`: this is not a transformers checkpoint.")
         return config
 
@@ -105,7 +105,7 @@ class Checkpoint:
     def generation_config(self) -> Mapping[str, Any]:
         """The contents of generation_config.json, or {} if there is none."""
         path = self.directory / GENERATION_NAME
-        return _read_json(path) if path.is_file() else {}
+        return read_json_object(path) if path.is_file() else {}
 
     @cached_property
     def has_safetensors(self) -> bool:
@@ -213,10 +213,7 @@ def has_weights(directory: Path, names: tuple[str, str]) -> bool:
         return True
     if not index.is_file():
         return False
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise LlmtuneError(f"{index}: not a weight index: {error}") from error
+    shards = sorted(set(read_weight_map(index)[0].values()))
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         raise LlmtuneError(
@@ -225,13 +222,6 @@ def has_weights(directory: Path, names: tuple[str, str]) -> bool:
             "model.base=PATH"
         )
     return True
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LlmtuneError(f"{path}: not valid JSON: {error}") from error
 
 
 def _what_else(directory: Path) -> str:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.gguf_head import GgufHead, read_gguf_head
+from llmtune.io.json_files import read_json_object
 from llmtune.models.quiet import quiet_loading
 
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown"}
@@ -96,7 +97,7 @@ def _split_digits_first(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def _drop_invented_tokens(path: Path, rows: int) -> None:
     """Take out added tokens past the embedding: a tokenizer class's own, and not in the file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json_object(path)
     kept = [token for token in content["added_tokens"] if token["id"] < rows]
     if len(kept) < len(content["added_tokens"]):
         content["added_tokens"] = kept

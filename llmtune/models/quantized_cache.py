@@ -6,9 +6,8 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from llmtune.io.environment import package_version
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
+from llmtune.io.json_files import parse_json, read_json_object
 from llmtune.io.unfinished import new_entry, replace_entry
 from llmtune.models.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
@@ -75,7 +75,7 @@ def is_whole(entry: Path) -> bool:
         return False
     try:
         seal, _, text = (entry / META_FILE).read_text(encoding="utf-8").partition("\n")
-        hashes = json.loads(text) if seal == hash_text(text) else {}
+        hashes = parse_json(text) if seal == hash_text(text) else {}
         if hashes and all(hash_file(entry / name) == wanted for name, wanted in hashes.items()):
             with contextlib.suppress(OSError):  # of another user, or on a read-only disk
                 os.utime(entry)
@@ -126,8 +126,8 @@ def _write(directory: Path, model: PreTrainedModel, source_dir: Path) -> None:
         # The model's own layout: turning fused experts back would need a second copy of them.
         model.save_pretrained(directory, max_shard_size=SHARD_SIZE, save_original_format=False)
     # Everything but the numbers stays the source's: defaults and repairs are made at every load.
-    written = _read_json(directory / CONFIG_NAME)["quantization_config"]
-    config = {**_read_json(source_dir / CONFIG_NAME), "quantization_config": written}
+    written = read_json_object(directory / CONFIG_NAME)["quantization_config"]
+    config = {**read_json_object(source_dir / CONFIG_NAME), "quantization_config": written}
     (directory / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
     (directory / GENERATION_NAME).unlink(missing_ok=True)
     if (source_dir / GENERATION_NAME).is_file():
@@ -145,8 +145,3 @@ def _kept_config(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(model.config, name, value)
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content

@@ -1,6 +1,5 @@
 """Where a base's numbers come from: config.json, headers, a GGUF file's head, or the hub."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.gguf_head import read_gguf_head
+from llmtune.io.json_files import read_json_object
 from llmtune.io.quiet import quieted
 from llmtune.io.stopping import call_within, first_line
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint, refuse_quantized
@@ -105,8 +105,8 @@ def _converted_before(gguf_path: Path) -> Path | None:
     wanted = gguf_path.resolve()
     for record in (cache_dir() / "bases").glob(f"*/{RECORD_NAME}"):
         try:
-            made_from = Path(json.loads(record.read_text(encoding="utf-8"))["gguf_path"])
-        except (ValueError, KeyError, OSError):
+            made_from = Path(read_json_object(record)["gguf_path"])
+        except (LlmtuneError, KeyError, TypeError):
             continue
         is_newer = record.stat().st_mtime >= wanted.stat().st_mtime
         if made_from.resolve() == wanted and is_newer:

@@ -1,12 +1,14 @@
 """The plan of a run: memory, disk, time, and what to change where it does not fit."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from llmtune.errors import LlmtuneError
+from llmtune.io.manifest import Manifest, TrainRecord, read_manifest
+from llmtune.io.run_dir import RunDir
 from llmtune.planning.advice import advise_disk, advise_memory
 from llmtune.planning.base import BaseNumbers, read_base
 from llmtune.planning.devices import Device
@@ -212,18 +214,18 @@ def _find_run(runs_dir: Path, base: str) -> tuple[str, float] | None:
     found: list[tuple[str, str, float]] = []
     for path in runs_dir.glob("*/manifest.json"):
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError):
+            manifest = read_manifest(RunDir(path.parent))
+        except LlmtuneError:
             continue
-        result = manifest.get("stages", {}).get("train", {}).get("result") or {}
+        result = manifest.trained
         if _is_like(manifest, result, base):
             speed = result["tokens"] / result["seconds"]
-            found.append((manifest["created"], path.parent.name, speed))
+            found.append((manifest.created, path.parent.name, speed))
     return max(found)[1:] if found else None
 
 
-def _is_like(manifest: dict[str, Any], result: dict[str, Any], base: str) -> bool:
+def _is_like(manifest: Manifest, result: TrainRecord, base: str) -> bool:
     is_measured = bool(result.get("tokens")) and bool(result.get("seconds"))
-    origin = str(manifest.get("base", {}).get("origin", ""))
+    origin = str(manifest.base.get("origin", ""))
     is_same = origin == base or Path(origin).name == Path(base).name
     return is_measured and is_same and result.get("device") == "cpu"

@@ -1,10 +1,10 @@
 """The runs in a folder, each with how far it came and what its report said."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import read_json_object
 from llmtune.io.manifest import STAGES, Manifest, read_manifest
 from llmtune.io.run_dir import RunDir
 
@@ -46,7 +46,7 @@ def _summarize(run: RunDir) -> RunSummary:
         manifest = read_manifest(run)
     except LlmtuneError:
         return RunSummary(str(run.path), "damaged manifest", None, "", "")
-    base = str(dict(manifest.base).get("origin") or dict(manifest.config["model"])["base"])
+    base = str(manifest.base.get("origin") or manifest.config.get("model", {}).get("base", ""))
     return RunSummary(str(run.path), _state(manifest), _verdict(run), base, manifest.created)
 
 
@@ -60,7 +60,7 @@ def _state(manifest: Manifest) -> str:
 
 def _verdict(run: RunDir) -> str | None:
     try:
-        value = json.loads(run.report_json_path.read_text(encoding="utf-8")).get("verdict")
-    except (OSError, json.JSONDecodeError, AttributeError):
+        value = read_json_object(run.report_json_path).get("verdict")
+    except LlmtuneError:
         return None
     return value if isinstance(value, str) else None

@@ -19,6 +19,7 @@ from llmtune.adapters.manifest import CONFIG_NAME, WEIGHTS_NAME
 from llmtune.adapters.saved import settle_config
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file
+from llmtune.io.json_files import read_json_object
 from llmtune.training.request import RunTotals, Start
 
 PREFIX = "checkpoint-"
@@ -111,8 +112,8 @@ def check_files(checkpoint: Path) -> None:
         DamagedCheckpointError: says which file differs and how.
     """
     try:
-        expected = json.loads((checkpoint / CHECKSUMS_NAME).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = read_json_object(checkpoint / CHECKSUMS_NAME)["files"]
+    except (LlmtuneError, KeyError) as error:
         raise DamagedCheckpointError(f"{CHECKSUMS_NAME} cannot be read") from error
     present = {path.name for path in checkpoint.iterdir()} - {CHECKSUMS_NAME}
     if present != set(expected):
@@ -188,8 +189,7 @@ def find_start(
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint recorded of the run: identity, totals, best evaluation."""
-    progress: dict[str, Any] = json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))
-    return progress
+    return read_json_object(checkpoint / PROGRESS_NAME)
 
 
 def remove_old_checkpoints(newest: Path, *, keep: int, best_step: int | None) -> None:

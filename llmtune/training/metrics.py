@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from llmtune.io.json_files import parse_json
 from llmtune.io.sizes import format_in
 from llmtune.training.memory.measure import peak_bytes
 from llmtune.training.request import RunTotals
@@ -74,8 +75,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            lines.append(parse_json(text))
+        except ValueError:
             break
     return lines
 

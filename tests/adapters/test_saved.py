@@ -334,7 +334,7 @@ def test_directory_with_other_files_is_not_overwritten(saved, tmp_path):
     ("files", "message"),
     [
         ({}, "no adapter here"),
-        ({"adapter_config.json": "{"}, "not valid JSON"),
+        ({"adapter_config.json": "{"}, "is not JSON"),
         ({"adapter_config.json": '{"peft_type": "IA3"}'}, "of type IA3"),
         ({"adapter_config.json": '{"peft_type": "LORA"}'}, "no adapter_model.safetensors"),
         (

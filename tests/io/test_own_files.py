@@ -1,11 +1,11 @@
-"""A directory's links do not take files of this machine along, and its JSON is read in one way."""
+"""A directory's links do not take files of this machine along."""
 
 import click
 import pytest
 
 from llmtune import cli
 from llmtune.errors import LlmtuneError
-from llmtune.io.own_files import copy_own, read_json_object
+from llmtune.io.own_files import copy_own
 from tests.merging.adapters import make_adapter, make_base
 
 
@@ -47,26 +47,6 @@ def test_links_within_the_directory_and_of_the_hubs_cache_are_followed(tmp_path)
     for name in ("config.json", "again.json"):
         copy_own(snapshot / name, tmp_path / name, root=snapshot)
         assert (tmp_path / name).read_text() == "{}" and not (tmp_path / name).is_symlink()
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("null", "holds NoneType"),
-        ("[1]", "holds list"),
-        ("{", "is not JSON"),
-        ("[" * 10**5, "not JSON"),
-    ],
-    ids=["null", "list", "cut", "deep"],
-)
-def test_a_damaged_json_file_is_one_clear_error(tmp_path, text, words):
-    path = tmp_path / "config.json"
-    path.write_text(text)
-    with pytest.raises(LlmtuneError, match=words) as caught:
-        read_json_object(path)
-    assert str(path) in str(caught.value)
-    with pytest.raises(LlmtuneError, match="cannot be read"):
-        read_json_object(tmp_path / "none.json")
 
 
 def test_merge_does_not_take_a_linked_file_along(tmp_path, secret, capsys):

@@ -1,6 +1,5 @@
 """A tokenizer in the words of a GGUF file: tokens, kinds, merges or scores, special ids."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.architectures import find_architecture
 from llmtune.exporting.gguf_writer.pretokenizers import PreTokenizer, recognise_pre_tokenizer
+from llmtune.io.json_files import read_json_object
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.tokenizer import TOKENIZER_NAME
 
@@ -66,16 +66,12 @@ def read_tokenizer_json(directory: Path) -> dict[str, Any]:
     """Parse a checkpoint's tokenizer.json.
 
     Raises:
-        LlmtuneError: there is none, or it is not JSON.
+        LlmtuneError: there is none, or it is not a tokenizer's JSON.
     """
     path = directory / TOKENIZER_NAME
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LlmtuneError(f"{directory}: no tokenizer: expected {TOKENIZER_NAME}.") from None
-    except ValueError as error:
-        raise LlmtuneError(f"{path}: not valid JSON: {error}") from error
-    return content
+    if not path.is_file():
+        raise LlmtuneError(f"{directory}: no tokenizer: expected {TOKENIZER_NAME}.")
+    return read_json_object(path)
 
 
 def read_vocabulary(base: Checkpoint) -> Vocabulary:

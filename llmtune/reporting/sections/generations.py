@@ -1,13 +1,13 @@
 """The same prompts answered by both models, with the words that differ marked."""
 
 import difflib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import read_json
 from llmtune.io.run_dir import RunDir
 
 PIECES = re.compile(r"\s+|\w+|[^\w\s]")
@@ -53,9 +53,9 @@ def read_generations(run: RunDir) -> tuple[Generation, ...]:
         return ()
     known = Generation.__dataclass_fields__
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path)
         return tuple(Generation(**{k: v for k, v in row.items() if k in known}) for row in rows)
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+    except (LlmtuneError, AttributeError, TypeError) as error:
         raise LlmtuneError(
             f"{path}: expected a list of {{prompt, base, tuned, reference}}, but: {error}; "
             "evaluate the run again to rewrite it"

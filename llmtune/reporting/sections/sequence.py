@@ -1,12 +1,12 @@
 """Tasks learned in sequence, as `llmtune sequence` left them next to a run."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import read_json
 from llmtune.io.run_dir import SEQUENCE_FILE, RunDir
 from llmtune.reporting.numbers import FRACTION, Unit
 
@@ -85,9 +85,9 @@ def read_sequence(directory: Path) -> SequenceResult | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         return _parse(values)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except (LlmtuneError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise LlmtuneError(
             f"{path}: not written by llmtune sequence of this version (expected "
             f"{', '.join(KEYS)}; {type(error).__name__}: {error}); run the same llmtune "

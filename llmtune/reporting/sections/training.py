@@ -1,6 +1,5 @@
 """The loss over the steps, the gauge of forgetting, and what everything cost."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import arm_kind
 from llmtune.evaluation.main_arms import MAIN_ARMS
 from llmtune.evaluation.results import ArmResult
+from llmtune.io.json_files import parse_json
 from llmtune.io.manifest import Manifest
 from llmtune.io.run_dir import RunDir
 from llmtune.reporting.charts import BASE, GOOD, OPEN, PAPER, Points, draw, finish_axes, thin_points
@@ -220,8 +220,8 @@ def _iter_records(path: Path) -> Iterator[Mapping[str, Any]]:
     lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line)
+        except ValueError:
             if number == len(lines):
                 return
             raise LlmtuneError(
