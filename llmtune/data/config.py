@@ -106,7 +106,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _mixture_is_possible(self) -> Self:
-        if all(source.replay for source in self.train):
+        if self.train and all(source.replay for source in self.train):
             raise ValueError("every train source is marked replay: mark only the general ones")
         if any(source.replay for source in self.evaluation):
             raise ValueError("replay is for train sources: take it off the evaluation ones")
@@ -120,3 +120,7 @@ class DataConfig(Section):
                 f"length_policy: {self.length_policy} needs max_length; set it, or leave both out"
             )
         return self
+
+
+NO_ROWS = DataConfig.model_construct(train=[])
+"""The data of a model that was trained elsewhere, on rows that nobody has named."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.intervals import paired_interval
+from llmtune.evaluation.main_arms import OWN_TEMPLATE
 from llmtune.evaluation.results import ArmResult, ItemScore, finite_or_none
 from llmtune.evaluation.stats import (
     Resampling,
@@ -143,7 +144,8 @@ def allowed_differences(base: ArmResult, tuned: ArmResult) -> frozenset[str]:
     kinds = [arm_kind(base.arm), arm_kind(tuned.arm)]
     if any(kind in FREE_KINDS for kind in kinds):
         return frozenset(base.recipe.keys() | tuned.recipe.keys()) - ITEM_KEYS
-    return frozenset().union(*(ALLOWED_DIFFERENCES.get(kind, ()) for kind in kinds))
+    own = {"template"} if base.about.get(OWN_TEMPLATE) or tuned.about.get(OWN_TEMPLATE) else ()
+    return frozenset(own).union(*(ALLOWED_DIFFERENCES.get(kind, ()) for kind in kinds))
 
 
 def arm_kind(arm: str) -> str:

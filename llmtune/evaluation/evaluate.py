@@ -15,6 +15,7 @@ from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.evaluation.measures import (
     ARM_MEASURES,
     LAST_MEASURES,
+    NEEDS_ROWS,
     Evaluation,
     EvaluationRequest,
     Plan,
@@ -59,6 +60,12 @@ def evaluate_run(request: EvaluationRequest, train_seconds: float | None = None)
 def plan_diagnosis(diagnosis: Diagnosis[Any], evaluation: Evaluation) -> list[Work]:
     """Return the work of one diagnosis: none where its file is of the same inputs."""
     if not evaluation.knobs.measures(diagnosis.name):
+        return []
+    if diagnosis.needs_rows and not evaluation.has_rows:
+        evaluation.leave_out(diagnosis.name, NEEDS_ROWS)
+        return []
+    if not evaluation.request.has_adapter:
+        evaluation.leave_out(diagnosis.name, "needs an adapter, to switch off and on")
         return []
     planned = diagnosis.plan(evaluation)
     if planned.refused is not None:

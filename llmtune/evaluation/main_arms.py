@@ -19,6 +19,8 @@ BEFORE: tuple[MainArm, ...] = ("original", "base")
 AFTER: tuple[MainArm, ...] = ("merged", "tuned")
 SAME_AS = "same_as"
 """Key of a result's `about`: the arm whose scores these are, because both are one model."""
+OWN_TEMPLATE = "own_template"
+"""Key of a result's `about`: a whole model that was asked in the chat template it ships with."""
 
 
 def compared_arms(arms: Container[str]) -> tuple[MainArm, MainArm] | None:

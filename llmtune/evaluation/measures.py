@@ -2,9 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 from llmtune.data.config import DataConfig
 from llmtune.errors import LlmtuneError
@@ -18,11 +19,12 @@ from llmtune.evaluation.few_shot import (
     takes_demonstrations,
 )
 from llmtune.evaluation.halves import in_half_size
-from llmtune.evaluation.main_arms import SAME_AS
+from llmtune.evaluation.main_arms import OWN_TEMPLATE, SAME_AS
 from llmtune.evaluation.predictions import read_predictions, score_predictions
 from llmtune.evaluation.prompt_file import read_prompt_file
 from llmtune.evaluation.results import ArmResult, save_arm_result
 from llmtune.evaluation.run import (
+    NOTHING,
     ArmPlan,
     Progress,
     build_recipe,
@@ -52,6 +54,7 @@ from llmtune.training.memory.measure import is_out_of_memory
 log = logging.getLogger("llmtune")
 
 UNQUANTIZED = "none"
+NEEDS_ROWS = "needs the rows that were trained on; give them: data.train='[{path: FILE}]'"
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MIN_HALVED = 40
 """A general suite of fewer items is measured whole at every strength."""
@@ -71,7 +74,7 @@ class EvaluationRequest:
 
     `base` is the checkpoint that the user gave. `load` loads `tuned` (the base with the adapter on
     it), `original` (the base, never quantized) or `merged`; `mixed_data` is what was trained on,
-    `data` the run's own rows.
+    `data` the run's own rows. Both may hold no row: what needs rows is then left out.
     """
 
     knobs: EvaluateConfig
@@ -83,6 +86,10 @@ class EvaluationRequest:
     trained: TrainedSteps
     load: Callable[[str], LiveModel]
     force: bool = False
+    has_adapter: bool = True
+    """Without one, `load("tuned")` loads the base alone."""
+    why_no_strength: str | None = None
+    """Why the adapter cannot be weakened; None if it can."""
 
 
 class Evaluation:
@@ -109,7 +116,13 @@ class Evaluation:
     @property
     def strengths(self) -> tuple[float, ...]:
         """Other strengths of the adapter that are measured."""
-        return self.knobs.measured_strengths
+        can_weaken = self.request.has_adapter and self.request.why_no_strength is None
+        return self.knobs.measured_strengths if can_weaken else ()
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the rows that were trained on are known."""
+        return bool(self.data.train)
 
     @property
     def scored(self) -> LiveModel:
@@ -229,6 +242,8 @@ def plan_side_by_side(evaluation: Evaluation) -> list[Work]:
     """A few prompts answered by both, where an answer of either may have changed."""
     path = evaluation.run.generations_path
     arms = ("base", "tuned")
+    if not evaluation.request.has_adapter:
+        return []
     known = [by_arm for by_arm in evaluation.results.values() if all(arm in by_arm for arm in arms)]
     if path.is_file() and not evaluation.force and len(known) == len(evaluation.suites) > 0:
         return []
@@ -249,6 +264,9 @@ def plan_few_shot(evaluation: Evaluation) -> list[Work]:
     knobs = evaluation.knobs.few_shot
     suites = [suite for suite in evaluation.suites if takes_demonstrations(suite)]
     if not evaluation.knobs.measures("few_shot") or not suites:
+        return []
+    if not evaluation.has_rows:
+        evaluation.leave_out("few_shot", NEEDS_ROWS)
         return []
     rows = read_training_rows(evaluation.data, evaluation.suites, knobs.seed)
     scored = evaluation.scored
@@ -321,6 +339,8 @@ def plan_predictions(evaluation: Evaluation) -> list[Work]:
 
 def plan_strengths(evaluation: Evaluation) -> list[Work]:
     """The adapter weakened: target suites whole, general ones at half their size."""
+    if evaluation.knobs.measured_strengths and evaluation.request.why_no_strength:
+        evaluation.leave_out("strengths", evaluation.request.why_no_strength)
     return evaluation.work_on(
         ArmPlan(
             f"strength-{strength:g}",
@@ -329,7 +349,7 @@ def plan_strengths(evaluation: Evaluation) -> list[Work]:
             {"strength": strength},
             strength=strength,
         )
-        for strength in evaluation.knobs.measured_strengths
+        for strength in evaluation.strengths
         for suite in evaluation.suites
         if (chosen := items_at_strength(suite)) is not None
     )
@@ -361,20 +381,25 @@ def plan_merged(evaluation: Evaluation) -> list[Work]:
     if "merged" not in evaluation.knobs.arms:
         return []
     merged = Checkpoint.open(evaluation.run.merged_dir)
+    about = {} if evaluation.request.has_adapter else {OWN_TEMPLATE: True}
     identity = replace(
         evaluation.scored.identity,
         base=merged.fingerprint,
         adapter=None,
         quantization=UNQUANTIZED,
     )
-    return _plan_alone(evaluation, "merged", merged, identity)
+    return _plan_alone(evaluation, "merged", merged, identity, about)
 
 
 def _plan_alone(
-    evaluation: Evaluation, arm: str, checkpoint: Checkpoint, identity: ModelIdentity
+    evaluation: Evaluation,
+    arm: str,
+    checkpoint: Checkpoint,
+    identity: ModelIdentity,
+    about: Mapping[str, Any] = NOTHING,
 ) -> list[Work]:
     """Score a model that is loaded in the base's place; one that does not fit is left out."""
-    plans = [ArmPlan(arm, suite, evaluation.settings) for suite in evaluation.suites]
+    plans = [ArmPlan(arm, suite, evaluation.settings, about) for suite in evaluation.suites]
     left = evaluation.missing(plans, replace(evaluation.scored, identity=identity))
     if not left:
         return []

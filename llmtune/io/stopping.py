@@ -5,6 +5,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,13 +43,13 @@ def catch_interruption() -> Iterator[Interruption]:
             signal.signal(number, handler)
 
 
-def call_within(seconds: float, call: Callable[[], str]) -> str:
+def call_within(seconds: float, call: Callable[[], T]) -> T:
     """Return `call()`; name look-ups know no timeout of their own, so a thread makes the call.
 
     Raises:
         TimeoutError: there was no answer within `seconds`; the call is left to end by itself.
     """
-    outcome: list[str] = []
+    outcome: list[T] = []
     problem: list[Exception] = []
 
     def work() -> None:

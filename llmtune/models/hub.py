@@ -2,10 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.stopping import call_within, first_line
 from llmtune.models.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -62,6 +66,35 @@ def fetch_snapshot(
     return _download(repo, commit, allow_pickle=allow_pickle, allow_code=allow_code), commit
 
 
+def fetch_adapter(repo: str) -> Path | None:
+    """Return the local directory of the adapter that a hub id names; None if it names a model.
+
+    Raises:
+        LlmtuneError: the hub cannot be reached and nothing is cached, or there is no such model.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    for name, is_adapter in (("adapter_config.json", True), ("config.json", False)):
+        cached = try_to_load_from_cache(repo, name)
+        if isinstance(cached, str):
+            directory = Path(cached).parent
+            if not is_adapter:
+                return None
+            if (directory / "adapter_model.safetensors").is_file():
+                return directory
+    try:
+        info = _look_up(repo, None)
+    except HubUnreachable as error:
+        raise LlmtuneError(
+            f"{repo}: no such local path ({Path(repo).absolute()}); and read as a hub id, it is "
+            f"not in the local hub cache and the hub could not be reached ({error})"
+        ) from error
+    names = {file.rfilename for file in info.siblings or ()}
+    if "adapter_config.json" not in names:
+        return None
+    return _download(repo, info.sha or "", allow_pickle=False, allow_code=False)
+
+
 def _cached_snapshot(
     repo: str, revision: str | None, *, allow_pickle: bool
 ) -> tuple[Path, str] | None:
@@ -80,6 +113,10 @@ def _cached_snapshot(
 
 
 def _look_up_commit(repo: str, revision: str | None) -> str:
+    return _look_up(repo, revision).sha or ""
+
+
+def _look_up(repo: str, revision: str | None) -> "ModelInfo":
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -89,8 +126,8 @@ def _look_up_commit(repo: str, revision: str | None) -> str:
         RevisionNotFoundError,
     )
 
-    def ask() -> str:
-        return HfApi().model_info(repo, revision=revision, timeout=LOOKUP_SECONDS).sha or ""
+    def ask() -> "ModelInfo":
+        return HfApi().model_info(repo, revision=revision, timeout=LOOKUP_SECONDS)
 
     try:
         return call_within(LOOKUP_SECONDS, ask)

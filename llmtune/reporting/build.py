@@ -1,5 +1,7 @@
 """Build the transfer report of a run directory, and write report.json, .html and .md."""
 
+from typing import Literal
+
 from llmtune.evaluation.diagnosis.contamination import ContaminationResult
 from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.evaluation.tasks.base import ABILITIES, Ability
@@ -58,13 +60,18 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
         strengths=strengths,
         keep=_read_keep(manifest),
         merge_base=_read_merge_base(manifest),
+        is_judged=_read_judged(manifest) is not None,
     )
     curve, generations = read_loss_curve(run.metrics_path), read_generations(run)
     training, merge = (
         manifest.stages.get(stage, {}).get("result") or {} for stage in ("train", "merge")
     )
     present = Present(
-        loss_curve=not curve.is_empty, generations=bool(generations), merge=bool(merge)
+        loss_curve=not curve.is_empty,
+        generations=bool(generations),
+        merge=bool(merge),
+        judged=_read_judged(manifest),
+        rows=bool(manifest.config.get("data")),
     )
     return Report(
         name=run.path.resolve().name,
@@ -100,6 +107,14 @@ def write_report(report: Report, run: RunDir) -> None:
 
 def _read_keep(manifest: Manifest) -> tuple[Ability, ...]:
     return tuple((manifest.config.get("evaluate") or {}).get("keep", ABILITIES))
+
+
+def _read_judged(manifest: Manifest) -> Literal["adapter", "model"] | None:
+    """Return what was judged without a training of ours; None for a run."""
+    judged = manifest.config.get("judged")
+    if judged is None:
+        return None
+    return "adapter" if judged.get("adapter") else "model"
 
 
 def _read_merge_base(manifest: Manifest) -> str | None:

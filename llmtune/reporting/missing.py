@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from llmtune.evaluation.compare import arm_kind
 from llmtune.evaluation.diagnosis.base import FULL, QUICK
@@ -9,6 +10,7 @@ from llmtune.reporting.diagnostics import Diagnostics
 from llmtune.reporting.suites import SuiteReport
 
 EVALUATE = "llmtune eval RUN"
+JUDGE = "llmtune judge RUN"
 
 
 @dataclass(frozen=True)
@@ -21,17 +23,25 @@ class Missing:
 
 @dataclass(frozen=True)
 class Present:
-    """What a run has made, beside its suites."""
+    """What a run has made, beside its suites.
+
+    `judged` is what `llmtune judge` was given instead of training: a whole model has no adapter.
+    """
 
     loss_curve: bool
     generations: bool
     merge: bool
+    judged: Literal["adapter", "model"] | None = None
+    rows: bool = True
+    """Whether the rows that were trained on are known."""
 
 
 def find_missing(
     suites: tuple[SuiteReport, ...], diagnostics: Diagnostics, present: Present
 ) -> tuple[Missing, ...]:
     """Return what was not made, in the order of the report."""
+    if present.judged is not None:
+        return _find_missing_of_judged(suites, diagnostics, present)
     kinds = {arm_kind(name) for suite in suites for name in suite.arms}
     has_choices = any(suite.chance is not None for suite in suites if suite.role == "target")
     diagnosed: dict[str, dict[Missing, bool]] = {QUICK: {}, FULL: {}, "": {}}
@@ -57,4 +67,33 @@ def find_missing(
         **diagnosed[FULL],
         **diagnosed[""],
     }
+    return tuple(missing for missing, is_absent in absent.items() if is_absent)
+
+
+def _find_missing_of_judged(
+    suites: tuple[SuiteReport, ...], diagnostics: Diagnostics, present: Present
+) -> tuple[Missing, ...]:
+    """Return what a judgment did not measure, as far as there is something to measure."""
+    kinds = {arm_kind(name) for suite in suites for name in suite.arms}
+    has_choices = any(suite.chance is not None for suite in suites if suite.role == "target")
+    has_general = any(suite.role == "general" for suite in suites)
+    absent: dict[Missing, bool] = {
+        Missing("evaluation of the original base", JUDGE): "original" not in kinds,
+        Missing("evaluation of the merged model", JUDGE): "merged" not in kinds,
+        Missing("a suite of general ability", f"{JUDGE} --suites general ..."): not has_general,
+    }
+    if present.judged == "adapter":
+        absent[Missing("evaluation of base + adapter", JUDGE)] = "tuned" not in kinds
+        absent[Missing("example generations", JUDGE)] = not present.generations
+        rows = "" if present.rows else " data.train='[{path: FILE}]'"
+        extents = {QUICK: "quick", FULL: "full"}
+        for diagnosis, found in diagnostics:
+            if diagnosis.measured_by in extents:
+                extent = f"evaluate.extent={extents[diagnosis.measured_by]}"
+                command = f"{JUDGE} {extent}{rows if diagnosis.needs_rows else ''}"
+                absent[Missing(diagnosis.what, command)] = diagnosis.is_missing(
+                    found, kinds, has_choices=has_choices
+                )
+        few_shot = f"{JUDGE} evaluate.extent=full{rows}"
+        absent[Missing("few-shot prompting of the base", few_shot)] = "few-shot" not in kinds
     return tuple(missing for missing, is_absent in absent.items() if is_absent)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from llmtune.adapters.manifest import has_strengths
 from llmtune.config import RunConfig
 from llmtune.data.config import DataConfig
 from llmtune.errors import LlmtuneError
@@ -27,6 +28,7 @@ from llmtune.runs.targets import resolve_target
 
 if TYPE_CHECKING:
     from llmtune.evaluation.diagnosis.prepare import TrainedSteps
+    from llmtune.evaluation.measures import EvaluationRequest
     from llmtune.evaluation.scores import Scores
     from llmtune.models.checkpoint import Checkpoint
 
@@ -51,8 +53,13 @@ class EvaluateStage(Stage):
         config = self.config
         check_evaluation_files(config.evaluate, self.suites)
         self.source  # noqa: B018 (raises if the base cannot be found)
-        self.adapter  # noqa: B018 (raises without an adapter)
+        self.check_models()
         check_item_lengths(self.source, self.suites)
+
+    def check_models(self) -> None:
+        """Require the models that are to be scored besides the base."""
+        config = self.config
+        self.adapter  # noqa: B018 (raises without an adapter)
         if "merged" in config.evaluate.arms and not config.run.merged_dir.is_dir():
             raise LlmtuneError(
                 f"{config.run.path}: has no merged model; make it with: llmtune merge "
@@ -64,15 +71,21 @@ class EvaluateStage(Stage):
         knobs = self.config.evaluate
         files = [*knobs.prompts.values(), *knobs.predictions.values()]
         inputs = {
-            "adapter": self.adapter,
-            "base": self.source.fingerprint,
-            "merge": manifest.stages.get("merge", {}).get("fingerprint"),
+            **self.models(manifest),
             "evaluate": knobs.measuring_knobs(),
             "suites": {suite.name: suite.fingerprint for suite in self.suites},
             "files": {str(path): hash_file(path) for path in files},
         }
         record = manifest.stages.get(self.name, {})
         return inputs | {"extent": self._kept_extent(record, inputs)}
+
+    def models(self, manifest: Manifest) -> dict[str, Any]:
+        """Return the fingerprints of the models that are scored."""
+        return {
+            "adapter": self.adapter,
+            "base": self.source.fingerprint,
+            "merge": manifest.stages.get("merge", {}).get("fingerprint"),
+        }
 
     def _kept_extent(self, record: StageRecord, inputs: Mapping[str, Any]) -> Extent:
         """Return the larger of the extent asked for and the one measured on equal inputs."""
@@ -109,15 +122,21 @@ class EvaluateStage(Stage):
     def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Measure what is missing; what is finished for the same model and recipe is read."""
         from llmtune.evaluation.evaluate import evaluate_run
+
+        trained = read_manifest(self.config.run).trained
+        return evaluate_run(self.request(inputs), trained.get("seconds"))
+
+    def request(self, inputs: Mapping[str, Any]) -> "EvaluationRequest":
+        """Return what is evaluated."""
         from llmtune.evaluation.measures import EvaluationRequest
         from llmtune.runs.targets import Target
         from llmtune.serving.live import load_target
 
         config = self.config
         run = config.run
-        target = Target(str(run.path), config.model, run.adapter_dir, run.merged_dir, config)
-        trained = read_manifest(run).trained
-        request = EvaluationRequest(
+        adapter_dir = run.adapter_dir if run.adapter_dir.is_dir() else None
+        target = Target(str(run.path), config.model, adapter_dir, run.merged_dir, config)
+        return EvaluationRequest(
             knobs=self._knobs(inputs),
             run=run,
             base=self.source,
@@ -127,8 +146,8 @@ class EvaluateStage(Stage):
             trained=trained_steps(config),
             load=lambda arm: load_target(target, arm),
             force=self.force,
+            why_no_strength=_why_no_strength(adapter_dir),
         )
-        return evaluate_run(request, trained.get("seconds"))
 
     def _knobs(self, inputs: Mapping[str, Any]) -> EvaluateConfig:
         """Return the config's section to the extent that these inputs name."""
@@ -147,6 +166,13 @@ class EvaluateStage(Stage):
             Resampling(knobs.confidence, knobs.bootstrap_samples, knobs.seed),
             arms=knobs.arms,
         )
+
+
+def _why_no_strength(adapter_dir: Path | None) -> str | None:
+    """Return why an adapter cannot be weakened; None if it can, or there is none."""
+    if adapter_dir is None or has_strengths(adapter_dir):
+        return None
+    return "the adapter holds biases, single token rows or a changed base, which have no strength"
 
 
 def load_suites(knobs: EvaluateConfig) -> list[Suite]:

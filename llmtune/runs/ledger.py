@@ -234,7 +234,9 @@ def _clear(run: RunDir) -> None:
         run.evaluations_dir,
         run.diagnostics_dir,
     ):
-        if directory.exists():
+        if directory.is_symlink():  # of a judgment: what it leads to is the user's
+            directory.unlink()
+        elif directory.exists():
             shutil.rmtree(directory)
     for file in (
         run.manifest_path,

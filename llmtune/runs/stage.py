@@ -151,7 +151,11 @@ def deciding_knobs_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
     default, so that an older run can still be evaluated and reported.
 
     Raises:
-        LlmtuneError: it has a key that this version does not know.
+        LlmtuneError: it has a key that this version does not know, or is no run's.
     """
+    if "judged" in recorded:
+        raise LlmtuneError(
+            "the directory holds a judgment (llmtune judge) and no run; choose another run_dir"
+        )
     tree = SourcedTree(dict(recorded), {(): "the run's manifest.json"})
     return deciding_knobs(validate_section(RunConfig, tree))

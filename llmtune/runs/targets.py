@@ -1,6 +1,6 @@
 """What a path on the command line names: a config, a run, an adapter, or a whole model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,9 @@ def resolve_target(name: str, overrides: Sequence[str] = ()) -> Target:
     if path.suffix in YAML_SUFFIXES:
         return run_target(name, load_config(path, overrides))
     if (path / "manifest.json").is_file():
+        config = read_manifest(RunDir(path)).config
+        if "judged" in config:
+            return _judged_target(name, config, overrides)
         return run_target(name, load_run_config(path, overrides))
     if (path / "adapter_config.json").is_file():
         return Target(name, _model(adapter_base(path), overrides), adapter_dir=path)
@@ -99,6 +102,8 @@ def require_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     _require_path(name)
     target = resolve_target(name, overrides)
     if target.config is None:
+        if (Path(name) / "manifest.json").is_file():
+            load_run_config(Path(name))  # says that it is a judgment
         raise LlmtuneError(f"{name}: not a run; expected {RUN_NAMES}")
     return target.config
 
@@ -139,6 +144,10 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _recorded_tree(run_dir: Path, overrides: Sequence[str]) -> SourcedTree:
     run = RunDir(run_dir)
     recorded = {**read_manifest(run).config, "run_dir": str(run_dir)}
+    if "judged" in recorded:
+        raise LlmtuneError(
+            f"{run_dir}: holds a judgment and no run; continue it with: llmtune judge {run_dir}"
+        )
     return apply_overrides(SourcedTree(recorded, {(): str(run.manifest_path)}), overrides)
 
 
@@ -195,6 +204,17 @@ def run_target(name: str, config: RunConfig) -> Target:
         adapter_dir=run.adapter_dir if run.adapter_dir.is_dir() else None,
         merged_dir=run.merged_dir if run.merged_dir.is_dir() else None,
         config=config,
+    )
+
+
+def _judged_target(name: str, config: Mapping[str, Any], overrides: Sequence[str]) -> Target:
+    """Return what `llmtune judge` judged: its base, and what its directory links to."""
+    run = RunDir(Path(name))
+    return Target(
+        name,
+        _model(config["model"], overrides),
+        adapter_dir=run.adapter_dir if run.adapter_dir.is_dir() else None,
+        merged_dir=run.merged_dir if run.merged_dir.is_dir() else None,
     )
 
 

@@ -216,6 +216,8 @@ class Diagnosis(ABC, Generic[DiagnosticT]):
     """The smallest extent that makes it where its key leaves it to that; None: no evaluation."""
     command: ClassVar[str] = ""
     """What measures it, where no extent does."""
+    needs_rows: ClassVar[bool] = True
+    """Whether it cannot be made without the rows that were trained on."""
     arm: ClassVar[str | None] = None
     """The arm that it scores on suites beside its file, if any."""
     is_about_forgetting: ClassVar[bool] = False

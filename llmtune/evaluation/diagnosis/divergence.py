@@ -80,6 +80,7 @@ class DivergenceFromBase(Diagnosis[DivergenceResult]):
     what = "divergence from the base"
     help = "KL and changed first choices against the base"
     extent: ClassVar[Extent] = "quick"
+    needs_rows: ClassVar[bool] = False
     is_about_forgetting = True
     number_names = ("kl_general", "kl_target", "flips_general", "flips_target")
     result = DivergenceResult

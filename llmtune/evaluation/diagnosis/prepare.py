@@ -18,7 +18,8 @@ from llmtune.training.rows import EpochSampler
 class TrainedSteps:
     """How much was trained, and on what: the order of the rows follows from the seed."""
 
-    steps: int
+    steps: int | None
+    """None if that is not known: then every row counts as seen."""
     batch_size: int
     seed: int
     num_sources: int
@@ -28,12 +29,14 @@ class TrainedSteps:
 
     def num_epochs(self, num_rows: int) -> float:
         """Return how often these steps went over `num_rows` prepared rows and the added ones."""
+        if self.steps is None:
+            return 1.0
         return self.steps / math.ceil((num_rows + self.num_added) / self.batch_size)
 
     def seen(self, table: ExampleTable) -> tuple[int, ...]:
         """Return the places of the run's own rows that these steps saw, in ascending order."""
         order = list(EpochSampler(len(table) + self.num_added, self.seed))
-        if self.num_epochs(len(table)) < 1:
+        if self.steps is not None and self.num_epochs(len(table)) < 1:
             order = order[: self.steps * self.batch_size]
         prepared = sorted(place for place in order if place < len(table))
         return tuple(place for place in prepared if table.source_indices[place] < self.num_sources)

@@ -28,6 +28,8 @@ class Evidence:
     """What must not be lost; other general suites are given up."""
     merge_base: str | None = None
     """What the adapter was merged into; None if the base was not quantized, or without a merge."""
+    is_judged: bool = False
+    """Whether an adapter or model from elsewhere is judged, with `llmtune judge`."""
 
     def with_role(self, role: str) -> tuple[SuiteReport, ...]:
         """Return the suites of a role on which what ships was compared with what was there."""

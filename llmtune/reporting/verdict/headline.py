@@ -27,9 +27,10 @@ def find_carried(verdict: Verdict, evidence: Evidence) -> Iterator[str]:
 def find_what_to_do(verdict: Verdict, evidence: Evidence) -> str:
     """Return what to do now."""
     if verdict.kind in SHIPPING and _unmeasured(evidence):
+        command = "judge RUN evaluate.extent=full" if evidence.is_judged else "report RUN --full"
         return (
             f"{TO_DO[verdict.kind]} To know whether less would do, measure "
-            f"{' and '.join(_unmeasured(evidence))}: llmtune report RUN --full"
+            f"{' and '.join(_unmeasured(evidence))}: llmtune {command}"
         )
     return TO_DO[verdict.kind]
 

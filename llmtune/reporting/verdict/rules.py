@@ -77,11 +77,14 @@ def merge_differently(evidence: Evidence) -> Verdict | None:
         return None
     reasons = [format_merging(suite, evidence.confidence) for suite in lost]
     numbers = {suite.name: asdict(suite.chain["merging"]) for suite in lost}
-    return Verdict(MERGE_DIFFERENTLY, (*reasons, _way_to_merge(evidence.merge_base)), numbers)
+    return Verdict(MERGE_DIFFERENTLY, (*reasons, _way_to_merge(evidence)), numbers)
 
 
-def _way_to_merge(merge_base: str | None) -> str:
-    """Return what to merge into instead of `merge_base`."""
+def _way_to_merge(evidence: Evidence) -> str:
+    """Return what to merge into instead of the base that it was merged into."""
+    merge_base = evidence.merge_base
+    if merge_base is None and evidence.is_judged:
+        return "Merge it here instead (without --merged), or ship base and adapter as they are."
     if merge_base is None:
         return "Check the merge (llmtune verify RUN), or ship base and adapter without merging."
     other = "dequantized" if merge_base == "original" else "original"
@@ -90,9 +93,12 @@ def _way_to_merge(merge_base: str | None) -> str:
         "with them",
         "original": "what quantization changed in the weights was merged along",
     }[other]
+    command, then = ("merge", ", then: llmtune eval RUN")
+    if evidence.is_judged:
+        command, then = "judge", ""
     return (
-        f"Merge it differently: llmtune merge RUN merge.base={other} ({why}; now it is "
-        f"merge.base={merge_base}), then: llmtune eval RUN"
+        f"Merge it differently: llmtune {command} RUN merge.base={other} ({why}; now it is "
+        f"merge.base={merge_base}){then}"
     )
 
 
@@ -174,7 +180,8 @@ def ship_at_strength(evidence: Evidence) -> Verdict | None:
         f"{format_count(choice.num_selection)} other items: the smallest that keeps the target "
         f"within the margin of full strength and general ability within its bound."
     )
-    reasons.append(f"Merge it with: llmtune merge RUN --strength {choice.strength:g}")
+    place = " --out MERGED" if evidence.is_judged else ""
+    reasons.append(f"Merge it with: llmtune merge RUN{place} --strength {choice.strength:g}")
     name = f"{AT_STRENGTH} {choice.strength:g}"
     numbers: Numbers = {
         "strength": choice.strength,

@@ -1,0 +1,136 @@
+"""An adapter or a model of another tool is judged like a run: same arms, verdict and page."""
+
+import json
+import shutil
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from llmtune.cli import run_command
+from llmtune.evaluation.main_arms import MAIN_ARMS
+from llmtune.io.manifest import read_manifest
+from llmtune.io.run_dir import RunDir
+from llmtune.runs.targets import resolve_target
+from tests.project import make_project
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A base, suites, a stock PEFT adapter, and the same adapter merged by PEFT; only read."""
+    directory = tmp_path_factory.mktemp("judged")
+    make_project(directory)
+    base = AutoModelForCausalLM.from_pretrained(directory / "base")
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1)
+    adapted.save_pretrained(directory / "stock" / "adapter")
+    adapted.merge_and_unload().save_pretrained(directory / "merged")
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(directory / "base" / file, directory / "merged" / file)
+    return directory
+
+
+def judge(project, target, *words):
+    suites = [str(project / f"{name}.yaml") for name in ("sentiment", "prose")]
+    return run_command(
+        ["judge", str(target), *words, "--suites", *suites, "evaluate.bootstrap_samples=1000", "-q"]
+    )
+
+
+def read(out):
+    return json.loads((out / "report.json").read_text())
+
+
+def test_a_stock_adapter_gets_the_whole_report_and_a_second_call_measures_nothing(
+    project, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    assert judge(project, project / "stock" / "adapter", "--out", str(out)) == 0
+    report = read(out)
+    for suite in report["suites"].values():
+        assert suite["compared"] == ["original", "merged"]
+        assert None not in [suite[arm] for arm in MAIN_ARMS]
+        assert "strength-0.5" in suite["arms"]
+    assert report["merge"]["check"]["kl"] < 1e-3
+    assert report["diagnostics"]["divergence"] is not None
+    assert report["diagnostics"]["contamination"] is None
+    how = report["how_to_measure"]
+    assert "loss curve" not in how
+    assert how["contamination"] == (
+        "llmtune judge RUN evaluate.extent=quick data.train='[{path: FILE}]'"
+    )
+    assert (out / "report.html").stat().st_size > 1000
+    before = read_manifest(RunDir(out)).stages
+    # The directory itself names everything that it was made of.
+    assert run_command(["judge", str(out), "-q"]) == 0
+    assert read_manifest(RunDir(out)).stages == before
+    # It is a target for whatever takes one, but not a run.
+    assert resolve_target(str(out)).arms == ("tuned", "base", "merged")
+    assert run_command(["train", str(out), "-q"]) == 2
+    assert "holds a judgment" in capsys.readouterr().err
+
+
+def test_the_merged_model_of_another_tool_equals_the_merge_made_here(project, tmp_path):
+    adapter = project / "stock" / "adapter"
+    outs = [tmp_path / "here", tmp_path / "given"]
+    assert judge(project, adapter, "--out", str(outs[0]), "evaluate.extent=none") == 0
+    merged = ["--merged", str(project / "merged"), "evaluate.extent=none"]
+    assert judge(project, adapter, "--out", str(outs[1]), *merged) == 0
+    here, given = (read(out)["suites"]["prose"] for out in outs)
+    assert given["merged"] == pytest.approx(here["merged"], abs=1e-4)
+    assert not (outs[0] / "merged").is_symlink() and (outs[1] / "merged").is_symlink()
+
+
+def test_a_whole_model_is_compared_with_its_base(project, tmp_path):
+    out = tmp_path / "out"
+    given = [str(project / "merged"), "--base", str(project / "base"), "--out", str(out)]
+    assert judge(project, *given) == 0
+    report = read(out)
+    prose = report["suites"]["prose"]
+    assert prose["compared"] == ["original", "merged"]
+    assert prose["base"] is prose["tuned"] is None
+    assert prose["merged"] != prose["original"]
+    assert not any("adapter" in name or "tuned" in name for name in report["missing"])
+    # doing it again from the start removes the link and leaves the model alone
+    assert judge(project, *given, "--force") == 0
+    assert (project / "merged" / "config.json").is_file()
+    assert read(out)["suites"]["prose"]["merged"] == prose["merged"]
+
+
+def test_rows_that_are_named_are_looked_for_in_the_suites(project, tmp_path):
+    out = tmp_path / "out"
+    rows = f"data.train=[{{path: {project / 'train.jsonl'}}}]"
+    adapter = project / "stock" / "adapter"
+    nf4 = ["--quantization", "nf4", "--no-merge", "evaluate.strengths=[]"]
+    assert judge(project, adapter, "--out", str(out), rows, *nf4) == 0
+    report = read(out)
+    assert report["diagnostics"]["contamination"]["n_train_rows"] == 48
+    prose = report["suites"]["prose"]
+    assert prose["compared"] == ["original", "tuned"] and prose["merged"] is None
+    assert "quantization" in prose["chain"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{p}/merged"], "say which model it was made from: --base"),
+        (["{p}/merged", "--base", "{p}/base", "--no-merge"], "--no-merge: is for adapters"),
+        (["{p}/stock/adapter", "--base", "{p}/base", "train.max_steps=3"], "train"),
+        (["{p}/config.yaml"], "llmtune run"),
+        (["{p}/nowhere", "--base", "{p}/base"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_before_anything_is_written(
+    project, tmp_path, capsys, words, said
+):
+    words = [word.format(p=project) for word in words]
+    assert judge(project, *words, "--out", str(tmp_path / "out")) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_suites_it_says_what_writes_them(project, capsys):
+    assert run_command(["judge", str(project / "stock" / "adapter")]) == 2
+    assert "llmtune init --eval" in capsys.readouterr().err
