@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    default=Path("llmtune.yaml"),
-    show_default=True,
-    help="The config to write.",
+    help="The config to write (llmtune.yaml); with --eval the suite (DATA_suite.yaml).",
 )
+@click.option("--eval", "is_eval", is_flag=True, help="Write a suite of all rows and no config.")
 @click.option("--format", help="What the rows are: messages, instruction, ...; else it is guessed.")
 @COLUMNS_OPTION
 @with_output_options
 def init(  # noqa: PLR0913 (one argument an option)
     data: str,
     base: str | None,
-    out: Path,
+    out: Path | None,
+    is_eval: bool,
     format: str | None,
     columns: dict[str, str],
     quiet: bool,
@@ -57,10 +57,17 @@ def init(  # noqa: PLR0913 (one argument an option)
       llmtune init train.jsonl --base models/SmolLM2-135M-Instruct.Q4_1.gguf
       llmtune init train.jsonl --out my.yaml
       llmtune init math.csv --format instruction --columns instruction=problem,output=solution
+      llmtune init test.jsonl --eval
     """
-    from llmtune.runs.rows import draft_config
+    from llmtune.runs.rows import draft_config, draft_eval_suite
 
     show_progress(quiet)
+    if is_eval:
+        out = out or Path(f"{Path(data).name.partition('.')[0]}_suite.yaml")
+        written = draft_eval_suite(data, out, base=base, format=format, columns=columns)
+        print_result(written.as_json(), as_json, written.describe)
+        return
+    out = out or Path("llmtune.yaml")
     draft = draft_config(data, out, base=base, format=format, columns=columns)
     found, suite = draft.found, draft.suite
     result = {

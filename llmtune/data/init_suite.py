@@ -95,7 +95,8 @@ def draft_suite(
         return NoSuite("the rows are no single questions with an answer")
     turns = _of_commonest_system(_smallest_keys(held_out).values())
     if len(turns) < FEWEST_ITEMS:
-        return NoSuite(f"too few rows are held out: {len(turns)}, and {FEWEST_ITEMS} are needed")
+        held = "" if share is None else " are held out"
+        return NoSuite(f"too few rows{held}: {len(turns)}, and {FEWEST_ITEMS} are needed")
     if turns[0].prompt is None:
         return SuiteDraft("perplexity", tuple({"text": turn.answer} for turn in turns))
     return SuiteDraft(

@@ -1,20 +1,28 @@
 """The rows of a config before training, and a first config for a file of rows."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.config import DataConfig
-from llmtune.data.init import DataDescription, describe_data, render_config
-from llmtune.data.init_suite import SuiteDraft, render_items, render_suite
+from llmtune.data.hub import is_hub_id
+from llmtune.data.init import LOOKED_AT_ROWS, DataDescription, describe_data, render_config
+from llmtune.data.init_guess import guess_source
+from llmtune.data.init_suite import NoSuite, SuiteDraft, draft_suite, render_items, render_suite
+from llmtune.data.rows import open_source
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.suite import load_suite
 from llmtune.evaluation.tasks.base import is_suite_name
 from llmtune.io.run_dir import atomic_write_text
 from llmtune.models.config import ModelConfig
 from llmtune.models.resolve import resolve_base
 from llmtune.runs.targets import require_run
+
+SHIPPED_BESIDE = ("general", "chat")
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,67 @@ def draft_config(
     files[out] = render_config(found, base=base, suite=str(suite) if suite else None)
     _write_new(files)
     return Draft(found, out, suite)
+
+
+@dataclass(frozen=True)
+class EvalDraft:
+    """A suite of all rows, for models that were trained elsewhere."""
+
+    suite: Path
+    task: str
+    num_items: int
+
+    @property
+    def suites(self) -> list[str]:
+        """The suite, and what ships with llmtune and belongs beside it."""
+        return [str(self.suite), *SHIPPED_BESIDE]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what was written, for scripts."""
+        return {"suite": str(self.suite), "task": self.task, "items": self.num_items} | {
+            "suites": self.suites
+        }
+
+    def describe(self) -> str:
+        """Return what was written, and what to do with it."""
+        names = " ".join(map(shlex.quote, self.suites))
+        return (
+            f"{self.suite}: {self.num_items} items, task {self.task}\n"
+            f"next: llmtune judge ADAPTER_OR_MODEL --base MODEL --suites {names}"
+        )
+
+
+def draft_eval_suite(
+    data: str,
+    out: Path,
+    *,
+    base: str | None = None,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> EvalDraft:
+    """Write a suite of rows that nobody trains on, at most 300 of them.
+
+    Args:
+        out: the suite to write; its items are written next to it.
+
+    Raises:
+        LlmtuneError: no suite can be made of these rows, or a file exists already.
+    """
+    tokenizer = resolve_base(ModelConfig(base=base)).tokenizer if base else None
+    source = guess_source(data, tokenizer, format=format, columns=columns)
+    most_rows = LOOKED_AT_ROWS if is_hub_id(data) else None
+    suite = draft_suite(open_source(source).rows, share=None, most_rows=most_rows)
+    if isinstance(suite, NoSuite):
+        raise LlmtuneError(
+            f"{data}: no suite can be made of it: {suite.reason}; a suite is a short YAML file, "
+            "see docs/evaluation.md"
+        )
+    items = out.with_name(f"{out.stem.removesuffix('_suite')}_items.jsonl")
+    name = out.stem if is_suite_name(out.stem) else "task"
+    text = render_suite(suite, name=name, items_name=items.name, source=data)
+    _write_new({items: render_items(suite), out: text.replace(" that the run holds out", "")})
+    load_suite(out)
+    return EvalDraft(out, suite.task, len(suite.items))
 
 
 def _write_new(files: Mapping[Path, str]) -> None:

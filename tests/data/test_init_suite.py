@@ -56,6 +56,24 @@ def test_what_init_writes_is_a_suite_that_can_be_read(tmp_path, capsys):
     assert written["suite"] in yaml.safe_load(out.read_text())["evaluate"]["suites"]
 
 
+def test_a_suite_alone_asks_all_rows_and_names_what_ships_beside_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "test.jsonl", tickets(60))
+    assert run_command(["init", "test.jsonl", "--eval"]) == 0
+    said = capsys.readouterr().out
+    suite = load_suite("test_suite.yaml")
+    assert suite.name == "test_suite" and len(suite.items) == 60
+    assert "llmtune judge" in said and "test_suite.yaml general chat" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "test.jsonl",
+        "test_items.jsonl",
+        "test_suite.yaml",
+    ]
+    write_jsonl(tmp_path / "few.jsonl", tickets(3))
+    assert run_command(["init", "few.jsonl", "--eval"]) == 2
+    assert "too few" in capsys.readouterr().err and not (tmp_path / "few_suite.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("rows", "task"),
     [

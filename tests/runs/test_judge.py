@@ -43,12 +43,16 @@ def read(out):
     return json.loads((out / "report.json").read_text())
 
 
-def test_a_stock_adapter_gets_the_whole_report_and_a_second_call_measures_nothing(
-    project, tmp_path, capsys
-):
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def judged(project):
+    """The judgment of the stock adapter; only read."""
+    out = project / "judged"
     assert judge(project, project / "stock" / "adapter", "--out", str(out)) == 0
-    report = read(out)
+    return out
+
+
+def test_a_stock_adapter_gets_the_whole_report(judged):
+    report = read(judged)
     for suite in report["suites"].values():
         assert suite["compared"] == ["original", "merged"]
         assert None not in [suite[arm] for arm in MAIN_ARMS]
@@ -61,26 +65,26 @@ def test_a_stock_adapter_gets_the_whole_report_and_a_second_call_measures_nothin
     assert how["contamination"] == (
         "llmtune judge RUN evaluate.extent=quick data.train='[{path: FILE}]'"
     )
-    assert (out / "report.html").stat().st_size > 1000
-    before = read_manifest(RunDir(out)).stages
-    # The directory itself names everything that it was made of.
-    assert run_command(["judge", str(out), "-q"]) == 0
-    assert read_manifest(RunDir(out)).stages == before
+    assert (judged / "report.html").stat().st_size > 1000
+
+
+def test_the_directory_names_everything_and_a_second_call_measures_nothing(judged, capsys):
+    before = read_manifest(RunDir(judged)).stages
+    assert run_command(["judge", str(judged), "-q"]) == 0
+    assert read_manifest(RunDir(judged)).stages == before
     # It is a target for whatever takes one, but not a run.
-    assert resolve_target(str(out)).arms == ("tuned", "base", "merged")
-    assert run_command(["train", str(out), "-q"]) == 2
+    assert resolve_target(str(judged)).arms == ("tuned", "base", "merged")
+    assert run_command(["train", str(judged), "-q"]) == 2
     assert "holds a judgment" in capsys.readouterr().err
 
 
-def test_the_merged_model_of_another_tool_equals_the_merge_made_here(project, tmp_path):
-    adapter = project / "stock" / "adapter"
-    outs = [tmp_path / "here", tmp_path / "given"]
-    assert judge(project, adapter, "--out", str(outs[0]), "evaluate.extent=none") == 0
-    merged = ["--merged", str(project / "merged"), "evaluate.extent=none"]
-    assert judge(project, adapter, "--out", str(outs[1]), *merged) == 0
-    here, given = (read(out)["suites"]["prose"] for out in outs)
-    assert given["merged"] == pytest.approx(here["merged"], abs=1e-4)
-    assert not (outs[0] / "merged").is_symlink() and (outs[1] / "merged").is_symlink()
+def test_the_merged_model_of_another_tool_equals_the_merge_made_here(project, judged, tmp_path):
+    given = ["--merged", str(project / "merged"), "evaluate.extent=none"]
+    out = tmp_path / "out"
+    assert judge(project, project / "stock" / "adapter", "--out", str(out), *given) == 0
+    here, there = (read(each)["suites"]["prose"] for each in (judged, out))
+    assert there["merged"] == pytest.approx(here["merged"], abs=1e-4)
+    assert not (judged / "merged").is_symlink() and (out / "merged").is_symlink()
 
 
 def test_a_whole_model_is_compared_with_its_base(project, tmp_path):
