@@ -1,8 +1,8 @@
 """The `adapter` section: which method, with which knobs. A new method is one entry here."""
 
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from llmtune.adapters.base import Adapter, SavedConfig
 from llmtune.adapters.dora import DoraAdapter
@@ -10,9 +10,26 @@ from llmtune.adapters.lora import LoraAdapter
 from llmtune.adapters.rslora import RsLoraAdapter
 from llmtune.errors import LlmtuneError
 
-AdapterConfig = Annotated[LoraAdapter | RsLoraAdapter | DoraAdapter, Field(discriminator="method")]
-
 DEFAULT_ADAPTER = LoraAdapter()
+
+
+def _with_method(section: Any) -> Any:
+    """Read a section that names no method as one of the default method."""
+    if not isinstance(section, dict):
+        return section
+    if section.get("method") == "qlora":
+        raise ValueError(
+            "QLoRA is LoRA over a base that is kept in 4 bits: write adapter.method: "
+            f"{DEFAULT_ADAPTER.method}, and choose the 4 bits with model.quantization.method"
+        )
+    return {"method": DEFAULT_ADAPTER.method, **section}
+
+
+AdapterConfig = Annotated[
+    LoraAdapter | RsLoraAdapter | DoraAdapter,
+    Field(discriminator="method"),
+    BeforeValidator(_with_method),
+]
 METHODS: tuple[type[Adapter], ...] = get_args(get_args(AdapterConfig)[0])
 
 

@@ -95,3 +95,12 @@ def test_config_and_targets_load_nothing_heavy():
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_section_without_a_method_is_lora():
+    assert parse(rank=3).method == "lora"
+
+
+def test_qlora_is_explained():
+    with pytest.raises(ValidationError, match="LoRA over a base that is kept in 4 bits"):
+        parse(method="qlora")
