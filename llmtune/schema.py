@@ -28,6 +28,11 @@ class Section(BaseModel):
         }
 
 
+def default_of(section: type[Section], name: str) -> Any:
+    """Return the value of a field that is not set."""
+    return section.model_fields[name].get_default(call_default_factory=True)
+
+
 def _takes_numbers_only(section: type[Section], name: str) -> bool:
     """Whether a field takes numbers, and neither `true` nor another section."""
     if name not in section.model_fields:

@@ -13,7 +13,7 @@ from llmtune.models.quantization.base import Quantization
 from llmtune.planning.activations import Adapted, activation_cost, merged_expert_bytes
 from llmtune.planning.kernels import advise_capacity, count_sizes, kernel_bytes
 from llmtune.planning.shape import ModelShape
-from llmtune.training.config import TrainConfig
+from llmtune.training.config import OptimizerName, TrainConfig
 from llmtune.training.memory.arithmetic import (
     USABLE_SHARE,
     USEFUL_TOKENS,
@@ -23,6 +23,7 @@ from llmtune.training.memory.arithmetic import (
     RowSizes,
     plan_memory,
 )
+from llmtune.training.optimizers import OPTIMIZERS
 
 RUNTIME_BYTES = MappingProxyType({"cpu": 680 * MIB, "cuda": 600 * MIB})
 """What is there beside weights. CPU: the resident memory of the process with torch, transformers,
@@ -33,9 +34,6 @@ ACTIVATIONS = ("activations", "recomputed layers")
 HEAD_CHUNK = 256
 HEAD_TILE_BYTES = 8 * MIB
 FLOAT32 = 4
-
-STATES_PER_WEIGHT = MappingProxyType({"adamw": 2 * FLOAT32, "adamw_8bit": 2 * (1 + 4 / 256)})
-"""Bytes of AdamW's two moments for a trained weight."""
 
 TOKENIZER_BYTES = 8 << 20
 """Tokenizer and small files beside an adapter or a merged model."""
@@ -51,7 +49,7 @@ class Workload:
     """Of the base's dtype, and of the activations."""
     adapted: Adapted
     adapter_parameters: int
-    optimizer: str
+    optimizer: OptimizerName
     batch_size: int
     micro_batch_size: Literal["auto"] | int
     checkpointing: Literal["auto"] | bool
@@ -227,7 +225,9 @@ def base_bytes(shape: ModelShape, quantization: Quantization, element_bytes: int
     return {quantization.method: stored, name: rest * element_bytes}
 
 
-def trained_bytes(adapter_parameters: int, optimizer: str, *, copy_bytes: int) -> Mapping[str, int]:
+def trained_bytes(
+    adapter_parameters: int, optimizer: OptimizerName, *, copy_bytes: int
+) -> Mapping[str, int]:
     """Return what training adds for float32 adapter weights.
 
     `copy_bytes` are those of an element of the copies that fused linears compute with; 0 without.
@@ -235,7 +235,7 @@ def trained_bytes(adapter_parameters: int, optimizer: str, *, copy_bytes: int) -
     return {
         "adapter": FLOAT32 * adapter_parameters,
         "gradients": FLOAT32 * adapter_parameters,
-        "optimizer": round(STATES_PER_WEIGHT[optimizer] * adapter_parameters),
+        "optimizer": round(OPTIMIZERS[optimizer].state_bytes * adapter_parameters),
         "adapter copies": copy_bytes * adapter_parameters,
     }
 
@@ -265,7 +265,7 @@ def estimate_disk(
 
     One checkpoint more than are kept exists while it is written, and another with early stopping.
     """
-    checkpoint = adapter_parameters * (FLOAT32 + STATES_PER_WEIGHT[train.optimizer])
+    checkpoint = adapter_parameters * (FLOAT32 + OPTIMIZERS[train.optimizer].state_bytes)
     kept = train.keep_checkpoints + 1 + (1 if train.early_stopping else 0)
     place = run_dir.absolute()
     while not place.exists():

@@ -1,17 +1,20 @@
 """The knobs of the training stage."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from llmtune.errors import LlmtuneError
-from llmtune.schema import Section
+from llmtune.schema import Section, default_of
 from llmtune.training.objectives import DEFAULT_OBJECTIVE, ObjectiveConfig
 
 Reporter = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion", "lion_8bit", "adafactor"]
+Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay", "cosine_with_restarts"]
 
 
 class EarlyStopping(Section):
@@ -25,6 +28,10 @@ class EarlyStopping(Section):
     """Fall of the metric (nats a token) that counts as an improvement."""
 
 
+SCHEDULE_KNOBS: Mapping[str, Schedule] = MappingProxyType(
+    {"decay_ratio": "warmup_stable_decay", "num_cycles": "cosine_with_restarts"}
+)
+"""Knobs of one schedule alone."""
 RESULT_KNOBS = frozenset(
     {
         "learning_rate",
@@ -40,6 +47,17 @@ RESULT_KNOBS = frozenset(
     }
 )
 """What changes the trained weights; the other knobs may differ when a run is continued."""
+LATER_KNOBS = frozenset(
+    {
+        "objective",
+        "learning_rates",
+        "warmup_steps",
+        "min_lr_ratio",
+        "decay_ratio",
+        "num_cycles",
+    }
+)
+"""Such knobs too, and unset in runs that are older than they are: counted where they are set."""
 
 
 class TrainConfig(Section):
@@ -62,16 +80,30 @@ class TrainConfig(Section):
     micro_batch_size: Literal["auto"] | PositiveInt = "auto"
     """Rows in one forward and backward pass; auto fills a budget of tokens that fits the memory. It
     changes speed and memory, not the result."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Peak learning rates of their own for parameters whose name holds the key, the longest key
+    first: {lora_B: 3e-3} is LoRA+, {lm_head: 1e-5} spares a head that is trained whole."""
+    schedule: Schedule = "cosine"
+    """Course of the learning rate after the warm-up: cosine, linear, constant,
+    warmup_stable_decay (constant, then down on a line) or cosine_with_restarts."""
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps over which it rises, in place of `warmup_ratio`; null goes by the ratio."""
+    min_lr_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the peak that the learning rate falls to, instead of 0."""
+    decay_ratio: float = Field(0.2, gt=0, le=1)
+    """Share of the steps after the warm-up that warmup_stable_decay falls over."""
+    num_cycles: PositiveInt = 1
+    """Cosines that cosine_with_restarts has, each from the peak."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradient norm above which gradients are scaled down; 0 is never."""
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw: fused, float32 state; adamw_8bit: bitsandbytes, 8-bit state."""
+    optimizer: OptimizerName = "adamw"
+    """adamw: fused, float32 state. adamw_8bit, lion_8bit: 8-bit state; paged_adamw_8bit: moved to
+    the computer's memory when the GPU's is full; lion: one moment, wants about a tenth of AdamW's
+    learning rate; adafactor: a row and a column in place of a second moment."""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
     """Strength of NEFTune's noise on the embeddings (5 is usual); null is none."""
     early_stopping: EarlyStopping | None = None
@@ -99,6 +131,16 @@ class TrainConfig(Section):
                 f"max_steps ({self.max_steps}) and num_epochs ({self.num_epochs:g}) both set the "
                 "length of the run: set one of them to null"
             )
+        for knob, schedule in SCHEDULE_KNOBS.items():
+            if self.schedule != schedule and getattr(self, knob) != default_of(type(self), knob):
+                raise ValueError(
+                    f"{knob} belongs to schedule={schedule}, but the schedule is {self.schedule}: "
+                    "take one of the two out"
+                )
+        if self.schedule == "constant" and self.min_lr_ratio:
+            raise ValueError("min_lr_ratio says where a schedule ends, and constant never falls")
+        if self.max_steps is not None:
+            self._check_warmup(self.max_steps)
         if self.early_stopping is not None and self.eval_every is None:
             raise ValueError("early_stopping needs eval_every: the steps between evaluations")
         return self
@@ -108,15 +150,35 @@ class TrainConfig(Section):
         knobs = set(RESULT_KNOBS)
         if self.early_stopping is not None:
             knobs |= {"early_stopping", "eval_every"}
-        if self.objective != DEFAULT_OBJECTIVE:  # runs of before this knob have no other
-            knobs |= {"objective"}
+        knobs |= {
+            name for name in LATER_KNOBS if getattr(self, name) != default_of(type(self), name)
+        }
         return self.model_dump(mode="json", include=knobs)
 
     def total_steps(self, num_rows: int) -> int:
-        """Return the optimizer steps over `num_rows` rows; an epoch's last step may be short."""
+        """Return the optimizer steps over `num_rows` rows; an epoch's last step may be short.
+
+        Raises:
+            LlmtuneError: the warm-up would be as long as the run.
+        """
         if self.max_steps is not None:
             return self.max_steps
-        return math.ceil((self.num_epochs or 1) * math.ceil(num_rows / self.batch_size))
+        steps = math.ceil((self.num_epochs or 1) * math.ceil(num_rows / self.batch_size))
+        self._check_warmup(steps)
+        return steps
+
+    def num_warmup_steps(self, total_steps: int) -> int:
+        """Return the steps over which the learning rate rises."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return math.ceil(self.warmup_ratio * total_steps)
+
+    def _check_warmup(self, total_steps: int) -> None:
+        if self.warmup_steps is not None and self.warmup_steps >= total_steps:
+            raise LlmtuneError(
+                f"train.warmup_steps is {self.warmup_steps}, but the run has {total_steps} steps: "
+                "the learning rate would never reach its peak. Give fewer, or train longer"
+            )
 
 
 def check_reporters(report_to: Sequence[Reporter]) -> None:

@@ -1,13 +1,12 @@
 """trl's trainer around our step: what is ours in it, and what holds the rest of it off."""
 
 import copy
-import math
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -23,6 +22,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
+from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import RunDir, atomic_write_json
 from llmtune.io.stopping import Interruption
 from llmtune.training.batch import StepRows
@@ -46,12 +46,12 @@ from llmtune.training.checkpoint import (
 )
 from llmtune.training.config import TrainConfig
 from llmtune.training.metrics import Clock, MetricsLog
+from llmtune.training.optimizers import OPTIMIZERS, group_parameters, learning_rate_factor
 from llmtune.training.request import Start, TrainRequest
 from llmtune.training.rows import EpochSampler, group_by_source, name_sources
 from llmtune.training.setup import Setup, check_float32
 from llmtune.training.step import TrainingStep
 
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 KEPT_METRICS = ("eval_loss", "eval_tokens", "eval_seconds")
 
 
@@ -211,22 +211,52 @@ class AdapterTrainer(SFTTrainer):
             self._globalstep_last_logged = window["logged_step"]
             self.step.restore(window["metrics"])
 
-    # Order of the rows, learning rate
+    # Order of the rows, optimizer, learning rate
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         return EpochSampler(len(train_dataset or self.train_dataset), self._request.seed)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Build the optimizer over the groups of `group_parameters`.
+
+        Raises:
+            LlmtuneError: a key of `learning_rates` fits nothing, or the optimizer needs a GPU.
+        """
+        if self._config.optimizer.startswith("paged") and self.args.device.type == "cpu":
+            raise LlmtuneError(
+                f"train.optimizer={self._config.optimizer} moves a GPU's memory, and this run is "
+                "on the CPU: adamw_8bit keeps the same state without that"
+            )
+        trained = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+        groups = group_parameters(
+            list(trained), self.get_decay_parameter_names(self.model), self._config
+        )
+        make, knobs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = make(
+            [
+                {
+                    "params": [trained[name] for name in group.names],
+                    "lr": group.learning_rate,
+                    "weight_decay": group.weight_decay,
+                }
+                for group in groups
+            ],
+            **knobs,
+        )
+        return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
     ) -> LambdaLR:
         """Build the schedule of `learning_rate_factor`, which starts above zero."""
         config = self._config
-        warmup_steps = math.ceil(config.warmup_ratio * num_training_steps)
         self.lr_scheduler = LambdaLR(
             optimizer or self.optimizer,
-            lambda step: learning_rate_factor(
-                config.schedule, step, warmup_steps, num_training_steps
-            ),
+            lambda step: learning_rate_factor(config, step, num_training_steps),
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -283,27 +313,6 @@ class AdapterTrainer(SFTTrainer):
         raise AssertionError("trl's loss is not what is trained")
 
 
-def learning_rate_factor(
-    schedule: Literal["cosine", "linear", "constant"],
-    step: int,
-    warmup_steps: int,
-    total_steps: int,
-) -> float:
-    """Return the share of the peak learning rate that the step after `step` steps uses.
-
-    The warm-up starts at 1 / (warmup_steps + 1), not at 0: no step is wasted. After it the rate
-    stays, or falls on a line or half a cosine that would reach 0 right after the last step.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
-        return 1.0
-    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-    if schedule == "linear":
-        return 1.0 - progress
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
 def build_arguments(
     config: TrainConfig, run: RunDir, setup: Setup, *, num_rows: tuple[int, int], seed: int
 ) -> SFTConfig:
@@ -322,7 +331,7 @@ def build_arguments(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim=OPTIMIZERS[config.optimizer],
+        optim=OPTIMIZERS[config.optimizer].library_name,
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if has_evaluation else "no",
