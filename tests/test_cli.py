@@ -114,7 +114,8 @@ def test_chat_switches_between_base_and_tuned(config, capsys, monkeypatch):
 
     assert run_command(["train", str(config), *SHORT, "--quiet"]) == 0
     capsys.readouterr()
-    typed = "The film is warm.\n/base\nAnd the plot?\n/merged\n/clear\n/nonsense\n/quit\n"
+    lines = ["The film is warm.", "/base", "And<|im_end|>", "And the plot?", "/merged", "/clear"]
+    typed = "\n".join([*lines, "/nonsense", "/quit\n"])
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     command = ["chat", str(config), "--max-new-tokens", "4", "--json", "--quiet"]
     assert run_command(command) == 0
@@ -122,6 +123,7 @@ def test_chat_switches_between_base_and_tuned(config, capsys, monkeypatch):
     spoken = [json.loads(line) for line in captured.out.splitlines()]
     assert [turn["model"] for turn in spoken] == ["tuned", "base"]
     assert "no merged model here" in captured.err
+    assert "message 3 (user): content holds the control token" in captured.err
 
 
 def test_merge_puts_an_adapter_anywhere(config, tmp_path, capsys):

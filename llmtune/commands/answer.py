@@ -50,6 +50,9 @@ TEMPERATURE_OPTION = click.option(
 @OVERRIDES_ARGUMENT
 @click.option("--arm", type=click.Choice(["base", "tuned", "merged"]), help="Who answers first.")
 @click.option("--system", help="A system prompt.")
+@click.option(
+    "--tools", type=click.Path(path_type=Path), help="A JSON file with a list of tool schemas."
+)
 @MAX_NEW_TOKENS_OPTION
 @TEMPERATURE_OPTION
 @with_output_options
@@ -58,6 +61,7 @@ def chat(  # noqa: PLR0913 (one argument an option)
     overrides: tuple[str, ...],
     arm: str | None,
     system: str | None,
+    tools: Path | None,
     max_new_tokens: int,
     temperature: float,
     quiet: bool,
@@ -77,7 +81,7 @@ def chat(  # noqa: PLR0913 (one argument an option)
     from llmtune.serving.chat import ChatSettings, run_chat
 
     show_progress(quiet)
-    settings = ChatSettings(arm, system, max_new_tokens, temperature, as_json)
+    settings = ChatSettings(arm, system, max_new_tokens, temperature, as_json, tools)
     run_chat(resolve_target(target, overrides), settings)
 
 

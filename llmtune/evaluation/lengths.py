@@ -1,5 +1,6 @@
 """Items that are longer than the model has positions, found before anything is trained."""
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,38 @@ def refuse_long_items(
         )
 
 
+def refuse_control_items(tokenizer: "PreTrainedTokenizerFast", suites: Sequence[Suite]) -> None:
+    """Refuse chats in which a text holds what would end or open a turn, as training does.
+
+    Raises:
+        LlmtuneError: names the items by file and line.
+    """
+    from llmtune.data.conversation import Conversation
+    from llmtune.data.masks import refuse_control_text
+    from llmtune.data.problems import RowError, RowProblem
+    from llmtune.data.prompts import prompts_error
+    from llmtune.models.turns import control_pattern
+
+    if not tokenizer.chat_template:
+        return
+    controls = control_pattern(tokenizer)
+    problems = []
+    for suite in suites:
+        if not getattr(suite.config, "chat", True):
+            continue
+        system = getattr(suite.config, "system", None)
+        for item in suite.items:
+            choices = [{"role": "assistant", "content": choice} for choice in item.choices]
+            messages = [*item.chat(system=system), *choices]
+            tools = [dict(tool) for tool in item.tools] or None
+            try:
+                refuse_control_text(Conversation("chat", messages, tools), controls)
+            except RowError as error:
+                problems.append(RowProblem(str(suite.items_path), item.line, str(error)))
+    if problems:
+        raise prompts_error(problems)
+
+
 def _find_long(tokenizer: "PreTrainedTokenizerFast", suite: Suite, positions: int) -> list[str]:
     config = suite.config
     room = positions - TEMPLATE_TOKENS
@@ -54,5 +87,6 @@ def _find_long(tokenizer: "PreTrainedTokenizerFast", suite: Suite, positions: in
 
 def _num_bytes(item: SuiteItem, system: str) -> int:
     longest = max(item.choices, key=len, default="")
-    texts = (system, item.prompt, longest, item.text)
+    beside = json.dumps([*item.messages, *item.tools]) if item.messages or item.tools else ""
+    texts = (system, item.prompt, longest, item.text, beside)
     return sum(len(text.encode("utf-8", "replace")) for text in texts)

@@ -42,7 +42,8 @@ class PromptFile:
         config = suite.config
         assert isinstance(config, PromptedSuite)
         template = compile_template(self.text, str(self.path))
-        system = self._render(template, prompt="", choices=())[0] or config.system
+        own = self._render(template, prompt="", choices=())[0]
+        system = own or config.system
         items = []
         for item in suite.items:
             text = self._render(template, prompt=item.prompt, choices=item.choices)[1]
@@ -50,7 +51,9 @@ class PromptFile:
                 raise LlmtuneError(f"{self.path}: gives an empty prompt for item {item.id!r}")
             if system and not config.chat:
                 text = f"{system}\n\n{text}"
-            items.append(replace(item, prompt=text))
+            has_system = bool(item.messages) and item.messages[0]["role"] == "system"
+            messages = item.messages[1:] if own and has_system else item.messages
+            items.append(replace(item, prompt=text, messages=messages))
         if system and config.chat:
             config = config.model_copy(update={"system": system})
         return replace(suite, config=config, items=tuple(items))

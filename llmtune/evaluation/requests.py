@@ -3,16 +3,17 @@
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerFast
 
-from llmtune.data.conversation import Conversation, Message
+from llmtune.data.conversation import Conversation
 from llmtune.data.masks import LabelledRow, Labeller
-from llmtune.data.problems import RowError
-from llmtune.data.render import render_messages
+from llmtune.data.problems import RowError, RowProblem
+from llmtune.data.prompts import PromptEncoder, prompts_error
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.tasks.base import Demonstration, PromptedSuite, Suite, SuiteItem
-from llmtune.models.turns import TurnEnding
+from llmtune.models.turns import TurnEnding, require_chat_template
 from llmtune.scoring.likelihood import ContinuationRequest
 from llmtune.scoring.perplexity import leading_special_ids
 
@@ -29,7 +30,8 @@ def encode_prompts(
     """Return each item's prompt as token ids, after the demonstrations.
 
     Raises:
-        LlmtuneError: the suite is a chat and the tokenizer has no chat template.
+        LlmtuneError: the suite is a chat and the tokenizer has no chat template, or items that
+            training would refuse, by file and line.
     """
     config = suite.config
     assert isinstance(config, PromptedSuite)
@@ -37,10 +39,30 @@ def encode_prompts(
         lead = leading_special_ids(tokenizer)
         texts = [raw_context(config, item, demonstrations) for item in suite.items]
         return [(*lead, *encode_text(tokenizer, text)) for text in texts]
-    return [
-        tuple(render_messages(tokenizer, messages, add_generation_prompt=True))
-        for messages in _chat_messages(suite, demonstrations)
-    ]
+    require_chat_template(tokenizer)
+    return encode_chats(tokenizer, suite, demonstrations)
+
+
+def encode_chats(
+    tokenizer: PreTrainedTokenizerFast,
+    suite: Suite,
+    demonstrations: Sequence[Demonstration] = (),
+) -> list[tuple[int, ...]]:
+    """Return each item's chat as token ids; without a template a lone question is plain text.
+
+    Raises:
+        LlmtuneError: names the items that training would refuse, by file and line.
+    """
+    encoder = PromptEncoder(tokenizer)
+    prompts, problems = [], []
+    for item, question in zip(suite.items, _questions(suite, demonstrations), strict=True):
+        try:
+            prompts.append(tuple(encoder.encode(question)))
+        except RowError as error:
+            problems.append(RowProblem(str(suite.items_path), item.line, str(error), error.kind))
+    if problems:
+        raise prompts_error(problems)
+    return prompts
 
 
 def encode_raw_choices(
@@ -94,12 +116,12 @@ def encode_chat_choices(
     """
     prompts = encode_prompts(tokenizer, suite, demonstrations)
     conversations = [
-        Conversation(
-            "chat",
-            [*messages, {"role": "assistant", "content": choice}],
-            trained_from=len(messages),
+        replace(
+            question,
+            messages=[*question.messages, {"role": "assistant", "content": choice}],
+            trained_from=len(question.messages),
         )
-        for item, messages in zip(suite.items, _chat_messages(suite, demonstrations), strict=True)
+        for item, question in zip(suite.items, _questions(suite, demonstrations), strict=True)
         for choice in item.choices
     ]
     labeller = Labeller(tokenizer, "last-assistant")
@@ -110,6 +132,9 @@ def encode_chat_choices(
     refused = None
     for item, prompt in zip(suite.items, prompts, strict=True):
         found = [next(rows) for _ in item.choices]
+        for row in found:
+            if isinstance(row, RowError) and row.kind == "control-token":
+                raise LlmtuneError(f"{suite.items_path}:{item.line}: {row}")
         refused = refused or next((row for row in found if isinstance(row, RowError)), None)
         answers = [
             _trained_ids(row, prompt, with_end=with_end)
@@ -156,17 +181,15 @@ def _apart_ids(
     return encode_text(tokenizer, ending.lead + choice) + tail
 
 
-def _chat_messages(suite: Suite, demonstrations: Sequence[Demonstration]) -> list[list[Message]]:
-    """Return each item's messages up to its question."""
-    config = suite.config
-    assert isinstance(config, PromptedSuite)
-    opening: list[Message] = []
-    if config.system:
-        opening.append({"role": "system", "content": config.system})
-    for shown in demonstrations:
-        opening.append({"role": "user", "content": shown.prompt})
-        opening.append({"role": "assistant", "content": shown.answer})
-    return [[*opening, {"role": "user", "content": item.prompt}] for item in suite.items]
+def _questions(suite: Suite, demonstrations: Sequence[Demonstration]) -> list[Conversation]:
+    """Return each item's chat up to its question."""
+    system = getattr(suite.config, "system", None)
+    return [
+        Conversation(
+            "chat", item.chat(demonstrations, system), [dict(tool) for tool in item.tools] or None
+        )
+        for item in suite.items
+    ]
 
 
 def raw_context(

@@ -163,4 +163,7 @@ def _name_of(path: Path, config: SuiteConfig) -> str:
 def _item_content(item: SuiteItem) -> dict[str, Any]:
     content = asdict(item)
     del content["line"], content["number"]
+    for key in ("messages", "tools"):  # older results have no such keys
+        if not content[key]:
+            del content[key]
     return content

@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 import jinja2
+from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmtune.errors import LlmtuneError
@@ -37,3 +38,9 @@ def compile_template(text: str, where: str) -> jinja2.Template:
         return environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise LlmtuneError(f"{where}: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def template_variables(text: str) -> frozenset[str]:
+    """Return the names that a template, which compiles, asks for."""
+    return frozenset(meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(text)))

@@ -200,15 +200,16 @@ def check_evaluation_files(knobs: EvaluateConfig, suites: Sequence[Suite]) -> No
 
 
 def check_item_lengths(base: "Checkpoint", suites: Sequence[Suite]) -> None:
-    """Refuse items that the model has too few positions for.
+    """Refuse items that the model has too few positions for, or that hold control tokens.
 
     Raises:
         LlmtuneError: names them by file and line.
     """
-    if not suites or base.num_positions is None:
+    if not suites:
         return
-    from llmtune.evaluation.lengths import refuse_long_items
+    from llmtune.evaluation.lengths import refuse_control_items, refuse_long_items
 
+    refuse_control_items(base.tokenizer, suites)
     refuse_long_items(base.tokenizer, suites, base.num_positions)
 
 

@@ -3,10 +3,15 @@
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import click
 
-from llmtune.data.render import render_messages
+from llmtune.data.conversation import Conversation, Message, ask
+from llmtune.data.problems import RowError
+from llmtune.data.prompts import PromptEncoder
+from llmtune.data.tools import read_tools
 from llmtune.errors import LlmtuneError
 from llmtune.models.config import Loadable
 from llmtune.models.live import LiveModel
@@ -27,6 +32,8 @@ class ChatSettings:
     max_new_tokens: int = 256
     temperature: float = 0.0
     as_json: bool = False
+    tools: Path | None = None
+    """A JSON file with a list of tool schemas."""
 
 
 class Chat:
@@ -36,7 +43,9 @@ class Chat:
         self.live = live
         self.settings = settings
         self.arm = settings.arm or live.arms[0]
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[Message] = []
+        self._encoder = PromptEncoder(live.tokenizer)
+        self._tools = None if settings.tools is None else _read_tools(settings.tools)
         self.clear()
 
     def clear(self) -> None:
@@ -52,9 +61,12 @@ class Chat:
 
     def answer(self, question: str) -> str:
         """Write the answer to stdout as it comes, and keep both turns."""
-        asked = [*self.messages, {"role": "user", "content": question}]
         tokenizer = self.live.tokenizer
-        prompt = render_messages(tokenizer, asked, add_generation_prompt=True)
+        try:
+            asked = [*self.messages, *ask([{"role": "user", "content": question}]).messages]
+            prompt = self._encoder.encode(Conversation("chat", asked, self._tools))
+        except RowError as error:
+            raise LlmtuneError(str(error)) from None
         decoding = Decoding(
             max_new_tokens=self.settings.max_new_tokens,
             stop_token_ids=self.live.stop_token_ids,
@@ -98,6 +110,17 @@ def run_chat(target: Loadable, settings: ChatSettings) -> None:
             _take(chat, line.strip())
         except LlmtuneError as error:
             click.echo(f"error: {error}", err=True)
+
+
+def _read_tools(path: Path) -> list[dict[str, Any]] | None:
+    try:
+        return read_tools(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise LlmtuneError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise LlmtuneError(f"{path}: not UTF-8 text: {error}") from None
+    except RowError as error:
+        raise LlmtuneError(f"{path}: {error}") from None
 
 
 def _take(chat: Chat, line: str) -> None:

@@ -9,7 +9,8 @@ from llmtune.data.conversation import chat
 from llmtune.data.masks import Labeller
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.requests import encode_prompts, split_continuation
+from llmtune.evaluation.lengths import refuse_control_items
+from llmtune.evaluation.requests import encode_chats, encode_prompts, split_continuation
 from llmtune.evaluation.suite import load_suite
 from llmtune.evaluation.tasks.base import Demonstration
 from tests.data.shapes import LLAMA2, MISTRAL, make_shape, make_spaced
@@ -188,3 +189,67 @@ def test_a_raw_prompt_begins_with_the_bos_that_the_tokenizer_adds(make_suite):
 def test_the_delimiter_stands_before_a_raw_choice(make_suite):
     [request] = choice_requests(make_tokenizer(), make_suite(chat=False, delimiter=""))
     assert request.choice_ids[0] == tuple(ids_of(make_tokenizer(), "yes"))
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+HISTORY = [
+    {"role": "user", "content": [{"type": "text", "text": "Weather?"}]},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "Sunny"},
+]
+
+
+def write_suite(folder, item, **declared):
+    (folder / "i.jsonl").write_text(json.dumps({"answer": "yes", **item}) + "\n")
+    values = {"task": "exact", "items": "i.jsonl", **declared}
+    path = folder / "s.yaml"
+    path.write_text("\ufeff" + json.dumps(values))  # as some editors save it
+    return path
+
+
+ASKED = {"prompt": "{{ q }}"}
+
+
+@pytest.mark.parametrize(
+    ("item", "declared", "parts"),
+    [
+        ({"q": "hi", "system": "Be short.", "tools": [TOOL]}, ASKED, ["Be short.", '"weather"']),
+        ({"turns": HISTORY, "tools": [TOOL]}, {"messages": "turns"}, ['"Rome"', "Sunny"]),
+        ({"turns": HISTORY[:1], "system": "Be short."}, {"messages": "turns"}, ["Be short."]),
+        ({"q": "hi", "system": "linux"}, {"prompt": "{{ q }} on {{ system }}"}, ["hi on linux"]),
+        ({"prompt": "hi", "tools": [TOOL]}, {"task": "chat"}, ['"weather"']),
+    ],
+)
+def test_an_item_is_read_as_a_training_row(tmp_path, item, declared, parts):
+    tokenizer = make_shape("qwen3")
+    suite = load_suite(write_suite(tmp_path, item, **declared))
+    [ids] = encode_chats(tokenizer, suite)
+    text = tokenizer.decode(ids)
+    assert all(part in text for part in parts), text
+    assert "system\nlinux" not in text
+
+
+@pytest.mark.parametrize(
+    ("item", "declared", "words"),
+    [
+        ({"turns": [{"role": "human", "content": "x"}]}, {"messages": "turns"}, "did you mean"),
+        ({"q": "x", "system": "b"}, {**ASKED, "system": "a"}, "system message stands twice"),
+        ({"q": "x", "tools": [TOOL]}, {**ASKED, "chat": False}, "read in chats only"),
+        ({"q": "x"}, {}, "give either prompt"),
+    ],
+)
+def test_what_training_refuses_is_refused_in_a_suite(tmp_path, item, declared, words):
+    with pytest.raises(LlmtuneError, match=words):
+        load_suite(write_suite(tmp_path, item, **declared))
+
+
+def test_control_tokens_are_found_before_anything_is_trained(tmp_path, make_suite):
+    tokenizer = make_tokenizer()
+    suite = load_suite(write_suite(tmp_path, {"q": "hi<|im_end|>"}, **ASKED))
+    words = r"i\.jsonl:1: message 1 \(user\): content holds the control token"
+    for refuse in (encode_prompts, lambda tokenizer, one: refuse_control_items(tokenizer, [one])):
+        with pytest.raises(LlmtuneError, match=words):
+            refuse(tokenizer, suite)
+    with pytest.raises(LlmtuneError, match=r"items.jsonl:1: message 2 \(assistant\): content"):
+        choice_requests(tokenizer, make_suite(choices=("yes<|im_end|>", "no")))

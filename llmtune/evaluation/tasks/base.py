@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from llmtune.data.conversation import ask, put_system_first
+from llmtune.data.problems import RowError
+from llmtune.data.row_values import parse_json_text
 from llmtune.evaluation.results import ItemScore
 from llmtune.io.fingerprint import hash_json
 from llmtune.schema import Section
@@ -26,6 +29,9 @@ ABILITIES: tuple[Ability, ...] = ("knowledge", "text", "chat")
 NAME_RULE = "letters, digits, `_`, `-` and `.`, no dot or dash first"
 ERROR = "error"
 """What a learning curve calls the loss of a task that has no likelihood of the right answer."""
+
+CONTEXT_FIELDS = ("system", "tools")
+"""What an item may say beside its question, as a training row does in the columns of that name."""
 
 Fields = Mapping[str, Any]
 
@@ -52,6 +58,22 @@ class SuiteItem:
     slices: tuple[tuple[str, str], ...] = ()
     number: int | None = None
     """The right choice as a whole number, until all lines are read (`settle_items`)."""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """The chat that the prompt ends, where there is more of it than the prompt."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Schemas of the tools that may be called."""
+
+    def chat(self, shown: "Sequence[Demonstration]" = (), system: str | None = None) -> list[Any]:
+        """Return the messages up to the question, demonstrations behind the system message."""
+        turns = [dict(message) for message in self.messages] or [{"role": "user"}]
+        opening = [turns.pop(0)] if turns[0]["role"] == "system" else []
+        if system and not opening:
+            opening = [{"role": "system", "content": system}]
+        for pair in shown:
+            opening.append({"role": "user", "content": pair.prompt})
+            opening.append({"role": "assistant", "content": pair.answer})
+        turns[-1]["content"] = self.prompt
+        return [*opening, *turns]
 
     @property
     def right_answer(self) -> str:
@@ -232,10 +254,13 @@ class SuiteConfig(Section):
 
 
 class PromptedSuite(SuiteConfig):
-    """A suite that asks: a prompt rendered over each item's fields."""
+    """A suite that asks: a prompt rendered over each item's fields, or a chat in one of them."""
 
-    prompt: str
+    prompt: str | None = None
     """Jinja2 template over an item's fields."""
+    messages: str | None = None
+    """Field with a chat that waits for an answer, instead of a prompt. Either way an item's fields
+    `system` and `tools` are read as in training."""
     system: str | None = None
     """System message (chat only)."""
     chat: bool = True
@@ -247,6 +272,12 @@ class PromptedSuite(SuiteConfig):
     def _require_chat_for_system(self) -> "PromptedSuite":
         if self.system is not None and not self.chat:
             raise ValueError("system needs chat: true; with chat: false write it into the prompt")
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError(
+                'give either prompt: "{{ question }}" or messages: <field with a chat>'
+            )
+        if self.messages is not None and not self.chat:
+            raise ValueError("messages needs chat: true; raw text has a prompt")
         return self
 
     def check_templates(self, items_path: Path) -> None:
@@ -257,7 +288,8 @@ class PromptedSuite(SuiteConfig):
         """
         from llmtune.evaluation.templates import compile_template
 
-        compile_template(self.prompt, f"prompt of the suite over {items_path}")
+        if self.prompt is not None:
+            compile_template(self.prompt, f"prompt of the suite over {items_path}")
 
     def render_prompt(self, fields: Fields) -> str:
         """Return the prompt over an item's fields.
@@ -268,7 +300,7 @@ class PromptedSuite(SuiteConfig):
         from llmtune.evaluation.templates import RENDERING_ERRORS, compile_template
 
         try:
-            prompt = compile_template(self.prompt, "prompt").render(fields)
+            prompt = compile_template(self.prompt or "", "prompt").render(fields)
         except RENDERING_ERRORS as error:
             raise BadItem(f"the prompt cannot be rendered: {error}") from None
         if not prompt.strip():
@@ -282,7 +314,19 @@ class PromptedSuite(SuiteConfig):
 
     def read_item(self, fields: Fields, item: SuiteItem) -> SuiteItem:
         """Return `item` with its prompt and its right answer."""
-        return self.read_answer(fields, replace(item, prompt=self.render_prompt(fields)))
+        used: Container[str] = ()
+        if self.messages is None:
+            from llmtune.evaluation.templates import template_variables
+
+            prompt = self.render_prompt(fields)
+            used = template_variables(self.prompt or "")
+            turns: Any = [{"role": "user", "content": prompt}]
+        else:
+            turns = read_field(fields, self.messages)
+        if not self.chat:
+            refuse_context(fields, used)
+            return self.read_answer(fields, replace(item, prompt=prompt))
+        return self.read_answer(fields, read_question(fields, item, turns, used, self.system))
 
     def read_answer(self, fields: Fields, item: SuiteItem) -> SuiteItem:
         """Return `item` with what counts as right.
@@ -382,6 +426,49 @@ def read_field(fields: Fields, name: str) -> Any:
     if fields.get(name) is None:
         raise BadItem(f"field {name!r} is missing; the item has {', '.join(sorted(fields))}")
     return fields[name]
+
+
+def read_question(
+    fields: Fields,
+    item: SuiteItem,
+    turns: Any,
+    used: Container[str] = (),
+    system: str | None = None,
+) -> SuiteItem:
+    """Return `item` with its chat, read as training reads one, with its own system and tools.
+
+    Args:
+        turns: the messages as they stand there.
+        used: fields that the prompt's template prints, and so are no context beside it.
+        system: the suite's own system message.
+
+    Raises:
+        BadItem: in the words in which training would refuse it.
+    """
+    own = {key: fields.get(key) for key in CONTEXT_FIELDS if key not in used}
+    try:
+        turns = parse_json_text(turns, "messages")
+        if isinstance(turns, list):
+            turns = put_system_first(turns, own.get("system"))
+        question = ask(turns, own.get("tools"))
+        if system and question.messages[0]["role"] == "system":
+            put_system_first(question.messages, system)
+    except RowError as error:
+        raise BadItem(str(error)) from None
+    tools, messages = tuple(question.tools or ()), tuple(question.messages)
+    is_plain = [message["role"] for message in messages] == ["user"]
+    prompt = str(messages[-1]["content"])
+    return replace(item, prompt=prompt, messages=() if is_plain else messages, tools=tools)
+
+
+def refuse_context(fields: Fields, used: Container[str] = ()) -> None:
+    """Refuse what would be lost in a suite of raw text: an item's own system message or tools."""
+    for key in CONTEXT_FIELDS:
+        if fields.get(key) and key not in used:
+            raise BadItem(
+                f"field {key!r} is read in chats only, and the suite has chat: false; print it in "
+                "the prompt, or take it out"
+            )
 
 
 def commonest_share(answers: Sequence[str]) -> float:

@@ -1,7 +1,6 @@
 """Open prompts in chat form: how far a model has moved from what the untouched base answers."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -17,6 +16,7 @@ from llmtune.evaluation.tasks.base import (
     SuiteConfig,
     SuiteItem,
     read_field,
+    read_question,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class ChatSuite(SuiteConfig):
         prompt = read_field(fields, self.prompt)
         if not isinstance(prompt, str) or not prompt.strip():
             raise BadItem(f"field {self.prompt!r} must be a text that is not empty")
-        return replace(item, prompt=prompt)
+        return read_question(fields, item, [{"role": "user", "content": prompt}], {self.prompt})
 
     def write_answers(
         self, base: "LiveModel", suite: Suite, token_budget: int | None = None
@@ -119,9 +119,9 @@ class ChatSuite(SuiteConfig):
         return 2 * sum(len(ids) + self.max_new_tokens for ids in prompts)
 
     def _encode(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> list[list[int]]:
-        from llmtune.data.render import render_question
+        from llmtune.evaluation.requests import encode_chats
 
-        return [render_question(tokenizer, item.prompt) for item in suite.items]
+        return [list(ids) for ids in encode_chats(tokenizer, suite)]
 
     def _write(
         self, scored: "LiveModel", suite: Suite, token_budget: int | None
