@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.tasks.base import PromptedSuite, Suite, SuiteItem
+from llmtune.evaluation.tasks.question import build_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,7 +59,7 @@ def refuse_control_items(tokenizer: "PreTrainedTokenizerFast", suites: Sequence[
         system = getattr(suite.config, "system", None)
         for item in suite.items:
             choices = [{"role": "assistant", "content": choice} for choice in item.choices]
-            messages = [*item.chat(system=system), *choices]
+            messages = [*build_chat(item.messages, item.prompt, system=system), *choices]
             tools = [dict(tool) for tool in item.tools] or None
             try:
                 refuse_control_text(Conversation("chat", messages, tools), controls)

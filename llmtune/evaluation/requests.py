@@ -13,6 +13,7 @@ from llmtune.data.problems import RowError, RowProblem
 from llmtune.data.prompts import PromptEncoder, prompts_error
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.tasks.base import Demonstration, PromptedSuite, Suite, SuiteItem
+from llmtune.evaluation.tasks.question import build_chat
 from llmtune.models.turns import TurnEnding, require_chat_template
 from llmtune.scoring.likelihood import ContinuationRequest
 from llmtune.scoring.perplexity import leading_special_ids
@@ -184,9 +185,12 @@ def _apart_ids(
 def _questions(suite: Suite, demonstrations: Sequence[Demonstration]) -> list[Conversation]:
     """Return each item's chat up to its question."""
     system = getattr(suite.config, "system", None)
+    shown = [(each.prompt, each.answer) for each in demonstrations]
     return [
         Conversation(
-            "chat", item.chat(demonstrations, system), [dict(tool) for tool in item.tools] or None
+            "chat",
+            build_chat(item.messages, item.prompt, shown, system),
+            [dict(tool) for tool in item.tools] or None,
         )
         for item in suite.items
     ]

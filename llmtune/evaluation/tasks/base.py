@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llmtune.data.conversation import ask, put_system_first
 from llmtune.data.problems import RowError
-from llmtune.data.row_values import parse_json_text
 from llmtune.evaluation.results import ItemScore
+from llmtune.evaluation.tasks.question import read_question, refuse_context
 from llmtune.io.fingerprint import hash_json
 from llmtune.schema import Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from llmtune.data.conversation import Conversation
     from llmtune.models.live import LiveModel
     from llmtune.scoring.likelihood import ContinuationRequest
 
@@ -29,9 +29,6 @@ ABILITIES: tuple[Ability, ...] = ("knowledge", "text", "chat")
 NAME_RULE = "letters, digits, `_`, `-` and `.`, no dot or dash first"
 ERROR = "error"
 """What a learning curve calls the loss of a task that has no likelihood of the right answer."""
-
-CONTEXT_FIELDS = ("system", "tools")
-"""What an item may say beside its question, as a training row does in the columns of that name."""
 
 Fields = Mapping[str, Any]
 
@@ -63,17 +60,15 @@ class SuiteItem:
     tools: tuple[Mapping[str, Any], ...] = ()
     """Schemas of the tools that may be called."""
 
-    def chat(self, shown: "Sequence[Demonstration]" = (), system: str | None = None) -> list[Any]:
-        """Return the messages up to the question, demonstrations behind the system message."""
-        turns = [dict(message) for message in self.messages] or [{"role": "user"}]
-        opening = [turns.pop(0)] if turns[0]["role"] == "system" else []
-        if system and not opening:
-            opening = [{"role": "system", "content": system}]
-        for pair in shown:
-            opening.append({"role": "user", "content": pair.prompt})
-            opening.append({"role": "assistant", "content": pair.answer})
-        turns[-1]["content"] = self.prompt
-        return [*opening, *turns]
+    def asking(self, question: "Conversation") -> "SuiteItem":
+        """Return the item with what it asks."""
+        is_plain = [message["role"] for message in question.messages] == ["user"]
+        return replace(
+            self,
+            prompt=str(question.messages[-1]["content"]),
+            messages=() if is_plain else tuple(question.messages),
+            tools=tuple(question.tools or ()),
+        )
 
     @property
     def right_answer(self) -> str:
@@ -323,10 +318,15 @@ class PromptedSuite(SuiteConfig):
             turns: Any = [{"role": "user", "content": prompt}]
         else:
             turns = read_field(fields, self.messages)
-        if not self.chat:
-            refuse_context(fields, used)
-            return self.read_answer(fields, replace(item, prompt=prompt))
-        return self.read_answer(fields, read_question(fields, item, turns, used, self.system))
+        try:
+            if self.chat:
+                item = item.asking(read_question(fields, turns, used, self.system))
+            else:
+                refuse_context(fields, used)
+                item = replace(item, prompt=prompt)
+        except RowError as error:
+            raise BadItem(str(error)) from None
+        return self.read_answer(fields, item)
 
     def read_answer(self, fields: Fields, item: SuiteItem) -> SuiteItem:
         """Return `item` with what counts as right.
@@ -426,49 +426,6 @@ def read_field(fields: Fields, name: str) -> Any:
     if fields.get(name) is None:
         raise BadItem(f"field {name!r} is missing; the item has {', '.join(sorted(fields))}")
     return fields[name]
-
-
-def read_question(
-    fields: Fields,
-    item: SuiteItem,
-    turns: Any,
-    used: Container[str] = (),
-    system: str | None = None,
-) -> SuiteItem:
-    """Return `item` with its chat, read as training reads one, with its own system and tools.
-
-    Args:
-        turns: the messages as they stand there.
-        used: fields that the prompt's template prints, and so are no context beside it.
-        system: the suite's own system message.
-
-    Raises:
-        BadItem: in the words in which training would refuse it.
-    """
-    own = {key: fields.get(key) for key in CONTEXT_FIELDS if key not in used}
-    try:
-        turns = parse_json_text(turns, "messages")
-        if isinstance(turns, list):
-            turns = put_system_first(turns, own.get("system"))
-        question = ask(turns, own.get("tools"))
-        if system and question.messages[0]["role"] == "system":
-            put_system_first(question.messages, system)
-    except RowError as error:
-        raise BadItem(str(error)) from None
-    tools, messages = tuple(question.tools or ()), tuple(question.messages)
-    is_plain = [message["role"] for message in messages] == ["user"]
-    prompt = str(messages[-1]["content"])
-    return replace(item, prompt=prompt, messages=() if is_plain else messages, tools=tools)
-
-
-def refuse_context(fields: Fields, used: Container[str] = ()) -> None:
-    """Refuse what would be lost in a suite of raw text: an item's own system message or tools."""
-    for key in CONTEXT_FIELDS:
-        if fields.get(key) and key not in used:
-            raise BadItem(
-                f"field {key!r} is read in chats only, and the suite has chat: false; print it in "
-                "the prompt, or take it out"
-            )
 
 
 def commonest_share(answers: Sequence[str]) -> float:

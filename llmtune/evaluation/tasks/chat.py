@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from llmtune.data.problems import RowError
 from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.tasks.base import (
     Ability,
@@ -16,8 +17,8 @@ from llmtune.evaluation.tasks.base import (
     SuiteConfig,
     SuiteItem,
     read_field,
-    read_question,
 )
+from llmtune.evaluation.tasks.question import read_question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +55,11 @@ class ChatSuite(SuiteConfig):
         prompt = read_field(fields, self.prompt)
         if not isinstance(prompt, str) or not prompt.strip():
             raise BadItem(f"field {self.prompt!r} must be a text that is not empty")
-        return read_question(fields, item, [{"role": "user", "content": prompt}], {self.prompt})
+        turns = [{"role": "user", "content": prompt}]
+        try:
+            return item.asking(read_question(fields, turns, {self.prompt}))
+        except RowError as error:
+            raise BadItem(str(error)) from None
 
     def write_answers(
         self, base: "LiveModel", suite: Suite, token_budget: int | None = None
