@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.question import build_chat
 from llmtune.evaluation.tasks.base import PromptedSuite, Suite, SuiteItem
-from llmtune.evaluation.tasks.question import build_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -12,8 +12,8 @@ from llmtune.data.masks import LabelledRow, Labeller
 from llmtune.data.problems import RowError, RowProblem
 from llmtune.data.prompts import PromptEncoder, prompts_error
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.question import build_chat
 from llmtune.evaluation.tasks.base import Demonstration, PromptedSuite, Suite, SuiteItem
-from llmtune.evaluation.tasks.question import build_chat
 from llmtune.models.turns import TurnEnding, require_chat_template
 from llmtune.scoring.likelihood import ContinuationRequest
 from llmtune.scoring.perplexity import leading_special_ids

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from llmtune.data.problems import RowError
+from llmtune.evaluation.question import read_question, refuse_context
 from llmtune.evaluation.results import ItemScore
-from llmtune.evaluation.tasks.question import read_question, refuse_context
 from llmtune.io.fingerprint import hash_json
 from llmtune.schema import Section
 

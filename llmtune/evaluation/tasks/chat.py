@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmtune.data.problems import RowError
+from llmtune.evaluation.question import read_question
 from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.tasks.base import (
     Ability,
@@ -18,7 +19,6 @@ from llmtune.evaluation.tasks.base import (
     SuiteItem,
     read_field,
 )
-from llmtune.evaluation.tasks.question import read_question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
