@@ -53,7 +53,6 @@ from llmtune.checks.verification import format_line, format_prompts, format_stri
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.memory import release_memory
-from llmtune.models.resolve import resolve_base
 from llmtune.scoring.live import as_arm
 
 log = logging.getLogger("llmtune")
@@ -201,7 +200,7 @@ def check_file(file: ModelFile, reference: Reference, tolerances: Tolerances) ->
     require_runtime()
     model = _whole_model(reference)
     record = read_record(model.directory) if model is not None else None
-    source = model or resolve_base(reference.model, allow_quantized=True)
+    source = model or reference.base
     asked = _ask(file.path, source, reference)
     problems = _origin_problems(file, model) + adapter_problems(record, reference)
     limits = _choose_limits(
@@ -225,10 +224,9 @@ def check_file(file: ModelFile, reference: Reference, tolerances: Tolerances) ->
 
 def _whole_model(reference: Reference) -> Checkpoint | None:
     """Return the merged or only model of a reference; None for an adapter that was not merged."""
-    if reference.merged_dir is not None:
-        template = reference.model.chat_template
-        return Checkpoint.open(reference.merged_dir, chat_template=template)
-    return resolve_base(reference.model) if reference.adapter_dir is None else None
+    if reference.merged_dir is not None or reference.merged_problem is not None:
+        return reference.merged
+    return reference.dense_base if reference.adapter_dir is None else None
 
 
 def _choose_limits(type: str, tolerances: Tolerances, against: str) -> Limits:

@@ -1,8 +1,7 @@
 """The live model that a merged model or a file is judged by: base and adapter, unmerged."""
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import psutil
 import torch
@@ -15,7 +14,7 @@ from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.hardware import choose_device
 from llmtune.models.live import LiveModel
-from llmtune.models.resolve import resolve_base
+from llmtune.models.resolve import Loadable
 from llmtune.scoring.live import load_live
 
 FLOAT32_BYTES = 4
@@ -26,15 +25,11 @@ MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Reference:
+class Reference(Loadable):
     """The run, adapter or model that something is compared with."""
 
-    name: str
-    model: ModelConfig
-    max_kl: float
+    max_kl: float = field(kw_only=True)
     """Nats per token with which its merges are kept."""
-    adapter_dir: Path | None = None
-    merged_dir: Path | None = None
     held_out: HeldOut | None = None
     """A run's held-out rows and suites; without any the open prompts are compared."""
 
@@ -91,9 +86,8 @@ def load_reference(reference: Reference, record: MergeRecord | None, dtype: str)
             f"{reference.name}: merged at strength {strength:g}, and an adapter with "
             "biases or single token rows has no live model of that strength to compare with"
         )
-    source = resolve_base(reference.model, allow_quantized=True)
     config = comparison_config(reference.model, dtype, is_quantized=is_dequantized(record))
-    return load_live(config, source, adapter_dir)
+    return load_live(config, reference.base, adapter_dir)
 
 
 def is_dequantized(record: MergeRecord | None) -> bool:

@@ -66,9 +66,9 @@ def judge(  # noqa: PLR0913 (one argument an option)
       llmtune judge out/model --base models/base --suites mine.yaml --fail-if 'general_drop>0.05'
       llmtune judge runs/out-judged evaluate.extent=full data.train='[{path: train.jsonl}]'
     """
+    from llmtune.evaluation.suite import load_suites
     from llmtune.reporting.budgets import check_budgets, parse_budgets, require_known_names
     from llmtune.reporting.terminal import render_terminal
-    from llmtune.runs.evaluate import load_suites
     from llmtune.runs.judge import Asked, prepare_judgment
     from llmtune.runs.judge import judge as judge_it
 

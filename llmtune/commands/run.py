@@ -102,10 +102,10 @@ def run_all(
       llmtune run configs/quickstart.yaml --force
       llmtune run configs/quickstart.yaml --fail-if 'general_loss>0.2'
     """
+    from llmtune.evaluation.suite import load_suites
     from llmtune.reporting.budgets import check_budgets, parse_budgets, require_known_names
     from llmtune.reporting.terminal import render_terminal
     from llmtune.runs import pipeline
-    from llmtune.runs.evaluate import load_suites
     from llmtune.runs.targets import require_run
 
     show_progress(quiet)

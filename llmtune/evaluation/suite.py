@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.copies import group_copies
 from llmtune.evaluation.tasks.base import (
     NAME_RULE,
@@ -47,6 +48,11 @@ def find_suite(name_or_path: str | Path) -> Path:
         f"suite {str(name_or_path)!r}: no such file, and no shipped suite of that name "
         f"(shipped: {', '.join(sorted(shipped)) or 'none'}).{hint}"
     )
+
+
+def load_suites(knobs: EvaluateConfig) -> list[Suite]:
+    """Read the suites with all their items; what is wrong in them is found here."""
+    return [load_suite(name, seed=knobs.seed, limit=knobs.limit) for name in knobs.suites]
 
 
 def load_suite(name_or_path: str | Path, *, seed: int = 0, limit: int | None = None) -> Suite:

@@ -13,12 +13,12 @@ from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.evaluation.diagnosis.parts import order_rows, seen_places, write_part
 from llmtune.evaluation.results import ArmResult, arm_result_path, read_arm_result
+from llmtune.evaluation.suite import load_suites
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.manifest import read_manifest
 from llmtune.io.run_dir import RunDir
 from llmtune.models.resolve import resolve_base
 from llmtune.runs import pipeline
-from llmtune.runs.evaluate import load_suites
 
 log = logging.getLogger("llmtune")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.suite import load_suites
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.run_dir import SEQUENCE_FILE, atomic_write_json
 from llmtune.reporting.sections.sequence import SequenceResult
 from llmtune.runs import pipeline
-from llmtune.runs.evaluate import load_suites
 
 log = logging.getLogger("llmtune")
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmtune.errors import LlmtuneError
+from llmtune.exporting.card import card_lines, report_facts
+from llmtune.io.fingerprint import JsonValue, hash_json
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.models.config import ModelConfig
+from llmtune.models.resolve import Loadable
 
 if TYPE_CHECKING:
     from llmtune.exporting.export import ExportJob
@@ -19,15 +21,9 @@ EXPORT_FILE = "llmtune_export.json"
 
 
 @dataclass(frozen=True)
-class ExportSource:
+class ExportSource(Loadable):
     """What is to be exported: a run, an adapter on its base, or a whole model."""
 
-    name: str
-    """As the user gave it."""
-    model: ModelConfig
-    """The base, or the whole model."""
-    adapter_dir: Path | None = None
-    merged_dir: Path | None = None
     run_dir: Path | None = None
     """The run that all of it belongs to, if it is one."""
 
@@ -117,6 +113,10 @@ class Exporter(ABC):
             LlmtuneError: they cannot.
         """
 
+    def taken_from(self, report: Mapping[str, Any] | None) -> JsonValue:
+        """Return what of a run's report gets into the export, as JSON values."""
+        return None
+
     @abstractmethod
     def export(self, job: "ExportJob") -> Exported:
         """Make the export and check it; nothing is left by a failed check.
@@ -160,7 +160,11 @@ class WritingExporter(Exporter):
 
 
 class FileExporter(WritingExporter):
-    """An exporter that writes one file."""
+    """An exporter that writes one file, with the base's name and the verdict in its head."""
+
+    def taken_from(self, report: Mapping[str, Any] | None) -> JsonValue:
+        """Return the facts of the head."""
+        return {**report_facts(report)}
 
     def export(self, job: "ExportJob") -> Exported:
         """Write the file, check it, and put it in its place."""
@@ -169,6 +173,10 @@ class FileExporter(WritingExporter):
 
 class DirectoryExporter(WritingExporter):
     """An exporter that writes a directory, which gets a model card and a mark of its own."""
+
+    def taken_from(self, report: Mapping[str, Any] | None) -> JsonValue:
+        """Return the facts of the head, and the card."""
+        return {**report_facts(report), "card": hash_json(list(card_lines(report)))}
 
     def is_own(self, out: Path) -> bool:
         """Whether a directory with the mark is there."""

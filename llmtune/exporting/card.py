@@ -32,15 +32,26 @@ def render_card(name: str, report: Mapping[str, Any] | None, *, files: Mapping[s
         report: a run's report.json, or None: then the card says that nothing was measured.
         files: what each file beside the card is, by its name.
     """
-    lines = ["---", *_front_matter(report), "---", "", f"# {name}", ""]
-    if report is None:
-        lines += ["Nothing was measured of this model by llmtune.", ""]
-    else:
-        lines += _results(report)
+    lines = ["---", *_front_matter(report), "---", "", f"# {name}", "", *card_lines(report)]
     if files:
         lines += ["## Files", "", *(f"- `{file}`: {what}" for file, what in files.items()), ""]
     lines += [f"Made with llmtune {__version__}. The license of the base model applies."]
     return "\n".join(lines) + "\n"
+
+
+def card_lines(report: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield the lines of a card that a report decides."""
+    if report is None:
+        yield from ("Nothing was measured of this model by llmtune.", "")
+    else:
+        yield from _results(report)
+
+
+def report_facts(report: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return what the head of a file says of a run's report; nothing without one."""
+    if report is None:
+        return {}
+    return {"base_name": base_name(report), "verdict": str(report.get("verdict"))}
 
 
 def base_name(report: Mapping[str, Any]) -> str:

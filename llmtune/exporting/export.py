@@ -19,7 +19,7 @@ from llmtune.exporting.base import (
     FileExporter,
     WritingExporter,
 )
-from llmtune.exporting.card import CARD_NAME, base_name, read_report, render_card
+from llmtune.exporting.card import CARD_NAME, read_report, render_card, report_facts
 from llmtune.exporting.config import ExportSettings, find_exporter
 from llmtune.io.environment import versions
 from llmtune.io.run_dir import RunDir, atomic_write_text
@@ -30,7 +30,6 @@ from llmtune.io.unfinished import (
     unfinished_file,
 )
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.models.resolve import resolve_base
 from llmtune.version import __version__
 
 log = logging.getLogger("llmtune")
@@ -79,18 +78,11 @@ class ExportJob:
             LlmtuneError: it has not been merged.
         """
         source = self.source
-        if source.merged_dir is not None:
-            template = source.model.chat_template
-            merged = Checkpoint.open(source.merged_dir, chat_template=template)
-            if source.adapter_dir is not None:
-                require_trained_template(merged.tokenizer, source.adapter_dir)
-            return merged
-        if source.run_dir is not None or source.adapter_dir is not None:
-            raise LlmtuneError(
-                f"{source.name}: there is no merged model yet; make it with: "
-                f"llmtune merge {source.name}"
-            )
-        return self.base
+        if source.merged_dir is None and source.run_dir is None and source.adapter_dir is None:
+            return self.base
+        if source.adapter_dir is not None:
+            require_trained_template(source.merged.tokenizer, source.adapter_dir)
+        return source.merged
 
     @property
     def adapter_dir(self) -> Path:
@@ -103,10 +95,10 @@ class ExportJob:
             raise LlmtuneError(f"{self.source.name}: has no adapter to export")
         return self.source.adapter_dir
 
-    @cached_property
+    @property
     def base(self) -> Checkpoint:
         """The checkpoint of the base, or of the whole model."""
-        return resolve_base(self.source.model)
+        return self.source.dense_base
 
     @cached_property
     def report(self) -> dict[str, Any] | None:
@@ -182,7 +174,4 @@ class ExportJob:
         record = read_record(made_from.directory)
         if record is not None:
             facts["merged_into"] = record.base
-        if self.report is not None:
-            facts["base_name"] = base_name(self.report)
-            facts["verdict"] = str(self.report.get("verdict"))
-        return facts
+        return facts | report_facts(self.report)

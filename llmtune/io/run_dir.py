@@ -18,6 +18,16 @@ class RunDir:
 
     path: Path
 
+    def name_in_run(self, path: str) -> str:
+        """Return a path below the run relative to it, as it is recorded; any other as it is."""
+        inside = Path(path).absolute()
+        here = self.path.absolute()
+        return str(inside.relative_to(here)) if inside.is_relative_to(here) else path
+
+    def place(self, recorded: str) -> str:
+        """Return where a path that was recorded is now."""
+        return str(self.path / recorded)
+
     @property
     def adapter_dir(self) -> Path:
         """Return the folder of the trained adapter."""

@@ -70,6 +70,9 @@ def merge_checked(
         CheckFailed: the KL of the one that is kept to its live model is above `max_kl`.
     """
     place = out_dir.absolute()
+    left = f"nothing was left in {out_dir}"
+    if place.exists():
+        left = f"the earlier model in {out_dir} is as it was"
     require_space(place, sum(needed_bytes(plan) for plan in plans))
     device = choose_device(settings.device)
     with unfinished_dir(place) as scratch:
@@ -82,13 +85,13 @@ def merge_checked(
         if check is not None and not check.kl <= max_kl:
             raise CheckFailed(
                 f"merged model and live adapter differ by {check.kl:.4f} nats/token (KL), more "
-                f"than merge.max_kl={max_kl:g} (--max-kl); nothing was left in {out_dir}"
+                f"than merge.max_kl={max_kl:g} (--max-kl); {left}"
             )
         if check is not None and check.wrong_modules:
             shown = "; ".join(one.describe() for one in check.wrong_modules[:3])
             raise CheckFailed(
                 f"{len(check.wrong_modules)} merged modules do not compute what the live adapter "
-                f"does: {shown}; nothing was left in {out_dir}"
+                f"does: {shown}; {left}"
             )
         record: dict[str, Any] = {}
         if judgment.candidates:

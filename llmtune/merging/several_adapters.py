@@ -36,10 +36,9 @@ from llmtune.merging.one_adapter import plan_options
 from llmtune.merging.plan import plan_combined_merge
 from llmtune.merging.planned import PlannedMerges
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.models.config import ModelConfig
 from llmtune.models.memory import release_memory
 from llmtune.models.quantization.describe import describe_quantized_base
-from llmtune.models.resolve import resolve_base
+from llmtune.models.resolve import Loadable
 from llmtune.scoring.generate import Decoding
 from llmtune.scoring.live import load_live
 
@@ -50,8 +49,8 @@ log = logging.getLogger("llmtune")
 class SeveralRequest:
     """Which adapters are merged how, and where the model goes."""
 
-    model: ModelConfig
-    """Their base."""
+    base: Loadable
+    """The base of the first, which is that of all."""
     adapters: tuple[WeightedAdapter, ...]
     how: Combination
     out_dir: Path
@@ -178,7 +177,7 @@ def _require_one_base(directories: Sequence[Path]) -> None:
 
 
 def _plan(request: SeveralRequest) -> MergePlan:
-    knobs, model = request.knobs, request.model
+    knobs, model, source = request.knobs, request.base.model, request.base.base
     if request.how.method == "svd" and request.how.rank is None:
         raise LlmtuneError("--method svd needs --rank")
     for one in request.adapters:
@@ -186,7 +185,6 @@ def _plan(request: SeveralRequest) -> MergePlan:
         reason = method_of(saved).why_only_alone(saved)
         if reason is not None:
             raise LlmtuneError(f"{one.directory}: {reason}")
-    source = resolve_base(model, allow_quantized=True)
     quantized = None
     if knobs.base == "auto":
         raise LlmtuneError(
@@ -214,13 +212,13 @@ def _judge(request: SeveralRequest, written: Sequence[WrittenMerge]) -> Judgment
 
 def _compare(request: SeveralRequest, merged_dir: Path) -> VerifyResult:
     """Compare the merged model with its base and all adapters on the open prompts."""
-    model = request.model
+    model = request.base.model
     first, *others = request.adapters
     dtype = comparison_dtype(Checkpoint.open(merged_dir), device=model.device)
     is_quantized = request.knobs.base == "dequantized"
     live = load_live(
         comparison_config(model, dtype, is_quantized=is_quantized),
-        resolve_base(model, allow_quantized=True),
+        request.base.base,
         first.directory,
     )
     assert isinstance(live.model, PeftModel)

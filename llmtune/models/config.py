@@ -1,6 +1,5 @@
 """The `model` section: which base, in which numbers, on which device."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -48,21 +47,3 @@ class ModelConfig(Section):
     def quantization_method(self) -> str:
         """The name of the quantization, or none."""
         return self.storage.method
-
-
-@dataclass(frozen=True)
-class Loadable:
-    """What to load: a base, the adapter on it if any, the merged model of a run if any."""
-
-    name: str
-    """As the user gave it."""
-    model: ModelConfig
-    adapter_dir: Path | None = None
-    merged_dir: Path | None = None
-
-    @property
-    def arms(self) -> tuple[str, ...]:
-        """Who can answer, the default first."""
-        arms = ["tuned"] if self.adapter_dir else []
-        arms.append("base")
-        return tuple(arms + (["merged"] if self.merged_dir else []))

@@ -1,13 +1,79 @@
 """Which checkpoint directory a base's name means: a path, a GGUF file, or a hub id."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
-from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.checkpoint import Checkpoint, refuse_quantized
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import dense_checkpoint
 from llmtune.models.hub import HubUnreachable, fetch_snapshot, no_such_base, reads_as_hub_id
+
+
+@dataclass(frozen=True)
+class Loadable:
+    """What to load: a base, the adapter on it if any, the merged model of a run if any.
+
+    Its checkpoints are opened once, when they are first asked for, and passed on.
+    """
+
+    name: str
+    """As the user gave it."""
+    model: ModelConfig
+    adapter_dir: Path | None = None
+    merged_dir: Path | None = None
+    merged_problem: str | None = None
+    """Why a merged model that is there may not be used, and what to do about it."""
+    template_date: str | None = None
+    """The date (YYYY-MM-DD) that the base's chat template prints; null is the day's."""
+    opened: Checkpoint | None = None
+    """The base, if it is open already."""
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Who can answer, the default first."""
+        arms = ["tuned"] if self.adapter_dir else []
+        arms.append("base")
+        return tuple(arms + (["merged"] if self.merged_dir else []))
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The base, which may be stored quantized; raises as `resolve_base` does."""
+        if self.opened is not None:
+            return self.opened
+        source = resolve_base(self.model, allow_quantized=True)
+        return replace(source, template_date=self.template_date)
+
+    @cached_property
+    def dense_base(self) -> Checkpoint:
+        """The same, for what a quantized checkpoint cannot be used for.
+
+        Raises:
+            LlmtuneError: it is stored quantized, or as `resolve_base`.
+        """
+        refuse_quantized(self.base.config, str(self.base.directory))
+        return self.base
+
+    @cached_property
+    def merged(self) -> Checkpoint:
+        """The merged model.
+
+        Raises:
+            LlmtuneError: there is none, or it may not be used.
+        """
+        if self.merged_dir is None:
+            raise LlmtuneError(
+                self.merged_problem
+                or f"{self.name}: there is no merged model yet; make it with: "
+                f"llmtune merge {self.name}"
+            )
+        template, date = self.model.chat_template, self.template_date
+        merged = replace(
+            Checkpoint.open(self.merged_dir, chat_template=template), template_date=date
+        )
+        merged.require_whole(allow_pickle=False)
+        return merged
 
 
 def resolve_base(config: ModelConfig, *, allow_quantized: bool = False) -> Checkpoint:

@@ -19,10 +19,12 @@ from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.diagnosis.base import EXTENTS, Extent
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.evaluation.results import arm_result_path
-from llmtune.evaluation.suite import load_suite
+from llmtune.evaluation.suite import load_suites
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_file
 from llmtune.io.manifest import Manifest, StageRecord, read_manifest
+from llmtune.models.resolve import Loadable
+from llmtune.runs.merge import MergeStage
 from llmtune.runs.stage import Stage
 from llmtune.runs.targets import resolve_target
 
@@ -60,11 +62,12 @@ class EvaluateStage(Stage):
         """Require the models that are to be scored besides the base."""
         config = self.config
         self.adapter  # noqa: B018 (raises without an adapter)
-        if "merged" in config.evaluate.arms and not config.run.merged_dir.is_dir():
-            raise LlmtuneError(
-                f"{config.run.path}: has no merged model; make it with: llmtune merge "
-                f"{config.run.path}, or leave it out with evaluate.arms='[original, base, tuned]'"
-            )
+        if "merged" in config.evaluate.arms:
+            problem = MergeStage(config).why_unusable(read_manifest(config.run))
+            if problem is not None:
+                raise LlmtuneError(
+                    f"{problem}, or leave it out with evaluate.arms='[original, base, tuned]'"
+                )
 
     def inputs(self, manifest: Manifest) -> dict[str, Any]:
         """Return what decides the scores: models, suites, files, knobs and the extent."""
@@ -129,13 +132,14 @@ class EvaluateStage(Stage):
     def request(self, inputs: Mapping[str, Any]) -> "EvaluationRequest":
         """Return what is evaluated."""
         from llmtune.evaluation.measures import EvaluationRequest
-        from llmtune.runs.targets import Target
         from llmtune.serving.live import load_target
 
         config = self.config
         run = config.run
         adapter_dir = run.adapter_dir if run.adapter_dir.is_dir() else None
-        target = Target(str(run.path), config.model, adapter_dir, run.merged_dir, config)
+        target = Loadable(
+            str(run.path), config.model, adapter_dir, run.merged_dir, opened=self.source
+        )
         return EvaluationRequest(
             knobs=self._knobs(inputs),
             run=run,
@@ -173,11 +177,6 @@ def _why_no_strength(adapter_dir: Path | None) -> str | None:
     if adapter_dir is None or has_strengths(adapter_dir):
         return None
     return "the adapter holds biases, single token rows or a changed base, which have no strength"
-
-
-def load_suites(knobs: EvaluateConfig) -> list[Suite]:
-    """Read the suites with all their items; what is wrong in them is found here."""
-    return [load_suite(name, seed=knobs.seed, limit=knobs.limit) for name in knobs.suites]
 
 
 def check_evaluation_files(knobs: EvaluateConfig, suites: Sequence[Suite]) -> None:

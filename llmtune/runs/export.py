@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config import RunConfig
+from llmtune.errors import LlmtuneError
 from llmtune.exporting.base import Exported, Exporter
+from llmtune.exporting.card import read_report
 from llmtune.exporting.config import ExportSettings, find_exporter
-from llmtune.io.manifest import Manifest, StageRecord
+from llmtune.io.manifest import Manifest, StageRecord, read_manifest
+from llmtune.runs.merge import MergeStage
 from llmtune.runs.stage import Stage
 from llmtune.runs.targets import export_source, resolve_target, run_target
 
@@ -36,6 +39,8 @@ def export_target(name: str, overrides: Sequence[str], settings: ExportSettings)
 class ExportStage(Stage):
     """Make one of the exports that the config's `export` section names, and check it."""
 
+    paths_in_run = ("out", "path")
+
     def __init__(
         self, config: RunConfig, exporter: Exporter, type: str | None, *, force: bool = False
     ) -> None:
@@ -44,22 +49,31 @@ class ExportStage(Stage):
         self.type = type
         self.name = f"export {exporter.name}"
 
+    def check(self) -> None:
+        """Require what it is made from, finished."""
+        if self.exporter.made_from == "merged":
+            problem = MergeStage(self.config).why_unusable(read_manifest(self.config.run))
+            if problem is not None:
+                raise LlmtuneError(problem)
+
     def inputs(self, manifest: Manifest) -> dict[str, Any]:
-        """Return the fingerprint of the stage that it is made from, and the file's type."""
+        """Return the stage that it is made from, the file's type, and what it takes of a report."""
         made_by = STAGE_OF[self.exporter.made_from]
         return {
             made_by: manifest.stages.get(made_by, {}).get("fingerprint"),
             "type": self.type,
+            "report": self.exporter.taken_from(read_report(self.config.run.report_json_path)),
         }
 
     def outputs(self, record: StageRecord) -> Iterator[Path]:
         """Yield the file or directory."""
-        yield Path(record["result"]["out"])
+        yield Path(self.config.run.place(record["result"]["out"]))
 
     def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Write the file and check it; an earlier one is replaced."""
         from llmtune.exporting.export import run_export
 
-        source = export_source(run_target(str(self.config.run.path), self.config))
+        config = self.config
+        source = export_source(run_target(str(config.run.path), config, opened=self.source))
         settings = ExportSettings(self.exporter.name, self.type, force=True)
         return run_export(source, settings).to_dict()

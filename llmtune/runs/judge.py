@@ -14,6 +14,7 @@ from llmtune.data.config import NO_ROWS, DataConfig
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.main_arms import MAIN_ARMS, MainArm
+from llmtune.evaluation.suite import load_suites
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_text
@@ -26,7 +27,7 @@ from llmtune.models.gguf import cache_dir
 from llmtune.models.hub import fetch_adapter, reads_as_hub_id
 from llmtune.models.resolve import resolve_base
 from llmtune.models.template_date import template_date_of
-from llmtune.runs.evaluate import EvaluateStage, load_suites
+from llmtune.runs.evaluate import EvaluateStage
 from llmtune.runs.ledger import Ledger, open_ledger
 from llmtune.runs.merge import MergeStage
 from llmtune.runs.stage import Stage

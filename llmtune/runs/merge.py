@@ -2,20 +2,26 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from llmtune.config import RunConfig
+from llmtune.evaluation.suite import load_suites
 from llmtune.io.manifest import Manifest, StageRecord
 from llmtune.merging.config import NO_SETTINGS, MergeConfig, MergeSettings
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.stage import Stage
+
+if TYPE_CHECKING:
+    from llmtune.merging.one_adapter import MergeRequest
 
 
 class MergeStage(Stage):
     """Add the run's adapter into its base, in `merged/`."""
 
     name = "merge"
+    paths_in_run = ("out_dir",)
 
     def __init__(
         self, config: RunConfig, *, force: bool = False, settings: MergeSettings = NO_SETTINGS
@@ -29,12 +35,25 @@ class MergeStage(Stage):
 
     def inputs(self, manifest: Manifest) -> dict[str, Any]:
         """Return the hashes of adapter and base, and the knobs."""
-        inputs = {
-            "adapter": self.adapter,
-            "base": self.source.fingerprint,
-            "merge": self.config.merge.model_dump(mode="json"),
-        }
+        inputs = {**self._inputs_in_run(), "base": self.source.fingerprint}
         return inputs | ({"dtype": self.settings.dtype} if self.settings.dtype else {})
+
+    def _inputs_in_run(self) -> dict[str, Any]:
+        return {"adapter": self.adapter, "merge": self.config.merge.model_dump(mode="json")}
+
+    def why_unusable(self, manifest: Manifest, *, with_base: bool = True) -> str | None:
+        """Say why the merged model may not be used, and what to do; None if it may.
+
+        It may if the merge is finished on the adapter, the knobs and the base of now; without
+        `with_base` the base is not looked for. In which dtype it was written is left open.
+        """
+        run = self.config.run
+        if not run.merged_dir.is_dir():
+            return f"{run.path}: has no merged model; make it with: llmtune merge {run.path}"
+        present = self._inputs_in_run()
+        if with_base:
+            present["base"] = self.source.fingerprint
+        return self.why_unfinished(manifest, present)
 
     def complete(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return recorded inputs with the knobs that came later, as defaults."""
@@ -51,8 +70,24 @@ class MergeStage(Stage):
     def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Merge and check."""
         from llmtune.merging.one_adapter import merge_one
-        from llmtune.runs.merge_apart import request_of_run
 
-        config = self.config
-        request = request_of_run(config, config.run.merged_dir, self.settings)
-        return merge_one(request).to_dict()
+        out_dir = self.config.run.merged_dir
+        return merge_one(request_of_run(self.config, self.source, out_dir, self.settings)).to_dict()
+
+
+def request_of_run(
+    config: RunConfig, source: Checkpoint, out_dir: Path, settings: MergeSettings
+) -> "MergeRequest":
+    """Return a merge of a run's adapter, checked on its held-out rows and its suites."""
+    from llmtune.checks.prompts import HeldOut
+    from llmtune.merging.one_adapter import MergeRequest
+
+    return MergeRequest(
+        model=config.model,
+        source=source,
+        adapter_dir=config.run.adapter_dir,
+        out_dir=out_dir,
+        knobs=config.merge,
+        held_out=HeldOut(config.data, config.seed, tuple(load_suites(config.evaluate))),
+        settings=settings,
+    )

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.adapters.manifest import CONFIG_NAME, read_adapter_config
-from llmtune.checks.prompts import HeldOut
 from llmtune.checks.provenance import PROVENANCE_FILE
-from llmtune.config import RunConfig, anchor_paths
+from llmtune.config import anchor_paths
 from llmtune.errors import LlmtuneError
 from llmtune.io.unfinished import refuse_to_replace
 from llmtune.merging.changes import WeightedAdapter
@@ -25,9 +24,7 @@ from llmtune.merging.several_adapters import (
     plan_several,
     require_combinable,
 )
-from llmtune.models.config import ModelConfig
-from llmtune.models.resolve import resolve_base
-from llmtune.runs.evaluate import load_suites
+from llmtune.runs.merge import request_of_run
 from llmtune.runs.targets import Target, resolve_target
 
 MERGE_DEFAULTS = MergeConfig()
@@ -107,7 +104,7 @@ def combine_into_model(combined: Combined, *, force: bool = False) -> CombinedMe
     if combined.out_dir.exists():
         used = _used_dirs(adapters)
         if adapters:
-            used.append(Path(_base_of(adapters[0], combined).base).expanduser())
+            used.append(Path(_base_of(adapters[0], combined).model.base).expanduser())
         _refuse_to_replace(combined.out_dir, used, force=force)
     return merge_several(_request_of_several(adapters, combined))
 
@@ -139,34 +136,23 @@ def plan_combination(combined: Combined) -> PlannedMerges:
     return plan_several(_request_of_several(adapters, combined))
 
 
-def request_of_run(config: RunConfig, out_dir: Path, settings: MergeSettings) -> MergeRequest:
-    """Return a merge of a run's adapter, checked on its held-out rows and its suites."""
-    return MergeRequest(
-        model=config.model,
-        source=resolve_base(config.model),
-        adapter_dir=config.run.adapter_dir,
-        out_dir=out_dir,
-        knobs=config.merge,
-        held_out=HeldOut(config.data, config.seed, tuple(load_suites(config.evaluate))),
-        settings=settings,
-    )
-
-
 def _request_of_target(
     target: Target, out_dir: Path, knobs: MergeConfig, settings: MergeSettings
 ) -> MergeRequest:
     if target.adapter_dir is None:
         raise LlmtuneError(f"{target.name}: has no adapter to merge")
     if target.config is not None:
-        return request_of_run(anchor_paths(target.config), out_dir, settings)
-    source = resolve_base(target.model, allow_quantized=True)
-    return MergeRequest(target.model, source, target.adapter_dir, out_dir, knobs, settings=settings)
+        config = anchor_paths(target.config)
+        return request_of_run(config, target.dense_base, out_dir, settings)
+    return MergeRequest(
+        target.model, target.base, target.adapter_dir, out_dir, knobs, settings=settings
+    )
 
 
 def _request_of_several(adapters: Sequence[WeightedAdapter], combined: Combined) -> SeveralRequest:
     require_combinable(adapters)
     return SeveralRequest(
-        model=_base_of(adapters[0], combined),
+        base=_base_of(adapters[0], combined),
         adapters=tuple(adapters),
         how=combined.how,
         out_dir=combined.out_dir,
@@ -175,8 +161,8 @@ def _request_of_several(adapters: Sequence[WeightedAdapter], combined: Combined)
     )
 
 
-def _base_of(adapter: WeightedAdapter, combined: Combined) -> ModelConfig:
-    return resolve_target(str(adapter.directory), combined.overrides).model
+def _base_of(adapter: WeightedAdapter, combined: Combined) -> Target:
+    return resolve_target(str(adapter.directory), combined.overrides)
 
 
 def _find_adapter(item: str) -> WeightedAdapter:

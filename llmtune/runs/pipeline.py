@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmtune.config import RunConfig
 from llmtune.evaluation.diagnosis.base import Extent
+from llmtune.evaluation.suite import load_suites
 from llmtune.io.manifest import TrainRecord
 from llmtune.io.run_dir import RunDir
 from llmtune.merging.config import NO_SETTINGS, MergeSettings
@@ -13,7 +14,6 @@ from llmtune.runs.evaluate import (
     EvaluateStage,
     check_evaluation_files,
     check_item_lengths,
-    load_suites,
     warn_of_leaks,
 )
 from llmtune.runs.export import ExportStage

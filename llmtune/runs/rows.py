@@ -20,7 +20,7 @@ from llmtune.evaluation.tasks.base import is_suite_name
 from llmtune.io.run_dir import atomic_write_text
 from llmtune.models.config import ModelConfig
 from llmtune.models.resolve import resolve_base
-from llmtune.runs.targets import require_run
+from llmtune.runs.targets import require_run, run_target
 
 SHIPPED_BESIDE = ("general", "chat")
 
@@ -41,7 +41,7 @@ def open_rows(name: str, overrides: Sequence[str] = (), *, use_cache: bool = Tru
     """
     more = () if use_cache else ("data.cache=false",)
     config = require_run(name, (*overrides, *more))
-    return Rows(config.mixed_data, resolve_base(config.model).tokenizer)
+    return Rows(config.mixed_data, run_target(name, config).dense_base.tokenizer)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a stage of a run is: what decides it, what it leaves, and how it is done."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -29,6 +29,8 @@ class Stage(ABC):
     """
 
     name: str
+    paths_in_run: ClassVar[tuple[str, ...]] = ()
+    """Keys of the result that are paths; below the run they are recorded relative to it."""
     is_first: ClassVar[bool] = False
     """Whether it begins the run: it records the config, and `force` clears the run directory."""
 
@@ -67,15 +69,40 @@ class Stage(ABC):
             inputs = self.inputs(ledger.manifest)
             result = None
             if not self.force:
-                result = ledger.finished(
+                recorded = ledger.finished(
                     self.name, inputs, complete=self.complete, outputs=self.outputs
                 )
+                result = recorded and self._with_paths(recorded, self.config.run.place)
             if result is None:
                 ledger.begin(self.name, inputs)
                 result = self.run(inputs)
-                ledger.finish(self.name, result)
+                ledger.finish(self.name, self._with_paths(result, self.config.run.name_in_run))
             self.after(ledger, result)
         return result
+
+    def _with_paths(
+        self, result: Mapping[str, Any], change: Callable[[str], str]
+    ) -> Mapping[str, Any]:
+        changed = {key: change(result[key]) for key in self.paths_in_run if key in result}
+        return {**result, **changed}
+
+    def why_unfinished(self, manifest: Manifest, present: Mapping[str, Any]) -> str | None:
+        """Say why what the stage has left may not be used, and what to do; None if it may.
+
+        It may if the stage is finished and was made from these of its inputs.
+        """
+        record = manifest.stages.get(self.name, {})
+        again = f"redo it with: llmtune {self.name} {self.config.run.path}"
+        if not record.get("finished"):
+            return f"{self.config.run.path}: its {self.name} did not finish; {again}"
+        known = self.complete(record.get("inputs") or {})
+        other = [key for key in present if known.get(key) != present[key]]
+        if not other:
+            return None
+        return (
+            f"{self.config.run.path}: its {self.name} was made from a different "
+            f"{' and '.join(other)} than now; {again}"
+        )
 
     def before(self, ledger: Ledger) -> None:  # noqa: B027 (most stages have nothing to add)
         """Describe in the open run what the stage is about to use, or refuse it."""

@@ -1,7 +1,7 @@
 """What a path on the command line names: a config, a run, an adapter, or a whole model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from llmtune.config import (
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.exporting.base import ExportSource
-from llmtune.io.manifest import read_manifest
+from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir
 from llmtune.io.validation import validate_section
 from llmtune.io.yaml_source import SourcedTree, apply_overrides
-from llmtune.models.config import Loadable, ModelConfig
+from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.config import ModelConfig
+from llmtune.models.resolve import Loadable
 from llmtune.reporting.sections.sequence import read_sequence
+from llmtune.runs.merge import MergeStage
 from llmtune.schema import Section
 
 TEMPLATE_NAME = "chat_template.jinja"
@@ -44,6 +47,10 @@ class Target(Loadable):
     """What a path names, to be loaded, with the run's config if it is a run."""
 
     config: RunConfig | None = None
+
+    def loadable(self) -> dict[str, Any]:
+        """Return what is to be loaded, by the names of `Loadable`'s fields."""
+        return {one.name: getattr(self, one.name) for one in fields(Loadable)}
 
     @property
     def evaluate(self) -> EvaluateConfig:
@@ -84,13 +91,8 @@ def resolve_target(name: str, overrides: Sequence[str] = ()) -> Target:
 
 def export_source(target: Target) -> ExportSource:
     """Return what an export of a target is made from."""
-    return ExportSource(
-        name=target.name,
-        model=target.model,
-        adapter_dir=target.adapter_dir,
-        merged_dir=target.merged_dir,
-        run_dir=target.config.run_dir if target.config else None,
-    )
+    run_dir = target.config.run_dir if target.config else None
+    return ExportSource(**target.loadable(), run_dir=run_dir)
 
 
 def require_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -195,14 +197,26 @@ def _recorded_base(adapter_dir: Path) -> dict[str, Any]:
     return {"base": base["path"] if is_local else base["origin"]} | quantization
 
 
-def run_target(name: str, config: RunConfig) -> Target:
-    """Return the target that a run is."""
+def run_target(name: str, config: RunConfig, *, opened: Checkpoint | None = None) -> Target:
+    """Return the target that a run is; `opened` is its base if it is open already.
+
+    Its merged model is there if the merge is finished on the adapter and the knobs of now.
+    """
     run = config.run
+    is_made = run.manifest_path.is_file()
+    manifest = read_manifest(run) if is_made else Manifest(config={})
+    has_adapter, has_merged = run.adapter_dir.is_dir(), run.merged_dir.is_dir()
+    problem = None
+    if has_merged:
+        problem = MergeStage(config).why_unusable(manifest, with_base=False)
     return Target(
         name,
         config.model,
-        adapter_dir=run.adapter_dir if run.adapter_dir.is_dir() else None,
-        merged_dir=run.merged_dir if run.merged_dir.is_dir() else None,
+        adapter_dir=run.adapter_dir if has_adapter else None,
+        merged_dir=run.merged_dir if has_merged and problem is None else None,
+        merged_problem=problem,
+        template_date=manifest.base.get("template_date"),
+        opened=opened,
         config=config,
     )
 

@@ -10,10 +10,10 @@ from llmtune.checks.prompts import HeldOut
 from llmtune.checks.reference import Reference
 from llmtune.checks.verification import Comparison, Verification
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.suite import load_suites
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.exporting.gguf_writer.types import read_file_type, read_source
 from llmtune.merging.config import MergeConfig
-from llmtune.runs.evaluate import load_suites
 from llmtune.runs.targets import Target, resolve_target
 
 GGUF_SUFFIX = ".gguf"
@@ -50,10 +50,7 @@ def _reference(target: Target, suites: Sequence[Suite] = ()) -> Reference:
     """Return what the checks may know of a target."""
     config = target.config
     return Reference(
-        name=target.name,
-        model=target.model,
+        **target.loadable(),
         max_kl=(config.merge if config else MergeConfig()).max_kl,
-        adapter_dir=target.adapter_dir,
-        merged_dir=target.merged_dir,
         held_out=HeldOut(config.data, config.seed, tuple(suites)) if config else None,
     )

@@ -13,8 +13,8 @@ from llmtune.data.problems import RowError
 from llmtune.data.prompts import PromptEncoder
 from llmtune.data.tools import read_tools
 from llmtune.errors import LlmtuneError
-from llmtune.models.config import Loadable
 from llmtune.models.live import LiveModel
+from llmtune.models.resolve import Loadable
 from llmtune.models.turns import require_chat_template
 from llmtune.scoring.generate import Decoding, stream_text
 from llmtune.scoring.live import as_arm

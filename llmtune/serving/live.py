@@ -5,9 +5,8 @@ from dataclasses import replace
 
 from llmtune.data.template import require_trained_template
 from llmtune.errors import LlmtuneError
-from llmtune.models.config import Loadable
 from llmtune.models.live import LiveModel
-from llmtune.models.resolve import resolve_base
+from llmtune.models.resolve import Loadable
 from llmtune.scoring.live import load_live
 
 log = logging.getLogger("llmtune")
@@ -24,16 +23,17 @@ def load_target(target: Loadable, arm: str | None = None) -> LiveModel:
             chat template.
     """
     wanted = arm or target.arms[0]
+    if wanted == "merged":
+        target.merged  # noqa: B018 (says why there is none)
     if wanted not in (*target.arms, "original"):
         raise LlmtuneError(
             f"{target.name}: has no {wanted} model; there is: {', '.join(target.arms)}"
         )
     config, is_whole = target.model, wanted in ("original", "merged")
-    if wanted == "merged":
-        config = config.model_copy(update={"base": str(target.merged_dir), "revision": None})
+    source = target.merged if wanted == "merged" else target.dense_base
     if is_whole:
         config = config.model_copy(update={"quantization": None})
-    live = load_live(config, resolve_base(config), None if is_whole else target.adapter_dir)
+    live = load_live(config, source, None if is_whole else target.adapter_dir)
     log.info("model: %s on %s, %s", live.source.origin, live.device, live.identity.dtype)
     if not is_whole:
         return live

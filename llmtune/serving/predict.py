@@ -20,8 +20,8 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.partial_lines import PartialLines, partial_lines
 from llmtune.io.run_dir import atomic_write_text
-from llmtune.models.config import Loadable
 from llmtune.models.live import LiveModel
+from llmtune.models.resolve import Loadable
 from llmtune.scoring.batches import choose_token_budget, position_limit
 from llmtune.scoring.generate import Decoding, iter_texts
 from llmtune.scoring.live import as_arm

@@ -14,7 +14,7 @@ from llmtune.evaluation.run import evaluate_arms, scoring_settings
 from llmtune.evaluation.scores import Scores, summarize_scores
 from llmtune.evaluation.stats import Resampling
 from llmtune.evaluation.suite import load_suite
-from llmtune.models.config import Loadable
+from llmtune.models.resolve import Loadable
 from llmtune.scoring.live import as_arm
 from llmtune.serving.live import load_target
 

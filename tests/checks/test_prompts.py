@@ -7,8 +7,8 @@ from llmtune.checks.prompts import HeldOut, build_prompts
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.prepare import prepare_examples
+from llmtune.evaluation.suite import load_suites
 from llmtune.models.resolve import resolve_base
-from llmtune.runs.evaluate import load_suites
 from tests.project import make_project
 
 

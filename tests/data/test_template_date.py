@@ -10,6 +10,7 @@ from llmtune.data.render import render_text
 from llmtune.data.template import require_same_template, template_fingerprint
 from llmtune.models import template_date
 from llmtune.models.template_date import fix_template_date, template_date_of
+from llmtune.runs.rows import open_rows
 from llmtune.runs.targets import resolve_target
 from llmtune.serving.live import load_target
 from tests.project import make_project
@@ -68,3 +69,4 @@ def test_a_run_goes_on_the_next_day_with_its_own_date(tmp_path, monkeypatch):
     for name in (run_dir, run_dir / "adapter"):
         live = load_target(resolve_target(str(name)))
         assert "28 November 2026" in render_text(live.tokenizer, ASKED)
+    assert "28 November 2026" in render_text(open_rows(str(run_dir)).tokenizer, ASKED)

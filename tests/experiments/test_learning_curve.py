@@ -15,9 +15,9 @@ from llmtune.evaluation.diagnosis.base import read_diagnostic
 from llmtune.evaluation.diagnosis.curve import summarize_curve
 from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.evaluation.results import read_arm_result
+from llmtune.evaluation.suite import load_suites
 from llmtune.experiments.learning_curve import plan_learning_curve
 from llmtune.io.manifest import read_manifest
-from llmtune.runs.evaluate import load_suites
 from tests.project import make_project
 
 TWO_EPOCHS = ["train.max_steps=12", "evaluate.arms=[tuned]", "evaluate.extent=none"]

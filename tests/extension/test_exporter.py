@@ -108,7 +108,7 @@ def test_a_new_exporter_is_made_by_runs_and_by_the_command(tmp_path):
     of_run = run / "exports" / "run-float16.safetensors"
     assert dtypes(of_run) == {"F16"}
     record = json.loads((run / "manifest.json").read_text())["stages"]["export safetensors"]
-    assert record["result"]["out"] == str(of_run)
+    assert record["result"]["out"] == str(of_run.relative_to(run))
     assert record["result"]["largest_error"] < 0.01
     assert dtypes(run / "exports" / "run-float32.safetensors") == {"F32"}
     assert not rounded.exists()
