@@ -6,26 +6,25 @@ import heapq
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from llmtune.data.config import SourceConfig
 from llmtune.data.hub import is_hub_id
 from llmtune.data.init_guess import explain, guess_source
 from llmtune.data.init_suite import (
     CHARACTERS_PER_TOKEN,
     NoSuite,
     SuiteDraft,
-    draft_suite,
-    share_to_hold_out,
+    SuiteRows,
 )
 from llmtune.data.masks import LabelledRow, Labeller
-from llmtune.data.overlap import conversation_key, is_held_out
 from llmtune.data.problems import RowProblem
-from llmtune.data.rows import LoadedRow, find_files, iter_raw_rows, open_source
+from llmtune.data.rows import LoadedRow, find_files, open_source
 from llmtune.errors import LlmtuneError
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class DataDescription:
     first_bad_row: str | None
     longest: int
     is_measured: bool
-    """True where the lengths were counted with the base model's tokenizer."""
+    """True if the lengths were counted with the base model's tokenizer."""
     suite: SuiteDraft | NoSuite
     """What asks whether the tuning worked, over the rows that the config holds out."""
     evaluation_share: float | None
@@ -87,11 +86,10 @@ class DataDescription:
 class _Survey:
     """What one pass over all rows of a source shows."""
 
-    share: float | None
+    suite: SuiteRows
     num_rows: int = 0
     num_bad: int = 0
     first_bad: RowProblem | None = None
-    num_held_out: int = 0
     longest: list[tuple[int, int, LoadedRow]] = field(default_factory=list)
     """The rows with most characters: (characters, order of reading, row)."""
 
@@ -101,21 +99,12 @@ class _Survey:
             self.num_bad += 1
             self.first_bad = self.first_bad or row
             return
-        if self.share is not None:
-            self.num_held_out += is_held_out(conversation_key(row.conversation), self.share)
+        self.suite.add(row, self.num_rows)
         entry = (row.conversation.num_characters, -self.num_rows, row)
         if len(self.longest) < LONGEST_ROWS:
             heapq.heappush(self.longest, entry)
         else:
             heapq.heappushpop(self.longest, entry)
-
-    @property
-    def kept_share(self) -> float | None:
-        """The share to hold out; 0 if it would leave one of the two sides without rows."""
-        if self.share is None:
-            return None
-        num_usable = self.num_rows - self.num_bad
-        return self.share if 0 < self.num_held_out < num_usable else 0.0
 
 
 def describe_data(
@@ -138,14 +127,14 @@ def describe_data(
     source = guess_source(train_path, tokenizer, format=format, columns=columns)
     most_rows = LOOKED_AT_ROWS if is_hub_id(train_path) else None
     opened = open_source(source)
-    num_rows = None if evaluation_path else _count(iter_raw_rows(source), most_rows)
-    survey = _Survey(None if num_rows is None else share_to_hold_out(num_rows))
-    for row in itertools.islice(opened.rows, most_rows):
-        survey.add(row)
+    survey = _read(opened.rows, most_rows, SuiteRows(holds_all=False))
     if not survey.longest:
         raise LlmtuneError(f"{path}: no row can be used; the first: {survey.first_bad}")
-    held_out = source.model_copy(update={"path": evaluation_path or train_path})
-    suite = draft_suite(open_source(held_out).rows, share=survey.kept_share, most_rows=most_rows)
+    held_out = survey.suite
+    if evaluation_path is not None:
+        rows = open_source(source.model_copy(update={"path": evaluation_path})).rows
+        held_out = _read(rows, most_rows, SuiteRows(holds_all=True)).suite
+    share = held_out.share_of(survey.num_rows)
     return DataDescription(
         train_path=train_path,
         evaluation_path=evaluation_path,
@@ -159,13 +148,29 @@ def describe_data(
         first_bad_row=None if survey.first_bad is None else str(survey.first_bad),
         longest=_longest([row for *_, row in survey.longest], tokenizer),
         is_measured=tokenizer is not None,
-        suite=suite,
-        evaluation_share=survey.kept_share,
+        suite=held_out.draft(share),
+        evaluation_share=share,
     )
 
 
-def _count(rows: Iterator[object], most_rows: int | None) -> int:
-    return sum(1 for _ in itertools.islice(rows, most_rows))
+def draft_suite(source: SourceConfig) -> SuiteDraft | NoSuite:
+    """Draft a suite over all rows of a source, which nobody trains on.
+
+    Raises:
+        LlmtuneError: the source is missing or empty, or its format is not known.
+    """
+    most_rows = LOOKED_AT_ROWS if is_hub_id(source.path) else None
+    survey = _read(open_source(source).rows, most_rows, SuiteRows(holds_all=True))
+    return survey.suite.draft(None)
+
+
+def _read(
+    rows: Iterable[LoadedRow | RowProblem], most_rows: int | None, suite: SuiteRows
+) -> _Survey:
+    survey = _Survey(suite)
+    for row in itertools.islice(rows, most_rows):
+        survey.add(row)
+    return survey
 
 
 def render_config(
@@ -173,7 +178,7 @@ def render_config(
 ) -> str:
     """Return a commented YAML config for the data, ready for `llmtune run`.
 
-    `suite` is where the drafted suite is written; None where there is none.
+    `suite` is where the drafted suite is written; None if there is none.
     """
     name = re.sub(r"[^\w-]+", "-", Path(found.train_path).name.split(".")[0]).strip("-") or "run"
     measured = "counted with the base's tokenizer" if found.is_measured else "guessed from the text"
@@ -251,7 +256,7 @@ def _suite_lines(draft: SuiteDraft | NoSuite, path: str | None) -> list[str]:
 
 
 def _split_files(path: str) -> tuple[str, str | None, tuple[str, ...]]:
-    """Return the train path, an evaluation file lying beside it, and test files to leave out."""
+    """Return the train path, an evaluation file beside it, and test files to leave out."""
     here = Path(path).expanduser()
     if is_hub_id(path) or not (here.is_dir() or here.is_file()):
         if not is_hub_id(path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -12,15 +11,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmtune.data.conversation import Conversation
-from llmtune.data.overlap import conversation_key, is_held_out
+from llmtune.data.overlap import conversation_key, held_out_draw
 from llmtune.data.rows import LoadedRow
 
 FEWEST_ITEMS = 20
 """Fewer can hardly tell base and tuned model apart."""
 MOST_ITEMS = 300
+KEPT_ITEMS = 4 * MOST_ITEMS
+"""Rows in memory while it is not known yet which are held out."""
+FEWEST_HELD_OUT = 0.01
 MOST_CHOICES = 20
 ROWS_A_CHOICE = 5
-"""Answers that stand in fewer rows each are no labels."""
+"""Answers of fewer rows each are not labels."""
 SHORT_ANSWER = 60
 LONGEST_ANSWER_TOKENS = 256
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -32,7 +34,7 @@ CHARACTERS_PER_TOKEN = 3.0
 
 @dataclass(frozen=True)
 class SuiteDraft:
-    """What a suite over held-out rows asks; `choices` is empty where the answers are no labels."""
+    """What a suite over held-out rows asks; `choices` is empty if the answers are not labels."""
 
     task: Literal["choice", "exact", "perplexity"]
     items: tuple[dict[str, str], ...]
@@ -60,52 +62,71 @@ class _Turn:
 
 def share_to_hold_out(num_rows: int) -> float:
     """Return the share of the rows to keep out of training: about 300 rows, 1 to 20 %."""
-    return round(min(0.2, max(0.01, MOST_ITEMS / num_rows)), 3)
+    return round(min(0.2, max(FEWEST_HELD_OUT, MOST_ITEMS / num_rows)), 3)
 
 
-def draft_suite(
-    rows: Iterable[object], *, share: float | None, most_rows: int | None = None
-) -> SuiteDraft | NoSuite:
-    """Read rows once and draft a suite over those that a run with this `evaluation_share` keeps.
+class SuiteRows:
+    """Gathers in one pass what a suite can ask, though the share held out is known at its end."""
 
-    Args:
-        rows: `LoadedRow`s; whatever else a source yields is passed over.
-        share: None where every row is held out (a file of its own).
-        most_rows: how many rows are read (a hub set may be huge); None reads all.
-    """
-    answers: Counter[str] = Counter()
-    held_out: dict[bytes, _Turn] = {}
-    num_rows = num_asked = 0
-    for row in itertools.islice(rows, most_rows):
-        if not isinstance(row, LoadedRow):
-            continue
-        num_rows += 1
+    def __init__(self, *, holds_all: bool) -> None:
+        self.holds_all = holds_all
+        """Whether every row is held out (a file of its own)."""
+        self._answers: Counter[str] = Counter()
+        self._turns: dict[bytes, _Turn] = {}
+        self._num_rows = self._num_asked = 0
+        self._draws = (1.0, 0.0)
+        """The smallest and the largest number that a row has drawn."""
+
+    def add(self, row: LoadedRow, num_read: int) -> None:
+        """Take a row; `num_read` rows were read so far, those that cannot be used with them."""
+        self._num_rows += 1
+        key = conversation_key(row.conversation)
+        draw = held_out_draw(key)
+        self._draws = (min(self._draws[0], draw), max(self._draws[1], draw))
         turn = _read_turn(row.conversation)
         if turn is None:
-            continue
-        num_asked += 1
-        if len(answers) <= MOST_CHOICES:
-            answers[turn.answer] += 1
-        key = conversation_key(row.conversation)
-        if share is None or is_held_out(key, share):
-            held_out[key] = turn
-            if len(held_out) >= 2 * MOST_ITEMS:
-                held_out = _smallest_keys(held_out)
-    if num_rows and not num_asked:
-        return NoSuite("the rows are no single questions with an answer")
-    turns = _of_commonest_system(_smallest_keys(held_out).values())
-    if len(turns) < FEWEST_ITEMS:
-        held = "" if share is None else " are held out"
-        return NoSuite(f"too few rows{held}: {len(turns)}, and {FEWEST_ITEMS} are needed")
-    if turns[0].prompt is None:
-        return SuiteDraft("perplexity", tuple({"text": turn.answer} for turn in turns))
-    return SuiteDraft(
-        task="choice" if _are_labels(answers) else "exact",
-        items=tuple({"prompt": turn.prompt or "", "answer": turn.answer} for turn in turns),
-        system=turns[0].system,
-        choices=tuple(sorted(answers)) if _are_labels(answers) else (),
-        longest_answer=max(len(turn.answer) for turn in turns),
-    )
+            return
+        self._num_asked += 1
+        if len(self._answers) <= MOST_CHOICES:
+            self._answers[turn.answer] += 1
+        share = 1.0 if self.holds_all else share_to_hold_out(num_read)
+        if draw < share:  # the share only falls as rows are read
+            self._turns[key] = turn
+        if len(self._turns) >= KEPT_ITEMS:
+            self._turns = self._held_out(share)
+            if self.holds_all or share == FEWEST_HELD_OUT:
+                self._turns = _smallest_keys(self._turns)
+
+    def share_of(self, num_read: int) -> float | None:
+        """Return the share to hold out, 0 if it would leave one of the two sides without rows."""
+        if self.holds_all:
+            return None
+        share = share_to_hold_out(num_read)
+        smallest, largest = self._draws
+        return share if smallest < share <= largest else 0.0
+
+    def draft(self, share: float | None) -> SuiteDraft | NoSuite:
+        """Draft a suite over the rows that a run with this `evaluation_share` holds out."""
+        if self._num_rows and not self._num_asked:
+            return NoSuite("the rows are not single questions with an answer")
+        held_out = self._held_out(1.0 if share is None else share)
+        turns = _of_commonest_system(_smallest_keys(held_out).values())
+        if len(turns) < FEWEST_ITEMS:
+            held = "" if share is None else " are held out"
+            return NoSuite(f"too few rows{held}: {len(turns)}, and {FEWEST_ITEMS} are needed")
+        if turns[0].prompt is None:
+            return SuiteDraft("perplexity", tuple({"text": turn.answer} for turn in turns))
+        is_choice = _are_labels(self._answers)
+        return SuiteDraft(
+            task="choice" if is_choice else "exact",
+            items=tuple({"prompt": turn.prompt or "", "answer": turn.answer} for turn in turns),
+            system=turns[0].system,
+            choices=tuple(sorted(self._answers)) if is_choice else (),
+            longest_answer=max(len(turn.answer) for turn in turns),
+        )
+
+    def _held_out(self, share: float) -> dict[bytes, _Turn]:
+        return {key: turn for key, turn in self._turns.items() if held_out_draw(key) < share}
 
 
 def render_suite(draft: SuiteDraft, *, name: str, items_name: str, source: str) -> str:
@@ -154,7 +175,7 @@ def _exact_lines(draft: SuiteDraft) -> Iterator[str]:
 
 
 def _read_turn(conversation: Conversation) -> _Turn | None:
-    """Return the row's one question and answer; None where it is something else."""
+    """Return the row's one question and answer; None if it is something else."""
     if conversation.kind == "text":
         return _Turn(None, conversation.text, None) if conversation.text.strip() else None
     if conversation.kind != "chat" or conversation.tools:

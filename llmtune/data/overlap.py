@@ -52,5 +52,10 @@ def is_held_out(key: bytes, share: float) -> bool:
     A row's place depends on its own text alone: adding rows moves none, and equal rows stay
     together.
     """
+    return held_out_draw(key) < share
+
+
+def held_out_draw(key: bytes) -> float:
+    """Return the number in 0..1 that a row with this key has drawn; a smaller share holds it."""
     drawn = hashlib.blake2b(key, digest_size=8, key=HELD_OUT_SALT.encode()).digest()
-    return int.from_bytes(drawn, "big") < share * 2.0**64
+    return int.from_bytes(drawn, "big") / 2.0**64

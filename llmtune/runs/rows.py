@@ -9,11 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.config import DataConfig
-from llmtune.data.hub import is_hub_id
-from llmtune.data.init import LOOKED_AT_ROWS, DataDescription, describe_data, render_config
+from llmtune.data.init import DataDescription, describe_data, draft_suite, render_config
 from llmtune.data.init_guess import guess_source
-from llmtune.data.init_suite import NoSuite, SuiteDraft, draft_suite, render_items, render_suite
-from llmtune.data.rows import open_source
+from llmtune.data.init_suite import NoSuite, SuiteDraft, render_items, render_suite
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.suite import load_suite
 from llmtune.evaluation.tasks.base import is_suite_name
@@ -134,8 +132,7 @@ def draft_eval_suite(
     """
     tokenizer = resolve_base(ModelConfig(base=base)).tokenizer if base else None
     source = guess_source(data, tokenizer, format=format, columns=columns)
-    most_rows = LOOKED_AT_ROWS if is_hub_id(data) else None
-    suite = draft_suite(open_source(source).rows, share=None, most_rows=most_rows)
+    suite = draft_suite(source)
     if isinstance(suite, NoSuite):
         raise LlmtuneError(
             f"{data}: no suite can be made of it: {suite.reason}; a suite is a short YAML file, "

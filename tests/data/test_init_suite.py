@@ -7,9 +7,13 @@ import pytest
 import yaml
 
 from llmtune.cli import run_command
+from llmtune.data import rows as rows_module
 from llmtune.data.config import DataConfig
+from llmtune.data.conversation import Conversation
 from llmtune.data.init import describe_data, render_config
+from llmtune.data.init_guess import GUESSED_FROM_ROWS
 from llmtune.data.init_suite import NoSuite, share_to_hold_out
+from llmtune.data.overlap import conversation_key, is_held_out
 from llmtune.data.prepare import prepare_examples
 from llmtune.evaluation.suite import load_suite
 from tests.data.shapes import make_shape, turns, write_jsonl
@@ -98,7 +102,10 @@ def test_other_rows_are_asked_for_their_answers_or_their_text(tmp_path, rows, ta
     ("rows", "reason"),
     [
         (tickets(30), "too few rows"),
-        ([{"messages": turns("a", "b", "c", f"d {i}")} for i in range(200)], "single questions"),
+        ([{"messages": turns("a", "b", "c", f"d {i}")} for i in range(200)], "not single questio"),
+            [{"messages": turns("a", "b", "c", f"d {i}")} for i in range(200)],
+            "not single questions",
+        ),
     ],
 )
 def test_where_no_suite_can_be_drafted_the_reason_is_told(tmp_path, capsys, rows, reason):
@@ -109,6 +116,31 @@ def test_where_no_suite_can_be_drafted_the_reason_is_told(tmp_path, capsys, rows
     assert reason in capsys.readouterr().out
     assert reason in (tmp_path / "a.yaml").read_text()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.yaml", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("count", [40, 2_000, 20_000])
+def test_the_rows_are_read_once_and_the_items_are_those_that_the_run_holds_out(
+    tmp_path, monkeypatch, count
+):
+    path = write_jsonl(tmp_path / "rows.jsonl", tickets(count))
+    num_read, read_all = 0, rows_module._iter_all
+
+    def count_rows(source):
+        nonlocal num_read
+        for entry in read_all(source):
+            num_read += 1
+            yield entry
+
+    monkeypatch.setattr(rows_module, "_iter_all", count_rows)
+    found = describe_data(path)
+    assert num_read <= count + GUESSED_FROM_ROWS
+    keys = {conversation_key(Conversation("chat", row["messages"])): row for row in tickets(count)}
+    held_out = sorted(key for key in keys if is_held_out(key, share_to_hold_out(count)))[:300]
+    if count == 40:
+        assert isinstance(found.suite, NoSuite)
+    else:
+        asked = {keys[key]["messages"][0]["content"] for key in held_out}
+        assert {item["prompt"] for item in found.suite.items} == asked
 
 
 def test_a_file_of_labels_in_order_gives_items_of_every_label(tmp_path):
