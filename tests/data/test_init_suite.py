@@ -102,7 +102,7 @@ def test_other_rows_are_asked_for_their_answers_or_their_text(tmp_path, rows, ta
     ("rows", "reason"),
     [
         (tickets(30), "too few rows"),
-        ([{"messages": turns("a", "b", "c", f"d {i}")} for i in range(200)], "not single questio"),
+        (
             [{"messages": turns("a", "b", "c", f"d {i}")} for i in range(200)],
             "not single questions",
         ),
