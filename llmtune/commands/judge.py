@@ -66,9 +66,9 @@ def judge(  # noqa: PLR0913 (one argument an option)
       llmtune judge out/model --base models/base --suites mine.yaml --fail-if 'general_drop>0.05'
       llmtune judge runs/out-judged evaluate.extent=full data.train='[{path: train.jsonl}]'
     """
-    from llmtune.evaluation.suite import load_suites
     from llmtune.reporting.budgets import check_budgets, parse_budgets, require_known_names
     from llmtune.reporting.terminal import render_terminal
+    from llmtune.runs.evaluate import suite_names
     from llmtune.runs.judge import Asked, prepare_judgment
     from llmtune.runs.judge import judge as judge_it
 
@@ -87,7 +87,7 @@ def judge(  # noqa: PLR0913 (one argument an option)
     )
     judgment = prepare_judgment(asked)
     if budgets:
-        require_known_names(budgets, [suite.name for suite in load_suites(judgment.evaluate)])
+        require_known_names(budgets, suite_names(judgment.evaluate))
     report = judge_it(judgment, force=force)
     print_result(report.as_json(), as_json, lambda: render_terminal(report))
     logging.getLogger("llmtune").info("report: %s", judgment.as_run().run.report_html_path)

@@ -102,17 +102,17 @@ def run_all(
       llmtune run configs/quickstart.yaml --force
       llmtune run configs/quickstart.yaml --fail-if 'general_loss>0.2'
     """
-    from llmtune.evaluation.suite import load_suites
     from llmtune.reporting.budgets import check_budgets, parse_budgets, require_known_names
     from llmtune.reporting.terminal import render_terminal
     from llmtune.runs import pipeline
+    from llmtune.runs.evaluate import suite_names
     from llmtune.runs.targets import require_run
 
     show_progress(quiet)
     loaded = require_run(str(config), overrides)
     budgets = parse_budgets(fail_if)
     if budgets:
-        require_known_names(budgets, [suite.name for suite in load_suites(loaded.evaluate)])
+        require_known_names(budgets, suite_names(loaded.evaluate))
     report = pipeline.run(loaded, force=force)
     print_result(report.as_json(), as_json, lambda: render_terminal(report))
     logging.getLogger("llmtune").info("report: %s", loaded.run.report_html_path)

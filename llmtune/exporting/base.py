@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.card import card_lines, report_facts
+from llmtune.exporting.card import card_lines, read_report, report_facts
 from llmtune.io.fingerprint import JsonValue, hash_json
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.resolve import Loadable
@@ -113,8 +113,8 @@ class Exporter(ABC):
             LlmtuneError: they cannot.
         """
 
-    def taken_from(self, report: Mapping[str, Any] | None) -> JsonValue:
-        """Return what of a run's report gets into the export, as JSON values."""
+    def taken_from(self, report_path: Path) -> JsonValue:
+        """Return what of a run's report.json gets into the export, as JSON values."""
         return None
 
     @abstractmethod
@@ -162,9 +162,9 @@ class WritingExporter(Exporter):
 class FileExporter(WritingExporter):
     """An exporter that writes one file, with the base's name and the verdict in its head."""
 
-    def taken_from(self, report: Mapping[str, Any] | None) -> JsonValue:
+    def taken_from(self, report_path: Path) -> JsonValue:
         """Return the facts of the head."""
-        return {**report_facts(report)}
+        return {**report_facts(read_report(report_path))}
 
     def export(self, job: "ExportJob") -> Exported:
         """Write the file, check it, and put it in its place."""
@@ -174,8 +174,9 @@ class FileExporter(WritingExporter):
 class DirectoryExporter(WritingExporter):
     """An exporter that writes a directory, which gets a model card and a mark of its own."""
 
-    def taken_from(self, report: Mapping[str, Any] | None) -> JsonValue:
+    def taken_from(self, report_path: Path) -> JsonValue:
         """Return the facts of the head, and the card."""
+        report = read_report(report_path)
         return {**report_facts(report), "card": hash_json(list(card_lines(report)))}
 
     def is_own(self, out: Path) -> bool:

@@ -179,6 +179,11 @@ def _why_no_strength(adapter_dir: Path | None) -> str | None:
     return "the adapter holds biases, single token rows or a changed base, which have no strength"
 
 
+def suite_names(knobs: EvaluateConfig) -> list[str]:
+    """Return the names of the suites, for what refers to them."""
+    return [suite.name for suite in load_suites(knobs)]
+
+
 def check_evaluation_files(knobs: EvaluateConfig, suites: Sequence[Suite]) -> None:
     """Read the user's prompt and prediction files and hold them against the suites.
 

@@ -7,7 +7,6 @@ from typing import Any
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.base import Exported, Exporter
-from llmtune.exporting.card import read_report
 from llmtune.exporting.config import ExportSettings, find_exporter
 from llmtune.io.manifest import Manifest, StageRecord, read_manifest
 from llmtune.runs.merge import MergeStage
@@ -62,7 +61,7 @@ class ExportStage(Stage):
         return {
             made_by: manifest.stages.get(made_by, {}).get("fingerprint"),
             "type": self.type,
-            "report": self.exporter.taken_from(read_report(self.config.run.report_json_path)),
+            "report": self.exporter.taken_from(self.config.run.report_json_path),
         }
 
     def outputs(self, record: StageRecord) -> Iterator[Path]:
