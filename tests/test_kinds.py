@@ -5,158 +5,141 @@ or by its class, has to be changed with every new member; so no room may. What a
 kind it asks the member itself.
 """
 
-import ast
-from dataclasses import dataclass
-from pathlib import Path
+import re
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "llmtune"
+from tests.kinds import KINDS, PACKAGE, ROOT, offences
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind: the folder of its members, and the names that only this folder may hold."""
-
-    folder: str
-    names: frozenset[str]
-    classes: str
-    """What the classes of its members end in."""
-    unions: frozenset[str] = frozenset()
-    """Files of the folder that other rooms may import: the union and what is shared."""
-
-
-KINDS: dict[str, Kind] = {
-    "dataset format": Kind(
-        folder="data/formats",
-        # the other formats are called by the column that they read
-        names=frozenset({"sharegpt"}),
-        classes="Format",
-        unions=frozenset({"base"}),
-    ),
-    "objective": Kind(
-        folder="training/objectives",
-        names=frozenset({"sft"}),
-        classes="Objective",
-        unions=frozenset({"base"}),
-    ),
-    "exporter": Kind(
-        folder="exporting",
-        # an export in 4 bits is called by its quantization, which is a kind of its own
-        names=frozenset({"gguf", "ollama", "adapter-gguf", "hub"}),
-        classes="Exporter",
-        unions=frozenset({"base", "config", "export"}),
-    ),
-    "adapter method": Kind(
-        folder="adapters",
-        # llama.cpp calls its own adapters lora too
-        names=frozenset({"rslora", "dora", "LORA", "use_rslora", "use_dora", "lora_alpha"}),
-        classes="Adapter",
-        unions=frozenset(
-            {
-                "base",
-                "config",
-                "inject",
-                "low_rank",
-                "low_rank_saved",
-                "low_rank_update",
-                "manifest",
-                "module_selection",
-                "saved",
-                "live",
-                "update",
-            }
-        ),
-    ),
-    "diagnosis": Kind(
-        "evaluation/diagnosis",
-        # contamination and the learning curve are also what rules and an experiment are named after
-        frozenset({"divergence", "stops", "memorisation", "shift"}),
-        "",
-        # the results that the verdict's rules look at, and what experiments and checks share
-        frozenset(
-            {
-                "base",
-                "config",
-                "contamination",
-                "learning_curve",
-                "curve",
-                "parts",
-                "prepare",
-                "rows",
-                "subject",
-            }
-        ),
-    ),
-    "quantization": Kind(
-        folder="models/quantization",
-        names=frozenset({"nf4", "fp4", "int8"}),
-        classes="Quantization",
-        unions=frozenset({"base", "config", "describe", "bnb"}),
-    ),
-    "suite task": Kind("evaluation/tasks", frozenset(), "Suite", frozenset({"base", "config"})),
-}
-"""Each kind that the contract holds for."""
-
-
-def modules(kind: Kind) -> list[Path]:
-    """Every module of the package that is outside the kind's folder."""
-    own = PACKAGE / kind.folder
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if not path.is_relative_to(own)]
-
-
-def docstrings(tree: ast.Module) -> set[ast.AST]:
-    """The constants of a module that stand alone as statements: docstrings of every sort."""
-    return {
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    }
-
-
-def offences(kind: Kind, source: str) -> list[str]:
-    """Return each place in `source` that names a member of the kind."""
-    tree = ast.parse(source)
-    ignored = docstrings(tree)
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and node not in ignored and node.value in kind.names:
-            found.append(f"line {node.lineno}: the literal {node.value!r}")
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            module = node.module.removeprefix("llmtune.").replace(".", "/")
-            if module == kind.folder:  # from llmtune.<folder> import <module>
-                members = [alias.name for alias in node.names]
-            elif module.startswith(kind.folder + "/"):
-                members = [module.removeprefix(kind.folder + "/").split("/")[0]]
-            else:
-                continue
-            found += [
-                f"line {node.lineno}: imports {module}/{member}"
-                for member in members
-                if member not in kind.unions and (PACKAGE / kind.folder / f"{member}.py").exists()
-            ]
-    return found
-
-
-@pytest.mark.parametrize("name", sorted(KINDS))
+@pytest.mark.parametrize("name", sorted(KINDS.keys() - {"diagnosis"}))
 def test_no_room_names_a_member_of_a_kind_that_it_does_not_own(name):
     kind = KINDS[name]
     found = {
         str(path.relative_to(ROOT)): offences(kind, path.read_text(encoding="utf-8"))
-        for path in modules(kind)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if not path.is_relative_to(PACKAGE / kind.folder)
+        and str(path.relative_to(PACKAGE)) not in kind.makers
     }
     found = {path: places for path, places in found.items() if places}
     assert not found, f"{name}: {found}"
 
 
-def test_the_contract_sees_a_literal_and_an_import_and_no_docstring():
-    kind = Kind("data/formats", frozenset({"sharegpt"}), "Format", frozenset({"base"}))
-    seen = offences(
-        kind,
-        '"""sharegpt"""\n'
-        "from llmtune.data.formats import sharegpt\n"
-        "from llmtune.data.formats.base import Row\n"
-        'if name == "sharegpt": pass\n',
-    )
-    assert [line.split(":")[0] for line in seen] == ["line 2", "line 4"]
+def test_no_template_of_the_page_names_a_member():
+    names = {name for kind in KINDS.values() for name in kind.names - kind.words}
+    quoted = re.compile(rf"""["'](?:{"|".join(map(re.escape, sorted(names)))})["']""")
+    templates = sorted(PACKAGE.rglob("*.j2"))
+    assert templates
+    assert not {
+        path.name: found for path in templates if (found := quoted.findall(path.read_text()))
+    }
+
+
+def test_every_kind_knows_its_members_by_name_class_and_file():
+    for name, kind in KINDS.items():
+        assert kind.names, name
+        assert {member.__name__ for member in kind.members} <= kind.classes, name
+        assert kind.modules, name
+    assert "ContaminationResult" in KINDS["diagnosis"].classes
+    assert KINDS["quantization"].modules >= {"four_bit", "nf4", "none"}
+
+
+PLANTED = {
+    "dataset format": (
+        'if found.format == "text": pass',
+        'if name == "sharegpt": pass',
+        'message = "set format: completion, or leave it out"',
+        'words = f"set format: sharegpt for {column}"',
+        'COLUMNS = ("messages", "instruction")',
+        "import llmtune.data.formats.text",
+        "from llmtune.data.formats import ShareGptFormat",
+        "from llmtune.data import formats\nformats.TextFormat()",
+    ),
+    "objective": (
+        'request(objective="sft")',
+        "from llmtune.training.objectives import SftObjective",
+        "isinstance(objective, objectives.SftObjective)",
+    ),
+    "exporter": (
+        'commands = f"llmtune export RUN --to ollama {name}"',
+        'if exporter.name == "hub": pass',
+        "import llmtune.exporting.gguf as writer",
+        "from llmtune.exporting.config import HubExporter",
+    ),
+    "adapter method": (
+        'match adapter.method:\n    case "lora" | "dora": pass',
+        'LAYERS = {"lora": 1, "rslora": 2}',
+        'ADVICE = "use adapter.method=rslora"',
+        "from llmtune.adapters import low_rank",
+    ),
+    "diagnosis": (
+        'found = diagnostics["stops"]',
+        "leaked = evidence.contamination",
+        "knobs.probe = True",
+        "measure(evaluate.with_knobs(memorisation=True))",
+        'ORDER = ("base", "probe", "tuned")',
+        'advice = "set evaluate.stops=false"',
+        "def show(found: 'ContaminationResult'): pass",
+        "def show(found: LearningCurveResult): pass",
+        "from llmtune.evaluation.diagnosis.stops import StopCount",
+        'import_module("llmtune.evaluation.diagnosis.shift")',
+    ),
+    "quantization": (
+        'if base.get("quantization") in (None, "none"): pass',
+        'UNQUANTIZED = "none"',
+        'Method = Literal["nf4", "other"]',
+        'def load(quantization="none"): pass',
+        'bits = {"nf4": 4}[method]',
+        'raise Wrong(f"quantize {base} with method=nf4")',
+        "from llmtune.models.quantization.config import Nf4Quantization",
+        "from ..models.quantization import four_bit",
+    ),
+    "suite task": (
+        'is_choice = any(suite.task == "choice" for suite in suites)',
+        'draft(task="choice" if labels else "exact")',
+        'write = {"choice": lines, "chat": turns}',
+        'match suite.task:\n    case "perplexity": pass',
+        'task: Literal["exact"] = read()',
+        'if suite.config.task.startswith("choice"): pass',
+        "isinstance(config, tasks.ChoiceSuite)",
+    ),
+}
+"""By kind: lines that name a member, each in a different way."""
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_each_way_to_name_a_member_is_seen(name):
+    unseen = [source for source in PLANTED[name] if not offences(KINDS[name], source)]
+    assert not unseen
+
+
+def test_an_offence_says_where_and_what():
+    assert offences(KINDS["quantization"], '"""About nf4."""\n\nx = "nf4"\n') == [
+        "line 3: the literal 'nf4'"
+    ]
+
+
+ALLOWED = {
+    "dataset format": (
+        '"""sharegpt"""',
+        'row["text"]',
+        'part = {"type": "text"}',
+        "from llmtune.data.formats.base import Row",
+        'if conversation.kind == "text": pass',
+    ),
+    "exporter": ('path.suffix == ".gguf"', 'message = "a .gguf file or a hub id"'),
+    "diagnosis": (
+        'message = "the run stops; no shift is found"',
+        "from llmtune.evaluation.diagnosis.config import DIAGNOSES",
+        "from llmtune.experiments import learning_curve\nlearning_curve.run()",
+    ),
+    "quantization": ('loss(x, reduction="none")', 'table.change != "none"'),
+    "suite task": ('choice = response["choice"]', 'ABILITY_WORDS = {"chat": "open chat"}'),
+}
+"""By kind: lines in which a name means something else."""
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_a_word_that_means_something_else_is_left_alone(name):
+    seen = [source for source in ALLOWED[name] if offences(KINDS[name], source)]
+    assert not seen

@@ -182,11 +182,5 @@ class LowRankAdapter(SavedLowRank):
         return start if isinstance(start, str) and start.startswith(REWRITING_STARTS) else None
 
 
-def active_factors(layer: "BaseTunerLayer") -> "tuple[Tensor, Tensor, float]":
-    """Return A, B and the scaling of a layer's one active adapter."""
-    (name,) = (one for one in layer.active_adapters if one in layer.lora_A)
-    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-
-
 def _has_hooks(module: Any) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

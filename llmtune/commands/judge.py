@@ -31,7 +31,11 @@ from llmtune.commands.report import FAIL_IF_OPTION
     help="The adapter merged into its base by another tool; otherwise it is merged here.",
 )
 @click.option("--no-merge", is_flag=True, help="Judge base + adapter alone, without a merge.")
-@click.option("--quantization", help="How the base was quantized in training: nf4, int8, fp4.")
+@click.option(
+    "--quantization",
+    metavar="METHOD",
+    help="How the base was quantized in training, as model.quantization.method.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

@@ -48,11 +48,11 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _plain_is_for_completion(self) -> Self:
-        has_plain_form = self.format == "auto" or FORMATS[self.format].has_plain_form
-        if self.render == "plain" and not has_plain_form:
+        plain = [name for name, member in FORMATS.items() if member.has_plain_form]
+        if self.render == "plain" and self.format not in ("auto", *plain):
             raise ValueError(
                 f"render: plain joins a prompt and a completion; format is {self.format!r}. "
-                "Use format: completion, or leave render out"
+                f"Use format: {' or '.join(plain)}, or leave render out"
             )
         if self.rows is not None and self.weight != 1.0:
             raise ValueError("give either rows or weight for a source, not both")

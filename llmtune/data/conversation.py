@@ -194,11 +194,7 @@ def _is_plain(value: Any) -> bool:
 
 def _unknown_role(value: Mapping[str, Any], role: Any, where: str) -> RowError:
     if role is None and "from" in value:
-        return RowError(
-            f'{where} has "from" and no "role"; expected role and content, or set '
-            "format: sharegpt for from/value rows",
-            "role",
-        )
+        return RowError(f'{where} has "from" and no "role"; expected role and content', "role")
     found = f"role {shorten(role)} is not known" if role is not None else 'has no "role"'
     lowered = str(role).lower()
     hint = did_you_mean(lowered, ROLES)

@@ -9,11 +9,12 @@ import itertools
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from llmtune.data.columnar import iter_arrow, iter_parquet, refuse_doubled_columns
+from llmtune.data.formats import FORMATS
 from llmtune.data.json_list import READ_BYTES, iter_json_list, iter_member_list, read_member_kinds
 from llmtune.data.problems import Parsed, RowProblem, shorten
 from llmtune.data.row_values import json_reason, parse_json
@@ -22,8 +23,6 @@ from llmtune.errors import LlmtuneError
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 CSV_FIELD_BYTES = 1 << 27
 BINARY_KINDS = (".parquet", ".arrow")
-ROW_COLUMNS = ("messages", "conversations", "instruction", "prompt", "completion", "text")
-"""Where one of these stands in a JSON file's only object, that object is a row."""
 SURROGATES = re.compile("[\ud800-\udfff]")
 WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -137,11 +136,16 @@ def _iter_json_object(start: bytes, file: IO[bytes], shown: str) -> Iterator[Par
     file.seek(0)
     start = file.read(READ_BYTES) or start
     lists = [key for key, is_list in kinds.items() if is_list]
-    if len(lists) != 1 or not set(kinds).isdisjoint(ROW_COLUMNS):
+    if len(lists) != 1 or _is_row(kinds):
         yield 1, parse_json(_decode(start + file.read(), shown))  # the file is one row
         return
     for number, row in _number_rows(iter_member_list(start, file, shown, lists[0])):
         yield _object_or_problem(row, shown, number)
+
+
+def _is_row(columns: Container[str]) -> bool:
+    """Return whether the only object of a file is a row: it has what one of the formats reads."""
+    return any(member.required[0] in columns for member in FORMATS.values())
 
 
 def _number_rows(elements: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from llmtune.adapters.config import DEFAULT_ADAPTER
 from llmtune.data.config import SourceConfig
+from llmtune.data.formats import FORMATS
 from llmtune.data.hub import is_hub_id
 from llmtune.data.init_guess import explain, guess_source
 from llmtune.data.init_suite import (
@@ -26,6 +28,7 @@ from llmtune.data.masks import LabelledRow, Labeller
 from llmtune.data.problems import RowProblem
 from llmtune.data.rows import LoadedRow, find_files, open_source
 from llmtune.errors import LlmtuneError
+from llmtune.models.quantization.config import DENSE, SMALLEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -38,6 +41,8 @@ LENGTH_STEP = 64
 DOCUMENT_TOKENS = 1024
 """Longer documents are split into pieces of this many tokens."""
 FEW_ROWS = 200
+SHOWN_KNOBS = ("method", "rank", "alpha", "target_modules")
+"""What a first config says of its adapter, so that one sees what to change."""
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 EVALUATION_NAME = re.compile(r"(?:^|[._-])(?:valid(?:ation)?|dev|eval(?:uation)?)(?:[._-]|$)", re.I)
@@ -70,9 +75,14 @@ class DataDescription:
     are so few that the share would take none of them, or all."""
 
     @property
+    def has_answers(self) -> bool:
+        """Whether the rows hold answers; others are documents."""
+        return FORMATS[self.format].has_answers
+
+    @property
     def is_split(self) -> bool:
         """Whether documents are longer than one example should be."""
-        return self.format == "text" and self.longest > DOCUMENT_TOKENS
+        return not self.has_answers and self.longest > DOCUMENT_TOKENS
 
     @property
     def max_length(self) -> int:
@@ -181,6 +191,8 @@ def render_config(
     `suite` is where the drafted suite is written; None if there is none.
     """
     name = re.sub(r"[^\w-]+", "-", Path(found.train_path).name.split(".")[0]).strip("-") or "run"
+    knobs = DEFAULT_ADAPTER.model_dump(mode="json")
+    adapter = {name: knobs[name] for name in SHOWN_KNOBS if name in knobs}
     measured = "counted with the base's tokenizer" if found.is_measured else "guessed from the text"
     lines = [
         _comment(
@@ -193,9 +205,10 @@ def render_config(
         "",
         "model:",
         f"  base: {_yaml(base or DEFAULT_BASE)}   # a directory, a .gguf file or a hub id",
-        "  quantization: {method: nf4}   # the frozen base in 4 bits; null keeps 16",
+        f"  quantization: {{method: {SMALLEST.method}}}   # the frozen base in {SMALLEST.bits} "
+        f"bits; null keeps {DENSE.bits}",
         "",
-        "adapter: {method: lora, rank: 16, alpha: 32, target_modules: all-linear}",
+        f"adapter: {_yaml(adapter)}",
         "",
         "data:",
         "  train:",
@@ -217,7 +230,7 @@ def render_config(
         f"  max_length: {found.max_length}   # tokens; the longest row has {found.longest:,} "
         f"({measured})",
         *(["  length_policy: split   # longer documents, into pieces"] if found.is_split else []),
-        f"  loss_on: {'all' if found.format == 'text' else 'assistant'}",
+        f"  loss_on: {'assistant' if found.has_answers else 'all'}",
     ]
     if found.bad_rows:
         lines += [

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from llmtune.data.conversation import Conversation
 from llmtune.data.overlap import conversation_key, held_out_draw
@@ -23,25 +21,28 @@ FEWEST_HELD_OUT = 0.01
 MOST_CHOICES = 20
 ROWS_A_CHOICE = 5
 """Answers of fewer rows each are not labels."""
-SHORT_ANSWER = 60
-LONGEST_ANSWER_TOKENS = 256
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-TOKENS_AROUND = 24
-"""What the untuned model may write around a short answer."""
 CHARACTERS_PER_TOKEN = 3.0
 """English runs at 4 or so; a low guess asks for more length, never for less."""
 
 
 @dataclass(frozen=True)
 class SuiteDraft:
-    """What a suite over held-out rows asks; `choices` is empty if the answers are not labels."""
+    """The rows that a first suite asks; a task of suites says whether it can (`SuiteConfig.draft`).
 
-    task: Literal["choice", "exact", "perplexity"]
+    `choices` is empty if the answers are not labels, `asks` false for documents.
+    """
+
     items: tuple[dict[str, str], ...]
     system: str | None = None
     choices: tuple[str, ...] = ()
     longest_answer: int = 0
     """Characters."""
+    asks: bool = True
+
+    @property
+    def longest_answer_tokens(self) -> int:
+        """The tokens of the longest answer, guessed from its characters."""
+        return math.ceil(self.longest_answer / CHARACTERS_PER_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,11 @@ class SuiteRows:
             held = "" if share is None else " are held out"
             return NoSuite(f"too few rows{held}: {len(turns)}, and {FEWEST_ITEMS} are needed")
         if turns[0].prompt is None:
-            return SuiteDraft("perplexity", tuple({"text": turn.answer} for turn in turns))
-        is_choice = _are_labels(self._answers)
+            return SuiteDraft(tuple({"text": turn.answer} for turn in turns), asks=False)
         return SuiteDraft(
-            task="choice" if is_choice else "exact",
             items=tuple({"prompt": turn.prompt or "", "answer": turn.answer} for turn in turns),
             system=turns[0].system,
-            choices=tuple(sorted(self._answers)) if is_choice else (),
+            choices=tuple(sorted(self._answers)) if _are_labels(self._answers) else (),
             longest_answer=max(len(turn.answer) for turn in turns),
         )
 
@@ -129,49 +128,9 @@ class SuiteRows:
         return {key: turn for key, turn in self._turns.items() if held_out_draw(key) < share}
 
 
-def render_suite(draft: SuiteDraft, *, name: str, items_name: str, source: str) -> str:
-    """Return the suite's YAML."""
-    lines = [
-        f"# Written by llmtune init: {len(draft.items)} rows of {json.dumps(source)} that the run "
-        "holds out.",
-        f"name: {json.dumps(name)}",
-        f"task: {draft.task}",
-        "role: target   # what was trained; a verdict needs such a suite",
-        f"description: {json.dumps(f'Rows of {source} that are not trained on.')}",
-        f"items: {json.dumps(items_name)}",
-    ]
-    if draft.task == "perplexity":
-        return "\n".join(lines) + "\n"
-    lines.append('prompt: "{{ prompt }}"')
-    if draft.system is not None:
-        lines.append(f"system: {json.dumps(draft.system, ensure_ascii=False)}")
-    lines += _choice_lines(draft) if draft.task == "choice" else _exact_lines(draft)
-    return "\n".join(lines) + "\n"
-
-
 def render_items(draft: SuiteDraft) -> str:
     """Return the suite's items as JSONL."""
     return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in draft.items)
-
-
-def _choice_lines(draft: SuiteDraft) -> Iterator[str]:
-    yield f"choices: {json.dumps(draft.choices, ensure_ascii=False)}"
-    if any(a != b and b.startswith(a) for a in draft.choices for b in draft.choices):
-        yield "end_of_answer: true   # one answer begins another"
-
-
-def _exact_lines(draft: SuiteDraft) -> Iterator[str]:
-    is_short = draft.longest_answer <= SHORT_ANSWER
-    around = TOKENS_AROUND if is_short else 8
-    tokens = math.ceil(draft.longest_answer / CHARACTERS_PER_TOKEN) + around
-    yield f"max_new_tokens: {min(tokens, LONGEST_ANSWER_TOKENS)}"
-    if is_short and all(NUMBER.fullmatch(item["answer"].strip()) for item in draft.items):
-        yield "metric: number_match   # the last number in the text"
-    elif is_short:
-        yield "metric: contains   # anywhere in the text: a new format alone is not a gain"
-    else:
-        yield "metric: token_f1   # words shared with the reference; long answers are never equal"
-        yield "limit: 100   # every answer is written out, which takes time"
 
 
 def _read_turn(conversation: Conversation) -> _Turn | None:

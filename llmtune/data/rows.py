@@ -68,7 +68,7 @@ def open_source(source: SourceConfig) -> SourceRows:
     if fault is not None:
         raise LlmtuneError(f"{source.path}: {fault}")
     unread = unread_columns(source, choice, objects)
-    unread += [f"{key} of messages" for key in unread_message_keys(renamed)]
+    unread += [f"{key} of messages" for key in unread_message_keys(renamed, choice.format)]
     if unread:
         choice = replace(choice, reason=f"{choice.reason}; not read: {', '.join(unread)}")
     return SourceRows(choice, _convert(itertools.chain(first, raw), source, choice, watch))

@@ -20,7 +20,6 @@ LIKELY = {
 """A format's optional column -> what others call it."""
 
 _LIKELY = {other: name for name, others in LIKELY.items() for other in others}
-_MESSAGE_LISTS = ("messages", "conversations", "prompt", "completion")
 KNOWN_MESSAGE_KEYS = frozenset(
     {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id"}
     | {"reasoning_content", "reasoning", "thinking"}
@@ -73,17 +72,9 @@ class UnreadColumns:
                 "these are preference pairs, and llmtune trains on answers alone. Name the one to "
                 "train on, as in columns: {completion: chosen}"
             )
-        if column in LABELS and self._format.name == "text":
-            return (
-                "the rows seem to be labeled texts. Train the label as the answer with format: "
-                f"completion and columns: {{prompt: text, completion: {column}}}"
-            )
         if column in LABELS:
-            return (
-                "it seems to say which rows are right. Set columns: "
-                f"{{weight: {column}}} to train only rows where it is true"
-            )
-        if column in SPEAKERS and self._format.name == "text":
+            return self._format.label_advice(column)
+        if column in SPEAKERS and not self._format.has_answers:
             return (
                 "each row seems to be one message of a chat. Write a chat as one row with a list: "
                 '{"messages": [{"role": ..., "content": ...}, ...]}'
@@ -108,7 +99,7 @@ class UnreadColumns:
 
     def _matters(self, column: str, value: Any) -> bool:
         """A label beside a chat is metadata, unless it is a mark of right and wrong."""
-        if column.lower() in LABELS and self._format.name != "text":
+        if column.lower() in LABELS and self._format.has_answers:
             return isinstance(value, bool)
         return True
 
@@ -118,11 +109,11 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | Mapping | Sequence) and len(value) == 0)
 
 
-def unread_message_keys(rows: Sequence[Row]) -> list[str]:
-    """Return the keys of the rows' messages that nothing reads, sorted."""
+def unread_message_keys(rows: Sequence[Row], format: DatasetFormat) -> list[str]:
+    """Return the keys of the messages in rows of a format that nothing reads, sorted."""
     keys = set()
     for row in rows:
-        for column in _MESSAGE_LISTS:
+        for column in format.turn_columns:
             turns = row.get(column)
             for turn in turns if isinstance(turns, list) else ():
                 if isinstance(turn, Mapping):

@@ -47,13 +47,13 @@ from llmtune.io.sizes import format_size
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.live import LiveModel, ModelIdentity
 from llmtune.models.memory import release_memory
+from llmtune.models.quantization.config import DENSE, is_quantized
 from llmtune.planning.devices import free_device
 from llmtune.scoring.batches import model_device, position_limit
 from llmtune.training.memory.measure import is_out_of_memory
 
 log = logging.getLogger("llmtune")
 
-UNQUANTIZED = "none"
 NEEDS_ROWS = "needs the rows that were trained on; give them: data.train='[{path: FILE}]'"
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MIN_HALVED = 40
@@ -101,7 +101,7 @@ class Evaluation:
         self.run = request.run
         self.suites = request.suites
         self.force = request.force
-        self.settings = scoring_settings(request.knobs)
+        self.settings = scoring_settings(request.knobs.token_budget)
         self.results: dict[str, dict[str, ArmResult]] = {suite.name: {} for suite in self.suites}
         self.left_out: dict[str, str] = {}
         self._scored: LiveModel | None = None
@@ -360,8 +360,8 @@ def plan_original(evaluation: Evaluation) -> list[Work]:
     live, suites = evaluation.scored, evaluation.suites
     if "original" not in evaluation.knobs.arms:
         return []
-    if live.identity.quantization != UNQUANTIZED:
-        identity = replace(live.identity, adapter=None, quantization=UNQUANTIZED)
+    if is_quantized(live.identity.quantization):
+        identity = replace(live.identity, adapter=None, quantization=DENSE.method)
         return _plan_alone(evaluation, "original", evaluation.request.base, identity)
     if "base" not in evaluation.knobs.arms:
         return evaluation.work_on(ArmPlan("original", s, evaluation.settings) for s in suites)
@@ -386,7 +386,7 @@ def plan_merged(evaluation: Evaluation) -> list[Work]:
         evaluation.scored.identity,
         base=merged.fingerprint,
         adapter=None,
-        quantization=UNQUANTIZED,
+        quantization=DENSE.method,
     )
     return _plan_alone(evaluation, "merged", merged, identity, about)
 

@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import arm_kind, cluster_names
-from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.prompt_file import PromptFile
 from llmtune.evaluation.results import (
     ArmResult,
@@ -84,9 +83,8 @@ class ArmPlan:
         return BASE_ARM if arm_kind(self.arm) in WITHOUT_ADAPTER else None
 
 
-def scoring_settings(config: EvaluateConfig) -> ScoringSettings:
+def scoring_settings(budget: int | Literal["auto"]) -> ScoringSettings:
     """Return how items are scored, with progress to the log."""
-    budget = config.token_budget
     return ScoringSettings(
         token_budget=None if budget == "auto" else budget, on_progress=ProgressLog()
     )

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
@@ -26,6 +26,9 @@ from llmtune.evaluation.tasks.config import TASKS
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.validation import validate_section
 from llmtune.io.yaml_source import read_yaml, shipped_files
+
+if TYPE_CHECKING:
+    from llmtune.data.init_suite import SuiteDraft
 
 MAX_PROBLEMS = 10
 
@@ -75,6 +78,23 @@ def load_suite(name_or_path: str | Path, *, seed: int = 0, limit: int | None = N
     items = tuple(item for item in items if item.id in kept)
     fingerprint = hash_json([_item_content(item) for item in items])
     return Suite(name, path, config, group_copies(items), items_path, fingerprint)
+
+
+def render_suite(draft: "SuiteDraft", *, name: str, items_name: str, source: str) -> str:
+    """Return a first suite over the user's rows as YAML, of the first task that suits them."""
+    drafts = ((task, config.draft(draft)) for task, config in TASKS.items())
+    task, knobs = next((task, knobs) for task, knobs in drafts if knobs is not None)
+    lines = [
+        f"# Written by llmtune init: {len(draft.items)} rows of {json.dumps(source)} that the run "
+        "holds out.",
+        f"name: {json.dumps(name)}",
+        f"task: {task}",
+        "role: target   # what was trained; a verdict needs such a suite",
+        f"description: {json.dumps(f'Rows of {source} that are not trained on.')}",
+        f"items: {json.dumps(items_name)}",
+        *knobs,
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def read_items(config: SuiteConfig, path: Path) -> tuple[SuiteItem, ...]:

@@ -15,7 +15,7 @@ class Nf4Exporter(DirectoryExporter):
     """A merged model in NF4 with double quantization."""
 
     name = SMALLEST.method
-    product = "directory that --to nf4 made"
+    product = f"directory that --to {SMALLEST.method} made"
 
     def output_name(self, stem: str) -> str:
         """Return the name of the directory."""

@@ -10,6 +10,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import parse_json
 from llmtune.io.safetensors import CheckpointIndex, TensorEntry
 from llmtune.merging.changes import PackedFourBit, PlannedTensor
+from llmtune.models.quantization.config import packed_markers
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -19,8 +20,7 @@ STATE_SUFFIXES = (
     "quant_map",
     "nested_absmax",
     "nested_quant_map",
-    "quant_state.bitsandbytes__nf4",
-    "quant_state.bitsandbytes__fp4",
+    *packed_markers(),
 )
 
 

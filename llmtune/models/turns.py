@@ -202,8 +202,8 @@ def require_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     if not tokenizer.chat_template:
         raise LlmtuneError(
             "this base model's tokenizer has no chat template, so a chat has no defined form. "
-            "Choose one: model.chat_template=FILE.jinja, or rows that need none (format: text, or "
-            "format: completion with render: plain)"
+            "Choose one: model.chat_template=FILE.jinja, or rows that need none (documents, or "
+            "prompts and completions with render: plain)"
         )
 
 

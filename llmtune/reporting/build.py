@@ -8,6 +8,7 @@ from llmtune.evaluation.tasks.base import ABILITIES, Ability
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
 from llmtune.merging.config import MergeConfig
+from llmtune.models.quantization.config import is_quantized
 from llmtune.reporting.diagnostics import read_diagnostics
 from llmtune.reporting.html import render_html
 from llmtune.reporting.markdown import render_markdown
@@ -119,7 +120,7 @@ def _read_judged(manifest: Manifest) -> Literal["adapter", "model"] | None:
 
 def _read_merge_base(manifest: Manifest) -> str | None:
     """Return the `merge.base` of a merge into a quantized base; None if there was no choice."""
-    if manifest.base.get("quantization") in (None, "none"):
+    if not is_quantized(manifest.base.get("quantization")):
         return None
     result = manifest.stages.get("merge", {}).get("result") or {}
     configured = (manifest.config.get("merge") or {}).get("base")

@@ -8,6 +8,7 @@ from llmtune.evaluation.compare import Comparison
 from llmtune.evaluation.main_arms import MainArm
 from llmtune.evaluation.tasks.base import Ability
 from llmtune.evaluation.tasks.config import TASKS
+from llmtune.models.quantization.config import is_quantized
 from llmtune.reporting.numbers import FRACTION, Unit, unit_of_metric
 
 ROLES = ("target", "transfer", "general")
@@ -360,8 +361,8 @@ def describe_compared(suites: Sequence[SuiteReport], quantization: str | None) -
     pairs = _list_pairs(suites)
     if not pairs:
         return ""
-    is_quantized = quantization not in (None, "none")
-    words = ARM_WORDS | ({"base": f"the quantized base ({quantization})"} if is_quantized else {})
+    was_quantized = is_quantized(quantization)
+    words = ARM_WORDS | ({"base": f"the quantized base ({quantization})"} if was_quantized else {})
     compared = "; ".join(
         f"{words[after]} against {words[before]}{where}" for (before, after), where in pairs
     )
@@ -371,7 +372,7 @@ def describe_compared(suites: Sequence[SuiteReport], quantization: str | None) -
         for sentence, is_so in (
             (
                 "The original base was not measured: what quantization costs is not counted.",
-                is_quantized and "base" in befores,
+                was_quantized and "base" in befores,
             ),
             (
                 "The merged model was not measured: what merging costs is not counted.",

@@ -160,9 +160,10 @@ def _torch() -> Iterator[Finding]:
 
 
 def _quantization() -> Finding:
+    from llmtune.models.hardware import choose_device
     from llmtune.models.quantization.bnb import try_quantization
 
-    problem = try_quantization()
+    problem = try_quantization(choose_device("auto"))
     if problem is None:
         return Finding("4-bit quantization", "ok", "bitsandbytes quantizes and multiplies here")
     return Finding(

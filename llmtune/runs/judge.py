@@ -150,7 +150,7 @@ def _settle(found: Judgment, asked: Asked) -> Judgment:
         for option, is_given in (
             ("--merged", asked.merged is not None),
             ("--no-merge", not asked.is_merged),
-            ("--quantization", found.model.quantization_method != "none"),
+            ("--quantization", found.model.storage.is_quantized),
         ):
             if is_given:
                 raise LlmtuneError(f"{option}: is for adapters, and {judged.name} is a whole model")

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from llmtune.data.config import DataConfig
 from llmtune.data.init import DataDescription, describe_data, draft_suite, render_config
 from llmtune.data.init_guess import guess_source
-from llmtune.data.init_suite import NoSuite, SuiteDraft, render_items, render_suite
+from llmtune.data.init_suite import NoSuite, SuiteDraft, render_items
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.suite import load_suite
+from llmtune.evaluation.suite import load_suite, render_suite
 from llmtune.evaluation.tasks.base import is_suite_name
 from llmtune.io.run_dir import atomic_write_text
 from llmtune.models.config import ModelConfig
@@ -142,8 +142,7 @@ def draft_eval_suite(
     name = out.stem if is_suite_name(out.stem) else "task"
     text = render_suite(suite, name=name, items_name=items.name, source=data)
     _write_new({items: render_items(suite), out: text.replace(" that the run holds out", "")})
-    load_suite(out)
-    return EvalDraft(out, suite.task, len(suite.items))
+    return EvalDraft(out, load_suite(out).task, len(suite.items))
 
 
 def _write_new(files: Mapping[Path, str]) -> None:

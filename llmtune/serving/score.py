@@ -38,7 +38,7 @@ def score_target(target: Loadable, suites: Sequence[str], chosen: EvaluateConfig
         live,
         loaded_suites,
         arms=tuple(reversed(live.arms)),
-        settings=scoring_settings(chosen),
+        settings=scoring_settings(chosen.token_budget),
     )
     resampling = Resampling(chosen.confidence, chosen.bootstrap_samples, chosen.seed)
     return summarize_scores(results, resampling)

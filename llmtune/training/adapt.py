@@ -23,6 +23,7 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.hardware import why_threads_wait
 from llmtune.models.live import LiveModel
 from llmtune.models.load import load_model
+from llmtune.models.quantization.config import is_quantized
 from llmtune.models.quantization.describe import QuantizationTable
 from llmtune.models.template_date import template_date_of
 from llmtune.training.protect.config import ProtectConfig
@@ -179,7 +180,7 @@ def _describe_loaded(loaded: LiveModel) -> Iterator[str]:
     """Yield device, precision, attention, and what was quantized and what was not."""
     dtype = str(loaded.dtype).removeprefix("torch.")
     yield f"base: {loaded.source.origin} on {loaded.device}, {dtype}, attention {loaded.attention}"
-    if loaded.quantized.method != "none":
+    if is_quantized(loaded.quantized.method):
         yield from _describe_quantized(loaded.quantized)
     yield from loaded.notices
 

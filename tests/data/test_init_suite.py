@@ -29,7 +29,7 @@ def tickets(count: int) -> list[dict]:
 def test_labels_become_the_choices_and_no_item_is_trained_on(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", tickets(200))
     found = describe_data(path)
-    assert found.suite.task == "choice" and found.suite.choices == LABELS
+    assert found.suite.asks and found.suite.choices == LABELS
     config = DataConfig.model_validate(yaml.safe_load(render_config(found))["data"])
     tokenizer = make_shape("chatml")
     trained, held_out = (

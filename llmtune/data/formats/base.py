@@ -33,6 +33,12 @@ class DatasetFormat(Protocol):
     has_plain_form: ClassVar[bool] = False
     """Whether its texts can also stand as they are, without the chat template."""
 
+    has_answers: ClassVar[bool] = True
+    """Whether its rows hold answers; a row without one is a document, trained whole."""
+
+    turn_columns: ClassVar[tuple[str, ...]] = ()
+    """Columns that may hold a list of turns."""
+
     @classmethod
     def of(cls, source: "SourceConfig") -> Self:
         """Return the format as the source's other knobs ask for it."""
@@ -57,6 +63,14 @@ class DatasetFormat(Protocol):
             RowError: what was found in the row and what was expected.
         """
         raise NotImplementedError
+
+    @classmethod
+    def label_advice(cls, column: str) -> str:
+        """Say what to do with a column that is called like a label and is not read."""
+        return (
+            "it seems to say which rows are right. Set columns: "
+            f"{{weight: {column}}} to train only rows where it is true"
+        )
 
 
 def row_weight(row: Row) -> Any:

@@ -29,6 +29,7 @@ class CompletionFormat(DatasetFormat):
     }
     required: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     asked: ClassVar[tuple[str, ...]] = ("prompt",)
+    turn_columns: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     aliases: ClassVar[dict[str, tuple[str, ...]]] = {
         "prompt": ("prompt", *TEXTS),
         "completion": ("completion", "response", "target", "output", *sorted(LABELS)),

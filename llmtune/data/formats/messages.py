@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 from llmtune.data.conversation import Conversation, ask, chat, put_system_first
 from llmtune.data.formats.base import SYSTEM, DatasetFormat, Row, row_weight
+from llmtune.data.formats.sharegpt import ShareGptFormat
+from llmtune.data.problems import RowError
 from llmtune.data.row_values import parse_json_text
 
 
@@ -20,6 +22,7 @@ class MessagesFormat(DatasetFormat):
     }
     required: ClassVar[tuple[str, ...]] = ("messages",)
     asked: ClassVar[tuple[str, ...]] = ("messages",)
+    turn_columns: ClassVar[tuple[str, ...]] = ("messages",)
     aliases: ClassVar[dict[str, tuple[str, ...]]] = {
         "messages": ("messages", "conversation", "chat", "dialog", "dialogue"),
         "system": SYSTEM,
@@ -44,6 +47,12 @@ class MessagesFormat(DatasetFormat):
 
 def _read_turns(row: Row) -> Any:
     messages = parse_json_text(row["messages"], "messages")
+    if _has_from_turns(messages):
+        raise RowError(
+            'its messages have "from" and no "role"; expected role and content, or set '
+            f"format: {ShareGptFormat.name}, which reads from and value",
+            "role",
+        )
     if isinstance(messages, list):
         messages = put_system_first(messages, row.get("system"))
     return messages

@@ -39,6 +39,7 @@ class ShareGptFormat(DatasetFormat):
     }
     required: ClassVar[tuple[str, ...]] = ("conversations",)
     asked: ClassVar[tuple[str, ...]] = ("conversations",)
+    turn_columns: ClassVar[tuple[str, ...]] = ("conversations",)
     aliases: ClassVar[dict[str, tuple[str, ...]]] = {
         "conversations": ("conversations", "items"),
         "system": SYSTEM,

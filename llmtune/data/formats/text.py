@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from llmtune.data.conversation import Conversation
 from llmtune.data.formats.base import TEXTS, DatasetFormat, Row, row_weight
+from llmtune.data.formats.completion import CompletionFormat
 from llmtune.data.problems import RowError
 from llmtune.data.row_values import check_text, read_weight
 
@@ -19,6 +20,15 @@ class TextFormat(DatasetFormat):
     required: ClassVar[tuple[str, ...]] = ("text",)
     asked: ClassVar[tuple[str, ...]] = ("text",)
     aliases: ClassVar[dict[str, tuple[str, ...]]] = {"text": (*TEXTS, "passage")}
+    has_answers: ClassVar[bool] = False
+
+    @classmethod
+    def label_advice(cls, column: str) -> str:
+        """A text with its label is a question with its answer."""
+        return (
+            "the rows seem to be labeled texts. Train the label as the answer with format: "
+            f"{CompletionFormat.name} and columns: {{prompt: text, completion: {column}}}"
+        )
 
     def recognises(self, row: Row) -> bool:
         """Say whether a row has a text."""

@@ -1,5 +1,6 @@
 """What every task of a suite says itself: its items, how they are asked, scored and counted."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from llmtune.data.conversation import Conversation
+    from llmtune.data.init_suite import SuiteDraft
     from llmtune.models.live import LiveModel
     from llmtune.scoring.likelihood import ContinuationRequest
 
@@ -166,6 +168,11 @@ class SuiteConfig(Section):
             raise ValueError(f"{name!r} cannot name the suite's results: {NAME_RULE}")
         return name
 
+    @classmethod
+    def draft(cls, rows: "SuiteDraft") -> list[str] | None:
+        """Return the YAML lines of a first suite over the user's rows; None if they do not suit."""
+        return None
+
     @property
     def chosen_metric(self) -> Metric:
         """The metric that items are scored by."""
@@ -262,6 +269,16 @@ class PromptedSuite(SuiteConfig):
     """Prompt is a user message; false: raw text, no template."""
     answer: str = "answer"
     """Field with the right answer."""
+
+    @classmethod
+    def draft_prompt(cls, rows: "SuiteDraft") -> list[str]:
+        """Return the lines that ask each row's question."""
+        system = (
+            []
+            if rows.system is None
+            else [f"system: {json.dumps(rows.system, ensure_ascii=False)}"]
+        )
+        return ['prompt: "{{ prompt }}"', *system]
 
     @model_validator(mode="after")
     def _require_chat_for_system(self) -> "PromptedSuite":

@@ -1,5 +1,6 @@
 """The most likely of some given answers."""
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from llmtune.evaluation.tasks.base import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from llmtune.data.init_suite import SuiteDraft
     from llmtune.models.live import LiveModel
     from llmtune.scoring.likelihood import ContinuationRequest, ContinuationScore
 
@@ -63,6 +65,16 @@ class ChoiceSuite(PromptedSuite):
     """Length of the written answer that is scored beside; 0: none; null: 12 in chats, else none."""
     metric: Literal["accuracy", "answer_probability"] = "accuracy"
     """What an item scores."""
+
+    @classmethod
+    def draft(cls, rows: "SuiteDraft") -> list[str] | None:
+        """Ask for one of the rows' labels."""
+        if not rows.choices:
+            return None
+        lines = [f"choices: {json.dumps(rows.choices, ensure_ascii=False)}"]
+        if any(a != b and b.startswith(a) for a in rows.choices for b in rows.choices):
+            lines.append("end_of_answer: true   # one answer begins another")
+        return cls.draft_prompt(rows) + lines
 
     @field_validator("choices", mode="before")
     @classmethod

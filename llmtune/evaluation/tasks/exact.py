@@ -35,6 +35,7 @@ from llmtune.evaluation.text_metrics import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from llmtune.data.init_suite import SuiteDraft
     from llmtune.models.live import LiveModel
 
 Normalization = Literal["strip", "lowercase", "punctuation", "articles", "whitespace"]
@@ -54,6 +55,13 @@ OwnMetric = Annotated[str, Field(pattern=f"^{OWN_METRIC.pattern}$")]
 STRICT_METRICS = ("exact_match", "contains", "number_match")
 """Those that have a strict and a lenient form."""
 ARTICLES = re.compile(r"\b(a|an|the)\b")
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+SHORT_ANSWER = 60
+"""Characters; a drafted suite asks whether a reference this short is in the answer."""
+LONGEST_ANSWER_TOKENS = 256
+TOKENS_AROUND = 24
+"""What the untuned model may write around a short answer."""
+END_TOKENS = 8
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -84,6 +92,26 @@ class ExactSuite(PromptedSuite):
     """Texts that end an answer; null: the line's end where chat is false, else none."""
     metric: MetricName | OwnMetric = "exact_match"
     """What an item scores; `my_module:function` is your own."""
+
+    @classmethod
+    def draft(cls, rows: "SuiteDraft") -> list[str] | None:
+        """Compare what is written with each row's answer: short ones as a whole, long ones not."""
+        if not rows.asks:
+            return None
+        is_short = rows.longest_answer <= SHORT_ANSWER
+        around = TOKENS_AROUND if is_short else END_TOKENS
+        tokens = rows.longest_answer_tokens + around
+        lines = [f"max_new_tokens: {min(tokens, LONGEST_ANSWER_TOKENS)}"]
+        if is_short and all(NUMBER.fullmatch(row["answer"].strip()) for row in rows.items):
+            lines.append("metric: number_match   # the last number in the text")
+        elif is_short:
+            lines.append("metric: contains   # anywhere in the text: a new format is not a gain")
+        else:
+            lines += [
+                "metric: token_f1   # words shared with the reference; long answers never match",
+                "limit: 100   # every answer is written out, which takes time",
+            ]
+        return cls.draft_prompt(rows) + lines
 
     @field_validator("extract")
     @classmethod

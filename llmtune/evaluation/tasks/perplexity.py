@@ -24,6 +24,7 @@ from llmtune.evaluation.tasks.base import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from llmtune.data.init_suite import SuiteDraft
     from llmtune.models.live import LiveModel
     from llmtune.scoring.perplexity import TextScore
 
@@ -45,6 +46,11 @@ class PerplexitySuite(SuiteConfig):
     """Window in tokens."""
     metric: Literal["nats_per_token", "bits_per_byte"] = "nats_per_token"
     """What an item scores."""
+
+    @classmethod
+    def draft(cls, rows: "SuiteDraft") -> list[str] | None:
+        """Take documents as passages."""
+        return None if rows.asks else []
 
     def read_item(self, fields: Fields, item: SuiteItem) -> SuiteItem:
         """Return `item` with its passage."""

@@ -38,6 +38,10 @@ class Quantization(Section):
     """The name of PEFT's layer class over its weights, if training may compute such layers
     itself from `dense_weight`; None leaves them alone."""
 
+    packed_marker: ClassVar[str | None] = None
+    """The suffix of the tensor by which a checkpoint says that a weight is packed in this format;
+    None if llmtune reads no such checkpoint."""
+
     method: str
 
     @abstractmethod

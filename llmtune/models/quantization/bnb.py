@@ -12,9 +12,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from llmtune.models.hardware import choose_device
-from llmtune.models.quantization.four_bit import BLOCK, SCALE_BLOCK
-
 TRIAL_WIDTH = 64
 
 
@@ -36,14 +33,15 @@ def chosen_weights(skeleton: PreTrainedModel, settings: Any, dtype: torch.dtype)
 
 @dataclass(frozen=True)
 class FourBitRoundTrip:
-    """NF4 and FP4 (QLoRA, arXiv:2305.14314, section 3) in blocks of 64 along the flat weight."""
+    """NF4 and FP4 (QLoRA, arXiv:2305.14314, section 3) in blocks along the flat weight."""
 
     method: str
     device: torch.device
     load_dtype: torch.dtype
     compute_dtype: torch.dtype
     has_double_quant: bool
-    block_size: int = BLOCK
+    block_size: int
+    scale_block_size: int
 
     def measure(self, tiles: Iterable[Tensor]) -> Tensor | None:
         """Return every block's scale after its own quantization: it depends on their mean."""
@@ -52,7 +50,9 @@ class FourBitRoundTrip:
         absmax_B = torch.cat([self._absmax(tile) for tile in tiles])
         # as bitsandbytes.functional.quantize_4bit and dequantize_4bit do
         offset = absmax_B.mean()
-        codes, state = functional.quantize_blockwise(absmax_B - offset, blocksize=SCALE_BLOCK)
+        codes, state = functional.quantize_blockwise(
+            absmax_B - offset, blocksize=self.scale_block_size
+        )
         scales_B = functional.dequantize_blockwise(codes, state)
         scales_B += offset
         return scales_B
@@ -66,7 +66,9 @@ class FourBitRoundTrip:
             scales_B: the part of `measure`'s result that belongs to these rows.
         """
         flat = tile_RC.to(self.device, self.load_dtype).reshape(-1)
-        packed, state = functional.quantize_4bit(flat, blocksize=BLOCK, quant_type=self.method)
+        packed, state = functional.quantize_4bit(
+            flat, blocksize=self.block_size, quant_type=self.method
+        )
         if scales_B is not None:
             state.absmax = scales_B.contiguous()
         state.dtype = self.compute_dtype
@@ -74,8 +76,8 @@ class FourBitRoundTrip:
 
     def _absmax(self, tile: Tensor) -> Tensor:
         flat = tile.to(self.device, self.load_dtype).reshape(-1).float().abs()
-        whole = len(flat) // BLOCK * BLOCK
-        absmax = flat[:whole].view(-1, BLOCK).amax(1)
+        whole = len(flat) // self.block_size * self.block_size
+        absmax = flat[:whole].view(-1, self.block_size).amax(1)
         return torch.cat([absmax, flat[whole:].amax().view(1)]) if whole < len(flat) else absmax
 
 
@@ -114,12 +116,8 @@ def dequantize_four_bit(weight: nn.Parameter) -> Tensor:
     return dense
 
 
-def try_quantization() -> str | None:
-    """Quantize a layer to 4 bits and pass a gradient through it; return what went wrong, or None.
-
-    It runs on the device in use.
-    """
-    device = choose_device("auto")
+def try_quantization(device: torch.device) -> str | None:
+    """Quantize a layer to 4 bits, pass a gradient through it, and return what went wrong."""
     try:
         layer = bnb.nn.Linear4bit(TRIAL_WIDTH, TRIAL_WIDTH, bias=False, quant_type="nf4").to(device)
         x = torch.ones(2, TRIAL_WIDTH, device=device, requires_grad=True)

@@ -20,6 +20,24 @@ SMALLEST = Nf4Quantization()
 """What is advised where a base does not fit, and what a model is exported in."""
 
 
+def is_quantized(method: str | None) -> bool:
+    """Return whether a base that is recorded as kept by this method is quantized.
+
+    None is what a run without a quantization recorded.
+    """
+    dense = {name for name, member in _by_name().items() if not member.is_quantized}
+    return method is not None and method not in dense
+
+
+def packed_markers() -> tuple[str, ...]:
+    """Return the suffixes of the tensors by which a checkpoint says how a weight is packed."""
+    return tuple(marker for member in members() if (marker := member.packed_marker) is not None)
+
+
+def _by_name() -> dict[str, type[Quantization]]:
+    return {str(member.model_fields["method"].default): member for member in members()}
+
+
 def members() -> tuple[type[Quantization], ...]:
     """Return the class of every quantization in the union."""
     union = get_args(QuantizationConfig)[0]

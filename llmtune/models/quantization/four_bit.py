@@ -98,6 +98,8 @@ class FourBitQuantization(Quantization):
             dtype,
             self.product_dtype(dtype),
             has_double_quant=self.double_quant,
+            block_size=BLOCK,
+            scale_block_size=SCALE_BLOCK,
         )
 
     @classmethod

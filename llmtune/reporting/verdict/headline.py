@@ -39,7 +39,7 @@ def _unmeasured(evidence: Evidence) -> list[str]:
     """Return the alternatives without training that were not measured and apply to the task."""
     targets = evidence.with_role("target")
     missing = [] if evidence.prompts() else ["few-shot prompting"]
-    is_choice = any(suite.task == "choice" for suite in targets)
-    if is_choice and not any("probe" in suite.rivals for suite in targets):
+    has_choices = any(suite.chance is not None for suite in targets)
+    if has_choices and not any("probe" in suite.rivals for suite in targets):
         missing.append("a linear probe")
     return missing

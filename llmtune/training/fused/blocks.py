@@ -13,6 +13,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from llmtune.adapters.base import Adapter
+from llmtune.adapters.live import live_method
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear
 from llmtune.ops.rms_norm import rms_norm
 from llmtune.ops.swiglu import swiglu_lora_linear
@@ -48,7 +50,7 @@ def fused_blocks(model: PeftModel) -> Iterator[FusedBlocks]:
             if _agrees(module, _norm_forward(module), module.weight.shape[0]):
                 norms.append(module)
         elif _is_gated_mlp(module):
-            mlp = _GatedMlp(module)
+            mlp = _GatedMlp(module, live_method(model))
             if _agrees(module, mlp.forward, module.gate_proj.in_features):
                 mlps.append(mlp)
     for norm in norms:
@@ -128,10 +130,10 @@ def _is_untouched(module: nn.Module) -> bool:
 class _GatedMlp:
     """One MLP's forward with its down projection's adapter."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, method: type[Adapter]) -> None:
         self.module = module
         self.copies = AdapterCopies()
-        self._linears: tuple[LoraLinear] = (describe_linear(module.down_proj),)
+        self._linears: tuple[LoraLinear] = (describe_linear(module.down_proj, method),)
 
     def forward(self, x: Tensor) -> Tensor:
         module = self.module

@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.live import live_method
-from llmtune.adapters.low_rank import active_factors
 from llmtune.models.quantization.describe import dense_weight
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear, lora_linears
 
@@ -60,7 +59,7 @@ def fused_lora(model: PeftModel, run_forward: Callable[[], object]) -> Iterator[
                 fusable.append(module)
             else:
                 stock[reason] += 1
-    groups = [_Group(layers) for layers in _find_groups(fusable, run_forward)]
+    groups = [_Group(layers, method) for layers in _find_groups(fusable, run_forward)]
     for group in groups:
         group.attach()
 
@@ -129,9 +128,9 @@ def _find_groups(
 class _Group:
     """Layers with one input; a call to one of them computes all, the others pick theirs up."""
 
-    def __init__(self, layers: Sequence[BaseTunerLayer]) -> None:
+    def __init__(self, layers: Sequence[BaseTunerLayer], method: type[Adapter]) -> None:
         self._layers = tuple(layers)
-        self._linears = tuple(describe_linear(layer) for layer in layers)
+        self._linears = tuple(describe_linear(layer, method) for layer in layers)
         self._copies = AdapterCopies()
         self._input: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
@@ -178,10 +177,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def describe_linear(layer: BaseTunerLayer) -> LoraLinear:
+def describe_linear(layer: BaseTunerLayer, method: type[Adapter]) -> LoraLinear:
     """Return a PEFT layer with one active adapter as our ops see it; tensors are shared."""
     base = layer.get_base_layer()
-    return LoraLinear(_read_weight(base), *active_factors(layer), bias_O=base.bias)
+    found = (method.factors_of(layer, name) for name in layer.active_adapters)
+    (factors,) = (each for each in found if each is not None)
+    return LoraLinear(_read_weight(base), *factors, bias_O=base.bias)
 
 
 def _read_weight(base: nn.Module) -> Tensor | Callable[[], Tensor]:

@@ -215,7 +215,7 @@ def _probe_rows(examples: Sequence[Example]) -> tuple[Example, Example, Example]
     rows = [tokens[start : start + PROBE_TOKENS] for start in (0, PROBE_TOKENS, 2 * PROBE_TOKENS)]
     if rows[2] == rows[0]:
         rows[2] = rows[0][::-1] if rows[0] != rows[0][::-1] else [rows[0][0] ^ 1] * PROBE_TOKENS
-    first, second, third = (Example(row, row, "probe", 1) for row in rows)
+    first, second, third = (Example(row, row, "trial", 1) for row in rows)
     return first, second, third
 
 

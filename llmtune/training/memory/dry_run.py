@@ -18,6 +18,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import RunDir
 from llmtune.io.sizes import format_in
 from llmtune.io.unfinished import require_space
+from llmtune.models.quantization.config import SMALLEST
 from llmtune.training.batch import StepCollator, largest_micro_batches, move_to
 from llmtune.training.checkpoint import save_weights
 from llmtune.training.config import TrainConfig
@@ -108,7 +109,7 @@ class Trial:
                     raise
         raise DoesNotFitError(
             f"the model is loaded, but not even {MEASURED_TOKENS[-1]} tokens fit beside it. "
-            "Quantize it (model.quantization.method=nf4), or choose a smaller base."
+            f"Quantize it (model.quantization.method={SMALLEST.method}), or choose a smaller base."
         )
 
     def _first_rows(self, wanted_tokens: int) -> list[Example]:

@@ -190,7 +190,7 @@ class Protection:
         self._model.eval()
         try:
             ids = probe.input_ids[0].tolist()
-            micro_batch = move_to(self._build([Example(ids, ids, "probe", 1)]), self._device)
+            micro_batch = move_to(self._build([Example(ids, ids, "trial", 1)]), self._device)
             with adapter_disabled(self._model):
                 hidden = decoder_hidden(self._model, micro_batch)
         finally:
