@@ -64,7 +64,7 @@ class DirectoryComparison:
     def lines(self, subject: str) -> Iterator[str]:
         """Yield each comparison with its limit, for the terminal."""
         check = self.check
-        base = "quantized base" if self.live_is_quantized else "base"
+        base = "dequantized base" if self.live_is_quantized else "base"
         at = "" if self.strength == 1 else f" at strength {self.strength:g}"
         yield subject
         yield f"the model from disk against the live {base} + adapter{at}, both in {check.dtype}"
@@ -101,11 +101,14 @@ def check_directory(
             build_prompts(live.tokenizer, reference.held_out),
             decoding=Decoding(NUM_NEW_TOKENS, live.stop_token_ids),
             dtype=live.dtype,
+            trust_remote_code=reference.model.trust_remote_code,
         )
     log.info("verify: %s", check.summary())
     max_kl = tolerances.max_kl if tolerances.max_kl is not None else _bound(type, reference)
     if not check.kl <= max_kl:
         problems.append(f"KL {check.kl:.4f} nats per token, the limit is {max_kl:g}")
+    elif problem := check.find_problem(max_kl, "merge.max_kl"):
+        problems.append(problem)
     odd = [text for text in TRICKY_STRINGS if tokenizer.encode(text) != live.tokenizer.encode(text)]
     problems += tolerances.string_problems(len(odd), len(TRICKY_STRINGS), odd)
     stops = saved.stop_token_ids

@@ -1,7 +1,7 @@
 """Comparing a merged directory, loaded from disk, with the live adapter model it came from."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from llmtune.io.safetensors import CheckpointIndex
 from llmtune.models.quantization.describe import keep_differentiable
 from llmtune.models.quiet import quiet_loading
 from llmtune.scoring.batches import (
+    adapter_disabled,
     choose_token_budget,
+    has_adapter,
     inference,
     model_device,
     pad_rows,
@@ -27,6 +29,12 @@ from llmtune.scoring.generate import Decoding, Generation, generate_texts
 from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
 
 MAX_MEAN_LOSS = 100.0  # nats; keeps the perplexity of a broken model a number
+MAX_KL_SHARE = 1e-5
+"""Of KL(adapter || base), what a right merge stored and computed in float32 may differ by."""
+FLOAT32_KL = 1e-6
+"""Nats per token that the arithmetic of float32 alone comes to, and more."""
+NOTABLE_SHARE = 0.1
+"""Of KL(adapter || base), from which on what rounding costs is said."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,67 @@ class VerifyResult:
     divergences: tuple[GreedyDivergence, ...]
     wrong_modules: tuple[ModuleDifference, ...] = ()
     """Modules whose merged weight does not compute what the live one does."""
+    base_kl: float | None = None
+    """KL(adapter || base), nats per token: what the adapter does; None without an adapter."""
+    stored_dtype: str | None = None
+    """The coarsest type of the merged weights on the disk; None if they are quantized."""
+    live_kl: float | None = None
+    """KL(quantized model and adapter || merged), if its layers also round what goes in; `kl` is
+    then that of the same weights computed exactly."""
+
+    @property
+    def kl_share(self) -> float | None:
+        """The KL as a share of what the adapter does to the answers."""
+        return self.kl / self.base_kl if self.base_kl else None
+
+    def find_problem(self, max_kl: float, bound: str) -> str | None:
+        """Say why this is not a right merge of its adapter; None if it is one.
+
+        Args:
+            max_kl: nats per token.
+            bound: what the bound is called.
+        """
+        if not self.kl <= max_kl:
+            return (
+                f"merged model and live adapter differ by {self.kl:.4f} nats/token (KL), more "
+                f"than {bound}={max_kl:g} (--max-kl)"
+            )
+        if self.wrong_modules:
+            shown = "; ".join(one.describe() for one in self.wrong_modules[:3])
+            return (
+                f"{len(self.wrong_modules)} merged modules do not compute what the live adapter "
+                f"does: {shown}"
+            )
+        is_exact = self.dtype == self.stored_dtype == "float32"
+        if is_exact and self.base_kl is not None:
+            allowed = max(FLOAT32_KL, MAX_KL_SHARE * self.base_kl)
+            if not self.kl <= allowed:
+                return (
+                    f"merged model and live adapter differ by {self.kl:.2e} nats/token (KL) in "
+                    f"float32, {self.kl_share or 0:.1%} of what the adapter does "
+                    f"({self.base_kl:.2e}); rounding is less than {allowed:.1e}"
+                )
+        return None
+
+    def notices(self) -> Iterator[str]:
+        """Yield what the user should know of a right merge."""
+        share = self.kl_share
+        if (
+            share is not None
+            and share > NOTABLE_SHARE
+            and self.stored_dtype not in (None, "float32")
+        ):
+            yield (
+                f"rounding to {self.stored_dtype} changes the answers by {share:.0%} of what the "
+                f"adapter does (KL {self.kl:.2e} of {self.base_kl:.2e} nats/token); --dtype "
+                "float32 keeps all of it"
+            )
+        if self.live_kl is not None:
+            yield (
+                f"the quantized model also rounds what goes into its layers: with its adapter it "
+                f"is {self.live_kl:.2e} nats/token (KL) from the merged model, which is judged by "
+                "the same weights computed exactly"
+            )
 
     def to_dict(self) -> dict[str, object]:
         """Return the result as JSON."""
@@ -90,16 +159,21 @@ class VerifyResult:
             "num_labels": self.num_labels,
             "num_same_labels": self.num_same_labels,
             "dtype": self.dtype,
+            "base_kl": self.base_kl,
+            "live_kl": self.live_kl,
         }
 
     def summary(self) -> str:
         """Say in one line how close merged model and adapter are."""
         return (
-            f"merged against adapter in {self.dtype}: KL {self.kl:.2e} nats/token, largest logit "
-            f"difference {self.max_logit_difference:.3f}, top-1 agreement "
+            f"merged against adapter in {self.dtype}: KL {self.kl:.2e} nats/token{self._share()}, "
+            f"largest logit difference {self.max_logit_difference:.3f}, top-1 agreement "
             f"{self.top1_agreement:.2%}, {self.num_same_labels} of {self.num_labels} labels and "
             f"{self.num_same_texts} of {self.num_open_prompts} greedy texts the same"
         )
+
+    def _share(self) -> str:
+        return f" ({self.kl_share:.1g} of the adapter's effect)" if self.kl_share else ""
 
 
 def verify_merge(
@@ -135,8 +209,9 @@ def verify_merge(
     compared = _compare_sequences(live, merged, prompts.sequences)
     label_differences = _compare_labels(live, merged, prompts.labels)
     divergences = _compare_answers(live, merged, tokenizer, prompts.open_prompts, decoding)
+    stored_dtype = _stored_dtype(merged_dir)
     return VerifyResult(
-        dtype=str(next(merged.parameters()).dtype).removeprefix("torch."),
+        dtype=_name(next(merged.parameters()).dtype),
         num_tokens=compared.num_tokens,
         max_logit_difference=compared.largest,
         kl=compared.kl / max(1, compared.num_tokens),
@@ -149,16 +224,29 @@ def verify_merge(
         num_open_prompts=len(prompts.open_prompts),
         num_same_texts=len(prompts.open_prompts) - len(divergences),
         divergences=tuple(divergences),
-        wrong_modules=compare_modules(
-            live, merged, prompts.sequences, stored_dtype=_stored_dtype(merged_dir)
+        wrong_modules=(
+            ()
+            if stored_dtype is None
+            else compare_modules(live, merged, prompts.sequences, stored_dtype=stored_dtype)
         ),
+        base_kl=compared.base_kl / max(1, compared.num_tokens) if has_adapter(live) else None,
+        stored_dtype=None if stored_dtype is None else _name(stored_dtype),
     )
 
 
-def _stored_dtype(merged_dir: Path) -> torch.dtype:
-    """Return the coarsest of the types in which a directory's weights are rounded."""
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _stored_dtype(merged_dir: Path) -> torch.dtype | None:
+    """Return the coarsest of the types in which a directory's weights are rounded.
+
+    None if they are quantized.
+    """
     index = CheckpointIndex.open(merged_dir)
     names = {entry.dtype for entry in index.tensors.values()}
+    if "U8" in names:
+        return None
     for name, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16)):
         if name in names:
             return dtype
@@ -207,6 +295,7 @@ class _Compared:
 
     largest: float = 0.0
     kl: float = 0.0
+    base_kl: float = 0.0
     num_agreeing: int = 0
     num_tokens: int = 0
     live_loss: float = 0.0
@@ -232,6 +321,12 @@ def _compare_sequences(
                 )
             difference = (live_logits.float() - merged_logits.float()).abs().max().item()
             kl, flipped = compare_distributions(live_logits[0], merged_logits[0])
+            if has_adapter(live):
+                with adapter_disabled(live):
+                    base_logits = _logits(live, ids).to(model_device(merged))
+                total.base_kl += float(
+                    compare_distributions(live_logits[0], base_logits[0])[0].sum()
+                )
             total.largest = max(total.largest, difference)
             total.kl += float(kl.sum())
             total.num_agreeing += len(ids) - int(flipped.sum())

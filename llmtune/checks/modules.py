@@ -1,18 +1,22 @@
-"""Each adapted module of the live model beside its merged weight, on the same inputs.
+"""Each adapted module of the live model beside its merged one: outputs, and the weights themselves.
 
 A whole model's divergence says little of an adapter whose effect is small: it may be merged wholly
-wrong within any absolute bound. Module by module, an error shows against the adapter's own effect.
+wrong within any absolute bound. Module by module, an error shows against the adapter's own effect,
+and beside the exact sum, weight by weight, even an effect below the rounding of 16 bits does.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from llmtune.scoring.batches import inference, model_device, pad_rows, run_forward
 
@@ -23,6 +27,11 @@ MAX_SHARE = 0.02
 ROUNDINGS = 4.0
 """Rounding errors of a module's output that a right merge may differ by. A merge has about half of
 one for its stored weights; a module that is more than one product has several."""
+WEIGHT_ROUNDINGS = 1.05
+"""Steps of the stored format that a right merged weight is from the exact sum: half of one, and
+another half if the base was rounded before."""
+SUM_ERROR = 1e-5
+"""Of a module's largest delta, what adding in a different order may change in float32."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +44,19 @@ class ModuleDifference:
     """Between the live module with its adapter and without it."""
     rounding: float
     """What the stored weights and the arithmetic round."""
+    num_wrong_weights: int = 0
+    """Weights that are further from the exact sum than rounding takes them."""
 
     @property
     def is_right(self) -> bool:
         """Whether the difference is rounding, or small beside the adapter's effect."""
-        return self.difference <= max(MAX_SHARE * self.effect, ROUNDINGS * self.rounding)
+        allowed = max(MAX_SHARE * self.effect, ROUNDINGS * self.rounding)
+        return self.difference <= allowed and not self.num_wrong_weights
 
     def describe(self) -> str:
         """Say it in one line."""
+        if self.num_wrong_weights:
+            return f"{self.module} ({self.num_wrong_weights:,} weights are not base + adapter)"
         share = f"{self.difference / self.effect:.0%} of its effect" if self.effect else "no effect"
         return f"{self.module} (off by {self.difference:.2g}, {share})"
 
@@ -74,7 +88,9 @@ def compare_modules(
         for name, (module, made) in calls.items():
             other = counterparts.get(name)
             if other is not None:
-                found.append(_compare(name, live, module, other, made, stored_dtype))
+                compared = _compare(name, live, module, other, made, stored_dtype)
+                wrong = _count_wrong_weights(module, other, stored_dtype)
+                found.append(replace(compared, num_wrong_weights=wrong))
     return tuple(one for one in found if not one.is_right)
 
 
@@ -161,6 +177,56 @@ def _rounding(
         size = max(size, float(inputs @ weights) ** 0.5)
     error: float = (stored + 4 * computed) * size
     return error
+
+
+def _count_wrong_weights(module: nn.Module, merged: nn.Module, stored_dtype: torch.dtype) -> int:
+    """Count a module's merged weights that are not the exact sum, but for their rounding.
+
+    None are counted if the layer's weights cannot be had from peft alone: single token rows, and
+    layers that are blended at a strength.
+    """
+    if module._forward_hooks:
+        return 0
+    before, exact = _exact_parameters(module)
+    found = dict(merged.named_parameters())
+    is_turned = isinstance(merged, Conv1D) and not isinstance(_innermost(module), Conv1D)
+    wrong = 0
+    for name, weight in exact.items():
+        if name not in found or not found[name].is_floating_point():
+            continue
+        other = found[name].to(weight.device).float()
+        other = other.T if is_turned and other.dim() == 2 else other
+        limits = torch.finfo(stored_dtype), torch.finfo(found[name].dtype)
+        step = max(limit.eps for limit in limits)
+        size = torch.maximum(weight.abs(), before[name].abs())
+        allowed = WEIGHT_ROUNDINGS * step * size + step * max(limit.tiny for limit in limits)
+        allowed += SUM_ERROR * (weight - before[name]).abs().max()
+        wrong += int(((other - weight).abs() > allowed).sum())
+    return wrong
+
+
+def _exact_parameters(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the parameters of a module's base and of base + adapter, added in float32 by peft."""
+    if isinstance(module, ModulesToSaveWrapper):
+        (active,) = module.active_adapters
+        saved = _parameters(module.modules_to_save[active])
+        return saved, saved
+    if not isinstance(module, BaseTunerLayer) or not hasattr(module, "merge"):
+        return {}, {}
+    own = copy.deepcopy(module).float()
+    before = {name: weight.clone() for name, weight in _parameters(_innermost(own)).items()}
+    for layer in own.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+    return before, _parameters(_innermost(own))
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.detach().float() for name, weight in module.named_parameters()}
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -69,7 +69,7 @@ def _num_parameters(source: Checkpoint) -> int:
 
 
 def load_reference(reference: Reference, record: MergeRecord | None, dtype: str) -> LiveModel:
-    """Load base and adapter: quantized if the adapter was merged into the dequantized base.
+    """Load base and adapter: dequantized if the adapter was merged into the dequantized base.
 
     Raises:
         LlmtuneError: the chat template is not the one the adapter was trained with; or what is
@@ -87,7 +87,7 @@ def load_reference(reference: Reference, record: MergeRecord | None, dtype: str)
             "biases or single token rows has no live model of that strength to compare with"
         )
     config = comparison_config(reference.model, dtype, is_quantized=is_dequantized(record))
-    return load_live(config, reference.base, adapter_dir)
+    return load_live(config, reference.base, adapter_dir, is_dense=True)
 
 
 def is_dequantized(record: MergeRecord | None) -> bool:

@@ -139,22 +139,27 @@ def _judge(
 ) -> Judgment:
     """Choose the closer merge and compare it with the live adapter on the base it was merged into.
 
-    That base is never quantized for the original, and quantized for the dequantized one.
+    That base is never quantized for the original, and for the dequantized one it computes exactly
+    with the weights that the quantized model has. A quantized model whose layers also round what
+    goes in (LLM.int8) is not such a reference: how far it is itself is measured beside.
     """
-    kept, scores = written[0], {}
-    if len(written) == 1:
-        live = _load_live(request, kept, is_quantized=_is_dequantized(kept))
-    else:
-        live = _load_live(request, kept, is_quantized=True)
+    kept, scores, live_kl = written[0], {}, None
+    is_rounding = not request.model.storage.is_exact
+    if len(written) > 1 or (_is_dequantized(kept) and is_rounding and request.has_live_model):
+        live = _load_live(request, kept, is_quantized=True, is_dense=False)
         scores = _score(request, live, written, replace(prompts, open_prompts=()))
         kept = min(written, key=lambda one: scores[one.plan.base].kl)
-        if not _is_dequantized(kept):
-            del live
-            release_memory()
-            live = _load_live(request, kept, is_quantized=False)
+        del live
+        release_memory()
+        if _is_dequantized(kept) and is_rounding:
+            live_kl = scores[kept.plan.base].kl
+    live = _load_live(request, kept, is_quantized=_is_dequantized(kept), is_dense=True)
     # One list of stop tokens for everything that is saved, and a config that can be saved.
     live.model.generation_config.save_pretrained(kept.directory)
-    return Judgment(kept, _check(request, live, kept.directory, prompts), scores)
+    check = _check(request, live, kept.directory, prompts)
+    if check is not None:
+        check = replace(check, live_kl=live_kl)
+    return Judgment(kept, check, scores if len(written) > 1 else {})
 
 
 def _is_dequantized(written: WrittenMerge) -> bool:
@@ -162,13 +167,16 @@ def _is_dequantized(written: WrittenMerge) -> bool:
     return written.plan.round_trip is not None
 
 
-def _load_live(request: MergeRequest, written: WrittenMerge, *, is_quantized: bool) -> LiveModel:
+def _load_live(
+    request: MergeRequest, written: WrittenMerge, *, is_quantized: bool, is_dense: bool
+) -> LiveModel:
     """Load base and adapter, or the base alone at a strength that the live adapter cannot have."""
     dtype = comparison_dtype(Checkpoint.open(written.directory), device=request.model.device)
     return load_live(
         comparison_config(request.model, dtype, is_quantized=is_quantized),
         request.source,
         request.adapter_dir if request.has_live_model else None,
+        is_dense=is_dense,
     )
 
 

@@ -202,7 +202,8 @@ def _judge(request: SeveralRequest, written: Sequence[WrittenMerge]) -> Judgment
     (kept,) = written
     release_memory()
     if request.how.is_dense:
-        load_merged(kept.directory, dtype=None, device="cpu")
+        remote = request.base.model.trust_remote_code
+        load_merged(kept.directory, dtype=None, device="cpu", trust_remote_code=remote)
         log.info("merge: %s has no live model; loaded from disk, not compared", request.how.method)
         return Judgment(kept, check=None)
     check = _compare(request, kept.directory)
@@ -220,6 +221,7 @@ def _compare(request: SeveralRequest, merged_dir: Path) -> VerifyResult:
         comparison_config(model, dtype, is_quantized=is_quantized),
         request.base.base,
         first.directory,
+        is_dense=True,
     )
     assert isinstance(live.model, PeftModel)
     add_adapters(
@@ -233,6 +235,7 @@ def _compare(request: SeveralRequest, merged_dir: Path) -> VerifyResult:
         replace(build_prompts(live.tokenizer), open_prompts=()),
         decoding=Decoding(NUM_NEW_TOKENS, live.stop_token_ids),
         dtype=live.dtype,
+        trust_remote_code=model.trust_remote_code,
     )
 
 

@@ -15,22 +15,28 @@ from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.live import LiveModel
 from llmtune.models.load import load_model
+from llmtune.models.quantization.describe import compute_densely
 from llmtune.scoring.batches import adapter_disabled, has_adapter
 
 
-def load_live(config: ModelConfig, source: Checkpoint, adapter_dir: Path | None) -> LiveModel:
+def load_live(
+    config: ModelConfig, source: Checkpoint, adapter_dir: Path | None, *, is_dense: bool = False
+) -> LiveModel:
     """Load a base, and put a saved adapter on it.
 
     Args:
         config: how the base is loaded.
         source: the base.
         adapter_dir: None for the base alone.
+        is_dense: compute with the dense weights that a quantized base stands for, exactly.
 
     Raises:
         LlmtuneError: the base cannot be loaded, or the adapter was made for a different base or
             chat template.
     """
     live = load_model(config, source)
+    if is_dense:
+        compute_densely(live.model, live.dtype)
     if adapter_dir is None:
         return live
     require_trained_template(live.tokenizer, adapter_dir)

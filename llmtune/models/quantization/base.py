@@ -32,6 +32,8 @@ class Quantization(Section):
     is_quantized: ClassVar[bool] = True
     bits: ClassVar[int]
     """Of a weight, without its scales."""
+    is_exact: ClassVar[bool] = True
+    """Whether a layer's output is the product with its dense weight; LLM.int8 rounds inputs too."""
     is_cached: ClassVar[bool] = True
     """Whether transformers can save what was quantized, so that the next load reads it."""
     fusable_layer: ClassVar[str | None] = None

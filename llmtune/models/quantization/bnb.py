@@ -116,6 +116,13 @@ def dequantize_four_bit(weight: nn.Parameter) -> Tensor:
     return dense
 
 
+def dequantize_int8(weight: nn.Parameter) -> Tensor:
+    """Return the dense weight [out, in] of an 8-bit parameter, in float32."""
+    codes: Any = weight
+    dense: Tensor = functional.int8_vectorwise_dequant(codes.data, codes.SCB)
+    return dense.float()
+
+
 def try_quantization(device: torch.device) -> str | None:
     """Quantize a layer to 4 bits, pass a gradient through it, and return what went wrong."""
     try:

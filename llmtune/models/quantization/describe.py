@@ -111,6 +111,23 @@ def dense_weight(layer: nn.Module) -> Callable[[], Tensor] | None:
     return next(filter(None, (member.dense_weight(layer) for member in members())), None)
 
 
+def compute_densely(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Put plain layers of the same weights in place of a freshly loaded model's quantized ones.
+
+    What is computed is then exact in `dtype`. Layers whose method does not give its dense weights
+    are left as they are.
+    """
+    for name, layer in list(model.named_modules()):
+        read = dense_weight(layer)
+        if read is None:
+            continue
+        weight = read().to(dtype)
+        dense = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        dense.bias = getattr(layer, "bias", None)
+        model.set_submodule(name, dense, strict=True)
+
+
 def keep_differentiable(model: PreTrainedModel) -> None:
     """Keep 4-bit weights in the layout that gradients pass through, on the CPU too.
 

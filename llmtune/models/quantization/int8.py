@@ -1,7 +1,7 @@
 """LLM.int8, 8 bits."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -10,7 +10,7 @@ from llmtune.models.quantization.base import Quantization, RoundTrip
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 SCALE_BYTES = 4
@@ -20,6 +20,7 @@ class Int8Quantization(Quantization):
     """8-bit weights (LLM.int8, arXiv:2208.07339) by bitsandbytes, outlier columns in 16 bits."""
 
     bits: ClassVar[int] = 8
+    is_exact: ClassVar[bool] = False
 
     method: Literal["int8"] = "int8"
     outlier_threshold: Annotated[float, Field(ge=0.0)] = 6.0
@@ -55,6 +56,16 @@ class Int8Quantization(Quantization):
     def stored_bytes(self, shape: tuple[int, ...]) -> int:
         """Return a byte for each weight, and a scale for each row."""
         return math.prod(shape) + SCALE_BYTES * shape[0]
+
+    @classmethod
+    def dense_weight(cls, layer: "nn.Module") -> "Callable[[], Tensor] | None":
+        """Return a function that dequantizes the weight of a layer that has not run yet."""
+        weight: Any = getattr(layer, "weight", None)
+        if cls.kind_of(layer) is None or weight.SCB is None:
+            return None
+        from llmtune.models.quantization.bnb import dequantize_int8
+
+        return lambda: dequantize_int8(weight)
 
     def round_trip(self, device: "torch.device", dtype: "torch.dtype") -> RoundTrip:
         """Return bitsandbytes' quantization and back."""
