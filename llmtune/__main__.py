@@ -6,7 +6,7 @@ from llmtune.errors import INTERRUPTED, RunInterrupted
 
 
 def main() -> None:
-    """Run the command line; a Ctrl-C while its modules are still being read is no traceback."""
+    """Run the command line; a Ctrl-C while its modules are still being read gives no traceback."""
     try:
         from llmtune import cli
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ class RunConfig(Section):
     run_dir: Path
     """Where the run keeps adapter, merged model, checkpoints, evaluations and report."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Decides data order, adapter initialisation, dropout and bootstrap samples."""
+    """Decides data order, adapter initialization, dropout and bootstrap samples."""
     model: ModelConfig
     adapter: AdapterConfig = DEFAULT_ADAPTER
     data: DataConfig

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return LlmtuneError.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on", file=sys.stderr)
+        print("error: interrupted; the same command continues", file=sys.stderr)
         return RunInterrupted.exit_code
     print(f"model  {gguf_file}")
     for name, rows in files.items():

@@ -17,7 +17,7 @@ from llmtune.errors import LlmtuneError
 # Of 21 wordings tried zero-shot on held-out movies, the one the untuned model does best with.
 PROMPT = "Sentence: {text}\nSentiment:"
 LABELS = ("positive", "negative")
-LABEL_THRESHOLD = 1.0  # mean human rating on a scale of -4 .. 4; what lies between is left out
+LABEL_THRESHOLD = 1.0  # mean human rating on a scale of -4 .. 4; what is between is left out
 INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 RATINGS_MEMBERS = {
     "movies": "movieReviewSnippets_GroundTruth.txt",
@@ -28,7 +28,7 @@ RATINGS_MEMBERS = {
 DOMAINS_WITH_DOCUMENTS = ("products", "editorials")  # their ids read document_sentence
 MAX_MEMBER_BYTES = 16 * 2**20
 
-# Buckets are hundredths of the SHA-256 of the normalised sentence.
+# Buckets are hundredths of the SHA-256 of the normalized sentence.
 MOVIES_TEST_BUCKETS = range(0, 10)
 MOVIES_VALIDATION_BUCKETS = range(10, 11)
 
@@ -130,7 +130,7 @@ def normalize_text(text: str) -> str:
 def build_files(domains: dict[str, list[RatedSentence]]) -> dict[str, list[dict]]:
     """Label, split and render: file name -> rows. Nothing tested is ever trained on.
 
-    Movies are split by the hash of the normalised sentence. A movie sentence that also appears
+    Movies are split by the hash of the normalized sentence. A movie sentence that also appears
     in any other domain (labelled or not) is kept out of the training rows.
     """
     labelled = {domain: _labelled_once(rows) for domain, rows in domains.items()}

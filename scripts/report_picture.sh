@@ -19,7 +19,7 @@ trap 'rm -rf "$profile"' EXIT
 import sys
 from PIL import Image
 
-# 256 colours are enough for text and lines, and keep the file small.
+# 256 colors are enough for text and lines, and keep the file small.
 Image.open(sys.argv[1]).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(sys.argv[1], optimize=True)
 PYTHON
 echo "$picture: $(stat -c %s "$picture") bytes"

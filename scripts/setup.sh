@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv and install the package by the pinned constraints; a second call finds it done, and a
-# call after an interrupted one goes on.
+# call after an interrupted one continues.
 # Usage: scripts/setup.sh [dev]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -286,7 +286,7 @@ def test_an_adapter_does_not_go_onto_another_base(config, capsys):
         "--suite",
         str(config.parent / "sentiment.yaml"),
     )
-    assert "another base" in said
+    assert "different base" in said
 
 
 def test_a_changed_template_is_refused(config, capsys):

@@ -83,7 +83,7 @@ def test_each_extent_measures_more_and_loads_the_base_once(config, monkeypatch, 
     few = {f"few-shot-{n}" for n in (1, 2, 3)}
     strengths = {f"strength-{s}" for s in (0.25, 0.5, 0.75)}
     assert arms_of(config) - {"probe"} == PLAIN | strengths | few
-    assert diagnostics_of(config) >= {"divergence", "probe", "shift", "memorisation"}
+    assert diagnostics_of(config) >= {"divergence", "probe", "shift", "memorization"}
     assert loads == ["tuned", "tuned"]  # one base a call; the merged model's results were read
     assert before == {arm: read(config, arm) for arm in before}
     told = [line for line in caplog.messages if "forward tokens" in line or "in all" in line]
@@ -183,7 +183,7 @@ def test_a_prompt_and_a_stronger_models_answers_are_arms(config, tmp_path):
         ({"stops": True}, set(), {"stops"}),
         ({"contamination": True}, set(), {"contamination"}),
         ({"shift": True}, set(), {"shift"}),
-        ({"memorisation": True}, set(), {"memorisation"}),
+        ({"memorization": True}, set(), {"memorization"}),
         ({"probe": True}, {"probe"}, {"probe"}),
     ],
 )

@@ -239,7 +239,7 @@ def test_a_base_that_lost_a_file_is_refused_with_the_key_of_its_place(
 @pytest.mark.parametrize(
     ("environment", "value", "advice"),
     [
-        ({"LC_ALL": "C", "PYTHONUTF8": "0"}, "ünï".encode(), "no text in ascii"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0"}, "ünï".encode(), "not text in ascii"),
         ({"PYTHONUTF8": "1"}, "ünï".encode("latin-1"), "write it in UTF-8"),
     ],
 )

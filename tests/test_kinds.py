@@ -1,6 +1,6 @@
 """Contract: a kind is named in its own folder and nowhere else in the package.
 
-The members of a union carry their behaviour. A room that asks which member it holds, by its name
+The members of a union carry their behavior. A room that asks which member it holds, by its name
 or by its class, has to be changed with every new member; so no room may. What a room needs of a
 kind it asks the member itself.
 """
@@ -76,7 +76,7 @@ PLANTED = {
         'found = diagnostics["stops"]',
         "leaked = evidence.contamination",
         "knobs.probe = True",
-        "measure(evaluate.with_knobs(memorisation=True))",
+        "measure(evaluate.with_knobs(memorization=True))",
         'ORDER = ("base", "probe", "tuned")',
         'advice = "set evaluate.stops=false"',
         "def show(found: 'ContaminationResult'): pass",

@@ -55,7 +55,7 @@ def test_files_can_be_replayed_and_held_to(tmp_path):
     assert not config.run.own_text_path.exists()
 
     write_jsonl(prose, texts)
-    with pytest.raises(LlmtuneError, match="trained on another data"):
+    with pytest.raises(LlmtuneError, match="trained on a different data"):
         pipeline.train(config)
 
 

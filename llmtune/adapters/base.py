@@ -174,7 +174,7 @@ class Adapter(Section):
         """Check that a saved adapter can be merged into one set of weights.
 
         Raises:
-            LlmtuneError: names the setting that stands in the way.
+            LlmtuneError: names the setting that prevents it.
         """
         known = COMMON_SETTINGS | cls.USED_SETTINGS | cls.INERT_SETTINGS
         for setting, value in config.items():

@@ -30,7 +30,7 @@ def read_adapter_manifest(directory: Path) -> dict[str, Any]:
         raise LlmtuneError(
             f"{directory}: no {MANIFEST_NAME}; expected an adapter that llmtune wrote, "
             + (
-                "and this one is of another program or has lost that file: copy it back"
+                "and this one is of a different program or has lost that file: copy it back"
                 if _is_adapter(directory)
                 else "and there is no adapter here: give the directory of one (a run's is "
                 "RUN/adapter)"
@@ -106,7 +106,7 @@ def check_adapter(directory: Path, *, base_fingerprint: str | None) -> tuple[str
     trained_on = base.get("fingerprint")
     if base_fingerprint is not None and trained_on != base_fingerprint:
         raise LlmtuneError(
-            f"{directory}: this adapter was trained on another base: {base.get('origin')} "
+            f"{directory}: this adapter was trained on a different base: {base.get('origin')} "
             f"(fingerprint {str(trained_on)[:16]}), the base given has fingerprint "
             f"{base_fingerprint[:16]}. Give model.base={base.get('origin')}."
         )

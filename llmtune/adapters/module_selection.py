@@ -20,7 +20,7 @@ class ModuleNames:
     linear: Mapping[str, tuple[int, int]]
     """Linear layers that can be adapted, {name: (out, in)}; the LM head is not among them."""
     experts: Mapping[str, tuple[int, int, int]]
-    """Fused expert weights, {parameter's name: its shape}; they are no modules."""
+    """Fused expert weights, {parameter's name: its shape}; they are not modules."""
     head: str | None
     """The LM head, which is not adapted."""
     is_head_tied: bool

@@ -138,7 +138,7 @@ def start_from_adapter(model: PeftModel, directory: Path, *, base_fingerprint: s
     ]
     if differing:
         raise LlmtuneError(
-            f"adapter.init_from={directory}: the adapter there is of another shape.\n"
+            f"adapter.init_from={directory}: the adapter there has a different shape.\n"
             + "\n".join(differing)
         )
     _load_weights(model, directory)
@@ -181,7 +181,7 @@ def _differences(
     groups = {
         "missing": sorted(expected.keys() - saved.keys()),
         "unexpected": sorted(saved.keys() - expected.keys()),
-        "of another shape": shapes,
+        "of a different shape": shapes,
     }
     return [
         f"{len(names)} tensors {kind}: {', '.join(names[:NUM_NAMED])}"

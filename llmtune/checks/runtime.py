@@ -26,7 +26,7 @@ class RuntimeRequest:
     """What llama.cpp is asked; any part may be empty."""
 
     texts: Sequence[str] = ()
-    """Tokenized as text, special tokens recognised, none added."""
+    """Tokenized as text, special tokens recognized, none added."""
     conversations: Sequence[Sequence[Mapping[str, str]]] = ()
     """Rendered with the file's chat template for an answer, tokenized, and answered greedily."""
     continued: Sequence[Sequence[int]] = ()

@@ -49,7 +49,7 @@ class Server:
         return answer
 
     def tokenize(self, text: str, *, add_special: bool) -> list[int]:
-        """Return the ids of a text in which special tokens are recognised."""
+        """Return the ids of a text in which special tokens are recognized."""
         body = {"content": text, "add_special": add_special, "parse_special": True}
         return list(self.post("/tokenize", body)["tokens"])
 

@@ -164,7 +164,7 @@ def data_show(  # noqa: PLR0913 (one argument an option)
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Show rendered rows as tokens: trained ones coloured, the rest plain.
+    """Show rendered rows as tokens: trained ones colored, the rest plain.
 
     CONFIG is a YAML file or a run directory.
     With --json one object a row: input_ids, labels, text, source, line.

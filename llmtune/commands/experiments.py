@@ -35,7 +35,7 @@ def learning_curve(
     """Train on 1/8, 1/4 and 1/2 of a run's rows and say what 2 and 4 times would give.
 
     TARGET is a finished run, or its config. Costs about as much as the run's training did; the
-    same command goes on with what is missing.
+    same command continues with what is missing.
 
     \b
       llmtune learning-curve runs/quickstart
@@ -62,7 +62,7 @@ def learning_curve(
 def sequence(configs: tuple[Path, ...], out: Path, quiet: bool, as_json: bool) -> None:
     """Train tasks one after another, and say what is kept of each.
 
-    CONFIGS are two or more YAML files with one base; each adapter goes on from the one before.
+    CONFIGS are two or more YAML files with one base; each adapter continues from the one before.
 
     \b
       llmtune sequence movies.yaml intents.yaml --out runs/both

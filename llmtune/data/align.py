@@ -62,14 +62,14 @@ class SpanAligner:
         self._added_texts = self._marks.texts
         self.added_ids = frozenset(self._added_texts)
         self._tails: dict[str, list[int]] = {}
-        # Tokenizing releases the interpreter lock: rendering the next rows goes on beside it. Two
+        # Tokenizing releases the interpreter lock: rendering the next rows continues beside it. Two
         # threads, so that one tokenizes while the other waits for the lock to hand over its ids.
         self._background = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
 
     def start(self, samples: Sequence[TextSample]) -> PendingSamples:
-        """Begin to tokenize the samples on another thread, while the caller goes on."""
+        """Begin to tokenize the samples on another thread, while the caller continues."""
         texts = [sample.text for sample in samples]
         return PendingSamples(samples, self._background.submit(self._encode_ids, texts))
 

@@ -77,7 +77,7 @@ def find_end(
     specials: re.Pattern[str],
     content_end: int,
 ) -> tuple[int, int] | None:
-    """Return where the token is that ends the turn; None where the template writes none.
+    """Return where the token is that ends the turn; None if the template writes none.
 
     Raises:
         RowError: nothing ends the turn, or something is written before its end.
@@ -112,7 +112,7 @@ def find_content(
 ) -> tuple[int | None, int, bool]:
     """Return where the answer begins and ends from `start` on, and whether it lost outer spaces.
 
-    Its beginning is None where only its end can be told: calls, and text with other spaces.
+    Its beginning is None if only its end can be determined: calls, and text with other spaces.
 
     Raises:
         RowError: the template does not print the answer as given.

@@ -67,7 +67,7 @@ def _find_start(turn: Turn, ending: TurnEnding) -> int:
         opening = ""  # plain words, which a text may hold too
     position = turn.upto.rfind(opening) if opening else -1
     if position < 0:
-        raise _refuse(turn.index, "where the turn begins cannot be told")
+        raise _refuse(turn.index, "where the turn begins cannot be determined")
     return position + len(opening)
 
 

@@ -78,7 +78,7 @@ def cache_path(
 
 
 def load_prepared(entry: Path) -> PreparedData | None:
-    """Return what `save_prepared` left at `entry`, or None where there is nothing whole.
+    """Return what `save_prepared` left at `entry`, or None if there is nothing whole.
 
     The tokens are hashed again: an entry that was damaged counts as absent.
     """
@@ -109,7 +109,7 @@ def load_prepared(entry: Path) -> PreparedData | None:
 def open_entry(entry: Path) -> Iterator[Path | None]:
     """Give a directory beside `entry` to write to; it is gone at the end, unless it was saved.
 
-    None where the cache cannot be written: it saves time, and a run needs none.
+    None if the cache cannot be written: it saves time, and a run needs none.
     """
     try:
         directory = new_entry(entry)

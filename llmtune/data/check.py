@@ -91,7 +91,7 @@ def check_data(
 ) -> CheckReport:
     """Read all data as a run would and report everything found, refusing nothing.
 
-    `advance` is told how many rows were read, and `compare` how many were looked at for near
+    `advance` is given the number of rows read, and `compare` how many were compared for near
     duplicates, for progress lines. Importing torch is never needed.
 
     Raises:

@@ -39,7 +39,7 @@ RowObserver = Callable[[LoadedRow, Sequence[LabelledSequence]], None]
 
 @dataclass(frozen=True)
 class SharedRow:
-    """A row that stands in both splits."""
+    """A row that is in both splits."""
 
     place: str
     other: str

@@ -69,7 +69,7 @@ def _iter_batches(batches: Iterator[Any]) -> Iterator[Parsed]:
 
 
 def _rows_in_batch(num_rows: int, num_bytes: int) -> int:
-    """Return how many rows to unpack at once: fewer where they are long."""
+    """Return how many rows to unpack at once: fewer if they are long."""
     return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(num_bytes, 1)))
 
 

@@ -93,7 +93,7 @@ class DataConfig(Section):
     """What happens when a row cannot be used: stop and name all, or leave out, count and list."""
     packing: Literal["auto", "on", "off"] = "auto"
     """Short examples share one row of a batch. `auto`: when a probe of the loaded model shows
-    that neighbours do not influence each other."""
+    that neighbors do not influence each other."""
     mixture: MixtureConfig = Field(default_factory=MixtureConfig)
     """How the sources share an epoch."""
     cache: bool = True

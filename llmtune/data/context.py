@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmtune.data.conversation import Conversation, Message
 
 TELLING_CHARACTERS = 24
-"""A text this long does not stand in another one by chance."""
+"""A text this long is not in a second one by chance."""
 MAX_KNOWN = 4096
 
 Shape = tuple[tuple[tuple[str, tuple[bool, ...]], ...], bool, bool]
@@ -183,7 +183,7 @@ def _leaves(value: object) -> Iterator[str]:
 
 
 def _rename(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a tool's schema with another name and everything else as it is."""
+    """Return a tool's schema with a different name and everything else as it is."""
     if "function" in tool:
         return {**tool, "function": {**tool["function"], "name": name}}
     return {**tool, "name": name}

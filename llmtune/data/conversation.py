@@ -120,7 +120,7 @@ def put_system_first(messages: list[Any], system: Any) -> list[Any]:
         return [{"role": "system", "content": system}, *messages]
     if first.get("content") != system:
         raise RowError(
-            "the system message stands twice: in the column system and as message 1; take one out",
+            "two system messages: in the column system and as message 1; take one out",
             "messages",
         )
     return messages
@@ -206,7 +206,7 @@ def _unknown_role(value: Mapping[str, Any], role: Any, where: str) -> RowError:
 
 
 def _read_content(value: Mapping[str, Any], where: str, *, has_more: bool) -> str:
-    """Return a message's text, which may be empty where the message has calls or reasoning."""
+    """Return a message's text, which may be empty if the message has calls or reasoning."""
     content = value.get("content")
     if isinstance(content, list):
         content = _join_parts(content, where)

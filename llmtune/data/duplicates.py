@@ -48,7 +48,7 @@ def find_near_duplicates(
 
     Shingles are 9-byte windows of the text; those of boilerplate are not counted. Texts that are
     equal are found too. MinHash with banded LSH (Broder 1997; Leskovec et al., ch. 3). Texts are
-    read one by one; 132 bytes a text are kept. `advance` is told how many texts were looked at.
+    read one by one; 132 bytes a text are kept. `advance` is given the number of texts compared.
     """
     common = _common_shingles(texts)
     kept = np.zeros(len(texts), dtype=np.int32)
@@ -147,14 +147,14 @@ def _window_hashes(words: Words) -> np.ndarray:
 
 
 def _is_in(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Say of each value whether it stands in `known`, which rises."""
+    """Say of each value whether it is in `known`, which rises."""
     places = np.minimum(np.searchsorted(known, values), len(known) - 1)
     found: np.ndarray = known[places] == values
     return found
 
 
 def _count_frames(texts: Iterable[str], wanted: set[Words]) -> Counter[Words]:
-    """Return in how many texts each of the `wanted` word sequences stands."""
+    """Return in how many texts each of the `wanted` word sequences is."""
     rows_of: Counter[Words] = Counter()
     if wanted:
         for text in texts:

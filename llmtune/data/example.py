@@ -41,7 +41,7 @@ class ExampleTable(Sequence[Example]):
     `tokens` int32 [T] and `trained` bool [T] hold every token and may lie in a file. The index
     says what each of the N examples is: `starts` int64, `lengths`, `num_trained` int32,
     `is_first_trained` bool, `files` int32, `lines` int64, `weights` float32, `sources` int32;
-    `file_names` names `files`. Another order, or a repeat, is another index of the same tokens.
+    `file_names` names `files`. Another order, or a repeat, is a new index of the same tokens.
     """
 
     COLUMNS: ClassVar[dict[str, np.dtype]] = {

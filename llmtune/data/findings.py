@@ -287,7 +287,7 @@ class Notebook:
             if first[0].key(first[1]) == second[0].key(second[1]):
                 continue  # reported as a duplicate or a leak
             if first[0].tools[first[1]] != second[0].tools[second[1]]:
-                continue  # with other tools the same question has another answer
+                continue  # with other tools the same question has a different answer
             crosses = pair.first < split <= pair.second
             here, there = (first, second) if crosses else (second, first)
             detail = f"{pair.similarity:.0%} like {_show(there[0].places[there[1]])}"

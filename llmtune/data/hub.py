@@ -1,4 +1,4 @@
-"""Rows of a data set on the hub: pinned to a commit, streamed, an unreachable hub told at once."""
+"""Rows of a data set on the hub: pinned to a commit, streamed; an unreachable hub fails at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOOKUP_SECONDS = 4.0
 
 
 def is_hub_id(path: str) -> bool:
-    """Say whether `path` reads as `org/name`, is not meant as a file, and nothing lies there."""
+    """Say whether `path` reads as `org/name`, is not meant as a file, and nothing is there."""
     return (
         HUB_ID.fullmatch(path) is not None
         and file_kind(Path(path)) is None

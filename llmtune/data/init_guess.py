@@ -105,7 +105,7 @@ def _fits_as_it_is(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _fits(name: str, row: Mapping[str, Any]) -> bool:
-    return FORMATS[name]().recognises(row)
+    return FORMATS[name]().recognizes(row)
 
 
 def _match_columns(

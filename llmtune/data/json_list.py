@@ -19,7 +19,7 @@ _SPACES = re.compile(r"[ \t\r\n]*")
 
 
 def iter_json_list(start: bytes, file: IO[bytes], shown: str) -> Iterator[tuple[int, Any]]:
-    """Yield `(line, element)` of the list that begins in `start` and goes on in `file`.
+    """Yield `(line, element)` of the list that begins in `start` and continues in `file`.
 
     Held in memory: two MiB, or twice the longest element.
 
@@ -44,7 +44,7 @@ def read_member_kinds(start: bytes, file: IO[bytes], shown: str) -> dict[str, bo
     kinds: dict[str, bool] = {}
     for key in _iter_keys(window):
         if key in kinds:
-            raise window.refuse(f"the key {key!r} stands twice in one object")
+            raise window.refuse(f"the key {key!r} is there twice in one object")
         kinds[key] = window.look() == "["
         if kinds[key]:
             for _ in _iter_elements(window):
@@ -146,7 +146,7 @@ class _Window:
             except (ValueError, RecursionError) as error:
                 raise self.refuse(json_reason(error)) from error
             else:
-                if end < len(self.text) or self._is_whole:  # a number may go on
+                if end < len(self.text) or self._is_whole:  # a number may continue
                     self.position = end
                     return value
             self._grow()

@@ -140,8 +140,8 @@ def truncate_prompt(
 ) -> LabelledSequence | None:
     """Take the middle out of the longest untrained runs of text until the sequence fits.
 
-    A run lies between control tokens, so the turns keep their form, and both its ends stay
-    (what was asked stands at either end). None where that is not enough.
+    A run is between control tokens, so the turns keep their form, and both its ends stay
+    (what was asked is at either end). None if that is not enough.
     """
     ids = sequence.input_ids
     excess = len(ids) - max_length

@@ -28,7 +28,7 @@ class Anchor:
     token: int
     tail: str
     terminator: int | None
-    """The control token that ends the span; None where the span's end is no token of its own."""
+    """The control token that ends the span; None if the span's end is not a token of its own."""
 
 
 MAX_COMPARED = 100_000
@@ -40,7 +40,7 @@ class ControlMarks:
     Offsets are a third of the cost of tokenizing. They are not needed where a text's control
     tokens and those among its ids are the same sequence: then the n-th of one is the n-th of the
     other. `is_exact` says whether this tokenizer takes control tokens out of the text as they
-    stand, so that the sequence can be told from the text.
+    stand, so that the sequence can be distinguished from the text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -68,7 +68,7 @@ class ControlMarks:
         return [relative[start:end] for start, end in itertools.pairwise(starts)]
 
     def anchors(self, sample: TextSample, ids: list[int], places: list[int]) -> list[Anchor] | None:
-        """Return the anchor of each span, or None where only offsets can tell."""
+        """Return the anchor of each span, or None if only offsets can tell."""
         if not sample.spans:
             return []
         text = sample.text
@@ -87,7 +87,7 @@ class ControlMarks:
                 continue
             begin, mark = marks[before]
             if begin + len(mark) > span.start:
-                return None  # the control token lies across the edge
+                return None  # the control token is across the edge
             anchors.append(Anchor(places[before], text[begin : span.start], places[last]))
         return anchors
 

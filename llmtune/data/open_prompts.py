@@ -1,4 +1,4 @@
-"""Open questions, and beginnings of prose, for a model to go on from: not for scores."""
+"""Open questions, and beginnings of prose, for a model to continue: not for scores."""
 
 OPEN_PROMPTS = (
     "What is the capital of Italy, and what is it known for?",

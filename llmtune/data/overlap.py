@@ -20,7 +20,7 @@ _RAISED = re.compile(
 def normalized_text(conversation: Conversation) -> str:
     """Return what a row says, so that case, spaces and Unicode forms make no difference.
 
-    A chat's tools are part of it: with other tools the same question has another answer.
+    A chat's tools are part of it: with other tools the same question has a different answer.
     """
     parts = [conversation.prompt, conversation.text]
     for message in conversation.messages:

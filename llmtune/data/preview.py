@@ -199,7 +199,7 @@ def render_terminal(previews: Iterable[RowPreview]) -> Group:
 def show_hidden(text: str) -> str:
     """Return `text` with control and invisible characters made visible, line breaks and tabs kept.
 
-    A row must not move the cursor or colour the terminal it is shown in.
+    A row must not move the cursor or color the terminal it is shown in.
     """
     return HIDDEN.sub(_picture, text)
 

@@ -28,7 +28,7 @@ def render_messages(
 ) -> list[int]:
     """Return the token ids of a chat, as training, evaluation, chat and export all use them.
 
-    The tokenizer adds no special tokens of its own, so a beginning-of-text token stands once or
+    The tokenizer adds no special tokens of its own, so a beginning-of-text token is there once or
     not at all, exactly as the template writes it.
 
     Raises:

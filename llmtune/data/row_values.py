@@ -54,7 +54,7 @@ def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         doubled = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {doubled!r} stands twice in one object")
+        raise ValueError(f"the key {doubled!r} is there twice in one object")
     return found
 
 

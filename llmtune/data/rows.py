@@ -49,7 +49,7 @@ def open_source(source: SourceConfig) -> SourceRows:
     """Choose the source's format and return its rows as conversations or problems, lazily.
 
     Raises:
-        LlmtuneError: the source is missing or empty, or its format cannot be told.
+        LlmtuneError: the source is missing or empty, or its format cannot be determined.
     """
     raw = iter_raw_rows(source)
     first = list(itertools.islice(raw, DETECTION_ROWS))
@@ -105,7 +105,7 @@ def find_files(path: str) -> list[Path]:
 
 
 def _mode(path: Path) -> int:
-    """Return a file's type and rights; 0 where nothing is there, or nothing can be so called."""
+    """Return a file's type and rights; 0 if nothing is there, or nothing can be so called."""
     try:
         return path.stat().st_mode
     except (OSError, ValueError):

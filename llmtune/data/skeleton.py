@@ -38,7 +38,7 @@ class Skeleton:
     weight: float
 
     def fill(self, contents: list[str], full: str) -> RowSamples | None:
-        """Return the row's sample, or None where `full` is not what the skeleton says."""
+        """Return the row's sample, or None if `full` is not what the skeleton says."""
         parts = [contents[index] for index in self.order]
         pieces: list[str] = [""] * (2 * len(parts) + 1)
         pieces[::2] = self.literals
@@ -70,7 +70,7 @@ class SkeletonBook:
         self._skeletons: dict[Signature, Skeleton | None] = {}
 
     def find(self, row: Conversation, turns: list[tuple[int, float]]) -> Skeleton | None:
-        """Return the skeleton of a chat's roles, or None where the chat is not a plain one.
+        """Return the skeleton of a chat's roles, or None if the chat is not a plain one.
 
         Plain: no tools, calls or reasoning, and contents without outer spaces.
         """
@@ -146,7 +146,7 @@ def _extend_spans(
 ) -> list[TextSpan] | None:
     """Return the spans of all `trained` turns from those of the `checked` ones.
 
-    None where a turn has other text around it than every checked one has, or where two checked
+    None if a turn has other text around it than every checked one has, or where two checked
     turns with the same text around them are trained differently.
     """
     if checked == trained:

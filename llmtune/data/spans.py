@@ -86,7 +86,7 @@ def plan_samples(
     """Return the samples of one chat: one where the template allows it, else one a turn.
 
     Raises:
-        RowError: what is trained cannot be told exactly.
+        RowError: what is trained cannot be determined exactly.
     """
     messages = conversation.messages
     notes: list[str] = []
@@ -144,7 +144,7 @@ def _spans_in_full(
     ending: TurnEnding,
     messages: Sequence[Message],
 ) -> tuple[str, tuple[TextSpan, ...]] | None:
-    """Return one text with all spans, or None where `full` shows a turn differently."""
+    """Return one text with all spans, or None if `full` shows a turn differently."""
     text = full
     spans: list[TextSpan] = []
     for turn, (start, content_end, span) in zip(turns, found, strict=True):

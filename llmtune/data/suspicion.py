@@ -149,7 +149,7 @@ def has_loop(text: str) -> bool:
 
 
 def find_repeats(items: Sequence[object], longest: int, times: int) -> Iterator[tuple[int, int]]:
-    """Yield `(start, size)` of every block that stands `times` times in a row.
+    """Yield `(start, size)` of every block that is there `times` times in a row.
 
     Each item is compared with the one a block before it: `longest` comparisons an item.
     """
@@ -178,7 +178,7 @@ def _look_at_turns(messages: list[Message]) -> Iterator[tuple[str, str]]:
     if spoken and spoken[-1] in ("user", "tool"):
         yield "unanswered", f"the last turn is the {spoken[-1]}'s: it is never answered"
     if any(role in ("system", "developer") for role in roles[1:]):
-        yield "turn-order", "a system message stands after the first turn"
+        yield "turn-order", "a system message is after the first turn"
 
 
 def _look_at_calls(conversation: Conversation) -> Iterator[tuple[str, str]]:

@@ -211,7 +211,7 @@ class _Prover:
         raise _UnprovableError
 
     def _kind_of_compare(self, node: nodes.Compare) -> Kind:
-        """Allow `'tool_calls' in message`: which keys a message has is no content."""
+        """Allow `'tool_calls' in message`: which keys a message has is not content."""
         kinds = [self.kind(operand.expr) for operand in node.ops]
         is_key_test = (
             len(node.ops) == 1

@@ -52,7 +52,7 @@ def _read_tool_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Return the tool schemas of a row, or None where it has none."""
+    """Return the tool schemas of a row, or None if it has none."""
     value = parse_json_text(value, "tools")
     if value is None or value == [] or value == "":
         return None

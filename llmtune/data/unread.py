@@ -41,7 +41,7 @@ class UnreadColumns:
         self._known: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {}
 
     def fault(self, row: Row) -> str | None:
-        """Return why `row` (its columns renamed) may not be read so; None where it may."""
+        """Return why `row` (its columns renamed) may not be read so; None if it may."""
         shape = tuple(row)
         if shape not in self._known:
             self._known[shape] = tuple(self._suspicious(shape))

@@ -44,7 +44,7 @@ GROUPED = re.compile(rf"[1-9]\d{{0,2}}(?:(?:,\d{{3}})+|(?:[{SPACE_GROUPS}]\d{{3}
 
 @dataclass(frozen=True)
 class _Named:
-    """A choice that stands in a text at characters `start` to `end`."""
+    """A choice that is in a text at characters `start` to `end`."""
 
     place: int
     start: int
@@ -71,7 +71,7 @@ def find_choice(text: str, choices: Sequence[str]) -> int | None:
 
 
 def _only_named(text: str, choices: Sequence[str]) -> int | None:
-    """Return the one choice that stands in `text` and is not denied there."""
+    """Return the one choice that is in `text` and is not denied there."""
     found = _longest(
         [each for place, one in enumerate(choices) for each in _find(text, place, one)]
     )
@@ -110,7 +110,7 @@ def find_last_number(text: str) -> float | None:
 
 
 def _find(text: str, place: int, choice: str) -> Iterator[_Named]:
-    """Yield where a choice stands in `text` as whole words."""
+    """Yield where a choice is in `text` as whole words."""
     start = text.find(choice) if choice else -1
     while start >= 0:
         end = start + len(choice)
@@ -120,7 +120,7 @@ def _find(text: str, place: int, choice: str) -> Iterator[_Named]:
 
 
 def _longest(found: Sequence[_Named]) -> list[_Named]:
-    """Return what stands inside nothing longer, in the text's order."""
+    """Return what is inside nothing longer, in the text's order."""
     kept = [
         each
         for each in found
@@ -153,7 +153,7 @@ def _is_apart(text: str, border: int, *, before: bool) -> bool:
 
 
 def _is_denied(before: str) -> bool:
-    """Whether a choice is denied by what stands before it in its clause."""
+    """Whether a choice is denied by what is before it in its clause."""
     if before.rstrip()[-1:] and before.rstrip()[-1] in NEGATING_CHARACTERS:
         return True
     clause = CLAUSE_ENDS.split(before)[-1]

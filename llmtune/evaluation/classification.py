@@ -19,7 +19,7 @@ def describe_choices(scores: Sequence[ItemScore], labels: Sequence[str]) -> dict
     """Return the secondary scores of a choice suite as JSON values.
 
     Args:
-        labels: the choices that all items have; empty where each item has its own.
+        labels: the choices that all items have; empty if each item has its own.
     """
     found: dict[str, Any] = {}
     if labels and len(labels) <= MOST_CLASSES:

@@ -94,7 +94,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse` where the interval is clear of 0, else `no difference shown`."""
+        """`better` or `worse` if the interval is clear of 0, else `no difference shown`."""
         if self.low <= 0 <= self.high:
             return "no difference shown"
         return "better" if self.gain > 0 else "worse"
@@ -220,7 +220,7 @@ def pair_items(base: ArmResult, tuned: ArmResult) -> tuple[list[ItemScore], list
     Arms that were measured on all items must have the same ones.
 
     Raises:
-        LlmtuneError: they have not, or none in common, or an item has another right answer.
+        LlmtuneError: they have not, or none in common, or an item has a different right answer.
     """
     others = {item.id: item for item in tuned.items}
     before = [item for item in base.items if item.id in others]
@@ -230,7 +230,7 @@ def pair_items(base: ArmResult, tuned: ArmResult) -> tuple[list[ItemScore], list
         raise _refusal(base, tuned, [f"other items, {len(before)} in common"])
     for item, other in zip(before, after, strict=True):
         if item.answer is not None and other.answer is not None and item.answer != other.answer:
-            raise _refusal(base, tuned, [f"another answer to {item.id!r}"])
+            raise _refusal(base, tuned, [f"a different answer to {item.id!r}"])
     return before, after
 
 
@@ -302,6 +302,6 @@ def _compare_items(
 
 
 def cluster_names(items: Sequence[ItemScore]) -> list[str] | None:
-    """Return the cluster of each item; None where not every item has one."""
+    """Return the cluster of each item; None if not every item has one."""
     names = [item.cluster for item in items if item.cluster is not None]
     return names if len(names) == len(items) else None

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, create_model, field_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from llmtune.evaluation.diagnosis.base import EXTENTS, Extent
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
@@ -16,7 +16,7 @@ MEASURED_FROM: dict[str, Extent] = {
     "few_shot": "full",
     **{each.name: each.extent for each in DIAGNOSES if each.extent is not None},
 }
-"""The smallest extent that makes each measurement where its own key leaves it to the extent."""
+"""The smallest extent that makes each measurement if its own key leaves it to the extent."""
 
 STRENGTHS: dict[Extent, tuple[float, ...]] = {
     "none": (),
@@ -35,7 +35,7 @@ class FewShotConfig(Section):
     measure: Toggle = None
     """Whether it is measured; null leaves it to `extent`."""
     shots: int = Field(default=8, ge=1)
-    """Examples at most; fewer where the context ends."""
+    """Examples at most; fewer if the context ends."""
     draws: int = Field(default=3, ge=1, le=20)
     """Times other examples are drawn."""
     seed: int = Field(default=0, ge=0)
@@ -92,6 +92,15 @@ class EvaluateConfig(_Measured):
     """Probability mass of every interval."""
     bootstrap_samples: int = Field(default=10_000, ge=1000)
     """Resamples of the paired bootstrap, 1,000 at least."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former_names(cls, values: Any) -> Any:
+        """Take the keys that earlier versions had for diagnoses under other names."""
+        if not isinstance(values, dict):
+            return values
+        now = {each.former_name: each.name for each in DIAGNOSES if each.former_name}
+        return {now.get(key, key): value for key, value in values.items()}
 
     @field_validator("arms")
     @classmethod

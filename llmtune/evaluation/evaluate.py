@@ -58,7 +58,7 @@ def evaluate_run(request: EvaluationRequest, train_seconds: float | None = None)
 
 
 def plan_diagnosis(diagnosis: Diagnosis[Any], evaluation: Evaluation) -> list[Work]:
-    """Return the work of one diagnosis: none where its file is of the same inputs."""
+    """Return the work of one diagnosis: none if its file is of the same inputs."""
     if not evaluation.knobs.measures(diagnosis.name):
         return []
     if diagnosis.needs_rows and not evaluation.has_rows:
@@ -87,7 +87,7 @@ def _diagnose(
 
 
 def _take_arms(evaluation: Evaluation, diagnosis: Diagnosis[Any], known: Diagnostic) -> bool:
-    """Take over the arms that a known diagnosis scored; False where one of them is gone."""
+    """Take over the arms that a known diagnosis scored; False if one of them is gone."""
     suites = {suite.name: suite for suite in evaluation.suites}
     for name in diagnosis.answered(known):
         assert diagnosis.arm is not None, "a diagnosis that answers suites names its arm"

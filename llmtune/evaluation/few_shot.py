@@ -27,7 +27,7 @@ from llmtune.evaluation.tasks.base import (
 log = logging.getLogger("llmtune")
 
 MAX_POOL = 10_000
-"""Training rows that are kept to draw from: a seeded sample where there are more."""
+"""Training rows that are kept to draw from: a seeded sample if there are more."""
 
 SUITE_WORDING = "the suite's prompt over the rows' fields"
 ROW_WORDING = "the training rows' own messages"
@@ -84,10 +84,10 @@ def draw_demonstrations(
 
     Args:
         seed: decides the draw; the same one gives the same demonstrations.
-        max_tokens: what the model can read; fewer are taken where the longest item would not fit.
+        max_tokens: what the model can read; fewer are taken if the longest item would not fit.
 
     Returns:
-        None where no row can serve: no answer is one of the suite's choices, or none fits.
+        None if no row can serve: no answer is one of the suite's choices, or none fits.
     """
     wording, pairs = _word_rows(rows, suite)
     asked = {_plain(item.prompt) for item in suite.items}
@@ -156,7 +156,7 @@ def _render_rows(
 ) -> list[tuple[str, str]] | None:
     """Return the rows' questions and right answers in the words of the suite.
 
-    None where a row has not the fields that the suite's prompt and answer need.
+    None if a row has not the fields that the suite's prompt and answer need.
     """
     try:
         items = [config.read_item(row.fields, SuiteItem(id="", line=0)) for row in rows]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LIBRARY = "lm_eval"
 HOW_TO_INSTALL = "install it with: pip install lm-eval"
 PREFERRED = ("acc", "exact_match", "bits_per_byte")
-"""The metric kept for each item where a task has it; else its first with a value per item."""
+"""The metric kept for each item if a task has it; else its first with a value per item."""
 METRIC_NAMES = {"acc": "accuracy"}
 """What the same metric is called elsewhere in llmtune."""
 PER_BYTE = "bits_per_byte"
@@ -65,7 +65,7 @@ def suite_name(task: str) -> str:
 
 
 def run_tasks(scored: LiveModel, arm: str, settings: LmEvalSettings) -> LmEvalRun:
-    """Run the settings' tasks on a loaded model as it stands.
+    """Run the settings' tasks on a loaded model as it is.
 
     Raises:
         LlmtuneError: the harness is not installed, or a task is unknown, needs the network, is

@@ -34,7 +34,7 @@ class PromptFile:
     def ask(self, suite: Suite) -> Suite:
         """Return the suite with this prompt around every item's, and this system message if any.
 
-        Where a suite is raw text (`chat: false`) the system message stands before the prompt.
+        If a suite is raw text (`chat: false`), the system message is put before the prompt.
 
         Raises:
             LlmtuneError: the template cannot be rendered, or gives nothing.
@@ -73,7 +73,7 @@ def read_prompt_file(name: str, path: Path) -> PromptFile:
     """Read a prompt and check it.
 
     Raises:
-        LlmtuneError: the file is missing, is no template, asks for variables that there are not,
+        LlmtuneError: the file is missing, is not a template, asks for unknown variables,
             or has no place for the question.
     """
     where = f"evaluate.prompts.{name}: {path}"

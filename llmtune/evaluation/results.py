@@ -42,7 +42,7 @@ class ArmResult:
 
     `mean` is weighted by the items' weights; `standard_error` is clustered where the suite is, and
     None for a single item. `majority` is the accuracy of always giving the commonest answer,
-    `chance` that of guessing; None where a task has no such thing. `recipe` is everything that must
+    `chance` that of guessing; None if a task has no such thing. `recipe` is everything that must
     be the same for two results to be comparable, `model` the identity of what was scored; `about`
     holds free facts of the arm (shots, strength, layer).
     """

@@ -35,7 +35,7 @@ log = logging.getLogger("llmtune")
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 BASE_ARM = "base"
 WITHOUT_ADAPTER = ("original", "base", "few-shot", "prompt")
-"""Kinds of arms that the base answers; the others are the model as it stands."""
+"""Kinds of arms that the base answers; the others are the model as it is."""
 
 NOT_SCORING = {"name", "description", "items", "id", "slices", "limit", "role"}
 """Suite keys that change no score; items and limit are covered by the items' fingerprint."""
@@ -68,7 +68,7 @@ DEFAULT_SETTINGS = ScoringSettings()
 class ArmPlan:
     """One arm on one suite: its items, how they are asked, and facts for the result's `about`.
 
-    `strength` is for arms of the tuned model at another strength than 1.
+    `strength` is for arms of the tuned model at a strength other than 1.
     """
 
     arm: str
@@ -79,7 +79,7 @@ class ArmPlan:
 
     @property
     def loaded_arm(self) -> str | None:
-        """The arm of the loaded model that answers; None is the model as it stands."""
+        """The arm of the loaded model that answers; None is the model as it is."""
         return BASE_ARM if arm_kind(self.arm) in WITHOUT_ADAPTER else None
 
 
@@ -124,7 +124,7 @@ def evaluate_arms(
     """Score every suite on every arm of one loaded model.
 
     `base` on a model with an adapter is that model with the adapter switched off (its identity then
-    has no adapter); any other arm is the model as it stands.
+    has no adapter); any other arm is the model as it is.
 
     Args:
         results_dir: results are kept here as `<suite>.<arm>.json`, each written when it is
@@ -177,7 +177,7 @@ def read_finished(results_dir: Path, scored: LiveModel, plan: ArmPlan) -> ArmRes
     try:
         result = read_arm_result(path)
     except LlmtuneError:
-        return None  # half a result, or another version's, is no result: it is computed again
+        return None  # half a result, or one of a different version: it is computed again
     recipe = build_recipe(scored, plan.suite, plan.settings)
     identity = scored.identity_as(plan.loaded_arm, plan.strength)
     is_same = result.recipe_hash == hash_json(recipe)
@@ -192,7 +192,7 @@ def evaluate_suite(
     settings: ScoringSettings = DEFAULT_SETTINGS,
     about: Mapping[str, Any] = NOTHING,
 ) -> ArmResult:
-    """Score one suite with the model as it stands; `about` is kept in the result.
+    """Score one suite with the model as it is; `about` is kept in the result.
 
     Raises:
         LlmtuneError: a chat suite without a chat template, an item too long for the model, or

@@ -134,7 +134,7 @@ def _read_interval(means: FloatArray, confidence: float) -> Interval:
 def mcnemar_exact(num_lost: int, num_gained: int) -> float:
     """Return the exact two-sided McNemar p-value of `num_lost` against `num_gained` items.
 
-    p = min(1, 2 sum_{j <= min} C(total, j) / 2^total), in integers; 1 where nothing changed.
+    p = min(1, 2 sum_{j <= min} C(total, j) / 2^total), in integers; 1 if nothing changed.
     """
     total = num_lost + num_gained
     if total == 0:
@@ -159,8 +159,8 @@ def standard_error(
         return math.nan
     if clusters is None and weights is None:
         return float(np.std(values, ddof=1) / math.sqrt(len(values)))
-    centred = values - np.average(values, weights=weights)
-    sums, sizes = cluster_sums(centred, weights, clusters)
+    centered = values - np.average(values, weights=weights)
+    sums, sizes = cluster_sums(centered, weights, clusters)
     return float(np.sqrt((sums**2).sum()) / sizes.sum())
 
 

@@ -48,7 +48,7 @@ def corpus_bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 
 def json_valid(prediction: str, reference: str) -> float:
-    """1 where the text is JSON, in a code fence or not."""
+    """1 if the text is JSON, in a code fence or not."""
     return float(_read_json(prediction) is not None)
 
 
@@ -138,7 +138,7 @@ def _sacrebleu(metric: str) -> Any:
 
 
 def _read_json(text: str) -> tuple[Any] | None:
-    """Return the value in a tuple, since `null` is a value, too; None where it is not JSON."""
+    """Return the value in a tuple, since `null` is a value, too; None if it is not JSON."""
     fenced = FENCE.match(text)
     try:
         return (parse_json(fenced.group(1) if fenced else text),)

@@ -231,13 +231,13 @@ def _require_one_recipe(runs: Sequence[SeedRun], manifests: Sequence[Manifest]) 
             if key != "seed"
         ]
         differing += [
-            f"another {name}"
+            f"a different {name}"
             for name, of in (("base", _base), ("starting adapter", _start), ("rows", _rows))
             if of(manifests[0]) != of(manifest)
         ]
         if differing:
             raise LlmtuneError(
-                f"{first.run.path} and {each.run.path}: not the same recipe with another seed "
+                f"{first.run.path} and {each.run.path}: not the same recipe with a different seed "
                 f"({'; '.join(differing)}); two runs are compared with: llmtune report A B"
             )
 

@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def package_version(name: str) -> str | None:
-    """Return an installed distribution's version, or None where it is not installed."""
+    """Return an installed distribution's version, or None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

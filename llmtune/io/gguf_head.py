@@ -130,7 +130,7 @@ class _Reader:
         for _ in range(num_pairs):
             key = self._text(MAX_NAME_BYTES)
             if key in values or key in lengths:
-                raise _DamagedError(f"the key {key!r} stands twice")
+                raise _DamagedError(f"the key {key!r} is there twice")
             type = self._number("I")
             if type == ARRAY:
                 lengths[key] = self._skip_array(key)
@@ -172,7 +172,7 @@ class _Reader:
         return tensor, self._number("Q")
 
     def _check_data(self, listed: list[tuple[GgufTensor, int]], alignment: Value) -> None:
-        """Check that the data of every tensor lies within the file."""
+        """Check that the data of every tensor is within the file."""
         if not isinstance(alignment, int) or not 0 < alignment <= MAX_ALIGNMENT:
             raise _DamagedError(f"general.alignment is {alignment!r}")
         start = -(-self._place // alignment) * alignment

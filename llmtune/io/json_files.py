@@ -97,7 +97,7 @@ def blamed_on(path: Path, reader: str, *, advice: str = FETCH_AGAIN) -> Iterator
     """Turn what a library says while it reads a file into one line with the file's name.
 
     A library raises whatever its parser meets: a KeyError, a TypeError, a bare Exception, a panic
-    of Rust code. What is no complaint about the file passes: a full memory or disk, a Ctrl-C.
+    of Rust code. What is not a complaint about the file passes: a full memory or disk, a Ctrl-C.
 
     Raises:
         LlmtuneError: the library, called `reader` in the message, cannot read the file.

@@ -79,7 +79,7 @@ def partial_lines(out: Path, header: Mapping[str, Any]) -> Iterator[PartialLines
     """Open the partial file beside `out`, whose first line is `header`, and hold it.
 
     Raises:
-        LlmtuneError: another process is writing it, or it was begun under another header.
+        LlmtuneError: another process is writing it, or it was begun under a different header.
     """
     path = out.with_name(out.name + SUFFIX)
     descriptor = _open_locked(path)

@@ -33,7 +33,7 @@ SAMPLE_BYTES = 4096  # read at the start, the middle and the end of a tensor
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `num_bytes` bytes at offset `start` of `path`, row-major."""
+    """Where one tensor is: `num_bytes` bytes at offset `start` of `path`, row-major."""
 
     name: str
     dtype: str

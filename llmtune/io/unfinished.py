@@ -1,7 +1,7 @@
 """Output that appears whole or not at all: written beside its place, flushed, renamed.
 
-What a killed process left beside the place is told from what a running one writes by a lock, which
-the kernel takes away with the process. Entries of a cache are whole directories; the oldest go.
+A lock, which the kernel takes away with its process, distinguishes what a killed one left from what
+a running one writes. Entries of a cache are whole directories; the oldest go.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ def refuse_to_replace(
 
 
 def free_bytes(out: Path) -> int:
-    """Return the free bytes of the disk on which `out` lies or would lie."""
+    """Return the free bytes of the disk on which `out` is or would be."""
     places = (out.absolute(), *out.absolute().parents)
     return shutil.disk_usage(next(place for place in places if place.exists())).free
 

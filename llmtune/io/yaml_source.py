@@ -32,7 +32,7 @@ class SourcedTree:
         return None
 
     def written(self, path: KeyPath) -> KeyPath:
-        """Return the part of `path` that stands in the values, skipping steps that do not."""
+        """Return the part of `path` that is in the values, skipping steps that do not."""
         found: list[str | int] = []
         here: Any = self.values
         for part in path:
@@ -72,7 +72,7 @@ def read_yaml(path: Path) -> SourcedTree:
 
     Raises:
         LlmtuneError: the file is missing, is not YAML, is not a mapping, repeats a key in one
-            mapping (a key beside a merge `<<` overrides it), or has an alias to what it stands in.
+            mapping (a key beside a merge `<<` overrides it), or has an alias to what it is in.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -102,8 +102,8 @@ def apply_overrides(tree: SourcedTree, overrides: Sequence[str]) -> SourcedTree:
     """Return the tree with `key.path=value` overrides laid over it; values are YAML.
 
     Raises:
-        LlmtuneError: an override has no `=`, an empty key, holds bytes that are no text, or reaches
-            into a value without keys.
+        LlmtuneError: an override has no `=`, an empty key, holds bytes that are not text, or
+            reaches into a value without keys.
     """
     values, origins = _copy(tree.values), dict(tree.origins)
     for override in overrides:
@@ -136,13 +136,13 @@ def _require_text(override: str) -> None:
     is_utf8 = encoding == "utf-8"
     advice = "write it in UTF-8" if is_utf8 else "set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
     raise LlmtuneError(
-        f"override {given!r}: holds bytes that are no text in {encoding}, which this process "
+        f"override {given!r}: holds bytes that are not text in {encoding}, which this process "
         f"reads its command line in; {advice}"
     )
 
 
 def _parse(text: str, file: str, origins: dict[KeyPath, str]) -> Any:
-    """Return the value of a YAML text, and put into `origins` where each key stands."""
+    """Return the value of a YAML text, and put into `origins` where each key is."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()

@@ -34,7 +34,7 @@ class RoundTrip(Protocol):
         """How many numbers of the flat weight share one of `measure`'s scales."""
 
     def measure(self, tiles: "Iterable[Tensor]") -> "Tensor | None":
-        """Return what all rows of a weight must be seen for, or None where a row is enough."""
+        """Return what all rows of a weight must be seen for, or None if a row is enough."""
 
     def apply(self, tile_RC: "Tensor", scales_B: "Tensor | None") -> "Tensor":
         """Return some rows as the quantized layer computes with them, on the CPU."""

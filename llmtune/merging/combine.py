@@ -12,7 +12,7 @@ from llmtune.merging.config import Combination
 def combine_deltas(
     deltas: Sequence[Tensor], weights: Sequence[float], how: Combination, *, name: str
 ) -> Tensor:
-    """Return the one delta that stands for `deltas`, in float32.
+    """Return the one delta that replaces `deltas`, in float32.
 
     Args:
         deltas: each adapter's `scaling * B @ A`, all [out, in] in float32.

@@ -59,7 +59,7 @@ class _Written:
 def combine_adapters(
     adapters: Sequence[WeightedAdapter], how: Combination, out_dir: Path
 ) -> CombinedAdapter:
-    """Write `out_dir` as one adapter that stands for the weighted adapters.
+    """Write `out_dir` as one adapter that replaces the weighted adapters.
 
     `linear` and `cat` are exact: the factors are laid side by side, so a module's rank is the sum
     of theirs. `svd`, `ties` and `dare` are cut to `how.rank`. The scaling of the new adapter is 1.

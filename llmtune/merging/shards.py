@@ -120,7 +120,7 @@ class _ShardWriter:
         _write_all(self.descriptor, merger.merge_tile(*tile), target)
 
     def _copied_ranges(self) -> Iterator[_Range]:
-        """Yield the untouched bytes: neighbours as one range, in pieces of `COPY_BYTES`."""
+        """Yield the untouched bytes: neighbors as one range, in pieces of `COPY_BYTES`."""
         ranges: list[_Range] = []
         for tensor, offset in zip(self.shard.tensors, self.layout.offsets, strict=True):
             if not tensor.is_copied:

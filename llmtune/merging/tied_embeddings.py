@@ -56,7 +56,7 @@ def _find_vocabulary(
     if embedding is None or len(heads) > 1:
         raise LlmtuneError(
             f"{base.directory}: the adapter changes the embedding or the head, and which tensors "
-            "these are in the base cannot be told; such an adapter cannot be merged here"
+            "these are in the base cannot be determined; such an adapter cannot be merged here"
         )
     if not heads:
         head = names.new_head(str(config.get("model_type", "")))

@@ -12,6 +12,6 @@ def _is_worth_showing(record: logging.LogRecord) -> bool:
     return not any(part in record.getMessage() for part in UNWANTED)
 
 
-# peft and trl import bitsandbytes too, so this stands where every engine passes before them.
+# peft and trl import bitsandbytes too, so this is done where every engine passes before them.
 for _name in LOGGERS:
     logging.getLogger(_name).addFilter(_is_worth_showing)

@@ -18,7 +18,7 @@ class ModelConfig(Section):
     base: str
     """A checkpoint directory, a `.gguf` file, or a hub id `org/name`; a path wins if it exists."""
     revision: str | None = None
-    """Hub branch, tag or commit; the commit it stands for is recorded. Only for hub ids."""
+    """Hub branch, tag or commit; the commit that it names is recorded. Only for hub ids."""
     quantization: QuantizationConfig | None = None
     """How the frozen base weights are kept while training; null keeps them in `dtype`."""
     cache_quantized: bool = True

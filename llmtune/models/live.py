@@ -25,7 +25,7 @@ class ModelIdentity:
     """How much of the adapter is on; None is all of it."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON; a strength only where it is not the whole adapter."""
+        """Return the fields for JSON; a strength only if it is not the whole adapter."""
         values = asdict(self)
         if self.strength is None:
             del values["strength"]
@@ -54,7 +54,7 @@ class LiveModel:
     notices: tuple[str, ...] = ()
     """What the user should know: choices made by `auto`, repairs."""
     arms: tuple[str, ...] = ("base",)
-    """What it can answer as without loading anything more; the first is the model as it stands."""
+    """What it can answer as without loading anything more; the first is the model as it is."""
 
     @property
     def fingerprint(self) -> str:

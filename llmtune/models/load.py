@@ -138,7 +138,7 @@ def _loading_keywords(
 def _load_kept(
     entry: Path, config: ModelConfig, source: Checkpoint, keywords: dict[str, Any]
 ) -> PreTrainedModel | None:
-    """Load the base as it was quantized before; None where it is not kept, or not usable."""
+    """Load the base as it was quantized before; None if it is not kept, or not usable."""
     if not is_whole(entry):
         return None
     kept = {name: keywords[name] for name in keywords.keys() - {"quantization_config"}}
@@ -188,7 +188,7 @@ def _too_large(config: ModelConfig, source: Checkpoint, keywords: dict[str, Any]
 def _check_loading_info(info: dict[str, Any], source: Checkpoint) -> None:
     """Refuse a model of which parts were filled with random numbers: transformers only warns."""
     mismatched = [str(item[0]) for item in info.get("mismatched_keys", ())]
-    for kind, keys in (("missing", info["missing_keys"]), ("of another shape", mismatched)):
+    for kind, keys in (("missing", info["missing_keys"]), ("of a different shape", mismatched)):
         if keys:
             shown = ", ".join(sorted(keys)[:3])
             raise LlmtuneError(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from llmtune.io.environment import package_version
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
 from llmtune.io.json_files import parse_json, read_json_object
+from llmtune.io.sizes import format_size
 from llmtune.io.unfinished import new_entry, replace_entry
 from llmtune.models.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
@@ -30,7 +31,7 @@ LIBRARIES = ("bitsandbytes", "transformers", "torch", "safetensors")
 KEPT_ENTRIES = 4
 SHARD_SIZE = "1GB"
 SPARE_FACTOR = 3
-"""An entry is written only where this many times its bytes are free: a run needs the disk more."""
+"""An entry is written only if this many times its bytes are free: a run needs the disk more."""
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
@@ -41,7 +42,7 @@ def quantized_entry(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Path | None:
-    """Return where this very base in these very numbers is kept; None where it is not kept.
+    """Return where this very base in these very numbers is kept; None if it is not kept.
 
     The name is a hash of everything the numbers depend on: the base's fingerprint, its config
     files, size and time of change of its weight files (the fingerprint samples them), the
@@ -104,9 +105,9 @@ def keep_quantized(entry: Path, model: PreTrainedModel, source_dir: Path, num_by
         free = shutil.disk_usage(entry.parent).free
         if free < SPARE_FACTOR * num_bytes:
             logger.warning(
-                "the quantized base (%.1f GB) is not kept: %.1f GB are free in %s",
-                num_bytes / 1e9,
-                free / 1e9,
+                "the quantized base (%s) is not kept: %s are free in %s",
+                format_size(num_bytes),
+                format_size(free),
                 entry.parent,
             )
             return

@@ -30,7 +30,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 class StoredTensor:
     """A tensor in a safetensors file that is read when it is asked for with `[...]`.
 
-    It stands in a state dict where transformers puts safetensors' slices. Those are views of a
+    It is used in a state dict where transformers puts safetensors' slices. Those are views of a
     mapped file, whose pages stay resident until the last view is gone; this is memory of its own,
     free again as soon as the weight is quantized.
     """
@@ -72,7 +72,7 @@ class StoredTensor:
 def stored_tensors(directory: Path) -> dict[str, StoredTensor] | None:
     """Return a checkpoint's tensors by name, none of them read yet.
 
-    None where one has a dtype that torch has no counterpart for here.
+    None if one has a dtype that torch has no counterpart for here.
 
     Raises:
         LlmtuneError: as `CheckpointIndex.open`.

@@ -61,7 +61,7 @@ class DatedTemplate:
 
 
 def _clock_macro(date: str) -> str:
-    """Return Jinja that defines the clock as one that stands on this date and prints nothing."""
+    """Return Jinja that defines a clock that is stopped on this date; it prints nothing."""
     day = Date.fromisoformat(date)
     filters = "".join(f"|replace('%{code}', '{day.strftime('%' + code)}')" for code in CODES)
     # the empty expression keeps a line break at the beginning of the template

@@ -57,7 +57,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - keyword-only options, like torch.nn
         hidden_TD: last hidden states of the labelled positions, already shifted.
         head_weight_VD: the LM head (or the tied embedding), frozen.
         labels_T: token ids in [0, V), int64.
-        weights_T: loss weight of each token; 1 where None. Gets no gradient.
+        weights_T: loss weight of each token; 1 if None. Gets no gradient.
         bias_V: the head's bias, frozen.
         logit_softcap: Gemma 2's `final_logit_softcapping`.
         logit_scale: a factor on the logits before the soft cap.

@@ -1,7 +1,7 @@
 """Causal attention over a padding-free batch in small tiles of plain matrix products.
 
 On a CPU torch's flash attention spends most of a short row's time outside the matrix products,
-and its backward pass more still. Here a tile is a run of neighbouring queries with all the keys
+and its backward pass more still. Here a tile is a run of neighboring queries with all the keys
 they may see: consecutive short rows share a tile under a block-diagonal mask, a long row is cut
 into several. Tiles of about one size are computed together, padded to the largest of them: fewer
 calls, and work that divides evenly among the cores.
@@ -96,7 +96,7 @@ def tiled_attention(
 
 @lru_cache(maxsize=8)  # every layer asks for the same one or two plans, forward and backward
 def plan_tiles(lengths: tuple[int, ...], sliding_window: int | None) -> tuple[Tile, ...]:
-    """Cut a packed batch into tiles: short neighbours merged, long samples split evenly."""
+    """Cut a packed batch into tiles: short neighbors merged, long samples split evenly."""
     tiles: list[Tile] = []
     merged: list[int] = []
     start = 0  # of the next tile
@@ -261,7 +261,7 @@ def _probabilities(
 
 
 def _group_heads(heads_1HTD: Tensor, num_groups: int) -> Tensor:
-    """View `[1, H, T, D]` as `[G, R, T, D]`: the heads of a group are neighbours."""
+    """View `[1, H, T, D]` as `[G, R, T, D]`: the heads of a group are neighbors."""
     return heads_1HTD[0].unflatten(0, (num_groups, -1))
 
 

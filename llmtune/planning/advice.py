@@ -1,4 +1,4 @@
-"""What to change where a run does not fit."""
+"""What to change if a run does not fit."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -63,7 +63,7 @@ class BaseNumbers:
 
     @property
     def stored_element_bytes(self) -> int:
-        """Bytes of a weight in the checkpoint, as config.json says; 2 where it does not."""
+        """Bytes of a weight in the checkpoint, as config.json says; 2 if it does not."""
         named = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
         return DTYPE_BYTES.get(str(named), 2)
 

@@ -65,7 +65,7 @@ def count_sizes(shape: ModelShape, tokens: int, *, longest: int) -> int:
 
 
 def advise_capacity(num_sizes: int) -> str | None:
-    """Return what to set where the layers of one micro-batch cannot share their products."""
+    """Return what to set if the layers of one micro-batch cannot share their products."""
     capacity = read_capacity()
     if num_sizes <= capacity:
         return None

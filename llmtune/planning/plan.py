@@ -1,4 +1,4 @@
-"""The plan of a run: memory, disk, time, and what to change where it does not fit."""
+"""The plan of a run: memory, disk, time, and what to change if it does not fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class Plan:
     seconds: float | None
     """Training alone; None if the number of rows is not known."""
     advice: tuple[str, ...]
-    """What makes it fit; nothing where it does."""
+    """What makes it fit; nothing if it does."""
     notices: tuple[str, ...]
     """What the user should know before starting."""
 

@@ -1,4 +1,4 @@
-"""How long the rows are: of the real data where it can be read, else a stated assumption."""
+"""How long the rows are: of the real data if it can be read, else a stated assumption."""
 
 from dataclasses import dataclass
 from pathlib import Path

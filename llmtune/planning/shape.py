@@ -55,7 +55,7 @@ class ModelShape:
 
     @property
     def head_parameters(self) -> int:
-        """Of the LM head; 0 where it is the embedding."""
+        """Of the LM head; 0 if it is the embedding."""
         bias = self.vocabulary if self.family.head_bias else 0
         return bias + (0 if self.is_tied else self.embedding_parameters)
 

@@ -81,7 +81,7 @@ def find_disagreements(suite: SuiteReport) -> tuple[Disagreement, ...]:
 
 
 def tabulate_beside(suite: SuiteReport) -> BesideTable | None:
-    """Return a suite's secondary scores, or None where it has none."""
+    """Return a suite's secondary scores, or None if it has none."""
     arms = tuple(name for name, arm in suite.arms.items() if arm.also)
     if not arms:
         return None

@@ -100,7 +100,7 @@ def finish_axes(axes: Axes, x_label: str, y_label: str, *, whole: bool = False) 
 
 
 def thin_points(points: Points, most: int = MAX_POINTS) -> Points:
-    """Return at most `most` points: means over runs of neighbours, the same number in each."""
+    """Return at most `most` points: means over runs of neighbors, the same number in each."""
     if len(points) <= most:
         return points
     size = math.ceil(len(points) / most)

@@ -23,7 +23,7 @@ class Diagnostics:
     found: Mapping[str, Diagnostic] = field(default_factory=dict)
 
     def of(self, kind: type[DiagnosticT]) -> DiagnosticT | None:
-        """Return the result of a kind; None where it was not made."""
+        """Return the result of a kind; None if it was not made."""
         return next((made for made in self.found.values() if isinstance(made, kind)), None)
 
     def __iter__(self) -> Iterator[tuple[Diagnosis[Any], Any]]:
@@ -37,7 +37,7 @@ class Diagnostics:
         return {diagnosis.name: made.seconds for diagnosis, made in self if made is not None}
 
     def as_json(self) -> dict[str, Any]:
-        """Return every diagnosis as its file holds it, None where it was not made."""
+        """Return every diagnosis as its file holds it, None if it was not made."""
         return {
             diagnosis.name: TypeAdapter(type(made)).dump_python(made, mode="json") if made else None
             for diagnosis, made in self
@@ -51,7 +51,7 @@ def read_diagnostics(run: RunDir, *, base: str | None, adapter: str | None) -> D
         base, adapter: fingerprints of the models that are there now.
 
     Raises:
-        LlmtuneError: a file is damaged or of another version.
+        LlmtuneError: a file is damaged or of a different version.
     """
     found = {each.name: read_diagnostic(each.result, run.diagnostics_dir) for each in DIAGNOSES}
     return Diagnostics(

@@ -15,7 +15,7 @@ JUDGE = "llmtune judge RUN"
 
 @dataclass(frozen=True)
 class Missing:
-    """One thing that was not measured; `command` measures it, None where no command alone does."""
+    """One thing that was not measured; `command` measures it, None if no command alone does."""
 
     name: str
     command: str | None

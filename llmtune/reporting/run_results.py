@@ -1,4 +1,4 @@
-"""The stored results of a run as it stands: which count, the mean of draws, a part of the items."""
+"""The stored results of a run as it is now: which count, the mean of draws, a part of the items."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,7 +64,7 @@ def read_results(
     """Read the results in a directory as suite -> arm -> result, with the mean of few-shot draws.
 
     Args:
-        is_wanted: whether a result is of this run as it stands; others are left from earlier
+        is_wanted: whether a result is of this run as it is now; others are left from earlier
             evaluations and not shown. So are arms made on other items than their base.
 
     Raises:
@@ -79,7 +79,7 @@ def read_results(
 
 
 def current_results(run: RunDir, manifest: Manifest, models: Models) -> Callable[[ArmResult], bool]:
-    """Return what tells a result of the run as it stands from one that was left behind.
+    """Return what tells a result of the run as it is now from one that was left behind.
 
     After a finished evaluation these are the arms and suites that it made. Without one they are
     those of the models on disk: base and tuned of the manifest's base, tuned with the saved

@@ -178,7 +178,7 @@ def deciding_knobs_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
     default, so that an older run can still be evaluated and reported.
 
     Raises:
-        LlmtuneError: it has a key that this version does not know, or is no run's.
+        LlmtuneError: it has a key that this version does not know, or is not a run's.
     """
     if "judged" in recorded:
         raise LlmtuneError(

@@ -70,7 +70,7 @@ class TrainStage(Stage):
     def inputs(self, manifest: Manifest) -> dict[str, str]:
         """Return the hashes of what decides the adapter: base, rows and order, and the knobs.
 
-        Once there is training the recorded hash of the knobs stands: the ledger has compared the
+        Once there is training the recorded hash of the knobs is kept: the ledger has compared the
         knobs themselves, key by key, and an older version hashed fewer of them.
         """
         record = manifest.stages.get(self.name, {})
@@ -189,12 +189,12 @@ class TrainStage(Stage):
             )
 
     def _refuse_other(self, record: StageRecord, inputs: Mapping[str, str]) -> None:
-        """Refuse to continue with an adapter of a different base, other rows or another start."""
+        """Refuse to continue with an adapter of a different base, rows or start."""
         known = record.get("inputs", inputs)
         other = [name for name in inputs if known.get(name) != inputs[name]]
         if other:
             raise LlmtuneError(
-                f"{self.config.run.path}: its adapter was trained on another "
+                f"{self.config.run.path}: its adapter was trained on a different "
                 f"{' and '.join(other)} (compared by content); choose another run_dir, or redo "
                 "this one with --force"
             )

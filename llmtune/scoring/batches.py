@@ -67,7 +67,7 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """Make a PeftModel its base; the adapter is back on when the block ends.
 
     Raises:
-        LlmtuneError: `model` has no adapter, or one whose initialisation rewrote the base weights
+        LlmtuneError: `model` has no adapter, or one whose initialization rewrote the base weights
             (PiSSA, OLoRA, CorDA, LoftQ), so that the model without it is not the base.
     """
     if not has_adapter(model):

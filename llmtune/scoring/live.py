@@ -56,7 +56,7 @@ def as_arm(
 
     Args:
         live: the loaded model.
-        arm: `base` is the adapter switched off; None is the model as it stands.
+        arm: `base` is the adapter switched off; None is the model as it is.
         strength: weakens the adapter while the block runs; a base alone stays as it is.
 
     Raises:

@@ -36,7 +36,7 @@ def plan_micro_batches(
 
 
 def _plan_padded(order: list[int], lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
-    """Cut the rows, longest first, into runs of neighbours in length: the least padding."""
+    """Cut the rows, longest first, into runs of neighbors in length: the least padding."""
     batches: list[list[int]] = []
     for index in order:
         current = batches[-1] if batches else None

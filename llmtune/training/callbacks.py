@@ -25,7 +25,7 @@ LARGEST_LIKELY_RATE = 0.1
 """AdamW moves every weight by about the learning rate; beyond this one step saturates a model."""
 
 
-class LearningWatch(TrainerCallback):
+class NoGradientStop(TrainerCallback):
     """Stops by step 2 if a trained tensor got no gradient.
 
     Some tensors get theirs in step 1 already (`Adapter.learns_at_once`), such as LoRA's B.
@@ -79,7 +79,7 @@ class LearningWatch(TrainerCallback):
             )
 
 
-class FiniteWatch(TrainerCallback):
+class NotFiniteStop(TrainerCallback):
     """Stops within three steps of a loss or gradient that is not finite, and names the rows.
 
     With float16 the gradient scaler skips single bad steps; there, three in a row stop the run.
@@ -147,7 +147,7 @@ class FiniteWatch(TrainerCallback):
         )
 
 
-class BestWatch(TrainerCallback):
+class BestCheckpoint(TrainerCallback):
     """Remembers the best evaluation, saves it, and stops when it is not beaten any more."""
 
     def __init__(self, totals: RunTotals, stopping: EarlyStopping) -> None:
@@ -179,7 +179,7 @@ class BestWatch(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
-class InterruptionWatch(TrainerCallback):
+class InterruptionStop(TrainerCallback):
     """Ends the run after the current step, with a checkpoint, once someone asked for it.
 
     An evaluation that is due is made up by the call that continues.

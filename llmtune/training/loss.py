@@ -25,7 +25,7 @@ MODEL_INPUTS = (
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
-class HeadChoice(NamedTuple):
+class LossPath(NamedTuple):
     """How the loss is computed: `frozen` (our path) with its constants, or the library's path."""
 
     is_frozen: bool
@@ -40,10 +40,10 @@ def decoder_hidden(model: PeftModel, micro_batch: MicroBatch) -> Tensor:
     return decoder(**_model_inputs(micro_batch), use_cache=False).last_hidden_state
 
 
-def summed_loss(model: PeftModel, micro_batch: MicroBatch, choice: HeadChoice) -> Tensor:
+def summed_loss(model: PeftModel, micro_batch: MicroBatch, choice: LossPath) -> Tensor:
     """Return the weighted sum of the cross-entropies of a micro-batch's trained tokens (nats).
 
-    Where the micro-batch holds `token_losses` [N], each token's own is written there, unweighted.
+    If the micro-batch holds `token_losses` [N], each token's own is written there, unweighted.
     """
     if not choice.is_frozen:
         return _library_loss(model, micro_batch)
@@ -61,7 +61,7 @@ def summed_loss(model: PeftModel, micro_batch: MicroBatch, choice: HeadChoice) -
     )
 
 
-def choose_head(model: PeftModel) -> HeadChoice:
+def choose_loss_path(model: PeftModel) -> LossPath:
     """Decide how the loss is computed, by comparing our logits with the library's.
 
     The frozen path needs a plain linear head that is not trained. What the architecture does to
@@ -71,13 +71,13 @@ def choose_head(model: PeftModel) -> HeadChoice:
     base = model.get_base_model()
     head = base.get_output_embeddings()
     if type(head) is not nn.Linear:
-        return HeadChoice(False, f"the LM head is a {type(head).__name__}")
+        return LossPath(False, f"the LM head is a {type(head).__name__}")
     if any(parameter.requires_grad for parameter in head.parameters()):
-        return HeadChoice(False, "the LM head is trained")
+        return LossPath(False, "the LM head is trained")
     if not head.weight.is_floating_point():
-        return HeadChoice(False, f"the LM head holds {head.weight.dtype}")
+        return LossPath(False, f"the LM head holds {head.weight.dtype}")
     config = base.config.get_text_config()
-    choice = HeadChoice(
+    choice = LossPath(
         True,
         "frozen, on trained positions only",
         _logit_scale(config),
@@ -85,7 +85,7 @@ def choose_head(model: PeftModel) -> HeadChoice:
     )
     difference = _difference_to_library(model, choice)
     if not difference <= TOLERANCES.get(head.weight.dtype, 1e-3):
-        return HeadChoice(
+        return LossPath(
             False, f"the model's logits differ from a linear head's by {difference:.2g}"
         )
     return choice
@@ -105,7 +105,7 @@ def _logit_scale(config: PreTrainedConfig) -> float:
 
 
 @torch.no_grad()
-def _difference_to_library(model: PeftModel, choice: HeadChoice) -> float:
+def _difference_to_library(model: PeftModel, choice: LossPath) -> float:
     """Return the largest difference between both ways' logits, relative to the largest logit."""
     base: PreTrainedModel = model.get_base_model()
     head = base.get_output_embeddings()

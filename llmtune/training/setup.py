@@ -12,12 +12,13 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.sizes import format_size
 from llmtune.training.batch import StepCollator
 from llmtune.training.config import TrainConfig
 from llmtune.training.fused.blocks import fused_blocks
 from llmtune.training.fused.lora import fused_lora
 from llmtune.training.fused.packing import choose_packing, packed_attention
-from llmtune.training.loss import HeadChoice, choose_head, decoder_hidden
+from llmtune.training.loss import LossPath, choose_loss_path, decoder_hidden
 from llmtune.training.memory.arithmetic import UNLIMITED, MemoryPlan
 from llmtune.training.memory.dry_run import Trial, find_plan, recomputable_layers, recomputing
 from llmtune.training.objectives.base import MicroBatch, Objective
@@ -33,7 +34,7 @@ class Setup:
     model: PeftModel
     objective: Objective
     collator: StepCollator
-    head: HeadChoice
+    loss_path: LossPath
     device: torch.device
     autocast_dtype: torch.dtype | None
     choices: dict[str, str]
@@ -46,7 +47,7 @@ class Setup:
     def loss(self, micro_batch: MicroBatch) -> Tensor:
         """Return a micro-batch's share of the step's loss; its tensors are on `device`."""
         with self.autocast():
-            return self.objective.loss(self.model, micro_batch, self.head)
+            return self.objective.loss(self.model, micro_batch, self.loss_path)
 
 
 def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setup:
@@ -55,7 +56,7 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
     What must be undone after training is left on `stack`.
 
     Raises:
-        LlmtuneError: float16 on a CPU, packing demanded where it mixes rows, or out of memory.
+        LlmtuneError: float16 on a CPU, packing demanded although it mixes rows, or out of memory.
     """
     model = request.model
     embedding = model.get_input_embeddings()
@@ -73,9 +74,9 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
         if "fused_blocks" not in request.without:
             blocks = stack.enter_context(fused_blocks(model))
         packing = choose_packing(model, request.packing, request.train)
-        head = HeadChoice(False, "left out as asked")
+        loss_path = LossPath(False, "left out as asked")
         if "frozen_head" not in request.without:
-            head = choose_head(model)
+            loss_path = choose_loss_path(model)
     stack.enter_context(packed_attention(model) if packing.packed else nullcontext())
     stack.enter_context(noisy_embeddings(model, config.neftune_alpha))
 
@@ -91,7 +92,7 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
         model=model,
         objective=config.objective,
         collator=collator,
-        head=head,
+        loss_path=loss_path,
         device=device,
         autocast_dtype=autocast_dtype,
         choices={
@@ -99,7 +100,7 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
             "LoRA layers": fused.describe() if fused else "stock, as asked",
             "blocks": blocks.describe() if blocks else "stock, as asked",
             "rows": f"{'packed' if packing.packed else 'padded'}: {packing.reason}",
-            "LM head": ("" if head.is_frozen else "the library's path: ") + head.reason,
+            "LM head": ("" if loss_path.is_frozen else "the library's path: ") + loss_path.reason,
         },
     )
     longest_first = np.argsort(-rows.lengths, kind="stable")[: config.batch_size].tolist()
@@ -116,7 +117,9 @@ def add_protection(setup: Setup, request: TrainRequest) -> Setup:
     if request.protection is None or not request.protection.config.needs_penalty:
         return setup
     build = setup.collator.lay
-    protection = Protection(setup.model, request.protection, setup.head, build, seed=request.seed)
+    protection = Protection(
+        setup.model, request.protection, setup.loss_path, build, seed=request.seed
+    )
     protection.dry_run(setup.autocast)
     return replace(setup, protection=protection)
 
@@ -135,7 +138,7 @@ def _describe_limits(plan: MemoryPlan) -> str:
         size = f"at most {plan.limits.rows} rows"
     else:
         size = f"at most {plan.limits.tokens} tokens"
-    return f"{size}, about {plan.needed_bytes / 1e9:.2f} GB of activations"
+    return f"{size}, about {format_size(plan.needed_bytes)} of activations"
 
 
 @contextmanager

@@ -27,10 +27,10 @@ from llmtune.io.run_dir import RunDir, atomic_write_json
 from llmtune.io.stopping import Interruption
 from llmtune.training.batch import StepRows
 from llmtune.training.callbacks import (
-    BestWatch,
-    FiniteWatch,
-    InterruptionWatch,
-    LearningWatch,
+    BestCheckpoint,
+    InterruptionStop,
+    NoGradientStop,
+    NotFiniteStop,
     Pacing,
 )
 from llmtune.training.checkpoint import (
@@ -88,12 +88,12 @@ def build_trainer(
             tracker.logging_dir = str(request.run.path / "tensorboard")
     stopping = config.early_stopping
     for callback in (
-        LearningWatch(),
-        *([BestWatch(start.totals, stopping)] if stopping else []),
+        NoGradientStop(),
+        *([BestCheckpoint(start.totals, stopping)] if stopping else []),
         Pacing(trainer.clock, trainer.reopen_window),
         # after Pacing: a step has the line of metrics that it has without an interruption
-        InterruptionWatch(interruption, start.totals),
-        FiniteWatch(trainer.step.recent, setup.collator.examples),
+        InterruptionStop(interruption, start.totals),
+        NotFiniteStop(trainer.step.recent, setup.collator.examples),
     ):
         trainer.add_callback(callback)
     return trainer

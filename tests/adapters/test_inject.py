@@ -181,5 +181,5 @@ def test_start_of_another_base_is_refused(checkpoint, tmp_path):
     save_adapter(model, tmp_path / "adapter", manifest_of(first))
     other = load(checkpoint(seed=1))
     config = LoraAdapter(rank=4, init_from=tmp_path / "adapter")
-    with pytest.raises(LlmtuneError, match="another base"):
+    with pytest.raises(LlmtuneError, match="different base"):
         inject_adapter(other.model, config, base_fingerprint=other.fingerprint)

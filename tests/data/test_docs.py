@@ -55,7 +55,7 @@ def test_every_format_has_an_example_under_its_name():
 
 
 @pytest.mark.parametrize(("heading", "block"), ROWS)
-def test_rows_of_the_docs_are_recognised_and_trained(tmp_path, heading, block):
+def test_rows_of_the_docs_are_recognized_and_trained(tmp_path, heading, block):
     rows = read_rows(block)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -69,7 +69,7 @@ def call(arguments) -> list:
 
 DEEP = '{"a":' * (MAX_DEPTH + 1) + "1" + "}" * (MAX_DEPTH + 1)
 LINES = {
-    "key twice": (ROW.replace('"q"', '"q","content":"z"'), "the key 'content' stands twice"),
+    "key twice": (ROW.replace('"q"', '"q","content":"z"'), "the key 'content' is there twice"),
     "NaN": (ROW[:-1] + ',"id":NaN}', "NaN is not a JSON value"),
     "infinite argument": (
         {"messages": [USER, ANSWER | {"tool_calls": call('{"x": Infinity}')}]},
@@ -91,7 +91,7 @@ LINES = {
     "weight of a question": ({"messages": [USER | {"weight": 3}, ANSWER]}, "weight is 3.0"),
     "two system texts": (
         {"messages": [{"role": "system", "content": "x"}, USER, ANSWER], "system": "y"},
-        "the system message stands twice",
+        "two system messages",
     ),
 }
 

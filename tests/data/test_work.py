@@ -116,7 +116,7 @@ def test_a_list_inside_an_object_is_read_piece_by_piece():
     ("text", "words"),
     [
         ('{"data": [{"text": "a"}', "rows.json:1: not JSON (Expecting ',' delimiter"),
-        ('{"data": [], \n"data": []}', "stands twice"),
+        ('{"data": [], \n"data": []}', "is there twice"),
         ('{"data": [{"text": "a"}]} x', "Extra data"),
         ("{x: 1}", "Expecting property name"),
     ],

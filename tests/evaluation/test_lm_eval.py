@@ -178,7 +178,7 @@ def test_generation_and_likelihood_tasks_keep_a_value_an_item(model, tmp_path):
     assert prose.mean == pytest.approx(run.summary["local_prose"]["bits_per_byte,none"])
 
 
-def test_an_unknown_task_is_named_with_its_neighbours(model, tmp_path):
+def test_an_unknown_task_is_named_with_its_neighbors(model, tmp_path):
     write_task(tmp_path, num_items=2)
     scored = make_live(model, make_tokenizer())
     settings = LmEvalSettings(("local_wrods",), include_path=str(tmp_path / "tasks"))

@@ -234,7 +234,7 @@ def test_an_item_is_read_as_a_training_row(tmp_path, item, declared, parts):
     ("item", "declared", "words"),
     [
         ({"turns": [{"role": "human", "content": "x"}]}, {"messages": "turns"}, "did you mean"),
-        ({"q": "x", "system": "b"}, {**ASKED, "system": "a"}, "system message stands twice"),
+        ({"q": "x", "system": "b"}, {**ASKED, "system": "a"}, "two system messages"),
         ({"q": "x", "tools": [TOOL]}, {**ASKED, "chat": False}, "read in chats only"),
         ({"q": "x"}, {}, "give either prompt"),
     ],

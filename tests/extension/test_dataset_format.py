@@ -23,7 +23,7 @@ class PairFormat(DatasetFormat):
     required: ClassVar[tuple[str, ...]] = ("pair",)
     aliases: ClassVar[dict[str, tuple[str, ...]]] = {"pair": ("pair", "turn")}
 
-    def recognises(self, row: Row) -> bool:
+    def recognizes(self, row: Row) -> bool:
         return isinstance(row.get("pair"), list)
 
     def to_conversation(self, row: Row) -> Conversation:

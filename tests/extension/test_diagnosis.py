@@ -70,7 +70,7 @@ import shutil
 from llmtune import evaluate, load_config, report, train
 
 plain = ["evaluate.arms=[base,tuned]", "evaluate.strengths=[]", "evaluate.few_shot.measure=false"]
-without = ["probe", "shift", "memorisation", "divergence", "stops", "contamination"]
+without = ["probe", "shift", "memorization", "divergence", "stops", "contamination"]
 plain += [f"evaluate.{{name}}=false" for name in without]
 config = load_config({config!r}, [*plain, "evaluate.extent=none"])
 train(config)

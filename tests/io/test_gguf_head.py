@@ -73,7 +73,7 @@ def test_values_and_tensors_are_those_of_the_official_reader(small):
         ([pair(b"a", 9, struct.pack("<IQ", 9, 1))], {}, "unknown type 9"),
         ([pair(b"a", 8, struct.pack("<Q", 1 << 62))], {}, "bytes, more than"),
         ([pair(b"a", 99, b"")], {}, "unknown type 99"),
-        ([pair(b"a", 4, b"1234"), pair(b"a", 4, b"1234")], {}, "stands twice"),
+        ([pair(b"a", 4, b"1234"), pair(b"a", 4, b"1234")], {}, "is there twice"),
         ([pair(b"general.alignment", 4, struct.pack("<I", 0))], {}, "alignment is 0"),
         ([], {"num_pairs": 1 << 60}, "more than"),
         ([], {"num_tensors": MAX_TENSORS + 1}, "more than"),

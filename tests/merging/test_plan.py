@@ -251,7 +251,7 @@ def test_expert_adapter_that_fits_nothing_is_refused(tmp_path):
 def test_adapter_of_another_base_of_the_same_shape_is_refused(place):
     manifest = {"format": 1, "base": {"origin": "org/other", "fingerprint": "0" * 64}}
     (place / "adapter" / "llmtune_adapter.json").write_text(json.dumps(manifest))
-    assert "org/other" in refuse(place, "trained on another base")
+    assert "org/other" in refuse(place, "trained on a different base")
     manifest["base"]["fingerprint"] = Checkpoint.open(place / "base").fingerprint
     (place / "adapter" / "llmtune_adapter.json").write_text(json.dumps(manifest))
     assert not plan(place).notices

@@ -154,7 +154,7 @@ def test_remote_code_needs_a_pinned_revision():
         resolve_base(ModelConfig(base="org/absent", trust_remote_code=True))
 
 
-def test_adapter_given_as_base_is_recognised(editable):
+def test_adapter_given_as_base_is_recognized(editable):
     (editable / "config.json").rename(editable / "adapter_config.json")
     with pytest.raises(LlmtuneError, match="adapter.init_from"):
         resolve_base(ModelConfig(base=str(editable)))

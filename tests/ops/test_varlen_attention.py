@@ -140,7 +140,7 @@ def test_bfloat16_is_as_close_to_the_truth_as_torch_attention(lengths):
 
 
 @pytest.mark.parametrize("backend", ["tiled", "padded_sdpa"])
-def test_a_neighbour_has_no_influence_at_all(backend, small_tiles):
+def test_a_neighbor_has_no_influence_at_all(backend, small_tiles):
     inputs = make_inputs(LENGTHS, torch.float32)
     kept = slice(sum(LENGTHS[:2]), sum(LENGTHS[:3]))  # the third sample
     changed = []

@@ -18,7 +18,7 @@ from llmtune.training.batch import pack_rows
 from llmtune.training.fused.blocks import fused_blocks
 from llmtune.training.fused.lora import fused_lora
 from llmtune.training.fused.packing import packed_attention
-from llmtune.training.loss import choose_head, decoder_hidden, summed_loss
+from llmtune.training.loss import choose_loss_path, decoder_hidden, summed_loss
 from llmtune.training.memory.dry_run import recomputable_layers
 from llmtune.training.memory.measure import measure_activations
 from tests.planning.shapes import small_config
@@ -41,7 +41,7 @@ def compare(family, adapter, *, dtype=torch.bfloat16, is_fused=True):
             ids = {"input_ids": torch.arange(1, 5)[None]}
             stack.enter_context(fused_lora(injected, lambda: decoder_hidden(injected, ids)))
         stack.enter_context(fused_blocks(injected))
-        head = choose_head(injected)
+        head = choose_loss_path(injected)
         stack.enter_context(packed_attention(injected))
         injected.train()
         layers = recomputable_layers(injected)

@@ -21,7 +21,7 @@ from llmtune.evaluation.diagnosis.learning_curve import (
     LearningCurveResult,
     PowerLaw,
 )
-from llmtune.evaluation.diagnosis.memorisation import MemorisationResult
+from llmtune.evaluation.diagnosis.memorization import MemorizationResult
 from llmtune.evaluation.diagnosis.probe import ProbeCell, ProbeResult
 from llmtune.evaluation.diagnosis.shift import PairShift, ShiftResult, TextSet
 from llmtune.evaluation.diagnosis.stops import StopCount, StopsResult
@@ -137,7 +137,7 @@ def plant_diagnostics(run: RunDir) -> None:
             pairs={"train-evaluation": shift, "train-general": shift},
             layer=15,
         ),
-        MemorisationResult(
+        MemorizationResult(
             inputs=INPUTS,
             gap_nats=0.08,
             gap_interval=(0.02, 0.15),

@@ -28,7 +28,7 @@ def run(tmp_path):
         ("unparseable", 0.0),
         ("stop_rate", 15 / 16),
         ("contamination", 1 / 300),
-        ("memorisation_auc", 0.57),
+        ("memorization_auc", 0.57),
         ("seconds", 233.0),
         ("movies", 0.24),
         ("movies.change", 0.24),

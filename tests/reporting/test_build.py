@@ -129,7 +129,7 @@ def test_report_json_holds_the_names_that_scripts_rely_on(full_run):
     assert written["fingerprints"]["base.fingerprint"] == "b" * 64
     assert written["fingerprints"]["stages.train.fingerprint"] == "a" * 64
     assert "loss curve" not in written["missing"] and "merge check" not in written["missing"]
-    assert written["how_to_measure"]["memorisation"] == "llmtune report RUN --full"
+    assert written["how_to_measure"]["memorization"] == "llmtune report RUN --full"
     assert "one training seed" in written["statistics"]["training_noise"]
 
 

@@ -152,7 +152,7 @@ def test_one_point_and_a_flat_curve_can_be_drawn():
     assert "var(--base)" in draw_loss_curve([(1, 0.5), (2, 0.5)], [])
 
 
-def test_a_chart_takes_its_colours_from_the_page_and_has_ids_of_its_own():
+def test_a_chart_takes_its_colors_from_the_page_and_has_ids_of_its_own():
     first = draw_loss_curve([(1, 0.5), (2, 0.4)], [(2, 0.3)])
     assert not re.search(r"#[0-9a-f]{6}", first)
     assert "http" not in first and "<metadata" not in first

@@ -1,4 +1,4 @@
-"""The terminal's table: whole at 80 columns, and without colour where none is wanted."""
+"""The terminal's table: whole at 80 columns, and without color if none is wanted."""
 
 import pytest
 from rich.console import Console
@@ -63,7 +63,7 @@ def test_markup_in_a_suite_name_is_text(report):
     assert "[bold]" in printed(report, color_system=None)
 
 
-def test_no_color_prints_no_colour(report, monkeypatch):
+def test_no_color_prints_no_color(report, monkeypatch):
     assert "\x1b[1;31mBROKE-GENERAL" in printed(report, color_system="standard")
     monkeypatch.setenv("NO_COLOR", "1")
     text = printed(report, color_system="standard")

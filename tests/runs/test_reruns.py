@@ -96,7 +96,7 @@ def test_other_rows_under_the_same_name_are_refused(config):
     train(load(config))
     rows = config.parent / "train.jsonl"
     rows.write_text("\n".join(rows.read_text().splitlines()[:-1]) + "\n")
-    with pytest.raises(LlmtuneError, match="trained on another data"):
+    with pytest.raises(LlmtuneError, match="trained on a different data"):
         train(load(config))
 
 
@@ -158,7 +158,7 @@ def make_older(run_dir):
     stages = manifest["stages"]
     stages["train"]["inputs"]["config"] = "hash of fewer keys"
     del stages["merge"]["inputs"]["merge"]["base"]
-    del stages["evaluate"]["inputs"]["evaluate"]["memorisation"]
+    del stages["evaluate"]["inputs"]["evaluate"]["memorization"]
     stages["evaluate"]["inputs"]["merge"] = "of fewer keys"
     for record in stages.values():
         record["fingerprint"] = "of fewer keys"

@@ -83,7 +83,7 @@ def test_ctrl_c_is_one_line_and_exit_code_3(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(fetch, "fetch_quickstart", interrupt)
     assert fetch.main(["--cache", str(tmp_path)]) == 3
-    assert capsys.readouterr().err == "error: interrupted; the same command goes on\n"
+    assert capsys.readouterr().err == "error: interrupted; the same command continues\n"
 
 
 def test_what_a_killed_download_left_is_removed_and_a_running_one_is_not(tmp_path, no_index):

@@ -48,7 +48,7 @@ def small_ratings() -> dict[str, str]:
 
 
 def sentences(rows: list[dict]) -> set[str]:
-    """The normalised sentences inside the rows' prompts."""
+    """The normalized sentences inside the rows' prompts."""
     prompts = [r["messages"][0]["content"] if "messages" in r else r["prompt"] for r in rows]
     before, after = data.PROMPT.split("{text}")
     return {data.normalize_text(p.removeprefix(before).removesuffix(after)) for p in prompts}

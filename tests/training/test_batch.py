@@ -56,7 +56,7 @@ def test_packed_micro_batches_are_first_fit_decreasing():
     assert plan == [[1, 0], [2, 4, 3]]
 
 
-def test_padded_micro_batches_hold_neighbours_in_length():
+def test_padded_micro_batches_hold_neighbors_in_length():
     plan = plan_micro_batches([5, 100, 6, 90], BatchLimits(2, 10_000), packed=False)
     assert plan == [[1, 3], [2, 0]]
 
@@ -72,7 +72,7 @@ def test_targets_are_the_labelled_tokens_at_the_position_before(build):
     assert len(batch["targets"]) == expected
 
 
-def test_the_first_token_of_a_row_is_never_predicted_from_its_neighbour():
+def test_the_first_token_of_a_row_is_never_predicted_from_its_neighbor():
     rows = [Example([5, 6], [5, 6], "f", 1), Example([7, 8], [7, 8], "f", 2)]
     assert pack_rows(rows)["targets"].tolist() == [6, 8]
 

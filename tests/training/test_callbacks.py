@@ -6,7 +6,7 @@ from transformers import TrainerControl, TrainerState
 
 from llmtune.errors import LlmtuneError
 from llmtune.training import checkpoint as checkpoints
-from llmtune.training.callbacks import BestWatch
+from llmtune.training.callbacks import BestCheckpoint
 from llmtune.training.config import EarlyStopping
 from llmtune.training.request import RunTotals
 from llmtune.training.train import train_adapter
@@ -40,7 +40,7 @@ def test_a_learning_rate_that_saturates_the_model_is_named(tmp_path):
 @pytest.mark.parametrize("losses", [[float("nan"), 2.0, 1.0], [2.0, float("nan"), 1.0]])
 def test_an_evaluation_that_is_not_a_number_is_never_the_best(losses):
     totals = RunTotals()
-    watch = BestWatch(totals, EarlyStopping(patience=3))
+    watch = BestCheckpoint(totals, EarlyStopping(patience=3))
     for step, loss in enumerate(losses, start=1):
         state, control = TrainerState(global_step=step), TrainerControl()
         watch.on_evaluate(None, state, control, {"eval_loss": loss})

@@ -17,7 +17,7 @@ from llmtune.data.example import Example, ExampleTableBuilder
 from llmtune.errors import LlmtuneError
 from llmtune.training.batch import StepCollator
 from llmtune.training.fused.packing import packed_attention
-from llmtune.training.loss import choose_head, summed_loss
+from llmtune.training.loss import choose_loss_path, summed_loss
 from llmtune.training.memory.arithmetic import BatchLimits
 from llmtune.training.rows import EpochSampler, find_untrained, hash_epochs
 from llmtune.training.train import train_adapter
@@ -100,7 +100,7 @@ def test_weights_of_rows_reach_value_and_gradient_as_in_plain_torch(packed):
     model.zero_grad()
 
     collator = StepCollator(rows, BatchLimits(2, 10**9), packed=packed, pad_token_id=0)
-    choice = choose_head(model)
+    choice = choose_loss_path(model)
     ours = 0.0
     with packed_attention(model) if packed else nullcontext():
         for micro_batch in collator.collate(range(4))["micro_batches"]:

@@ -49,7 +49,7 @@ def choose_format(source: "SourceConfig", rows: Sequence[Row]) -> FormatChoice:
     renamed = [rename_columns(row, source.columns) for row in rows]
     # A bad row must not hide the format of the others, so the most frequent answer is taken.
     votes = {
-        name: sum(FORMATS[name].of(source).recognises(row) for row in renamed) for name in FORMATS
+        name: sum(FORMATS[name].of(source).recognizes(row) for row in renamed) for name in FORMATS
     }
     most = max(votes.values(), default=0)
     found = [name for name, count in votes.items() if count == most]

@@ -1,4 +1,4 @@
-"""What every dataset format is: the columns it reads, how it is recognised, and its conversion."""
+"""What every dataset format is: the columns it reads, how it is recognized, and its conversion."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -44,7 +44,7 @@ class DatasetFormat(Protocol):
         """Return the format as the source's other knobs ask for it."""
         return cls()
 
-    def recognises(self, row: Row) -> bool:
+    def recognizes(self, row: Row) -> bool:
         """Say whether `row`, its columns already renamed, looks like this format."""
         ...
 
@@ -74,7 +74,7 @@ class DatasetFormat(Protocol):
 
 
 def row_weight(row: Row) -> Any:
-    """Return a row's weight as it stands there; 1 where it has none (an empty cell of a CSV).
+    """Return a row's weight as it is there; 1 if it has none (an empty cell of a CSV).
 
     True and false, as in a column that marks right answers, count as 1 and 0.
     """

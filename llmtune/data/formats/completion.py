@@ -45,7 +45,7 @@ class CompletionFormat(DatasetFormat):
         """Return the format: two turns of a chat, or two texts as they are."""
         return cls(is_plain=source.render == "plain")
 
-    def recognises(self, row: Row) -> bool:
+    def recognizes(self, row: Row) -> bool:
         """Say whether a row has a prompt and a completion."""
         return "prompt" in row and "completion" in row
 

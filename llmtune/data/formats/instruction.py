@@ -37,7 +37,7 @@ class InstructionFormat(DatasetFormat):
         "system": SYSTEM,
     }
 
-    def recognises(self, row: Row) -> bool:
+    def recognizes(self, row: Row) -> bool:
         """Say whether a row has an instruction and an output."""
         return "instruction" in row and "output" in row
 

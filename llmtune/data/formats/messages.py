@@ -29,7 +29,7 @@ class MessagesFormat(DatasetFormat):
         "tools": ("tools", "functions"),
     }
 
-    def recognises(self, row: Row) -> bool:
+    def recognizes(self, row: Row) -> bool:
         """Say whether a row has messages with roles."""
         value = row.get("messages")
         if isinstance(value, str):

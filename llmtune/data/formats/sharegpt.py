@@ -46,7 +46,7 @@ class ShareGptFormat(DatasetFormat):
         "tools": ("tools", "functions"),
     }
 
-    def recognises(self, row: Row) -> bool:
+    def recognizes(self, row: Row) -> bool:
         """Say whether a row has conversations."""
         return "conversations" in row
 

@@ -30,7 +30,7 @@ class TextFormat(DatasetFormat):
             f"{CompletionFormat.name} and columns: {{prompt: text, completion: {column}}}"
         )
 
-    def recognises(self, row: Row) -> bool:
+    def recognizes(self, row: Row) -> bool:
         """Say whether a row has a text."""
         return isinstance(row.get("text"), str)
 

@@ -72,7 +72,7 @@ class Planned(Generic[DiagnosticT]):
         try:
             known = read_diagnostic(self.kind, diagnostics_dir)
         except LlmtuneError:
-            return None  # half a file, or another version's: it is measured again
+            return None  # half a file, or one of a different version: it is measured again
         return known if known is not None and dict(known.inputs) == dict(self.inputs) else None
 
 
@@ -208,14 +208,16 @@ class Diagnosis(ABC, Generic[DiagnosticT]):
 
     name: ClassVar[str]
     """Its key in the `evaluate` section and in report.json, and its file in `diagnostics/`."""
+    former_name: ClassVar[str | None] = None
+    """Its key in configs of earlier versions, which are still read."""
     what: ClassVar[str]
     """What a report calls it under "Not measured"."""
     help: ClassVar[str] = ""
     """The help of its key in the `evaluate` section."""
     extent: ClassVar[Extent | None] = None
-    """The smallest extent that makes it where its key leaves it to that; None: no evaluation."""
+    """The smallest extent that makes it if its key leaves it to that; None: no evaluation."""
     command: ClassVar[str] = ""
-    """What measures it, where no extent does."""
+    """What measures it, if no extent does."""
     needs_rows: ClassVar[bool] = True
     """Whether it cannot be made without the rows that were trained on."""
     arm: ClassVar[str | None] = None
@@ -240,7 +242,7 @@ class Diagnosis(ABC, Generic[DiagnosticT]):
         return ()
 
     def refusal(self, found: DiagnosticT) -> str | None:
-        """Return why a result holds no numbers; None where it does."""
+        """Return why a result holds no numbers; None if it does."""
         return None
 
     def foresee(self, data: "DataConfig", suites: "Sequence[Suite]") -> list[str]:
@@ -261,7 +263,7 @@ class Diagnosis(ABC, Generic[DiagnosticT]):
         """Return what a report shows of a result."""
 
     def instead(self, facts: Facts) -> Section | None:
-        """Return what can be said about forgetting where it was not measured."""
+        """Return what can be said about forgetting if it was not measured."""
         return None
 
     def summary_lines(self, found: DiagnosticT, write: Writer) -> list[str]:
@@ -291,7 +293,7 @@ def write_diagnostic(result: Diagnostic, diagnostics_dir: Path) -> Path:
 
 
 def read_diagnostic(kind: type[DiagnosticT], diagnostics_dir: Path) -> DiagnosticT | None:
-    """Read what `write_diagnostic` wrote; None where that was not measured.
+    """Read what `write_diagnostic` wrote; None if that was not measured.
 
     Raises:
         LlmtuneError: the file is there and is not one of this version's.

@@ -6,7 +6,7 @@ from llmtune.evaluation.diagnosis.base import Diagnosis
 from llmtune.evaluation.diagnosis.contamination import Contamination
 from llmtune.evaluation.diagnosis.divergence import DivergenceFromBase
 from llmtune.evaluation.diagnosis.learning_curve import LearningCurve
-from llmtune.evaluation.diagnosis.memorisation import Memorisation
+from llmtune.evaluation.diagnosis.memorization import Memorization
 from llmtune.evaluation.diagnosis.probe import Probe
 from llmtune.evaluation.diagnosis.shift import Shift
 from llmtune.evaluation.diagnosis.stops import Stops
@@ -16,7 +16,7 @@ DIAGNOSES: tuple[Diagnosis[Any], ...] = (
     Stops(),
     LearningCurve(),
     Contamination(),
-    Memorisation(),
+    Memorization(),
     Shift(),
     Probe(),
 )

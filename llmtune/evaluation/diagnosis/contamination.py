@@ -45,7 +45,7 @@ _WORDS = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class ContaminatedItem:
-    """A suite item that stands in the train rows; `kind` is the strongest sign found.
+    """A suite item that is in the train rows; `kind` is the strongest sign found.
 
     `similarity` is the Jaccard index of a near-duplicate; `shared` the words of a shared n-gram.
     """
@@ -185,7 +185,7 @@ class _Asked:
 def measure_contamination(rows: Sequence[RowTexts], suites: Sequence[Suite]) -> ContaminationResult:
     """Look for every suite item among the train rows.
 
-    An item is `exact` where its text equals a train passage (case, spaces and Unicode forms
+    An item is `exact` if its text equals a train passage (case, spaces and Unicode forms
     aside), with or without the frame that all items (all rows of a source) share, as long as five
     words are left; `near` where MinHash finds a Jaccard index of 9-byte shingles of at least 0.8;
     `ngram` where 13 words in a row of it (8 for items of 8 to 12 words) stand in a train row.

@@ -34,7 +34,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class CurveFit:
-    """The law, or why it is not to be believed; both where it was fitted and shows no gain."""
+    """The law, or why it is not to be believed; both if it was fitted and shows no gain."""
 
     law: PowerLaw | None
     refused: str | None
@@ -115,8 +115,8 @@ def solve_power_law(rows: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """
     x = rows[None, :] ** -BETAS[:, None]  # [K, P]
     smallest = losses.min(1)[:, None]
-    centred = x - x.mean(1, keepdims=True)
-    slope = losses @ centred.T / (centred**2).sum(1)  # [D, K]
+    centered = x - x.mean(1, keepdims=True)
+    slope = losses @ centered.T / (centered**2).sum(1)  # [D, K]
     inside = losses.mean(1)[:, None] - slope * x.mean(1)
     norms = (x**2).sum(1)
     candidates = [
@@ -158,8 +158,8 @@ def _log_slopes(rows: np.ndarray, losses: np.ndarray) -> np.ndarray:
 
     The law itself never rises; this may, so its interval can include no gain.
     """
-    centred = np.log(rows) - np.log(rows).mean()
-    return np.asarray(losses @ centred / (centred**2).sum())
+    centered = np.log(rows) - np.log(rows).mean()
+    return np.asarray(losses @ centered / (centered**2).sum())
 
 
 def _slope_end(points: Sequence[Measured], confidence: float) -> float:
@@ -176,7 +176,7 @@ def _slope_end(points: Sequence[Measured], confidence: float) -> float:
 
 
 def _training_spread(points: Sequence[Measured]) -> float:
-    """Return the standard deviation between trainings on equally many rows; 0 where none repeat."""
+    """Return the standard deviation between trainings on equally many rows; 0 if none repeat."""
     groups: dict[int, list[float]] = {}
     for point in points:
         groups.setdefault(point.rows, []).append(point.mean)

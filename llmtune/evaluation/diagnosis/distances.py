@@ -1,4 +1,4 @@
-"""How well two clouds of points can be told apart: proxy A-distance and kernel discrepancy."""
+"""How well two clouds of points can be distinguished: proxy A-distance and kernel discrepancy."""
 
 import warnings
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def proxy_a_distance(
 
     The error is the balanced one of 5-fold L2 logistic regression on standardised states, cut at
     5 standard deviations, with at most 64 principal components (Ben-David et al. 2007, 2010): 0
-    where nothing tells the sets apart, 2 where everything does. Percentile bootstrap over the
+    where nothing tells the sets apart, 2 if everything does. Percentile bootstrap over the
     rows' right-or-wrong; the interval covers 0 where the raw distance's does. The null value
     splits the larger set in two halves 20 times.
 

@@ -43,7 +43,7 @@ TEXTS = (("general", "general text"), ("target", "the task's prompts"))
 
 @dataclass(frozen=True)
 class TextDivergence:
-    """KL(base || tuned) in nats a token, and the share of positions with another likeliest token.
+    """KL(base || tuned) in nats a token, and the positions' share with a different likeliest token.
 
     `kl_interval` resamples the texts; None for one text.
     """
@@ -57,7 +57,7 @@ class TextDivergence:
 
 @dataclass(frozen=True)
 class StrengthDivergence:
-    """At one strength: on general text and on the task's prompts; None where there is no text."""
+    """At one strength: on general text and on the task's prompts; None if there is no text."""
 
     general: TextDivergence | None
     target: TextDivergence | None

@@ -45,7 +45,7 @@ class PowerLaw:
     """L(n) = E + A n^-beta and what it says of two and four times the rows.
 
     `gain_at_2n` is L(n) - L(2n) with its interval; `n_need` are the rows at which the law reaches
-    `target_loss`, None where it never does or no target was asked for.
+    `target_loss`, None if it never does or no target was asked for.
     """
 
     E: float
@@ -66,7 +66,7 @@ class LearningCurveResult(Diagnostic):
 
     `fit` is the law of the loss, `score_fit` that of the suite's error (1 - score, or the score
     itself where lower is better). `refused` says why a law is not to be believed; `fit` is then
-    None where there were too few points, or the law that shows no gain.
+    None if there were too few points, or the law that shows no gain.
     """
 
     FILE_NAME: ClassVar[str] = "learning_curve.json"

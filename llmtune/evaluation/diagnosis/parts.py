@@ -65,7 +65,7 @@ def write_part(
 ) -> list[SourceConfig]:
     """Write rows as one JSONL a source and return the sources that name them, read whole.
 
-    What mixing did is in the rows: one that an epoch showed twice stands there twice.
+    What mixing did is in the rows: one that an epoch showed twice is there twice.
     """
     written = []
     for index, source in enumerate(sources):

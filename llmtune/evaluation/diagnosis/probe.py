@@ -163,7 +163,7 @@ def plan_probe(
     half, three quarters, all), pooling (mean, last token) and C are chosen by stratified 5-fold
     cross-validation on at most 1,000 of the rows that training has seen; states are standardised
     with the train rows' statistics. Kumar et al. 2022 (arXiv:2202.10054) compare such probes with
-    fine-tuning. Where the task is no classification the result's `refused` says why.
+    fine-tuning. If the task is not classification, the result's `refused` says why.
 
     Args:
         keep: is given the scores on every target and transfer suite of fixed choices, as an arm.
@@ -288,7 +288,7 @@ def _label_prompts(
     if len(matched) < MIN_MATCHED * len(places):
         return (
             f"only {len(matched)} of {len(places)} train rows end in one of the suites' choices "
-            f"({len(set(answers))} different answers): the task is no classification"
+            f"({len(set(answers))} different answers): the task is not classification"
         )
     counts = Counter(answers[place] for place in matched)
     labels = tuple(sorted(label for label, count in counts.items() if count > 1))

@@ -18,7 +18,7 @@ MIN_OWN_WORDS = 5
 
 @dataclass(frozen=True)
 class RowTexts:
-    """One row: where it stands, and its texts.
+    """One row: where it is, and its texts.
 
     `passages` are its messages but the system's, or prompt and completion, or the document;
     `own` are the same without the words that every such passage of the source begins and ends

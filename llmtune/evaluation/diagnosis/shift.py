@@ -58,8 +58,8 @@ class TextSet:
 class PairShift:
     """The second set against the first: `ppl_gap` is first minus second.
 
-    `pad` is the proxy A-distance (0 the same, 2 always told apart), `pad_null` the 95 % quantile of
-    the same number for two halves of one set. `mmd` is squared and unbiased, so it may be negative.
+    `pad` is the proxy A-distance (0 the same, 2 always distinguished), `pad_null` the 95 % quantile
+    of the same number for two halves of one set. `mmd` is squared and unbiased: it may be negative.
     """
 
     ppl_gap_nats: float
@@ -237,7 +237,7 @@ def plan_shift(
         if len(kept.sequences) >= MIN_TEXTS:
             encoded[name] = kept
     if TRAIN not in encoded or len(encoded) < 2:
-        return refuse(ShiftResult, f"needs {MIN_TEXTS} train texts and as many of another set")
+        return refuse(ShiftResult, f"needs {MIN_TEXTS} train texts and as many of a different set")
     inputs = model_inputs(scored, with_adapter=False) | {
         "items": hash_json({name: hash_ids(each.sequences) for name, each in encoded.items()}),
     }

@@ -41,7 +41,7 @@ CLIP = 5.0
 class TextStates:
     """Of N texts, by the number of layers passed: `mean` and `last` are float32 [N, H].
 
-    `losses` are the summed -log p of every token after the first, in nats, float64 [N]; None where
+    `losses` are the summed -log p of every token after the first, in nats, float64 [N]; None if
     they were not asked for.
     """
 

@@ -87,7 +87,7 @@ def pick(sequence: Sequence[T], limit: int, seed: int) -> list[T]:
 
 
 def last_turn(example: Example) -> Turn | None:
-    """Return the last trained stretch of a row and all before it; None where nothing is before."""
+    """Return the last trained stretch of a row and all before it; None if nothing is before."""
     trained = [place for place, label in enumerate(example.labels) if label != IGNORE_INDEX]
     if not trained:
         return None
@@ -107,7 +107,7 @@ def general_sequences(
     """Return general text as token ids: the beginnings of general passages.
 
     These are the items of the perplexity suites whose role is `general`; without any, the prompts
-    of the other general suites with their right answers, as plain text. Empty where there is no
+    of the other general suites with their right answers, as plain text. Empty if there is no
     such suite.
     """
     tokenizer = subject.scored.tokenizer

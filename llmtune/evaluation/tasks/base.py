@@ -58,7 +58,7 @@ class SuiteItem:
     number: int | None = None
     """The right choice as a whole number, until all lines are read (`settle_items`)."""
     messages: tuple[Mapping[str, Any], ...] = ()
-    """The chat that the prompt ends, where there is more of it than the prompt."""
+    """The chat that the prompt ends, if there is more of it than the prompt."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """Schemas of the tools that may be called."""
 
@@ -179,7 +179,7 @@ class SuiteConfig(Section):
         return next(metric for metric in self.METRICS if metric.name == self.metric)
 
     def check_templates(self, items_path: Path) -> None:
-        """Raise a `LlmtuneError` where a template of the declaration cannot be compiled."""
+        """Raise a `LlmtuneError` if a template of the declaration cannot be compiled."""
 
     def read_item(self, fields: Fields, item: SuiteItem) -> SuiteItem:
         """Return `item` with what the task asks, read from the fields of its line.
@@ -204,7 +204,7 @@ class SuiteConfig(Section):
     def write_answers(
         self, base: "LiveModel", suite: "Suite", token_budget: int | None = None
     ) -> list[str]:
-        """Return what the untouched base answers to every item, where the task needs that."""
+        """Return what the untouched base answers to every item, if the task needs that."""
         raise NotImplementedError
 
     def describe(self, scores: Sequence[ItemScore]) -> dict[str, Any]:
@@ -220,20 +220,20 @@ class SuiteConfig(Section):
         raise NotImplementedError
 
     def item_lengths(self, tokenizer: "PreTrainedTokenizerFast", suite: "Suite") -> list[int]:
-        """Return how many positions each item takes at least; 1 where a task does not say."""
+        """Return how many positions each item takes at least; 1 if a task does not say."""
         return [1 for _ in suite.items]
 
     def majority(self, items: Sequence[SuiteItem]) -> float | None:
-        """Return what always giving the commonest answer scores; None where it means nothing."""
+        """Return what always giving the commonest answer scores; None if it means nothing."""
         return None
 
     def chance(self, items: Sequence[SuiteItem]) -> float | None:
-        """Return what guessing among the choices would score; None where there are none."""
+        """Return what guessing among the choices would score; None if there are none."""
         return None
 
     @property
     def fixed_choices(self) -> tuple[str, ...]:
-        """The choices that every item has; empty where an item has its own, or none."""
+        """The choices that every item has; empty if an item has its own, or none."""
         return ()
 
     def choice_requests(
@@ -242,7 +242,7 @@ class SuiteConfig(Section):
         suite: "Suite",
         demonstrations: Sequence[Demonstration] = (),
     ) -> "list[ContinuationRequest]":
-        """Return each item's prompt and choices as token ids; empty where items have no choices."""
+        """Return each item's prompt and choices as token ids; empty if items have no choices."""
         return []
 
     @property
@@ -251,7 +251,7 @@ class SuiteConfig(Section):
         return ERROR
 
     def item_loss(self, item: SuiteItem, score: ItemScore) -> float | None:
-        """Return an item's loss for a learning curve; None where that is only its error."""
+        """Return an item's loss for a learning curve; None if that is only its error."""
         return None
 
 
@@ -321,7 +321,7 @@ class PromptedSuite(SuiteConfig):
 
     @property
     def separator(self) -> str:
-        """What is written between a prompt and its answer where there is no chat template."""
+        """What is written between a prompt and its answer if there is no chat template."""
         return " "
 
     def read_item(self, fields: Fields, item: SuiteItem) -> SuiteItem:
@@ -369,7 +369,7 @@ class PromptedSuite(SuiteConfig):
         raise NotImplementedError
 
     def require_text_metric(self, name: str) -> None:
-        """Raise a `LlmtuneError` where the metric of suite `name` cannot score a written answer."""
+        """Raise a `LlmtuneError` if the metric of suite `name` cannot score a written answer."""
 
 
 @dataclass(frozen=True)
@@ -383,7 +383,7 @@ class Suite:
     items_path: Path
     items_fingerprint: str
     whole: int | None = None
-    """Items of the suite that these were selected from; None where these are all."""
+    """Items of the suite that these were selected from; None if these are all."""
 
     @property
     def num_whole(self) -> int:

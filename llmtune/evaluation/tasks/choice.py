@@ -60,7 +60,7 @@ class ChoiceSuite(PromptedSuite):
     delimiter: str = " "
     """Between prompt and choice where chat is false."""
     end_of_answer: bool = False
-    """Also score the end-of-turn token, so that '4' is not favoured over '42'."""
+    """Also score the end-of-turn token, so that '4' is not favored over '42'."""
     written_tokens: int | None = Field(default=None, ge=0)
     """Length of the written answer that is scored beside; 0: none; null: 12 in chats, else none."""
     metric: Literal["accuracy", "answer_probability"] = "accuracy"
@@ -161,7 +161,7 @@ class ChoiceSuite(PromptedSuite):
 
     @property
     def num_written(self) -> int:
-        """The tokens of a written answer; 0 where none is written."""
+        """The tokens of a written answer; 0 if none is written."""
         if self.written_tokens is None:
             return WRITTEN_TOKENS if self.chat else 0
         return self.written_tokens
@@ -341,7 +341,7 @@ class ChoiceSuite(PromptedSuite):
 
 
 def accuracy(values: Sequence[float], answer: int) -> float:
-    """1 where the right choice has the highest value; the first of equals counts as chosen."""
+    """1 if the right choice has the highest value; the first of equals counts as chosen."""
     return float(values.index(max(values)) == answer)
 
 

@@ -279,12 +279,12 @@ class ExactSuite(PromptedSuite):
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1 where the two normalised texts are the same."""
+    """1 if the two normalized texts are the same."""
     return float(prediction == reference)
 
 
 def contains(prediction: str, reference: str) -> float:
-    """1 where the normalised reference stands anywhere in the prediction as whole words."""
+    """1 if the normalized reference is anywhere in the prediction as whole words."""
     pattern = rf"(?<!\w){re.escape(reference)}(?!\w)"
     return float(re.search(pattern, prediction) is not None)
 
@@ -299,7 +299,7 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def number_match(prediction: str, reference: str) -> float:
-    """1 where the last number in the prediction equals the last number in the reference."""
+    """1 if the last number in the prediction equals the last number in the reference."""
     written, expected = find_last_number(prediction), find_last_number(reference)
     return float(written is not None and written == expected)
 
@@ -310,7 +310,7 @@ METRIC_FUNCTIONS = {
     "token_f1": token_f1,
     "number_match": number_match,
 }
-"""What an item scores, by metric: the normalised prediction against one normalised reference."""
+"""What an item scores, by metric: the normalized prediction against one normalized reference."""
 
 
 def normalize_text(text: str, steps: Sequence[Normalization]) -> str:

@@ -26,7 +26,7 @@ class Architecture:
     """What llama.cpp would compute differently: each is a reason to refuse."""
     extra_keys: Callable[[Config], dict[str, Any]]
     pairs_rotary: bool = False
-    """llama.cpp turns neighbouring dimensions of q and k; transformers turns the two halves."""
+    """llama.cpp turns neighboring dimensions of q and k; transformers turns the two halves."""
     norm_offset: float = 0.0
     """Added to every norm weight (Gemma keeps them as the difference from one)."""
 

@@ -1,4 +1,4 @@
-"""Recognise how a tokenizer.json cuts text into words, by llama.cpp's name for it."""
+"""Recognize how a tokenizer.json cuts text into words, by llama.cpp's name for it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ QWEN35_PATTERN = (
 )
 
 PIECES = "▁"
-"""What stands for a space in a sentencepiece vocabulary."""
+"""What represents a space in a sentencepiece vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ BYTE_LEVEL = {
 }
 
 
-def recognise_pre_tokenizer(tokenizer: Mapping[str, Any], source: Path) -> PreTokenizer:
+def recognize_pre_tokenizer(tokenizer: Mapping[str, Any], source: Path) -> PreTokenizer:
     """Return llama.cpp's name for the way `tokenizer` (a parsed tokenizer.json) cuts text.
 
-    It is recognised by its structure, not by a hash of its output: tools rewrite tokenizer.json
+    It is recognized by its structure, not by a hash of its output: tools rewrite tokenizer.json
     in ways that change nothing, and a new vocabulary does not change how words are cut.
 
     Raises:
@@ -102,14 +102,14 @@ def _step(part: Mapping[str, Any], source: Path) -> str:
     if kind == "Digits" and part.get("individual_digits"):
         return "digits"
     if kind == "Split" and "Regex" in part["pattern"]:
-        behaviour = (part.get("behavior"), bool(part.get("invert")))
-        if behaviour in {("Isolated", False), ("Removed", True)}:
+        behavior = (part.get("behavior"), bool(part.get("invert")))
+        if behavior in {("Isolated", False), ("Removed", True)}:
             return f"split {part['pattern']['Regex']}"
     return f"{kind} { ({key: value for key, value in part.items() if key != 'type'}) }"
 
 
 def _sentencepiece(tokenizer: Mapping[str, Any], source: Path) -> PreTokenizer:
-    """Recognise what transformers makes of a sentencepiece BPE model."""
+    """Recognize what transformers makes of a sentencepiece BPE model."""
     normalizer, pre = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")
     parts = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
     steps = [_normal_step(part) for part in parts]

@@ -47,7 +47,7 @@ class PlannedTensor:
     type: GGMLQuantizationType
     sources: tuple[Rows, ...]
     rotary_heads: int = 0
-    """The rows of each of this many heads go from two halves to neighbouring pairs."""
+    """The rows of each of this many heads go from two halves to neighboring pairs."""
     factor: float = 1.0
     """Every number is multiplied by it, then `offset` is added."""
     offset: float = 0.0

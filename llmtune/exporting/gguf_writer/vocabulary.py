@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.architectures import find_architecture
-from llmtune.exporting.gguf_writer.pretokenizers import PreTokenizer, recognise_pre_tokenizer
+from llmtune.exporting.gguf_writer.pretokenizers import PreTokenizer, recognize_pre_tokenizer
 from llmtune.io.json_files import read_json_object
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.tokenizer import TOKENIZER_NAME
@@ -83,7 +83,7 @@ def read_vocabulary(base: Checkpoint) -> Vocabulary:
     directory = base.directory
     path = directory / TOKENIZER_NAME
     content = read_tokenizer_json(directory)
-    pre = recognise_pre_tokenizer(content, path)
+    pre = recognize_pre_tokenizer(content, path)
     rows, tokenizer = base.num_embedding_rows, base.tokenizer
     tokens, kinds = _tokens(content, rows, is_sentencepiece=pre.model == "llama")
     merges = _merges(content["model"])
@@ -148,7 +148,7 @@ def _scores(
 ) -> tuple[float, ...]:
     """Return the score of each token: minus the rank of the first merge that makes it.
 
-    llama.cpp joins any two neighbours whose text is a token, best score first; tokenizers joins
+    llama.cpp joins any two neighbors whose text is a token, best score first; tokenizers joins
     listed pairs only, best rank first. Both do the same where every way to split a token into two
     tokens is a listed merge, as transformers writes them for sentencepiece models.
 

@@ -61,7 +61,7 @@ class FourBitRoundTrip:
         """Return some rows in the layer's compute dtype, on the CPU.
 
         Args:
-            tile_RC: rows of the weight as the checkpoint holds them; a whole number of blocks lies
+            tile_RC: rows of the weight as the checkpoint holds them; a whole number of blocks is
                 before them.
             scales_B: the part of `measure`'s result that belongs to these rows.
         """

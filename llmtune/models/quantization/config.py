@@ -17,7 +17,7 @@ QuantizationConfig = Annotated[
 
 DENSE = NoQuantization()
 SMALLEST = Nf4Quantization()
-"""What is advised where a base does not fit, and what a model is exported in."""
+"""What is advised if a base does not fit, and what a model is exported in."""
 
 
 def is_quantized(method: str | None) -> bool:

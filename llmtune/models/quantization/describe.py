@@ -146,7 +146,7 @@ def check_quantization(
 
     Raises:
         LlmtuneError: quantization was asked for and the model has no linear layer to quantize, or
-            a layer has another format, nesting or compute dtype than asked.
+            a layer has a different format, nesting or compute dtype than asked.
     """
     if not quantization.is_quantized:
         return
@@ -176,7 +176,7 @@ def _check_shape(name: str, layer: nn.Linear) -> None:
     found = tuple(layer.weight.shape if state is None else state.shape)
     if found != (layer.out_features, layer.in_features):
         raise LlmtuneError(
-            f"{name}.weight is of another shape in the checkpoint, {found}, than config.json "
+            f"{name}.weight has a different shape in the checkpoint, {found}, than config.json "
             f"says, {(layer.out_features, layer.in_features)}. Download or convert the base again."
         )
 
@@ -218,7 +218,7 @@ def describe_quantization(model: PreTrainedModel, method: str) -> QuantizationTa
 
 
 def logical_size(parameter: nn.Parameter) -> int:
-    """Return how many weights a parameter stands for; two 4-bit ones share a stored byte."""
+    """Return how many weights a parameter holds; two 4-bit ones share a stored byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 

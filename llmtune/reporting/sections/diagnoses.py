@@ -13,7 +13,7 @@ from llmtune.reporting.suites import SuiteReport
 
 
 def show_diagnosis(report: Report, diagnosis: Diagnosis[Any]) -> dict[str, Section] | None:
-    """Return the section of one diagnosis; None where it was not made or has no section."""
+    """Return the section of one diagnosis; None if it was not made or has no section."""
     found = report.diagnostics.found.get(diagnosis.name)
     section = None if found is None else diagnosis.section(found, collect_facts(report))
     return None if section is None else {"section": section}

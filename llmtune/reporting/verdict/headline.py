@@ -1,4 +1,4 @@
-"""What stands next to the verdict's name: what was not shown or measured, and what to do now."""
+"""What is shown next to the verdict's name: what was not shown or measured, and what to do now."""
 
 from collections.abc import Iterator
 

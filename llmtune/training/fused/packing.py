@@ -1,4 +1,4 @@
-"""Packed batches: attention within each row, and the probe that shows neighbours stay apart."""
+"""Packed batches: attention within each row, and the probe that shows neighbors stay apart."""
 
 import contextlib
 import inspect
@@ -50,8 +50,8 @@ def choose_packing(
     """Decide by a probe on the loaded model whether rows may share a batch without padding.
 
     The probe runs the very call that training uses on pieces of the first rows and asks three
-    things: does anything flow from a neighbour (a gradient that is not exactly zero, a hidden
-    state that changes with the neighbour), and does a packed row equal the row alone.
+    things: does anything flow from a neighbor (a gradient that is not exactly zero, a hidden
+    state that changes with the neighbor), and does a packed row equal the row alone.
 
     Raises:
         LlmtuneError: `wanted` is "on" and the model mixes packed rows.
@@ -61,7 +61,7 @@ def choose_packing(
     reason = _find_obstacle(model, examples)
     if reason is None:
         backend = _describe_backend(model)
-        return PackingChoice(True, f"the probe found no influence of neighbours ({backend})")
+        return PackingChoice(True, f"the probe found no influence of neighbors ({backend})")
     if wanted == "on":
         raise LlmtuneError(
             f"data.packing is on, but {type(model.get_base_model()).__name__} cannot be packed: "
@@ -72,7 +72,7 @@ def choose_packing(
 
 @contextlib.contextmanager
 def packed_attention(model: PeftModel) -> Iterator[bool]:
-    """Run the model's attention row by row inside; yields False where the model does not allow it.
+    """Run the model's attention row by row inside; yields False if the model does not allow it.
 
     The implementation that was chosen before is put back on leaving.
     """
@@ -132,7 +132,7 @@ def varlen_attention_forward(
 
 
 def no_mask(*_args: object, **_kwargs: object) -> None:
-    """Build no mask: rows are told apart by their lengths."""
+    """Build no mask: rows are distinguished by their lengths."""
 
 
 AttentionInterface.register(ATTENTION_NAME, varlen_attention_forward)
@@ -168,7 +168,7 @@ def _find_obstacle(model: PeftModel, examples: Sequence[Example]) -> str | None:
 
 
 def _probe(model: PeftModel, examples: Sequence[Example]) -> str | None:
-    """Measure the influence of a neighbour; return what is wrong, or None."""
+    """Measure the influence of a neighbor; return what is wrong, or None."""
     device = model.get_input_embeddings().weight.device
     left, right, other = _probe_rows(examples)
     model.eval()
@@ -179,13 +179,13 @@ def _probe(model: PeftModel, examples: Sequence[Example]) -> str | None:
         packed = _hidden(model, pack_rows([left, right]), device)[0, PROBE_TOKENS:]
         changed = _hidden(model, pack_rows([other, right]), device)[0, PROBE_TOKENS:]
         model.train()
-        gradient = _neighbour_gradient(model, pack_rows([left, right]), device)
+        gradient = _neighbor_gradient(model, pack_rows([left, right]), device)
     if gradient != 0.0:
-        return f"a gradient of {gradient:.2g} flows from a row to its neighbour"
+        return f"a gradient of {gradient:.2g} flows from a row to its neighbor"
     tolerated = TOLERANCES.get(alone.dtype, 1e-4)
     influence = (packed - changed).abs().max().item()
     if not influence <= tolerated * alone.abs().max().item():
-        return f"a row changes by {influence:.2g} with its neighbour"
+        return f"a row changes by {influence:.2g} with its neighbor"
     difference = relative_difference(packed, alone)
     if not difference <= tolerated:
         return f"a packed row differs by {difference:.1%} from the row alone"
@@ -204,7 +204,7 @@ def relative_difference(packed_TD: Tensor, alone_TD: Tensor) -> float:
 
 
 def _probe_rows(examples: Sequence[Example]) -> tuple[Example, Example, Example]:
-    """Return two neighbours and a third row as long as the first, made of real tokens."""
+    """Return two neighbors and a third row as long as the first, made of real tokens."""
     tokens: list[int] = []
     for example in examples:
         tokens += example.input_ids
@@ -224,7 +224,7 @@ def _hidden(model: PeftModel, micro_batch: MicroBatch, device: torch.device) -> 
         return decoder_hidden(model, move_to(micro_batch, device))
 
 
-def _neighbour_gradient(model: PeftModel, micro_batch: MicroBatch, device: torch.device) -> float:
+def _neighbor_gradient(model: PeftModel, micro_batch: MicroBatch, device: torch.device) -> float:
     """Return the largest gradient that the second row's hidden states send to the first row."""
     embedded: list[Tensor] = []
 

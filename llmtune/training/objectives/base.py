@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmtune.data.example import Example
-    from llmtune.training.loss import HeadChoice
+    from llmtune.training.loss import LossPath
 
 MicroBatch = dict[str, Any]
 """Tensors of rows that go through the model together: see `training.batch`."""
@@ -64,7 +64,7 @@ class Objective(Section):
         """
         return lay(examples)
 
-    def loss(self, model: "PeftModel", micro_batch: MicroBatch, head: "HeadChoice") -> "Tensor":
+    def loss(self, model: "PeftModel", micro_batch: MicroBatch, loss_path: "LossPath") -> "Tensor":
         """Return the micro-batch's share of the step's loss (see `training.loss` for tools)."""
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from llmtune.training.loss import HeadChoice
+    from llmtune.training.loss import LossPath
 
 
 class SftObjective(Objective):
@@ -18,11 +18,11 @@ class SftObjective(Objective):
 
     method: Literal["sft"] = "sft"
 
-    def loss(self, model: "PeftModel", micro_batch: MicroBatch, head: "HeadChoice") -> "Tensor":
+    def loss(self, model: "PeftModel", micro_batch: MicroBatch, loss_path: "LossPath") -> "Tensor":
         """Return the weighted sum of the cross-entropies (nats)."""
         from llmtune.training.loss import summed_loss
 
-        return summed_loss(model, micro_batch, head)
+        return summed_loss(model, micro_batch, loss_path)
 
     def metrics(self, sources: Mapping[int, str], device: "torch.device") -> "SourceLosses":
         """Return the loss of every source, if there are several."""

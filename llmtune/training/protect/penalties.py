@@ -16,7 +16,7 @@ from llmtune.ops.linear_cross_entropy import FrozenHead
 from llmtune.ops.linear_kl import linear_kl_divergence
 from llmtune.scoring.batches import adapter_disabled
 from llmtune.training.batch import move_to
-from llmtune.training.loss import HeadChoice, decoder_hidden
+from llmtune.training.loss import LossPath, decoder_hidden
 from llmtune.training.memory.measure import is_out_of_memory
 from llmtune.training.objectives.base import MicroBatch, OpenSums
 from llmtune.training.protect.config import KlToBaseConfig, ProtectConfig
@@ -65,7 +65,7 @@ class Protection:
         self,
         model: PeftModel,
         request: ProtectionRequest,
-        head: HeadChoice,
+        loss_path: LossPath,
         build: Callable[[Sequence[Example]], MicroBatch],
         *,
         seed: int,
@@ -78,7 +78,7 @@ class Protection:
         """
         self._model = model
         self._config = request.config
-        self._head = head
+        self._loss_path = loss_path
         self._build = build
         self._device = model.get_input_embeddings().weight.device
         self._updates = _find_updates(model) if request.config.l2 else []
@@ -87,10 +87,10 @@ class Protection:
         self._order = order.tolist()
         self._sums = torch.zeros(3, device=self._device)  # KL, L2, steps
         if request.config.kl_to_base is not None:
-            if not head.is_frozen:
+            if not loss_path.is_frozen:
                 raise LlmtuneError(
-                    f"protect.kl_to_base needs a frozen linear LM head, but {head.reason}; leave "
-                    "one of the two out"
+                    "protect.kl_to_base needs a frozen linear LM head, but "
+                    f"{loss_path.reason}; leave one of the two out"
                 )
             if request.probe is not None:
                 self._require_same_base(request.probe)
@@ -174,7 +174,9 @@ class Protection:
             self._model.train(is_training)
         positions = micro_batch["target_positions"]
         layer = self._model.get_base_model().get_output_embeddings()
-        frozen = FrozenHead(layer.weight, layer.bias, self._head.softcap, self._head.scale)
+        frozen = FrozenHead(
+            layer.weight, layer.bias, self._loss_path.softcap, self._loss_path.scale
+        )
         summed = linear_kl_divergence(
             hidden.flatten(0, 1)[positions], reference.flatten(0, 1)[positions], frozen
         )

@@ -22,7 +22,7 @@ from llmtune.evaluation.diagnosis.learning_curve import (
     LearningCurveResult,
     PowerLaw,
 )
-from llmtune.evaluation.diagnosis.memorisation import MemorisationResult
+from llmtune.evaluation.diagnosis.memorization import MemorizationResult
 from llmtune.evaluation.diagnosis.probe import ProbeCell, ProbeResult
 from llmtune.evaluation.diagnosis.shift import PairShift, ShiftResult, TextSet
 from llmtune.evaluation.diagnosis.stops import StopCount, StopsResult
@@ -58,7 +58,7 @@ EXAMPLES = [
         pairs={"train-general": PairShift(0.1, 0.2, 1.5, (1.0, 2.0), 0.1, 0.2, 0.002, 4, 4)},
         layer=15,
     ),
-    MemorisationResult(
+    MemorizationResult(
         inputs=INPUTS, gap_nats=0.1, gap_interval=(0.0, 0.2), auc=0.6, auc_interval=(0.5, 0.7),
         n_train=4, n_held_out=4,
     ),
@@ -88,8 +88,8 @@ def test_what_was_not_measured_is_none(tmp_path):
 def test_a_damaged_file_names_itself_and_the_place(tmp_path):
     path = write_diagnostic(EXAMPLES[4], tmp_path)
     path.write_text(path.read_text().replace('"auc": 0.6', '"auc": "high"'))
-    with pytest.raises(LlmtuneError, match="memorisation.json.*auc: .*number"):
-        read_diagnostic(MemorisationResult, tmp_path)
+    with pytest.raises(LlmtuneError, match="memorization.json.*auc: .*number"):
+        read_diagnostic(MemorizationResult, tmp_path)
 
 
 def test_a_result_of_other_models_is_known():

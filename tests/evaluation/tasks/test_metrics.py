@@ -48,7 +48,7 @@ def test_answer_probability_is_a_softmax_that_does_not_underflow():
         (("strip", "whitespace", "articles", "punctuation", "lowercase"), "cat sat"),
     ],
 )
-def test_normalisation_applies_its_steps_in_one_order(steps, expected):
+def test_normalization_applies_its_steps_in_one_order(steps, expected):
     assert normalize_text(" The Cat,  sat. ", steps) == expected
 
 

@@ -67,12 +67,12 @@ def leak_into_later_tokens(model):
     model.get_base_model().model.layers[0].mlp.register_forward_hook(leak)
 
 
-def test_a_model_that_mixes_neighbours_is_padded():
+def test_a_model_that_mixes_neighbors_is_padded():
     model = make_adapter()
     leak_into_later_tokens(model)
     choice = choose_packing(model, "auto", make_rows(3))
     assert not choice.packed
-    assert "neighbour" in choice.reason
+    assert "neighbor" in choice.reason
 
 
 def test_demanding_packing_of_a_model_that_mixes_is_an_error():

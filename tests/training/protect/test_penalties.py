@@ -12,7 +12,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.scoring.divergence import measure_divergence
 from llmtune.training.batch import StepCollator
 from llmtune.training.fused.packing import packed_attention
-from llmtune.training.loss import choose_head
+from llmtune.training.loss import choose_loss_path
 from llmtune.training.memory.arithmetic import UNLIMITED
 from llmtune.training.protect.config import ProtectConfig, add_replay
 from llmtune.training.protect.penalties import (
@@ -57,7 +57,7 @@ def make_protection(model, knobs, rows=None, probe=None):
     rows = general_rows() if rows is None else rows
     request = ProtectionRequest(ProtectConfig.model_validate(knobs), rows, probe)
     collator = StepCollator(rows, UNLIMITED, packed=False, pad_token_id=0)
-    return Protection(model, request, choose_head(model), collator.build, seed=0)
+    return Protection(model, request, choose_loss_path(model), collator.build, seed=0)
 
 
 def gradients(model):
@@ -236,7 +236,7 @@ def test_norms_of_other_scalings_add_up():
 def test_packed_rows_are_compared_one_by_one():
     model = shake(make_adapter()).train()
     rows = general_rows(3)
-    values, head = {}, choose_head(model)
+    values, head = {}, choose_loss_path(model)
     for packed in (False, True):
         collator = StepCollator(rows, UNLIMITED, packed=packed, pad_token_id=0)
         request = ProtectionRequest(ProtectConfig.model_validate(KL), rows)

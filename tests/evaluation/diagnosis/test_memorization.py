@@ -10,12 +10,12 @@ from sklearn.metrics import roc_auc_score
 
 from llmtune.data.example import IGNORE_INDEX, ExampleTableBuilder
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.diagnosis.memorisation import (
+from llmtune.evaluation.diagnosis.memorization import (
     RowLosses,
     compare_losses,
     measure_losses,
     membership_auc,
-    plan_memorisation,
+    plan_memorization,
 )
 
 
@@ -61,7 +61,7 @@ def rows_subject(subject):
 
 def test_fifty_epochs_on_twenty_rows_are_memorised(rows_subject, settings):
     train(rows_subject.scored.model, rows_subject.train, epochs=50)
-    found = plan_memorisation(rows_subject, settings).measure()
+    found = plan_memorization(rows_subject, settings).measure()
     assert found.auc > 0.9 and found.auc_interval[0] > 0.8
     assert found.gap_nats > 1 and found.gap_interval[0] > 0.5
     assert (found.n_train, found.n_held_out) == (20, 60)
@@ -69,16 +69,16 @@ def test_fifty_epochs_on_twenty_rows_are_memorised(rows_subject, settings):
 
 def test_an_adapter_that_does_nothing_has_no_gap_and_an_auc_of_a_half(rows_subject, settings):
     forget(rows_subject.scored.model)
-    found = plan_memorisation(rows_subject, settings).measure()
+    found = plan_memorization(rows_subject, settings).measure()
     assert found.gap_nats == pytest.approx(0, abs=1e-5)
     assert found.auc == pytest.approx(0.5, abs=0.1)
 
 
 def test_only_rows_that_training_saw_count_as_seen(rows_subject, settings):
     part = replace(rows_subject, trained=(1, 4, 6, 7))
-    assert plan_memorisation(part, settings).measure().n_train == 4
+    assert plan_memorization(part, settings).measure().n_train == 4
     with pytest.raises(LlmtuneError, match="3 trained and 60 held-out"):
-        plan_memorisation(replace(rows_subject, trained=(1, 2, 3)), settings).measure()
+        plan_memorization(replace(rows_subject, trained=(1, 2, 3)), settings).measure()
 
 
 @pytest.mark.parametrize("token_budget", [1, 500])

@@ -36,10 +36,10 @@ BOOTSTRAP_SAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemorisationResult(Diagnostic):
+class MemorizationResult(Diagnostic):
     """Gap of held-out and train loss beyond the base's, in nats a token, and membership AUC."""
 
-    FILE_NAME: ClassVar[str] = "memorisation.json"
+    FILE_NAME: ClassVar[str] = "memorization.json"
     gap_nats: float
     gap_interval: Interval
     auc: float
@@ -48,21 +48,22 @@ class MemorisationResult(Diagnostic):
     n_held_out: int
 
 
-class Memorisation(Diagnosis[MemorisationResult]):
-    """Whether the rows that were trained on are told from rows that were not."""
+class Memorization(Diagnosis[MemorizationResult]):
+    """Whether the rows that were trained on can be distinguished from rows that were not."""
 
-    name = "memorisation"
-    what = "memorisation"
-    help = "Whether train rows are told from held-out ones"
+    name = "memorization"
+    former_name = "memorisation"
+    what = "memorization"
+    help = "Whether train rows can be distinguished from held-out ones"
     extent: ClassVar[Extent] = "full"
-    number_names = ("memorisation_auc",)
-    result = MemorisationResult
+    number_names = ("memorization_auc",)
+    result = MemorizationResult
 
-    def plan(self, given: Given) -> Planned[MemorisationResult]:
+    def plan(self, given: Given) -> Planned[MemorizationResult]:
         """Plan to compare seen with held-out rows."""
-        return plan_memorisation(given.subject, given.diagnosis_settings)
+        return plan_memorization(given.subject, given.diagnosis_settings)
 
-    def section(self, found: MemorisationResult, facts: Facts) -> Section | None:
+    def section(self, found: MemorizationResult, facts: Facts) -> Section | None:
         """Say the gap of held-out and training loss, and the membership AUC."""
         nats, count = facts.write.nats, facts.write.count
         (gap_low, gap_high), (auc_low, auc_high) = found.gap_interval, found.auc_interval
@@ -80,9 +81,9 @@ class Memorisation(Diagnosis[MemorisationResult]):
             "Learned, or learned by heart?", (Paragraph(text), Paragraph(note, is_note=True))
         )
 
-    def numbers(self, found: MemorisationResult) -> dict[str, float | None]:
+    def numbers(self, found: MemorizationResult) -> dict[str, float | None]:
         """Return the membership AUC."""
-        return {"memorisation_auc": found.auc}
+        return {"memorization_auc": found.auc}
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class RowLosses:
     num_tokens: np.ndarray
 
 
-def plan_memorisation(subject: Subject, settings: DiagnosisSettings) -> Planned[MemorisationResult]:
+def plan_memorization(subject: Subject, settings: DiagnosisSettings) -> Planned[MemorizationResult]:
     """Plan to compare at most 200 rows that training saw with as many held-out rows.
 
     Refused where fewer than four rows were seen, or held out.
@@ -106,7 +107,7 @@ def plan_memorisation(subject: Subject, settings: DiagnosisSettings) -> Planned[
     held_out = [subject.held_out[place] for place in places]
     if min(len(seen), len(held_out)) < MIN_ROWS:
         return refuse(
-            MemorisationResult,
+            MemorizationResult,
             f"{len(seen)} trained and {len(held_out)} held-out rows; it needs "
             f"{MIN_ROWS} of each: give data.evaluation or data.evaluation_share",
         )
@@ -116,7 +117,7 @@ def plan_memorisation(subject: Subject, settings: DiagnosisSettings) -> Planned[
     }
     tokens = 2 * sum(len(row) for rows in ids.values() for row in rows)
 
-    def measure() -> MemorisationResult:
+    def measure() -> MemorizationResult:
         started = time.perf_counter()
         losses = [
             measure_losses(
@@ -128,7 +129,7 @@ def plan_memorisation(subject: Subject, settings: DiagnosisSettings) -> Planned[
             for name, rows in (("memory, seen rows", seen), ("memory, held-out rows", held_out))
         ]
         gap, gap_interval, auc, auc_interval = compare_losses(*losses, settings=settings)
-        return MemorisationResult(
+        return MemorizationResult(
             inputs=inputs,
             seconds=time.perf_counter() - started,
             gap_nats=gap,
@@ -139,7 +140,7 @@ def plan_memorisation(subject: Subject, settings: DiagnosisSettings) -> Planned[
             n_held_out=len(held_out),
         )
 
-    return Planned(MemorisationResult, inputs, tokens, measure)
+    return Planned(MemorizationResult, inputs, tokens, measure)
 
 
 def compare_losses(
@@ -150,7 +151,7 @@ def compare_losses(
     gap = [NLL_held(tuned) - NLL_seen(tuned)] - [NLL_held(base) - NLL_seen(base)], in nats per
     trained token: what the base itself finds harder in one of the sets is taken off. AUC of
     m(x) = NLL_base(x) - NLL_tuned(x), per trained token, of seen against held-out rows: 0.5 where
-    training changed both alike, 1 where every seen row gained more.
+    training changed both alike, 1 if every seen row gained more.
     """
     import numpy as np
 
