@@ -28,11 +28,15 @@ SHORT = ["train.max_steps=2", "evaluate.limit=2", "--quiet"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run whose template is a file of the user's; tests work on copies."""
+    """A finished run whose template is a file of the user's, with an argument; tests copy it."""
     directory = tmp_path_factory.mktemp("renderer")
-    model = {"base": str(directory / "base"), "chat_template": str(directory / "mine.jinja")}
+    model = {
+        "base": str(directory / "base"),
+        "chat_template": str(directory / "mine.jinja"),
+        "template_arguments": {"style": "brief"},
+    }
     config = make_project(directory, model=model)
-    (directory / "mine.jinja").write_text("{{ 'Chat: ' }}" + CHATML)
+    (directory / "mine.jinja").write_text("{{ 'Chat: ' + (style or 'long') + ' ' }}" + CHATML)
     assert run_command(["run", str(config), *SHORT]) == 0
     write_jsonl(directory / "prompts.jsonl", [{"prompt": "The film is warm."}])
     return directory
@@ -94,14 +98,16 @@ def test_the_golden_prompt_is_the_same_for_everything_that_is_saved(finished):
     for directory in (run / "adapter", run / "merged"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
         assert template_fingerprint(tokenizer).to_json() == recorded
+        chat = [{"role": "user", "content": "Hello"}]
+        for style, knobs in {"brief": {}, "wordy": {"style": "wordy"}}.items():
+            text = tokenizer.apply_chat_template(chat, tokenize=False, **knobs)
+            assert text.startswith(f"Chat: {style} ")
 
 
 def test_training_evaluation_and_chat_give_the_model_the_same_ids(finished, monkeypatch):
     """One question as a training row, as a suite's item and as a chat's first turn."""
     config = load_config(finished / "config.yaml")
-    tokenizer = Checkpoint.open(
-        finished / "base", chat_template=config.model.chat_template
-    ).tokenizer
+    tokenizer = Checkpoint.open(finished / "base", template=config.model.template).tokenizer
     question = "The film is funny. positive or negative?"
     messages = [{"role": "user", "content": question}]
     prompt = render_messages(tokenizer, messages, add_generation_prompt=True)

@@ -63,11 +63,12 @@ def _load(load: Load) -> tuple[LiveModel, bool]:
 
 
 def _kept_at(suite: Suite, base: Checkpoint) -> Path:
-    template = base.chat_template
+    template = base.template
     key = hash_json(
         [
             base.fingerprint,
-            hash_file(template) if template else None,
+            hash_file(template.file) if template.file else None,
+            *template.arguments,
             suite.config.model_dump(mode="json", exclude={"name", "description", "items", "role"}),
             suite.items_fingerprint,
         ]

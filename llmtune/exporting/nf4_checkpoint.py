@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from llmtune.io.own_files import copy_own
 from llmtune.io.unfinished import require_space
 from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.models.config import ModelConfig
+from llmtune.models.config import OWN_TEMPLATE, ModelConfig
 from llmtune.models.live import LiveModel
 from llmtune.models.load import load_model
 from llmtune.models.quantization.config import SMALLEST
@@ -65,7 +64,8 @@ def write_nf4(source: Checkpoint, directory: Path) -> Nf4Result:
         base=str(source.directory),
         quantization=SMALLEST,
         cache_quantized=False,  # what is exported is that very file
-        chat_template=source.chat_template,
+        chat_template=source.template.file,
+        template_arguments=dict(source.template.arguments),
     )
     source.require_whole(allow_pickle=False)
     require_space(directory, needed_bytes(config, source))
@@ -74,8 +74,9 @@ def write_nf4(source: Checkpoint, directory: Path) -> Nf4Result:
         loaded.model.save_pretrained(directory)
     for path in _copied_files(source.directory):
         copy_own(path, directory / path.name, root=source.directory)
-    if source.chat_template is not None:
-        shutil.copyfile(source.chat_template, directory / TEMPLATE_FILES[0])
+    if source.template != OWN_TEMPLATE:
+        template = str(source.tokenizer.chat_template)
+        (directory / TEMPLATE_FILES[0]).write_text(template, encoding="utf-8")
     for path in directory.iterdir():  # some writers leave files that only their owner can read
         path.chmod(0o644 if path.is_file() else 0o755)
     return Nf4Result(

@@ -10,6 +10,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file, hash_json
 from llmtune.io.json_files import read_json_object, read_weight_map
 from llmtune.io.safetensors import CheckpointIndex, fingerprint_checkpoint
+from llmtune.models.config import OWN_TEMPLATE, TemplateChoice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,15 +36,15 @@ class Checkpoint:
     """The hub commit, 40 hex digits; null for local files."""
     gguf_sha256: str | None = None
     """SHA-256 of the GGUF file that the checkpoint was made from."""
-    chat_template: Path | None = None
-    """A Jinja file that replaces the checkpoint's own chat template."""
+    template: TemplateChoice = OWN_TEMPLATE
+    """What replaces the checkpoint's own chat template, if anything."""
     template_date: str | None = None
     """The date (YYYY-MM-DD) that its chat template prints; null is the day's."""
 
     @classmethod
-    def open(cls, directory: Path, *, chat_template: Path | None = None) -> "Checkpoint":
+    def open(cls, directory: Path, *, template: TemplateChoice = OWN_TEMPLATE) -> "Checkpoint":
         """Open a local directory by its path; its files are checked when they are read."""
-        return cls(directory, str(directory), chat_template=chat_template)
+        return cls(directory, str(directory), template=template)
 
     @property
     def adapter_base(self) -> str:
@@ -148,7 +149,7 @@ class Checkpoint:
             num_rows=self.num_embedding_rows,
             config=self.config,
             generation_config=self.generation_config,
-            chat_template=self.chat_template,
+            template=self.template,
         )
         if self.template_date is not None:
             fix_template_date(tokenizer, self.template_date)

@@ -1,5 +1,6 @@
 """The `model` section: which base, in which numbers, on which device."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from llmtune.models.quantization.base import Quantization
 from llmtune.models.quantization.config import DENSE, QuantizationConfig
 from llmtune.schema import Section
 
+TemplateArgument = bool | int | float | str | None
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -35,8 +37,16 @@ class ModelConfig(Section):
     """Run Python code shipped with the model; a hub id then needs a pinned revision."""
     chat_template: Path | None = None
     """A Jinja chat template file to use instead of the tokenizer's own."""
+    template_arguments: dict[str, TemplateArgument] = Field(default_factory=dict)
+    """What the chat template is called with, such as {enable_thinking: false}. It becomes the
+    default of the template that the adapter and the merged model are saved with."""
     weights: Literal["safetensors", "any"] = "safetensors"
     """`any` also reads pickled .bin weights, through PyTorch's restricted unpickler."""
+
+    @property
+    def template(self) -> "TemplateChoice":
+        """The chat template that the config asks for."""
+        return TemplateChoice(self.chat_template, tuple(self.template_arguments.items()))
 
     @property
     def storage(self) -> Quantization:
@@ -47,3 +57,15 @@ class ModelConfig(Section):
     def quantization_method(self) -> str:
         """The name of the quantization, or none."""
         return self.storage.method
+
+
+@dataclass(frozen=True)
+class TemplateChoice:
+    """A chat template in place of a checkpoint's own, and what it is called with."""
+
+    file: Path | None = None
+    """A Jinja file; None is the checkpoint's own."""
+    arguments: tuple[tuple[str, TemplateArgument], ...] = ()
+
+
+OWN_TEMPLATE = TemplateChoice()

@@ -68,10 +68,8 @@ class Loadable:
                 or f"{self.name}: there is no merged model yet; make it with: "
                 f"llmtune merge {self.name}"
             )
-        template, date = self.model.chat_template, self.template_date
-        merged = replace(
-            Checkpoint.open(self.merged_dir, chat_template=template), template_date=date
-        )
+        merged = Checkpoint.open(self.merged_dir, template=self.model.template)
+        merged = replace(merged, template_date=self.template_date)
         merged.require_whole(allow_pickle=False)
         return merged
 
@@ -97,7 +95,7 @@ def resolve_base(config: ModelConfig, *, allow_quantized: bool = False) -> Check
         source = _local_source(path.absolute())
     else:
         source = _hub_source(config, allow_pickle=allow_pickle)
-    source = replace(source, chat_template=config.chat_template)
+    source = replace(source, template=config.template)
     source.require_whole(allow_pickle=allow_pickle, allow_quantized=allow_quantized)
     return source
 

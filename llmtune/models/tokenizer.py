@@ -1,19 +1,26 @@
 """Load a base's tokenizer, and check it against the model."""
 
+import difflib
+import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
+from llmtune.models.config import OWN_TEMPLATE, TemplateArgument, TemplateChoice
 from llmtune.models.turns import as_ids, stop_token_ids
 
 TOKENIZER_NAME = "tokenizer.json"
 SLOW_NAMES = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 NEW_PAD_TOKEN = "<|pad|>"
+OWN_ARGUMENTS = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
+)
+"""What a chat template is called with anyway."""
 # Tokens that model makers set aside, best first; none of them occurs in a text or a turn.
 SPARE_TOKENS = (
     r"<\|?pad\|?>|\[PAD\]",
@@ -32,7 +39,7 @@ def load_tokenizer(
     num_rows: int,
     config: Mapping[str, Any],
     generation_config: Mapping[str, Any],
-    chat_template: Path | None = None,
+    template: TemplateChoice = OWN_TEMPLATE,
 ) -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a checkpoint, with a pad token that is not EOS. Needs no torch.
 
@@ -46,7 +53,7 @@ def load_tokenizer(
         num_rows: the number of token ids that its embedding has rows for.
         config: the contents of its config.json.
         generation_config: the contents of its generation_config.json.
-        chat_template: a Jinja file that replaces the checkpoint's own chat template.
+        template: what replaces the checkpoint's own chat template, if anything.
 
     Raises:
         LlmtuneError: there is no tokenizer.json, no EOS token, or a token id without a row in the
@@ -57,8 +64,10 @@ def load_tokenizer(
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(base_dir), local_files_only=True)
     except (ValueError, KeyError, TypeError) as error:
         raise LlmtuneError(f"{base_dir / TOKENIZER_NAME}: cannot be read: {error}") from error
-    if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
+    if template.file is not None:
+        tokenizer.chat_template = _read_template(template.file)
+    if template.arguments:
+        tokenizer.chat_template = with_arguments(tokenizer.chat_template, template.arguments)
     _check_ids(tokenizer, num_rows, base_dir)
     _set_eos(tokenizer, config, base_dir)
     _set_pad(tokenizer, num_rows, generation_config, base_dir)
@@ -84,6 +93,48 @@ def _read_template(path: Path) -> str:
         raise LlmtuneError(
             f"model.chat_template={path}: cannot be read: {error}. Give a Jinja file."
         ) from error
+
+
+def with_arguments(template: object, arguments: Sequence[tuple[str, TemplateArgument]]) -> str:
+    """Return a chat template that is called with these arguments unless the caller sets them.
+
+    The template itself carries them, so that whatever renders it later (transformers, llama.cpp,
+    a server) renders what was trained.
+
+    Raises:
+        LlmtuneError: there is no template, or it does not read an argument.
+    """
+    names = ", ".join(name for name, _ in arguments)
+    if not isinstance(template, str) or not template:
+        raise LlmtuneError(
+            f"model.template_arguments sets {names}, but the base has no single chat template to "
+            "set them in: take them out, or give model.chat_template=FILE.jinja"
+        )
+    words = set(re.findall(r"[A-Za-z_]\w*", template))
+    for name, _ in arguments:
+        if name in OWN_ARGUMENTS:
+            raise LlmtuneError(
+                f"model.template_arguments: {name} is set by what is rendered; take it out"
+            )
+        if name not in words:
+            near = difflib.get_close_matches(name, words, n=1)
+            raise LlmtuneError(
+                f"model.template_arguments: the chat template does not read {name}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+    defaults = "".join(
+        f"{{% if {name} is not defined %}}{{% set {name} = {_jinja(value)} %}}{{% endif %}}"
+        for name, value in arguments
+    )
+    if template.startswith(defaults):  # one that was saved with them
+        return template
+    # the empty expression keeps a line break at the beginning of the template
+    return f"{defaults}{{{{ '' }}}}{template}"
+
+
+def _jinja(value: TemplateArgument) -> str:
+    """Return a value as Jinja writes it, which is JSON but for the words of Python."""
+    return "none" if value is None else json.dumps(value)
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerFast, rows: int, base_dir: Path) -> None:

@@ -114,7 +114,7 @@ def make_plan(request: PlanRequest) -> Plan:
         base.tokenizer_dir,
         batch_size=request.train.batch_size,
         seed=request.seed,
-        chat_template=request.model.chat_template,
+        template=request.model.template,
     )
     memory = plan_memory_of(request, shape, rows)
     work = build_workload(request, shape, rows)

@@ -14,6 +14,7 @@ from llmtune.data.rows import find_files
 from llmtune.errors import LlmtuneError
 from llmtune.io.quiet import quieted
 from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.config import OWN_TEMPLATE, TemplateChoice
 from llmtune.training.memory.arithmetic import RowSizes
 
 READ_BYTES = 20 << 20
@@ -50,7 +51,7 @@ def read_rows(
     *,
     batch_size: int,
     seed: int,
-    chat_template: Path | None = None,
+    template: TemplateChoice = OWN_TEMPLATE,
 ) -> RowFacts:
     """Return the lengths of the run's rows.
 
@@ -66,7 +67,7 @@ def read_rows(
         why = f"{absent[0]} is not here" if absent else "there is no tokenizer here"
         return _assume(data, batch_size, why)
     with quieted("llmtune.data"):  # the run itself tells of the rows what it has to tell
-        tokenizer = Checkpoint.open(tokenizer_dir, chat_template=chat_template).tokenizer
+        tokenizer = Checkpoint.open(tokenizer_dir, template=template).tokenizer
         kept_at = cache_path(data, tokenizer, split="train", seed=seed)
         kept = load_prepared(kept_at) if data.cache and kept_at is not None else None
         is_sampled = kept is None and sum(map(_num_bytes, sources)) > READ_BYTES

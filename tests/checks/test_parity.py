@@ -11,6 +11,7 @@ from llmtune.checks.parity import ParityRequest, compare_with_runtime
 from llmtune.checks.runtime import is_runtime_installed
 from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.config import TemplateChoice
 
 pytestmark = pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")
 
@@ -52,5 +53,9 @@ def test_another_template_is_seen(llama_dir, tmp_path):
     template = tmp_path / "other.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     path = tmp_path / "model.gguf"
-    write_gguf(GgufRequest(Checkpoint.open(llama_dir, chat_template=template), path, "f32", "tiny"))
+    write_gguf(
+        GgufRequest(
+            Checkpoint.open(llama_dir, template=TemplateChoice(template)), path, "f32", "tiny"
+        )
+    )
     assert compare(llama_dir, path).num_same_prompts == 0

@@ -21,12 +21,13 @@ from llmtune.exporting.gguf_writer.types import FILE_TYPES, GGUF_TYPES
 from llmtune.exporting.gguf_writer.write import GgufRequest, runtime_name, write_gguf
 from llmtune.io.unfinished import unfinished_file
 from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.config import TemplateChoice
 from tests.checkpoints import FAMILIES
 from tests.exporting.exports import export_model
 
 
 def export(directory, path, type="f32", *, chat_template=None, **keywords):
-    source = Checkpoint.open(directory, chat_template=chat_template)
+    source = Checkpoint.open(directory, template=TemplateChoice(chat_template))
     with unfinished_file(path) as unfinished:
         return write_gguf(GgufRequest(source, unfinished, type, "tiny", **keywords))
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
 from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.config import TemplateChoice
+from llmtune.models.tokenizer import with_arguments
 from llmtune.models.turns import require_chat_template, stop_token_ids
 from tests.tiny import CHATML, VOCAB_SIZE, make_tokenizer
 
@@ -30,7 +33,7 @@ def base(checkpoint, tmp_path):
 
 
 def load_tokenizer(base: Path, chat_template: Path | None = None) -> PreTrainedTokenizerFast:
-    return Checkpoint.open(base, chat_template=chat_template).tokenizer
+    return Checkpoint.open(base, template=TemplateChoice(chat_template)).tokenizer
 
 
 def save_words(directory: Path, words: list[str], special: list[str], **tokens) -> None:
@@ -130,6 +133,26 @@ def test_given_chat_template_replaces_the_tokenizers_own(base, tmp_path):
     assert load_tokenizer(base, chat_template=tmp_path / "mine.jinja").chat_template == LLAMA2_STYLE
     with pytest.raises(LlmtuneError, match="model.chat_template="):
         load_tokenizer(base, chat_template=tmp_path / "absent.jinja")
+
+
+@pytest.mark.parametrize("value", [False, 3, 0.5, "a 'b' \"c\" {{ d }}", None])
+def test_arguments_become_the_templates_defaults(base, value):
+    own = "\n{{ style is none }}|{{ style }}|{{ messages[0].content }}"
+    template = with_arguments(own, [("style", value)])
+    tokenizer = load_tokenizer(base)
+    render = partial(tokenizer.apply_chat_template, [{"content": "Hi"}], tokenize=False)
+    assert render(chat_template=template) == render(chat_template=own, style=value)
+    assert render(chat_template=template, style="x") == "\nFalse|x|Hi"
+    assert with_arguments(template, [("style", value)]) == template
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("stile", "does not read stile; did you mean style?"), ("tools", "tools is set by what")],
+)
+def test_an_argument_that_does_nothing_is_refused(name, message):
+    with pytest.raises(LlmtuneError, match=message):
+        with_arguments("{{ style }}", [(name, True)])
 
 
 def test_missing_chat_template_is_an_error_only_where_it_is_needed(base):
