@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from llmtune.data.problems import RowError
 from llmtune.data.tool_form import find_tool_form
 from llmtune.errors import LlmtuneError
-from llmtune.models.turns import TEMPLATE_ERRORS, require_chat_template
+from llmtune.models.chat_template import TEMPLATE_ERRORS, apply_chat_template
+from llmtune.models.turns import require_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,12 +37,12 @@ def render_messages(
     """
     require_chat_template(tokenizer)
     try:
-        ids = tokenizer.apply_chat_template(
+        ids = apply_chat_template(
+            tokenizer,
             _shape_messages(tokenizer, messages),
             tools=_shape_tools(tokenizer, tools),
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
-            return_dict=False,
         )
     except TEMPLATE_ERRORS as error:
         raise LlmtuneError(f"the chat template cannot render these messages: {error}") from error
@@ -61,11 +62,11 @@ def render_text(
         RowError: the template refuses this chat; the message is the template's own.
     """
     try:
-        text: str = tokenizer.apply_chat_template(
+        text: str = apply_chat_template(
+            tokenizer,
             _shape_messages(tokenizer, messages),
             tools=_shape_tools(tokenizer, tools),
             add_generation_prompt=add_generation_prompt,
-            tokenize=False,
         )
     except TEMPLATE_ERRORS as error:
         if not messages:
@@ -92,10 +93,10 @@ def render_texts(
     texts: dict[int, str | RowError] = {}
     if plain:
         try:
-            together = tokenizer.apply_chat_template(
+            together = apply_chat_template(
+                tokenizer,
                 [_shape_messages(tokenizer, chats[index][0]) for index in plain],
                 add_generation_prompt=add_generation_prompt,
-                tokenize=False,
             )
             texts = dict(zip(plain, together, strict=True))
         except TEMPLATE_ERRORS:

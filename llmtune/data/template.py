@@ -12,8 +12,8 @@ from llmtune.adapters.manifest import MANIFEST_NAME, read_adapter_manifest
 from llmtune.data.render import encode_plain
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_json
+from llmtune.models.chat_template import TEMPLATE_ERRORS
 from llmtune.models.template_date import DatedTemplate, fix_template_date, prints_date
-from llmtune.models.turns import TEMPLATE_ERRORS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from llmtune.models.turns import ANSWER, CALL, QUESTION, TEMPLATE_ERRORS, TOOL
+from llmtune.models.chat_template import TEMPLATE_ERRORS, apply_chat_template
+from llmtune.models.turns import ANSWER, CALL, QUESTION, TOOL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -126,9 +127,7 @@ def _render(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, Any]], form: ToolForm
 ) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tools=form.shape_tools([TOOL]), tokenize=False
-        )
+        text: str = apply_chat_template(tokenizer, messages, tools=form.shape_tools([TOOL]))
     except TEMPLATE_ERRORS:
         return ""
     return text

@@ -1,12 +1,14 @@
 """Jinja2 templates of prompts, compiled once and rendered in a sandbox."""
 
 from functools import lru_cache
+from typing import Any
 
 import jinja2
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.bounded_templates import TemplateTooLarge, bound_template, bounded_work
 
 RENDERING_ERRORS = (
     jinja2.TemplateError,
@@ -34,10 +36,25 @@ def compile_template(text: str, where: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
+    environment.template_class = _BoundedTemplate
     try:
-        return environment.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
+        return environment.from_string(bound_template(environment, text))
+    except (jinja2.TemplateSyntaxError, RecursionError, SyntaxError, MemoryError) as error:
         raise LlmtuneError(f"{where}: {error}") from None
+    except TemplateTooLarge as error:
+        raise LlmtuneError(f"{where}: is refused: {error}") from None
+
+
+class _BoundedTemplate(jinja2.Template):
+    """A template that is rendered within limits; whoever renders it has no more to do."""
+
+    def render(self, *args: Any, **values: Any) -> str:
+        with bounded_work([args, values]):
+            return super().render(*args, **values)
+
+    def make_module(self, *args: Any, **values: Any) -> Any:
+        with bounded_work([args, values]):
+            return super().make_module(*args, **values)
 
 
 @lru_cache(maxsize=64)

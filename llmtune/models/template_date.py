@@ -41,6 +41,12 @@ def template_date_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
     return str(getattr(tokenizer, _ATTRIBUTE, today()))
 
 
+def dated_source(tokenizer: PreTrainedTokenizerFast, source: str) -> str:
+    """Return the template's text, with the fixed date in the clock's place if there is one."""
+    date = getattr(tokenizer, _ATTRIBUTE, None)
+    return source if date is None or CLOCK not in source else _clock_macro(date) + source
+
+
 @dataclass
 class DatedTemplate:
     """A tokenizer's `apply_chat_template` on a fixed date; the template's own text stays."""
@@ -54,7 +60,7 @@ class DatedTemplate:
         """Render as transformers does, with the clock replaced by a macro before the template."""
         tokenizer = self.tokenizer
         text = tokenizer.get_chat_template(chat_template, tools)
-        if CLOCK in text:
+        if isinstance(text, str) and CLOCK in text:
             text = _clock_macro(self.date) + text
         render = type(tokenizer).apply_chat_template
         return render(tokenizer, *chats, tools=tools, chat_template=text, **options)

@@ -10,25 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2.exceptions import TemplateError
-
 from llmtune.errors import LlmtuneError
+from llmtune.models.chat_template import TEMPLATE_ERRORS, apply_chat_template
 from llmtune.models.thinking import THINKING, lead_behind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-TEMPLATE_ERRORS = (
-    TemplateError,
-    TypeError,
-    KeyError,
-    ValueError,
-    AttributeError,
-    IndexError,
-    ArithmeticError,
-    RecursionError,
-)
-"""What rendering may raise: a template is someone's program, run on someone's rows."""
 
 QUESTION = "Which number comes after twelve?"
 ANSWER = "Thirteen, of course"
@@ -222,8 +209,8 @@ def _render(
     add_generation_prompt: bool = False,
 ) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
+        text: str = apply_chat_template(
+            tokenizer, messages, tools=tools, add_generation_prompt=add_generation_prompt
         )
     except TEMPLATE_ERRORS as error:
         roles = ", ".join(message["role"] for message in messages)

@@ -1,0 +1,86 @@
+"""The one place where chat templates are rendered: as transformers does it, within limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import nodes
+from jinja2.exceptions import TemplateError
+
+from llmtune.io.bounded_templates import TemplateTooLarge, bound_template, bounded_work
+from llmtune.models.template_date import dated_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    LookupError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    SyntaxError,
+    MemoryError,
+)
+"""What rendering may raise: a template is someone's program, run on someone's rows."""
+
+KNOWN_TEMPLATES = 64
+SHORT_CHAT = 16
+"""Messages; a template that fails on so few is not tried again."""
+
+Chat = Sequence[Mapping[str, Any]]
+
+_refused: dict[str, str] = {}
+
+
+def apply_chat_template(
+    tokenizer: PreTrainedTokenizerFast,
+    chats: Chat | Sequence[Chat],
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    tokenize: bool = False,
+) -> Any:
+    """Return the text of a chat, or the texts of several; the token ids with `tokenize`.
+
+    Raises:
+        TEMPLATE_ERRORS: the template cannot be read, or refuses the chat.
+        LlmtuneError: the template makes too much of it, or takes too long.
+    """
+    source = dated_source(tokenizer, tokenizer.get_chat_template(None, tools))
+    if source in _refused:
+        raise TemplateTooLarge(_refused[source])
+    several = bool(chats) and not isinstance(chats[0], Mapping)
+    messages = sum(map(len, chats)) if several else len(chats)
+    try:
+        template = _bounded_template(source)
+        with bounded_work([chats, tools], parts=messages):
+            return tokenizer.apply_chat_template(
+                chats,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=tokenize,
+                return_dict=False,
+                chat_template=template,
+            )
+    except TemplateTooLarge as error:
+        refusal = (
+            f"the chat template is refused: {error}. It is damaged or hostile; choose a different "
+            "one with model.chat_template=FILE.jinja"
+        )
+        if messages <= SHORT_CHAT:
+            _refused[source] = refusal
+        raise TemplateTooLarge(refusal) from error
+
+
+@lru_cache(maxsize=KNOWN_TEMPLATES)
+def _bounded_template(source: str) -> nodes.Template:
+    """Return the template with its limits; transformers compiles what is parsed already, too."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return bound_template(_compile_jinja_template("").environment, source)
