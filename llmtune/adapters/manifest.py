@@ -1,11 +1,12 @@
 """What is saved beside an adapter: its manifest, and checks that need no torch."""
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmtune.adapters.config import method_of
+from llmtune.adapters.patterns import require_quick_patterns
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file, hash_json
 from llmtune.io.json_files import read_json_object
@@ -17,6 +18,11 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 MANIFEST_FORMAT = 1
 COPY_AGAIN = "Copy the adapter again, or make it again"
+ALL_LINEAR = "all-linear"
+NEEDED_SETTINGS = frozenset({"r", "lora_alpha"})
+"""Never `null`."""
+MOST_RANK = 1 << 20
+MOST_ALPHA = 1e9
 
 
 def read_adapter_manifest(directory: Path) -> dict[str, Any]:
@@ -42,6 +48,9 @@ def read_adapter_manifest(directory: Path) -> dict[str, Any]:
             f"{path}: format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}. "
             "Use the llmtune that wrote it, or train the adapter again"
         )
+    for name in ("base", "config", "files", "template"):
+        if not isinstance(manifest.get(name) or {}, dict):
+            raise LlmtuneError(f"{path}: {name} is not an object. {COPY_AGAIN}")
     return manifest
 
 
@@ -58,6 +67,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
             "adapter (a run's is RUN/adapter), or copy back what is lost"
         )
     config = read_json_object(directory / CONFIG_NAME, advice=COPY_AGAIN)
+    _check_settings(config, directory / CONFIG_NAME)
     try:
         method_of(config)
     except LlmtuneError as error:
@@ -75,6 +85,65 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
             )
         )
     return config
+
+
+def _check_settings(config: Mapping[str, Any], path: Path) -> None:
+    """Check the values that peft and merging take as they are; `null` mostly counts as not set."""
+    for expected, settings in SETTINGS.items():
+        for name in settings:
+            value = config.get(name)
+            is_set = value is not None or (name in config and name in NEEDED_SETTINGS)
+            if is_set and not IS_SETTING[expected](value):
+                raise LlmtuneError(
+                    f"{path}: {name} is {str(value)!r:.80}; expected {expected}. {COPY_AGAIN}"
+                )
+    patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
+    named = [config.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    patterns += [value for value in named if isinstance(value, str) and value != ALL_LINEAR]
+    if patterns:
+        require_quick_patterns(patterns, (), place=str(path))
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and 0 < value <= MOST_RANK
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(float(str(value))) < MOST_ALPHA
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+IS_SETTING: Mapping[str, Callable[[Any], bool]] = {
+    "a whole number above 0": _is_whole,
+    "a number": _is_number,
+    "true or false": lambda value: isinstance(value, bool),
+    "a text": lambda value: isinstance(value, str),
+    "a list of names": _are_names,
+    "a list of names, or one regex": lambda value: isinstance(value, str) or _are_names(value),
+    "whole numbers above 0 by pattern": lambda value: (
+        isinstance(value, dict) and all(map(_is_whole, value.values()))
+    ),
+    "numbers by pattern": lambda value: (
+        isinstance(value, dict) and all(map(_is_number, value.values()))
+    ),
+    "a whole number or a list of them": lambda value: (
+        isinstance(value, int) or (isinstance(value, list) and all(type(n) is int for n in value))
+    ),
+}
+SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "a whole number above 0": ("r",),
+    "a number": ("lora_alpha", "lora_dropout"),
+    "true or false": ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"),
+    "a text": ("peft_type", "task_type", "bias", "base_model_name_or_path", "revision"),
+    "a list of names": ("modules_to_save", "target_parameters"),
+    "a list of names, or one regex": ("target_modules", "exclude_modules", "layers_pattern"),
+    "whole numbers above 0 by pattern": ("rank_pattern",),
+    "numbers by pattern": ("alpha_pattern",),
+    "a whole number or a list of them": ("layers_to_transform",),
+}
 
 
 def has_strengths(directory: Path) -> bool:
@@ -102,7 +171,7 @@ def check_adapter(directory: Path, *, base_fingerprint: str | None) -> tuple[str
         )
     manifest = read_adapter_manifest(directory)
     _require_unchanged(directory, manifest.get("files") or {})
-    base = manifest.get("base", {})
+    base = manifest.get("base") or {}
     trained_on = base.get("fingerprint")
     if base_fingerprint is not None and trained_on != base_fingerprint:
         raise LlmtuneError(
@@ -162,7 +231,7 @@ def _is_filled(content: bytes, value: float, dtype: str) -> bool:
     if dtype == "BF16":
         number = struct.pack("<f", value)[2:]
     else:
-        number = struct.pack({"F16": "<e", "F32": "<f", "F64": "<d"}[dtype], value)
+        number = struct.pack({"F16": "<e", "F32": "<f", "F64": "<d"}.get(dtype, "<f"), value)
     return content == number * (len(content) // len(number))
 
 

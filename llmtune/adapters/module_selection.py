@@ -1,11 +1,13 @@
 """Which weights an adapter config means, by their names; what matches none is an error."""
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from llmtune.adapters.base import Adapter, matches_pattern
+from llmtune.adapters.patterns import require_quick_patterns
 from llmtune.errors import LlmtuneError
 
 ALL_LINEAR = "all-linear"
@@ -47,6 +49,7 @@ def choose_targets(config: Adapter, names: ModuleNames) -> list[str]:
             nothing, each with the nearest names.
     """
     problems: list[str] = []
+    require_quick_patterns(_regexes(config), names.modules, place="adapter")
     chosen = _by_name(config, names, problems)
     chosen = _by_layer(config, chosen, problems)
     for key, patterns in config.patterns.items():
@@ -77,6 +80,18 @@ def layer_number(name: str) -> int | None:
     """Return the number of the layer that a module is in: the first number in its name."""
     match = LAYER_NUMBER.search(name)
     return None if match is None else int(match.group(1))
+
+
+def _regexes(config: Adapter) -> Iterator[str]:
+    """Yield the regexes of a config; what is none is named later, with all other problems."""
+    wanted = config.target_modules
+    for pattern in (
+        *([wanted] if isinstance(wanted, str) and wanted != ALL_LINEAR else ()),
+        *(pattern for patterns in config.patterns.values() for pattern in patterns),
+    ):
+        with contextlib.suppress(re.error):
+            re.compile(pattern)
+            yield pattern
 
 
 def _by_name(config: Adapter, names: ModuleNames, problems: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ from llmtune.adapters.manifest import (
 )
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import JsonValue, hash_file
-from llmtune.io.json_files import read_json_object
+from llmtune.io.json_files import blamed_on, read_json_object
 from llmtune.io.run_dir import atomic_write_json
 
 NUM_NAMED = 3
@@ -113,7 +113,8 @@ def load_adapter(
     config = _read_peft_config(directory)
     config.inference_mode = not trainable
     try:
-        adapted = attach(model, config)
+        with blamed_on(directory / CONFIG_NAME, "peft", advice=COPY_AGAIN, passing=ValueError):
+            adapted = attach(model, config)
     except ValueError as error:
         raise LlmtuneError(f"{directory}: does not fit this model: {error}") from error
     _load_weights(adapted, directory)
@@ -146,10 +147,8 @@ def start_from_adapter(model: PeftModel, directory: Path, *, base_fingerprint: s
 
 def _load_weights(model: PeftModel, directory: Path) -> None:
     path = directory / WEIGHTS_NAME
-    try:
+    with blamed_on(path, "safetensors", advice=COPY_AGAIN):
         saved = load_file(path)
-    except SafetensorError as error:
-        raise LlmtuneError(f"{path}: cannot be read: {error}. {COPY_AGAIN}") from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     problems = _differences(_without_base_copies(saved, model), expected)
     if problems:
@@ -193,10 +192,8 @@ def _differences(
 
 def _read_peft_config(directory: Path) -> PeftConfig:
     read_adapter_config(directory)
-    try:
+    with blamed_on(directory / CONFIG_NAME, "peft", advice=COPY_AGAIN):
         return PeftConfig.from_pretrained(str(directory))
-    except (TypeError, ValueError) as error:
-        raise LlmtuneError(f"{directory / CONFIG_NAME}: peft cannot read it: {error}") from error
 
 
 def _record_base(path: Path, base: JsonValue) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from llmtune.checks.modules import ModuleDifference, compare_modules
 from llmtune.checks.prompts import ComparedPrompts
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import blamed_on
 from llmtune.io.safetensors import CheckpointIndex
 from llmtune.models.quantization.describe import keep_differentiable
 from llmtune.models.quiet import quiet_loading
@@ -28,6 +29,7 @@ from llmtune.scoring.divergence import compare_distributions
 from llmtune.scoring.generate import Decoding, Generation, generate_texts
 from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
 
+MERGE_AGAIN = "merge again"
 MAX_MEAN_LOSS = 100.0  # nats; keeps the perplexity of a broken model a number
 MAX_KL_SHARE = 1e-5
 """Of KL(adapter || base), what a right merge stored and computed in float32 may differ by."""
@@ -205,7 +207,8 @@ def verify_merge(
         device=model_device(live),
         trust_remote_code=trust_remote_code,
     )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(merged_dir), local_files_only=True)
+    with blamed_on(merged_dir / "tokenizer.json", "transformers", advice=MERGE_AGAIN):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(merged_dir), local_files_only=True)
     compared = _compare_sequences(live, merged, prompts.sequences)
     label_differences = _compare_labels(live, merged, prompts.labels)
     divergences = _compare_answers(live, merged, tokenizer, prompts.open_prompts, decoding)
@@ -267,17 +270,14 @@ def load_merged(
     Raises:
         LlmtuneError: transformers cannot load it, or leaves some of its weights uninitialised.
     """
-    try:
-        with quiet_loading():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                merged_dir,
-                dtype=dtype or "auto",
-                local_files_only=True,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise LlmtuneError(f"{merged_dir} cannot be loaded: {error}") from error
+    with blamed_on(merged_dir, "transformers", advice=MERGE_AGAIN), quiet_loading():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            merged_dir,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         raise LlmtuneError(
             f"{merged_dir} does not fit its config: "

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from llmtune.data.rows import find_files
 from llmtune.data.stored import read_stored
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
 from llmtune.io.json_files import parse_json
-from llmtune.io.unfinished import new_entry, replace_entry
+from llmtune.io.unfinished import drop_entry, new_entry, replace_entry
 from llmtune.models.gguf import cache_dir
 from llmtune.models.template_date import template_date_of
 
@@ -120,7 +119,7 @@ def open_entry(entry: Path) -> Iterator[Path | None]:
     try:
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        drop_entry(directory)
 
 
 def save_prepared(entry: Path, prepared: PreparedData, directory: Path) -> None:

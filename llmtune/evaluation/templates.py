@@ -8,7 +8,8 @@ from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmtune.errors import LlmtuneError
-from llmtune.io.bounded_templates import TemplateTooLarge, bound_template, bounded_work
+from llmtune.io.bounded_templates import bound_template
+from llmtune.io.template_guards import TemplateTooLarge, bounded_work
 
 RENDERING_ERRORS = (
     jinja2.TemplateError,

@@ -17,6 +17,7 @@ MOST_VALUES = 8 << 20
 TYPE_NAMES = {"NoneType": "null", "list": "a list", "str": "a text", "bool": "true or false"}
 SHOWN_REASON = 300
 FETCH_AGAIN = "it may be damaged: fetch it again"
+FILE_NAME = re.compile("[^/\\\\\0\ud800-\udfff]{1,200}")
 NOT_THE_FILE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE})
 
 
@@ -84,7 +85,7 @@ def read_weight_map(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
             f"file names; {FETCH_AGAIN}"
         )
     for name in weight_map.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
+        if not isinstance(name, str) or not FILE_NAME.fullmatch(name) or name in (".", ".."):
             raise LlmtuneError(
                 f"{path}: names the shard {name!r:.100}; expected the name of a file beside it; "
                 f"{FETCH_AGAIN}"
@@ -93,11 +94,18 @@ def read_weight_map(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 @contextmanager
-def blamed_on(path: Path, reader: str, *, advice: str = FETCH_AGAIN) -> Iterator[None]:
+def blamed_on(
+    path: Path,
+    reader: str,
+    *,
+    advice: str = FETCH_AGAIN,
+    passing: type[Exception] | tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
     """Turn what a library says while it reads a file into one line with the file's name.
 
     A library raises whatever its parser meets: a KeyError, a TypeError, a bare Exception, a panic
-    of Rust code. What is not a complaint about the file passes: a full memory or disk, a Ctrl-C.
+    of Rust code. What is not a complaint about the file passes: a full memory or disk, a Ctrl-C, and
+    what is `passing`.
 
     Raises:
         LlmtuneError: the library, called `reader` in the message, cannot read the file.
@@ -107,6 +115,8 @@ def blamed_on(path: Path, reader: str, *, advice: str = FETCH_AGAIN) -> Iterator
     except (LlmtuneError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
+        if isinstance(error, passing):
+            raise
         if "OutOfMemory" in type(error).__name__ or getattr(error, "errno", None) in NOT_THE_FILE:
             raise
         raise LlmtuneError(

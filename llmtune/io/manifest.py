@@ -115,7 +115,8 @@ def _is_well_formed(values: Mapping[str, Any]) -> bool:
     return (
         all(isinstance(part, dict) for part in parts)
         and isinstance(values.get("created", ""), str)
-        and isinstance(values.get("config", {}).get("model", {}), dict)
+        and isinstance(values.get("config"), dict)
+        and isinstance(values["config"].get("model", {}), dict)
     )
 
 

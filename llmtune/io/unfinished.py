@@ -10,7 +10,6 @@ import fcntl
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape
@@ -22,7 +21,7 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 WRITING = ".writing-"
 """Begins the name of a directory that is being written or taken away."""
-DAY_SECONDS = 24 * 3600
+_locks: dict[Path, int] = {}
 
 
 @contextmanager
@@ -36,7 +35,7 @@ def unfinished_dir(out: Path) -> Iterator[Path]:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
-    scratch, lock = _make_locked(out)
+    scratch, lock = _make_locked(out.parent, _prefix(out, "tmp"))
     try:
         with _explained(out):
             yield scratch
@@ -137,10 +136,10 @@ def require_space(out: Path, needed: int, *, what: str | None = None) -> None:
         )
 
 
-def _make_locked(out: Path) -> tuple[Path, int]:
-    """Make the scratch directory and lock it; another start may take it before the lock is ours."""
+def _make_locked(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Make a scratch directory and lock it; another start may take it before the lock is ours."""
     while True:
-        scratch = Path(tempfile.mkdtemp(prefix=_prefix(out, "tmp"), dir=out.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         try:
             lock = os.open(scratch, os.O_RDONLY)
         except FileNotFoundError:
@@ -197,11 +196,24 @@ def _flush(path: Path) -> None:
 def new_entry(entry: Path) -> Path:
     """Return an empty directory beside `entry` to write to; its parent is made.
 
+    It is locked until `replace_entry` or `drop_entry`. What killed processes left is removed.
+
     Raises:
         OSError: the cache cannot be written.
     """
     entry.parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(dir=entry.parent, prefix=WRITING))
+    for leftover in entry.parent.glob(f"{WRITING}*"):
+        _remove_unlocked(leftover)
+    directory, lock = _make_locked(entry.parent, WRITING)
+    _locks[directory] = lock
+    return directory
+
+
+def drop_entry(directory: Path) -> None:
+    """Remove a directory of `new_entry`, if it was not renamed, and its lock."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if (lock := _locks.pop(directory, None)) is not None:
+        os.close(lock)
 
 
 def replace_entry(directory: Path, entry: Path, *, num_kept: int) -> None:
@@ -221,20 +233,19 @@ def _move_away(entry: Path) -> None:
     """Take an entry out of the way in one step; whoever has mapped it keeps its bytes."""
     if not entry.exists():
         return
-    away = Path(tempfile.mkdtemp(dir=entry.parent, prefix=WRITING))
+    away, lock = _make_locked(entry.parent, WRITING)
     with contextlib.suppress(FileNotFoundError):
         entry.rename(away / entry.name)
     shutil.rmtree(away, ignore_errors=True)
+    os.close(lock)
 
 
 def _forget_oldest(directory: Path, num_kept: int) -> None:
-    """Keep the entries that were used last, and nothing left by a process that was killed."""
+    """Keep the entries that were used last."""
     ages = []
     for entry in directory.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             ages.append((entry.stat().st_mtime, entry))
-    yesterday = time.time() - DAY_SECONDS
-    left = [entry for age, entry in ages if entry.name.startswith(WRITING) and age < yesterday]
     kept = sorted((pair for pair in ages if not pair[1].name.startswith(".")), reverse=True)
-    for entry in [*left, *(entry for _, entry in kept[num_kept:])]:
+    for _, entry in kept[num_kept:]:
         _move_away(entry)

@@ -23,6 +23,8 @@ BASE_COPY_KEY = re.compile(
     r"(?:\.token_adapter)?\.base_layer(?=\.weight$)|\.original_module(?=\.(?:weight|bias)$)"
 )
 
+FLOATS = ("BF16", "F16", "F32", "F64")
+
 PIECE_ELEMENTS = 1 << 20
 
 # The coarsest of the 16-bit formats keeps 8 bits of a number: what a cast to it may change.
@@ -54,6 +56,12 @@ class AdapterFiles:
         method = method_of(config)
         method.check_settings(directory, config)
         tensors = {entry.name: entry for entry in read_header(directory / WEIGHTS_NAME).tensors}
+        for name, entry in tensors.items():
+            if entry.dtype not in FLOATS:
+                raise LlmtuneError(
+                    f"{directory / WEIGHTS_NAME}: tensor {name!r} is of type {entry.dtype}; "
+                    f"expected one of {', '.join(FLOATS)}"
+                )
         files = cls(directory, method, config, tensors)
         for name, entry in tensors.items():
             files._sort_in(name, entry)

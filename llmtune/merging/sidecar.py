@@ -59,7 +59,8 @@ def merged_config(plan: MergePlan) -> dict[str, Any]:
     for tensor in plan.tensors:
         sizes[tensor.dtype] += tensor_bytes(tensor.dtype, tensor.shape)
     ((stored, _),) = sizes.most_common(1)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPE_NAMES[stored]
+    if stored in DTYPE_NAMES:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPE_NAMES[stored]
     config |= plan.config_changes
     text_config = config.get("text_config")
     if isinstance(text_config, dict):

@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from llmtune.io.json_files import blamed_on
 from llmtune.models.checkpoint import CONFIG_NAME, GENERATION_NAME
 from llmtune.models.stored_tensors import stored_tensors
 
@@ -57,7 +58,8 @@ def _has_own_class(config: PreTrainedConfig | None) -> bool:
 def _read_generation_config(directory: Path) -> GenerationConfig:
     """Return what transformers would: generation_config.json, else what config.json says of it."""
     if (directory / GENERATION_NAME).is_file():
-        return GenerationConfig.from_pretrained(str(directory))
+        with blamed_on(directory / GENERATION_NAME, "transformers"):
+            return GenerationConfig.from_pretrained(str(directory))
     return GenerationConfig.from_pretrained(
         str(directory), config_file_name=CONFIG_NAME, _from_model_config=True
     )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import nodes
 from jinja2.exceptions import TemplateError
 
-from llmtune.io.bounded_templates import TemplateTooLarge, bound_template, bounded_work
+from llmtune.io.bounded_templates import bound_template
+from llmtune.io.template_guards import TemplateTooLarge, bounded_work
 from llmtune.models.template_date import dated_source
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from llmtune.io.fingerprint import hash_file, hash_json
 from llmtune.io.json_files import read_json_object, read_weight_map
 from llmtune.io.safetensors import CheckpointIndex, fingerprint_checkpoint
 from llmtune.models.config import OWN_TEMPLATE, TemplateChoice
+from llmtune.models.plausible import check_config, check_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -75,6 +76,7 @@ class Checkpoint:
         config = read_json_object(path)
         if not isinstance(config.get("model_type"), str):
             raise LlmtuneError(f"{path}: no `model_type`: this is not a transformers checkpoint.")
+        check_config(config, str(path))
         return config
 
     @property
@@ -85,7 +87,9 @@ class Checkpoint:
     @property
     def num_embedding_rows(self) -> int:
         """The number of token ids the model has rows for: config.json's vocab_size."""
-        rows = self.config.get("vocab_size", self.config.get("text_config", {}).get("vocab_size"))
+        rows = self.config.get(
+            "vocab_size", (self.config.get("text_config") or {}).get("vocab_size")
+        )
         if not isinstance(rows, int):
             raise LlmtuneError(f"{self.directory / CONFIG_NAME}: no `vocab_size`.")
         return rows
@@ -174,6 +178,7 @@ class Checkpoint:
         if not allow_quantized:
             refuse_quantized(config, str(self.directory))
         if self.has_safetensors:
+            check_sizes(config, self.index, str(self.directory / CONFIG_NAME))
             return
         if has_weights(self.directory, PICKLE_NAMES):
             if allow_pickle:
@@ -195,7 +200,7 @@ def refuse_quantized(config: Mapping[str, Any], place: str) -> None:
     Raises:
         LlmtuneError: it is; `place` names it.
     """
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise LlmtuneError(
             f"{place}: this base is already quantized ({method}); an adapter could not be "

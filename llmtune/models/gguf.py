@@ -38,6 +38,8 @@ def dense_checkpoint(gguf_path: Path) -> tuple[Path, str]:
         raise LlmtuneError(f"{gguf_path}: not a GGUF file (its first four bytes are not GGUF).")
     sha256 = hash_file(gguf_path)
     target = cache_dir() / "bases" / sha256[:16]
+    if target.parent.is_dir():
+        remove_all_leftovers(target.parent)
     if not (target / CONFIG_NAME).is_file():
         logger.info("%s: making a dense checkpoint from it, once, in %s", gguf_path, target)
         _make_once(target, lambda directory: _convert(gguf_path, sha256, directory))
@@ -49,8 +51,6 @@ def _make_once(target: Path, write: Callable[[Path], None]) -> None:
 
     What a killed conversion left is removed; what another process is writing is kept.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_all_leftovers(target.parent)
     with unfinished_dir(target) as scratch:
         made = scratch / target.name
         made.mkdir()

@@ -12,8 +12,9 @@ from transformers import (
 )
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import blamed_on
 from llmtune.models.build import build_model
-from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.generation import repair_generation_config
 from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
@@ -36,6 +37,8 @@ from llmtune.models.quantized_cache import (
 )
 from llmtune.models.quiet import quiet_loading
 from llmtune.models.turns import stop_token_ids
+
+LOAD_ADVICE = "if the message is not clear, fetch config.json and the weights again"
 
 
 def load_model(config: ModelConfig, source: Checkpoint) -> LiveModel:
@@ -161,18 +164,14 @@ def _load_kept(
 def _load_weights(
     config: ModelConfig, source: Checkpoint, keywords: dict[str, Any]
 ) -> PreTrainedModel:
+    storage = config.storage
+    asked = f"model.quantization.method={storage.method}, " if storage.is_quantized else ""
+    reader = f"transformers (with {asked}{keywords['dtype']}, {keywords['device_map']['']})"
     try:
-        with quiet_loading():
+        with blamed_on(source.directory / CONFIG_NAME, reader, advice=LOAD_ADVICE), quiet_loading():
             model, info = build_model(source.directory, keywords)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise _too_large(config, source, keywords) from error
-    except (ValueError, ImportError, RuntimeError, OSError) as error:
-        storage = config.storage
-        asked = f"model.quantization.method={storage.method}, " if storage.is_quantized else ""
-        raise LlmtuneError(
-            f"{source.origin}: cannot be loaded ({asked}{keywords['dtype']}, "
-            f"{keywords['device_map']['']}): {error}"
-        ) from error
     _check_loading_info(info, source)
     return model
 

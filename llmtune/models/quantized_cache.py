@@ -17,7 +17,7 @@ from llmtune.io.environment import package_version
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
 from llmtune.io.json_files import parse_json, read_json_object
 from llmtune.io.sizes import format_size
-from llmtune.io.unfinished import new_entry, replace_entry
+from llmtune.io.unfinished import drop_entry, new_entry, replace_entry
 from llmtune.models.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
@@ -118,7 +118,7 @@ def keep_quantized(entry: Path, model: PreTrainedModel, source_dir: Path, num_by
         logger.warning("the quantized base is not kept in %s: %s", entry.parent, error)
     finally:
         if directory is not None:
-            shutil.rmtree(directory, ignore_errors=True)
+            drop_entry(directory)
 
 
 def _write(directory: Path, model: PreTrainedModel, source_dir: Path) -> None:

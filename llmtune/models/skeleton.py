@@ -8,9 +8,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import blamed_on
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 from llmtune.models.quiet import quiet_loading
+
+READER = "the installed transformers"
 
 
 def build_skeleton(
@@ -26,19 +28,15 @@ def build_skeleton(
     if source.model_type not in CONFIG_MAPPING and not trust_remote_code:
         return None
     remote = {"trust_remote_code": trust_remote_code}
-    try:
-        with quiet_loading(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(
-                str(source.directory), local_files_only=True, **remote
-            )
-            config.quantization_config = None
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **remote)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        raise LlmtuneError(
-            f"{source.directory / CONFIG_NAME}: transformers cannot build the model it describes "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-        ) from error
-    return model
+    with (
+        blamed_on(source.directory / CONFIG_NAME, READER),
+        quiet_loading(),
+        torch.device("meta"),
+    ):
+        config = AutoConfig.from_pretrained(str(source.directory), local_files_only=True, **remote)
+        config.quantization_config = None
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **remote)
+        return model
 
 
 def stored_names(skeleton: PreTrainedModel, checkpoint: Iterable[str]) -> dict[str, str]:

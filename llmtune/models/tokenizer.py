@@ -11,11 +11,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import FETCH_AGAIN, blamed_on, read_json_object
 from llmtune.models.config import OWN_TEMPLATE, TemplateArgument, TemplateChoice
 from llmtune.models.turns import as_ids, stop_token_ids
 
 TOKENIZER_NAME = "tokenizer.json"
 SLOW_NAMES = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+SMALL_NAMES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+READER = "the installed tokenizers"
+TOKENIZER_ADVICE = (
+    "it may be damaged, or of a newer version of tokenizers: fetch it again, or upgrade tokenizers"
+)
 NEW_PAD_TOKEN = "<|pad|>"
 OWN_ARGUMENTS = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
@@ -60,10 +66,8 @@ def load_tokenizer(
             embedding.
     """
     _check_files(base_dir)
-    try:
+    with blamed_on(base_dir / TOKENIZER_NAME, READER, advice=TOKENIZER_ADVICE):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(base_dir), local_files_only=True)
-    except (ValueError, KeyError, TypeError) as error:
-        raise LlmtuneError(f"{base_dir / TOKENIZER_NAME}: cannot be read: {error}") from error
     if template.file is not None:
         tokenizer.chat_template = _read_template(template.file)
     if template.arguments:
@@ -75,7 +79,11 @@ def load_tokenizer(
 
 
 def _check_files(base_dir: Path) -> None:
+    for name in SMALL_NAMES:
+        if (base_dir / name).is_file():
+            read_json_object(base_dir / name)
     if (base_dir / TOKENIZER_NAME).is_file():
+        _check_tokenizer(read_json_object(base_dir / TOKENIZER_NAME), base_dir / TOKENIZER_NAME)
         return
     slow = [name for name in SLOW_NAMES if (base_dir / name).is_file()]
     if slow:
@@ -84,6 +92,16 @@ def _check_files(base_dir: Path) -> None:
             f"AutoTokenizer.from_pretrained('{base_dir}').save_pretrained('{base_dir}')"
         )
     raise LlmtuneError(f"{base_dir}: no tokenizer: expected {TOKENIZER_NAME}.")
+
+
+def _check_tokenizer(content: Mapping[str, Any], path: Path) -> None:
+    """Check what transformers itself takes for granted of the file."""
+    added = content.get("added_tokens") or []
+    is_right = isinstance(content.get("model"), dict) and isinstance(added, list)
+    for token in added if is_right else ():
+        is_right = is_right and isinstance(token, dict) and type(token.get("id")) is int
+    if not is_right:
+        raise LlmtuneError(f"{path}: is not a tokenizer's file; {FETCH_AGAIN}")
 
 
 def _read_template(path: Path) -> str:

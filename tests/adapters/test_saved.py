@@ -233,7 +233,7 @@ def test_cut_file_is_one_clear_error(checkpoint, saved):
     with pytest.raises(LlmtuneError, match="changed since the adapter was saved"):
         load_adapter(stock(checkpoint()), directory, base_fingerprint=loaded.fingerprint)
     record_hash(path)
-    with pytest.raises(LlmtuneError, match="cannot be read"):
+    with pytest.raises(LlmtuneError, match="cannot read it"):
         load_adapter(stock(checkpoint()), directory, base_fingerprint=loaded.fingerprint)
 
 

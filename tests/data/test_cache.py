@@ -1,5 +1,6 @@
 """The cache gives what preparing gives, notices every change, and survives damage and company."""
 
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -106,12 +107,16 @@ def test_examples_outlive_their_entry(tmp_path):
 def test_leavings_of_a_killed_process_are_taken_away(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", rows(3))
     prepare(path)
-    old, young = (entries()[0].parent / f".writing-{name}" for name in ("old", "young"))
-    for left in (old, young):
-        left.mkdir()
-    os.utime(old, (0, 0))
+    left, written = (entries()[0].parent / f".writing-{name}" for name in ("left", "written"))
+    for directory in (left, written):
+        directory.mkdir()
+    lock = os.open(written, os.O_RDONLY)  # of a process that runs
+    fcntl.flock(lock, fcntl.LOCK_EX)
     prepare(path, seed=1)
-    assert not old.exists() and young.exists()
+    assert not left.exists() and written.exists()
+    os.close(lock)
+    prepare(path, seed=2)
+    assert not written.exists()
 
 
 def test_without_the_cache_nothing_is_kept(tmp_path):

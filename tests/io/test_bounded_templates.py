@@ -11,8 +11,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llmtune import cli
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.templates import compile_template
-from llmtune.io import bounded_templates
-from llmtune.io.bounded_templates import TemplateTooLarge, bound_template, bounded_work
+from llmtune.io import template_guards
+from llmtune.io.bounded_templates import bound_template
+from llmtune.io.template_guards import TemplateTooLarge, bounded_work
 from llmtune.models.chat_template import apply_chat_template
 from tests.data.shapes import SHAPES, make_shape
 from tests.project import make_project
@@ -62,7 +63,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_refused_at_once(name, monkeypatch):
-    monkeypatch.setattr(bounded_templates, "MOST_STEPS", 100_000)
+    monkeypatch.setattr(template_guards, "MOST_STEPS", 100_000)
     tokenizer = make_tokenizer(chat_template="{# " + name + " #}" + HOSTILE[name])
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
     with pytest.raises((LlmtuneError, RecursionError, jinja2.TemplateError)):
@@ -82,7 +83,7 @@ def test_a_template_that_was_refused_is_not_tried_again():
 
 
 def test_time_is_bounded_too(monkeypatch):
-    monkeypatch.setattr(bounded_templates, "MOST_SECONDS", 0.05)
+    monkeypatch.setattr(template_guards, "MOST_SECONDS", 0.05)
     environment = ImmutableSandboxedEnvironment()
     template = environment.from_string(bound_template(environment, TWICE))
     with pytest.raises(TemplateTooLarge, match="takes longer than"), bounded_work([]):

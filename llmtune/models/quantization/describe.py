@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmtune.errors import LlmtuneError
-from llmtune.models.checkpoint import Checkpoint
+from llmtune.io.json_files import blamed_on
+from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.hardware import choose_device, choose_dtype
 from llmtune.models.quantization.base import Quantization, RoundTrip
@@ -90,7 +91,11 @@ def describe_quantized_base(config: ModelConfig, source: Checkpoint) -> Quantize
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, source.model_type)
     remote = {"trust_remote_code": config.trust_remote_code}
-    with quiet_loading(), torch.device("meta"):
+    with (
+        blamed_on(source.directory / CONFIG_NAME, "the installed transformers"),
+        quiet_loading(),
+        torch.device("meta"),
+    ):
         model_config = AutoConfig.from_pretrained(
             str(source.directory), local_files_only=True, **remote
         )
