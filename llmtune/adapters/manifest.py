@@ -51,6 +51,8 @@ def read_adapter_manifest(directory: Path) -> dict[str, Any]:
     for name in ("base", "config", "files", "template"):
         if not isinstance(manifest.get(name) or {}, dict):
             raise LlmtuneError(f"{path}: {name} is not an object. {COPY_AGAIN}")
+    if not isinstance((manifest.get("config") or {}).get("model") or {}, dict):
+        raise LlmtuneError(f"{path}: config.model is not an object. {COPY_AGAIN}")
     return manifest
 
 

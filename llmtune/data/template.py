@@ -8,12 +8,12 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.adapters.manifest import MANIFEST_NAME, read_adapter_manifest
+from llmtune.adapters.manifest import COPY_AGAIN, MANIFEST_NAME, read_adapter_manifest
 from llmtune.data.render import encode_plain
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_json
-from llmtune.models.chat_template import TEMPLATE_ERRORS
-from llmtune.models.template_date import DatedTemplate, fix_template_date, prints_date
+from llmtune.models.chat_template import TEMPLATE_ERRORS, apply_chat_template
+from llmtune.models.template_date import fix_template_date, prints_date
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -45,8 +45,18 @@ class TemplateIdentity:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TemplateIdentity:
-        """Read what `to_json` wrote."""
-        return cls(value["template_hash"], tuple(value["golden_prompt_ids"]))
+        """Read what `to_json` wrote.
+
+        Raises:
+            LlmtuneError: it is something else.
+        """
+        try:
+            return cls(str(value["template_hash"]), tuple(value["golden_prompt_ids"]))
+        except (KeyError, TypeError) as error:
+            raise LlmtuneError(
+                f"{MANIFEST_NAME} of the adapter: its template is not recorded as llmtune does "
+                f"({type(error).__name__}: {error}). {COPY_AGAIN}"
+            ) from None
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerFast) -> TemplateIdentity:
@@ -58,13 +68,12 @@ def template_fingerprint(tokenizer: PreTrainedTokenizerFast) -> TemplateIdentity
     template = tokenizer.chat_template or ""
     if template:
         try:
-            render = DatedTemplate(tokenizer, GOLDEN_DATE.isoformat())
-            ids = render(
+            ids = apply_chat_template(
+                tokenizer,
                 GOLDEN_MESSAGES,
                 add_generation_prompt=True,
                 tokenize=True,
-                return_dict=False,
-                date_string=GOLDEN_DATE.strftime("%d %b %Y"),
+                date=GOLDEN_DATE,
             )
         except TEMPLATE_ERRORS as error:
             raise LlmtuneError(

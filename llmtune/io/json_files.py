@@ -104,8 +104,8 @@ def blamed_on(
     """Turn what a library says while it reads a file into one line with the file's name.
 
     A library raises whatever its parser meets: a KeyError, a TypeError, a bare Exception, a panic
-    of Rust code. What is not a complaint about the file passes: a full memory or disk, a Ctrl-C, and
-    what is `passing`.
+    of Rust code. What is not a complaint about the file passes: a full memory or disk, a Ctrl-C,
+    and what is `passing`.
 
     Raises:
         LlmtuneError: the library, called `reader` in the message, cannot read the file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date as Date
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -46,14 +47,18 @@ def apply_chat_template(
     tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
     tokenize: bool = False,
+    date: Date | None = None,
 ) -> Any:
     """Return the text of a chat, or the texts of several; the token ids with `tokenize`.
+
+    A `date` is what the template prints as today's, whether it reads the clock or is given it.
 
     Raises:
         TEMPLATE_ERRORS: the template cannot be read, or refuses the chat.
         LlmtuneError: the template makes too much of it, or takes too long.
     """
-    source = dated_source(tokenizer, tokenizer.get_chat_template(None, tools))
+    source = dated_source(tokenizer, tokenizer.get_chat_template(None, tools), date)
+    given = {} if date is None else {"date_string": date.strftime("%d %b %Y")}
     if source in _refused:
         raise TemplateTooLarge(_refused[source])
     several = bool(chats) and not isinstance(chats[0], Mapping)
@@ -68,6 +73,7 @@ def apply_chat_template(
                 tokenize=tokenize,
                 return_dict=False,
                 chat_template=template,
+                **given,
             )
     except TemplateTooLarge as error:
         refusal = (

@@ -11,7 +11,7 @@ from llmtune.io.fingerprint import hash_file, hash_json
 from llmtune.io.json_files import read_json_object, read_weight_map
 from llmtune.io.safetensors import CheckpointIndex, fingerprint_checkpoint
 from llmtune.models.config import OWN_TEMPLATE, TemplateChoice
-from llmtune.models.plausible import check_config, check_sizes
+from llmtune.models.plausible import check_config, check_sizes, check_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -110,7 +110,11 @@ class Checkpoint:
     def generation_config(self) -> Mapping[str, Any]:
         """The contents of generation_config.json, or {} if there is none."""
         path = self.directory / GENERATION_NAME
-        return read_json_object(path) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        config = read_json_object(path)
+        check_token_ids(config, str(path))
+        return config
 
     @cached_property
     def has_safetensors(self) -> bool:

@@ -39,7 +39,7 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
         LlmtuneError: names the key, its value and what was expected.
     """
     for section in SECTION_KEYS:
-        if not isinstance(config.get(section) or {}, dict):
+        if config.get(section) is not None and not isinstance(config[section], dict):
             raise LlmtuneError(
                 f"{place}: {section} is {str(config[section])!r:.80}; expected an object"
             )
@@ -52,11 +52,20 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
             for key in keys:
                 least = 1 if key in NEEDED_KEYS else -1
                 _check_number(key, part.get(key), (least, limit), place)
-        for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
-            value = part.get(key)
-            ids = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(type(id) is int and -(1 << 31) < id < 1 << 31 for id in ids):
-                raise LlmtuneError(f"{place}: {key} is {str(value)!r:.80}; expected a token's id")
+        check_token_ids(part, place)
+
+
+def check_token_ids(config: Mapping[str, Any], place: str) -> None:
+    """Check the ids of special tokens in a config.json or a generation_config.json.
+
+    Raises:
+        LlmtuneError: names the key and its value.
+    """
+    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        value = config.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(id) is int and -(1 << 31) < id < 1 << 31 for id in ids):
+            raise LlmtuneError(f"{place}: {key} is {str(value)!r:.80}; expected a token's id")
 
 
 def check_sizes(config: Mapping[str, Any], index: CheckpointIndex, place: str) -> None:

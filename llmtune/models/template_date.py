@@ -41,10 +41,10 @@ def template_date_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
     return str(getattr(tokenizer, _ATTRIBUTE, today()))
 
 
-def dated_source(tokenizer: PreTrainedTokenizerFast, source: str) -> str:
-    """Return the template's text, with the fixed date in the clock's place if there is one."""
-    date = getattr(tokenizer, _ATTRIBUTE, None)
-    return source if date is None or CLOCK not in source else _clock_macro(date) + source
+def dated_source(tokenizer: PreTrainedTokenizerFast, source: str, date: Date | None = None) -> str:
+    """Return the template's text, with `date`, else the fixed one, in the clock's place."""
+    day = getattr(tokenizer, _ATTRIBUTE, None) if date is None else date.isoformat()
+    return source if day is None or CLOCK not in source else _clock_macro(day) + source
 
 
 @dataclass

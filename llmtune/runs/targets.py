@@ -189,7 +189,7 @@ def _recorded_base(adapter_dir: Path) -> dict[str, Any]:
         raise LlmtuneError(
             f"{adapter_dir / MANIFEST_NAME}: damaged: expected `base` with origin and path"
         )
-    trained = manifest.get("config", {}).get("model", {})
+    trained = (manifest.get("config") or {}).get("model") or {}
     quantization = {"quantization": trained.get("quantization")}
     if base.get("revision"):
         return {"base": base["origin"], "revision": base["revision"]} | quantization
