@@ -19,6 +19,7 @@ from llmtune.evaluation.diagnosis.curve_fit import Measured, fit_curve
 from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.evaluation.results import ArmResult, ItemScore
 from llmtune.evaluation.stats import Resampling
+from llmtune.reporting.joint import measure_joint_suites
 from llmtune.reporting.measure import measure_suites
 from llmtune.reporting.sections.strengths import measure_strengths
 from llmtune.reporting.suites import SuiteReport, Thresholds
@@ -74,6 +75,7 @@ def iter_truths() -> Iterator[Truth]:
     yield from _prompts()
     yield from _slices()
     yield Truth("flat learning curve, seed noise 0.05", "MORE-DATA", (0, 0.05), _flat_curve)
+    yield from _seeds()
 
 
 def _null_effects() -> Iterator[Truth]:
@@ -253,6 +255,35 @@ def _rescued(suites: Sequence[Planted]) -> bool:
     bounds = {s.name: thresholds.general_bound(s.unit) for s in measured if s.role == "general"}
     sweep = measure_strengths(results, bounds, RESAMPLING)
     return decide(Evidence(measured, strengths=sweep)).name.startswith("SHIP at strength")
+
+
+def _seeds() -> Iterator[Truth]:
+    """Several trainings of one recipe: the noise of training is in the interval."""
+    for count, noise in ((3, 0.0), (3, 0.05), (3, 0.1), (5, 0.05)):
+        name = f"{count} seeds of noise {noise:g}, 200 items"
+
+        def ships(random: Random, count: int = count, noise: float = noise) -> bool:
+            suites = _joint(random, count, noise, 0.0)
+            return decide(Evidence(suites)).name.startswith("SHIP")
+
+        def covers(random: Random, count: int = count, noise: float = noise) -> bool:
+            change = _joint(random, count, noise, 0.1)[0].change
+            assert change is not None
+            return change.low <= 0.1 <= change.high
+
+        yield Truth(f"no effect, {name}", "any SHIP", (0, 0.025), ships)
+        yield Truth(f"interval, {name}", "covers the truth", (0.93, 0.98), covers)
+
+
+def _joint(random: Random, count: int, noise: float, effect: float) -> tuple[SuiteReport, ...]:
+    """Return a suite of 200 items after `count` trainings whose true effects vary by `noise`."""
+    base = (random.random(200) < 0.6).astype(float)
+    shared, is_shared = random.random(200), random.random((count, 200)) < 0.7
+    luck = np.where(is_shared, shared, random.random((count, 200)))
+    chances = np.clip(0.6 + effect + random.normal(0, noise, count), 0, 1)
+    tuned = (luck < chances[:, None]).astype(float)
+    trainings = [_results([Planted("t", "target", {"base": base, "tuned": row})]) for row in tuned]
+    return measure_joint_suites(trainings, RESAMPLING)
 
 
 def _results(suites: Sequence[Planted]) -> dict[str, dict[str, ArmResult]]:

@@ -6,7 +6,7 @@ import click
 
 from llmtune.commands.options import print_result, show_progress, with_output_options
 from llmtune.errors import LlmtuneError
-from llmtune.io.run_dir import RunDir
+from llmtune.io.run_dir import SEEDS_FILE, RunDir
 
 FAIL_IF_OPTION = click.option(
     "--fail-if",
@@ -71,7 +71,13 @@ def _rebuild(target: str, fail_if: tuple[str, ...], extent: str | None, *, as_js
     budgets = parse_budgets(fail_if)
     if extent is not None:
         pipeline.evaluate(require_run(target, (f"evaluate.extent={extent}",)))
-    built = pipeline.report(find_run_dir(target))
+    place = find_run_dir(target)
+    if (place / SEEDS_FILE).is_file() and not (place / "manifest.json").is_file():
+        from llmtune.experiments.seeds import report_seeds
+
+        built = report_seeds(place)
+    else:
+        built = pipeline.report(place)
     print_result(built.as_json(), as_json, lambda: render_terminal(built))
     check_budgets(built, budgets)
 
@@ -91,13 +97,13 @@ def _compare_seeds(targets: tuple[str, ...], *, as_json: bool) -> None:
     from llmtune.experiments.seeds import (
         compare_seeds,
         open_seed_run,
-        render_seeds_table,
         write_seeds,
     )
+    from llmtune.reporting.terminal import seeds_table
     from llmtune.runs.targets import find_run_dir
 
     runs = [open_seed_run(find_run_dir(name)) for name in targets]
     study = compare_seeds(runs)
     page = write_seeds(study, runs[0].run.path)
-    print_result(study.as_json(), as_json, lambda: render_seeds_table(study))
+    print_result(study.as_json(), as_json, lambda: seeds_table(study))
     logging.getLogger("llmtune").info("seeds: %s", page)

@@ -81,12 +81,18 @@ def with_lm_eval_options(command: Command) -> Command:
 @click.command("run")
 @CONFIG_ARGUMENT
 @OVERRIDES_ARGUMENT
+@click.option(
+    "--seeds",
+    metavar="N|A,B,C",
+    help="Train and judge so many seeds (or these), and give one joint verdict.",
+)
 @FORCE_OPTION
 @FAIL_IF_OPTION
 @with_output_options
-def run_all(
+def run_all(  # noqa: PLR0913 (one argument an option)
     config: Path,
     overrides: tuple[str, ...],
+    seeds: str | None,
     force: bool,
     fail_if: tuple[str, ...],
     quiet: bool,
@@ -100,6 +106,7 @@ def run_all(
       llmtune run configs/quickstart.yaml
       llmtune run configs/quickstart.yaml train.max_steps=20 run_dir=runs/short
       llmtune run configs/quickstart.yaml --force
+      llmtune run configs/quickstart.yaml --seeds 3 run_dir=runs/three
       llmtune run configs/quickstart.yaml --fail-if 'general_loss>0.2'
     """
     from llmtune.reporting.budgets import check_budgets, parse_budgets, require_known_names
@@ -113,7 +120,12 @@ def run_all(
     budgets = parse_budgets(fail_if)
     if budgets:
         require_known_names(budgets, suite_names(loaded.evaluate))
-    report = pipeline.run(loaded, force=force)
+    if seeds is not None:
+        from llmtune.experiments.seeds import parse_seeds, run_seeds
+
+        report = run_seeds(loaded, parse_seeds(seeds, loaded.seed), force=force)
+    else:
+        report = pipeline.run(loaded, force=force)
     print_result(report.as_json(), as_json, lambda: render_terminal(report))
     logging.getLogger("llmtune").info("report: %s", loaded.run.report_html_path)
     check_budgets(report, budgets)

@@ -74,6 +74,95 @@ def paired_interval(
 
 
 @dataclass(frozen=True)
+class JointInterval(Interval):
+    """An interval over items and trainings; `items` is the one over items alone."""
+
+    items: Interval
+
+
+def joint_interval(
+    differences: FloatArray,
+    *,
+    weights: FloatArray | None = None,
+    clusters: Sequence[str] | None = None,
+    is_bounded: bool = False,
+    resampling: Resampling = Resampling(),
+) -> JointInterval:
+    """Return the interval of a mean difference over items and trainings, both drawn at random.
+
+    The model is crossed: d_ri = mean + T_r + I_i + E_ri, because every training answered the same
+    items. The interval of the mean over trainings, item by item (`paired_interval`: I and E), is
+    widened by the noise of training, each end by itself (MOVER; Zou and Donner 2008, Statistics in
+    Medicine 27:1693):
+
+        end = mean -+ sqrt(t^2 max(V_T - V_E, 0) + (mean - end of the items)^2)
+
+    t has R - 1 degrees of freedom; V_T = var_r(mean_r) / R is what the means of R trainings vary,
+    V_E the part of it that their items explain (two-way analysis of variance). The p-value solves
+    this for the confidence at which an end is 0.
+
+    Args:
+        differences: one row a training, [R, n], R >= 2; the columns are the same items.
+        weights, clusters, is_bounded: as for `paired_interval`.
+    """
+    from scipy.special import ndtri, stdtrit
+
+    trainings = len(differences)
+    assert trainings >= 2, "one training says nothing of its noise"
+    items = paired_interval(
+        differences.mean(0),
+        weights=weights,
+        clusters=clusters,
+        is_bounded=is_bounded,
+        resampling=resampling,
+    )
+    pairs = [cluster_sums(row, weights, clusters) for row in differences]
+    sums, sizes = np.stack([found for found, _ in pairs]), pairs[0][1]  # [R, C], [C]
+    means = sums.sum(1) / sizes.sum()
+    mean = float(means.mean())
+    own = _share_of_items(sums, sizes, means)
+    variance = max(float(means.var(ddof=1)) / trainings - own, 0.0)
+    if variance <= (ROUNDING * float(np.abs(differences).max())) ** 2:
+        return JointInterval(items.low, items.high, items.p_value, items)
+    tail = (1 - resampling.confidence) / 2
+    wide = float(stdtrit(trainings - 1, 1 - tail)) ** 2 * variance
+    low = mean - math.sqrt(wide + (mean - items.low) ** 2)
+    high = mean + math.sqrt(wide + (items.high - mean) ** 2)
+    near = items.low if mean > 0 else items.high
+    error = abs(mean - near) / float(ndtri(1 - tail))
+    p_value = max(items.p_value, _joint_p(mean, error, variance, trainings - 1))
+    found = Interval(low, high, p_value)
+    found = _tidy(found, scale=float(np.abs(differences).max()), is_bounded=is_bounded)
+    return JointInterval(found.low, found.high, found.p_value, items)
+
+
+def _share_of_items(sums: FloatArray, sizes: FloatArray, means: FloatArray) -> float:
+    """Return the variance of the mean of trainings that comes from their items (V_E)."""
+    trainings, num = sums.shape
+    if num < 2:
+        return 0.0
+    moved = (sums - means[:, None] * sizes) / sizes.sum()
+    rest = moved - moved.mean(0)
+    total = float((rest**2).sum())
+    return float(total * num / (num - 1) / (trainings * (trainings - 1)))
+
+
+def _joint_p(mean: float, error: float, variance: float, freedom: int) -> float:
+    """Return the p at which t(p)^2 variance + z(p)^2 error^2 is mean^2, by bisection."""
+    from scipy.special import ndtri, stdtrit
+
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        p_value = (low + high) / 2
+        t, z = stdtrit(freedom, 1 - p_value / 2), ndtri(1 - p_value / 2)
+        if t * t * variance + z * z * error * error > mean * mean:
+            low = p_value
+        else:
+            high = p_value
+    return float(high)
+
+
+@dataclass(frozen=True)
 class _Signs:
     """How many of `num` clusters were lost and gained; `sizes` are those of the changed ones."""
 

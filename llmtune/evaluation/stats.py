@@ -60,43 +60,6 @@ def paired_bootstrap(
     return _read_interval(np.concatenate(means), confidence)
 
 
-def two_level_bootstrap(
-    differences: FloatArray,
-    *,
-    weights: FloatArray | None = None,
-    clusters: Sequence[str] | None = None,
-    samples: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Resample trainings and items, so that the interval covers the noise of both.
-
-    Every draw takes as many trainings as there are, with replacement, and items (or whole clusters)
-    with replacement, the same ones for all trainings, because all of them answered the same items
-    (crossed resampling; Owen 2007, arXiv:0707.4029). So few trainings drawn with replacement vary
-    too little, by (R - 1) / R in variance: their deviations from the mean are widened by the root
-    of R / (R - 1) before.
-
-    Args:
-        differences: one row a training, [R, n], R >= 2; the columns are the same items.
-        weights, clusters: as for `paired_bootstrap`.
-    """
-    trainings = len(differences)
-    assert trainings >= 2, "one training says nothing of its noise"
-    pairs = [cluster_sums(row, weights, clusters) for row in differences]
-    sums, sizes = np.stack([found for found, _ in pairs], axis=1), pairs[0][1]  # [C, R], [C]
-    widened = math.sqrt(trainings / (trainings - 1))
-    random = np.random.default_rng([seed, trainings])
-    means = []
-    for drawn in iter_draws(len(sums), samples, seed):
-        by_training = (drawn @ sums) / (drawn @ sizes)[:, None]  # [draws, R]
-        middle = by_training.mean(1, keepdims=True)
-        chosen = random.integers(0, trainings, by_training.shape)
-        spread = np.take_along_axis(by_training - middle, chosen, axis=1).mean(1)
-        means.append(middle[:, 0] + widened * spread)
-    return _read_interval(np.concatenate(means), confidence)
-
-
 def iter_draws(count: int, samples: int, seed: int) -> Iterator[FloatArray]:
     """Yield how often each of `count` items is in a draw with replacement, [draws, count].
 

@@ -1,41 +1,47 @@
-"""Several trainings of one recipe that differ in their seed: how much training itself varies.
+"""Several trainings of one recipe that differ in their seed: one verdict with their noise in it."""
 
-With a page, a JSON file, and a table for the terminal.
-"""
-
+import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
+from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.compare import cluster_names, pair_items, require_same_recipe
-from llmtune.evaluation.results import ArmResult
-from llmtune.evaluation.stats import Resampling, holm, paired_bootstrap, two_level_bootstrap
+from llmtune.evaluation.compare import arm_kind
+from llmtune.evaluation.main_arms import compared_arms
+from llmtune.evaluation.results import arm_result_path, read_arm_result, save_arm_result
+from llmtune.evaluation.run import WITHOUT_ADAPTER
 from llmtune.experiments.versus import tell_apart
+from llmtune.exporting.config import ExportConfig
 from llmtune.io.manifest import Manifest, read_manifest
-from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
-from llmtune.reporting.build import build_report
-from llmtune.reporting.charts import draw_interval, interval_limit
+from llmtune.io.run_dir import SEEDS_FILE, RunDir, atomic_write_json, atomic_write_text
+from llmtune.reporting.build import build_report, gather_evidence, write_report
 from llmtune.reporting.html import make_environment
-from llmtune.reporting.numbers import Unit, format_count, format_p, unit_of_metric, without_nan
-from llmtune.reporting.run_results import Models, current_results, read_resampling, read_results
-from llmtune.reporting.suites import place_of
+from llmtune.reporting.joint import compare_trainings, measure_joint_suites
+from llmtune.reporting.report import Report
+from llmtune.reporting.run_results import (
+    Models,
+    Results,
+    current_results,
+    read_results,
+)
+from llmtune.reporting.sections.seeds import SeedStudy, SeedSuite, adjust, show_seeds
+from llmtune.reporting.sections.training import Cost
+from llmtune.reporting.verdict.caveats import find_caveats, find_training_caveats
+from llmtune.reporting.verdict.rules import decide
+from llmtune.runs import pipeline
 from llmtune.runs.ledger import differences
 from llmtune.runs.stage import deciding_knobs_of
 
-MIN_RUNS = 3
-ARMS = ("base", "tuned")
-COUNTS = ("rows_read", "rows_kept", "examples")
+log = logging.getLogger("llmtune")
 
-Arms = Mapping[str, ArmResult]
+MIN_RUNS = 3
+COUNTS = ("rows_read", "rows_kept", "examples")
+PAGE_NAME = "seeds.html"
 
 
 @dataclass(frozen=True)
@@ -46,172 +52,208 @@ class SeedRun:
     knobs: Mapping[str, Any]
 
 
+def parse_seeds(text: str, first: int) -> tuple[int, ...]:
+    """Return the seeds that `--seeds` names: how many from `first` on, or a list with commas.
+
+    Raises:
+        LlmtuneError: it is neither, a seed is there twice, or there are fewer than three.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise LlmtuneError(f"--seeds {text}: expected a number of seeds, or a list such as 1,2,3")
+    numbers = tuple(map(int, parts))
+    seeds = numbers if "," in text else tuple(range(first, first + numbers[0]))
+    if len(set(seeds)) != len(seeds):
+        raise LlmtuneError(f"--seeds {text}: a seed is there twice")
+    if len(seeds) < MIN_RUNS:
+        raise LlmtuneError(
+            f"--seeds {text}: {len(seeds)} seeds; the noise of training needs {MIN_RUNS} or more"
+        )
+    return seeds
+
+
+def run_seeds(config: RunConfig, seeds: Sequence[int], *, force: bool = False) -> Report:
+    """Train and judge the config with every seed, in `run_dir/seed-N`, and all of them together.
+
+    What is finished is skipped. What does not depend on the training (original and base, few-shot,
+    your prompts) is measured with the first seed and taken over by the others. Nothing is exported:
+    export the run that you choose.
+
+    Raises:
+        LlmtuneError: the input is wrong, or `run_dir` holds something else.
+        RunInterrupted: stopped; the same call continues.
+    """
+    place = config.run_dir
+    if config.run.manifest_path.is_file():
+        raise LlmtuneError(f"{place}: holds a single run; choose another run_dir for several seeds")
+    runs: list[RunDir] = []
+    for number, seed in enumerate(seeds, start=1):
+        one = config.model_copy(
+            update={"run_dir": place / f"seed-{seed}", "seed": seed, "export": ExportConfig()}
+        )
+        log.info("seeds: %d of %d, seed %d", number, len(seeds), seed)
+        if runs:
+            pipeline.train(one, force=force)
+            share_base_results(runs[0], one.run)
+        pipeline.run(one, force=force and not runs)
+        runs.append(one.run)
+    names = [run.path.name for run in runs]
+    atomic_write_json(place / SEEDS_FILE, {"format": 1, "runs": names})
+    return report_seeds(place)
+
+
+def share_base_results(first: RunDir, other: RunDir) -> None:
+    """Give another training of one recipe the scores of the base, which are the same for all.
+
+    The evaluation takes them only if the recipe and the model are equal, as it does with its own.
+    """
+    for path in sorted(first.evaluations_dir.glob("*.json")):
+        result = read_arm_result(path)
+        known = arm_result_path(other.evaluations_dir, result.suite, result.arm)
+        if arm_kind(result.arm) in WITHOUT_ADAPTER and not known.exists():
+            save_arm_result(replace(result, seconds=0.0), other.evaluations_dir)
+
+
+def report_seeds(place: Path) -> Report:
+    """Build the joint report of the runs that `run_seeds` left in a directory, and write it.
+
+    Raises:
+        LlmtuneError: a run is missing or unfinished, or they are not of one recipe.
+    """
+    names = json.loads((place / SEEDS_FILE).read_text(encoding="utf-8"))["runs"]
+    runs = [open_seed_run(place / name) for name in names]
+    built = join_reports(runs, place.resolve().name)
+    write_report(built, RunDir(place))
+    return built
+
+
+def join_reports(runs: Sequence[SeedRun], name: str) -> Report:
+    """Return the joint report of several trainings: their means, with both noises in the intervals.
+
+    What belongs to one training alone (curve, diagnoses, examples) is that of the first.
+
+    Raises:
+        LlmtuneError: as `compare_seeds`.
+    """
+    manifests = _check(runs)
+    reports = [build_report(each.run) for each in runs]
+    first, resampling = reports[0], reports[0].resampling
+    results = _shared(runs, manifests)
+    suites = measure_joint_suites(results, resampling)
+    evidence = replace(gather_evidence(runs[0].run, suites), strengths=None, learning_curve=None)
+    verdict = decide(evidence)
+    study = _study(runs, reports, results)
+    training = manifests[0].stages.get("train", {}).get("result") or {}
+    return replace(
+        first,
+        name=name,
+        verdict=verdict,
+        caveats=find_training_caveats(training) + find_caveats(evidence),
+        suites=suites,
+        strengths=None,
+        shifts=(),
+        cost=_add_costs([report.cost for report in reports]),
+        seeds=replace(study, verdict=verdict.name),
+    )
+
+
 def open_seed_run(run_dir: Path) -> SeedRun:
     """Return a run with the knobs that decided its adapter, as its manifest records them."""
     run = RunDir(run_dir)
     return SeedRun(run, deciding_knobs_of(read_manifest(run).config))
 
 
-@dataclass(frozen=True)
-class SeedSuite:
-    """One suite: the change from base to tuned in every training, and what holds over all of them.
-
-    `changes` and `tuned` are by training, `difference` is the mean of the changes. (low, high) is
-    the interval over trainings and items, `items_alone` that of the mean change over items only.
-    `spread` is the standard deviation of the changes between trainings.
-    """
-
-    name: str
-    role: str
-    metric: str
-    higher_is_better: bool
-    n: int
-    base: float
-    tuned: tuple[float, ...]
-    changes: tuple[float, ...]
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    items_alone: tuple[float, float]
-    spread: float
-    holm_p: float = 1.0
-
-    @property
-    def unit(self) -> Unit:
-        """How this suite's scores are written."""
-        return unit_of_metric(self.metric)
-
-    @property
-    def gain(self) -> tuple[float, float, float]:
-        """The difference and its interval, turned so that positive is better."""
-        if self.higher_is_better:
-            return self.difference, self.low, self.high
-        return -self.difference, -self.high, -self.low
-
-    def outcome(self, significance: float) -> str:
-        """Return `better`, `worse`, or that no difference is shown over trainings and items."""
-        _, low, high = self.gain
-        if self.holm_p > significance or low <= 0 <= high:
-            return "no difference shown"
-        return "better" if low > 0 else "worse"
-
-
-@dataclass(frozen=True)
-class SeedStudy:
-    """What several trainings of one recipe have in common, and in what they differ."""
-
-    names: tuple[str, ...]
-    seeds: tuple[int, ...]
-    verdicts: tuple[str, ...]
-    suites: tuple[SeedSuite, ...]
-    resampling: Resampling
-
-    @property
-    def significance(self) -> float:
-        """The level that Holm-adjusted p-values are held against."""
-        return 1 - self.resampling.confidence
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the study for scripts."""
-        runs = [
-            {"run": name, "seed": seed, "verdict": verdict}
-            for name, seed, verdict in zip(self.names, self.seeds, self.verdicts, strict=True)
-        ]
-        suites = {
-            suite.name: asdict(suite) | {"outcome": suite.outcome(self.significance)}
-            for suite in self.suites
-        }
-        statistics = asdict(self.resampling)
-        values: dict[str, Any] = without_nan(
-            {"format": 1, "runs": runs, "suites": suites, "statistics": statistics}
-        )
-        return values
-
-
 def compare_seeds(runs: Sequence[SeedRun]) -> SeedStudy:
-    """Compare tuned with base over several trainings of one recipe, on every suite all have.
+    """Compare several trainings of one recipe, on every suite all have, and judge them together.
 
     Raises:
         LlmtuneError: fewer than three runs, two of the same seed, anything but the seed differs in
             what decided their adapters, or they share no suite; each is named.
     """
-    names = tell_apart([each.run.path for each in runs])
+    joined = join_reports(runs, "").seeds
+    assert joined is not None, "a joint report has its study"
+    return joined
+
+
+def _check(runs: Sequence[SeedRun]) -> list[Manifest]:
+    tell_apart([each.run.path for each in runs])
     if len(runs) < MIN_RUNS:
         raise LlmtuneError(
             f"{len(runs)} runs: the noise of training needs {MIN_RUNS} seeds or more"
         )
     manifests = [read_manifest(each.run) for each in runs]
     _require_one_recipe(runs, manifests)
-    results = [_results(each.run, manifest) for each, manifest in zip(runs, manifests, strict=True)]
-    shared = [name for name in results[0] if all(name in found for found in results)]
+    return manifests
+
+
+def _shared(runs: Sequence[SeedRun], manifests: Sequence[Manifest]) -> list[Results]:
+    """Return the results of every run, on the suites that all of them compared."""
+    found = [_results(each.run, manifest) for each, manifest in zip(runs, manifests, strict=True)]
+    shared = [name for name in found[0] if all(name in results for results in found)]
     if not shared:
+        names = tell_apart([each.run.path for each in runs])
         raise LlmtuneError(
-            f"{', '.join(names)} have no suite on which base and tuned model were scored in all of "
-            "them; evaluate each with: llmtune eval RUN"
+            f"{', '.join(names)} have no suite on which the same two models were compared in all "
+            "of them; evaluate each with: llmtune eval RUN"
         )
-    resampling = read_resampling(manifests[0].config)
-    suites = [_measure([found[name] for found in results], resampling) for name in shared]
+    return [{name: results[name] for name in shared} for results in found]
+
+
+def _study(
+    runs: Sequence[SeedRun], reports: Sequence[Report], results: Sequence[Results]
+) -> SeedStudy:
+    resampling = reports[0].resampling
+    suites = [
+        suite
+        for name in results[0]
+        if (suite := _measure([found[name] for found in results], resampling)) is not None
+    ]
+    order = {suite.name: place for place, suite in enumerate(reports[0].suites)}
     return SeedStudy(
-        names=names,
+        names=tell_apart([each.run.path for each in runs]),
         seeds=tuple(int(each.knobs["seed"]) for each in runs),
-        verdicts=tuple(build_report(each.run).verdict.name for each in runs),
-        suites=tuple(sorted(_adjust(suites), key=lambda suite: place_of(suite.role, suite.name))),
+        verdicts=tuple(report.verdict.name for report in reports),
+        suites=tuple(sorted(adjust(suites), key=lambda suite: order[suite.name])),
         resampling=resampling,
     )
 
 
-def _measure(by_training: Sequence[Arms], resampling: Resampling) -> SeedSuite:
-    first = by_training[0]["tuned"]
-    rows, weights, clusters = [], None, None
-    order: list[str] | None = None
-    for arms in by_training:
-        require_same_recipe(first, arms["tuned"], ())
-        require_same_recipe(arms["base"], arms["tuned"], ())
-        before, after = pair_items(arms["base"], arms["tuned"])
-        scores = {old.id: new.score - old.score for old, new in zip(before, after, strict=True)}
-        if order is None:
-            order = list(scores)
-            weights, clusters = np.array([item.weight for item in before]), cluster_names(before)
-        if set(order) != set(scores):
-            raise LlmtuneError(f"{first.suite}: the runs were scored on different items")
-        rows.append([scores[name] for name in order])
-    assert weights is not None and order is not None
-    differences = np.array(rows)
-    means = np.average(differences, axis=1, weights=weights)
-    options: dict[str, Any] = {
-        "weights": None if (weights == 1).all() else weights,
-        "clusters": clusters,
-        **asdict(resampling),
-    }
-    found = two_level_bootstrap(differences, **options)
-    items = paired_bootstrap(differences.mean(0), **options)
+def _measure(trainings: Sequence[Mapping[str, Any]], resampling: Any) -> SeedSuite | None:
+    shared = {name for name in trainings[0] if all(name in arms for arms in trainings)}
+    pair = compared_arms(shared)
+    if pair is None:
+        return None
+    found = compare_trainings(trainings, pair, resampling)
+    first, change, items = trainings[0][pair[1]], found.change, found.interval.items
     return SeedSuite(
         name=first.suite,
         role=first.role,
         metric=first.metric,
         higher_is_better=first.higher_is_better,
-        n=len(order),
-        base=float(np.mean([arms["base"].mean for arms in by_training])),
-        tuned=tuple(arms["tuned"].mean for arms in by_training),
-        changes=tuple(means.tolist()),
-        difference=float(means.mean()),
-        low=found.low,
-        high=found.high,
-        p_value=found.p_value,
+        n=found.n,
+        compared=pair,
+        before=float(np.mean([arms[pair[0]].mean for arms in trainings])),
+        after=tuple(arms[pair[1]].mean for arms in trainings),
+        changes=found.by_training,
+        difference=change.difference,
+        low=change.low,
+        high=change.high,
+        p_value=change.p_value,
         items_alone=(items.low, items.high),
-        spread=float(means.std(ddof=1)),
+        spread=float(np.std(found.by_training, ddof=1)),
+        is_enough=found.is_enough,
     )
 
 
-def _adjust(suites: Sequence[SeedSuite]) -> list[SeedSuite]:
-    """Return the suites with their p adjusted over the suites of the same role."""
-    adjusted: list[SeedSuite] = []
-    for role in dict.fromkeys(suite.role for suite in suites):
-        mine = [suite for suite in suites if suite.role == role]
-        p_values = holm([suite.p_value for suite in mine])
-        adjusted += [replace(s, holm_p=p) for s, p in zip(mine, p_values, strict=True)]
-    return adjusted
+def _add_costs(costs: Sequence[Cost]) -> Cost:
+    """Return what all trainings took together; peaks and sizes are the largest."""
+    seconds: dict[str, float] = {}
+    measures: dict[str, float] = {}
+    for cost in costs:
+        for total, part in ((seconds, cost.seconds), (measures, cost.measures)):
+            for name, spent in part.items():
+                total[name] = total.get(name, 0.0) + spent
+    return replace(costs[0], seconds=seconds, measures=measures, break_even=None)
 
 
 def _require_one_recipe(runs: Sequence[SeedRun], manifests: Sequence[Manifest]) -> None:
@@ -258,69 +300,18 @@ def _rows(manifest: Manifest) -> object:
     }
 
 
-def _results(run: RunDir, manifest: Manifest) -> dict[str, Arms]:
+def _results(run: RunDir, manifest: Manifest) -> dict[str, Mapping[str, Any]]:
     is_wanted = current_results(run, manifest, Models.of_run(run, manifest))
     results = read_results(run.evaluations_dir, is_wanted=is_wanted)
-    return {name: arms for name, arms in results.items() if all(arm in arms for arm in ARMS)}
-
-
-PAGE_NAME = "seeds.html"
-
-
-@dataclass(frozen=True)
-class ShownSuite:
-    """One suite of the study with its interval drawn and its outcome in words."""
-
-    suite: SeedSuite
-    plot: Markup
-    outcome: str
+    return {name: arms for name, arms in results.items() if compared_arms(arms) is not None}
 
 
 def write_seeds(study: SeedStudy, out_dir: Path) -> Path:
     """Write `seeds.html` and `seeds.json` into a directory and return the page's path."""
     page = out_dir / PAGE_NAME
     atomic_write_json(page.with_suffix(".json"), study.as_json())
-    atomic_write_text(page, render_seeds(study))
+    environment = make_environment()
+    shown = show_seeds(study)
+    assert shown is not None
+    atomic_write_text(page, environment.get_template("seeds_page.html.j2").render(**shown))
     return page
-
-
-def render_seeds(study: SeedStudy) -> str:
-    """Return the page; it asks for nothing from outside."""
-    limits: dict[Unit, float] = {}
-    for unit in {suite.unit for suite in study.suites}:
-        ends = [end for suite in study.suites if suite.unit == unit for end in suite.gain]
-        limits[unit] = interval_limit(ends)
-    shown = [
-        ShownSuite(
-            suite,
-            draw_interval(*suite.gain, limit=limits[suite.unit]),
-            suite.outcome(study.significance),
-        )
-        for suite in study.suites
-    ]
-    return make_environment().get_template("seeds.html.j2").render(study=study, shown=shown)
-
-
-def render_seeds_table(study: SeedStudy) -> RenderableType:
-    """Return the runs with their verdicts, and the table, to print; it fits 80 columns."""
-    percent = f"{study.resampling.confidence * 100:g} %"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
-    table.add_column("suite", overflow="fold")
-    for name in ("n", "base", "tuned", "between seeds"):
-        table.add_column(name, justify="right", overflow="fold")
-    table.add_column(f"change, {percent} with seeds", justify="right", no_wrap=True)
-    table.add_column("Holm p", justify="right", no_wrap=True)
-    for suite in study.suites:
-        unit = suite.unit
-        table.add_row(
-            Text(suite.name),
-            format_count(suite.n),
-            unit.score(suite.base),
-            unit.score(sum(suite.tuned) / len(suite.tuned)),
-            f"± {unit.bare_size(suite.spread)}",
-            f"{unit.change(suite.difference)} {unit.interval(suite.low, suite.high)}",
-            format_p(suite.holm_p),
-        )
-    runs = zip(study.names, study.seeds, study.verdicts, strict=True)
-    lines = [Text(f"{name}, seed {seed}: {verdict}") for name, seed, verdict in runs]
-    return Group(*lines, table)

@@ -10,6 +10,8 @@ from llmtune.io.fingerprint import JsonValue
 
 SEQUENCE_FILE = "sequence.json"
 """What `llmtune sequence` leaves beside the runs of its tasks."""
+SEEDS_FILE = "seeds.json"
+"""What `llmtune run --seeds` leaves beside the runs of its seeds."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Build the transfer report of a run directory, and write report.json, .html and .md."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from llmtune.evaluation.diagnosis.contamination import ContaminationResult
@@ -9,7 +11,7 @@ from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
 from llmtune.merging.config import MergeConfig
 from llmtune.models.quantization.config import is_quantized
-from llmtune.reporting.diagnostics import read_diagnostics
+from llmtune.reporting.diagnostics import Diagnostics, read_diagnostics
 from llmtune.reporting.html import render_html
 from llmtune.reporting.markdown import render_markdown
 from llmtune.reporting.measure import measure_suites
@@ -28,7 +30,7 @@ from llmtune.reporting.sections.record import find_fingerprints
 from llmtune.reporting.sections.sequence import find_sequence
 from llmtune.reporting.sections.strengths import measure_strengths
 from llmtune.reporting.sections.training import TIMED_STAGES, measure_cost, read_loss_curve
-from llmtune.reporting.suites import Thresholds
+from llmtune.reporting.suites import SuiteReport, Thresholds
 from llmtune.reporting.verdict.caveats import find_caveats, find_training_caveats
 from llmtune.reporting.verdict.evidence import Evidence
 from llmtune.reporting.verdict.rules import decide
@@ -52,17 +54,8 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
     suites = measure_suites(results, resampling, contamination=diagnostics.of(ContaminationResult))
     bounds = {s.name: thresholds.general_bound(s.unit) for s in suites if s.role == "general"}
     strengths = measure_strengths(results, bounds, resampling, thresholds)
-    evidence = Evidence(
-        suites,
-        thresholds,
-        resampling.confidence,
-        contamination=diagnostics.of(ContaminationResult),
-        learning_curve=diagnostics.of(LearningCurveResult),
-        strengths=strengths,
-        keep=_read_keep(manifest),
-        merge_base=_read_merge_base(manifest),
-        is_judged=_read_judged(manifest) is not None,
-    )
+    evidence = _gather(manifest, suites, diagnostics, thresholds)
+    evidence = replace(evidence, strengths=strengths)
     curve, generations = read_loss_curve(run.metrics_path), read_generations(run)
     training, merge = (
         manifest.stages.get(stage, {}).get("result") or {} for stage in ("train", "merge")
@@ -95,6 +88,35 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
         sequence=find_sequence(run, models.adapter),
         resampling=resampling,
         thresholds=thresholds,
+    )
+
+
+def gather_evidence(run: RunDir, suites: Sequence[SuiteReport]) -> Evidence:
+    """Return what a verdict on these suites looks at, with what a run says beside them.
+
+    Weaker forms of the adapter are left out.
+    """
+    manifest = read_manifest(run)
+    models = Models.of_run(run, manifest)
+    diagnostics = read_diagnostics(run, base=models.base, adapter=models.adapter)
+    return _gather(manifest, tuple(suites), diagnostics, Thresholds())
+
+
+def _gather(
+    manifest: Manifest,
+    suites: tuple[SuiteReport, ...],
+    diagnostics: Diagnostics,
+    thresholds: Thresholds,
+) -> Evidence:
+    return Evidence(
+        suites,
+        thresholds,
+        read_resampling(manifest.config).confidence,
+        contamination=diagnostics.of(ContaminationResult),
+        learning_curve=diagnostics.of(LearningCurveResult),
+        keep=_read_keep(manifest),
+        merge_base=_read_merge_base(manifest),
+        is_judged=_read_judged(manifest) is not None,
     )
 
 

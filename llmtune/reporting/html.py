@@ -22,6 +22,7 @@ from llmtune.reporting.sections.plan import check_plan, show_plan
 from llmtune.reporting.sections.probabilities import show_probabilities
 from llmtune.reporting.sections.record import show_data, show_missing, show_record
 from llmtune.reporting.sections.results import show_results
+from llmtune.reporting.sections.seeds import show_seeds
 from llmtune.reporting.sections.sequence import show_sequence
 from llmtune.reporting.sections.slices import show_slices
 from llmtune.reporting.sections.strengths import show_strengths
@@ -33,6 +34,7 @@ SECTIONS: tuple[tuple[str, Show], ...] = (
     ("results", lambda r: show_results(r.suites, r.thresholds)),
     ("arms", lambda r: show_arms(r.suites)),
     ("strengths", lambda r: show_strengths(r.strengths, r.suites, r.thresholds)),
+    ("seeds", lambda r: show_seeds(r.seeds)),
     ("broken", show_broken),
     ("sequence", lambda r: show_sequence(r.sequence)),
     ("slices", lambda r: show_slices(r.suites)),

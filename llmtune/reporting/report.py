@@ -12,6 +12,7 @@ from llmtune.reporting.numbers import without_nan
 from llmtune.reporting.sections.generations import Generation
 from llmtune.reporting.sections.plan import PlanJson, check_plan
 from llmtune.reporting.sections.probabilities import ProbabilityShift, ShiftJson
+from llmtune.reporting.sections.seeds import SeedStudy
 from llmtune.reporting.sections.sequence import SequenceJson, SequenceResult
 from llmtune.reporting.sections.strengths import StrengthSweep, SweepJson
 from llmtune.reporting.sections.training import TIMED_STAGES, Cost, CurveJson, LossCurve
@@ -20,6 +21,7 @@ from llmtune.reporting.verdict.outcome import Verdict, VerdictJson
 
 FORMAT = 1
 TRAINING_NOISE = "not measured (one training seed)"
+WITH_TRAINING_NOISE = "in the intervals"
 
 
 class ReportJson(TypedDict):
@@ -38,6 +40,7 @@ class ReportJson(TypedDict):
     strengths: SweepJson | None
     diagnostics: Mapping[str, object]
     sequence: SequenceJson | None
+    seeds: Mapping[str, object] | None
     probability_shifts: dict[str, ShiftJson]
     statistics: Mapping[str, object]
     seconds: dict[str, float | None]
@@ -74,6 +77,8 @@ class Report:
     strengths: StrengthSweep | None = None
     shifts: tuple[ProbabilityShift, ...] = ()
     sequence: SequenceResult | None = None
+    seeds: SeedStudy | None = None
+    """Over which trainings this is the joint report; None for that of one run."""
     resampling: Resampling = field(default_factory=Resampling)
     thresholds: Thresholds = field(default_factory=Thresholds)
 
@@ -104,11 +109,12 @@ class Report:
             "strengths": self.strengths.as_json() if self.strengths else None,
             "diagnostics": self.diagnostics.as_json(),
             "sequence": self.sequence.as_json() if self.sequence else None,
+            "seeds": self.seeds.as_json() if self.seeds else None,
             "probability_shifts": {shift.suite: shift.as_json() for shift in self.shifts},
             "statistics": {
                 **asdict(self.resampling),
                 "thresholds": asdict(self.thresholds),
-                "training_noise": TRAINING_NOISE,
+                "training_noise": WITH_TRAINING_NOISE if self.seeds else TRAINING_NOISE,
             },
             "seconds": {**seconds, **self.cost.seconds, "total": self.cost.total_seconds},
             "peak_bytes": self.cost.largest_peak_bytes,

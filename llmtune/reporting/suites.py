@@ -218,6 +218,7 @@ class SuiteJson(TypedDict):
     wide_columns: dict[str, int]
     arms: dict[str, Mapping[str, object]]
     clean: Mapping[str, object] | None
+    trainings: int
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,8 @@ class SuiteReport:
     """Slice columns with too many values to break the change down by, and how many they have."""
     rivals: Mapping[str, Rival] = field(default_factory=dict)
     clean: CleanChange | None = None
+    trainings: int = 1
+    """Over how many trainings of one recipe the changes and their intervals are."""
 
     @property
     def unit(self) -> Unit:
@@ -338,6 +341,7 @@ class SuiteReport:
             "wide_columns": dict(self.wide_columns),
             "arms": {name: self._arm_as_json(name) for name in self.arms},
             "clean": asdict(self.clean) if self.clean else None,
+            "trainings": self.trainings,
         }
 
     def _arm_as_json(self, name: str) -> Mapping[str, object]:

@@ -15,12 +15,14 @@ from llmtune.reporting.numbers import (
     Unit,
     format_bytes,
     format_count,
+    format_p,
     format_seconds,
     unit_of_metric,
 )
 from llmtune.reporting.report import Report
 from llmtune.reporting.sections.arms import arm_rows
 from llmtune.reporting.sections.record import group_by_command
+from llmtune.reporting.sections.seeds import SeedStudy
 from llmtune.reporting.suites import Change, SuiteReport
 
 STYLES = {"good": "bold green", "bad": "bold red", "open": "bold yellow"}
@@ -41,6 +43,8 @@ def render_terminal(report: Report) -> RenderableType:
         parts += [chain_table(report)]
     if any(suite.rivals for suite in report.with_role("target")):
         parts += [arms_table(report)]
+    if report.seeds is not None:
+        parts += [seeds_table(report.seeds)]
     if report.caveats:
         parts += [Text("Read this too:", style="bold")]
         parts += [_indented(f"- {caveat}") for caveat in report.caveats]
@@ -112,6 +116,31 @@ def arms_table(report: Report) -> Table:
                     _format_change(suite, row.tuned_over),
                 )
     return table
+
+
+def seeds_table(study: SeedStudy) -> RenderableType:
+    """Return the runs with their verdicts, and the table, to print; it fits 80 columns."""
+    percent = f"{study.resampling.confidence * 100:g} %"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column("suite", overflow="fold")
+    for name in ("n", "before", "after", "between seeds"):
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column(f"change, {percent} with seeds", justify="right", no_wrap=True)
+    table.add_column("Holm p", justify="right", no_wrap=True)
+    for suite in study.suites:
+        unit = suite.unit
+        table.add_row(
+            Text(suite.name),
+            format_count(suite.n),
+            unit.score(suite.before),
+            unit.score(sum(suite.after) / len(suite.after)),
+            f"± {unit.bare_size(suite.spread)}",
+            f"{unit.change(suite.difference)} {unit.interval(suite.low, suite.high)}",
+            format_p(suite.holm_p),
+        )
+    runs = zip(study.names, study.seeds, study.verdicts, strict=True)
+    lines = [Text(f"{name}, seed {seed}: {verdict}") for name, seed, verdict in runs]
+    return Group(*lines, Text(f"together: {study.verdict}", style="bold"), table)
 
 
 def format_missing(report: Report) -> list[str]:

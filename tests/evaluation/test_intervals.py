@@ -5,7 +5,12 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom, chi2, norm, t
 
-from llmtune.evaluation.intervals import mcnemar_mid_p, paired_interval, score_interval
+from llmtune.evaluation.intervals import (
+    joint_interval,
+    mcnemar_mid_p,
+    paired_interval,
+    score_interval,
+)
 from llmtune.evaluation.stats import Resampling
 
 FAST = Resampling(samples=1000)
@@ -83,6 +88,58 @@ def test_sizes_of_clusters_count_as_weights():
     names = np.repeat(np.arange(12).astype(str), weights.astype(int)).tolist()
     by_cluster = paired_interval(spelled, clusters=names, resampling=FAST)
     # clusters are sorted by name, so other draws of the same kind
+    assert (by_weight.low, by_weight.high) == pytest.approx(
+        (by_cluster.low, by_cluster.high), abs=0.1
+    )
+
+
+def planted_trainings(random, *, trainings: int, noise: float) -> np.ndarray:
+    """Return differences [R, 150] of mean 0.1 with noise of training, of items, and of both."""
+    of_trainings = random.normal(scale=noise, size=(trainings, 1))
+    of_items = random.normal(scale=0.15, size=(1, 150))
+    return 0.1 + of_trainings + of_items + random.normal(scale=0.2, size=(trainings, 150))
+
+
+@pytest.mark.parametrize("trainings", [3, 8])
+def test_intervals_over_trainings_cover_the_truth_where_items_alone_do_not(trainings):
+    random = np.random.default_rng(7)
+    covered = np.zeros(2)
+    for _ in range(200):
+        rows = planted_trainings(random, trainings=trainings, noise=0.05)
+        both = joint_interval(rows, resampling=FAST)
+        covered += [each.low <= 0.1 <= each.high for each in (both, both.items)]
+    assert 0.91 <= covered[0] / 200 <= 0.99
+    assert covered[0] > covered[1] + 10
+
+
+def test_a_joint_interval_is_the_formula_and_its_p_value_belongs_to_it():
+    rows = planted_trainings(np.random.default_rng(3), trainings=4, noise=0.1)
+    found = joint_interval(rows, resampling=FAST)
+    means = rows.mean(1)
+    rest = rows - means[:, None] - rows.mean(0) + rows.mean()
+    explained = (rest**2).sum() / (3 * 149) / (4 * 150)
+    wide = t.ppf(0.975, 3) ** 2 * (means.var(ddof=1) / 4 - explained)
+    low = rows.mean() - np.sqrt(wide + (rows.mean() - found.items.low) ** 2)
+    assert found.low == pytest.approx(low)
+    at_its_end = joint_interval(rows - found.low, resampling=FAST)
+    assert at_its_end.p_value == pytest.approx(0.05, abs=0.003)
+
+
+def test_trainings_that_agree_item_by_item_give_the_interval_of_the_items():
+    row = np.random.default_rng(8).normal(size=200)
+    both = joint_interval(np.stack([row, row, row]), resampling=FAST)
+    alone = paired_interval(row, resampling=FAST)
+    assert (both.low, both.high) == pytest.approx((alone.low, alone.high), rel=1e-9)
+    assert both.p_value == alone.p_value
+
+
+def test_weights_and_clusters_count_over_trainings_too():
+    rows = planted_trainings(np.random.default_rng(5), trainings=3, noise=0.1)[:, :12]
+    weights = np.arange(1.0, 13.0)
+    by_weight = joint_interval(rows, weights=weights, resampling=FAST)
+    spelled = np.repeat(rows, weights.astype(int), axis=1)
+    names = np.repeat(np.arange(12).astype(str), weights.astype(int)).tolist()
+    by_cluster = joint_interval(spelled, clusters=names, resampling=FAST)
     assert (by_weight.low, by_weight.high) == pytest.approx(
         (by_cluster.low, by_cluster.high), abs=0.1
     )

@@ -25,6 +25,7 @@ QUICK = (
     "general -7.5 points, 60 items among 5 suites",
     "strength 0.5 still +0.3 nats",
     "3 prompts, tuned 5 points better, 300 items",
+    "interval, 3 seeds of noise 0.05, 200 items",
 )
 """One of each kind that is cheap."""
 

@@ -16,7 +16,6 @@ from llmtune.evaluation.stats import (
     needed_items,
     paired_bootstrap,
     standard_error,
-    two_level_bootstrap,
 )
 
 
@@ -179,39 +178,3 @@ def test_clustered_error_equals_statsmodels():
     fitted = model.fit(cov_type="cluster", cov_kwds={"groups": groups, "use_correction": False})
     found = standard_error(values, clusters=groups.astype(str).tolist())
     assert found == pytest.approx(float(fitted.bse[0]), rel=1e-10)
-
-
-def planted_trainings(random, *, trainings, noise):
-    """Return differences [R, 150] of mean 0.1 with noise of training, of items, and of both."""
-    of_trainings = random.normal(scale=noise, size=(trainings, 1))
-    of_items = random.normal(scale=0.15, size=(1, 150))
-    return 0.1 + of_trainings + of_items + random.normal(scale=0.2, size=(trainings, 150))
-
-
-@pytest.mark.parametrize(("trainings", "least"), [(3, 0.82), (8, 0.90)])
-def test_intervals_over_trainings_cover_the_truth_where_items_alone_do_not(trainings, least):
-    """Three trainings say little of their own noise, which no resampling of them can mend."""
-    random = np.random.default_rng(7)
-    covered = np.zeros(2)
-    for trial in range(200):
-        rows = planted_trainings(random, trainings=trainings, noise=0.05)
-        both = two_level_bootstrap(rows, samples=400, seed=trial)
-        items = paired_bootstrap(rows.mean(0), samples=400, seed=trial)
-        covered += [each.low <= 0.1 <= each.high for each in (both, items)]
-    assert covered[0] / 200 >= least
-    assert covered[0] > covered[1] + 10
-
-
-def test_trainings_that_agree_item_by_item_give_the_interval_of_the_items():
-    row = np.random.default_rng(8).normal(size=200)
-    both = two_level_bootstrap(np.stack([row, row, row]), samples=4000)
-    items = paired_bootstrap(row, samples=4000)
-    assert (both.low, both.high) == pytest.approx((items.low, items.high), abs=0.01)
-
-
-def test_clusters_and_weights_count_over_trainings_too():
-    values, weights = np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([3.0, 1.0])
-    middle = two_level_bootstrap(values, weights=weights, samples=2000, confidence=0.4)
-    assert (middle.low, middle.high) == (0.25, 0.25)
-    tied = two_level_bootstrap(values, clusters=["a", "a"], samples=200)
-    assert (tied.low, tied.high) == (0.5, 0.5)

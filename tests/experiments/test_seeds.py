@@ -6,7 +6,10 @@ import pytest
 
 from llmtune.cli import run_command
 from llmtune.config import RunConfig
+from llmtune.errors import LlmtuneError
+from llmtune.experiments.seeds import parse_seeds
 from llmtune.io.manifest import Manifest
+from tests.project import make_project
 from tests.reporting.planted import PlantedSuite, improve, plant_run, right_wrong
 
 BASE = right_wrong(300, 0.6, seed=0)
@@ -88,3 +91,56 @@ def test_options_that_are_about_one_run_or_two_are_refused(tmp_path, capsys):
     for option in (["--full"], ["--fail-if", "seconds>1"], ["--across", "base"]):
         assert run_command(["report", *runs, *option]) == 2
         assert capsys.readouterr().err.startswith("error: --")
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [
+        ("3", (7, 8, 9)),
+        ("1,2,5", (1, 2, 5)),
+        ("2", "3 or more"),
+        ("a", "a list"),
+        ("1,1,2", "twice"),
+    ],
+)
+def test_seeds_are_a_number_or_a_list(text, seeds):
+    if isinstance(seeds, str):
+        with pytest.raises(LlmtuneError, match=seeds):
+            parse_seeds(text, 7)
+    else:
+        assert parse_seeds(text, 7) == seeds
+
+
+def test_seeds_are_trained_judged_and_reported_as_one(tmp_path, capsys):
+    path = make_project(tmp_path)
+    place = tmp_path / "three"
+    short = ["train.max_steps=2", "evaluate.limit=4", "evaluate.extent=none", f"run_dir={place}"]
+    command = ["run", str(path), "--seeds", "3", *short, "--fail-if", "seconds>1e6", "--json"]
+    assert run_command(command) == 0
+    shown = json.loads(capsys.readouterr().out)
+    report = json.loads((place / "report.json").read_text())
+    assert shown["verdict"] == report["verdict"] and (place / "report.html").is_file()
+    assert [run["seed"] for run in report["seeds"]["runs"]] == [0, 1, 2]
+    assert report["statistics"]["training_noise"] == "in the intervals"
+    found = {suite: [] for suite in ("sentiment", "prose")}
+    seconds = []
+    for seed in range(3):
+        one = place / f"seed-{seed}"
+        for suite, values in found.items():
+            own = json.loads((one / "report.json").read_text())["suites"][suite]
+            values.append(own["difference"])
+            base = json.loads((one / "evaluations" / f"{suite}.base.json").read_text())
+            seconds.append(base["seconds"])
+    for suite, values in found.items():
+        joint = report["suites"][suite]
+        assert joint["trainings"] == 3
+        assert joint["difference"] == pytest.approx(sum(values) / 3)
+        assert joint["interval"][0] <= joint["difference"] <= joint["interval"][1]
+    # The base is scored with the first seed alone.
+    assert min(seconds[:2]) > 0 and seconds[2:] == [0.0] * 4
+    # Nothing is done twice, and the directory is what a report is made of.
+    before = [(place / f"seed-{seed}" / "manifest.json").read_bytes() for seed in range(3)]
+    assert run_command(command) == 0
+    assert [(place / f"seed-{seed}" / "manifest.json").read_bytes() for seed in range(3)] == before
+    assert run_command(["report", str(place), "-q"]) == 0
+    assert "between seeds" in capsys.readouterr().out

@@ -132,6 +132,11 @@ def format_what_would_decide(suite: SuiteReport) -> str:
         return f"{suite.name} is too small for a claim: {_format_floor(suite)}."
     if low > 0 or high < 0:
         return f"On {suite.name} this is not clear of chance after Holm's correction over suites."
+    if suite.trainings > 1:
+        return (
+            f"{suite.trainings} trainings on {format_count(suite.n)} items of {suite.name} do not "
+            f"decide; more seeds or more items might.{mde}"
+        )
     if suite.gained == 0 and suite.lost == 0 and suite.change.difference == 0:
         return f"No item of {suite.name} changed its score.{mde}"
     if suite.needed_items is None:

@@ -1,0 +1,160 @@
+"""Several trainings of one recipe as one: each suite's change with the noise of training in it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.compare import (
+    FEWEST_CLUSTERS,
+    FEWEST_ITEMS,
+    cluster_names,
+    pair_items,
+    require_same_recipe,
+)
+from llmtune.evaluation.intervals import JointInterval, joint_interval
+from llmtune.evaluation.main_arms import CHAIN, compared_arms
+from llmtune.evaluation.results import ArmResult
+from llmtune.evaluation.stats import POWER_FACTOR, Resampling
+from llmtune.reporting.measure import measure_suite
+from llmtune.reporting.run_results import Results
+from llmtune.reporting.suites import ArmScore, Change, Rival, SuiteReport, place_of
+
+WITHOUT_TRAINING = frozenset({"original", "base"})
+"""Arms that are the same in every training."""
+
+Arms = Mapping[str, ArmResult]
+
+
+@dataclass(frozen=True)
+class JointChange:
+    """A change over trainings: the mean of `by_training`, with its interval over both."""
+
+    by_training: tuple[float, ...]
+    n: int
+    interval: JointInterval
+    is_enough: bool
+
+    @property
+    def change(self) -> Change:
+        """The change as a report holds it."""
+        found = self.interval
+        mean = sum(self.by_training) / len(self.by_training)
+        return Change(mean, found.low, found.high, found.p_value, is_enough=self.is_enough)
+
+
+def measure_joint_suites(
+    by_training: Sequence[Results], resampling: Resampling
+) -> tuple[SuiteReport, ...]:
+    """Compare the arms of every suite that all trainings have, over items and trainings.
+
+    Raises:
+        LlmtuneError: two arms were not made by the same recipe, or on the same items.
+    """
+    shared = [name for name in by_training[0] if all(name in found for found in by_training)]
+    suites = [measure_joint([found[name] for found in by_training], resampling) for name in shared]
+    return tuple(sorted(suites, key=lambda suite: place_of(suite.role, suite.name)))
+
+
+def measure_joint(trainings: Sequence[Arms], resampling: Resampling) -> SuiteReport:
+    """Compare one suite's arms over several trainings; arms that not all have are left out."""
+    shared = [name for name in trainings[0] if all(name in arms for arms in trainings)]
+    trainings = [{name: arms[name] for name in shared} for arms in trainings]
+    compared = compared_arms(shared)
+    one = measure_suite(trainings[0], resampling)
+    if compared is None:
+        return one
+    found = compare_trainings(trainings, compared, resampling)
+    half = (found.interval.high - found.interval.low) / 2
+    return replace(
+        one,
+        trainings=len(trainings),
+        arms={name: _mean_score([arms[name] for arms in trainings]) for name in one.arms},
+        change=found.change,
+        chain={
+            part: compare_trainings(trainings, CHAIN[part], resampling).change
+            if not set(CHAIN[part]) <= WITHOUT_TRAINING
+            else one.chain[part]
+            for part in one.chain
+        },
+        rivals={
+            name: _joint_rival(rival, trainings, name, resampling)
+            for name, rival in one.rivals.items()
+        },
+        mde=POWER_FACTOR * half / 1.96,
+        needed_items=None,
+        mcnemar_p=None,
+        gained=None,
+        lost=None,
+        slices=(),
+        wide_columns={},
+        clean=None,
+    )
+
+
+def compare_trainings(
+    trainings: Sequence[Arms], pair: tuple[str, str], resampling: Resampling
+) -> JointChange:
+    """Compare the second arm of the pair with the first over several trainings.
+
+    Raises:
+        LlmtuneError: the recipes or the items differ.
+    """
+    first = trainings[0][pair[1]]
+    rows, scores, order = [], [], None
+    weights, clusters = np.ones(1), None
+    for arms in trainings:
+        require_same_recipe(first, arms[pair[1]], ())
+        require_same_recipe(arms[pair[0]], arms[pair[1]], ())
+        before, after = pair_items(arms[pair[0]], arms[pair[1]])
+        changes = {old.id: new.score - old.score for old, new in zip(before, after, strict=True)}
+        scores += [item.score for item in (*before, *after)]
+        if order is None:
+            order = list(changes)
+            weights, clusters = np.array([item.weight for item in before]), cluster_names(before)
+        if set(order) != set(changes):
+            raise LlmtuneError(f"{first.suite}: the runs were scored on different items")
+        rows.append([changes[name] for name in order])
+    differences, both = np.array(rows), np.array(scores)
+    interval = joint_interval(
+        differences,
+        weights=None if (weights == 1).all() else weights,
+        clusters=clusters,
+        is_bounded=first.higher_is_better and bool(((both >= 0) & (both <= 1)).all()),
+        resampling=resampling,
+    )
+    num_clusters = len(set(clusters)) if clusters else len(weights)
+    return JointChange(
+        by_training=tuple(np.average(differences, axis=1, weights=weights).tolist()),
+        n=len(weights),
+        interval=interval,
+        is_enough=len(weights) >= FEWEST_ITEMS and num_clusters >= FEWEST_CLUSTERS,
+    )
+
+
+def _joint_rival(
+    rival: Rival, trainings: Sequence[Arms], name: str, resampling: Resampling
+) -> Rival:
+    if rival.tuned_over is None:
+        return rival
+    found = compare_trainings(trainings, (name, "tuned"), resampling)
+    return replace(rival, tuned_over=found.change)
+
+
+def _mean_score(results: Sequence[ArmResult]) -> ArmScore:
+    """Return an arm's mean score over the trainings."""
+    first = results[0]
+    also = {
+        key: float(np.mean([result.also[key] for result in results]))
+        for key, value in first.also.items()
+        if isinstance(value, int | float) and all(key in result.also for result in results)
+    }
+    return ArmScore(
+        mean=float(np.mean([result.mean for result in results])),
+        unparseable=round(float(np.mean([result.unparseable for result in results]))),
+        seconds=sum(result.seconds for result in results),
+        n=first.n,
+        about=first.about,
+        also=also,
+    )
