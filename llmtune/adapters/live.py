@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.config import method_of
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import blamed_on
 
 # peft reads a property that transformers renamed, and corrects fan_in_fan_out itself if
 # Linear and Conv1D are both targets.
@@ -107,7 +108,8 @@ def add_adapters(
     (name,) = model.peft_config
     weights = {name: first_weight}
     for place, (directory, weight) in enumerate(others):
-        model.load_adapter(str(directory), adapter_name=f"other{place}")
+        with blamed_on(directory, "peft"):
+            model.load_adapter(str(directory), adapter_name=f"other{place}")
         weights[f"other{place}"] = weight
     model.base_model.set_adapter(list(weights))
     method = live_method(model)

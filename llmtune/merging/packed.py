@@ -1,5 +1,6 @@
 """A base whose files hold linear weights in 4 bits already, as bitsandbytes saves them."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from llmtune.models.quantization.config import packed_markers
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
+MOST_HEADER_BYTES = 1 << 16
 STATE_PREFIX = "quant_state.bitsandbytes__"
 STATE_SUFFIXES = (
     "absmax",
@@ -46,8 +48,8 @@ def find_packed_weights(base: CheckpointIndex, config: Mapping[str, Any]) -> Pac
     state_names: set[str] = set()
     for name, state in group_four_bit_names(base.tensors).items():
         entries = {suffix: base.tensors[other] for suffix, other in state.items()}
-        (header,) = (entry for suffix, entry in entries.items() if suffix.startswith(STATE_PREFIX))
-        dtype, shape = _read_header(header)
+        headers = [entry for suffix, entry in entries.items() if suffix.startswith(STATE_PREFIX)]
+        dtype, shape = _read_header(headers[0], base.tensors[name])
         tensors[name] = PlannedTensor(
             name,
             dtype,
@@ -76,17 +78,23 @@ def _require_four_bit(directory: Path, quantization: Mapping[str, Any]) -> None:
     )
 
 
-def _read_header(entry: TensorEntry) -> tuple[str, tuple[int, ...]]:
+def _read_header(entry: TensorEntry, packed: TensorEntry) -> tuple[str, tuple[int, ...]]:
+    """Return the dtype and the shape of a weight, which must be that of the packed numbers."""
     with entry.path.open("rb") as file:
-        raw = os.pread(file.fileno(), entry.num_bytes, entry.start)
+        raw = os.pread(file.fileno(), min(entry.num_bytes, MOST_HEADER_BYTES), entry.start)
     try:
         header = parse_json(raw)
-        return DTYPE_NAMES[header["dtype"]], tuple(header["shape"])
+        dtype, shape = DTYPE_NAMES[header["dtype"]], tuple(header["shape"])
+        if not all(type(size) is int and size > 0 for size in shape):
+            raise ValueError(f"its shape is {header['shape']!s:.80}")
+        if (math.prod(shape) + 1) // 2 != packed.num_bytes:
+            raise ValueError(f"{packed.num_bytes:,} bytes are not {list(shape)} numbers of 4 bits")
     except (ValueError, KeyError, TypeError) as error:
         raise LlmtuneError(
             f"{entry.path}: {entry.name!r} does not describe a 4-bit weight ({error}); download "
             "it again"
         ) from None
+    return dtype, shape
 
 
 def group_four_bit_names(names: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -23,6 +23,7 @@ from llmtune.checks.merged import VerifyResult, load_merged, verify_merge
 from llmtune.checks.prompts import NUM_NEW_TOKENS, build_prompts
 from llmtune.checks.reference import comparison_config, comparison_dtype
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import blamed_on
 from llmtune.merging.changes import MergePlan, WeightedAdapter
 from llmtune.merging.checked import (
     CheckedMerge,
@@ -158,7 +159,9 @@ def require_combinable(adapters: Sequence[WeightedAdapter]) -> None:
 
 def _require_finite(directory: Path) -> None:
     read_adapter_config(directory)
-    for name, tensor in load_file(directory / WEIGHTS_NAME).items():
+    with blamed_on(directory / WEIGHTS_NAME, "safetensors"):
+        tensors = load_file(directory / WEIGHTS_NAME)
+    for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise LlmtuneError(f"{directory}: {name!r} holds a number that is not finite")
 
@@ -168,7 +171,8 @@ def _require_one_base(directories: Sequence[Path]) -> None:
     known = {}
     for directory in directories:
         if (directory / MANIFEST_NAME).is_file():
-            known[directory] = read_adapter_manifest(directory).get("base", {}).get("fingerprint")
+            base = read_adapter_manifest(directory).get("base") or {}
+            known[directory] = base.get("fingerprint")
     names = {one: read_adapter_config(one).get("base_model_name_or_path") for one in directories}
     bases = known if len(known) == len(directories) else names
     if len(set(bases.values())) > 1:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from llmtune.io.json_files import blamed_on
 from llmtune.io.safetensors import TensorEntry
 from llmtune.merging.changes import PackedFourBit, PlannedTensor, Requantized, RoundTrip
 from llmtune.merging.scratch import buffer, read_rows, read_tensor
@@ -82,8 +83,9 @@ class _PackedRows(BaseRows):
 
     def __init__(self, tensor: PlannedTensor, packed: PackedFourBit, device: torch.device) -> None:
         super().__init__(tensor, device)
-        state = {suffix: read_tensor(entry) for suffix, entry in packed.state}
-        self.weight: FourBitWeight = read_four_bit_weight(read_tensor(self.entry), state)
+        with blamed_on(self.entry.path, f"the 4-bit reader of {self.entry.name!r}"):
+            state = {suffix: read_tensor(entry) for suffix, entry in packed.state}
+            self.weight: FourBitWeight = read_four_bit_weight(read_tensor(self.entry), state)
 
     def read(self, first_row: int, num_rows: int, *, slot: str) -> torch.Tensor:
         return self._widen(dequantize_rows(self.weight, first_row, first_row + num_rows), slot)

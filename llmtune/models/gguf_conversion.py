@@ -2,7 +2,6 @@
 
 import io
 import json
-import struct
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -14,24 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.gguf_head import GgufHead, read_gguf_head
-from llmtune.io.json_files import read_json_object
+from llmtune.io.json_files import blamed_on, read_json_object
 from llmtune.models.quiet import quiet_loading
 
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown"}
 # llama.cpp splits single digits off first for these; transformers 5.23 overlooks that.
 DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-READ_ERRORS = (
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    NotImplementedError,
-    RuntimeError,
-    ImportError,
-    EOFError,
-    OSError,
-    struct.error,
-)
 
 
 def convert_gguf(gguf_path: Path, directory: Path) -> None:
@@ -50,21 +37,16 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
         )
     head = read_gguf_head(gguf_path)  # what is damaged must not reach transformers' own reader
     where = str(gguf_path.parent)
-    try:
-        # one progress bar of transformers' GGUF reader has no switch
-        with quiet_loading(), redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf_path.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                where,
-                gguf_file=gguf_path.name,
-                quantization_config=gguf_config(dequantize=True),
-                dtype=torch.bfloat16,
-            )
-    except READ_ERRORS as error:
-        raise LlmtuneError(
-            f"{gguf_path}: transformers {transformers.__version__} cannot read this GGUF file: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    reader = f"transformers {transformers.__version__}"
+    # one progress bar of transformers' GGUF reader has no switch
+    with blamed_on(gguf_path, reader), quiet_loading(), redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf_path.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            gguf_file=gguf_path.name,
+            quantization_config=gguf_config(dequantize=True),
+            dtype=torch.bfloat16,
+        )
     if head.values.get("tokenizer.ggml.pre") in DIGITS_FIRST:
         _split_digits_first(tokenizer)
     _set_special_tokens(tokenizer, head)

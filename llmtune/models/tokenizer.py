@@ -72,6 +72,11 @@ def load_tokenizer(
         tokenizer.chat_template = _read_template(template.file)
     if template.arguments:
         tokenizer.chat_template = with_arguments(tokenizer.chat_template, template.arguments)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise LlmtuneError(
+            f"{base_dir / SMALL_NAMES[0]}: model_max_length is {tokenizer.model_max_length!r:.80}; "
+            "expected a number"
+        )
     _check_ids(tokenizer, num_rows, base_dir)
     _set_eos(tokenizer, config, base_dir)
     _set_pad(tokenizer, num_rows, generation_config, base_dir)
