@@ -5,6 +5,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -276,7 +277,12 @@ def position_limit(model: nn.Module) -> int | None:
 
 def vocabulary_size(model: nn.Module) -> int:
     """Return the number of logits at one position."""
-    return int(_base_model(model).config.get_text_config().vocab_size)
+    return int(text_config(model).vocab_size)
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the config of the language model, whatever is around it."""
+    return _base_model(model).config.get_text_config()
 
 
 def rows_budget(model: nn.Module, token_budget: int) -> int:

@@ -16,6 +16,7 @@ from llmtune.scoring.batches import (
     pad_rows,
     run_forward,
     select_rows,
+    text_config,
 )
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ LONG_PREFIX_TOKENS = 64
 
 CACHED_PER_BUDGET = 4
 """Cached tokens (shared prefixes included) that a batch may hold for each token of its budget."""
+
+CACHE_BYTES = 2 * 2**30
+"""What the cached keys and values of a batch may take."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,19 @@ def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
 def rows_at_once(model: nn.Module, *, slots: int, kept: int, token_budget: int) -> int:
     """Return how many rows may run: `slots` cached tokens and `kept` positions' logits each."""
     by_cache = CACHED_PER_BUDGET * token_budget // slots
+    by_bytes = CACHE_BYTES // (slots * _slot_bytes(model))
     by_logits = logits_positions(model) // kept
-    return max(1, min(by_cache, by_logits))
+    return max(1, min(by_cache, by_bytes, by_logits))
+
+
+def _slot_bytes(model: nn.Module) -> int:
+    """Return what one token's keys and values take in all layers, about; at least 1."""
+    config = text_config(model)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    size = next(model.parameters()).element_size()
+    return max(1, int(2 * config.num_hidden_layers * kept * width * size))
 
 
 def _say_not_shared(length: int, num_prompts: int, reason: str) -> None:

@@ -153,3 +153,17 @@ def test_a_text_ends_at_the_models_last_position(llama, tokenizer):
     assert list(found[0].token_ids) == continue_plainly(llama, prompts[0], 2)
     assert list(found[1].token_ids) == continue_plainly(llama, prompts[1], 8)
     assert len(list(stream_text(llama, tokenizer, prompts[0], Decoding(8, ())))) <= 2
+
+
+def test_new_prompts_take_the_place_of_finished_rows(llama, tokenizer, monkeypatch):
+    prompts = [[5 + row, 6, 7, 8][: 2 + row % 3] for row in range(12)]
+    plain = [continue_plainly(llama, prompt, 12) for prompt in prompts]
+    stops = tuple({ids[row % 4] for row, ids in enumerate(plain)})
+    rows = []
+    llama.model.embed_tokens.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+    found = generate_texts(llama, tokenizer, prompts, Decoding(12, stops), token_budget=16)
+    for generation, ids in zip(found, plain, strict=True):
+        cut = next((place for place, token in enumerate(ids) if token in stops), 12)
+        assert list(generation.token_ids) == ids[:cut]
+    assert max(rows) <= 4
+    assert len(rows) < 12 * 12 / 4

@@ -1,12 +1,19 @@
 """Log-likelihoods of continuations against the plain definition, over families and batches."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
 from llmtune.errors import LlmtuneError
-from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
+from llmtune.scoring.generate import Decoding, generate_texts
+from llmtune.scoring.likelihood import (
+    ContinuationRequest,
+    Writing,
+    score_and_write,
+    score_continuations,
+)
 from tests.tiny import FAMILIES, make_model
 
 
@@ -158,3 +165,41 @@ def test_a_model_that_computes_nan_is_refused_instead_of_scored(llama):
         llama.get_output_embeddings().weight[5] = float("nan")
     with pytest.raises(LlmtuneError, match="computes NaN"):
         score_continuations(llama, [ContinuationRequest((1, 2, 3), ((4,), (5,)))], token_budget=64)
+
+
+WRITERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 40},
+    "mistral": {"sliding_window": 200},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 4},
+    "mamba": {},
+}
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_texts_written_beside_the_scores_are_those_written_alone(family, tokenizer):
+    model = make_model(family, **WRITERS[family])
+    requests = make_requests(shared=12, num=14)
+    decoding = Decoding(5, (3,))
+    writing = Writing(tokenizer, decoding, lambda scores: scores[0].num_tokens != 2)
+    scores, texts = score_and_write(model, requests, writing, token_budget=60)
+    assert_same(scores, model, requests)
+    prompts = [request.prompt_ids for request in requests]
+    alone = generate_texts(model, tokenizer, prompts, decoding, token_budget=1)
+    wanted = [len(request.choice_ids[0]) != 2 for request in requests]
+    assert texts == [
+        text if is_wanted else None for text, is_wanted in zip(alone, wanted, strict=True)
+    ]
+    assert {True, False} == set(wanted)
+
+
+def test_a_prompt_runs_once_for_its_scores_and_its_text(llama, tokenizer):
+    requests = make_requests(shared=40, longest_choice=1)
+    seen = []
+    llama.model.embed_tokens.register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
+    writing = Writing(tokenizer, Decoding(6, ()), lambda scores: True)
+    score_and_write(llama, requests, writing, token_budget=300)
+    prompts, steps = [s for s in seen if s[1] > 1], [s for s in seen if s[1] == 1]
+    assert len(prompts) == 3 and sum(s.numel() for s in prompts) < 40 + len(requests) * 31
+    assert steps == [(len(requests), 1)] * 5

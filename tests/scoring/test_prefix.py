@@ -50,7 +50,7 @@ def count_tokens_run(monkeypatch, *modules):
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gemma2"])
 def test_scores_after_a_shared_prefix_are_those_without_one(family, requests, monkeypatch):
     model = make_model(family)
-    seen = count_tokens_run(monkeypatch, "prefix", "likelihood")
+    seen = count_tokens_run(monkeypatch, "prefix", "writing", "likelihood")
     shared = score_continuations(model, requests, token_budget=100)
     assert sum(seen) == count_forward_tokens(requests) < 700
     seen.clear()
@@ -65,7 +65,7 @@ def test_scores_after_a_shared_prefix_are_those_without_one(family, requests, mo
 
 def test_texts_after_a_shared_prefix_are_those_without_one(requests, tokenizer, llama, monkeypatch):
     prompts = [request.prompt_ids for request in requests]
-    seen = count_tokens_run(monkeypatch, "prefix", "generate")
+    seen = count_tokens_run(monkeypatch, "prefix", "writing")
     decoding = Decoding(6, (3,))
     shared = generate_texts(llama, tokenizer, prompts, decoding, token_budget=100)
     assert sum(seen) < 2 * SHARED + 10 * 20

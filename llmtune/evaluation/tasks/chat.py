@@ -73,7 +73,8 @@ class ChatSuite(SuiteConfig):
         Without the base's answers they are written now, by the model without its adapter.
         """
         from llmtune.scoring.batches import adapter_disabled, has_adapter
-        from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
+        from llmtune.scoring.generate import Decoding
+        from llmtune.scoring.likelihood import ContinuationRequest, Writing, score_and_write
 
         if not all(item.references for item in suite.items):
             if has_adapter(scored.model):
@@ -90,10 +91,15 @@ class ChatSuite(SuiteConfig):
             requests.append(
                 ContinuationRequest(tuple(ids), (tuple(answer or scored.stop_token_ids[:1]),))
             )
-        found = score_continuations(
-            scored.model, requests, token_budget=scoring.token_budget, on_progress=scoring.on_items
+        decoding = Decoding(self.max_new_tokens, scored.stop_token_ids)
+        found, written = score_and_write(
+            scored.model,
+            requests,
+            Writing(scored.tokenizer, decoding, lambda _: True),
+            token_budget=scoring.token_budget,
+            on_progress=scoring.on_items,
         )
-        written = self._write(scored, suite, scoring.token_budget)
+        answers = [answer for answer in written if answer is not None]  # all are wanted
         return [
             item.scored(
                 -score.log_likelihood / score.num_tokens,
@@ -102,7 +108,7 @@ class ChatSuite(SuiteConfig):
                 weight=float(score.num_tokens),
                 details={"stopped": answer.stopped, "num_tokens": len(answer.token_ids)},
             )
-            for item, (score,), answer in zip(suite.items, found, written, strict=True)
+            for item, (score,), answer in zip(suite.items, found, answers, strict=True)
         ]
 
     def describe(self, scores: Sequence[ItemScore]) -> dict[str, Any]:
@@ -119,9 +125,9 @@ class ChatSuite(SuiteConfig):
         }
 
     def count_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> int:
-        """Return the tokens of prompts and answers, scored once and written once."""
+        """Return the tokens of the prompts, and of answers scored once and written once."""
         prompts = self._encode(tokenizer, suite)
-        return 2 * sum(len(ids) + self.max_new_tokens for ids in prompts)
+        return sum(len(ids) + 2 * self.max_new_tokens for ids in prompts)
 
     def _encode(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> list[list[int]]:
         from llmtune.evaluation.requests import encode_chats

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from llmtune.data.init_suite import SuiteDraft
     from llmtune.models.live import LiveModel
+    from llmtune.scoring.generate import Generation
     from llmtune.scoring.likelihood import ContinuationRequest, ContinuationScore
 
 logger = logging.getLogger(__name__)
@@ -143,21 +144,32 @@ class ChoiceSuite(PromptedSuite):
         return settle_numbers(items, self.answer_is, has_own_choices=self.choices is None)
 
     def score(self, scored: "LiveModel", suite: Suite, scoring: Scoring) -> list[ItemScore]:
-        """Score every choice of every item."""
-        from llmtune.scoring.likelihood import score_continuations
+        """Score every choice of every item, and the written answer beside."""
+        from llmtune.scoring.generate import Decoding
+        from llmtune.scoring.likelihood import Writing, score_and_write
 
         requests = self.choice_requests(scored.tokenizer, suite, scoring.demonstrations)
-        found = score_continuations(
+        # Where the likeliest tokens spell a choice, that is what greedy decoding writes, so only
+        # the other items are written out.
+        writing = Writing(
+            scored.tokenizer,
+            Decoding(self.num_written, scored.stop_token_ids),
+            lambda found: self.num_written > 0 and not any(one.is_greedy for one in found),
+        )
+        found, texts = score_and_write(
             scored.model,
             requests,
+            writing,
             token_budget=scoring.token_budget,
             on_progress=scoring.on_items,
         )
         scores = [self._score_item(*pair) for pair in zip(suite.items, found, strict=True)]
         if not self.num_written:
             return scores
-        texts = self._write_answers(scored, suite, requests, found, scoring)
-        return [self._add_written(*each) for each in zip(suite.items, scores, texts, strict=True)]
+        return [
+            self._add_written(item, score, self._answer_text(item, each, text))
+            for item, score, each, text in zip(suite.items, scores, found, texts, strict=True)
+        ]
 
     @property
     def num_written(self) -> int:
@@ -170,39 +182,16 @@ class ChoiceSuite(PromptedSuite):
         """Return classes, calibration, and the accuracy of the written answers."""
         return describe_choices(scores, self.fixed_choices)
 
-    def _write_answers(
-        self,
-        scored: "LiveModel",
-        suite: Suite,
-        requests: "Sequence[ContinuationRequest]",
-        found: "Sequence[Sequence[ContinuationScore]]",
-        scoring: Scoring,
-    ) -> list[str]:
-        """Return what the model writes to each item, up to the choice that it begins with.
-
-        Where the likeliest tokens spell a choice, that is what greedy decoding writes, so only the
-        other items are written out.
-        """
+    def _answer_text(
+        self, item: SuiteItem, found: "Sequence[ContinuationScore]", text: "Generation | None"
+    ) -> str:
+        """Return what the model writes, up to the choice that it begins with."""
+        if text is None:
+            pairs = zip(item.choices, found, strict=True)
+            return max((choice for choice, one in pairs if one.is_greedy), key=len)
         from llmtune.evaluation.requests import cut_at
-        from llmtune.scoring.generate import Decoding, generate_texts
 
-        texts: list[str | None] = []
-        for item, each in zip(suite.items, found, strict=True):
-            greedy = [
-                choice for choice, one in zip(item.choices, each, strict=True) if one.is_greedy
-            ]
-            texts.append(max(greedy, key=len, default=None))
-        left = [place for place, text in enumerate(texts) if text is None]
-        written = generate_texts(
-            scored.model,
-            scored.tokenizer,
-            [requests[place].prompt_ids for place in left],
-            Decoding(self.num_written, scored.stop_token_ids),
-            token_budget=scoring.token_budget,
-        )
-        for place, answer in zip(left, written, strict=True):
-            texts[place] = answer.text if self.chat else cut_at(answer.text, ["\n"])
-        return [text or "" for text in texts]
+        return text.text if self.chat else cut_at(text.text, ["\n"])
 
     def _add_written(self, item: SuiteItem, score: ItemScore, text: str) -> ItemScore:
         chosen = find_choice(text, item.choices)
@@ -214,12 +203,11 @@ class ChoiceSuite(PromptedSuite):
         return replace(score, details={**score.details, "written": written})
 
     def count_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> int:
-        """Return the tokens of prompts and choices, a shared beginning once."""
+        """Return the tokens of prompts, choices and written answers, a shared beginning once."""
         from llmtune.scoring.likelihood import count_forward_tokens
 
         requests = self.encode_choices(tokenizer, suite)
-        written = sum(len(each.prompt_ids) + self.num_written for each in requests)
-        return count_forward_tokens(requests) + (written if self.num_written else 0)
+        return count_forward_tokens(requests) + self.num_written * len(requests)
 
     def choice_requests(
         self,
