@@ -1,7 +1,7 @@
 """What one token's activations take between forward and backward pass, from a model's shape.
 
 Counted is what autograd keeps in llmtune's training step, by its own operations where they stand in
-for the library's (`training/fused_lora`, `training/fused_blocks`), else under transformers' eager
+for the library's (`adapters/fused.py`, `training/fused/blocks.py`), else under transformers' eager
 layers. b is the bytes of an element, W the hidden width, Q and K the widths of queries and keys, I
 the feed-forward width:
 

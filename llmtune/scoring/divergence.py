@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llmtune.adapters.fused import fused_inference
 from llmtune.scoring.batches import (
     adapter_disabled,
     batch_by_length,
@@ -78,7 +79,7 @@ def measure_divergence(
     shape = (len(variants), len(sequences))
     kl_sums, flips = np.zeros(shape), np.zeros(shape, dtype=np.int64)
     done = 0
-    with inference(model), float32_head(model):
+    with inference(model), fused_inference(model), float32_head(model):
         for indices in batch_by_length(lengths, rows_budget(model, token_budget)):
             batch = pad_rows([sequences[i] for i in indices], model_device(model), left=False)
             mask = batch.attention_mask.bool()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.adapters.fused import fused_inference
 from llmtune.scoring.batches import (
     batch_by_length,
     evaluation_mode,
@@ -72,7 +73,7 @@ def generate_texts(
         return []
     texts = Texts(find_rooms(model, prompts, decoding), decoding.stop_token_ids)
     done = 0
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad(), fused_inference(model):
         waiting = _Waiting(model, prompts, decoding, token_budget)
         rows = waiting.join(None)
         assert rows is not None, "there is at least one prompt"
@@ -105,7 +106,7 @@ def iter_texts(
     if not prompts:
         return
     texts = Texts(find_rooms(model, prompts, decoding), decoding.stop_token_ids)
-    with evaluation_mode(model):
+    with evaluation_mode(model), fused_inference(model):
         with torch.no_grad():
             waiting = _Waiting(model, prompts, decoding, token_budget)
         for batch in waiting.batches:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 
+from llmtune.adapters.fused import fused_inference
 from llmtune.scoring.batches import (
     PaddedBatch,
     batch_by_length,
@@ -132,7 +133,7 @@ class _Scoring:
         require_positions(model, max(map(len, self._prompts)) + longest_choice)
         scores: list[list[ContinuationScore]] = [[] for _ in requests]
         done = 0
-        with inference(model):
+        with inference(model), fused_inference(model):
             longest = max(longest_choice, *self._rooms, 0)
             prefix = share_prefix(model, self._prompts, longest_answer=longest)
             lengths = [len(ids) - prefix.length for ids in self._prompts]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.adapters.fused import fused_inference
 from llmtune.scoring.batches import (
     batch_by_length,
     inference,
@@ -69,7 +70,7 @@ def score_texts(
     require_positions(model, max((len(ids) for _, ids in windows), default=0))
     sums = [0.0] * len(texts)
     waiting = [sum(1 for i, _ in windows if i == index) for index in range(len(texts))]
-    with inference(model):
+    with inference(model), fused_inference(model):
         budget = rows_budget(model, token_budget)
         for batch in batch_by_length([len(ids) for _, ids in windows], budget):
             losses = _window_losses(model, [windows[place][1] for place in batch])

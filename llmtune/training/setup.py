@@ -11,12 +11,12 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from llmtune.adapters.fused import fused_lora
 from llmtune.errors import LlmtuneError
 from llmtune.io.sizes import format_size
 from llmtune.training.batch import StepCollator
 from llmtune.training.config import TrainConfig
 from llmtune.training.fused.blocks import fused_blocks
-from llmtune.training.fused.lora import fused_lora
 from llmtune.training.fused.packing import choose_packing, packed_attention
 from llmtune.training.loss import LossPath, choose_loss_path, decoder_hidden
 from llmtune.training.memory.arithmetic import UNLIMITED, MemoryPlan

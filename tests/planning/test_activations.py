@@ -8,6 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from llmtune.adapters.dora import DoraAdapter
+from llmtune.adapters.fused import fused_lora
 from llmtune.adapters.inject import adapted_layers, inject_adapter
 from llmtune.adapters.lora import LoraAdapter
 from llmtune.data.example import Example
@@ -16,7 +17,6 @@ from llmtune.planning.families import FAMILIES
 from llmtune.planning.shape import read_shape
 from llmtune.training.batch import pack_rows
 from llmtune.training.fused.blocks import fused_blocks
-from llmtune.training.fused.lora import fused_lora
 from llmtune.training.fused.packing import packed_attention
 from llmtune.training.loss import choose_loss_path, decoder_hidden, summed_loss
 from llmtune.training.memory.dry_run import recomputable_layers

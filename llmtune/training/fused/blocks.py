@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from llmtune.adapters.base import Adapter
+from llmtune.adapters.fused import compute_dtype, describe_linear, is_fused
 from llmtune.adapters.live import live_method
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear
 from llmtune.ops.rms_norm import rms_norm
 from llmtune.ops.swiglu import swiglu_lora_linear
-from llmtune.training.fused.lora import compute_dtype, describe_linear, is_fused
 
 PROBE_TOKENS = 8
 # Largest accepted difference to the library's output, relative to the largest value.

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from llmtune.adapters.fused import fused_lora
 from llmtune.training.fused.blocks import fused_blocks
-from llmtune.training.fused.lora import fused_lora
 from llmtune.training.loss import decoder_hidden
 from tests.training.tiny_runs import make_adapter
 

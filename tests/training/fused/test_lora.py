@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from llmtune.adapters.fused import fused_lora
 from llmtune.models.quantization.bnb import dequantize_four_bit
 from llmtune.models.quantization.describe import keep_differentiable
-from llmtune.training.fused.lora import fused_lora
 from llmtune.training.loss import decoder_hidden
 from llmtune.training.train import train_adapter
 from tests.tiny import make_model

@@ -1,4 +1,4 @@
-"""LoRA linears computed by one autograd function a group, in place of PEFT's layers' own forward.
+"""LoRA linears computed by one autograd function a group, in training and in scoring.
 
 Only the forward methods of single layers are replaced, inside a context, so weights, names and what
 is saved stay stock PEFT. Layers that read the same input (q, k, v; gate, up) are found by watching
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -77,6 +78,45 @@ def fused_lora(model: PeftModel, run_forward: Callable[[], object]) -> Iterator[
             group.detach()
 
 
+_KNOWN_GROUPS: WeakKeyDictionary[nn.Module, list[list[BaseTunerLayer]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def fused_inference(model: nn.Module) -> Iterator[None]:
+    """Fuse what can be fused of a model's adapter while the block runs without gradients.
+
+    PEFT computes every adapter in float32 and adds it there: half as much time again as the base
+    alone. Here the products run in the model's dtype, as they do in training; in float32 the
+    results are PEFT's. Models without an adapter, and layers that are fused already, stay as
+    they are; switching the adapter off or weakening it inside the block works as ever.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    method = live_method(model)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    fusable = [layer for layer in layers if _find_obstacle(method, layer) is None]
+    known = _KNOWN_GROUPS.get(model, [])
+    if {layer for group in known for layer in group} != set(fusable):
+        known = _find_groups(fusable, lambda: _run_three_tokens(model))
+        _KNOWN_GROUPS[model] = known
+    groups = [_Group(each) for each in known]
+    for group in groups:
+        group.attach()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.detach()
+
+
+def _run_three_tokens(model: PeftModel) -> object:
+    device = next(model.parameters()).device
+    return model.get_base_model().base_model(
+        input_ids=torch.tensor([[1, 2, 3]], device=device), use_cache=False
+    )
+
+
 def is_fused(layer: BaseTunerLayer) -> bool:
     """Whether `fused_lora` covers the layer now; others may have replaced its forward too."""
     return hasattr(layer.__dict__.get("forward"), FUSED_MARK)
@@ -135,6 +175,13 @@ class _Group:
         self._input: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
 
+    def _take_strength(self) -> None:
+        """Take over a scaling that has changed: the adapter was weakened, or put back."""
+        scalings = [active_factors(layer)[2] for layer in self._layers]
+        if scalings != [linear.scaling for linear in self._linears]:
+            pairs = zip(self._linears, scalings, strict=True)
+            self._linears = tuple(linear._replace(scaling=scaling) for linear, scaling in pairs)
+
     def attach(self) -> None:
         for index, layer in enumerate(self._layers):
             layer.forward = self._forward_of(index, layer)
@@ -160,6 +207,7 @@ class _Group:
     def _read_output(self, index: int, x: Tensor) -> Tensor:
         if self._input is not x or index not in self._waiting:
             dtype = compute_dtype(x)
+            self._take_strength()
             outputs = lora_linears(x, self._linears, self._copies.read(self._linears, dtype))
             self._waiting = dict(enumerate(outputs))
             self._input = x
