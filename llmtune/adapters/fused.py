@@ -100,7 +100,7 @@ def fused_inference(model: nn.Module) -> Iterator[None]:
     if {layer for group in known for layer in group} != set(fusable):
         known = _find_groups(fusable, lambda: _run_three_tokens(model))
         _KNOWN_GROUPS[model] = known
-    groups = [_Group(each) for each in known]
+    groups = [_Group(each, method) for each in known]
     for group in groups:
         group.attach()
     try:
@@ -169,7 +169,7 @@ class _Group:
     """Layers with one input; a call to one of them computes all, the others pick theirs up."""
 
     def __init__(self, layers: Sequence[BaseTunerLayer], method: type[Adapter]) -> None:
-        self._layers = tuple(layers)
+        self._layers, self._method = tuple(layers), method
         self._linears = tuple(describe_linear(layer, method) for layer in layers)
         self._copies = AdapterCopies()
         self._input: Tensor | None = None
@@ -177,10 +177,9 @@ class _Group:
 
     def _take_strength(self) -> None:
         """Take over a scaling that has changed: the adapter was weakened, or put back."""
-        scalings = [active_factors(layer)[2] for layer in self._layers]
-        if scalings != [linear.scaling for linear in self._linears]:
-            pairs = zip(self._linears, scalings, strict=True)
-            self._linears = tuple(linear._replace(scaling=scaling) for linear, scaling in pairs)
+        now = tuple(describe_linear(layer, self._method) for layer in self._layers)
+        if [each.scaling for each in now] != [each.scaling for each in self._linears]:
+            self._linears = now
 
     def attach(self) -> None:
         for index, layer in enumerate(self._layers):
