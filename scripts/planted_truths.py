@@ -19,6 +19,7 @@ from llmtune.evaluation.diagnosis.curve_fit import Measured, fit_curve
 from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.evaluation.results import ArmResult, ItemScore
 from llmtune.evaluation.stats import Resampling
+from llmtune.reporting.diagnostics import Diagnostics
 from llmtune.reporting.joint import measure_joint_suites
 from llmtune.reporting.measure import measure_suites
 from llmtune.reporting.sections.strengths import measure_strengths
@@ -218,7 +219,10 @@ def _flat_curve(random: Random) -> bool:
         refused=fit.refused,
     )
     suites = measure([_right_wrong(random, 100, 0.0)])
-    return decide(Evidence(suites, learning_curve=curve)).name == "MORE-DATA"
+    return (
+        decide(Evidence(suites, diagnostics=Diagnostics({"learning_curve": curve}))).name
+        == "MORE-DATA"
+    )
 
 
 @dataclass(frozen=True)

@@ -44,13 +44,13 @@ def learning_curve(
     from dataclasses import asdict
 
     from llmtune.experiments.learning_curve import measure_learning_curve
-    from llmtune.reporting.terminal import iter_curve_lines
+    from llmtune.reporting.terminal import iter_lines
     from llmtune.runs.targets import require_run
 
     show_progress(quiet)
     loaded = require_run(target, overrides)
     found = measure_learning_curve(loaded, suite=suite, target_score=target_score)
-    print_result(asdict(found), as_json, lambda: "\n".join(iter_curve_lines(found)))
+    print_result(asdict(found), as_json, lambda: "\n".join(iter_lines(found)))
 
 
 @click.command()

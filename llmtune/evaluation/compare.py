@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.diagnosis.config import ALTERNATIVES
 from llmtune.evaluation.intervals import paired_interval
-from llmtune.evaluation.main_arms import OWN_TEMPLATE
-from llmtune.evaluation.results import ArmResult, ItemScore, finite_or_none
+from llmtune.evaluation.main_arms import OWN_TEMPLATE, kind_among
+from llmtune.evaluation.results import ArmResult, ItemScore, cluster_names, finite_or_none
 from llmtune.evaluation.stats import (
     Resampling,
     holm,
@@ -28,7 +29,7 @@ ALLOWED_DIFFERENCES = {
 """Recipe keys in which an arm of this kind may differ from any other arm. `selection`: which of the
 suite's items were measured; the comparison is on the items in common."""
 
-FREE_KINDS = ("probe", "other")
+FREE_KINDS = (*ALTERNATIVES, "other")
 """Arms that answer the same items by other means: only the items have to be the same."""
 
 ITEM_KEYS = frozenset({"items", "num_items"})
@@ -150,10 +151,7 @@ def allowed_differences(base: ArmResult, tuned: ArmResult) -> frozenset[str]:
 
 def arm_kind(arm: str) -> str:
     """Return what an arm is one of: `few-shot-2` is a `few-shot`, `tuned` is itself."""
-    for kind in (*ALLOWED_DIFFERENCES, *FREE_KINDS):
-        if arm == kind or arm.startswith(f"{kind}-"):
-            return kind
-    return arm
+    return kind_among((*ALLOWED_DIFFERENCES, *FREE_KINDS), arm) or arm
 
 
 def compare_slices(
@@ -299,9 +297,3 @@ def _compare_items(
         unparseable_base=sum(not item.parsed for item in base_items),
         unparseable_tuned=sum(not item.parsed for item in tuned_items),
     )
-
-
-def cluster_names(items: Sequence[ItemScore]) -> list[str] | None:
-    """Return the cluster of each item; None if not every item has one."""
-    names = [item.cluster for item in items if item.cluster is not None]
-    return names if len(names) == len(items) else None

@@ -90,15 +90,16 @@ def _take_arms(evaluation: Evaluation, diagnosis: Diagnosis[Any], known: Diagnos
     """Take over the arms that a known diagnosis scored; False if one of them is gone."""
     suites = {suite.name: suite for suite in evaluation.suites}
     for name in diagnosis.answered(known):
-        assert diagnosis.arm is not None, "a diagnosis that answers suites names its arm"
-        path = arm_result_path(evaluation.run.evaluations_dir, name, diagnosis.arm)
+        assert diagnosis.alternative is not None, "a diagnosis that answers suites names its arm"
+        arm = diagnosis.alternative.arm
+        path = arm_result_path(evaluation.run.evaluations_dir, name, arm)
         try:
             result = read_arm_result(path)
         except LlmtuneError:
             return False
         if result.recipe.get("items") != suites[name].items_fingerprint:
             return False
-        evaluation.results[name][diagnosis.arm] = result
+        evaluation.results[name][arm] = result
     return True
 
 

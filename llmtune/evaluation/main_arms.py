@@ -1,6 +1,6 @@
 """The four models that every suite is asked, and which two of them a verdict is about."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import Literal
 
 MainArm = Literal["original", "base", "tuned", "merged"]
@@ -32,3 +32,8 @@ def compared_arms(arms: Container[str]) -> tuple[MainArm, MainArm] | None:
     before = next((arm for arm in BEFORE if arm in arms), None)
     after = next((arm for arm in AFTER if arm in arms), None)
     return (before, after) if before and after else None
+
+
+def kind_among(kinds: Iterable[str], arm: str) -> str | None:
+    """Return which of these kinds an arm is one of (`few-shot-2` is a `few-shot`); else None."""
+    return next((kind for kind in kinds if arm == kind or arm.startswith(f"{kind}-")), None)

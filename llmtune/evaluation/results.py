@@ -1,7 +1,7 @@
 """An arm's result on one suite, with every item's score, in memory and on disk."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -127,3 +127,9 @@ def _is_number(value: object) -> bool:
 def finite_or_none(value: float) -> float | None:
     """Return None for a NaN or an infinity, which JSON cannot hold."""
     return value if math.isfinite(value) else None
+
+
+def cluster_names(items: Sequence[ItemScore]) -> list[str] | None:
+    """Return the cluster of each item; None if not every item has one."""
+    names = [item.cluster for item in items if item.cluster is not None]
+    return names if len(names) == len(items) else None

@@ -13,12 +13,13 @@ import numpy as np
 
 from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.compare import arm_kind, cluster_names
+from llmtune.evaluation.main_arms import kind_among
 from llmtune.evaluation.prompt_file import PromptFile
 from llmtune.evaluation.results import (
     ArmResult,
     ItemScore,
     arm_result_path,
+    cluster_names,
     finite_or_none,
     read_arm_result,
     save_arm_result,
@@ -80,7 +81,7 @@ class ArmPlan:
     @property
     def loaded_arm(self) -> str | None:
         """The arm of the loaded model that answers; None is the model as it is."""
-        return BASE_ARM if arm_kind(self.arm) in WITHOUT_ADAPTER else None
+        return BASE_ARM if kind_among(WITHOUT_ADAPTER, self.arm) else None
 
 
 def scoring_settings(budget: int | Literal["auto"]) -> ScoringSettings:

@@ -140,7 +140,10 @@ def join_reports(runs: Sequence[SeedRun], name: str) -> Report:
     first, resampling = reports[0], reports[0].resampling
     results = _shared(runs, manifests)
     suites = measure_joint_suites(results, resampling)
-    evidence = replace(gather_evidence(runs[0].run, suites), strengths=None, learning_curve=None)
+    evidence = gather_evidence(runs[0].run, suites)
+    evidence = replace(
+        evidence, strengths=None, diagnostics=evidence.diagnostics.without_more_rows()
+    )
     verdict = decide(evidence)
     study = _study(runs, reports, results)
     training = manifests[0].stages.get("train", {}).get("result") or {}

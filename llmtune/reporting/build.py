@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from llmtune.evaluation.diagnosis.contamination import ContaminationResult
-from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.evaluation.tasks.base import ABILITIES, Ability
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
@@ -51,7 +49,7 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
     models = Models.of_run(run, manifest)
     diagnostics = read_diagnostics(run, base=models.base, adapter=models.adapter)
     results = read_results(run.evaluations_dir, is_wanted=current_results(run, manifest, models))
-    suites = measure_suites(results, resampling, contamination=diagnostics.of(ContaminationResult))
+    suites = measure_suites(results, resampling, leaks=diagnostics.leaks)
     bounds = {s.name: thresholds.general_bound(s.unit) for s in suites if s.role == "general"}
     strengths = measure_strengths(results, bounds, resampling, thresholds)
     evidence = _gather(manifest, suites, diagnostics, thresholds)
@@ -112,8 +110,7 @@ def _gather(
         suites,
         thresholds,
         read_resampling(manifest.config).confidence,
-        contamination=diagnostics.of(ContaminationResult),
-        learning_curve=diagnostics.of(LearningCurveResult),
+        diagnostics=diagnostics,
         keep=_read_keep(manifest),
         merge_base=_read_merge_base(manifest),
         is_judged=_read_judged(manifest) is not None,

@@ -9,7 +9,8 @@ from pydantic import TypeAdapter
 from llmtune.evaluation.diagnosis.base import (
     Diagnosis,
     Diagnostic,
-    DiagnosticT,
+    Leak,
+    MoreRows,
     read_diagnostic,
 )
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
@@ -22,10 +23,6 @@ class Diagnostics:
 
     found: Mapping[str, Diagnostic] = field(default_factory=dict)
 
-    def of(self, kind: type[DiagnosticT]) -> DiagnosticT | None:
-        """Return the result of a kind; None if it was not made."""
-        return next((made for made in self.found.values() if isinstance(made, kind)), None)
-
     def __iter__(self) -> Iterator[tuple[Diagnosis[Any], Any]]:
         """Yield every diagnosis in the order of the report, with its result or None."""
         for diagnosis in DIAGNOSES:
@@ -35,6 +32,27 @@ class Diagnostics:
     def seconds(self) -> dict[str, float]:
         """What each diagnosis took, by its name."""
         return {diagnosis.name: made.seconds for diagnosis, made in self if made is not None}
+
+    @property
+    def leaks(self) -> dict[str, Leak]:
+        """The items of each suite that training has seen, of the diagnosis that found most."""
+        found: dict[str, Leak] = {}
+        for diagnosis, made in self:
+            for suite, leak in diagnosis.leaks(made).items() if made is not None else ():
+                if suite not in found or leak.share > found[suite].share:
+                    found[suite] = leak
+        return found
+
+    @property
+    def more_rows(self) -> dict[str, MoreRows]:
+        """What more training rows would bring, by the diagnosis that says so."""
+        said = {each.name: each.more_rows(made) for each, made in self if made is not None}
+        return {name: forecast for name, forecast in said.items() if forecast is not None}
+
+    def without_more_rows(self) -> "Diagnostics":
+        """Return these without what says what more rows would bring: it is of one training."""
+        said = self.more_rows
+        return Diagnostics({name: made for name, made in self.found.items() if name not in said})
 
     def as_json(self) -> dict[str, Any]:
         """Return every diagnosis as its file holds it, None if it was not made."""

@@ -9,13 +9,12 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import (
     FEWEST_CLUSTERS,
     FEWEST_ITEMS,
-    cluster_names,
     pair_items,
     require_same_recipe,
 )
 from llmtune.evaluation.intervals import JointInterval, joint_interval
 from llmtune.evaluation.main_arms import CHAIN, compared_arms
-from llmtune.evaluation.results import ArmResult
+from llmtune.evaluation.results import ArmResult, cluster_names
 from llmtune.evaluation.stats import POWER_FACTOR, Resampling
 from llmtune.reporting.measure import measure_suite
 from llmtune.reporting.run_results import Results

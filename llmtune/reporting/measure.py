@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from llmtune.evaluation.compare import (
     SliceComparison,
@@ -9,7 +10,7 @@ from llmtune.evaluation.compare import (
     compare_arms,
     compare_slices,
 )
-from llmtune.evaluation.diagnosis.contamination import ContaminationResult
+from llmtune.evaluation.diagnosis.base import Leak
 from llmtune.evaluation.main_arms import CHAIN, SAME_AS, compared_arms
 from llmtune.evaluation.results import ArmResult
 from llmtune.evaluation.stats import Resampling, needed_items
@@ -25,29 +26,28 @@ from llmtune.reporting.suites import (
 )
 
 MAX_SLICE_VALUES = 50
+NO_LEAKS: Mapping[str, Leak] = MappingProxyType({})
 
 
 def measure_suites(
     results: Results,
     resampling: Resampling,
     *,
-    contamination: ContaminationResult | None = None,
+    leaks: Mapping[str, Leak] = NO_LEAKS,
 ) -> tuple[SuiteReport, ...]:
     """Compare the arms of every suite; targets come first.
 
     Args:
-        contamination: which items are in the training rows; such a suite is compared once more
-            without them.
+        leaks: which items training has seen; such a suite is compared once more without them.
 
     Raises:
         LlmtuneError: two arms were not made by the same recipe.
     """
-    leaked = contamination.suites if contamination else {}
     suites = []
     for name, arms in results.items():
         suite = measure_suite(arms, resampling)
-        if name in leaked and leaked[name].item_ids:
-            suite = replace(suite, clean=_clean(arms, set(leaked[name].item_ids), resampling))
+        if name in leaks and leaks[name].item_ids:
+            suite = replace(suite, clean=_clean(arms, set(leaks[name].item_ids), resampling))
         suites.append(suite)
     return tuple(sorted(suites, key=lambda suite: place_of(suite.role, suite.name)))
 

@@ -10,12 +10,14 @@ import numpy.typing as npt
 
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.compare import arm_kind, cluster_names
+from llmtune.evaluation.compare import arm_kind
+from llmtune.evaluation.diagnosis.config import ALTERNATIVES
 from llmtune.evaluation.main_arms import MAIN_ARMS
 from llmtune.evaluation.results import (
     LM_EVAL_TASK,
     ArmResult,
     ItemScore,
+    cluster_names,
     finite_or_none,
     read_arm_result,
 )
@@ -134,7 +136,7 @@ def _models_on_disk(run: RunDir, models: Models) -> Callable[[ArmResult], bool]:
         "base": bare if models.base else None,
         "few-shot": bare if models.base else None,
         "prompt": bare if models.base else None,
-        "probe": bare if models.base else None,
+        **dict.fromkeys(ALTERNATIVES, bare if models.base else None),
         "tuned": tuned if models.adapter else None,
         "strength": tuned if models.adapter else None,
         "merged": (merged, None) if merged else None,

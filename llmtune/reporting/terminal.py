@@ -9,7 +9,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from llmtune.evaluation.diagnosis.learning_curve import Forecast, LearningCurveResult
+from llmtune.evaluation.diagnosis.base import Diagnostic
+from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.evaluation.main_arms import CHAIN, MAIN_ARMS
 from llmtune.reporting.numbers import (
     Unit,
@@ -191,18 +192,10 @@ def render_scores(scores: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def iter_curve_lines(found: LearningCurveResult) -> Iterator[str]:
-    """Yield the points, what twice and four times the rows would give, and what speaks against."""
-    yield f"{found.suite}: {found.metric}, and loss ({found.loss_name})"
-    for point in found.points:
-        yield f"  {point.rows:>8,} rows, seed {point.seed}: {point.score:.4f}, {point.loss:.4f}"
-    if found.fit is not None:
-        for forecast in (found.fit.at_2n, found.fit.at_4n):
-            yield f"  {_format_forecast(forecast)}"
-    if found.score_fit is not None and found.score_fit.n_need is not None:
-        yield f"  the score asked for would need about {found.score_fit.n_need:,.0f} rows"
-    if found.refused is not None:
-        yield f"not to be believed: {found.refused}"
+def iter_lines(found: Diagnostic) -> Iterator[str]:
+    """Yield what the diagnosis says of its own result."""
+    (diagnosis,) = (each for each in DIAGNOSES if isinstance(found, each.result))
+    yield from diagnosis.lines(found)
 
 
 def _sentence(*parts: str | tuple[str, str]) -> Text:
@@ -226,9 +219,3 @@ def _format_change(suite: SuiteReport, change: Change | None) -> Text:
 def _format_interval(unit: Unit, change: Mapping[str, Any]) -> str:
     interval = unit.interval(change["low"], change["high"])
     return f"{unit.change(change['difference'])} {interval}"
-
-
-def _format_forecast(forecast: Forecast) -> str:
-    low, high = forecast.interval
-    loss = f"{forecast.loss:.4f} ({low:.4f} to {high:.4f})"
-    return f"{forecast.rows:>8,} rows would give a loss of {loss}"

@@ -1,7 +1,7 @@
 """What a diagnosis is: its result and file, when and how it is made, and what a report shows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Protocol, TypeVar
@@ -125,6 +125,61 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True)
+class Leak:
+    """Items of one suite that training has seen, so that their scores prove nothing.
+
+    `ways` says how many were found in which way: in words, and as report.json holds it.
+    """
+
+    item_ids: tuple[str, ...]
+    n: int
+    """How many items the suite has."""
+    ways: str
+    numbers: Mapping[str, int]
+
+    @property
+    def share(self) -> float:
+        """The share of the suite's items."""
+        return len(self.item_ids) / self.n
+
+
+@dataclass(frozen=True)
+class MoreRows:
+    """What twice the training rows would bring on a suite, with the interval of the gain."""
+
+    suite: str
+    rows: int
+    loss_name: str
+    loss_now: float
+    loss_then: float
+    gain: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What a diagnosis offers in place of tuning: it answers suites itself, on the bare base.
+
+    A report holds its scores against the tuned model's. If they are as good, the verdict is to use
+    it; if it was not measured, a verdict to ship says so.
+    """
+
+    arm: str
+    """The name of its results."""
+    label: str
+    """What a table calls it."""
+    words: str
+    """What a sentence calls it."""
+    verdict: str
+    """The verdict where it is as good as the tuned model."""
+    meaning: str
+    """What this verdict says, in one sentence."""
+    reason: str
+    """Why it is then to be preferred."""
+    to_do: str
+
+
+@dataclass(frozen=True)
 class CleanScore:
     """A suite's scores without the items that were found among the rows, as text."""
 
@@ -220,8 +275,8 @@ class Diagnosis(ABC, Generic[DiagnosticT]):
     """What measures it, if no extent does."""
     needs_rows: ClassVar[bool] = True
     """Whether it cannot be made without the rows that were trained on."""
-    arm: ClassVar[str | None] = None
-    """The arm that it scores on suites beside its file, if any."""
+    alternative: ClassVar[Alternative | None] = None
+    """What it scores on suites beside its file, if anything."""
     is_about_forgetting: ClassVar[bool] = False
     """Whether its section belongs to what broke, not on its own."""
     number_names: ClassVar[tuple[str, ...]] = ()
@@ -238,8 +293,16 @@ class Diagnosis(ABC, Generic[DiagnosticT]):
         """Say from which inputs it would be made and at which cost, and how."""
 
     def answered(self, found: DiagnosticT) -> tuple[str, ...]:
-        """Return the suites that the diagnosis scored as its arm."""
+        """Return the suites that the diagnosis scored as its alternative."""
         return ()
+
+    def leaks(self, found: DiagnosticT) -> Mapping[str, Leak]:
+        """Return by suite the items that training has seen; too many decide the verdict."""
+        return {}
+
+    def more_rows(self, found: DiagnosticT) -> MoreRows | None:
+        """Return what more rows would bring; None if the result does not say that."""
+        return None
 
     def refusal(self, found: DiagnosticT) -> str | None:
         """Return why a result holds no numbers; None if it does."""
@@ -269,6 +332,10 @@ class Diagnosis(ABC, Generic[DiagnosticT]):
     def summary_lines(self, found: DiagnosticT, write: Writer) -> list[str]:
         """Return lines about the distance from the base, for the Markdown report."""
         return []
+
+    def lines(self, found: DiagnosticT) -> Iterator[str]:
+        """Yield what a command that measures nothing else prints of a result."""
+        yield from ()
 
     def numbers(self, found: DiagnosticT) -> dict[str, float | None]:
         """Return the numbers that a budget (`--fail-if`) may name."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llmtune.evaluation.diagnosis.base import Diagnosis
+from llmtune.evaluation.diagnosis.base import Alternative, Diagnosis
 from llmtune.evaluation.diagnosis.contamination import Contamination
 from llmtune.evaluation.diagnosis.divergence import DivergenceFromBase
 from llmtune.evaluation.diagnosis.learning_curve import LearningCurve
@@ -20,3 +20,8 @@ DIAGNOSES: tuple[Diagnosis[Any], ...] = (
     Shift(),
     Probe(),
 )
+
+ALTERNATIVES: dict[str, Alternative] = {
+    each.alternative.arm: each.alternative for each in DIAGNOSES if each.alternative is not None
+}
+"""What diagnoses offer in place of tuning, by the name of its results."""

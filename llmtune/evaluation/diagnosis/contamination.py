@@ -19,6 +19,7 @@ from llmtune.evaluation.diagnosis.base import (
     Extent,
     Facts,
     Given,
+    Leak,
     Paragraph,
     Planned,
     Section,
@@ -152,6 +153,19 @@ class Contamination(Diagnosis[ContaminationResult]):
                 summary = f"{name}: {write.count(len(suite.found))} items"
                 blocks.append(Table(shown, summary=summary, is_narrow=True))
         return Section("Did the test leak into the training?", tuple(blocks))
+
+    def leaks(self, found: ContaminationResult) -> dict[str, Leak]:
+        """Return the items that are among the training rows in any of the three ways."""
+        return {
+            name: Leak(
+                item_ids=suite.item_ids,
+                n=suite.n,
+                ways=f"{suite.exact} word for word, {suite.near} nearly, {suite.ngram} with many "
+                "words in a row",
+                numbers={"exact": suite.exact, "near": suite.near, "ngram": suite.ngram},
+            )
+            for name, suite in found.suites.items()
+        }
 
     def numbers(self, found: ContaminationResult) -> dict[str, float | None]:
         """Return the largest share of a suite's items that was found word for word."""

@@ -1,5 +1,6 @@
 """What more rows give: the loss and the score of several trainings against their rows."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from llmtune.evaluation.diagnosis.base import (
     Facts,
     Given,
     Interval,
+    MoreRows,
     Paragraph,
     Planned,
     Plot,
@@ -115,6 +117,40 @@ class LearningCurve(Diagnosis[LearningCurveResult]):
         if found.refused:
             blocks.append(Paragraph(f"No forecast is made of it: {found.refused}."))
         return Section("Would more data help?", tuple(blocks))
+
+    def more_rows(self, found: LearningCurveResult) -> MoreRows | None:
+        """Return the law's forecast of the loss, if there is a law to believe."""
+        law = found.fit
+        if law is None or found.refused:
+            return None
+        return MoreRows(
+            suite=found.suite,
+            rows=law.at_2n.rows,
+            loss_name=found.loss_name,
+            loss_now=law.at_n.loss,
+            loss_then=law.at_2n.loss,
+            gain=law.gain_at_2n,
+            interval=law.gain_interval,
+        )
+
+    def lines(self, found: LearningCurveResult) -> Iterator[str]:
+        """Yield the points, what more rows would give, and what speaks against it."""
+        yield f"{found.suite}: {found.metric}, and loss ({found.loss_name})"
+        for point in found.points:
+            yield f"  {point.rows:>8,} rows, seed {point.seed}: {point.score:.4f}, {point.loss:.4f}"
+        if found.fit is not None:
+            for forecast in (found.fit.at_2n, found.fit.at_4n):
+                yield f"  {_format_forecast(forecast)}"
+        if found.score_fit is not None and found.score_fit.n_need is not None:
+            yield f"  the score asked for would need about {found.score_fit.n_need:,.0f} rows"
+        if found.refused is not None:
+            yield f"not to be believed: {found.refused}"
+
+
+def _format_forecast(forecast: Forecast) -> str:
+    low, high = forecast.interval
+    loss = f"{forecast.loss:.4f} ({low:.4f} to {high:.4f})"
+    return f"{forecast.rows:>8,} rows would give a loss of {loss}"
 
 
 def _plot(found: LearningCurveResult) -> Plot:

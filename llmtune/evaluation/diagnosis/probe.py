@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from llmtune.evaluation.diagnosis.base import (
+    Alternative,
     Block,
     Diagnosis,
     Diagnostic,
@@ -80,7 +81,17 @@ class Probe(Diagnosis[ProbeResult]):
     what = "linear probe"
     help = "A linear probe on the frozen base's states"
     extent: ClassVar[Extent] = "full"
-    arm = PROBE_ARM
+    alternative = Alternative(
+        arm=PROBE_ARM,
+        label="Linear probe on the base",
+        words="a linear probe",
+        verdict="USE-PROBE",
+        meaning="A linear probe on the frozen base is as good as the tuned model, within the "
+        "stated margin.",
+        reason="A probe leaves the base as it is, so nothing else can break, and it costs one "
+        "forward pass: use it.",
+        to_do="Use the classifier with the base as it is.",
+    )
     result = ProbeResult
 
     def plan(self, given: Given) -> Planned[ProbeResult]:

@@ -7,6 +7,7 @@ from typing import TypedDict
 from markupsafe import Markup
 
 from llmtune.evaluation.compare import Comparison, arm_kind, compare_arms
+from llmtune.evaluation.diagnosis.config import ALTERNATIVES
 from llmtune.evaluation.main_arms import MAIN_ARMS
 from llmtune.evaluation.results import ArmResult
 from llmtune.evaluation.stats import Resampling
@@ -17,13 +18,17 @@ FEW_SHOT = "few-shot"
 PROMPTING = (FEW_SHOT, "prompt")
 """Kinds of arms that leave the base as it is and only say more to it."""
 
-ORDER = ("original", "base", FEW_SHOT, "prompt", "probe", "strength", "tuned", "merged", "other")
+ORDER = (
+    *("original", "base", FEW_SHOT, "prompt"),
+    *ALTERNATIVES,
+    *("strength", "tuned", "merged", "other"),
+)
 KIND_LABELS = {
     "original": "Original, not quantized",
     "base": "Base, as it is",
     "tuned": "Tuned",
     "merged": "Merged model",
-    "probe": "Linear probe on the base",
+    **{name: alternative.label for name, alternative in ALTERNATIVES.items()},
 }
 
 

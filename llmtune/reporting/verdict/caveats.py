@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llmtune.evaluation.diagnosis.config import ALTERNATIVES
 from llmtune.reporting.numbers import FRACTION, format_count
 from llmtune.reporting.sections.arms import split_name
 from llmtune.reporting.suites import SuiteReport, Thresholds
@@ -161,15 +162,15 @@ def _general_could_be_broken(evidence: Evidence) -> Iterator[str]:
 
 
 def _some_items_leaked(evidence: Evidence) -> Iterator[str]:
-    blocked = {suite.name for suite, _ in evidence.contaminated()}
-    found = evidence.contamination.suites if evidence.contamination else {}
+    blocked = {suite.name for suite, _ in evidence.leaked()}
+    found = evidence.diagnostics.leaks
     for suite in evidence.suites:
         leaked = found.get(suite.name)
         if leaked and leaked.item_ids and suite.name not in blocked:
             yield (
                 f"{suite.name}: {format_count(len(leaked.item_ids))} of {format_count(leaked.n)} "
-                f"items are in the training rows, or nearly so (exact {leaked.exact}, near "
-                f"{leaked.near}, shared words {leaked.ngram}). {format_clean(suite)}"
+                f"items are in the training rows, or nearly so ({leaked.ways}). "
+                f"{format_clean(suite)}"
             ).rstrip()
 
 
@@ -193,7 +194,7 @@ def _smaller_strength_would_do(evidence: Evidence) -> Iterator[str]:
 def _rivals_undecided(evidence: Evidence) -> Iterator[str]:
     """Yield the alternatives that tuning is not shown to beat, nor they to be as good."""
     for suite in evidence.better("target"):
-        for arm in (*evidence.prompts(), "probe"):
+        for arm in (*evidence.prompts(), *ALTERNATIVES):
             change = tuned_over(suite, arm)
             if change is None or evidence.is_as_good(arm, among=evidence.prompts()):
                 continue

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from scipy.special import ndtri
 
-from llmtune.evaluation.diagnosis.contamination import ContaminationResult, SuiteContamination
-from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
+from llmtune.evaluation.diagnosis.base import Leak
 from llmtune.evaluation.stats import holm
 from llmtune.evaluation.tasks.base import ABILITIES, Ability
+from llmtune.reporting.diagnostics import Diagnostics
 from llmtune.reporting.sections.arms import FEW_SHOT, PROMPTING, split_name
 from llmtune.reporting.sections.strengths import StrengthSweep
 from llmtune.reporting.suites import Change, SuiteReport, Thresholds
@@ -21,8 +21,7 @@ class Evidence:
     suites: tuple[SuiteReport, ...]
     thresholds: Thresholds = field(default_factory=Thresholds)
     confidence: float = 0.95
-    contamination: ContaminationResult | None = None
-    learning_curve: LearningCurveResult | None = None
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
     strengths: StrengthSweep | None = None
     keep: tuple[Ability, ...] = ABILITIES
     """What must not be lost; other general suites are given up."""
@@ -142,11 +141,9 @@ class Evidence:
                 found.append(suite)
         return tuple(found)
 
-    def contaminated(self) -> tuple[tuple[SuiteReport, SuiteContamination], ...]:
+    def leaked(self) -> tuple[tuple[SuiteReport, Leak], ...]:
         """Return the target suites with too many of their items among the training rows."""
-        if self.contamination is None:
-            return ()
-        found = self.contamination.suites
+        found = self.diagnostics.leaks
         return tuple(
             (suite, found[suite.name])
             for suite in self.suites

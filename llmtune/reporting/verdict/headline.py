@@ -39,7 +39,11 @@ def _unmeasured(evidence: Evidence) -> list[str]:
     """Return the alternatives without training that were not measured and apply to the task."""
     targets = evidence.with_role("target")
     missing = [] if evidence.prompts() else ["few-shot prompting"]
+    arms = {name for suite in targets for name in suite.rivals}
     has_choices = any(suite.chance is not None for suite in targets)
-    if has_choices and not any("probe" in suite.rivals for suite in targets):
-        missing.append("a linear probe")
-    return missing
+    return missing + [
+        diagnosis.alternative.words
+        for diagnosis, found in evidence.diagnostics
+        if diagnosis.alternative is not None
+        and diagnosis.is_missing(found, arms, has_choices=has_choices)
+    ]

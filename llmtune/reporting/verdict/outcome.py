@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+from llmtune.evaluation.diagnosis.config import ALTERNATIVES
+
 AT_STRENGTH = "SHIP at strength"
 MERGE_DIFFERENTLY = "MERGE-DIFFERENTLY"
 UNSHOWN = "SHIP, general not shown"
@@ -94,8 +96,7 @@ MEANINGS = {
     "BROKE-GENERAL": "General ability fell beyond its bound, clear of chance.",
     "USE-PROMPT": "Prompting the base model is as good as the tuned model, within the stated "
     "margin.",
-    "USE-PROBE": "A linear probe on the frozen base is as good as the tuned model, within the "
-    "stated margin.",
+    **{each.verdict: each.meaning for each in ALTERNATIVES.values()},
     "MORE-DATA": "No gain is shown yet, but the learning curve predicts that more rows would lower "
     "the loss.",
     "INCONCLUSIVE": "These items do not decide: neither a gain on the target with general ability "
@@ -115,7 +116,7 @@ TO_DO = {
     "BROKE-GENERAL": "Lower the learning rate or the steps, protect the base while training "
     "(`protect`), or mix general text into the training data.",
     "USE-PROMPT": "Use the prompt with the base as it is.",
-    "USE-PROBE": "Use the classifier with the base as it is.",
+    **{each.verdict: each.to_do for each in ALTERNATIVES.values()},
     "MORE-DATA": "Collect more rows before anything else.",
     "INCONCLUSIVE": "Write more evaluation items, or accept that the effect is smaller than these "
     "can show.",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
+from llmtune.evaluation.diagnosis.config import ALTERNATIVES
 from llmtune.reporting.numbers import FRACTION, NATS, format_count
 from llmtune.reporting.suites import SuiteReport
 from llmtune.reporting.verdict.evidence import Evidence, is_above_majority
@@ -31,9 +32,9 @@ from llmtune.reporting.verdict.sentences import (
 Rule = Callable[[Evidence], Verdict | None]
 
 
-def contaminated(evidence: Evidence) -> Verdict | None:
+def leaked_items(evidence: Evidence) -> Verdict | None:
     """CONTAMINATED: too many items of a target suite are in the training rows, or nearly so."""
-    found = evidence.contaminated()
+    found = evidence.leaked()
     if not found:
         return None
     bound = evidence.thresholds.contaminated_share
@@ -42,17 +43,10 @@ def contaminated(evidence: Evidence) -> Verdict | None:
         reasons.append(
             f"{suite.name}: {format_count(len(leaked.item_ids))} of {format_count(leaked.n)} items "
             f"are in the training rows ({FRACTION.score(leaked.share)}, more than "
-            f"{FRACTION.score(bound)}): {leaked.exact} word for word, {leaked.near} nearly, "
-            f"{leaked.ngram} with many words in a row."
+            f"{FRACTION.score(bound)}): {leaked.ways}."
         )
         reasons += filter(None, [format_clean(suite)])
-        numbers[suite.name] = {
-            "exact": leaked.exact,
-            "near": leaked.near,
-            "ngram": leaked.ngram,
-            "n": leaked.n,
-            "bound": bound,
-        }
+        numbers[suite.name] = {**leaked.numbers, "n": leaked.n, "bound": bound}
     reasons.append("Remove these items from the suite or from the training rows, and run again.")
     return Verdict("CONTAMINATED", tuple(reasons), numbers)
 
@@ -129,16 +123,15 @@ def use_prompt(evidence: Evidence) -> Verdict | None:
     return Verdict("USE-PROMPT", tuple(reasons), _rival_numbers(evidence, as_good))
 
 
-def use_probe(evidence: Evidence) -> Verdict | None:
-    """USE-PROBE: a linear probe beats the bare base and is as good as tuning."""
-    if not evidence.is_as_good("probe", among=["probe"]):
-        return None
-    reasons = list(format_rivals(evidence, ["probe"]))
-    reasons.append(
-        "A probe leaves the base as it is, so nothing else can break, and it costs one forward "
-        "pass: use it."
-    )
-    return Verdict("USE-PROBE", tuple(reasons), _rival_numbers(evidence, ["probe"]))
+def use_alternative(evidence: Evidence) -> Verdict | None:
+    """USE-PROBE: what needs no adapter, a probe, beats the bare base and is as good as tuning."""
+    measured = [arm for arm in ALTERNATIVES if any(arm in s.rivals for s in evidence.suites)]
+    for arm in measured:
+        if evidence.is_as_good(arm, among=measured):
+            alternative = ALTERNATIVES[arm]
+            reasons = (*format_rivals(evidence, [arm]), alternative.reason)
+            return Verdict(alternative.verdict, reasons, _rival_numbers(evidence, [arm]))
+    return None
 
 
 def ship_at_strength(evidence: Evidence) -> Verdict | None:
@@ -227,23 +220,22 @@ def ship(evidence: Evidence) -> Verdict | None:
 
 def more_data(evidence: Evidence) -> Verdict | None:
     """MORE-DATA: no gain is shown, and the learning curve says twice the rows lower the loss."""
-    curve = evidence.learning_curve
     undecided = inconclusive(evidence)
-    if undecided is None or curve is None or curve.fit is None or curve.refused:
+    if undecided is None:
         return None
-    low, high = curve.fit.gain_interval
-    if low <= 0:
-        return None
-    law = curve.fit
-    reasons = (
-        *undecided.reasons,
-        f"{curve.suite}: with twice the rows ({format_count(law.at_2n.rows)}) the "
-        f"{curve.loss_name} would fall by {NATS.bare_size(law.gain_at_2n)} (interval "
-        f"{NATS.bare_size(low)} to {NATS.bare_size(high)}), from {NATS.score(law.at_n.loss)} to "
-        f"{NATS.score(law.at_2n.loss)}.",
-    )
-    numbers = {"gain_at_2n": law.gain_at_2n, "interval": [low, high], "rows": law.at_2n.rows}
-    return Verdict("MORE-DATA", reasons, {**undecided.numbers, "learning_curve": numbers})
+    for name, found in evidence.diagnostics.more_rows.items():
+        low, high = found.interval
+        if low > 0:
+            reason = (
+                f"{found.suite}: with twice the rows ({format_count(found.rows)}) the "
+                f"{found.loss_name} would fall by {NATS.bare_size(found.gain)} (interval "
+                f"{NATS.bare_size(low)} to {NATS.bare_size(high)}), from "
+                f"{NATS.score(found.loss_now)} to {NATS.score(found.loss_then)}."
+            )
+            said = {"gain_at_2n": found.gain, "interval": [low, high], "rows": found.rows}
+            numbers = {**undecided.numbers, name: said}
+            return Verdict("MORE-DATA", (*undecided.reasons, reason), numbers)
+    return None
 
 
 def inconclusive(evidence: Evidence) -> Verdict | None:
@@ -278,13 +270,13 @@ def _is_gain(evidence: Evidence) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    contaminated,
+    leaked_items,
     not_measured,
     merge_differently,
     negative,
     beyond_rescue,
     use_prompt,
-    use_probe,
+    use_alternative,
     ship_at_strength,
     broke_general,
     ship,

@@ -38,6 +38,7 @@ def suite(
         "arms": {"base": ArmScore(base), "tuned": ArmScore(base + difference)},
         "compared": ("base", "tuned"),
         "change": Change(difference, low, high, p_value, half_width / 1.96),
+        "chance": None if is_loss else 0.5,
         "mde": half_width / 1.96 * 2.8,
         "gained": 10,
         "lost": 5,
