@@ -17,6 +17,7 @@ from llmtune.commands.options import (
     with_output_options,
 )
 from llmtune.errors import LlmtuneError
+from llmtune.io.manifest import MergeRecord
 from llmtune.merging.config import (
     MERGE_BASES,
     MERGE_DTYPES,
@@ -132,13 +133,13 @@ def _merge_one(target: str, overrides: tuple[str, ...], asked: _Asked) -> Shown:
 
         planned = merge_apart.plan_merges(named, asked.out, knobs=knobs, settings=settings)
         return planned.to_dict(), planned.describe
-    result: Mapping[str, Any]
+    result: MergeRecord
     if asked.out is not None:
         from llmtune.runs import merge_apart
 
         result = merge_apart.merge_into(
             named, asked.out, knobs=knobs, settings=settings, force=asked.force
-        ).to_dict()
+        ).to_record()
     elif named.config is not None:
         from llmtune.runs import pipeline
 
@@ -176,7 +177,7 @@ def _combine(words: Sequence[str], how: Combination, asked: _Asked, *, to_adapte
     return merged.to_dict(), merged.describe
 
 
-def _format_merge(result: Mapping[str, Any]) -> str:
+def _format_merge(result: MergeRecord) -> str:
     """Say how close each base came if both were tried, and where the merged model is."""
     lines = [
         f"{name:<11} KL {score['kl']:.2e} nats/token, top-1 agreement "

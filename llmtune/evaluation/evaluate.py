@@ -22,11 +22,12 @@ from llmtune.evaluation.measures import (
     Work,
 )
 from llmtune.evaluation.results import arm_result_path, read_arm_result
+from llmtune.io.manifest import EvaluateRecord
 
 log = logging.getLogger("llmtune")
 
 
-def evaluate_run(request: EvaluationRequest, train_seconds: float | None = None) -> dict[str, Any]:
+def evaluate_run(request: EvaluationRequest, train_seconds: float | None = None) -> EvaluateRecord:
     """Measure what is asked for and not yet on disk for this model and recipe.
 
     The base is loaded once for everything but the merged model. With `force` everything is

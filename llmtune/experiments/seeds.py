@@ -292,7 +292,7 @@ def _base(manifest: Manifest) -> object:
 
 
 def _start(manifest: Manifest) -> object:
-    return (manifest.stages.get("train", {}).get("inputs") or {}).get("start")
+    return (manifest.record("train").get("inputs") or {}).get("start")
 
 
 def _rows(manifest: Manifest) -> object:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.card import card_lines, read_report, report_facts
+from llmtune.exporting.card import card_lines, read_report
 from llmtune.io.fingerprint import JsonValue, hash_json
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.resolve import Loadable
@@ -164,7 +164,8 @@ class FileExporter(WritingExporter):
 
     def taken_from(self, report_path: Path) -> JsonValue:
         """Return the facts of the head."""
-        return {**report_facts(read_report(report_path))}
+        report = read_report(report_path)
+        return None if report is None else {**report.facts()}
 
     def export(self, job: "ExportJob") -> Exported:
         """Write the file, check it, and put it in its place."""
@@ -177,7 +178,8 @@ class DirectoryExporter(WritingExporter):
     def taken_from(self, report_path: Path) -> JsonValue:
         """Return the facts of the head, and the card."""
         report = read_report(report_path)
-        return {**report_facts(report), "card": hash_json(list(card_lines(report)))}
+        facts = {} if report is None else report.facts()
+        return {**facts, "card": hash_json(list(card_lines(report)))}
 
     def is_own(self, out: Path) -> bool:
         """Whether a directory with the mark is there."""

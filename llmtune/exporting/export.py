@@ -19,7 +19,7 @@ from llmtune.exporting.base import (
     FileExporter,
     WritingExporter,
 )
-from llmtune.exporting.card import CARD_NAME, read_report, render_card, report_facts
+from llmtune.exporting.card import CARD_NAME, CardReport, read_report, render_card
 from llmtune.exporting.config import ExportSettings, find_exporter
 from llmtune.io.environment import versions
 from llmtune.io.run_dir import RunDir, atomic_write_text
@@ -101,7 +101,7 @@ class ExportJob:
         return self.source.dense_base
 
     @cached_property
-    def report(self) -> dict[str, Any] | None:
+    def report(self) -> CardReport | None:
         """The run's report.json, if there is one."""
         run_dir = self.source.run_dir
         return None if run_dir is None else read_report(RunDir(run_dir).report_json_path)
@@ -174,4 +174,4 @@ class ExportJob:
         record = read_record(made_from.directory)
         if record is not None:
             facts["merged_into"] = record.base
-        return facts | report_facts(self.report)
+        return facts | ({} if self.report is None else self.report.facts())

@@ -1,7 +1,7 @@
 """A run's manifest: its config, its sources, and which stages are finished on which inputs."""
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, cast
 
@@ -30,8 +30,84 @@ class TrainRecord(TypedDict, total=False):
     adapter_bytes: int
     choices: Mapping[str, str]
     protect: Mapping[str, Any] | None
+    estimate: "EstimateRecord | None"
     device: str
     dtype: str
+
+
+class EstimateRecord(TypedDict, total=False):
+    """The memory that was estimated before training: in all, and by component."""
+
+    total_bytes: int
+    components: Mapping[str, int]
+
+
+class CheckRecord(TypedDict, total=False):
+    """What a merge's check against the live model found, as far as it is read by name."""
+
+    kl: float
+    top1_agreement: float
+    perplexity: float
+    live_perplexity: float
+    max_logit_difference: float
+    num_tokens: int
+    num_labels: int
+    num_same_labels: int
+    num_open_prompts: int
+    num_same_texts: int
+    dtype: str
+    divergences: Sequence[Mapping[str, Any]]
+    open_prompts: Sequence[str]
+
+
+class MergeRecord(TypedDict, total=False):
+    """What merging records of itself, as far as it is read by name."""
+
+    out_dir: str
+    """Relative to the run if it is in it."""
+    base: str
+    """What the adapter was added to: original or dequantized."""
+    strength: float
+    num_bytes: int
+    seconds: float
+    candidates: Mapping[str, CheckRecord]
+    """Of both bases, if there was a choice."""
+    check: CheckRecord | None
+
+
+class EvaluateRecord(TypedDict):
+    """What evaluating records of itself."""
+
+    extent: str
+    suites: Mapping[str, Mapping[str, float]]
+    """suite -> arm -> mean."""
+    left_out: Mapping[str, str]
+    """What could not be measured, and why."""
+    measures: Sequence[Mapping[str, Any]]
+    """What each cost, as it was estimated beforehand and as it was."""
+
+
+class ExportRecord(TypedDict, total=False):
+    """What an export records of itself, as far as it is read by name."""
+
+    to: str
+    out: str
+    """The file, directory or address; relative to the run if it is in it."""
+    num_bytes: int
+    notices: Sequence[str]
+
+
+class BaseRecord(TypedDict, total=False):
+    """What is recorded of the base: where it came from, and how it was loaded."""
+
+    path: str
+    origin: str
+    revision: str | None
+    gguf_sha256: str | None
+    fingerprint: str
+    dtype: str
+    quantization: str
+    template_date: str
 
 
 class StageRecord(TypedDict, total=False):
@@ -54,14 +130,31 @@ class Manifest:
     created: str = field(default_factory=lambda: _now())
     machine: Mapping[str, Any] = field(default_factory=machine)
     versions: Mapping[str, Any] = field(default_factory=versions)
-    base: Mapping[str, Any] = field(default_factory=dict)
+    base: BaseRecord = field(default_factory=lambda: BaseRecord())
     data: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[str, StageRecord] = field(default_factory=dict)
 
     @property
     def trained(self) -> TrainRecord:
         """What training recorded; empty before it is finished."""
-        return cast(TrainRecord, self.stages.get("train", {}).get("result") or {})
+        return cast(TrainRecord, self._result("train"))
+
+    @property
+    def merged(self) -> MergeRecord:
+        """What merging recorded; empty before it is finished."""
+        return cast(MergeRecord, self._result("merge"))
+
+    @property
+    def evaluated(self) -> EvaluateRecord | None:
+        """What evaluating recorded; None before it is finished."""
+        return cast(EvaluateRecord, self._result("evaluate") or None)
+
+    def _result(self, stage: str) -> Mapping[str, Any]:
+        return self.record(stage).get("result") or {}
+
+    def record(self, stage: str) -> StageRecord:
+        """Return what is recorded of a stage; empty if it was never begun."""
+        return self.stages.get(stage, {})
 
     def start(self, stage: str, fingerprint: str, inputs: Mapping[str, Any]) -> "Manifest":
         """Return the manifest with `stage` begun, and with it every later stage undone."""

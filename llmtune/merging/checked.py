@@ -4,12 +4,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llmtune.checks.merged import VerifyResult
 from llmtune.checks.provenance import add_to_provenance
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.errors import CheckFailed
+from llmtune.io.manifest import MergeRecord
 from llmtune.io.unfinished import move_into_place, require_space, unfinished_dir
 from llmtune.merging.changes import MergePlan
 from llmtune.merging.config import MergeSettings
@@ -47,12 +48,13 @@ class CheckedMerge:
     check: VerifyResult | None
     candidates: Mapping[str, VerifyResult]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as JSON."""
+    def to_record(self) -> MergeRecord:
+        """Return the result as it is recorded."""
         values = self.result.to_dict()
         if self.candidates:
             values["candidates"] = _score_values(self.candidates)
-        return {**values, "check": None if self.check is None else _check_values(self.check)}
+        values["check"] = None if self.check is None else _check_values(self.check)
+        return cast(MergeRecord, values)
 
 
 def merge_checked(

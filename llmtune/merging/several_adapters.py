@@ -69,7 +69,7 @@ class CombinedMerge:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON."""
-        values = self.merged.to_dict()
+        values = dict(self.merged.to_record())
         check = values.pop("check")
         adapters = _describe(self.adapters)
         return {**values, "adapters": adapters, "method": self.method, "check": check}

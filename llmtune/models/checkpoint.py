@@ -16,6 +16,8 @@ from llmtune.models.plausible import check_config, check_sizes, check_token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from llmtune.io.manifest import BaseRecord
+
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
 SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
@@ -52,13 +54,14 @@ class Checkpoint:
         """What an adapter records as its base: the hub id, or the checkpoint's absolute path."""
         return self.origin if self.revision is not None else str(self.directory)
 
-    def as_dict(self) -> dict[str, str | None]:
-        """Return where the checkpoint came from, as manifests record it."""
+    def as_record(self) -> "BaseRecord":
+        """Return where the checkpoint came from and its fingerprint, as manifests record it."""
         return {
             "path": str(self.directory),
             "origin": self.origin,
             "revision": self.revision,
             "gguf_sha256": self.gguf_sha256,
+            "fingerprint": self.fingerprint,
         }
 
     @cached_property

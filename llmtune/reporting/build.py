@@ -55,9 +55,7 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
     evidence = _gather(manifest, suites, diagnostics, thresholds)
     evidence = replace(evidence, strengths=strengths)
     curve, generations = read_loss_curve(run.metrics_path), read_generations(run)
-    training, merge = (
-        manifest.stages.get(stage, {}).get("result") or {} for stage in ("train", "merge")
-    )
+    training, merge = manifest.trained, manifest.merged
     present = Present(
         loss_curve=not curve.is_empty,
         generations=bool(generations),
@@ -141,7 +139,7 @@ def _read_merge_base(manifest: Manifest) -> str | None:
     """Return the `merge.base` of a merge into a quantized base; None if there was no choice."""
     if not is_quantized(manifest.base.get("quantization")):
         return None
-    result = manifest.stages.get("merge", {}).get("result") or {}
+    result = manifest.merged
     configured = (manifest.config.get("merge") or {}).get("base")
     return str(result.get("base") or configured or MergeConfig().base)
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from llmtune.evaluation.stats import Resampling
-from llmtune.io.manifest import Manifest
+from llmtune.io.manifest import Manifest, MergeRecord
 from llmtune.reporting.diagnostics import Diagnostics
 from llmtune.reporting.missing import Missing
 from llmtune.reporting.numbers import without_nan
@@ -70,7 +70,7 @@ class Report:
     curve: LossCurve = field(default_factory=LossCurve)
     generations: tuple[Generation, ...] = ()
     cost: Cost = field(default_factory=Cost)
-    merge: Mapping[str, Any] = field(default_factory=dict)
+    merge: MergeRecord = field(default_factory=lambda: MergeRecord())
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[Missing, ...] = ()
     diagnostics: Diagnostics = field(default_factory=Diagnostics)

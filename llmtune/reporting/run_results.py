@@ -109,7 +109,7 @@ def current_results(run: RunDir, manifest: Manifest, models: Models) -> Callable
 
 def is_finished(manifest: Manifest, stage: str) -> bool:
     """Return whether a stage ended well and none before it was begun again since."""
-    return bool(manifest.stages.get(stage, {}).get("finished"))
+    return bool(manifest.record(stage).get("finished"))
 
 
 def restrict(result: ArmResult, wanted: set[str]) -> ArmResult:

@@ -79,7 +79,7 @@ class EvaluateStage(Stage):
             "suites": {suite.name: suite.fingerprint for suite in self.suites},
             "files": {str(path): hash_file(path) for path in files},
         }
-        record = manifest.stages.get(self.name, {})
+        record = manifest.record(self.name)
         return inputs | {"extent": self._kept_extent(record, inputs)}
 
     def models(self, manifest: Manifest) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class EvaluateStage(Stage):
         return {
             "adapter": self.adapter,
             "base": self.source.fingerprint,
-            "merge": manifest.stages.get("merge", {}).get("fingerprint"),
+            "merge": manifest.record("merge").get("fingerprint"),
         }
 
     def _kept_extent(self, record: StageRecord, inputs: Mapping[str, Any]) -> Extent:

@@ -59,7 +59,7 @@ class ExportStage(Stage):
         """Return the stage that it is made from, the file's type, and what it takes of a report."""
         made_by = STAGE_OF[self.exporter.made_from]
         return {
-            made_by: manifest.stages.get(made_by, {}).get("fingerprint"),
+            made_by: manifest.record(made_by).get("fingerprint"),
             "type": self.type,
             "report": self.exporter.taken_from(self.config.run.report_json_path),
         }

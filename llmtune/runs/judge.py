@@ -280,14 +280,11 @@ class _JudgedStage(Stage):
             if target is not None and not link.is_symlink():
                 link.symlink_to(target)
         date = template_date_of(self.source.tokenizer)
-        ledger.describe(
-            base={
-                **self.source.as_dict(),
-                "fingerprint": self.source.fingerprint,
-                "quantization": self.config.model.quantization_method,
-                **({} if date is None else {"template_date": date}),
-            }
-        )
+        base = self.source.as_record()
+        base["quantization"] = self.config.model.quantization_method
+        if date is not None:
+            base["template_date"] = date
+        ledger.describe(base=base)
 
     @property
     def adapter(self) -> str:
@@ -313,7 +310,7 @@ class JudgedEvaluate(_JudgedStage, EvaluateStage):
             "base": self.source.fingerprint,
             "merge": Checkpoint.open(merged).fingerprint
             if merged
-            else manifest.stages.get("merge", {}).get("fingerprint"),
+            else manifest.record("merge").get("fingerprint"),
             "data": hash_json(self.config.data.model_dump(mode="json")),
         }
 

@@ -13,7 +13,7 @@ from typing import Any
 from llmtune.errors import LlmtuneError
 from llmtune.io.environment import peak_memory_bytes
 from llmtune.io.fingerprint import hash_json
-from llmtune.io.manifest import Manifest, StageRecord, read_manifest
+from llmtune.io.manifest import BaseRecord, Manifest, StageRecord, read_manifest
 from llmtune.io.run_dir import RunDir
 
 log = logging.getLogger("llmtune")
@@ -36,7 +36,7 @@ class Ledger:
         self._began = time.perf_counter()
 
     def describe(
-        self, *, base: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None
+        self, *, base: BaseRecord | None = None, data: Mapping[str, Any] | None = None
     ) -> None:
         """Write base and data of the run into the manifest; what is not given stays."""
         now = self.manifest
@@ -64,7 +64,7 @@ class Ledger:
             complete: gives recorded inputs what this version added to them since.
             outputs: names what a finished stage has left; if any of it is gone, it is not finished.
         """
-        record = self.manifest.stages.get(name, {})
+        record = self.manifest.record(name)
         if not _is_finished(record, inputs, complete, outputs):
             return None
         log.info("%s: finished before on the same inputs, skipped", name)

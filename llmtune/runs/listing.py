@@ -51,7 +51,7 @@ def _summarize(run: RunDir) -> RunSummary:
 
 
 def _state(manifest: Manifest) -> str:
-    finished = [name for name in STAGES if manifest.stages.get(name, {}).get("finished")]
+    finished = [name for name in STAGES if manifest.record(name).get("finished")]
     begun = [name for name, record in manifest.stages.items() if not record.get("finished")]
     if begun:
         return f"{begun[0]} unfinished"

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from llmtune.config import RunConfig
 from llmtune.evaluation.suite import load_suites
-from llmtune.io.manifest import Manifest, StageRecord
+from llmtune.io.manifest import Manifest, MergeRecord, StageRecord
 from llmtune.merging.config import NO_SETTINGS, MergeConfig, MergeSettings
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.stage import Stage
@@ -67,12 +67,14 @@ class MergeStage(Stage):
         """Yield the merged model's directory."""
         yield self.config.run.merged_dir
 
-    def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def run(self, inputs: Mapping[str, Any]) -> MergeRecord:
         """Merge and check."""
         from llmtune.merging.one_adapter import merge_one
 
         out_dir = self.config.run.merged_dir
-        return merge_one(request_of_run(self.config, self.source, out_dir, self.settings)).to_dict()
+        return merge_one(
+            request_of_run(self.config, self.source, out_dir, self.settings)
+        ).to_record()
 
 
 def request_of_run(

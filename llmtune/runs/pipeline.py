@@ -1,13 +1,13 @@
 """The stages of a run in order; each leaves an artifact on disk and can be rerun alone."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llmtune.config import RunConfig
 from llmtune.evaluation.diagnosis.base import Extent
 from llmtune.evaluation.suite import load_suites
-from llmtune.io.manifest import TrainRecord
+from llmtune.io.manifest import ExportRecord, MergeRecord, TrainRecord
 from llmtune.io.run_dir import RunDir
 from llmtune.merging.config import NO_SETTINGS, MergeSettings
 from llmtune.runs.evaluate import (
@@ -94,13 +94,13 @@ def plan(config: RunConfig, *, gpu: str | None = None, measure: bool = False) ->
 
 def merge(
     config: RunConfig, *, force: bool = False, settings: MergeSettings = NO_SETTINGS
-) -> Mapping[str, Any]:
+) -> MergeRecord:
     """Add the run's adapter into its base, and check it against the live adapter.
 
     Raises:
         CheckFailed: the merged model differs from base + adapter; nothing is left in `merged/`.
     """
-    return MergeStage(config, force=force, settings=settings).do()
+    return cast(MergeRecord, MergeStage(config, force=force, settings=settings).do())
 
 
 def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
@@ -142,7 +142,7 @@ def report(run_dir: str | Path) -> "Report":
     return built
 
 
-def export(config: RunConfig, *, force: bool = False) -> dict[str, Mapping[str, Any]]:
+def export(config: RunConfig, *, force: bool = False) -> dict[str, ExportRecord]:
     """Make what the config's `export` section names, and check each file.
 
     Returns:
@@ -153,7 +153,7 @@ def export(config: RunConfig, *, force: bool = False) -> dict[str, Mapping[str, 
         CheckFailed: a file's answers are not the model's; it is not kept.
     """
     return {
-        exporter.name: ExportStage(config, exporter, type, force=force).do()
+        exporter.name: cast(ExportRecord, ExportStage(config, exporter, type, force=force).do())
         for exporter, type in config.export.exports()
     }
 

@@ -91,7 +91,7 @@ class Stage(ABC):
 
         It may if the stage is finished and was made from these of its inputs.
         """
-        record = manifest.stages.get(self.name, {})
+        record = manifest.record(self.name)
         again = f"redo it with: llmtune {self.name} {self.config.run.path}"
         if not record.get("finished"):
             return f"{self.config.run.path}: its {self.name} did not finish; {again}"

@@ -13,7 +13,7 @@ from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.data.prepare import PreparedData, prepare_examples
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import hash_json
-from llmtune.io.manifest import Manifest, StageRecord
+from llmtune.io.manifest import BaseRecord, Manifest, StageRecord
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.template_date import template_date_of
@@ -73,7 +73,7 @@ class TrainStage(Stage):
         Once there is training the recorded hash of the knobs is kept: the ledger has compared the
         knobs themselves, key by key, and an older version hashed fewer of them.
         """
-        record = manifest.stages.get(self.name, {})
+        record = manifest.record(self.name)
         known = (record.get("inputs") or {}).get("config")
         if known is None or not has_training(self.config.run):
             return self._content
@@ -157,19 +157,16 @@ class TrainStage(Stage):
         """Refuse an adapter of other inputs, and describe base and rows in the manifest."""
         inputs = self.inputs(ledger.manifest)
         if self.config.run.adapter_dir.is_dir():
-            self._refuse_other(ledger.manifest.stages.get(self.name, {}), inputs)
+            self._refuse_other(ledger.manifest.record(self.name), inputs)
         began = ledger.manifest.base.get("dtype") if has_training(self.config.run) else None
         self._dtype = began or self._choose_dtype()
-        source = {
-            **self.source.as_dict(),
-            "fingerprint": inputs["base"],
-            "dtype": self._dtype,
-        }
+        base: BaseRecord = {**ledger.manifest.base, **self.source.as_record()}
+        base["dtype"] = self._dtype
         date = template_date_of(self.source.tokenizer)
         if date is not None:
-            source["template_date"] = date
+            base["template_date"] = date
         ledger.describe(
-            base={**ledger.manifest.base, **source},
+            base=base,
             data={name: prepared.report.to_json() for name, prepared in self.data.items()},
         )
 
@@ -179,9 +176,9 @@ class TrainStage(Stage):
         Raises:
             RunInterrupted: Ctrl-C or SIGTERM came during the last step; the adapter is saved.
         """
-        quantization = self.config.model.quantization_method
-        precision = {"dtype": result["dtype"], "quantization": quantization}
-        ledger.describe(base={**ledger.manifest.base, **precision})
+        base: BaseRecord = {**ledger.manifest.base, "dtype": result["dtype"]}
+        base["quantization"] = self.config.model.quantization_method
+        ledger.describe(base=base)
         if self._interrupted_by:
             raise RunInterrupted(
                 f"stopped by {self._interrupted_by} after the last step; the adapter is saved. The "

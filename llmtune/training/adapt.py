@@ -83,7 +83,7 @@ class AdaptedBase:
         loaded, directory = self.loaded, self.request.run.adapter_dir
         date = template_date_of(loaded.tokenizer)
         manifest: dict[str, Any] = {
-            "base": {**loaded.source.as_dict(), "fingerprint": loaded.fingerprint},
+            "base": loaded.source.as_record(),
             "template": template_fingerprint(loaded.tokenizer).to_json()
             | ({} if date is None else {"date": date}),
             "data_fingerprint": self.rows.train.fingerprint,

@@ -3,7 +3,7 @@
 import pytest
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.card import render_card
+from llmtune.exporting.card import CardReport, render_card
 from llmtune.exporting.modelfile import find_turns, render_modelfile
 from tests.tiny import make_tokenizer
 
@@ -76,17 +76,19 @@ def test_the_card_shows_the_reports_numbers_and_no_path_of_this_machine():
                 "role": "target",
                 "metric": "accuracy",
                 "n": 200,
-                "base": 0.5,
-                "tuned": 0.75,
+                "compared": ["original", "merged"],
+                "original": 0.5,
+                "base": 0.4,
+                "merged": 0.75,
                 "difference": 0.25,
                 "interval": [0.18, 0.32],
             },
             "general": {"role": "general", "metric": "accuracy", "n": 50, "base": None},
         },
     }
-    card = render_card("movies", report, files={"m.gguf": "the model"})
-    assert "| movies | target | accuracy | 200 | 0.500 | 0.750 | +0.250 [+0.180, +0.320] |" in card
-    assert "| general | general | accuracy | 50 | - | - | - |" in card
+    card = render_card("movies", CardReport.from_json(report), files={"m.gguf": "the model"})
+    assert "| 200 | original to merged | 0.500 | 0.750 | +0.250 [+0.180, +0.320] |" in card
+    assert "| general | general | accuracy | 50 | base to tuned | - | - | - |" in card
     assert "Base-1B.gguf" in card and "/home" not in card
     assert "**SHIP**" in card and "- One seed." in card and "- `m.gguf`: the model" in card
     assert "base_model" not in card
@@ -94,7 +96,7 @@ def test_the_card_shows_the_reports_numbers_and_no_path_of_this_machine():
 
 def test_a_base_on_the_hub_is_named_for_the_hub():
     report = {"verdict": "SHIP", "base": {"origin": "org/base", "revision": "0" * 40}}
-    assert "base_model: org/base\n" in render_card("x", report, files={})
+    assert "base_model: org/base\n" in render_card("x", CardReport.from_json(report), files={})
 
 
 def test_a_model_without_a_report_says_so():

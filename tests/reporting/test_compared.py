@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.io.manifest import Manifest
+from llmtune.io.manifest import BaseRecord, Manifest
 from llmtune.reporting.build import build_report, write_report
 from llmtune.reporting.report import Report
 from tests.reporting.planted import PlantedSuite, improve, plant_run, right_wrong, worsen
@@ -20,7 +20,11 @@ ARMS = {"original": ORIGINAL, "base": BASE, "tuned": TUNED, "merged": MERGED}
 
 
 def report_on(path: Path, *arms: str, quantization: str = "nf4") -> Report:
-    base = {"origin": "org/small", "fingerprint": "b" * 64, "quantization": quantization}
+    base: BaseRecord = {
+        "origin": "org/small",
+        "fingerprint": "b" * 64,
+        "quantization": quantization,
+    }
     config = {"evaluate": {"bootstrap_samples": 400}}
     suite = PlantedSuite("movies", "target", {arm: ARMS[arm] for arm in arms})
     run = plant_run(path, [suite], manifest=Manifest(config=config, base=base))

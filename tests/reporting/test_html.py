@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from llmtune.io.manifest import Manifest
+from llmtune.io.manifest import CheckRecord, Manifest
 from llmtune.reporting.build import build_report
 from llmtune.reporting.charts import draw_interval, interval_limit, thin_points
 from llmtune.reporting.html import render_html
@@ -173,7 +173,7 @@ def test_thinned_points_keep_the_mean():
 
 
 def test_the_merge_check_is_a_sentence_and_shows_where_answers_part():
-    check = {
+    check: CheckRecord = {
         "dtype": "float32",
         "num_tokens": 1204,
         "kl": 2.3e-6,

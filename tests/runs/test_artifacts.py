@@ -103,9 +103,9 @@ def test_a_copied_run_names_its_own_files(finished, copied):
     assert str(finished.run_dir) in finished.run.manifest_path.read_text()  # its config's run_dir
     stages = read_manifest(copied.run).stages
     assert str(finished.run_dir) not in json.dumps(stages)
-    made = {**export(copied), "merge": {"out": merge(copied)["out_dir"]}}
+    made = [merge(copied)["out_dir"], *(one["out"] for one in export(copied).values())]
     assert read_manifest(copied.run).stages == stages, "all was finished"
-    assert all(Path(one["out"]).is_relative_to(copied.run_dir) for one in made.values())
+    assert all(Path(out).is_relative_to(copied.run_dir) for out in made)
 
 
 def test_what_a_failed_merge_left_is_not_used(copied, tmp_path, capsys):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from llmtune.io.manifest import CheckRecord, MergeRecord
 from llmtune.reporting.facts import Fact
 from llmtune.reporting.numbers import FRACTION, format_count, format_number
 from llmtune.reporting.sections.generations import Passages, mark_changes
@@ -33,12 +34,12 @@ class MergeSection(TypedDict):
     check: ShownCheck | None
 
 
-def show_merge(merge: Mapping[str, Any]) -> MergeSection | None:
+def show_merge(merge: MergeRecord) -> MergeSection | None:
     """Return the merge's check, or None if there is no merge."""
     return {"check": describe_check(merge.get("check"))} if merge else None
 
 
-def describe_check(check: Mapping[str, Any] | None) -> ShownCheck | None:
+def describe_check(check: CheckRecord | None) -> ShownCheck | None:
     """Return what to show of the merge stage's check, or None if it was not made.
 
     A number that the check does not hold is left out.
@@ -46,30 +47,25 @@ def describe_check(check: Mapping[str, Any] | None) -> ShownCheck | None:
     if not check:
         return None
     counted = (
-        ("labels", "num_same_labels", "num_labels"),
-        ("greedy answers", "num_same_texts", "num_open_prompts"),
+        ("labels", check.get("num_same_labels"), check.get("num_labels")),
+        ("greedy answers", check.get("num_same_texts"), check.get("num_open_prompts")),
     )
-    same = [
-        f"{check[part]} of {check[whole]} {name}"
-        for name, part, whole in counted
-        if check.get(whole)
-    ]
+    same = [f"{part} of {whole} {name}" for name, part, whole in counted if whole]
     sentence = f"Merged model and base + adapter, both computed in {check.get('dtype', 'one type')}"
     sentence += f", gave the same {' and '.join(same)}." if same else " and compared."
+    tokens, kl = check.get("num_tokens"), check.get("kl")
+    largest, agreement = check.get("max_logit_difference"), check.get("top1_agreement")
     values = (
-        ("tokens compared", format_count(check.get("num_tokens"))),
-        ("KL to base + adapter, nats/token", format_number(check.get("kl"), 3)),
-        ("largest logit difference", format_number(check.get("max_logit_difference"), 3)),
-        ("positions with the same likeliest token", FRACTION.score(check.get("top1_agreement"))),
+        ("tokens compared", tokens, format_count(tokens)),
+        ("KL to base + adapter, nats/token", kl, format_number(kl, 3)),
+        ("largest logit difference", largest, format_number(largest, 3)),
+        ("positions with the same likeliest token", agreement, FRACTION.score(agreement)),
     )
-    keys = ("num_tokens", "kl", "max_logit_difference", "top1_agreement")
-    facts = (
-        Fact(*row) for row, key in zip(values, keys, strict=True) if check.get(key) is not None
-    )
+    facts = (Fact(label, text) for label, number, text in values if number is not None)
     return ShownCheck(sentence, tuple(facts), _divergences(check))
 
 
-def _divergences(check: Mapping[str, Any]) -> tuple[ShownDivergence, ...]:
+def _divergences(check: CheckRecord) -> tuple[ShownDivergence, ...]:
     rows: Sequence[Mapping[str, Any]] = check.get("divergences") or ()
     prompts: Sequence[str] = check.get("open_prompts") or ()
     return tuple(

@@ -48,7 +48,7 @@ class PlanSection(TypedDict):
 
 def check_plan(manifest: Manifest) -> PlanCheck | None:
     """Return the comparison; None if the run has no estimate or no measured peak."""
-    result = manifest.stages.get("train", {}).get("result") or {}
+    result = manifest.trained
     estimate = result.get("estimate") or {}
     estimated, measured = finite(estimate.get("total_bytes")), finite(result.get("peak_bytes"))
     if not estimated or not measured:

@@ -153,7 +153,7 @@ def measure_cost(
     diagnosis_seconds: Mapping[str, float],
 ) -> Cost:
     """Gather what the manifest, the results and the files say of time, memory and size."""
-    training = manifest.stages.get("train", {}).get("result") or {}
+    training = manifest.trained
     tokens, train_seconds = finite(training.get("tokens")), finite(training.get("seconds"))
     return Cost(
         seconds=_of_stages(manifest, "seconds"),
@@ -270,7 +270,7 @@ def _gpu_peak(training: Mapping[str, Any]) -> int | None:
 
 
 def _of_stages(manifest: Manifest, key: str) -> dict[str, float]:
-    found = {name: finite(manifest.stages.get(name, {}).get(key)) for name in TIMED_STAGES}
+    found = {name: finite(manifest.record(name).get(key)) for name in TIMED_STAGES}
     return {name: value for name, value in found.items() if value is not None}
 
 
