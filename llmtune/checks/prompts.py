@@ -66,7 +66,8 @@ def _read_rows(
     for index in range(min(NUM_ROWS, len(split.examples))):
         example = split.examples[index]
         trained = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
-        rows.append(tuple(example.input_ids[: trained[-1]]))
+        if trained and trained[-1]:
+            rows.append(tuple(example.input_ids[: trained[-1]]))
     return tuple(rows)
 
 

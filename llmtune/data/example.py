@@ -35,6 +35,24 @@ class Example:
     """Which source of the config the row came from, for the loss per source."""
 
 
+def split_answer(example: Example) -> tuple[list[int], list[int]] | None:
+    """Return what a model reads before a row's first answer, and the answer, as token ids.
+
+    A document is trained from its beginning and has no question: its first half is read, and the
+    rest is what follows. None where nothing is trained, or nothing can be read.
+    """
+    ids, labels = example.input_ids, example.labels
+    start = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(ids))
+    if start == len(ids) or len(ids) < 2:
+        return None
+    end = start
+    while end < len(ids) and labels[end] != IGNORE_INDEX:
+        end += 1
+    if start == 0:
+        start = max(1, end // 2)
+    return ids[:start], ids[start:end]
+
+
 class ExampleTable(Sequence[Example]):
     """Examples in flat arrays: 5 bytes a token, where lists of ints take more than 70.
 

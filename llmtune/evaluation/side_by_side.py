@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.config import DataConfig
-from llmtune.data.example import IGNORE_INDEX
+from llmtune.data.example import split_answer
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.prepare import prepare_examples
 from llmtune.data.render import render_messages
@@ -93,18 +93,18 @@ def _suite_prompts(
 def _row_prompts(
     data: DataConfig, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> list[ShownPrompt]:
-    """Return the first rows of the evaluation split, as the model reads them."""
+    """Return the first rows of the evaluation split, as the model reads them.
+
+    A document is shown by its first half, which the models continue.
+    """
     held_out = prepare_examples(data, tokenizer, split="evaluation", seed=seed)
     shown = []
-    for index in range(min(SHOWN_ROWS, len(held_out.examples))):
-        example = held_out.examples[index]
-        first = next(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)
-        answer = [label for label in example.labels if label != IGNORE_INDEX]
-        shown.append(
-            ShownPrompt(
-                tokenizer.decode(example.input_ids[:first]),
-                list(example.input_ids[:first]),
-                tokenizer.decode(answer, skip_special_tokens=True),
-            )
-        )
+    for example in held_out.examples:
+        pair = split_answer(example)
+        if pair is not None:
+            prompt, answer = pair
+            text = tokenizer.decode(answer, skip_special_tokens=True)
+            shown.append(ShownPrompt(tokenizer.decode(prompt), prompt, text))
+        if len(shown) == SHOWN_ROWS:
+            break
     return shown

@@ -186,7 +186,9 @@ def plan_divergence(
         "general": general_sequences(
             subject, limit=GENERAL_TEXTS, max_tokens=GENERAL_TOKENS, seed=settings.seed
         ),
-        "target": target_prompts(subject, limit=TARGET_PROMPTS, seed=settings.seed),
+        "target": target_prompts(
+            subject, limit=TARGET_PROMPTS, seed=settings.seed, with_documents=True
+        ),
     }
     variants: dict[str, Variant] = {FULL_STRENGTH: contextlib.nullcontext}
     variants |= {str(float(strength)): enter for strength, enter in strengths.items()}

@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from llmtune.data.example import IGNORE_INDEX, Example, ExampleTable
+from llmtune.data.example import IGNORE_INDEX, Example, ExampleTable, split_answer
 from llmtune.evaluation.requests import encode_prompts
 from llmtune.evaluation.tasks.base import Role, Suite
 from llmtune.io.fingerprint import hash_json
@@ -126,10 +126,13 @@ def general_texts(suites: Sequence[Suite]) -> list[str]:
     return [f"{item.prompt} {item.right_answer}" for suite in asking for item in suite.items]
 
 
-def target_prompts(subject: Subject, *, limit: int, seed: int) -> list[tuple[int, ...]]:
+def target_prompts(
+    subject: Subject, *, limit: int, seed: int, with_documents: bool = False
+) -> list[tuple[int, ...]]:
     """Return the task's prompts as token ids: of the target suites that ask something.
 
-    Without any, those of the held-out rows, or else of the train rows.
+    Without any, those of the held-out rows, or else of the train rows. A document has none, or
+    (`with_documents`) its first half.
     """
     for suite in asking_suites(subject.suites, ("target",)):
         chosen = replace(suite, items=tuple(pick(suite.items, limit, seed)))
@@ -137,6 +140,9 @@ def target_prompts(subject: Subject, *, limit: int, seed: int) -> list[tuple[int
     for rows in (subject.held_out, subject.train):
         turns = [last_turn(rows[place]) for place in pick(range(len(rows)), limit, seed)]
         prompts = [turn.prompt_ids for turn in turns if turn is not None]
+        if not prompts and with_documents:
+            halves = [split_answer(rows[place]) for place in pick(range(len(rows)), limit, seed)]
+            prompts = [tuple(half[0]) for half in halves if half is not None]
         if prompts:
             return prompts
     return []
