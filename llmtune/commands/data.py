@@ -133,6 +133,7 @@ def data_check(  # noqa: PLR0913 (one argument an option)
     report = check_data(
         rows.data,
         rows.tokenizer,
+        limits=rows.find_limits(),
         near_duplicates=not no_near_duplicates,
         advance=None if is_silent else _Progress("read"),
         compare=None if is_silent else _Progress("looked at for near duplicates"),

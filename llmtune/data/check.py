@@ -13,13 +13,23 @@ from llmtune.data.config import DataConfig
 from llmtune.data.findings import Finding, Notebook
 from llmtune.data.hub import pin_sources
 from llmtune.data.prepare import order_epoch
-from llmtune.data.problems import LISTED_PROBLEMS
+from llmtune.data.problems import LISTED_PROBLEMS, RowProblem
 from llmtune.data.report import DataReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SHOWN_PLACES = 50
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What the model cannot read, as far as it is known without loading it."""
+
+    positions: int | None = None
+    """The longest sequence that it has positions for; None has no limit."""
+    item_problems: tuple[RowProblem, ...] = ()
+    """Items of the suites that it cannot be asked."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ def check_data(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
     *,
+    limits: ModelLimits = ModelLimits(),
     near_duplicates: bool = True,
     advance: Callable[[int], None] | None = None,
     compare: Callable[[int], None] | None = None,
@@ -114,7 +125,9 @@ def check_data(
         notebook.add_bad_rows(collector)
         notebook.add_shared(collector)
         notebook.add_lengths(collector)
+        notebook.add_positions(table, limits.positions, split)
         notebook.add_signal(report)
+    notebook.add_items(limits.item_problems)
     notebook.add_suspicions()
     notebook.add_duplicates()
     notebook.add_conflicts()

@@ -15,7 +15,8 @@ from llmtune.data.collect import Split, SplitCollector
 from llmtune.data.config import DataConfig
 from llmtune.data.conversation import Conversation
 from llmtune.data.duplicates import find_near_duplicates, find_shared_ngrams
-from llmtune.data.length import MAX_LOST_RATIO
+from llmtune.data.example import ExampleTable
+from llmtune.data.length import MAX_LOST_RATIO, find_beyond
 from llmtune.data.overlap import conversation_key, normalized_text, tool_texts
 from llmtune.data.problems import RowProblem, shorten
 from llmtune.data.report import DataReport
@@ -208,6 +209,29 @@ class Notebook:
         self.findings.append(
             Finding("too-long", severity, message, count.rows_too_long, tuple(places))
         )
+
+    def add_positions(self, examples: ExampleTable, positions: int | None, split: Split) -> None:
+        """Add the rows that are longer than the model has positions for."""
+        found = find_beyond(examples, positions)
+        if found:
+            places = [
+                Place(source, line, f"{length:,} tokens; the model has {positions:,} positions")
+                for source, line, length in found[:KEPT_PLACES]
+            ]
+            message = (
+                f"rows longer than the model's {positions:,} positions ({split}); set "
+                f"data.max_length={positions} or less"
+            )
+            self.findings.append(Finding("positions", "error", message, len(found), tuple(places)))
+
+    def add_items(self, problems: Sequence[RowProblem]) -> None:
+        """Add the suites' items that the model cannot be asked."""
+        if problems:
+            places = [Place(one.source, one.line, one.message) for one in problems[:KEPT_PLACES]]
+            message = "items of the config's suites that the model cannot be asked"
+            self.findings.append(
+                Finding("suite-items", "error", message, len(problems), tuple(places))
+            )
 
     def add_signal(self, report: DataReport) -> None:
         """Add what leaves too little to learn: no stop tokens, or no rows."""

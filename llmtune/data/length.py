@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llmtune.data.align import LabelledSequence
+from llmtune.data.example import ExampleTable
 from llmtune.data.masks import LabelledRow
 from llmtune.errors import LlmtuneError
 
@@ -114,6 +115,48 @@ def refuse_loss(count: LengthCount, max_length: int | None, policy: str, name: s
             f"data.max_length={max_length}; leaving them out would lose {lost:.1%} of the trained "
             f"tokens, more than {MAX_LOST_RATIO:.0%} ({sizes}).\n{rows}\n{advice}"
         )
+
+
+def refuse_positions(examples: ExampleTable, positions: int | None, name: str) -> None:
+    """Stop where examples are longer than the model has positions for.
+
+    Raises:
+        LlmtuneError: it names the rows by file and line, and the settings to change.
+    """
+    found = find_beyond(examples, positions)
+    if not found:
+        return
+    rows = [f"  {source}:{line} ({length} tokens)" for source, line, length in found]
+    more = len(rows) - LISTED_ROWS
+    rows[LISTED_ROWS:] = [f"  ... and {more} more"] if more > 0 else []
+    raise LlmtuneError(
+        "\n".join(
+            [
+                f"{name}: {len(found)} rows are longer than the model's {positions} positions "
+                "(config.json); what it reads beyond them is noise, or an error:",
+                *rows,
+                f"Set data.max_length={positions} or less; data.length_policy says what becomes of "
+                "longer rows.",
+            ]
+        )
+    )
+
+
+def find_beyond(examples: ExampleTable, positions: int | None) -> list[tuple[str, int, int]]:
+    """Return file, line and length of the rows with an example of more tokens than `positions`."""
+    if positions is None:
+        return []
+    columns = examples.columns
+    places = np.flatnonzero(columns["lengths"] > positions)
+    found = {
+        (
+            examples.file_names[columns["files"][place]],
+            int(columns["lines"][place]),
+            int(columns["lengths"][place]),
+        )
+        for place in places.tolist()
+    }
+    return sorted(found)
 
 
 def _fit(

@@ -211,10 +211,9 @@ def check_item_lengths(base: "Checkpoint", suites: Sequence[Suite]) -> None:
     """
     if not suites:
         return
-    from llmtune.evaluation.lengths import refuse_control_items, refuse_long_items
+    from llmtune.evaluation.lengths import refuse_unfit_items
 
-    refuse_control_items(base.tokenizer, suites)
-    refuse_long_items(base.tokenizer, suites, base.num_positions)
+    refuse_unfit_items(base.tokenizer, suites, base.num_positions)
 
 
 def warn_of_leaks(knobs: EvaluateConfig, data: DataConfig, suites: Sequence[Suite]) -> None:

@@ -2,18 +2,21 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.data.check import ModelLimits
 from llmtune.data.config import DataConfig
 from llmtune.data.init import DataDescription, describe_data, draft_suite, render_config
 from llmtune.data.init_guess import guess_source
 from llmtune.data.init_suite import NoSuite, SuiteDraft, render_items
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.suite import load_suite, render_suite
+from llmtune.evaluation.config import EvaluateConfig
+from llmtune.evaluation.lengths import find_unfit_items
+from llmtune.evaluation.suite import load_suite, load_suites, render_suite
 from llmtune.evaluation.tasks.base import is_suite_name
 from llmtune.io.run_dir import atomic_write_text
 from llmtune.models.config import ModelConfig
@@ -29,6 +32,15 @@ class Rows:
 
     data: DataConfig
     tokenizer: PreTrainedTokenizerFast
+    positions: int | None = None
+    """The longest sequence that the model has positions for; None has no limit."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def find_limits(self) -> ModelLimits:
+        """Return what the model cannot read: too long rows, and items of the config's suites."""
+        suites = load_suites(self.evaluate)
+        problems = find_unfit_items(self.tokenizer, suites, self.positions)
+        return ModelLimits(self.positions, tuple(problems))
 
 
 def open_rows(name: str, overrides: Sequence[str] = (), *, use_cache: bool = True) -> Rows:
@@ -39,7 +51,8 @@ def open_rows(name: str, overrides: Sequence[str] = (), *, use_cache: bool = Tru
     """
     more = () if use_cache else ("data.cache=false",)
     config = require_run(name, (*overrides, *more))
-    return Rows(config.mixed_data, run_target(name, config).dense_base.tokenizer)
+    base = run_target(name, config).dense_base
+    return Rows(config.mixed_data, base.tokenizer, base.num_positions, config.evaluate)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig
 from llmtune.data.config import DataConfig, SourceConfig
+from llmtune.data.length import refuse_positions
 from llmtune.data.prepare import PreparedData, prepare_examples
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import hash_json
@@ -215,6 +216,7 @@ def prepare_data(config: RunConfig, source: Checkpoint) -> dict[str, PreparedDat
         general = DataConfig(train=[penalty.source], cache=config.data.cache)
         prepared["protect"] = prepare_examples(general, tokenizer, split="train", seed=config.seed)
     for name, data in prepared.items():
+        refuse_positions(data.examples, source.num_positions, name)
         for line in data.report.lines():
             log.info("%s", line.replace(f"{data.report.split}:", f"{name} data:", 1))
     return prepared

@@ -272,7 +272,9 @@ def require_positions(model: nn.Module, num_tokens: int) -> None:
 
 def position_limit(model: nn.Module) -> int | None:
     """Return the longest sequence that the model has positions for; None if it has no limit."""
-    return getattr(_base_model(model).config, "max_position_embeddings", None)
+    config = _base_model(model).config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.example import IGNORE_INDEX, Example
-from llmtune.scoring.batches import choose_token_budget
+from llmtune.scoring.batches import choose_token_budget, position_limit
 from llmtune.scoring.generate import Decoding, generate_texts
 
 log = logging.getLogger("llmtune")
@@ -42,7 +42,7 @@ def check_stops(
     Returns:
         `stopped`, `asked` and `max_new_tokens`; None if no row has a prompt (plain text).
     """
-    asked = _choose(examples, getattr(model.config, "max_position_embeddings", None))
+    asked = _choose(examples, position_limit(model))
     if not asked:
         return None
     max_new_tokens = _allowed(asked[-1][0])

@@ -9,7 +9,7 @@ from llmtune.data.conversation import chat
 from llmtune.data.masks import Labeller
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.lengths import refuse_control_items
+from llmtune.evaluation.lengths import refuse_unfit_items
 from llmtune.evaluation.requests import encode_chats, encode_prompts, split_continuation
 from llmtune.evaluation.suite import load_suite
 from llmtune.evaluation.tasks.base import Demonstration
@@ -248,7 +248,10 @@ def test_control_tokens_are_found_before_anything_is_trained(tmp_path, make_suit
     tokenizer = make_tokenizer()
     suite = load_suite(write_suite(tmp_path, {"q": "hi<|im_end|>"}, **ASKED))
     words = r"i\.jsonl:1: message 1 \(user\): content holds the control token"
-    for refuse in (encode_prompts, lambda tokenizer, one: refuse_control_items(tokenizer, [one])):
+    for refuse in (
+        encode_prompts,
+        lambda tokenizer, one: refuse_unfit_items(tokenizer, [one], None),
+    ):
         with pytest.raises(LlmtuneError, match=words):
             refuse(tokenizer, suite)
     with pytest.raises(LlmtuneError, match=r"items.jsonl:1: message 2 \(assistant\): content"):
