@@ -68,6 +68,8 @@ class DataDescription:
     longest: int
     is_measured: bool
     """True if the lengths were counted with the base model's tokenizer."""
+    positions: int | None
+    """The longest sequence that the base has positions for, if it is known."""
     suite: SuiteDraft | NoSuite
     """What asks whether the tuning worked, over the rows that the config holds out."""
     evaluation_share: float | None
@@ -82,14 +84,22 @@ class DataDescription:
     @property
     def is_split(self) -> bool:
         """Whether documents are longer than one example should be."""
-        return not self.has_answers and self.longest > DOCUMENT_TOKENS
+        return not self.has_answers and self.longest > self._piece
 
     @property
     def max_length(self) -> int:
-        """The longest row, rounded up to a multiple of 64 tokens; of split documents a piece."""
+        """The longest row, rounded up to a multiple of 64 tokens; of split documents a piece.
+
+        Never more than the base has positions for.
+        """
         if self.is_split:
-            return DOCUMENT_TOKENS
-        return max(LENGTH_STEP, math.ceil(self.longest / LENGTH_STEP) * LENGTH_STEP)
+            return self._piece
+        longest = max(LENGTH_STEP, math.ceil(self.longest / LENGTH_STEP) * LENGTH_STEP)
+        return longest if self.positions is None else min(longest, self.positions)
+
+    @property
+    def _piece(self) -> int:
+        return DOCUMENT_TOKENS if self.positions is None else min(DOCUMENT_TOKENS, self.positions)
 
 
 @dataclass
@@ -121,6 +131,7 @@ def describe_data(
     path: str,
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    positions: int | None = None,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> DataDescription:
@@ -158,6 +169,7 @@ def describe_data(
         first_bad_row=None if survey.first_bad is None else str(survey.first_bad),
         longest=_longest([row for *_, row in survey.longest], tokenizer),
         is_measured=tokenizer is not None,
+        positions=positions,
         suite=held_out.draft(share),
         evaluation_share=share,
     )

@@ -84,8 +84,14 @@ def draft_config(
     Raises:
         LlmtuneError: the rows cannot be read, or a file exists already.
     """
-    tokenizer = resolve_base(ModelConfig(base=base)).tokenizer if base else None
-    found = describe_data(data, tokenizer=tokenizer, format=format, columns=columns)
+    model = resolve_base(ModelConfig(base=base)) if base else None
+    found = describe_data(
+        data,
+        tokenizer=model.tokenizer if model else None,
+        positions=model.num_positions if model else None,
+        format=format,
+        columns=columns,
+    )
     files: dict[Path, str] = {}
     suite = None
     if isinstance(found.suite, SuiteDraft):
