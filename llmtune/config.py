@@ -1,6 +1,6 @@
 """The whole config of a run: one section a stage, from a YAML file and dotted overrides."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.exporting.config import ExportConfig
 from llmtune.io.run_dir import RunDir
-from llmtune.io.validation import validate_section
-from llmtune.io.yaml_source import KeyPath, SourcedTree, apply_overrides, read_yaml
+from llmtune.io.validation import lay_overrides, validate_section
+from llmtune.io.yaml_source import KeyPath, SourcedTree, read_yaml
 from llmtune.merging.config import MergeConfig
 from llmtune.models.config import ModelConfig
 from llmtune.schema import Section
@@ -60,16 +60,19 @@ class EffectiveKey:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML config and lay `key.path=value` overrides over it.
 
+    A path in it is looked for in the current directory, then beside the config.
+
     Raises:
         LlmtuneError: all problems at once, each with file, line, key, what was expected and the
             nearest valid key.
     """
-    return validate_section(RunConfig, read_config_tree(path, overrides))
+    config = validate_section(RunConfig, read_config_tree(path, overrides))
+    return find_beside(config, Path(path).parent)
 
 
 def read_config_tree(path: str | Path, overrides: Sequence[str] = ()) -> SourcedTree:
     """Read config and overrides without checking them."""
-    return apply_overrides(read_yaml(Path(path)), overrides)
+    return lay_overrides(RunConfig, read_yaml(Path(path)), overrides)
 
 
 def effective_keys(config: RunConfig, tree: SourcedTree) -> list[EffectiveKey]:
@@ -86,59 +89,82 @@ def anchor_paths(config: RunConfig) -> RunConfig:
 
     Hub ids, names of shipped suites and `run_dir` stay as they are.
     """
-    model, data = config.model, config.data
+    return _with_paths(config, _anchor)
+
+
+def find_beside(config: RunConfig, folder: Path) -> RunConfig:
+    """Return the config with the paths that are not here, but under `folder`, taken from there."""
+
+    def find(name: str) -> str:
+        there = folder / name
+        return str(there) if not _is_there(Path(name).expanduser()) and _is_there(there) else name
+
+    return _with_paths(config, find)
+
+
+def _with_paths(config: RunConfig, find: Callable[[str], str]) -> RunConfig:
+    """Return the config with each path that it reads from replaced by what `find` makes of it."""
+
+    def find_file(path: Path | None) -> Path | None:
+        return None if path is None else Path(find(str(path)))
+
+    def find_files(files: Mapping[str, Path]) -> dict[str, Path]:
+        return {name: Path(find(str(path))) for name, path in files.items()}
+
+    def find_source(source: SourceConfig) -> SourceConfig:
+        return source.model_copy(update={"path": find(source.path)})
+
+    model, adapter, data, evaluate = config.model, config.adapter, config.data, config.evaluate
+    protected = {
+        name: part.model_copy(update={"source": find_source(part.source)})
+        for name in ("replay", "kl_to_base")
+        if (part := getattr(config.protect, name)) is not None
+        and isinstance(part.source, SourceConfig)
+    }
     return config.model_copy(
         update={
             "model": model.model_copy(
                 update={
-                    "base": _anchor(model.base),
-                    "chat_template": model.chat_template and model.chat_template.absolute(),
+                    "base": find(model.base),
+                    "chat_template": find_file(model.chat_template),
                 }
             ),
-            "adapter": config.adapter.model_copy(
-                update={
-                    "init_from": config.adapter.init_from and config.adapter.init_from.absolute()
-                }
-            ),
+            "adapter": adapter.model_copy(update={"init_from": find_file(adapter.init_from)}),
             "data": data.model_copy(
                 update={
-                    split: [
-                        source.model_copy(update={"path": _anchor(source.path)})
-                        for source in getattr(data, split)
-                    ]
-                    for split in ("train", "evaluation")
+                    "train": [find_source(source) for source in data.train],
+                    "evaluation": [find_source(source) for source in data.evaluation],
                 }
             ),
-            "protect": _anchor_protect(config.protect),
-            "evaluate": config.evaluate.model_copy(
+            "protect": config.protect.model_copy(update=protected),
+            "evaluate": evaluate.model_copy(
                 update={
-                    "suites": tuple(_anchor(suite) for suite in config.evaluate.suites),
-                    "prompts": _anchor_files(config.evaluate.prompts),
-                    "predictions": _anchor_files(config.evaluate.predictions),
+                    "suites": tuple(map(find, evaluate.suites)),
+                    **{
+                        name: {
+                            key: find_file(path) for key, path in getattr(evaluate, name).items()
+                        }
+                        for name in ("prompts", "predictions")
+                    },
                 }
             ),
         }
     )
 
 
-def _anchor_files(files: Mapping[str, Path]) -> dict[str, Path]:
-    return {name: path.expanduser().absolute() for name, path in files.items()}
-
-
-def _anchor_protect(protect: ProtectConfig) -> ProtectConfig:
-    changed = {}
-    for name in ("replay", "kl_to_base"):
-        part = getattr(protect, name)
-        if part is not None and isinstance(part.source, SourceConfig):
-            source = part.source.model_copy(update={"path": _anchor(part.source.path)})
-            changed[name] = part.model_copy(update={"source": source})
-    return protect.model_copy(update=changed)
+def _is_there(path: Path) -> bool:
+    if path.exists() or not _is_pattern(str(path)):
+        return path.exists()
+    return any(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
 
 def _anchor(name: str) -> str:
     path = Path(name).expanduser()
-    is_pattern = any(character in name for character in "*?[")
-    return str(path.absolute()) if is_pattern or path.exists() else name
+    return str(path.absolute()) if _is_pattern(name) or path.exists() else name
+
+
+def _is_pattern(name: str) -> bool:
+    return any(character in name for character in "*?[")
 
 
 def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:

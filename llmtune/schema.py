@@ -1,7 +1,7 @@
 """The base class of every config section: frozen, and closed to keys it does not declare."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -12,6 +12,9 @@ class Section(BaseModel):
     Unknown keys are errors and a loaded section cannot be changed, so what `config show` prints
     is what every stage reads. Numbers are finite, and `true` is not the number 1.
     """
+
+    RIVALS: ClassVar[tuple[frozenset[str], ...]] = ()
+    """Knobs of which only one can be set: an override of one unsets the others."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False

@@ -172,8 +172,9 @@ def _missing(path: str, here: Path) -> str:
         what = "a link that leads nowhere" if here.is_symlink() else "a pipe or a device"
         return f"{path}: {what}, not a file; rows are read more than once, so expected a file"
     if not folder.is_dir():
-        return f"{path}: no such file; the directory {folder} does not exist"
+        return f"{path}: no such file; there is no directory {folder.absolute()}"
     names = [entry.name for entry in folder.iterdir()]
     near = difflib.get_close_matches(here.name, names, n=1, cutoff=0.6)
     hint = f" (did you mean {folder / near[0]}?)" if near else ""
-    return f"{path}: no such file{hint}; expected a file, a directory, a glob or a hub id org/name"
+    where = "" if here.is_absolute() else f" in {folder.absolute()}"
+    return f"{path}: no such file{where}{hint}; expected a file, a directory, a glob or a hub id"

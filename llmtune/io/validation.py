@@ -3,14 +3,14 @@
 import difflib
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from llmtune.errors import LlmtuneError
-from llmtune.io.yaml_source import KeyPath, SourcedTree
+from llmtune.io.yaml_source import OVERRIDE, KeyPath, SourcedTree, apply_overrides
 from llmtune.schema import Section
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -25,6 +25,30 @@ PLAIN_WORDS = (
     (r"^\w+ should (be|have) ", ""),
     (r"^a valid (list|tuple|set|frozenset)$", "a list"),
 )
+
+
+def lay_overrides(
+    section: type[Section], tree: SourcedTree, overrides: Sequence[str]
+) -> SourcedTree:
+    """Return the tree with overrides laid over it; one also unsets what it stands in place of.
+
+    What stands in place of what, sections say in `RIVALS`.
+
+    Raises:
+        LlmtuneError: see `apply_overrides`.
+    """
+    tree = apply_overrides(tree, overrides)
+    origins = dict(tree.origins)
+    for path, child in _sections_under(section, ()):
+        holder = tree.at(path)
+        for rivals in child.RIVALS if isinstance(holder, dict) else ():
+            given = [key for key in rivals if holder.get(key) is not None]
+            winners = [key for key in given if origins.get((*path, key), "").startswith(OVERRIDE)]
+            for key in given if winners else ():
+                if key not in winners:
+                    holder[key] = None
+                    origins[(*path, key)] = f"unset by {origins[(*path, winners[0])]}"
+    return SourcedTree(tree.values, origins)
 
 
 def validate_section(section: type[SectionT], tree: SourcedTree) -> SectionT:

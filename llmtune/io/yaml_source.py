@@ -12,6 +12,8 @@ import yaml
 from llmtune.errors import LlmtuneError
 
 KeyPath = tuple[str | int, ...]
+OVERRIDE = "override "
+"""How the origin of a value begins that an override gave."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,13 @@ class SourcedTree:
             if place := self.origins.get(path[:length]):
                 return place
         return None
+
+    def at(self, path: KeyPath) -> Any:
+        """Return the value at a path; None if there is none."""
+        here: Any = self.values
+        for part in path:
+            here = here.get(part) if isinstance(here, dict) else None
+        return here
 
     def written(self, path: KeyPath) -> KeyPath:
         """Return the part of `path` that is in the values, skipping steps that do not."""
@@ -123,7 +132,7 @@ def apply_overrides(tree: SourcedTree, overrides: Sequence[str]) -> SourcedTree:
         _assign(values, path, value, override)
         for stale in [old for old in origins if old[: len(path)] == path]:
             del origins[stale]
-        origins[path] = f"override {override}"
+        origins[path] = f"{OVERRIDE}{override}"
     return SourcedTree(values, origins)
 
 

@@ -1,10 +1,11 @@
 """The `model` section: which base, in which numbers, on which device."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from llmtune.models.quantization.base import Quantization
 from llmtune.models.quantization.config import DENSE, QuantizationConfig
@@ -12,6 +13,14 @@ from llmtune.schema import Section
 
 TemplateArgument = bool | int | float | str | None
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def _check_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        is_other = device.split(":")[0] in ("mps", "xpu", "npu", "rocm", "tpu")
+        untried = f"; llmtune was not tried on {device} and does not run there" if is_other else ""
+        raise ValueError(f"expected auto, cpu, cuda or cuda:N, found {device!r}{untried}")
+    return device
 
 
 class ModelConfig(Section):
@@ -29,7 +38,7 @@ class ModelConfig(Section):
     dtype: DtypeName = "auto"
     """Precision of the base; auto is bfloat16; float16 on a GPU that has no bfloat16, float32 on a
     CPU that only emulates it."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, AfterValidator(_check_device)] = "auto"
     """auto (the first GPU, else the CPU), cpu, cuda, or one GPU such as cuda:1."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel; auto is sdpa, or eager for models whose formula sdpa does not compute."""

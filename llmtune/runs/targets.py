@@ -22,7 +22,7 @@ from llmtune.evaluation.config import EvaluateConfig
 from llmtune.exporting.base import ExportSource
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir
-from llmtune.io.validation import validate_section
+from llmtune.io.validation import lay_overrides, validate_section
 from llmtune.io.yaml_source import SourcedTree, apply_overrides
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
@@ -150,7 +150,8 @@ def _recorded_tree(run_dir: Path, overrides: Sequence[str]) -> SourcedTree:
         raise LlmtuneError(
             f"{run_dir}: holds a judgment and no run; continue it with: llmtune judge {run_dir}"
         )
-    return apply_overrides(SourcedTree(recorded, {(): str(run.manifest_path)}), overrides)
+    tree = SourcedTree(recorded, {(): str(run.manifest_path)})
+    return lay_overrides(RunConfig, tree, overrides)
 
 
 def _require_path(name: str) -> None:

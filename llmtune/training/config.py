@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -66,6 +66,8 @@ class TrainConfig(Section):
     `max_steps` or `num_epochs` decides the length of the run; giving both is an error, giving
     neither is one pass over the data.
     """
+
+    RIVALS: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"max_steps", "num_epochs"}),)
 
     objective: ObjectiveConfig = DEFAULT_OBJECTIVE
     """What training minimizes; sft: the cross-entropy of the trained tokens."""

@@ -219,7 +219,7 @@ def test_missing_file_names_the_nearest(tmp_path):
     write_jsonl(tmp_path / "movies.jsonl", [])
     with pytest.raises(LlmtuneError, match=r"did you mean .*movies\.jsonl"):
         load(tmp_path / "movie.jsonl")
-    with pytest.raises(LlmtuneError, match="directory .* does not exist"):
+    with pytest.raises(LlmtuneError, match="there is no directory .*none"):
         load(tmp_path / "none" / "a.jsonl")
     with pytest.raises(LlmtuneError, match="no file matches"):
         load(tmp_path / "*.csv")
