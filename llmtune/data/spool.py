@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import tempfile
+from abc import abstractmethod
 from array import array
 from collections.abc import Sequence
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 
 from llmtune.errors import LlmtuneError
 
+Item = TypeVar("Item")
 
-class SpooledTexts(Sequence[str]):
+
+class Sliced(Sequence[Item]):
+    """A sequence that is known item by item; a slice of it is a list."""
+
+    @abstractmethod
+    def at(self, index: int) -> Item:
+        """Return one item."""
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self.at(place) for place in range(*index.indices(len(self)))]
+        return self.at(index)
+
+
+class SpooledTexts(Sliced[str]):
     """Texts in a temporary file without a name: 8 bytes of memory a text."""
 
     def __init__(self) -> None:
@@ -42,13 +62,8 @@ class SpooledTexts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def at(self, index: int) -> str:
+        """Return one text."""
         if not 0 <= index < len(self):
             raise IndexError(f"text {index} of {len(self)}")
         start, end = self._ends[index], self._ends[index + 1]
@@ -58,7 +73,7 @@ class SpooledTexts(Sequence[str]):
         return self._file.read(end - start).decode()
 
 
-class JoinedTexts(Sequence[str]):
+class JoinedTexts(Sliced[str]):
     """Two sequences of texts under one numbering."""
 
     def __init__(self, one: Sequence[str], other: Sequence[str]) -> None:
@@ -67,18 +82,13 @@ class JoinedTexts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._one) + len(self._other)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def at(self, index: int) -> str:
+        """Return one text."""
         split = len(self._one)
         return self._one[index] if index < split else self._other[index - split]
 
 
-class PlaceList(Sequence[tuple[str, int]]):
+class PlaceList(Sliced[tuple[str, int]]):
     """Files and lines of rows: 12 bytes a row."""
 
     def __init__(self) -> None:
@@ -98,13 +108,8 @@ class PlaceList(Sequence[tuple[str, int]]):
     def __len__(self) -> int:
         return len(self._lines)
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[str, int]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[str, int]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[str, int] | list[tuple[str, int]]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def at(self, index: int) -> tuple[str, int]:
+        """Return one file and line."""
         return self._names[self._numbers[index]], self._lines[index]
 
 

@@ -19,7 +19,7 @@ from llmtune.runs.evaluate import (
 from llmtune.runs.export import ExportStage
 from llmtune.runs.merge import MergeStage
 from llmtune.runs.stage import Stage
-from llmtune.runs.train import TrainStage
+from llmtune.runs.train import TrainStage, plan_request
 
 if TYPE_CHECKING:
     from llmtune.evaluation.scores import Scores
@@ -75,21 +75,9 @@ def plan(config: RunConfig, *, gpu: str | None = None, measure: bool = False) ->
     """
     from llmtune.planning.devices import find_device, given_gpu
     from llmtune.planning.plan import make_plan
-    from llmtune.planning.workload import PlanRequest
 
     device = find_device(config.model.device) if gpu is None else given_gpu(gpu)
-    return make_plan(
-        PlanRequest(
-            model=config.model,
-            adapter=config.adapter,
-            data=config.data,
-            train=config.train,
-            run_dir=config.run_dir,
-            seed=config.seed,
-            device=device,
-            measure=measure,
-        )
-    )
+    return make_plan(plan_request(config, device, measure=measure))
 
 
 def merge(

@@ -22,6 +22,7 @@ from llmtune.runs.ledger import Ledger, has_training, refuse_unusable
 from llmtune.runs.stage import Stage, deciding_knobs, deciding_knobs_of
 
 if TYPE_CHECKING:
+    from llmtune.planning.devices import Device
     from llmtune.planning.workload import PlanRequest
 
 log = logging.getLogger("llmtune")
@@ -129,18 +130,11 @@ class TrainStage(Stage):
         """Ask for what this machine's free memory is now, before the base is loaded."""
         from llmtune.models.hardware import choose_device
         from llmtune.planning.devices import free_device
-        from llmtune.planning.workload import PlanRequest
 
-        config, base = self.config, str(self.source.directory)
-        return PlanRequest(
-            model=self._model.model_copy(update={"base": base, "revision": None}),
-            adapter=config.adapter,
-            data=config.data,
-            train=config.train,
-            run_dir=config.run_dir,
-            seed=config.seed,
-            device=free_device(str(choose_device(config.model.device))),
-        )
+        base = {"base": str(self.source.directory), "revision": None}
+        device = free_device(str(choose_device(self.config.model.device)))
+        request = plan_request(self.config, device)
+        return dataclasses.replace(request, model=self._model.model_copy(update=base))
 
     @property
     def _model(self) -> ModelConfig:
@@ -196,6 +190,22 @@ class TrainStage(Stage):
                 f"{' and '.join(other)} (compared by content); choose another run_dir, or redo "
                 "this one with --force"
             )
+
+
+def plan_request(config: RunConfig, device: "Device", *, measure: bool = False) -> "PlanRequest":
+    """Return what a plan of a run is made from, for a device."""
+    from llmtune.planning.workload import PlanRequest
+
+    return PlanRequest(
+        model=config.model,
+        adapter=config.adapter,
+        data=config.data,
+        train=config.train,
+        run_dir=config.run_dir,
+        seed=config.seed,
+        device=device,
+        measure=measure,
+    )
 
 
 def prepare_data(config: RunConfig, source: Checkpoint) -> dict[str, PreparedData]:
