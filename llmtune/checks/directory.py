@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.checks.limits import MERGED_KL, Tolerances, allowed_kl
 from llmtune.checks.merged import VerifyResult, verify_merge
 from llmtune.checks.prompts import NUM_NEW_TOKENS, build_prompts
 from llmtune.checks.provenance import read_record, strength_of
@@ -18,7 +17,14 @@ from llmtune.checks.reference import (
     load_reference,
 )
 from llmtune.checks.tricky_strings import TRICKY_STRINGS
-from llmtune.checks.verification import format_line, format_prompts, format_strings
+from llmtune.checks.verification import (
+    MERGED_KL,
+    Tolerances,
+    allowed_kl,
+    format_line,
+    format_prompts,
+    format_strings,
+)
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import render_question
 from llmtune.models.checkpoint import Checkpoint

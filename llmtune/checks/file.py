@@ -23,13 +23,6 @@ from llmtune.checks.labels import (
     first_token_questions,
     label_in_model,
 )
-from llmtune.checks.limits import (
-    MERGED_ACCURACY,
-    MERGED_KL,
-    Tolerances,
-    allowed_accuracy_change,
-    allowed_kl,
-)
 from llmtune.checks.merged import load_merged
 from llmtune.checks.parity import (
     SPARE_TOKENS,
@@ -49,10 +42,19 @@ from llmtune.checks.reference import (
     load_reference,
 )
 from llmtune.checks.runtime import RuntimeAnswers, ask_runtime, require_runtime
-from llmtune.checks.verification import format_line, format_prompts, format_strings
+from llmtune.checks.verification import (
+    MERGED_ACCURACY,
+    MERGED_KL,
+    Tolerances,
+    allowed_accuracy_change,
+    allowed_kl,
+    format_line,
+    format_prompts,
+    format_strings,
+)
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.models.memory import release_memory
+from llmtune.models.hardware import release_memory
 from llmtune.scoring.live import as_arm
 
 log = logging.getLogger("llmtune")

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from llmtune.checks.limits import allowed_kl
 from llmtune.checks.merged import load_merged
 from llmtune.checks.reference import comparison_dtype
 from llmtune.checks.runtime import (
@@ -20,6 +19,7 @@ from llmtune.checks.runtime import (
     ask_runtime,
 )
 from llmtune.checks.tricky_strings import TRICKY_STRINGS
+from llmtune.checks.verification import allowed_kl
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import encode_plain, render_messages
 from llmtune.errors import CheckFailed

@@ -103,7 +103,7 @@ def verify(
       llmtune verify runs/quickstart/exports/quickstart-q8_0.gguf --against runs/quickstart
     """
     show_progress(quiet)
-    from llmtune.checks.limits import Tolerances
+    from llmtune.checks.verification import Tolerances
     from llmtune.runs.verify import verify_target
 
     verified = verify_target(path, against, overrides, Tolerances(max_kl=max_kl))

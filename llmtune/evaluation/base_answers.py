@@ -11,8 +11,8 @@ from llmtune.io.json_files import read_json
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.gguf import cache_dir
+from llmtune.models.hardware import release_memory
 from llmtune.models.live import LiveModel
-from llmtune.models.memory import release_memory
 from llmtune.scoring.live import as_arm
 from llmtune.training.memory.measure import is_out_of_memory
 

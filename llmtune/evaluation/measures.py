@@ -45,8 +45,8 @@ from llmtune.io.fingerprint import hash_file
 from llmtune.io.run_dir import RunDir, atomic_write_json
 from llmtune.io.sizes import format_size
 from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.hardware import release_memory
 from llmtune.models.live import LiveModel, ModelIdentity
-from llmtune.models.memory import release_memory
 from llmtune.models.quantization.config import DENSE, is_quantized
 from llmtune.planning.devices import free_device
 from llmtune.scoring.batches import model_device, position_limit

@@ -14,8 +14,8 @@ from llmtune.io.sizes import format_size
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
+from llmtune.models.hardware import release_memory
 from llmtune.models.load import load_model
-from llmtune.models.memory import release_memory
 from llmtune.models.quantization.config import members
 from llmtune.planning.estimate import base_bytes
 from llmtune.planning.shape import read_shape

@@ -23,8 +23,8 @@ from llmtune.merging.plan import PlanOptions, plan_merge
 from llmtune.merging.planned import PlannedMerges
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
+from llmtune.models.hardware import release_memory
 from llmtune.models.live import LiveModel
-from llmtune.models.memory import release_memory
 from llmtune.models.quantization.describe import QuantizedBase, describe_quantized_base
 from llmtune.scoring.generate import Decoding
 from llmtune.scoring.live import as_arm, load_live

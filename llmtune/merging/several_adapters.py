@@ -37,7 +37,7 @@ from llmtune.merging.one_adapter import plan_options
 from llmtune.merging.plan import plan_combined_merge
 from llmtune.merging.planned import PlannedMerges
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.models.memory import release_memory
+from llmtune.models.hardware import release_memory
 from llmtune.models.quantization.describe import describe_quantized_base
 from llmtune.models.resolve import Loadable
 from llmtune.scoring.generate import Decoding

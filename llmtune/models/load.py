@@ -1,5 +1,7 @@
 """Load a base model onto one device, quantized as asked, and check that it is what was asked."""
 
+import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
 )
 
@@ -16,7 +19,6 @@ from llmtune.io.json_files import blamed_on
 from llmtune.models.build import build_model
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
-from llmtune.models.generation import repair_generation_config
 from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
 from llmtune.models.live import LiveModel, ModelIdentity
 from llmtune.models.quantization.base import Quantization
@@ -38,6 +40,17 @@ from llmtune.models.quantized_cache import (
 from llmtune.models.quiet import quiet_loading
 from llmtune.models.turns import stop_token_ids
 
+# Knobs that only sampling reads. Beside `do_sample: false` they make `save_pretrained` raise.
+SAMPLING_KNOBS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "top_h",
+)
 LOAD_ADVICE = "if the message is not clear, fetch config.json and the weights again"
 
 
@@ -226,3 +239,47 @@ def _device_notices(config: ModelConfig, device: torch.device) -> tuple[str, ...
         idle = torch.cuda.device_count() - 1
         return (f"one process uses one GPU: {device}; {idle} more stay idle",)
     return ()
+
+
+def repair_generation_config(
+    model: PreTrainedModel, stop_ids: tuple[int, ...], pad_id: int
+) -> tuple[str, ...]:
+    """Give `model.generation_config` all stop tokens and the pad token, and make it savable.
+
+    Sampling knobs beside `do_sample: false` are dropped: greedy decoding never read them. Returns
+    one line for each such change.
+
+    Raises:
+        LlmtuneError: the config cannot be saved even so; found now and not after hours of training.
+    """
+    config = model.generation_config
+    notices = _drop_unread_sampling(config)
+    config.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+    config.pad_token_id = pad_id
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config.save_pretrained(directory)
+        except ValueError as error:
+            raise LlmtuneError(
+                f"{model.name_or_path}/generation_config.json: transformers will not save it: "
+                f"{error}. Correct that file."
+            ) from error
+    return notices
+
+
+def _drop_unread_sampling(config: GenerationConfig) -> tuple[str, ...]:
+    if config.do_sample:
+        return ()
+    neutral = GenerationConfig()
+    dropped = [
+        name
+        for name in SAMPLING_KNOBS
+        if getattr(config, name, None) not in (None, getattr(neutral, name, None))
+    ]
+    for name in dropped:
+        setattr(config, name, getattr(neutral, name, None))
+    if not dropped:
+        return ()
+    names = ", ".join(dropped)
+    return (f"generation config: {names} dropped, because do_sample is false there",)

@@ -19,17 +19,43 @@ the feed-forward width:
 A layer that is recomputed keeps its input, b W.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from llmtune.io.kernel_cache import VARIABLES, read_capacity
 from llmtune.planning.shape import ModelShape
 from llmtune.training.memory.arithmetic import ActivationCost
 
+KERNEL_BYTES = 580_000
+"""Of one product: 0.52 to 0.58 MiB allocated for each of 100 new shapes, eight kinds of product
+(torch 2.13, AVX-512 with bf16)."""
+PLACES = 1000
+"""Dropped kernels whose memory stays, as holes of the heap. Fitted to the quickstart's 60 steps
+(some 3,000 sizes), whose peak was 2,719 MiB with 1,024 kernels kept and 2,313 with 256; runs of 600
+sizes took as much with 256 as with 1,024."""
+PRODUCTS_A_LINEAR = 8
+"""Output and gradient of the input; of the adapter two forward and four backward."""
+PRODUCTS_A_STACK = 5
+"""Attention in 16 bits: probabilities times values, and four backward."""
+TILE_TOKENS = 128
+STACK_BYTES = 3 << 19
+"""Attention computes tiles of short rows together up to these bytes of scores; those of a long row
+count as one each (`ops/tiled_attention`)."""
 FLOAT32 = 4
 ROUTING_BYTES = 40
 """Of one token for one expert: its weight, its place, and their sorted copies."""
 EAGER_GELUS = ("gelu_new", "gelu_fast")
 """Activations that transformers computes step by step: five tensors are kept instead of two."""
+
+
+class KernelBytes(NamedTuple):
+    """What kernels take after a number of micro-batches."""
+
+    kept: int
+    dropped: int
+    """Of those that are no longer kept."""
 
 
 @dataclass(frozen=True)
@@ -196,3 +222,41 @@ def _adapter_bytes(layer: _Layer) -> float:
             kept += b * rank + adapted.dropout_mask_bytes * num_in
             kept += adapted.kept_outputs * b * num_out
     return kept
+
+
+def kernel_bytes(
+    num_sizes: int, *, micro_batches: int | None, num_lengths: int | None
+) -> KernelBytes:
+    """Return what the kernels of so many micro-batches take, each with `num_sizes` products.
+
+    `micro_batches` None is a long run. Rows of one length bring the same sizes again.
+    """
+    capacity = read_capacity()
+    compiled = capacity + PLACES
+    if micro_batches is not None:
+        compiled = (1 if num_lengths == 1 else micro_batches) * num_sizes
+    return KernelBytes(
+        kept=min(compiled, capacity) * KERNEL_BYTES,
+        dropped=min(max(compiled - capacity, 0), PLACES) * KERNEL_BYTES,
+    )
+
+
+def count_sizes(shape: ModelShape, tokens: int, *, longest: int) -> int:
+    """Return how many different products a micro-batch has at most; its layers share them."""
+    stacked = 1
+    if longest <= TILE_TOKENS:
+        stacked = max(1, STACK_BYTES // (shape.heads * TILE_TOKENS**2 * FLOAT32))
+    stacks = math.ceil(tokens / (stacked * TILE_TOKENS))
+    return PRODUCTS_A_LINEAR * len(set(shape.linear.values())) + PRODUCTS_A_STACK * stacks
+
+
+def advise_capacity(num_sizes: int) -> str | None:
+    """Return what to set if the layers of one micro-batch cannot share their products."""
+    capacity = read_capacity()
+    if num_sizes <= capacity:
+        return None
+    return (
+        f"a micro-batch has up to {num_sizes} different matrix products, and oneDNN keeps "
+        f"{capacity} compiled ones, so every layer compiles its own: "
+        f"export {VARIABLES[0]}={2 ** math.ceil(math.log2(num_sizes))}"
+    )

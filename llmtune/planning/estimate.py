@@ -10,8 +10,14 @@ from typing import Literal
 
 from llmtune.io.sizes import MIB
 from llmtune.models.quantization.base import Quantization
-from llmtune.planning.activations import Adapted, activation_cost, merged_expert_bytes
-from llmtune.planning.kernels import advise_capacity, count_sizes, kernel_bytes
+from llmtune.planning.activations import (
+    Adapted,
+    activation_cost,
+    advise_capacity,
+    count_sizes,
+    kernel_bytes,
+    merged_expert_bytes,
+)
 from llmtune.planning.shape import ModelShape
 from llmtune.training.config import OptimizerName, TrainConfig
 from llmtune.training.memory.arithmetic import (

@@ -157,7 +157,7 @@ def verify(path: str | Path, against: str | Path, overrides: Sequence[str] = ())
     Raises:
         CheckFailed: they differ by more than allowed; the message says in what.
     """
-    from llmtune.checks.limits import Tolerances
+    from llmtune.checks.verification import Tolerances
     from llmtune.runs.verify import verify_target
 
     verified = verify_target(Path(path), str(against), overrides, Tolerances())

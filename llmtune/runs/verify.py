@@ -5,10 +5,9 @@ from pathlib import Path
 
 from llmtune.checks.directory import check_directory
 from llmtune.checks.file import ModelFile, check_file
-from llmtune.checks.limits import Tolerances
 from llmtune.checks.prompts import HeldOut
 from llmtune.checks.reference import Reference
-from llmtune.checks.verification import Comparison, Verification
+from llmtune.checks.verification import Comparison, Tolerances, Verification
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.suite import load_suites
 from llmtune.evaluation.tasks.base import Suite

@@ -13,8 +13,8 @@ from llmtune.checks.labels import (
     first_token_questions,
     label_in_model,
 )
-from llmtune.checks.limits import Tolerances
 from llmtune.checks.runtime import RuntimeRequest, ask_runtime, is_runtime_installed
+from llmtune.checks.verification import Tolerances
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 from llmtune.models.checkpoint import Checkpoint

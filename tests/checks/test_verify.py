@@ -5,8 +5,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llmtune.checks.limits import Tolerances
 from llmtune.checks.runtime import is_runtime_installed
+from llmtune.checks.verification import Tolerances
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 from llmtune.merging.merge import merge_adapter

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from llmtune.models.memory import release_memory
+from llmtune.models.hardware import release_memory
 
 
 class Cycle:

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmtune.errors import LlmtuneError
+from llmtune.models.build import stored_tensors
 from llmtune.models.config import ModelConfig
 from llmtune.models.load import load_model
 from llmtune.models.resolve import resolve_base
-from llmtune.models.stored_tensors import stored_tensors
 from tests.tiny import FAMILIES, make_model
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from llmtune.io.kernel_cache import CAPACITY, VARIABLES
+from llmtune.planning.activations import KERNEL_BYTES, PLACES, count_sizes, kernel_bytes
 from llmtune.planning.estimate import estimate_memory
-from llmtune.planning.kernels import KERNEL_BYTES, PLACES, count_sizes, kernel_bytes
 from llmtune.planning.shape import read_shape
 from llmtune.training.memory.arithmetic import RowSizes
 from tests.planning.shapes import small_config
