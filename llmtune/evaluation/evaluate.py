@@ -12,16 +12,9 @@ from llmtune.evaluation.base_answers import take_base_answers
 from llmtune.evaluation.cost import MeasureCost, cost_lines, tokens_per_second
 from llmtune.evaluation.diagnosis.base import Diagnosis, Diagnostic, Planned, write_diagnostic
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
-from llmtune.evaluation.measures import (
-    ARM_MEASURES,
-    LAST_MEASURES,
-    NEEDS_ROWS,
-    Evaluation,
-    EvaluationRequest,
-    Plan,
-    Work,
-)
+from llmtune.evaluation.measures import ARM_MEASURES, LAST_MEASURES, Plan
 from llmtune.evaluation.results import arm_result_path, read_arm_result
+from llmtune.evaluation.session import NEEDS_ROWS, Evaluation, EvaluationRequest, Work
 from llmtune.io.manifest import EvaluateRecord
 
 log = logging.getLogger("llmtune")

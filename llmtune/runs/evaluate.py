@@ -30,8 +30,8 @@ from llmtune.runs.targets import resolve_target
 
 if TYPE_CHECKING:
     from llmtune.evaluation.diagnosis.prepare import TrainedSteps
-    from llmtune.evaluation.measures import EvaluationRequest
     from llmtune.evaluation.scores import Scores
+    from llmtune.evaluation.session import EvaluationRequest
     from llmtune.models.checkpoint import Checkpoint
 
 log = logging.getLogger("llmtune")
@@ -131,7 +131,7 @@ class EvaluateStage(Stage):
 
     def request(self, inputs: Mapping[str, Any]) -> "EvaluationRequest":
         """Return what is evaluated."""
-        from llmtune.evaluation.measures import EvaluationRequest
+        from llmtune.evaluation.session import EvaluationRequest
         from llmtune.serving.live import load_target
 
         config = self.config

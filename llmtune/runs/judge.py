@@ -35,7 +35,7 @@ from llmtune.runs.targets import TEMPLATE_NAME, YAML_SUFFIXES, adapter_base
 from llmtune.schema import Section
 
 if TYPE_CHECKING:
-    from llmtune.evaluation.measures import EvaluationRequest
+    from llmtune.evaluation.session import EvaluationRequest
     from llmtune.reporting.report import Report
 
 log = logging.getLogger("llmtune")

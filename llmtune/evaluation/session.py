@@ -1,0 +1,206 @@
+"""One evaluation of a run: what is asked for, the one loaded base, and the results so far."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+from llmtune.data.config import DataConfig
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.config import EvaluateConfig
+from llmtune.evaluation.cost import TokenCounter
+from llmtune.evaluation.diagnosis.prepare import TrainedSteps, prepare_subject
+from llmtune.evaluation.diagnosis.subject import DiagnosisSettings, Subject
+from llmtune.evaluation.results import ArmResult, save_arm_result
+from llmtune.evaluation.run import (
+    ArmPlan,
+    Progress,
+    read_finished,
+    score_plan,
+    scoring_settings,
+)
+from llmtune.evaluation.tasks.base import Suite
+from llmtune.io.run_dir import RunDir
+from llmtune.io.sizes import format_size
+from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.hardware import release_memory
+from llmtune.models.live import LiveModel
+from llmtune.planning.devices import free_device
+from llmtune.scoring.batches import model_device
+from llmtune.training.memory.measure import is_out_of_memory
+
+log = logging.getLogger("llmtune")
+
+NEEDS_ROWS = "needs the rows that were trained on; give them: data.train='[{path: FILE}]'"
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing that is still to be measured: its forward tokens, at most, and how to do it."""
+
+    tokens: int
+    run: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What is evaluated: a run's models, rows and suites, and what is asked of them.
+
+    `base` is the checkpoint that the user gave. `load` loads `tuned` (the base with the adapter on
+    it), `original` (the base, never quantized) or `merged`; `mixed_data` is what was trained on,
+    `data` the run's own rows. Both may hold no row: what needs rows is then left out.
+    """
+
+    knobs: EvaluateConfig
+    run: RunDir
+    base: Checkpoint
+    suites: tuple[Suite, ...]
+    data: DataConfig
+    mixed_data: DataConfig
+    trained: TrainedSteps
+    load: Callable[[str], LiveModel]
+    force: bool = False
+    has_adapter: bool = True
+    """Without one, `load("tuned")` loads the base alone."""
+    why_no_strength: str | None = None
+    """Why the adapter cannot be weakened; None if it can."""
+
+
+class Evaluation:
+    """One evaluation of a run: the one loaded base for all of it, and the results so far."""
+
+    def __init__(self, request: EvaluationRequest) -> None:
+        self.request = request
+        self.knobs = request.knobs
+        self.run = request.run
+        self.suites = request.suites
+        self.force = request.force
+        self.settings = scoring_settings(request.knobs.token_budget)
+        self.results: dict[str, dict[str, ArmResult]] = {suite.name: {} for suite in self.suites}
+        self.left_out: dict[str, str] = {}
+        self._scored: LiveModel | None = None
+        self._subject: Subject | None = None
+        self._device = "cpu"
+
+    @property
+    def data(self) -> DataConfig:
+        """The run's own rows."""
+        return self.request.data
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Other strengths of the adapter that are measured."""
+        can_weaken = self.request.has_adapter and self.request.why_no_strength is None
+        return self.knobs.measured_strengths if can_weaken else ()
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the rows that were trained on are known."""
+        return bool(self.data.train)
+
+    @property
+    def scored(self) -> LiveModel:
+        """The base with the adapter on it, loaded once."""
+        if self._scored is None:
+            self._scored = self.request.load("tuned")
+        return self._scored
+
+    @property
+    def subject(self) -> Subject:
+        """The loaded model with its rows, prepared once."""
+        if self._subject is None:
+            request = self.request
+            self._subject = prepare_subject(
+                self.scored, self.suites, request.data, request.mixed_data, request.trained
+            )
+        return self._subject
+
+    @cached_property
+    def diagnosis_settings(self) -> DiagnosisSettings:
+        """How diagnoses are made, with progress to the same log as the arms."""
+        knobs, report = self.knobs, self.settings.on_progress
+
+        def advance(what: str, done: int, total: int) -> None:
+            if report is not None:
+                report(Progress(what, "diagnosis", done, total))
+
+        return DiagnosisSettings(self.settings.token_budget, knobs.seed, knobs.confidence, advance)
+
+    @cached_property
+    def counter(self) -> TokenCounter:
+        """Counts what arms cost."""
+        return TokenCounter(self.scored.tokenizer)
+
+    def leave_out(self, measure: str, reason: str) -> None:
+        """Say, and keep for the result, why something that was asked for is not measured."""
+        log.info("evaluate: %s left out: %s", measure, reason)
+        self.left_out[measure] = reason
+
+    def load_alone(self, arm: str, checkpoint: Checkpoint, dtype: str) -> LiveModel | None:
+        """Give the memory of what is loaded back and load a whole model in its place.
+
+        None, and said, if it does not fit.
+        """
+        if self._scored is not None:
+            self._device = str(model_device(self._scored.model))
+        self._scored = self._subject = None
+        release_memory()
+        needed = 0
+        if checkpoint.has_safetensors:
+            size = ELEMENT_BYTES.get(dtype, 2)
+            shapes = [entry.shape for entry in checkpoint.index.tensors.values()]
+            needed = size * sum(map(math.prod, shapes))
+        free = free_device(self._device).memory_bytes
+        reason = (
+            f"its weights need {format_size(needed)}, and {format_size(free)} are free on "
+            f"{self._device}"
+        )
+        if needed > free:
+            self.leave_out(arm, reason)
+            return None
+        try:
+            return self.request.load(arm)
+        except LlmtuneError as error:
+            if error.__cause__ is None or not is_out_of_memory(error.__cause__):
+                raise
+        self.leave_out(arm, reason)
+        return None
+
+    def score(self, plan: ArmPlan) -> None:
+        """Score an arm of the loaded base and adapter."""
+        self.keep(score_plan(self.scored, plan))
+
+    def keep(self, result: ArmResult) -> None:
+        """Write a result down."""
+        save_arm_result(result, self.run.evaluations_dir)
+        self.results[result.suite][result.arm] = result
+
+    def missing(self, plans: Iterable[ArmPlan], scored: LiveModel | None = None) -> list[ArmPlan]:
+        """Return the plans without a finished result of the same recipe and model; take the others.
+
+        Args:
+            scored: whose results they would be; the loaded base and adapter by default.
+        """
+        left = []
+        for plan in plans:
+            found = None
+            if not self.force:
+                asked = scored or self.scored
+                found = read_finished(self.run.evaluations_dir, asked, plan)
+            if found is None:
+                left.append(plan)
+            else:
+                self.results[plan.suite.name][plan.arm] = found
+        return left
+
+    def work_on(self, plans: Iterable[ArmPlan]) -> list[Work]:
+        """Return what is missing of arms of the loaded base and adapter."""
+        return [
+            Work(
+                self.counter.count(plan, shared_tokens=plan.about.get("demonstration_tokens", 0)),
+                partial(self.score, plan),
+            )
+            for plan in self.missing(plans)
+        ]
