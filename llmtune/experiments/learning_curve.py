@@ -17,8 +17,8 @@ from llmtune.evaluation.suite import load_suites
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.manifest import read_manifest
 from llmtune.io.run_dir import RunDir
-from llmtune.models.resolve import resolve_base
 from llmtune.runs import pipeline
+from llmtune.runs.targets import run_target
 
 log = logging.getLogger("llmtune")
 
@@ -109,7 +109,7 @@ def plan_learning_curve(config: RunConfig, *, suite: str | None = None) -> Curve
     full = _read_result(config.run, chosen)
     record = read_manifest(config.run).trained
     steps = trained_steps(config)
-    tokenizer = resolve_base(config.model).tokenizer
+    tokenizer = run_target(str(config.run.path), config).dense_base.tokenizer
     table = prepare_examples(config.mixed_data, tokenizer, split="train", seed=config.seed).examples
     is_split = config.data.length_policy == "split"
     places = seen_places(table, steps.seen(table), is_split=is_split)

@@ -138,7 +138,12 @@ class EvaluateStage(Stage):
         run = config.run
         adapter_dir = run.adapter_dir if run.adapter_dir.is_dir() else None
         target = Loadable(
-            str(run.path), config.model, adapter_dir, run.merged_dir, opened=self.source
+            str(run.path),
+            config.model,
+            adapter_dir,
+            run.merged_dir,
+            template_date=self.source.template_date,
+            opened=self.source,
         )
         return EvaluationRequest(
             knobs=self._knobs(inputs),
