@@ -2,14 +2,53 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 from llmtune.evaluation.compare import compare_arms
 from llmtune.evaluation.main_arms import MAIN_ARMS, compared_arms
 from llmtune.evaluation.results import ArmResult, arm_result_path, read_arm_result
 from llmtune.evaluation.stats import Resampling
 
-Scores = dict[str, dict[str, Any]]
+
+class ArmScore(TypedDict):
+    """What an arm scored on a suite."""
+
+    mean: float
+    standard_error: float | None
+    lm_eval: NotRequired[Mapping[str, float]]
+    """The harness's own numbers of a task: `metric,filter` -> value."""
+
+
+class ComparisonJson(TypedDict):
+    """The difference of two arms on a suite, with its interval, as far as it is read by name."""
+
+    base: float
+    tuned: float
+    n: int
+    difference: float
+    low: float
+    high: float
+    interval: Sequence[float]
+    gain: float
+    verdict: str
+
+
+class SuiteScores(TypedDict):
+    """The scores of the arms on one suite, as JSON values."""
+
+    task: str
+    role: str
+    metric: str
+    n: int
+    majority: float | None
+    chance: float | None
+    arms: dict[str, ArmScore]
+    compared: tuple[str, str] | None
+    """The two arms that `comparison` is about."""
+    comparison: ComparisonJson | None
+
+
+Scores = dict[str, SuiteScores]
 
 
 def summarize_scores(
@@ -39,12 +78,13 @@ def read_scores(
     return summarize_scores(results, resampling)
 
 
-def _summarize(by_arm: Mapping[str, ArmResult], resampling: Resampling) -> dict[str, Any]:
+def _summarize(by_arm: Mapping[str, ArmResult], resampling: Resampling) -> SuiteScores:
     first = next(iter(by_arm.values()))
     compared, comparison = compared_arms(by_arm), None
     if compared is not None:
         before, after = (by_arm[arm] for arm in compared)
-        comparison = compare_arms(before, after, resampling=resampling).as_dict()
+        found = compare_arms(before, after, resampling=resampling)
+        comparison = cast(ComparisonJson, found.as_dict())
     return {
         "task": first.task,
         "role": first.role,

@@ -1,7 +1,7 @@
 """The report in the terminal: verdict, reasons, one table, caveats, cost; fits 80 columns."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -25,6 +25,9 @@ from llmtune.reporting.sections.arms import arm_rows
 from llmtune.reporting.sections.record import group_by_command
 from llmtune.reporting.sections.seeds import SeedStudy
 from llmtune.reporting.suites import Change, SuiteReport
+
+if TYPE_CHECKING:
+    from llmtune.evaluation.scores import ComparisonJson, Scores
 
 STYLES = {"good": "bold green", "bad": "bold red", "open": "bold yellow"}
 
@@ -168,7 +171,7 @@ def format_cost(report: Report) -> str:
     return ", ".join(parts)
 
 
-def render_scores(scores: Mapping[str, Mapping[str, Any]]) -> Table:
+def render_scores(scores: "Scores") -> Table:
     """Return a table of suites by arms; the last column is the change with its interval."""
     arms = [arm for arm in MAIN_ARMS if any(arm in suite["arms"] for suite in scores.values())]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -183,7 +186,8 @@ def render_scores(scores: Mapping[str, Mapping[str, Any]]) -> Table:
     for name, suite in scores.items():
         unit = unit_of_metric(suite["metric"])
         cells = [name, format_count(suite["n"])]
-        cells += [unit.score(suite["arms"].get(arm, {}).get("mean")) for arm in arms]
+        found = [suite["arms"].get(arm) for arm in arms]
+        cells += [unit.score(None if each is None else each["mean"]) for each in found]
         cells.append(unit.score(suite["majority"]))
         if is_compared:
             change = suite["comparison"]
@@ -216,6 +220,6 @@ def _format_change(suite: SuiteReport, change: Change | None) -> Text:
     return Text.assemble((suite.unit.change(change.difference), style), " ", interval)
 
 
-def _format_interval(unit: Unit, change: Mapping[str, Any]) -> str:
+def _format_interval(unit: Unit, change: "ComparisonJson") -> str:
     interval = unit.interval(change["low"], change["high"])
     return f"{unit.change(change['difference'])} {interval}"
