@@ -11,6 +11,9 @@ import yaml
 
 from llmtune.errors import LlmtuneError
 
+MOST_BYTES = 4 << 20
+MOST_VALUES = 100_000
+
 KeyPath = tuple[str | int, ...]
 OVERRIDE = "override "
 """How the origin of a value begins that an override gave."""
@@ -84,6 +87,8 @@ def read_yaml(path: Path) -> SourcedTree:
             mapping (a key beside a merge `<<` overrides it), or has an alias to what it is in.
     """
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise LlmtuneError(f"{path}: is larger than {MOST_BYTES:,} bytes; expected a config")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise LlmtuneError(f"{path}: no such file; give the path of a YAML file") from None
@@ -96,6 +101,8 @@ def read_yaml(path: Path) -> SourcedTree:
     try:
         origins: dict[KeyPath, str] = {(): str(path)}
         values = _parse(text, str(path), origins)
+    except RecursionError:
+        raise LlmtuneError(f"{path}: not valid YAML: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -125,7 +132,7 @@ def apply_overrides(tree: SourcedTree, overrides: Sequence[str]) -> SourcedTree:
         path = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
         try:
             value = _parse(text, f"override {override!r}", {})
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise LlmtuneError(
                 f"override {override!r}: the value is not valid YAML; quote it"
             ) from None
@@ -156,6 +163,10 @@ def _parse(text: str, file: str, origins: dict[KeyPath, str]) -> Any:
     try:
         node = loader.get_single_node()
         _check_node(loader, node, file, (), set())
+        if node is not None and _count_values(node, {}) > MOST_VALUES:
+            raise LlmtuneError(
+                f"{file}: holds more than {MOST_VALUES:,} values, aliases (*) filled in"
+            )
         return _construct(loader, node, (), file, origins) if node else None
     finally:
         loader.dispose()
@@ -191,6 +202,17 @@ def _check_node(
             seen.add(key)
     for child in children:
         _check_node(loader, child, file, (*holders, node), checked)
+
+
+def _count_values(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """Return how many values a node stands for, with every alias filled in."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if node not in known:
+        is_mapping = isinstance(node, yaml.MappingNode)
+        children = [one for pair in node.value for one in pair] if is_mapping else node.value
+        known[node] = 1 + sum(_count_values(child, known) for child in children)
+    return known[node]
 
 
 def _key(loader: _Loader, node: yaml.Node) -> str:

@@ -112,3 +112,18 @@ def test_an_override_that_cannot_be_laid_is_refused(tmp_path, override):
     tree = read_yaml(write(tmp_path, "a: {b: 1}\nrows: [{path: x}]\n"))
     with pytest.raises(LlmtuneError, match="override"):
         apply_overrides(tree, [override])
+
+
+def test_aliases_of_aliases_and_deep_lists_end_at_once(tmp_path):
+    path = tmp_path / "a.yaml"
+    for first, form in (("[x]", "[{}]"), ("{x: 1}", "{{<<: [{}]}}")):
+        lines = [f"a0: &a0 {first}"]
+        for depth in range(8):
+            lines.append(f"a{depth + 1}: &a{depth + 1} " + form.format(f"*a{depth}, " * 9))
+        for last in ("", "? *a8\n: 1"):
+            path.write_text("\n".join([*lines, last]))
+            with pytest.raises(LlmtuneError, match="holds more than 100,000 values"):
+                read_yaml(path)
+    path.write_text("a: " + "[" * 10**5)
+    with pytest.raises(LlmtuneError, match="nested too deeply"):
+        read_yaml(path)

