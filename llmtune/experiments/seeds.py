@@ -1,6 +1,5 @@
 """Several trainings of one recipe that differ in their seed: one verdict with their noise in it."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from llmtune.evaluation.results import arm_result_path, read_arm_result, save_ar
 from llmtune.evaluation.run import WITHOUT_ADAPTER
 from llmtune.experiments.versus import tell_apart
 from llmtune.exporting.config import ExportConfig
+from llmtune.io.json_files import read_json_object
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import SEEDS_FILE, RunDir, atomic_write_json, atomic_write_text
 from llmtune.reporting.build import build_report, gather_evidence, write_report
@@ -120,7 +120,7 @@ def report_seeds(place: Path) -> Report:
     Raises:
         LlmtuneError: a run is missing or unfinished, or they are not of one recipe.
     """
-    names = json.loads((place / SEEDS_FILE).read_text(encoding="utf-8"))["runs"]
+    names = read_json_object(place / SEEDS_FILE)["runs"]
     runs = [open_seed_run(place / name) for name in names]
     built = join_reports(runs, place.resolve().name)
     write_report(built, RunDir(place))

@@ -1,6 +1,5 @@
 """A judgment: the whole report for an adapter or a model that no run of llmtune has trained."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +15,7 @@ from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.main_arms import MAIN_ARMS, MainArm
 from llmtune.evaluation.suite import load_suites
 from llmtune.io.fingerprint import hash_json
+from llmtune.io.json_files import read_json_object
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_text
 from llmtune.io.validation import validate_section
@@ -241,10 +241,9 @@ def _find_template(judged: JudgedModels, model: ModelConfig) -> Path | None:
 
 def _template_in(path: Path) -> object:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(path).get("chat_template")
+    except LlmtuneError:
         return None  # an adapter without a tokenizer of its own: the base's template is used
-    return values.get("chat_template") if isinstance(values, dict) else None
 
 
 class _JudgedStage(Stage):
