@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,40 @@ def json_fields(prediction: str, reference: str) -> float:
     shared = sum((written & right).values())
     total = sum(written.values()) + sum(right.values())
     return 2 * shared / total if total else 1.0
+
+
+def load_schema_metric(schema: Mapping[str, Any]) -> TextMetric:
+    """Return the metric that is 1 if the text is JSON that a JSON Schema allows.
+
+    A `$ref` to elsewhere is never fetched.
+
+    Raises:
+        LlmtuneError: `jsonschema` is not installed, or (also when called) the schema is not one.
+    """
+    try:
+        from jsonschema.exceptions import SchemaError
+        from jsonschema.validators import validator_for
+        from referencing import Registry
+        from referencing.exceptions import Unresolvable
+    except ImportError:
+        raise LlmtuneError(
+            "metric: json_schema needs one more package: pip install jsonschema (the extra metrics)"
+        ) from None
+    kind = validator_for(schema)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise LlmtuneError(f"answer_schema: is not a JSON Schema: {error.message}") from None
+    validator = kind(schema, registry=Registry())
+
+    def json_schema(prediction: str, reference: str) -> float:
+        found = _read_json(prediction)
+        try:
+            return float(found is not None and validator.is_valid(found[0]))
+        except Unresolvable as error:
+            raise LlmtuneError(f"answer_schema: a reference leads nowhere: {error}") from None
+
+    return json_schema
 
 
 TEXT_METRICS: dict[str, TextMetric] = {

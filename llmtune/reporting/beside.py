@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from llmtune.reporting.suites import SuiteReport
 
+WRITTEN = "written_accuracy"
 LABELS = {
-    "written_accuracy": "Right in the written answer",
+    WRITTEN: "Right in the written answer",
     "macro_f1": "Macro-F1",
     "calibration_error": "Calibration error (0 is best)",
     "brier": "Brier score (0 is best)",
@@ -31,6 +32,11 @@ class Disagreement:
     main: float
     beside: float
     sentence: str
+
+    @property
+    def is_about_writing(self) -> bool:
+        """Whether the second score is of what the model writes, the first of the choices given."""
+        return self.name == WRITTEN
 
 
 @dataclass(frozen=True)
@@ -60,21 +66,21 @@ def find_disagreements(suite: SuiteReport) -> tuple[Disagreement, ...]:
     """Return where a suite's scores say clearly different things about the same change."""
     found = []
     if suite.change is not None:
-        main, written = suite.change.difference, secondary_change(suite, "written_accuracy")
+        main, written = suite.change.difference, secondary_change(suite, WRITTEN)
         if suite.metric == "accuracy" and written is not None and abs(main - written) > CLEARLY:
             holds = "scoring the choices" if main > written else "reading the written answer"
             sentence = (
                 f"The two scores of {suite.name} disagree: the likeliest choice changes by "
-                f"{_points(main)}, the written answer by {_points(written)}. What is said about "
-                f"this suite holds for use by likelihood; the larger gain is in {holds}."
+                f"{format_points(main)}, the written answer by {format_points(written)}. What is "
+                f"said about this suite holds for use by likelihood; the larger gain is in {holds}."
             )
-            found.append(Disagreement("written_accuracy", main, written, sentence))
+            found.append(Disagreement(WRITTEN, main, written, sentence))
     strict, lenient = secondary_change(suite, "strict"), secondary_change(suite, "lenient")
     if strict is not None and lenient is not None and strict - lenient > CLEARLY:
         sentence = (
             f"Much of what {suite.name} gains is format: the whole answer is right in "
-            f"{_points(strict)}, the right answer is somewhere in the text in {_points(lenient)}. "
-            "The base often knew the answer and wrote more around it."
+            f"{format_points(strict)}, the right answer is somewhere in the text in "
+            f"{format_points(lenient)}. The base often knew the answer and wrote more around it."
         )
         found.append(Disagreement("lenient", strict, lenient, sentence))
     return tuple(found)
@@ -100,5 +106,6 @@ def tabulate_beside(suite: SuiteReport) -> BesideTable | None:
     return BesideTable(suite, arms, rows, sentences, judged, classes, confusion)
 
 
-def _points(fraction: float) -> str:
+def format_points(fraction: float) -> str:
+    """Format a change of a share in percentage points."""
     return f"{100 * fraction:+.1f} points"

@@ -1,6 +1,7 @@
 """Metrics of longer answers, against their own libraries and by hand."""
 
 import json
+import sys
 
 import pytest
 
@@ -53,9 +54,10 @@ def test_json_by_hand(written, valid, match, fields):
     )
 
 
-def write_suite(folder, metric, answer="Paris"):
+def write_suite(folder, metric, answer="Paris", **keys):
     write_jsonl(folder / "i.jsonl", [{"q": "where?", "answer": answer}])
     values = {"task": "exact", "items": "i.jsonl", "prompt": "{{ q }}", "metric": metric}
+    values |= keys
     (folder / "s.yaml").write_text(json.dumps(values))
     return folder / "s.yaml"
 
@@ -101,3 +103,41 @@ def test_bleu_of_all_answers_is_given_beside():
     scores = [ItemScore("i", 0.5, written, right) for written, right in TEXTS]
     expected = sacrebleu.corpus_bleu([w for w, _ in TEXTS], [[r for _, r in TEXTS]]).score / 100
     assert suite.describe(scores) == {"corpus_bleu": pytest.approx(expected)}
+
+
+def test_a_schema_says_which_json_is_right(tmp_path):
+    pytest.importorskip("jsonschema", reason="needs jsonschema")
+    schema = {
+        "type": "object",
+        "required": ["city"],
+        "properties": {"city": {"type": "string"}},
+        "additionalProperties": False,
+    }
+    path = write_suite(tmp_path, "json_schema", answer_schema=schema)
+    write_jsonl(tmp_path / "i.jsonl", [{"q": "where?"}])
+    suite = load_suite(path)
+    assert suite.config.majority(suite.items) is None
+    for text, score in (
+        ('{"city": "Paris"}', 1.0),
+        ('```json\n{"city": "Rome"}\n```', 1.0),
+        ('{"city": 3}', 0.0),
+        ('{"city": "Paris", "more": 1}', 0.0),
+        ("Paris", 0.0),
+    ):
+        assert score_of(suite, text) == score
+    wrong = write_suite(tmp_path, "json_schema", answer_schema={"type": "city"})
+    with pytest.raises(LlmtuneError, match="not a JSON Schema"):
+        load_suite(wrong)
+    elsewhere = {"$ref": "https://example.org/city.json"}
+    suite = load_suite(write_suite(tmp_path, "json_schema", answer_schema=elsewhere))
+    with pytest.raises(LlmtuneError, match="leads nowhere"):
+        score_of(suite, "{}")
+
+
+def test_a_schema_needs_its_metric_and_its_package(tmp_path, monkeypatch):
+    with pytest.raises(LlmtuneError, match="belong together"):
+        load_suite(write_suite(tmp_path, "json_schema"))
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    monkeypatch.setitem(sys.modules, "jsonschema.exceptions", None)
+    with pytest.raises(LlmtuneError, match="pip install jsonschema"):
+        load_suite(write_suite(tmp_path, "json_schema", answer_schema={}))

@@ -1,7 +1,13 @@
 """Scores beside a suite's metric are shown, and said where they contradict it."""
 
+import re
+
+from llmtune.evaluation.classification import describe_calibration, describe_classes
 from llmtune.reporting.beside import find_disagreements, tabulate_beside
-from llmtune.reporting.suites import ArmScore, Change, SuiteReport
+from llmtune.reporting.sections.results import show_results
+from llmtune.reporting.suites import ArmScore, Change, SuiteReport, Thresholds
+from llmtune.reporting.verdict.evidence import Evidence
+from llmtune.reporting.verdict.rules import decide
 
 
 def make_suite(base, tuned, *, task="choice", metric="accuracy", difference=0.3):
@@ -49,3 +55,32 @@ def test_the_table_has_a_column_for_every_arm_and_rows_of_what_was_measured():
     assert table.arms == ("base", "tuned")
     assert table.rows == (("Macro-F1", (0.2, 0.4)),)
     assert tabulate_beside(make_suite({}, {})) is None
+
+
+def test_a_verdict_says_for_which_use_it_holds():
+    parted = make_suite({"written_accuracy": 0.01}, {"written_accuracy": 0.07})
+    verdict = decide(Evidence((parted,)))
+    assert verdict.name.startswith("SHIP")
+    expected = (
+        "on labels it holds for ranking the choices (+30.0 points); "
+        "written answers change by +6.0 points"
+    )
+    assert expected in verdict.carries and expected in verdict.headline
+    agreeing = make_suite({"written_accuracy": 0.2}, {"written_accuracy": 0.48})
+    assert not any("ranking" in each for each in decide(Evidence((agreeing,))).carries)
+
+
+def test_confusion_and_reliability_are_drawn_from_the_numbers():
+    pairs = [("good", "good")] * 7 + [("bad", "good")] * 2 + [("bad", "bad")] * 3 + [("bad", "")]
+    also = describe_classes(pairs, ["good", "bad <b>"]) | describe_classes(pairs, ["good", "bad"])
+    also |= describe_calibration([[0.9, 0.1], [0.4, 0.6], [0.95, 0.05]], [0, 0, 0])
+    suite = make_suite(also, also)
+    shown = show_results([suite], Thresholds())
+    confusion, reliability = shown["pictures"]
+    numbers = re.findall(r">(\d+)</text>", confusion.drawn)
+    assert sorted(numbers) == ["1", "2", "3", "7"]
+    assert all(label in confusion.drawn for label in ("good", "bad", "none", "given", "right"))
+    assert "10 of 13 are on the diagonal" in confusion.caption
+    assert "base" in reliability.drawn and "tuned" in reliability.drawn
+    assert "Mean distance from it" in reliability.caption
+    assert show_results([make_suite({}, {})], Thresholds())["pictures"] == []

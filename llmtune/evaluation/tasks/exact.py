@@ -6,10 +6,11 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmtune.evaluation.answers import find_last_number
 from llmtune.evaluation.results import ItemScore
@@ -27,9 +28,11 @@ from llmtune.evaluation.tasks.base import (
 from llmtune.evaluation.text_metrics import (
     OWN_METRIC,
     TEXT_METRICS,
+    TextMetric,
     corpus_bleu,
     fingerprint_own_metric,
     load_own_metric,
+    load_schema_metric,
 )
 
 if TYPE_CHECKING:
@@ -50,10 +53,12 @@ MetricName = Literal[
     "json_valid",
     "json_match",
     "json_fields",
+    "json_schema",
 ]
 OwnMetric = Annotated[str, Field(pattern=f"^{OWN_METRIC.pattern}$")]
 STRICT_METRICS = ("exact_match", "contains", "number_match")
 """Those that have a strict and a lenient form."""
+ANY_THAT_FITS = "(whatever the schema allows)"
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 SHORT_ANSWER = 60
@@ -79,6 +84,7 @@ class ExactSuite(PromptedSuite):
         Metric("json_valid", True, "share of items"),
         Metric("json_match", True, "share of items"),
         Metric("json_fields", True, "F1 of fields"),
+        Metric("json_schema", True, "share of items"),
     )
 
     task: Literal["exact"]
@@ -92,6 +98,15 @@ class ExactSuite(PromptedSuite):
     """Texts that end an answer; null: the line's end where chat is false, else none."""
     metric: MetricName | OwnMetric = "exact_match"
     """What an item scores; `my_module:function` is your own."""
+
+    answer_schema: dict[str, Any] | None = None
+    """A JSON Schema that answers must satisfy, for the metric `json_schema`."""
+
+    @model_validator(mode="after")
+    def _schema_has_its_metric(self) -> Self:
+        if (self.metric == "json_schema") != (self.answer_schema is not None):
+            raise ValueError("metric: json_schema and answer_schema belong together: give both")
+        return self
 
     @classmethod
     def draft(cls, rows: "SuiteDraft") -> list[str] | None:
@@ -146,9 +161,16 @@ class ExactSuite(PromptedSuite):
         super().check_templates(items_path)
         if self.is_own_metric:
             load_own_metric(self.metric)
+        self._schema_metric  # noqa: B018 (raises if it is not a schema)
+
+    @cached_property
+    def _schema_metric(self) -> TextMetric | None:
+        return None if self.answer_schema is None else load_schema_metric(self.answer_schema)
 
     def read_answer(self, fields: Fields, item: SuiteItem) -> SuiteItem:
-        """Return `item` with the accepted texts."""
+        """Return `item` with the accepted texts; a schema needs none."""
+        if self.answer_schema is not None and self.answer not in fields:
+            return replace(item, references=(ANY_THAT_FITS,))
         answer = read_field(fields, self.answer)
         if self.metric.startswith("json_") and isinstance(answer, dict | list):
             return replace(item, references=(json.dumps(answer, ensure_ascii=False),))
@@ -222,7 +244,9 @@ class ExactSuite(PromptedSuite):
         return [len(prompt) + 1 for prompt in encode_prompts(tokenizer, suite)]
 
     def majority(self, items: Sequence[SuiteItem]) -> float | None:
-        """Return the share of the commonest reference."""
+        """Return the share of the commonest reference; None if any answer of a form is right."""
+        if self.answer_schema is not None:
+            return None
         return commonest_share([normalize_text(i.references[0], self.normalize) for i in items])
 
     def answer_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> int:
@@ -257,7 +281,7 @@ class ExactSuite(PromptedSuite):
         if self.metric in METRIC_FUNCTIONS:
             texts = [normalize_text(text, self.normalize) for text in (found, reference)]
             return METRIC_FUNCTIONS[self.metric](*texts)
-        score = TEXT_METRICS.get(self.metric) or load_own_metric(self.metric)
+        score = self._schema_metric or TEXT_METRICS.get(self.metric) or load_own_metric(self.metric)
         return score(found.strip(), reference.strip())
 
     def _strict_and_lenient(self, item: SuiteItem, text: str) -> dict[str, float]:

@@ -1,15 +1,27 @@
 """The main arms on every suite, grouped by what the suite is for, and the parts of the change."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
 from llmtune.evaluation.main_arms import CHAIN, MainArm
 from llmtune.reporting.beside import BesideTable, tabulate_beside
-from llmtune.reporting.charts import draw_interval, interval_limit
-from llmtune.reporting.numbers import Unit
+from llmtune.reporting.charts import (
+    BAD,
+    BASE,
+    GOOD,
+    INK,
+    QUIET,
+    draw,
+    draw_interval,
+    finish_axes,
+    interval_limit,
+)
+from llmtune.reporting.numbers import FRACTION, Unit, format_count
 from llmtune.reporting.suites import Change, SliceReport, SuiteReport, Thresholds, name_pairs
 
 ROLE_TITLES = {
@@ -17,6 +29,11 @@ ROLE_TITLES = {
     "transfer": "What it never saw",
     "general": "What it could do before",
 }
+
+LONGEST_LABEL = 14
+MOST_LEVEL_LABELS = 5
+"""More labels than this are written at an angle."""
+MOST_LARGE_CELLS = 60
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,15 @@ class Group:
     rows: tuple[Row, ...]
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A chart of a suite with what it shows."""
+
+    suite: str
+    drawn: Markup
+    caption: str
+
+
 class ResultsSection(TypedDict):
     """What the template shows; `limits` are the ends of each unit's axis.
 
@@ -50,6 +76,7 @@ class ResultsSection(TypedDict):
     parts: dict[str, tuple[MainArm, MainArm]]
     chains: list[SuiteReport]
     beside: list[BesideTable]
+    pictures: list[Picture]
 
 
 def show_results(suites: Sequence[SuiteReport], thresholds: Thresholds) -> ResultsSection | None:
@@ -57,6 +84,7 @@ def show_results(suites: Sequence[SuiteReport], thresholds: Thresholds) -> Resul
     if not suites:
         return None
     limits = _find_limits(suites, thresholds)
+    beside = [table for suite in suites if (table := tabulate_beside(suite)) is not None]
     groups = [
         Group(
             ROLE_TITLES.get(role, role),
@@ -71,8 +99,104 @@ def show_results(suites: Sequence[SuiteReport], thresholds: Thresholds) -> Resul
         "pairs": name_pairs(suites),
         "parts": CHAIN,
         "chains": [suite for suite in suites if len(suite.chain) > 1],
-        "beside": [table for suite in suites if (table := tabulate_beside(suite)) is not None],
+        "beside": beside,
+        "pictures": list(_draw_choices(beside)),
     }
+
+
+def _draw_choices(tables: Sequence[BesideTable]) -> Iterator[Picture]:
+    """Yield the confusion matrix and the reliability diagram of the suites that have them."""
+    for number, table in enumerate(tables):
+        suite = table.suite
+        if table.confusion and any(map(any, table.confusion)):
+            labels = [str(each["label"]) for each in table.classes]
+            drawn = _draw_confusion(f"confusion{number}", suite.name, labels, table.confusion)
+            right = sum(row[place] for place, row in enumerate(table.confusion))
+            caption = (
+                f"what the {table.judged} model answered; {format_count(right)} of "
+                f"{format_count(sum(map(sum, table.confusion)))} are on the diagonal."
+            )
+            yield Picture(suite.name, drawn, caption)
+        arms = suite.compared or (table.judged,)
+        bins = {arm: suite.arms[arm].also.get("reliability") for arm in arms}
+        shown = {arm: points for arm, points in bins.items() if points}
+        if shown:
+            errors = [
+                f"{arm} {FRACTION.score(suite.arms[arm].also['calibration_error'])}"
+                for arm in shown
+            ]
+            caption = (
+                "how often the answer is right, by how sure the model is of it; on the diagonal "
+                f"the two are equal. Mean distance from it: {', '.join(errors)}."
+            )
+            drawn = _draw_reliability(f"reliability{number}", suite.name, shown)
+            yield Picture(suite.name, drawn, caption)
+
+
+def _draw_confusion(
+    name: str, suite: str, labels: Sequence[str], counts: Sequence[Sequence[int]]
+) -> Markup:
+    """Draw the counts of right (rows) against given labels, each row shaded by its shares."""
+    given = [*labels, "none"] if any(row[-1] for row in counts) else list(labels)
+    cells = len(labels) * len(given)
+
+    def plot(axes: Axes) -> None:
+        for down, row in enumerate(counts):
+            total = sum(row) or 1
+            for right, count in enumerate(row[: len(given)]):
+                color = GOOD if down == right else BAD
+                axes.add_patch(
+                    Rectangle((right, down), 1, 1, color=color, alpha=0.75 * count / total, lw=0)
+                )
+                if count:
+                    axes.text(
+                        right + 0.5,
+                        down + 0.5,
+                        format_count(count),
+                        ha="center",
+                        va="center",
+                        color=INK,
+                        fontsize=9 if cells <= MOST_LARGE_CELLS else 7,
+                    )
+        axes.set_xlim(0, len(given))
+        axes.set_ylim(len(labels), 0)
+        axes.grid(visible=False)
+        axes.set_xticks([place + 0.5 for place in range(len(given))], list(map(_cut, given)))
+        axes.set_yticks([place + 0.5 for place in range(len(labels))], list(map(_cut, labels)))
+        axes.tick_params(length=0)
+        if len(given) > MOST_LEVEL_LABELS:
+            axes.tick_params(axis="x", rotation=45)
+        axes.set_xlabel("given")
+        axes.set_ylabel("right")
+
+    height = min(420, 110 + 26 * len(labels))
+    return draw(name, f"{suite}: confusion matrix of {len(labels)} labels", plot, height=height)
+
+
+def _draw_reliability(
+    name: str, suite: str, bins: Mapping[str, Sequence[Mapping[str, float]]]
+) -> Markup:
+    """Draw accuracy over confidence, a line for each arm, its points as large as their bins."""
+
+    def plot(axes: Axes) -> None:
+        axes.plot([0, 100], [0, 100], color=QUIET, lw=0.7)
+        for (arm, points), color in zip(bins.items(), (BASE, GOOD), strict=False):
+            xs = [100 * point["confidence"] for point in points]
+            ys = [100 * point["accuracy"] for point in points]
+            total = sum(point["n"] for point in points)
+            sizes = [12 + 120 * point["n"] / total for point in points]
+            axes.plot(xs, ys, color=color, label=arm)
+            axes.scatter(xs, ys, s=sizes, color=color, linewidths=0)
+        axes.set_xlim(-2, 102)
+        axes.set_ylim(-2, 102)
+        finish_axes(axes, "confidence, %", "right, %")
+        axes.legend(frameon=False, loc="upper left")
+
+    return draw(name, f"{suite}: reliability of {', '.join(bins)}", plot, height=240)
+
+
+def _cut(label: str) -> str:
+    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…"
 
 
 def _find_limits(suites: Sequence[SuiteReport], thresholds: Thresholds) -> dict[Unit, float]:

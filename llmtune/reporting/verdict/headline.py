@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from llmtune.reporting.beside import find_disagreements, format_points
 from llmtune.reporting.verdict.evidence import Evidence
 from llmtune.reporting.verdict.outcome import AT_STRENGTH, TO_DO, UNSHOWN, Verdict
 from llmtune.reporting.verdict.sentences import format_unshown
@@ -18,10 +19,23 @@ def find_carried(verdict: Verdict, evidence: Evidence) -> Iterator[str]:
     if verdict.kind == UNSHOWN:
         for suite in evidence.unshown():
             yield f"general ability not shown: {format_unshown(suite, evidence)}"
+    yield from _only_for_ranking(evidence)
     missing = _unmeasured(evidence)
     if missing:
         verb = "was" if len(missing) == 1 else "were"
         yield f"{' and '.join(missing)} {verb} not measured and could be as good"
+
+
+def _only_for_ranking(evidence: Evidence) -> Iterator[str]:
+    """Yield the target suites on which the likeliest choice and the written answer part."""
+    for suite in evidence.with_role("target"):
+        for found in find_disagreements(suite):
+            if found.is_about_writing:
+                yield (
+                    f"on {suite.name} it holds for ranking the choices "
+                    f"({format_points(found.main)}); written answers change by "
+                    f"{format_points(found.beside)}"
+                )
 
 
 def find_what_to_do(verdict: Verdict, evidence: Evidence) -> str:
