@@ -1,4 +1,8 @@
-"""A new diagnosis is one file and one entry: measured, kept, shown, or listed as not measured."""
+"""A new diagnosis is one file and one entry.
+
+It is measured, kept and shown, or listed as not measured; what it finds reaches verdict, headline
+and caveats.
+"""
 
 import json
 
@@ -12,7 +16,15 @@ import contextlib
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llmtune.evaluation.diagnosis.base import Diagnosis, Diagnostic, Paragraph, Planned, Section
+from llmtune.evaluation.diagnosis.base import (
+    Alternative,
+    Diagnosis,
+    Diagnostic,
+    Leak,
+    Paragraph,
+    Planned,
+    Section,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +44,15 @@ class AnswerLength(Diagnosis[AnswerLengthResult]):
     help = "How long answers are"
     extent = "full"
     result = AnswerLengthResult
+    alternative = Alternative(
+        arm="length_rule",
+        label="A rule on the length",
+        words="a rule on the length",
+        verdict="USE-RULE",
+        meaning="A rule on the length is as good.",
+        reason="A rule needs no model: use it.",
+        to_do="Use the rule.",
+    )
 
     def plan(self, given):
         from llmtune.evaluation.diagnosis.subject import hash_ids, model_inputs, target_prompts
@@ -59,6 +80,10 @@ class AnswerLength(Diagnosis[AnswerLengthResult]):
 
         return Planned(AnswerLengthResult, inputs, 16 * len(prompts), measure)
 
+    def leaks(self, found):
+        ways = "2 of the very length of an answer"
+        return {"sentiment": Leak(("item-0", "item-1"), 200, ways, {"same_length": 2})}
+
     def section(self, found, facts):
         text = f"An answer has {found.tuned:.1f} tokens, {found.base:.1f} before."
         return Section("How long are the answers?", (Paragraph(text),))
@@ -82,15 +107,34 @@ report(config.run_dir)
 """
 
 
+VERDICTS = """
+from llmtune.reporting.suites import ArmScore, Change, Rival, SuiteReport
+from llmtune.reporting.verdict.evidence import Evidence
+from llmtune.reporting.verdict.rules import decide
+
+gain = Change(0.2, 0.15, 0.25, 0.001)
+suite = dict(
+    name="s", role="target", task="choice", metric="accuracy", higher_is_better=True, n=200,
+    chance=0.5, compared=("base", "tuned"), change=gain,
+)
+arms = {"base": ArmScore(0.6), "tuned": ArmScore(0.8)}
+print(decide(Evidence((SuiteReport(**suite, arms=arms),))).headline)
+rivals = {"length_rule": Rival(200, gain, Change(0.0, -0.01, 0.01, 1.0), 0.02)}
+arms["length_rule"] = ArmScore(0.8)
+verdict = decide(Evidence((SuiteReport(**suite, arms=arms, rivals=rivals),)))
+print(verdict.name, verdict.meaning, *verdict.reasons, verdict.to_do)
+"""
+
+
 def test_a_new_diagnosis_is_measured_at_its_extent_and_shown(tmp_path):
     house = House(tmp_path / "house")
     house.add("evaluation/diagnosis/answer_length.py", ANSWER_LENGTH)
     house.enter(
         "evaluation/diagnosis/config.py",
         {
-            "from llmtune.evaluation.diagnosis.base import Diagnosis\n": (
+            "from llmtune.evaluation.diagnosis.base import Alternative, Diagnosis\n": (
                 "from llmtune.evaluation.diagnosis.answer_length import AnswerLength\n"
-                "from llmtune.evaluation.diagnosis.base import Diagnosis\n"
+                "from llmtune.evaluation.diagnosis.base import Alternative, Diagnosis\n"
             ),
             "    Probe(),\n": "    Probe(),\n    AnswerLength(),\n",
         },
@@ -105,3 +149,11 @@ def test_a_new_diagnosis_is_measured_at_its_extent_and_shown(tmp_path):
     assert report["diagnostics"]["answer_length"]["tuned"] == found["tuned"]
     assert "length of the answers" not in report["missing"]
     assert "How long are the answers?" in (run / "report.html").read_text()
+    ways = "2 of the very length of an answer"
+    assert any(ways in said for said in [*report["caveats"], *report["decided_by"]["reasons"]])
+
+    headline, used = house.execute(VERDICTS, cwd=tmp_path).stdout.splitlines()
+    assert "a rule on the length were not measured" in headline
+    assert used.startswith("USE-RULE A rule on the length is as good.")
+    assert "A rule on the length 80.0 %" in used
+    assert used.endswith("A rule needs no model: use it. Use the rule.")

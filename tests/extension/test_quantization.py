@@ -129,6 +129,8 @@ def test_new_quantization_is_planned_trained_and_merged(house, tmp_path):
     table = manifest["stages"]["train"]["result"]["quantization"]
     assert table["method"] == "per-row"
     assert "per-row" in {row["kind"] for row in table["rows"]}
+    price = manifest["stages"]["train"]["result"]["quantization_price"]
+    assert price["method"] == "per-row" and "per-row" in price["base_bytes"]
     merged = manifest["stages"]["merge"]["result"]
     assert merged["base"] == "dequantized"
     assert merged["check"]["kl"] < 0.01

@@ -25,6 +25,12 @@ class ContainsAllSuite(PromptedSuite):
     task: Literal["contains-all"]
     metric: Literal["share_held"] = "share_held"
 
+    @classmethod
+    def draft(cls, rows):
+        if not rows.asks or not all(" " in row["answer"] for row in rows.items):
+            return None
+        return cls.draft_prompt(rows)
+
     def read_answer(self, fields, item):
         return replace(item, references=tuple(read_field(fields, self.answer).split()))
 
@@ -89,3 +95,8 @@ def test_a_suite_of_a_new_task_is_scored_in_a_run_and_shown_in_its_report(tmp_pa
     assert report["suites"]["colors"]["task"] == "contains-all"
     assert report["suites"]["colors"]["arms"]["tuned"]["n"] == 4
     assert "colors" in (tmp_path / "project" / "run" / "report.html").read_text()
+
+    rows = [{"prompt": f"Name {n} colors.", "completion": f"red blue {n}"} for n in range(200)]
+    write_jsonl(tmp_path / "colors.jsonl", rows)
+    house.run("init", "colors.jsonl", "--out", "mine.yaml", cwd=tmp_path)
+    assert "task: contains-all" in (tmp_path / "mine_suite.yaml").read_text()
