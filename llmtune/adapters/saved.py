@@ -5,6 +5,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 
@@ -36,7 +37,7 @@ from llmtune.io.json_files import blamed_on, read_json_object
 from llmtune.io.run_dir import atomic_write_json
 
 NUM_NAMED = 3
-BASE_COPY_ENDING = ".base_layer.weight"
+BASE_COPY_MARK = ".base_layer."
 README_NAME = "README.md"
 UNORDERED_SETTINGS = ("target_modules", "exclude_modules")
 """Settings that peft keeps as sets."""
@@ -150,22 +151,30 @@ def _load_weights(model: PeftModel, directory: Path) -> None:
     with blamed_on(path, "safetensors", advice=COPY_AGAIN):
         saved = load_file(path)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    problems = _differences(_without_base_copies(saved, model), expected)
+    problems = _differences(_without_base_copies(saved, expected, model), expected)
     if problems:
         raise LlmtuneError(f"{path}: does not fit this model.\n" + "\n".join(problems))
     result = set_peft_model_state_dict(model, saved)
-    assert not result.unexpected_keys, result.unexpected_keys
+    if result.unexpected_keys:
+        raise LlmtuneError(
+            f"{path}: peft {version('peft')} renames tensors of this kind of model and does not "
+            f"find them again, such as {result.unexpected_keys[0]!r}; leave their modules out of "
+            "target_modules"
+        )
 
 
 def _without_base_copies(
-    saved: Mapping[str, torch.Tensor], model: PeftModel
+    saved: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], model: PeftModel
 ) -> dict[str, torch.Tensor]:
-    """Leave out the base's own tables, which PEFT saves beside adapters on them."""
+    """Leave out the base's own tables, which PEFT saves beside adapters on them, bias and all."""
     own = model.state_dict()
     return {
         name: tensor
         for name, tensor in saved.items()
-        if not (name.endswith(BASE_COPY_ENDING) and name in own and own[name].shape == tensor.shape)
+        if name in expected
+        or BASE_COPY_MARK not in name
+        or name not in own
+        or own[name].shape != tensor.shape
     }
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from llmtune.checks.modules import ModuleDifference, compare_modules
+from llmtune.checks.modules import ComparedModules, ModuleDifference, compare_modules
 from llmtune.checks.prompts import ComparedPrompts
 from llmtune.errors import LlmtuneError
-from llmtune.io.json_files import blamed_on
+from llmtune.io.json_files import blamed_on, read_json_object
 from llmtune.io.safetensors import CheckpointIndex
+from llmtune.models.checkpoint import CONFIG_NAME
 from llmtune.models.quantization.describe import keep_differentiable
 from llmtune.models.quiet import quiet_loading
 from llmtune.scoring.batches import (
@@ -83,6 +84,8 @@ class VerifyResult:
     divergences: tuple[GreedyDivergence, ...]
     wrong_modules: tuple[ModuleDifference, ...] = ()
     """Modules whose merged weight does not compute what the live one does."""
+    unused_modules: tuple[str, ...] = ()
+    """Adapted modules that the live model did not run."""
     base_kl: float | None = None
     """KL(adapter || base), nats per token: what the adapter does; None without an adapter."""
     stored_dtype: str | None = None
@@ -121,7 +124,7 @@ class VerifyResult:
                 return (
                     f"merged model and live adapter differ by {self.kl:.2e} nats/token (KL) in "
                     f"float32, {self.kl_share or 0:.1%} of what the adapter does "
-                    f"({self.base_kl:.2e}); rounding is less than {allowed:.1e}"
+                    f"({self.base_kl:.2e}); rounding is less than {allowed:.1e}{self._unused()}"
                 )
         return None
 
@@ -174,6 +177,14 @@ class VerifyResult:
             f"{self.num_same_texts} of {self.num_open_prompts} greedy texts the same"
         )
 
+    def _unused(self) -> str:
+        if not self.unused_modules:
+            return ""
+        return (
+            f"; the live model does not run {self.unused_modules[0]!r} and reads its weight past "
+            "the adapter: train again without it among target_modules"
+        )
+
     def _share(self) -> str:
         return f" ({self.kl_share:.1g} of the adapter's effect)" if self.kl_share else ""
 
@@ -213,6 +224,9 @@ def verify_merge(
     label_differences = _compare_labels(live, merged, prompts.labels)
     divergences = _compare_answers(live, merged, tokenizer, prompts.open_prompts, decoding)
     stored_dtype = _stored_dtype(merged_dir)
+    modules = ComparedModules()
+    if stored_dtype is not None:
+        modules = compare_modules(live, merged, prompts.sequences, stored_dtype=stored_dtype)
     return VerifyResult(
         dtype=_name(next(merged.parameters()).dtype),
         num_tokens=compared.num_tokens,
@@ -227,11 +241,8 @@ def verify_merge(
         num_open_prompts=len(prompts.open_prompts),
         num_same_texts=len(prompts.open_prompts) - len(divergences),
         divergences=tuple(divergences),
-        wrong_modules=(
-            ()
-            if stored_dtype is None
-            else compare_modules(live, merged, prompts.sequences, stored_dtype=stored_dtype)
-        ),
+        wrong_modules=modules.wrong,
+        unused_modules=modules.unused,
         base_kl=compared.base_kl / max(1, compared.num_tokens) if has_adapter(live) else None,
         stored_dtype=None if stored_dtype is None else _name(stored_dtype),
     )
@@ -278,11 +289,14 @@ def load_merged(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
         )
-    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+    problems = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if problems["unexpected_keys"] and "text_config" in read_json_object(merged_dir / CONFIG_NAME):
+        del problems["unexpected_keys"]  # the parts for images of a model whose text was loaded
+    if any(problems.values()):
         raise LlmtuneError(
             f"{merged_dir} does not fit its config: "
             + "; ".join(
-                f"{kind}: {sorted(map(str, keys))[:4]}" for kind, keys in info.items() if keys
+                f"{kind}: {sorted(map(str, keys))[:4]}" for kind, keys in problems.items() if keys
             )
         )
     keep_differentiable(model)

@@ -62,6 +62,16 @@ class ModuleDifference:
 
 
 @dataclass(frozen=True)
+class ComparedModules:
+    """What became of the adapted modules."""
+
+    wrong: tuple[ModuleDifference, ...] = ()
+    unused: tuple[str, ...] = ()
+    """Adapted modules that the model never ran on these sequences: it may read their weight
+    itself, and then their adapter does something in the merged model only."""
+
+
+@dataclass(frozen=True)
 class _Call:
     args: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -74,13 +84,13 @@ def compare_modules(
     sequences: Sequence[Sequence[int]],
     *,
     stored_dtype: torch.dtype,
-) -> tuple[ModuleDifference, ...]:
+) -> ComparedModules:
     """Return every module whose merged output is not the live one's.
 
     Nothing is compared if `live` has no adapter, or one on quantized weights.
     """
     if not isinstance(live, PeftModel) or not _is_dense(live):
-        return ()
+        return ComparedModules()
     calls = _record(live, sequences)
     counterparts = dict(merged.named_modules())
     found = []
@@ -91,7 +101,10 @@ def compare_modules(
                 compared = _compare(name, live, module, other, made, stored_dtype)
                 wrong = _count_wrong_weights(module, other, stored_dtype)
                 found.append(replace(compared, num_wrong_weights=wrong))
-    return tuple(one for one in found if not one.is_right)
+    return ComparedModules(
+        tuple(one for one in found if not one.is_right),
+        tuple(name for name, (_, made) in calls.items() if not made),
+    )
 
 
 def _is_dense(live: PeftModel) -> bool:

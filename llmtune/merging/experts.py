@@ -48,7 +48,8 @@ def plan_experts(
     """Return the base tensors that an adapter on a stacked expert parameter changes, and how.
 
     PEFT does not save which parameter of a module an adapter belongs to (several nest as
-    `.base_layer`), so the method finds it by the shapes of its tensors.
+    `.base_layer`), so the method finds it by the shapes of its tensors, and if these are alike by
+    the order in which PEFT nests.
 
     Raises:
         LlmtuneError: no parameter of that module, or more than one, has these shapes.
@@ -59,6 +60,9 @@ def plan_experts(
         for layout in _layouts(module, adapter, base, names, group)
         if adapter.method.fits_experts(group, layout.whole, adapter.config)
     ]
+    if len(fitting) > 1:
+        nested = _nested_parameter(group, adapter, names)
+        fitting = [layout for layout in fitting if nested in (None, layout.whole.key)]
     if len(fitting) != 1:
         state = "fits none" if not fitting else "fits more than one"
         shapes = ", ".join(f"{part} {list(entry.shape)}" for part, entry in group.parts.items())
@@ -74,6 +78,22 @@ def plan_experts(
             blocks.append(Block(rows.first_row, rows.num_rows, (updates["weight"],)))
         planned.append((entry, tuple(blocks)))
     return planned
+
+
+def _nested_parameter(group: ModuleTensors, adapter: AdapterFiles, names: BaseNames) -> str | None:
+    """Return the parameter that a nested wrapper is of: peft wraps them in the module's order.
+
+    The first is the innermost, with the most `.base_layer` in its name.
+    """
+    module, depth = group.module.replace(".base_layer", ""), group.module.count(".base_layer")
+    targets = adapter.method.target_parameters(adapter.config)
+    wrapped = [
+        name
+        for name in names.parameters
+        if name.rpartition(".")[0] == module
+        and any(name == target or name.endswith(f".{target}") for target in targets)
+    ]
+    return wrapped[-1 - depth] if depth < len(wrapped) else None
 
 
 def _layouts(
@@ -124,10 +144,9 @@ def _per_expert_layout(
 ) -> _Layout | None:
     found: list[tuple[TensorEntry, int, int]] = []  # tensor, expert, first of its outputs
     num_experts = num_out = 0
-    while all(names.find(f"{module}.{num_experts}.{one}.weight") for one in linears):
+    while all(parts := _tensors_of_expert(key, module, num_experts, linears, names)):
         num_out = 0
-        for linear in linears:
-            name = names.find(f"{module}.{num_experts}.{linear}.weight")
+        for name in parts:
             assert name is not None
             entry = base[name]
             if len(entry.shape) != 2:
@@ -144,3 +163,20 @@ def _per_expert_layout(
         place = replace(whole, num_out=rows, expert=expert, first_out=first_out)
         tensors.append((entry, (_Rows(0, rows, place),)))
     return _Layout(whole, tuple(tensors))
+
+
+def _tensors_of_expert(
+    key: str, module: str, expert: int, linears: tuple[str, ...], names: BaseNames
+) -> list[str | None]:
+    """Return the names of one expert's linear layers in the checkpoint, None for one it lacks.
+
+    What transformers makes the parameter of comes first; a model that was not asked is guessed.
+    """
+    sources = names.converted.get(key, ())
+    return [
+        next(
+            (one for one in sources if one.endswith(f".{expert}.{linear}.weight")),
+            names.find(f"{module}.{expert}.{linear}.weight"),
+        )
+        for linear in linears
+    ]

@@ -46,6 +46,10 @@ class BaseNames:
     checkpoint: Collection[str]
     stored: Mapping[str, str] = field(default_factory=dict)
     """{parameter in memory: tensor in the checkpoint}, as transformers loads the base."""
+    converted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """{parameter in memory: the tensors that transformers makes it of}."""
+    parameters: tuple[str, ...] = ()
+    """All of them in memory, in the model's order."""
     embedding: str | None = None
     """The input embedding's weight, in memory; None if the model was not asked."""
     head: str | None = None
@@ -60,9 +64,12 @@ class BaseNames:
             return cls(checkpoint)
         from llmtune.models.skeleton import parameter_of, stored_names
 
+        stored = stored_names(skeleton, checkpoint)
         return cls(
             checkpoint,
-            stored_names(skeleton, checkpoint),
+            stored.renamed,
+            stored.converted,
+            tuple(name for name, _ in skeleton.named_parameters(remove_duplicate=False)),
             parameter_of(skeleton, skeleton.get_input_embeddings()),
             parameter_of(skeleton, skeleton.get_output_embeddings()),
             frozenset(

@@ -13,6 +13,7 @@ from llmtune.merging.experts import plan_experts
 from llmtune.merging.names import BaseNames, near_misses
 from llmtune.merging.packed import PackedWeights
 
+EXPERT_DIMENSIONS = 3
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
 
 # Families whose linear layers are transformers' Conv1D, which stores its weight as [in, out].
@@ -79,6 +80,7 @@ class Planner:
     def replace_rows(self, module: str, entry: TensorEntry) -> None:
         """Take the rows of an embedding that were trained (`trainable_token_indices`)."""
         planned = self._planned(f"{module}.weight", entry.name)
+        self._require_plain_table(module)
         indices = self._token_indices(module)
         if entry.shape != (len(indices), planned.num_columns) or len(planned.shape) != 2:
             raise self._misfit(entry, planned.name, (len(indices), planned.num_columns))
@@ -89,10 +91,34 @@ class Planner:
             )
         self._add(replace(planned, token_rows=entry, token_indices=tuple(indices)), entry.name)
 
+    def _require_plain_table(self, module: str) -> None:
+        """Refuse token rows where peft computes with the rows alone and the model with more."""
+        others = [
+            name
+            for name in self.names.parameters
+            if name.startswith(f"{module}.") and name != f"{module}.weight"
+        ]
+        if self.names.is_embedding(f"{module}.weight") and self.names.find_embedding() is not None:
+            head = self.names.head or ""
+            bias = f"{head.removesuffix('weight')}bias"
+            is_tied = head and self.names.find(head) in (None, self.names.find_embedding())
+            others += [bias] if is_tied and bias in self.names.parameters else []
+        if others:
+            raise LlmtuneError(
+                f"{self.adapter.directory}: trainable_token_indices of {module!r}: while token "
+                f"rows are trained peft leaves out {others[0]!r}, which this model computes with, "
+                "so the adapter was not trained for this model; train the whole table "
+                "(modules_to_save)"
+            )
+
     def add_group(self, group: ModuleTensors) -> None:
         """Add what the adapter method does to one module: its weight, and its bias maybe."""
         name = f"{group.module}.weight"
-        if self.names.find(name) is None and not self.names.is_head(name):
+        found = self.names.find(name)
+        is_stack = found is not None and len(self.base[found].shape) == EXPERT_DIMENSIONS
+        if is_stack and not self.adapter.method.target_parameters(self.adapter.config):
+            is_stack = False  # a convolution
+        if is_stack or (found is None and not self.names.is_head(name)):
             self._add_experts(group)
             return
         planned = self._planned(name, group.first.name)

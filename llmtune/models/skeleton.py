@@ -1,6 +1,8 @@
 """The model that a checkpoint is loaded into, without any weights, to ask it what it is made of."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,23 +41,33 @@ def build_skeleton(
         return model
 
 
-def stored_names(skeleton: PreTrainedModel, checkpoint: Iterable[str]) -> dict[str, str]:
-    """Return {parameter in memory: tensor in the checkpoint}, as transformers loads them.
+@dataclass(frozen=True)
+class StoredNames:
+    """Where transformers finds a model's parameters in a checkpoint."""
 
-    A parameter that is made of several tensors, or of one that is reshaped, is left out.
-    """
+    renamed: Mapping[str, str]
+    """{parameter in memory: the one tensor that is it}."""
+    converted: Mapping[str, tuple[str, ...]]
+    """{parameter in memory: the tensors that it is made of, or the one that is reshaped}."""
+
+
+def stored_names(skeleton: PreTrainedModel, checkpoint: Iterable[str]) -> StoredNames:
+    """Say which tensors of a checkpoint are which parameters, as transformers loads them."""
     transforms: list[Any] = get_model_conversion_mapping(skeleton)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     parameters: dict[str, Any] = skeleton.state_dict()
-    names = {}
+    renamed: dict[str, str] = {}
+    converted: dict[str, list[str]] = defaultdict(list)
     for tensor in checkpoint:
         name, conversion = rename_source_key(
             tensor, renamings, converters, skeleton.base_model_prefix, parameters
         )
         if conversion is None and name in parameters:
-            names[name] = tensor
-    return names
+            renamed[name] = tensor
+        elif conversion is not None:
+            converted[name].append(tensor)
+    return StoredNames(renamed, {name: tuple(parts) for name, parts in converted.items()})
 
 
 def parameter_of(skeleton: PreTrainedModel, module: torch.nn.Module | None) -> str | None:

@@ -1,0 +1,140 @@
+"""Merge what stock peft writes, on tiny models of every architecture, and compare with stock peft.
+
+Each cell is an adapter on an architecture: merged by llmtune and loaded by stock transformers, its
+logits are those of the live peft model in float32 (right), or the merge was refused in one line.
+Anything else is a fault, and the exit code is 1. Results are kept in a file, so that the same
+command continues where it stopped.
+
+    python scripts/merge_matrix.py --results /tmp/merge.jsonl             # about an hour
+    python scripts/merge_matrix.py --only llama,qwen3 --adapters lora,dora
+    python scripts/merge_matrix.py --results /tmp/merge.jsonl --write     # docs/merge-matrix.md
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from merge_cells.adapters import ADAPTERS  # noqa: E402
+from merge_cells.architectures import architecture_names  # noqa: E402
+from merge_cells.cell import (  # noqa: E402
+    ABSENT,
+    BLOCKED,
+    FAULTS,
+    NO_MODEL,
+    REFUSED,
+    RIGHT,
+    Cell,
+    try_architecture,
+)
+
+PAGE = ROOT / "docs" / "merge-matrix.md"
+MARKS = {RIGHT: "yes", REFUSED: "refused", BLOCKED: "check", ABSENT: "-"}
+
+
+def main() -> int:
+    """Fill what is missing of the matrix, print it, and say whether it holds a fault."""
+    asked = _parse()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    cells = _read(asked.results)
+    rows = asked.only.split(",") if asked.only else architecture_names()
+    columns = tuple(asked.adapters.split(",")) if asked.adapters else tuple(ADAPTERS)
+    with tempfile.TemporaryDirectory() as scratch:
+        for row in rows:
+            missing = tuple(one for one in columns if (row, one) not in cells)
+            for cell in try_architecture(row, missing, Path(scratch)) if missing else ():
+                cells[cell.architecture, cell.adapter] = cell
+                _keep(asked.results, cell)
+    shown = [cells[row, column] for row in rows for column in columns]
+    lines = page_lines(shown, columns)
+    print("\n".join(lines))
+    if asked.write:
+        PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 1 if any(cell.outcome in FAULTS for cell in shown) else 0
+
+
+def page_lines(cells: Sequence[Cell], columns: Sequence[str]) -> list[str]:
+    """Return the table in Markdown, what was refused and why, and the faults if there are any."""
+    models = [cell for cell in cells if cell.outcome != NO_MODEL]
+    rows: dict[str, dict[str, str]] = defaultdict(dict)
+    for cell in models:
+        rows[cell.architecture][cell.adapter] = MARKS.get(cell.outcome, cell.outcome)
+    counts = Counter(cell.outcome for cell in models)
+    lines = [
+        "# Merging: architectures and adapters",
+        "",
+        "Written by `scripts/merge_matrix.py`: tiny random models of the architectures, adapters "
+        "as stock peft saves them, merged and loaded again by stock transformers, and compared "
+        f"with the live peft model in float32 (transformers {transformers.__version__}, peft "
+        f"{peft.__version__}).",
+        "",
+        "`yes`: the merged model's logits are those of the live one to a thousandth of the "
+        "adapter's effect. `refused`: one line says why, and nothing is written. `check`: the "
+        "merged model was written, compared with the live one, found to differ, and removed. `-`: "
+        "the architecture has no such part, or peft cannot put such an adapter on it.",
+        "",
+        f"{len(rows)} architectures: "
+        + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()),
+        "",
+        "| | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, marks in sorted(rows.items()):
+        lines.append(f"| {name} | " + " | ".join(marks.get(one, "") for one in columns) + " |")
+    lines += _details("## What is refused", (one for one in models if one.outcome == REFUSED))
+    lines += _details("## What the check refuses", (c for c in models if c.outcome == BLOCKED))
+    lines += _details("## Faults", (one for one in models if one.outcome in FAULTS))
+    absent = sorted({cell.architecture for cell in cells if cell.outcome == NO_MODEL})
+    if absent:
+        lines += ["", f"No tiny model could be made of: {', '.join(absent)}."]
+    return lines
+
+
+def _details(title: str, cells: Iterable[Cell]) -> list[str]:
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for cell in cells:
+        grouped[f"{cell.adapter}: {cell.outcome}: {cell.detail}"].append(cell.architecture)
+    listed = [f"- {', '.join(names)}: {what}" for what, names in grouped.items()]
+    return ["", title, "", *listed] if listed else []
+
+
+def _read(path: Path | None) -> dict[tuple[str, str], Cell]:
+    if path is None or not path.is_file():
+        return {}
+    cells = [Cell(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(cell.architecture, cell.adapter): cell for cell in cells}
+
+
+def _keep(path: Path | None, cell: Cell) -> None:
+    print(f"{cell.architecture:24} {cell.adapter:22} {cell.outcome} {cell.detail}", file=sys.stderr)
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(cell)) + "\n")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="Rows, separated by commas: llama,qwen3,mamba+tied.")
+    parser.add_argument("--adapters", help=f"Columns, separated by commas: {','.join(ADAPTERS)}.")
+    parser.add_argument(
+        "--results", type=Path, help="Where cells are kept, one JSON object a line."
+    )
+    parser.add_argument("--write", action="store_true", help=f"Write {PAGE.relative_to(ROOT)}.")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

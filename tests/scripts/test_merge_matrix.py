@@ -1,0 +1,32 @@
+"""A short list of the merge matrix: right, or refused in one line, as docs/merge-matrix.md says."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS_DIR = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS_DIR))
+
+from merge_cells.adapters import ADAPTERS  # noqa: E402
+from merge_cells.cell import REFUSED, RIGHT, try_architecture  # noqa: E402
+
+CELLS = {
+    ("qwen3_5+published", "lora"): RIGHT,  # model.language_model.*
+    ("qwen3_5_moe+published", "experts"): RIGHT,  # and experts stored one by one
+    ("llama4+published", "experts"): RIGHT,  # language_model.model.*, beside a vision model
+    ("nemotron_h", "experts"): RIGHT,  # backbone.*, square, two parameters of one module
+    ("deepseek_v4", "experts"): RIGHT,  # ffn.experts.*.w1
+    ("jetmoe", "experts"): RIGHT,  # a stack that is called weight
+    ("gptj", "lora on both"): RIGHT,  # a head with a bias, which peft saves along
+    ("granitemoe", "experts"): RIGHT,
+    ("ctrl", "tokens"): REFUSED,  # peft leaves out the tied head's bias
+    ("laguna", "lora"): REFUSED,  # peft loses names
+}
+
+
+@pytest.mark.parametrize(("architecture", "adapter"), CELLS)
+def test_a_cell_is_right_or_refused_in_one_line(tmp_path, architecture, adapter):
+    assert adapter in ADAPTERS
+    (cell,) = try_architecture(architecture, (adapter,), tmp_path)
+    assert cell.outcome == CELLS[architecture, adapter], cell.detail
