@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,25 +18,33 @@ if TYPE_CHECKING:
     from llmtune.runs.listing import RunSummary
 
 UNLIMITED_WIDTH = 10_000
+SORT_KEYS = ("created", "score", "gain", "loss", "eval_loss", "learning_rate", "seconds", "bytes")
 
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), default=Path("runs"))
+@click.option("--sort", default="created", metavar="KEY", help=f"One of {', '.join(SORT_KEYS)}.")
+@click.option(
+    "--where", multiple=True, metavar="KEY=VALUE", help="Only runs with this config key or verdict."
+)
 @with_output_options
-def runs(directory: Path, quiet: bool, as_json: bool) -> None:
-    """List runs with their state and verdict (default: runs).
+def runs(directory: Path, sort: str, where: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """List runs with their verdict, scores and settings (default: runs).
 
     If a line of the terminal is too short for a table, each run is a paragraph.
 
     \b
       llmtune runs
+      llmtune runs --sort score --where adapter.rank=16
       llmtune runs /data/runs --json
     """
     from llmtune.runs.listing import list_runs
 
-    found = list_runs(directory)
+    if sort not in SORT_KEYS:
+        raise click.BadParameter(f"{sort!r} is not one of {', '.join(SORT_KEYS)}")
+    found = list_runs(directory, sort=sort, where=where)
     if as_json:
-        click.echo(json.dumps([each.__dict__ for each in found], indent=2))
+        click.echo(json.dumps([asdict(each) for each in found], indent=2))
         return
     console = stdout()
     table = _table(found)
@@ -46,19 +55,43 @@ def runs(directory: Path, quiet: bool, as_json: bool) -> None:
         return
     for each in found:
         console.print(Text(each.path, "bold"), soft_wrap=True)
-        facts = (each.state, each.verdict, each.minute)
-        console.print(Text(f"  {', '.join(filter(None, facts))}"), soft_wrap=True)
+        target = each.target.words if each.target else None
+        states = filter(None, (each.state, each.verdict, target, each.minute))
+        console.print(Text(f"  {', '.join(states)}"), soft_wrap=True)
+        names = ("learning rate", "loss", "evaluation loss", "time", "size")
+        facts = [f"{name} {cell}" for name, cell in zip(names, _numbers(each), strict=True) if cell]
+        if each.adapter:
+            console.print(Text(f"  {', '.join([each.adapter, *facts])}"), soft_wrap=True)
         console.print(Text(f"  {each.base}"), soft_wrap=True)
 
 
 def _table(found: "Sequence[RunSummary]") -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("run", "state", "verdict", "base", "created (UTC)"):
+    headings = (
+        *("run", "state", "verdict", "target", "adapter"),
+        *("LR", "loss", "eval loss", "time", "size"),
+        *("base", "created (UTC)"),
+    )
+    for heading in headings:
         table.add_column(heading, no_wrap=True)
     for each in found:
-        cells = (each.path, each.state, each.verdict or "", each.base, each.minute)
-        table.add_row(*map(Text, cells))
+        target = each.target.words if each.target else ""
+        cells = (each.path, each.state, each.verdict or "", target, each.adapter)
+        table.add_row(*map(Text, (*cells, *_numbers(each), each.base, each.minute)))
     return table
+
+
+def _numbers(run: "RunSummary") -> tuple[str, ...]:
+    """Return learning rate, losses, time and size as they are shown; empty if not known."""
+    from llmtune.reporting.numbers import format_bytes, format_seconds
+
+    return (
+        "" if run.learning_rate is None else f"{run.learning_rate:g}",
+        "" if run.loss is None else f"{run.loss:.3f}",
+        "" if run.eval_loss is None else f"{run.eval_loss:.3f}",
+        "" if run.seconds is None else format_seconds(run.seconds),
+        "" if run.bytes is None else format_bytes(run.bytes),
+    )
 
 
 @click.command()
