@@ -21,6 +21,10 @@ HTML_ENTITY = re.compile(r"&(?:amp|lt|gt|quot|nbsp|#\d{2,5});")
 REFUSAL = re.compile(
     r"\bas an ai (?:language )?model\b|\bi(?:'m| am) sorry, but i can(?:no|')t\b", re.I
 )
+MISSING = frozenset(
+    {"nan", "na", "n/a", "#n/a", "<na>", "none", "null", "nil", "nat", "undefined", "[null]"}
+)
+"""What tables write in the place of a value that is not there, in lower case."""
 SAME_SIGN = re.compile(r"(\S)\1{60,}")
 LOOP_WORD = re.compile(r"[\w']+[.,;!?]*|[^\w\s']+")
 LOOP_BLOCK = re.compile(r"[\w' ]{2,40}[.,;!?]*")
@@ -69,6 +73,7 @@ SUSPICION_WORDS = {
     "placeholder": "unfilled placeholders",
     "html": "HTML entities",
     "spaces": "answers with spaces around them",
+    "missing-value": "texts that are a table's word for no value (nan, NA, None)",
     "refusal": "answers that refuse or speak of being an AI",
     "no-answer": "turns of reasoning that no answer follows",
     "loop": "answers that repeat themselves",
@@ -82,7 +87,11 @@ SUSPICION_WORDS = {
 def find_suspicions(conversation: Conversation) -> Iterator[tuple[str, str]]:
     """Yield `(kind, what was found)` for everything odd about one row."""
     texts = [(f"message {i} ({m['role']})", m) for i, m in enumerate(conversation.messages, 1)]
+    if conversation.kind == "plain":
+        yield from _look_for_value(conversation.text, "completion")
     for where, message in texts:
+        if message["role"] != "tool":
+            yield from _look_for_value(message["content"], where)
         yield from _look_at_text(message["content"], where)
         if message["role"] == "assistant":
             yield from _look_at_answer(message["content"], where)
@@ -126,6 +135,11 @@ def _look_at_text(text: str, where: str) -> Iterator[tuple[str, str]]:
         found = HTML_ENTITY.search(text)
         if found:
             yield "html", f"{where}: HTML entity {shorten(found.group())}"
+
+
+def _look_for_value(text: str, where: str) -> Iterator[tuple[str, str]]:
+    if len(text) < 16 and text.strip().lower() in MISSING:
+        yield "missing-value", f"{where}: is {shorten(text)}, as a table writes a missing value"
 
 
 def _look_at_answer(text: str, where: str) -> Iterator[tuple[str, str]]:

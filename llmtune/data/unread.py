@@ -10,6 +10,13 @@ from llmtune.data.training_marks import MARKS, looks_like_mark
 MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
 PREFERENCES = frozenset({"chosen", "rejected", "chosen_response", "rejected_response"})
 SPEAKERS = frozenset({"role", "from", "speaker", "author"})
+CHOICES = frozenset(
+    {"choices", "options", "endings", "candidates"}
+    | {f"{stem}{mark}" for stem in ("option_", "option", "choice_") for mark in "abcde12345"}
+    | {f"ending{mark}" for mark in "0123"}
+)
+"""What the choices of a question are called; single letters count where there are several."""
+LETTERS = frozenset("abcde")
 LIKELY = {
     "system": ("system_prompt", "system_message", "sys_prompt"),
     "tools": ("functions", "available_tools", "function_list", "apis"),
@@ -46,7 +53,7 @@ class UnreadColumns:
         if shape not in self._known:
             self._known[shape] = tuple(self._suspicious(shape))
         for column, reason in self._known[shape]:
-            if not is_empty(row[column]) and self._matters(column, row[column]):
+            if not is_empty(row[column]) and self._matters(column, row):
                 return f"the column {column!r} is not read: {reason}"
         return None
 
@@ -56,6 +63,11 @@ class UnreadColumns:
             if column in self._expected or not isinstance(column, str):
                 continue
             reason = self._reason(column.lower())
+            if reason is None and self._holds_choices(column, columns):
+                reason = (
+                    "it seems to hold the choices of the question. Write them into the question, "
+                    "as the model is to be asked"
+                )
             if reason is not None:
                 ignore = f"--ignore {column}" if self._is_prompt else f"ignore: [{column}]"
                 found.append((column, f"{reason}, or {ignore} to leave it out"))
@@ -97,8 +109,23 @@ class UnreadColumns:
             return f"{seems}. Give --columns {likely}={column}"
         return f"{seems}. Set columns: {{{likely}: {column}}}"
 
-    def _matters(self, column: str, value: Any) -> bool:
-        """A label beside a chat is metadata, unless it is a mark of right and wrong."""
+    def _holds_choices(self, column: str, columns: Collection[Any]) -> bool:
+        """Whether a column beside a question and its answer is what the question offers."""
+        if self._is_prompt or not {"instruction", "prompt"} & set(self._format.columns):
+            return False
+        letters = LETTERS & {str(each).lower() for each in columns}
+        return column.lower() in CHOICES or (column.lower() in letters and len(letters) > 1)
+
+    def _matters(self, column: str, row: Row) -> bool:
+        """A label beside a chat is metadata, unless it is a mark of right and wrong.
+
+        So are choices that stand in the question.
+        """
+        value = row[column]
+        if self._holds_choices(column, row):
+            offered = value if isinstance(value, list | tuple) else [value]
+            others = " ".join(str(row[key]) for key in ("instruction", "prompt") if key in row)
+            return not all(str(each) in others for each in offered)
         if column.lower() in LABELS and self._format.has_answers:
             return isinstance(value, bool)
         return True

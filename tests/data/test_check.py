@@ -97,6 +97,7 @@ PLANTED = {
     "placeholder": {"messages": [message("user", "Dear {{ name }}, what is it?"), B]},
     "html": {"messages": [message("user", "Salt &amp; pepper?"), B]},
     "spaces": {"messages": [message("user", "Spaced?"), message("assistant", "Yes.\n")]},
+    "missing-value": {"messages": [message("user", "Where?"), message("assistant", "nan")]},
     "refusal": {"messages": [message("user", "Why?"), message("assistant", "As an AI model, no.")]},
     "loop": {"messages": [message("user", "Loop?"), message("assistant", "I see it. " * 12)]},
     "turn-order": {"messages": [A, message("user", "And?"), B]},

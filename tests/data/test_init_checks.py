@@ -26,7 +26,7 @@ DOLLY = [
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / "base"
-    make_model("llama", directory)
+    make_model("llama", directory, max_position_embeddings=4096)
     return directory
 
 
