@@ -34,8 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 MEMORY_BYTES = 1 << 30
 """More than a process has after its first valid case."""
-CASE_SECONDS = 30
-START_SECONDS = 300
+CASE_SECONDS = 20
+START_SECONDS = 60
+PATIENCE = 20
+"""How many times its own time a process may wait for the processor."""
 VALUES: tuple[Any, ...] = (
     *(
         None,
@@ -220,6 +222,10 @@ def make_gguf(directory: Path) -> None:
         return struct.pack("<Q", len(word)) + word.encode()
 
     pairs = [text("general.architecture") + struct.pack("<I", 8) + text("llama")]
+    sizes = {"embedding_length": 8, "block_count": 2, "feed_forward_length": 16}
+    for key, size in {**sizes, "attention.head_count": 2, "attention.head_count_kv": 1}.items():
+        pairs.append(text(f"llama.{key}") + struct.pack("<II", 4, size))
+    pairs.append(text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") * 2)
     for number, kind in enumerate("BbHhIif?"):
         pairs.append(text(f"k.{number}") + struct.pack(f"<I{kind}", number, 1))
     pairs.append(text("k.texts") + struct.pack("<IIQ", 9, 8, 3) + text("a") + text("bc") + text(""))
@@ -298,8 +304,9 @@ def read_index(directory: Path) -> object:
 def read_gguf(directory: Path) -> object:
     """Read the head as plan does."""
     from llmtune.planning.base import read_gguf_config
+    from llmtune.planning.shape import read_shape
 
-    return read_gguf_config(directory / "model.gguf")
+    return read_shape(read_gguf_config(directory / "model.gguf"), "model.gguf").num_parameters
 
 
 def read_adapter(directory: Path) -> object:
@@ -319,9 +326,11 @@ def read_config(directory: Path) -> object:
     """Open a checkpoint and build its skeleton."""
     from llmtune.models.checkpoint import Checkpoint
     from llmtune.models.skeleton import build_skeleton
+    from llmtune.planning.shape import read_shape
 
     source = Checkpoint.open(directory)
     source.require_whole(allow_pickle=False)
+    read_shape(source.config, "config.json")
     return build_skeleton(source), source.num_embedding_rows, source.num_positions
 
 
@@ -433,8 +442,8 @@ def fuzz(name: str, *, seed: int, first: int, seconds: float, most_cases: int) -
         if process is None:
             process = _start(name, seed, case)
             if (line := _line(process, START_SECONDS)) != "ready":
+                process.kill()
                 raise SystemExit(f"{name}: its process does not start: {line}")
-            began = began or time.monotonic()
         said = _line(process, CASE_SECONDS)
         if said.startswith("case "):
             case = int(said.split()[1])
@@ -468,13 +477,23 @@ def _start(name: str, seed: int, first: int) -> "subprocess.Popen[str]":
 
 
 def _line(process: "subprocess.Popen[str]", seconds: float) -> str:
-    """Return the next line; what happened instead, if none comes in time."""
+    """Return the next line; what happened instead, if none comes in so much of its own time."""
     assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], seconds)
-    if not ready:
-        return f"hangs for {seconds:.0f} s"
+    began, used = time.monotonic(), _own_seconds(process)
+    while not select.select([process.stdout], [], [], 1.0)[0]:
+        waited = time.monotonic() - began
+        if _own_seconds(process) - used > seconds or waited > PATIENCE * seconds:
+            return f"hangs for {seconds:.0f} s"
     line = process.stdout.readline().strip()
     return line or f"dies with exit code {process.wait()}"
+
+
+def _own_seconds(process: "subprocess.Popen[str]") -> float:
+    """Return the processor time that a process has used: a busy machine is not a hang."""
+    with contextlib.suppress(OSError, IndexError):
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.gguf_head import GgufHead, read_gguf_head
-from llmtune.io.json_files import blamed_on, read_json_object
+from llmtune.io.json_files import FETCH_AGAIN, blamed_on, read_json_object
 from llmtune.models.quiet import quiet_loading
 
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown"}
@@ -36,6 +36,7 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
             "5.23 can. Upgrade it, or give a dense checkpoint."
         )
     head = read_gguf_head(gguf_path)  # what is damaged must not reach transformers' own reader
+    _check_sizes(head, gguf_path)
     where = str(gguf_path.parent)
     reader = f"transformers {transformers.__version__}"
     # one progress bar of transformers' GGUF reader has no switch
@@ -57,6 +58,22 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
     except SafetensorError as error:
         raise OSError(str(error)) from error  # its only reason to fail here is the disk
     _drop_invented_tokens(directory / "tokenizer.json", model.config.vocab_size)
+
+
+def _check_sizes(head: GgufHead, path: Path) -> None:
+    """Refuse sizes that the file's tensors do not have: a model is built from the sizes alone."""
+    architecture = head.values.get("general.architecture")
+    largest = max((size for tensor in head.tensors for size in tensor.shape), default=0)
+    limits = {"block_count": len(head.tensors), "vocab_size": largest}
+    limits |= dict.fromkeys(("embedding_length", "feed_forward_length"), largest)
+    limits |= dict.fromkeys(("attention.head_count", "expert_count"), largest)
+    for name, limit in limits.items():
+        value = head.values.get(f"{architecture}.{name}", 0)
+        if not isinstance(value, int) or value > limit:
+            raise LlmtuneError(
+                f"{path}: {architecture}.{name} is {str(value)!r:.80}, and its tensors have "
+                f"{limit:,} at most; {FETCH_AGAIN}"
+            )
 
 
 def _set_special_tokens(tokenizer: PreTrainedTokenizerFast, head: GgufHead) -> None:

@@ -103,12 +103,14 @@ def find_turn_ending(tokenizer: PreTrainedTokenizerFast) -> TurnEnding:
     text = _render(tokenizer, answered)
     longer = _render(tokenizer, [*answered, *asked])
     _refuse_double_bos(tokenizer, text)
-    if ANSWER not in text or ANSWER not in longer or QUESTION not in prompt:
+    alone = _render(tokenizer, asked)
+    prints = all(QUESTION in known for known in (prompt, text, alone)) and ANSWER in longer
+    if not prints or text.rfind(ANSWER) < text.rfind(QUESTION):
         raise LlmtuneError("the chat template does not print the messages' content")
     position = text.rindex(ANSWER)
     tail = text[position + len(ANSWER) :]
     specials = special_pattern(tokenizer)
-    turn_opening, written_lead = _find_opening(tokenizer, asked, (prompt, text))
+    turn_opening, written_lead = _find_opening(tokenizer, alone, (prompt, text))
     closing = specials.search(tail)
     opening = specials.search(longer[longer.index(ANSWER) + len(ANSWER) :])
     kind: Literal["closed", "next-turn", "none"]
@@ -222,16 +224,16 @@ def _render(
 
 
 def _find_opening(
-    tokenizer: PreTrainedTokenizerFast, asked: list[dict[str, Any]], texts: tuple[str, str]
+    tokenizer: PreTrainedTokenizerFast, alone: str, texts: tuple[str, str]
 ) -> tuple[str, str]:
     """Return what opens an assistant's turn and what a finished turn has after it.
 
-    `texts` are the known question with the generation prompt, and with its answer. What both have
-    after the question's own end is the opening; a block of thinking is not part of it.
+    `alone` is the known question, `texts` the same with the generation prompt, and with its answer.
+    What both have after the question's own end is the opening; a block of thinking is not part of
+    it.
     """
     prompt, text = (known[known.rindex(QUESTION) + len(QUESTION) :] for known in texts)
     before = text[: text.rindex(ANSWER)]
-    alone = _render(tokenizer, asked)
     end = _shared_length(tokenizer, alone[alone.rindex(QUESTION) + len(QUESTION) :], before)
     prompt, before = prompt[end:], before[end:]
     shared = before[: _shared_length(tokenizer, prompt, before)]

@@ -16,6 +16,7 @@ from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint, refuse_quantized
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
 from llmtune.models.hub import LOOKUP_SECONDS, no_such_base, reads_as_hub_id
+from llmtune.models.plausible import check_config
 
 TOKENIZER_NAME = "tokenizer.json"
 RECORD_NAME = "llmtune_base.json"
@@ -174,15 +175,16 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
             f"{path}: a GGUF file of kind {kind!r}: the parts of its layers are not known here; "
             f"expected one of {', '.join(MODEL_TYPES)}"
         )
-    config = {
+    config: dict[str, Any] = {
         ours: values[f"{architecture}.{theirs}"]
         for theirs, ours in KEYS.items()
         if f"{architecture}.{theirs}" in values
     }
-    return {
-        **config,
+    config |= {
         "model_type": model_type,
         "vocab_size": head.lengths.get("tokenizer.ggml.tokens"),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
     }
+    check_config(config, str(path))
+    return config

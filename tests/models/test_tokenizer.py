@@ -16,7 +16,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import TemplateChoice
 from llmtune.models.tokenizer import with_arguments
-from llmtune.models.turns import require_chat_template, stop_token_ids
+from llmtune.models.turns import find_turn_ending, require_chat_template, stop_token_ids
 from tests.tiny import CHATML, VOCAB_SIZE, make_tokenizer
 
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -207,3 +207,16 @@ def test_tokenizer_is_loaded_without_torch(checkpoint):
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if add_generation_prompt or messages|length > 1 %}" + CHATML + "{% endif %}",
+        "{% for m in messages|reverse %}{{ m.content }}{% endfor %}",
+    ],
+    ids=["no question alone", "answer first"],
+)
+def test_a_template_that_prints_a_chat_only_sometimes_is_refused(template):
+    with pytest.raises(LlmtuneError, match="does not print the messages' content"):
+        find_turn_ending(make_tokenizer(chat_template=template))
