@@ -16,15 +16,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llmtune.evaluation.diagnosis.base import (
-    Alternative,
-    Diagnosis,
-    Diagnostic,
-    Leak,
-    Paragraph,
-    Planned,
-    Section,
-)
+from llmtune.evaluation.diagnosis.base import (Alternative, Diagnosis, Diagnostic, Leak, Planned,)
+from llmtune.evaluation.diagnosis.shown import Paragraph, Section
 
 
 @dataclass(frozen=True, kw_only=True)

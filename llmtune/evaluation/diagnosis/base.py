@@ -1,4 +1,4 @@
-"""What a diagnosis is: its result and file, when and how it is made, and what a report shows."""
+"""What a diagnosis is: its result and file, when and how it is made, and what it tells a report."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Protocol, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.diagnosis.shown import Facts, Section, Writer
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.run_dir import atomic_write_json
 
@@ -105,25 +106,6 @@ class Given(Protocol):
         """Write down what an arm scored on a suite."""
 
 
-class Writer(Protocol):
-    """How a report writes numbers."""
-
-    def count(self, value: float | None) -> str:
-        """Write a whole number."""
-
-    def nats(self, value: float | None) -> str:
-        """Write a loss."""
-
-    def share(self, value: float | None) -> str:
-        """Write a share as percent."""
-
-    def p(self, value: float | None) -> str:
-        """Write a p-value."""
-
-    def number(self, value: float | None, digits: int = 4) -> str:
-        """Write any number."""
-
-
 @dataclass(frozen=True)
 class Leak:
     """Items of one suite that training has seen, so that their scores prove nothing.
@@ -177,85 +159,6 @@ class Alternative:
     reason: str
     """Why it is then to be preferred."""
     to_do: str
-
-
-@dataclass(frozen=True)
-class CleanScore:
-    """A suite's scores without the items that were found among the rows, as text."""
-
-    before: str
-    after: str
-    change: str
-    interval: str
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a section may say beside its own numbers: facts of the rest of the report.
-
-    `clean` are suites compared without leaked items; `contaminated_share` is the share of such
-    items that blocks a verdict; `example_stops` counts the shown answers, and how many ended by
-    themselves under base and tuned.
-    """
-
-    write: Writer
-    clean: Mapping[str, CleanScore]
-    contaminated_share: float
-    example_stops: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    """One or more sentences; a note is set smaller."""
-
-    text: str
-    is_note: bool = False
-    kind: ClassVar[str] = "paragraph"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A table's cell with an addition that is set back."""
-
-    text: str
-    quiet: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text; with a `summary` the table is folded away under it."""
-
-    rows: tuple[tuple[str | Cell, ...], ...]
-    head: tuple[str, ...] = ()
-    summary: str = ""
-    has_row_names: bool = True
-    is_narrow: bool = False
-    kind: ClassVar[str] = "table"
-
-
-@dataclass(frozen=True)
-class Plot:
-    """Points over a number of rows, a fitted line, and forecasts as (x, y, low, high)."""
-
-    name: str
-    label: str
-    caption: str
-    axes: tuple[str, str]
-    points: tuple[tuple[float, float], ...]
-    line: tuple[tuple[float, float], ...] = ()
-    forecasts: tuple[tuple[float, float, float, float], ...] = ()
-    kind: ClassVar[str] = "plot"
-
-
-Block = Paragraph | Table | Plot
-
-
-@dataclass(frozen=True)
-class Section:
-    """What a report shows of a diagnosis, as plain data."""
-
-    title: str
-    blocks: tuple[Block, ...]
 
 
 class Diagnosis(ABC, Generic[DiagnosticT]):

@@ -12,16 +12,18 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from llmtune.evaluation.diagnosis.base import (
-    Block,
-    Cell,
     Diagnosis,
     Diagnostic,
     Extent,
-    Facts,
     Given,
     Leak,
-    Paragraph,
     Planned,
+)
+from llmtune.evaluation.diagnosis.shown import (
+    Block,
+    Cell,
+    Facts,
+    Paragraph,
     Section,
     Table,
 )

@@ -10,15 +10,17 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from llmtune.evaluation.diagnosis.base import (
-    Cell,
     Diagnosis,
     Diagnostic,
     Extent,
-    Facts,
     Given,
     Interval,
-    Paragraph,
     Planned,
+)
+from llmtune.evaluation.diagnosis.shown import (
+    Cell,
+    Facts,
+    Paragraph,
     Section,
     Table,
     Writer,

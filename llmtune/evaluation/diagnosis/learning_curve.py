@@ -5,18 +5,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llmtune.evaluation.diagnosis.base import (
-    Block,
     Diagnosis,
     Diagnostic,
-    Facts,
     Given,
     Interval,
     MoreRows,
-    Paragraph,
     Planned,
+    refuse,
+)
+from llmtune.evaluation.diagnosis.shown import (
+    Block,
+    Facts,
+    Paragraph,
     Plot,
     Section,
-    refuse,
 )
 
 LINE_POINTS = 61

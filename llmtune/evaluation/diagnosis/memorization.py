@@ -12,14 +12,12 @@ from llmtune.evaluation.diagnosis.base import (
     Diagnosis,
     Diagnostic,
     Extent,
-    Facts,
     Given,
     Interval,
-    Paragraph,
     Planned,
-    Section,
     refuse,
 )
+from llmtune.evaluation.diagnosis.shown import Facts, Paragraph, Section
 from llmtune.io.fingerprint import hash_json
 
 if TYPE_CHECKING:

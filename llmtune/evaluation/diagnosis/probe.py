@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,14 +10,25 @@ from typing import TYPE_CHECKING, ClassVar
 
 from llmtune.evaluation.diagnosis.base import (
     Alternative,
-    Block,
     Diagnosis,
     Diagnostic,
     Extent,
-    Facts,
     Given,
-    Paragraph,
     Planned,
+)
+from llmtune.evaluation.diagnosis.probe_fit import (
+    FittedProbe,
+    LabelledPrompts,
+    ProbeCell,
+    cross_validate,
+    fit_probe,
+    fold,
+    label_prompts,
+)
+from llmtune.evaluation.diagnosis.shown import (
+    Block,
+    Facts,
+    Paragraph,
     Section,
     Table,
 )
@@ -27,33 +36,10 @@ from llmtune.evaluation.results import ArmResult, ItemScore
 from llmtune.io.fingerprint import hash_json
 
 if TYPE_CHECKING:
-    import numpy as np
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold
-
-    from llmtune.evaluation.diagnosis.states import Standardizer, TextStates
     from llmtune.evaluation.diagnosis.subject import DiagnosisSettings, Subject
     from llmtune.evaluation.tasks.base import Suite, SuiteItem
 
 PROBE_ARM = "probe"
-MAX_ROWS = 1000
-MIN_ROWS = 20
-FOLDS = 5
-MIN_MATCHED = 0.9
-POOLINGS = ("mean", "last")
-STRENGTHS = (0.001, 0.01, 0.1, 1.0)
-"""Values of C, strong to weak, for standardised features."""
-MAX_ITERATIONS = 1000
-
-
-@dataclass(frozen=True)
-class ProbeCell:
-    """One layer and pooling of the probe's table with its best C and that C's accuracy."""
-
-    layer: int
-    pooling: str
-    C: float
-    cv_accuracy: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,33 +124,6 @@ class Probe(Diagnosis[ProbeResult]):
         return Section("The linear probe", tuple(blocks))
 
 
-@dataclass(frozen=True)
-class LabelledPrompts:
-    """Train prompts as token ids with the class of each, an index of `labels` (folded texts)."""
-
-    prompts: list[tuple[int, ...]]
-    classes: np.ndarray
-    labels: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class FittedProbe:
-    """A classifier on one layer's pooled states."""
-
-    cell: ProbeCell
-    standardizer: Standardizer
-    classifier: LogisticRegression
-    labels: tuple[str, ...]
-    train_rows: int
-
-    def predict(self, states: TextStates) -> np.ndarray:
-        """Return probabilities [N, labels]."""
-        import numpy as np
-
-        features = self.standardizer.apply(states.pooled(self.cell.pooling, self.cell.layer))
-        return np.asarray(self.classifier.predict_proba(features))
-
-
 def plan_probe(
     subject: Subject, settings: DiagnosisSettings, keep: Callable[[ArmResult], None]
 ) -> Planned[ProbeResult]:
@@ -184,7 +143,7 @@ def plan_probe(
     from llmtune.evaluation.requests import encode_prompts
 
     suites = fixed_choice_suites(subject.suites)
-    found = _label_prompts(subject, suites, settings)
+    found = label_prompts(subject, suites, settings)
     inputs = model_inputs(subject.scored, with_adapter=False) | {
         "rows": found if isinstance(found, str) else hash_ids(found.prompts),
         "items": hash_json({suite.name: suite.items_fingerprint for suite in suites}),
@@ -236,119 +195,6 @@ def _fit(
         train_rows=len(found.classes),
     )
     return result, probe
-
-
-def cross_validate(
-    states: TextStates, classes: np.ndarray, layers: Sequence[int], *, seed: int
-) -> list[ProbeCell]:
-    """Return for every layer and pooling the best C and its mean accuracy over the folds.
-
-    Of equal accuracies the stronger regularisation wins.
-    """
-    import numpy as np
-    from sklearn.model_selection import StratifiedKFold
-
-    from llmtune.evaluation.diagnosis.states import fit_standardizer
-
-    folds = StratifiedKFold(
-        min(FOLDS, int(np.bincount(classes).min())), shuffle=True, random_state=seed
-    )
-    table = []
-    for layer in layers:
-        for pooling in POOLINGS:
-            raw = states.pooled(pooling, layer)
-            features = _rotate(fit_standardizer(raw).apply(raw))
-            accuracies = [
-                _accuracy(_classifier(strength), features, classes, folds) for strength in STRENGTHS
-            ]
-            best = int(np.argmax(accuracies))
-            table.append(ProbeCell(layer, pooling, STRENGTHS[best], accuracies[best]))
-    return table
-
-
-def fit_probe(states: TextStates, found: LabelledPrompts, cell: ProbeCell) -> FittedProbe:
-    """Fit the chosen cell on all train rows."""
-    from sklearn.exceptions import ConvergenceWarning
-
-    from llmtune.evaluation.diagnosis.states import fit_standardizer
-
-    raw = states.pooled(cell.pooling, cell.layer)
-    standardizer = fit_standardizer(raw)
-    classifier = _classifier(cell.C)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        classifier.fit(standardizer.apply(raw), found.classes)
-    return FittedProbe(cell, standardizer, classifier, found.labels, len(found.classes))
-
-
-def _label_prompts(
-    subject: Subject, suites: Sequence[Suite], settings: DiagnosisSettings
-) -> LabelledPrompts | str:
-    """Return the train prompts with their classes, or why there are none."""
-    import numpy as np
-
-    from llmtune.evaluation.diagnosis.subject import answer_text, last_turn, pick
-
-    if not suites:
-        return "no target or transfer suite asks for one of fixed choices"
-    choices = {fold(choice) for suite in suites for choice in suite.config.fixed_choices}
-    places = pick(subject.trained, MAX_ROWS, settings.seed)
-    turns = [turn for turn in (last_turn(subject.train[place]) for place in places) if turn]
-    answers = [fold(answer_text(subject.scored.tokenizer, turn)) for turn in turns]
-    matched = [place for place, answer in enumerate(answers) if answer in choices]
-    if len(matched) < MIN_MATCHED * len(places):
-        return (
-            f"only {len(matched)} of {len(places)} train rows end in one of the suites' choices "
-            f"({len(set(answers))} different answers): the task is not classification"
-        )
-    counts = Counter(answers[place] for place in matched)
-    labels = tuple(sorted(label for label, count in counts.items() if count > 1))
-    kept = [place for place in matched if answers[place] in labels]
-    if len(labels) < 2 or len(kept) < MIN_ROWS:
-        return f"{len(kept)} train rows of {len(labels)} answers are too few for a probe"
-    return LabelledPrompts(
-        prompts=[turns[place].prompt_ids for place in kept],
-        classes=np.array([labels.index(answers[place]) for place in kept]),
-        labels=labels,
-    )
-
-
-def fold(text: str) -> str:
-    """Return a label without case and outer spaces."""
-    return " ".join(text.casefold().split())
-
-
-def _rotate(features: np.ndarray) -> np.ndarray:
-    """Return features [N, min(N, H)] with the same inner products.
-
-    The ridge penalty sees nothing else, so the classifier is the same and wide models are cheap.
-    """
-    import numpy as np
-
-    if features.shape[1] <= features.shape[0]:
-        return features
-    left, singular, _ = np.linalg.svd(features, full_matrices=False)
-    return np.asarray(left * singular)
-
-
-def _classifier(strength: float) -> LogisticRegression:
-    from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(C=strength, max_iter=MAX_ITERATIONS)
-
-
-def _accuracy(
-    classifier: LogisticRegression,
-    features: np.ndarray,
-    classes: np.ndarray,
-    folds: StratifiedKFold,
-) -> float:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.model_selection import cross_val_score
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return float(cross_val_score(classifier, features, classes, cv=folds).mean())
 
 
 def _answerable(suite: Suite, labels: Sequence[str]) -> list[str]:

@@ -10,18 +10,20 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmtune.evaluation.diagnosis.base import (
-    Cell,
     Diagnosis,
     Diagnostic,
     Extent,
-    Facts,
     Given,
     Interval,
-    Paragraph,
     Planned,
+    refuse,
+)
+from llmtune.evaluation.diagnosis.shown import (
+    Cell,
+    Facts,
+    Paragraph,
     Section,
     Table,
-    refuse,
 )
 from llmtune.io.fingerprint import hash_json
 

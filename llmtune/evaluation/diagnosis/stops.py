@@ -13,13 +13,15 @@ from llmtune.evaluation.diagnosis.base import (
     Diagnosis,
     Diagnostic,
     Extent,
-    Facts,
     Given,
-    Paragraph,
     Planned,
+    refuse,
+)
+from llmtune.evaluation.diagnosis.shown import (
+    Facts,
+    Paragraph,
     Section,
     Writer,
-    refuse,
 )
 
 if TYPE_CHECKING:

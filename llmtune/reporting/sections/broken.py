@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import TypedDict
 
-from llmtune.evaluation.diagnosis.base import Section
+from llmtune.evaluation.diagnosis.shown import Section
 from llmtune.reporting.report import Report
 from llmtune.reporting.sections.diagnoses import show_forgetting
 from llmtune.reporting.sections.slices import SliceTable, slice_tables

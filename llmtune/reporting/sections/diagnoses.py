@@ -5,7 +5,13 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from llmtune.evaluation.diagnosis.base import CleanScore, Diagnosis, Facts, Plot, Section
+from llmtune.evaluation.diagnosis.base import Diagnosis
+from llmtune.evaluation.diagnosis.shown import (
+    CleanScore,
+    Facts,
+    Plot,
+    Section,
+)
 from llmtune.reporting.charts import BASE, GOOD, OPEN, PAPER, draw, finish_axes, format_tick
 from llmtune.reporting.numbers import NumberWriter
 from llmtune.reporting.report import Report

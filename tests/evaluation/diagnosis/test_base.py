@@ -23,7 +23,8 @@ from llmtune.evaluation.diagnosis.learning_curve import (
     PowerLaw,
 )
 from llmtune.evaluation.diagnosis.memorization import MemorizationResult
-from llmtune.evaluation.diagnosis.probe import ProbeCell, ProbeResult
+from llmtune.evaluation.diagnosis.probe import ProbeResult
+from llmtune.evaluation.diagnosis.probe_fit import ProbeCell
 from llmtune.evaluation.diagnosis.shift import PairShift, ShiftResult, TextSet
 from llmtune.evaluation.diagnosis.stops import StopCount, StopsResult
 

@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
 from llmtune.evaluation.diagnosis.base import write_diagnostic
-from llmtune.evaluation.diagnosis.probe import cross_validate, plan_probe
+from llmtune.evaluation.diagnosis.probe import plan_probe
+from llmtune.evaluation.diagnosis.probe_fit import cross_validate
 from llmtune.evaluation.diagnosis.states import TextStates, fit_standardizer
 from llmtune.evaluation.results import read_arm_result, save_arm_result
 from llmtune.evaluation.suite import load_suite
