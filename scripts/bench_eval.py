@@ -199,7 +199,7 @@ def child(given: argparse.Namespace) -> None:
     from llmtune.evaluation.run import evaluate_arms
     from llmtune.evaluation.suite import load_suite
     from llmtune.runs.targets import resolve_target
-    from llmtune.serving.live import load_target
+    from llmtune.scoring.live import load_target
 
     logging.disable(logging.WARNING)
     target = resolve_target(given.run, [])

@@ -15,7 +15,7 @@ from llmtune.evaluation.results import arm_result_path, read_arm_result
 from llmtune.evaluation.stats import Resampling
 from llmtune.io.manifest import read_manifest
 from llmtune.runs.pipeline import measure
-from llmtune.serving import live
+from llmtune.scoring import live
 from tests.conftest import write_jsonl
 from tests.project import make_project
 

@@ -17,8 +17,8 @@ from llmtune.evaluation.requests import encode_prompts
 from llmtune.evaluation.suite import load_suite
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.targets import resolve_target
+from llmtune.scoring.live import load_target
 from llmtune.serving.chat import Chat, ChatSettings
-from llmtune.serving.live import load_target
 from tests.conftest import write_jsonl
 from tests.project import make_project
 from tests.tiny import CHATML

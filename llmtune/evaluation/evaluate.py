@@ -2,21 +2,32 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.base_answers import take_base_answers
 from llmtune.evaluation.cost import MeasureCost, cost_lines, tokens_per_second
 from llmtune.evaluation.diagnosis.base import Diagnosis, Diagnostic, Planned, write_diagnostic
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.evaluation.measures import ARM_MEASURES, LAST_MEASURES, Plan
 from llmtune.evaluation.results import arm_result_path, read_arm_result
 from llmtune.evaluation.session import NEEDS_ROWS, Evaluation, EvaluationRequest, Work
+from llmtune.evaluation.tasks.base import Suite
+from llmtune.io.fingerprint import hash_file, hash_json
+from llmtune.io.json_files import read_json
 from llmtune.io.manifest import EvaluateRecord
+from llmtune.io.run_dir import atomic_write_json
+from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.gguf import cache_dir
+from llmtune.models.hardware import release_memory
+from llmtune.models.live import LiveModel
+from llmtune.scoring.live import as_arm
+from llmtune.training.memory.measure import is_out_of_memory
 
+Load = Callable[[str], LiveModel]
 log = logging.getLogger("llmtune")
 
 
@@ -71,6 +82,14 @@ def plan_diagnosis(diagnosis: Diagnosis[Any], evaluation: Evaluation) -> list[Wo
     return [Work(planned.tokens, partial(_diagnose, evaluation, diagnosis, planned))]
 
 
+MEASURES: dict[str, Plan] = {
+    **ARM_MEASURES,
+    **{each.name: partial(plan_diagnosis, each) for each in DIAGNOSES if each.extent is not None},
+    **LAST_MEASURES,
+}
+"""All measures in their order: arms, diagnoses, and what takes the base's place in memory."""
+
+
 def _diagnose(
     evaluation: Evaluation, diagnosis: Diagnosis[Any], planned: Planned[Diagnostic]
 ) -> None:
@@ -97,14 +116,6 @@ def _take_arms(evaluation: Evaluation, diagnosis: Diagnosis[Any], known: Diagnos
     return True
 
 
-MEASURES: dict[str, Plan] = {
-    **ARM_MEASURES,
-    **{each.name: partial(plan_diagnosis, each) for each in DIAGNOSES if each.extent is not None},
-    **LAST_MEASURES,
-}
-"""All measures in their order: arms, diagnoses, and what takes the base's place in memory."""
-
-
 def _estimate(evaluation: Evaluation, planned: dict[str, list[Work]]) -> list[MeasureCost]:
     tokens = {name: sum(each.tokens for each in work) for name, work in planned.items()}
     if not any(tokens.values()):
@@ -122,3 +133,66 @@ def _measure(cost: MeasureCost, work: Sequence[Work]) -> MeasureCost:
         "evaluate: %s took %.0f s (estimated %.0f s)", cost.measure, seconds, cost.estimated_seconds
     )
     return MeasureCost(cost.measure, cost.tokens, cost.estimated_seconds, seconds)
+
+
+def take_base_answers(suites: tuple[Suite, ...], base: Checkpoint, load: Load) -> tuple[Suite, ...]:
+    """Return the suites, those held to the base with its answers as references.
+
+    Answers are kept in the cache directory by the base's fingerprint, its template and the items.
+
+    Args:
+        base: the checkpoint that the user gave.
+        load: loads `original`, the base as it is, or if that does not fit `tuned`, which answers
+            with its adapter off; both are given back here.
+    """
+    paths = {s.name: _kept_at(s, base) for s in suites if s.config.NEEDS_BASE_ANSWERS}
+    answers = {name: _read(path) for name, path in paths.items()}
+    left = [suite for suite in suites if suite.name in answers and answers[suite.name] is None]
+    if left:
+        live, is_kept = _load(load)
+        with as_arm(live, "base") as untouched:
+            for suite in left:
+                log.info("evaluate: the untouched base answers %s, once", suite.name)
+                written = suite.config.write_answers(untouched, suite)
+                answers[suite.name] = written
+                if is_kept:
+                    atomic_write_json(paths[suite.name], written)
+        del live, untouched
+        release_memory()
+    return tuple(
+        suite if (texts := answers.get(suite.name)) is None else suite.with_base_answers(texts)
+        for suite in suites
+    )
+
+
+def _load(load: Load) -> tuple[LiveModel, bool]:
+    """Load the original, or the quantized base if it does not fit; and whether to keep answers."""
+    try:
+        return load("original"), True
+    except LlmtuneError as error:
+        if error.__cause__ is None or not is_out_of_memory(error.__cause__):
+            raise
+    log.info("evaluate: the original base does not fit; the quantized base's answers are used")
+    return load("tuned"), False
+
+
+def _kept_at(suite: Suite, base: Checkpoint) -> Path:
+    template = base.template
+    key = hash_json(
+        [
+            base.fingerprint,
+            hash_file(template.file) if template.file else None,
+            *template.arguments,
+            suite.config.model_dump(mode="json", exclude={"name", "description", "items", "role"}),
+            suite.items_fingerprint,
+        ]
+    )
+    return cache_dir() / "answers" / f"{key[:32]}.json"
+
+
+def _read(path: Path) -> list[str] | None:
+    try:
+        texts = read_json(path)
+    except LlmtuneError:
+        return None  # not written yet, or damaged: written again
+    return texts if isinstance(texts, list) else None

@@ -132,7 +132,7 @@ class EvaluateStage(Stage):
     def request(self, inputs: Mapping[str, Any]) -> "EvaluationRequest":
         """Return what is evaluated."""
         from llmtune.evaluation.session import EvaluationRequest
-        from llmtune.serving.live import load_target
+        from llmtune.scoring.live import load_target
 
         config = self.config
         run = config.run

@@ -1,6 +1,7 @@
-"""Load a base with a saved adapter on it, and let one loaded model answer as any of its arms."""
+"""Load a base with an adapter, or what a target names, and let it answer as any of its arms."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,7 +17,10 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.live import LiveModel
 from llmtune.models.load import load_model
 from llmtune.models.quantization.describe import compute_densely
+from llmtune.models.resolve import Loadable
 from llmtune.scoring.batches import adapter_disabled, has_adapter
+
+log = logging.getLogger("llmtune")
 
 
 def load_live(
@@ -72,3 +76,33 @@ def as_arm(
             state = adapter_strength(live.model, strength)
     with state:
         yield replace(live, identity=live.identity_as(arm, strength))
+
+
+def load_target(target: Loadable, arm: str | None = None) -> LiveModel:
+    """Load what `target` names so that it can answer as `arm` (default: its first).
+
+    The merged model of a run, and `original`, the base of any target, are loaded as the base is,
+    but never quantized.
+
+    Raises:
+        LlmtuneError: the target has no such arm, or its adapter was made for a different base or
+            chat template.
+    """
+    wanted = arm or target.arms[0]
+    if wanted == "merged":
+        target.merged  # noqa: B018 (says why there is none)
+    if wanted not in (*target.arms, "original"):
+        raise LlmtuneError(
+            f"{target.name}: has no {wanted} model; there is: {', '.join(target.arms)}"
+        )
+    config, is_whole = target.model, wanted in ("original", "merged")
+    source = target.merged if wanted == "merged" else target.dense_base
+    if is_whole:
+        config = config.model_copy(update={"quantization": None})
+    live = load_live(config, source, None if is_whole else target.adapter_dir)
+    log.info("model: %s on %s, %s", live.source.origin, live.device, live.identity.dtype)
+    if not is_whole:
+        return live
+    if target.adapter_dir is not None:
+        require_trained_template(live.tokenizer, target.adapter_dir)
+    return replace(live, arms=("merged",) if wanted == "merged" else ("original", "base"))

@@ -17,8 +17,7 @@ from llmtune.models.live import LiveModel
 from llmtune.models.resolve import Loadable
 from llmtune.models.turns import require_chat_template
 from llmtune.scoring.generate import Decoding, stream_text
-from llmtune.scoring.live import as_arm
-from llmtune.serving.live import load_target
+from llmtune.scoring.live import as_arm, load_target
 
 HELP = "/base and /tuned switch who answers, /clear starts over, /quit ends"
 

@@ -24,8 +24,7 @@ from llmtune.models.live import LiveModel
 from llmtune.models.resolve import Loadable
 from llmtune.scoring.batches import choose_token_budget, position_limit
 from llmtune.scoring.generate import Decoding, iter_texts
-from llmtune.scoring.live import as_arm
-from llmtune.serving.live import load_target
+from llmtune.scoring.live import as_arm, load_target
 
 log = logging.getLogger("llmtune")
 

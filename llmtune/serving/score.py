@@ -15,8 +15,7 @@ from llmtune.evaluation.scores import Scores, summarize_scores
 from llmtune.evaluation.stats import Resampling
 from llmtune.evaluation.suite import load_suite
 from llmtune.models.resolve import Loadable
-from llmtune.scoring.live import as_arm
-from llmtune.serving.live import load_target
+from llmtune.scoring.live import as_arm, load_target
 
 log = logging.getLogger("llmtune")
 

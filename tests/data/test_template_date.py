@@ -12,7 +12,7 @@ from llmtune.models import template_date
 from llmtune.models.template_date import fix_template_date, template_date_of
 from llmtune.runs.rows import open_rows
 from llmtune.runs.targets import resolve_target
-from llmtune.serving.live import load_target
+from llmtune.scoring.live import load_target
 from tests.project import make_project
 from tests.tiny import CHATML, make_tokenizer
 

@@ -1,6 +1,6 @@
 """Copies inside a suite are one observation."""
 
-from llmtune.evaluation.copies import group_copies
+from llmtune.evaluation.suite import group_copies
 from llmtune.evaluation.tasks.base import SuiteItem
 
 WORDS = "the quick brown fox jumps over the lazy dog and sleeps beside the warm river bank"

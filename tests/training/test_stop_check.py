@@ -13,7 +13,7 @@ from llmtune.io.manifest import read_manifest
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.turns import stop_token_ids
 from llmtune.reporting.verdict.caveats import find_training_caveats
-from llmtune.training.stop_check import MAX_NEW_TOKENS, StopCheck, check_stops
+from llmtune.training.adapt import MAX_NEW_TOKENS, StopCheck, check_stops
 from llmtune.training.train import train_adapter
 from tests.conftest import write_jsonl
 from tests.project import chat_row, make_project
