@@ -55,7 +55,7 @@ def require_quick_patterns(patterns: Iterable[str], names: Iterable[str], *, pla
         place: where the patterns were read, for the message.
 
     Raises:
-        LlmtuneError: one is no regex, is too long, or takes too long.
+        LlmtuneError: one is not a regex, is too long, or takes too long.
     """
     given = tuple(dict.fromkeys(patterns))
     for pattern in given:

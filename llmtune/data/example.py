@@ -39,7 +39,7 @@ def split_answer(example: Example) -> tuple[list[int], list[int]] | None:
     """Return what a model reads before a row's first answer, and the answer, as token ids.
 
     A document is trained from its beginning and has no question: its first half is read, and the
-    rest is what follows. None where nothing is trained, or nothing can be read.
+    rest is what follows. None if nothing is trained, or nothing can be read.
     """
     ids, labels = example.input_ids, example.labels
     start = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(ids))

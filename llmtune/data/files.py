@@ -49,7 +49,7 @@ def iter_file(path: Path, shown: str) -> Iterator[Parsed]:
 
 
 def file_kind(path: Path) -> str | None:
-    """Return the suffix that says how to read `path`, or None where it is not a kind we read."""
+    """Return the suffix that says how to read `path`, or None if it is not a kind we read."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()

@@ -38,7 +38,7 @@ class PromptChoice:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One row of a file: as it stands there, and what it asks."""
+    """One row of a file: as it is there, and what it asks."""
 
     line: int
     row: Mapping[str, Any]

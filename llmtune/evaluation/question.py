@@ -20,8 +20,8 @@ def read_question(
     """Return an item's chat, with its own system message and tools.
 
     Args:
-        turns: the messages as they stand there.
-        used: fields that the prompt's template prints, and so are no context beside it.
+        turns: the messages as they are there.
+        used: fields that the prompt's template prints, and so are not context beside it.
         system: the suite's own system message.
 
     Raises:

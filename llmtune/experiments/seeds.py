@@ -103,7 +103,7 @@ def run_seeds(config: RunConfig, seeds: Sequence[int], *, force: bool = False) -
 
 
 def share_base_results(first: RunDir, other: RunDir) -> None:
-    """Give another training of one recipe the scores of the base, which are the same for all.
+    """Give a further training of one recipe the scores of the base, which are the same for all.
 
     The evaluation takes them only if the recipe and the model are equal, as it does with its own.
     """

@@ -23,7 +23,7 @@ PRINTING = {
 }
 """Filters that make a longer text of it."""
 REPLACED = {"join": "joined", "replace": "replaced", "format": "formatted", "sum": "summed"}
-"""Filters whose result can be far larger than what they are given, and what stands in for them."""
+"""Filters whose result can be far larger than what they are given, and what replaces them."""
 
 
 def bound_template(environment: Environment, source: str) -> nodes.Template:
@@ -31,8 +31,8 @@ def bound_template(environment: Environment, source: str) -> nodes.Template:
 
     Raises:
         TemplateTooLarge: the template itself is too long.
-        TemplateSyntaxError: it is no template, it loads other ones, or it filters a block in a way
-            that cannot be bounded.
+        TemplateSyntaxError: it is not a template, it loads other ones, or it filters a block in a
+            way that cannot be bounded.
     """
     if len(source) > MOST_SOURCE:
         raise TemplateTooLarge(f"it has {len(source):,} characters, more than {MOST_SOURCE:,}")
@@ -183,7 +183,7 @@ class _Bounder(NodeTransformer):
         return self.visit(node) if is_text else _call("printed", self.visit(node))
 
     def _body(self, body: list[nodes.Node]) -> list[nodes.Node]:
-        """Count a turn, and the text that stands in the body itself."""
+        """Count a turn, and the text that is in the body itself."""
         size = sum(len(data.data) for one in body for data in one.find_all(nodes.TemplateData))
         visited = [self.visit(one) for one in body]
         return [nodes.ExprStmt(_call("stepped", nodes.Const(size))), *visited]

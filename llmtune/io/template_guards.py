@@ -1,4 +1,4 @@
-"""What stands around the expressions of a bounded template: it counts before anything can grow.
+"""What surrounds the expressions of a bounded template: it counts before anything can grow.
 
 A sandbox keeps a template away from the machine, and not from its memory and time. Each step here
 is small, and between the steps the time is looked at, which needs no signals and works in every

@@ -30,9 +30,9 @@ PLAIN_WORDS = (
 def lay_overrides(
     section: type[Section], tree: SourcedTree, overrides: Sequence[str]
 ) -> SourcedTree:
-    """Return the tree with overrides laid over it; one also unsets what it stands in place of.
+    """Return the tree with overrides laid over it; one also unsets what it replaces.
 
-    What stands in place of what, sections say in `RIVALS`.
+    Sections say in `RIVALS` what replaces what.
 
     Raises:
         LlmtuneError: see `apply_overrides`.

@@ -205,7 +205,7 @@ def _check_node(
 
 
 def _count_values(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
-    """Return how many values a node stands for, with every alias filled in."""
+    """Return how many values a node represents, with every alias filled in."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if node not in known:

@@ -88,7 +88,7 @@ def score_and_write(
     A prompt runs once for both: its keys and values wait until there are enough rows for a batch.
 
     Returns:
-        The scores, and what `generate_texts` would write; None where no text is wanted.
+        The scores, and what `generate_texts` would write; None if no text is wanted.
     """
     scoring = _Scoring(model, requests, token_budget, writing)
     scores = scoring.run(on_progress)

@@ -32,7 +32,7 @@ def load_live(
         config: how the base is loaded.
         source: the base.
         adapter_dir: None for the base alone.
-        is_dense: compute with the dense weights that a quantized base stands for, exactly.
+        is_dense: compute with the dense weights that a quantized base represents, exactly.
 
     Raises:
         LlmtuneError: the base cannot be loaded, or the adapter was made for a different base or

@@ -153,7 +153,7 @@ class Alternative:
     words: str
     """What a sentence calls it."""
     verdict: str
-    """The verdict where it is as good as the tuned model."""
+    """The verdict if it is as good as the tuned model."""
     meaning: str
     """What this verdict says, in one sentence."""
     reason: str
