@@ -43,7 +43,7 @@ def prints_contents_only(template: str) -> bool:
             _Prover(kinds).visit(tree)
             if kinds == before:
                 return True
-    except (_UnprovableError, jinja2.TemplateSyntaxError):
+    except (_UnprovableError, jinja2.TemplateSyntaxError, RecursionError):
         return False
 
 

@@ -1,7 +1,9 @@
 """A GGUF file becomes a dense checkpoint, once, with the same outputs."""
 
+import fcntl
 import json
 import logging
+import os
 import resource
 import subprocess
 import sys
@@ -14,8 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file
+from llmtune.io.gguf_head import GgufHead, GgufTensor
 from llmtune.models import gguf as gguf_room
 from llmtune.models.config import ModelConfig
+from llmtune.models.gguf_conversion import _check_sizes
 from llmtune.models.load import load_model
 from llmtune.models.resolve import resolve_base
 from tests.tiny import CHATML, VOCAB_SIZE, make_model, make_tokenizer
@@ -185,6 +189,26 @@ def test_full_disk_is_one_message_and_leaves_nothing_behind(tiny_gguf, cache):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     assert list((cache / "bases").iterdir()) == []
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next_command(tiny_gguf, cache):
+    resolve_base(ModelConfig(base=str(tiny_gguf[0])))
+    left, written = (cache / "bases" / f".{name}.tmp-abc" for name in ("left", "written"))
+    for directory in (left, written):
+        directory.mkdir()
+        (directory / "model.safetensors").write_bytes(bytes(100))
+    lock = os.open(written, os.O_RDONLY)  # of a process that runs
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    resolve_base(ModelConfig(base=str(tiny_gguf[0])))
+    assert not left.exists() and written.exists()
+    os.close(lock)
+
+
+def test_sizes_that_the_tensors_do_not_have_are_refused(tmp_path):
+    values: dict[str, int | str] = {"general.architecture": "llama", "llama.block_count": 10**7}
+    tensors = (GgufTensor("blk.0.attn_q.weight", (64, 64), 0),)
+    with pytest.raises(LlmtuneError, match="block_count is '10000000', and its tensors have 1"):
+        _check_sizes(GgufHead(values, {}, tensors), tmp_path / "a.gguf")
 
 
 def test_conversion_by_another_process_meanwhile_is_accepted(tmp_path):
