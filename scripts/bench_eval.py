@@ -158,7 +158,7 @@ def _run_apart(way: str, checkout: Path, given: argparse.Namespace) -> dict[str,
         out = Path(place) / "found.json"
         command = [sys.executable, __file__, "child", way, given.run, str(out)]
         command += ["--limit", str(given.limit), "--arms", given.arms]
-        command += ["--suite", given.suite] if given.suite else []
+        command += [part for name in given.suite or [] for part in ("--suite", name)]
         environment = {**os.environ, "PYTHONPATH": str(checkout)}
         subprocess.run(command, env=environment, check=True, cwd=ROOT)
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
@@ -203,7 +203,7 @@ def child(given: argparse.Namespace) -> None:
 
     logging.disable(logging.WARNING)
     target = resolve_target(given.run, [])
-    names = [given.suite] if given.suite else target.config.evaluate.suites
+    names = given.suite or target.config.evaluate.suites
     suites = [load_suite(name, seed=0, limit=given.limit) for name in names]
     costs: dict[str, dict[str, Any]] = {}
     items: dict[str, list[Any]] = {}
@@ -265,7 +265,7 @@ def main() -> None:
     both = argparse.ArgumentParser(add_help=False)
     both.add_argument("--limit", type=int, default=40, help="Items of each suite at most.")
     both.add_argument("--arms", default="base,tuned", help="Of base, tuned, merged.")
-    both.add_argument("--suite", help="One suite, by its file or name; else the run's own.")
+    both.add_argument("--suite", action="append", help="A suite by file or name; else the run's.")
     ask = kinds.add_parser("compare", parents=[both], help="Score a run's suites in turns.")
     ask.add_argument("run")
     ask.add_argument("--against", metavar="CHECKOUT", help="A directory with another version.")

@@ -87,15 +87,15 @@ def fused_inference(model: nn.Module) -> Iterator[None]:
 
     PEFT computes every adapter in float32 and adds it there: half as much time again as the base
     alone. Here the products run in the model's dtype, as they do in training; in float32 the
-    results are PEFT's. Models without an adapter, and layers that are fused already, stay as
-    they are; switching the adapter off or weakening it inside the block works as ever.
+    results are PEFT's. Models without an adapter, layers that are fused already and those on
+    quantized weights stay as they are. The adapter can be switched off or weakened inside.
     """
     if not isinstance(model, PeftModel):
         yield
         return
     method = live_method(model)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    fusable = [layer for layer in layers if _find_obstacle(method, layer) is None]
+    fusable = [layer for layer in layers if _is_dense(layer) and not _find_obstacle(method, layer)]
     known = _KNOWN_GROUPS.get(model, [])
     if {layer for group in known for layer in group} != set(fusable):
         known = _find_groups(fusable, lambda: _run_three_tokens(model))
@@ -108,6 +108,13 @@ def fused_inference(model: nn.Module) -> Iterator[None]:
     finally:
         for group in groups:
             group.detach()
+
+
+def _is_dense(layer: BaseTunerLayer) -> bool:
+    """Whether the base's weight is no code: some quantized layers also round their inputs."""
+    return isinstance(layer.get_base_layer(), nn.Linear | Conv1D) and bool(
+        layer.get_base_layer().weight.is_floating_point()
+    )
 
 
 def _run_three_tokens(model: PeftModel) -> object:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llmtune.checks.modules import ComparedModules, ModuleDifference, compare_modules
 from llmtune.checks.prompts import ComparedPrompts
+from llmtune.data.example import IGNORE_INDEX
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import blamed_on, read_json_object
 from llmtune.io.safetensors import CheckpointIndex
@@ -19,11 +20,13 @@ from llmtune.models.quantization.describe import keep_differentiable
 from llmtune.models.quiet import quiet_loading
 from llmtune.scoring.batches import (
     adapter_disabled,
+    batch_by_length,
     choose_token_budget,
     has_adapter,
     inference,
     model_device,
     pad_rows,
+    rows_budget,
     run_forward,
 )
 from llmtune.scoring.divergence import compare_distributions
@@ -31,6 +34,8 @@ from llmtune.scoring.generate import Decoding, Generation, generate_texts
 from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
 
 MERGE_AGAIN = "merge again"
+HELD_AT_ONCE = 4
+"""Tensors of logits that a batch holds: of three models, and a copy."""
 MAX_MEAN_LOSS = 100.0  # nats; keeps the perplexity of a broken model a number
 MAX_KL_SHARE = 1e-5
 """Of KL(adapter || base), what a right merge stored and computed in float32 may differ by."""
@@ -324,37 +329,44 @@ def _compare_sequences(
     live: nn.Module, merged: nn.Module, sequences: Sequence[Sequence[int]]
 ) -> _Compared:
     total = _Compared()
+    place = model_device(merged)
+    budget = max(1, rows_budget(merged, choose_token_budget(merged)) // HELD_AT_ONCE)
     with inference(live), inference(merged):
-        for ids in sequences:
-            live_logits = _logits(live, ids).to(model_device(merged))
-            merged_logits = _logits(merged, ids)
+        for batch in batch_by_length([len(ids) for ids in sequences], budget):
+            rows = [sequences[index] for index in batch]
+            live_logits = _logits(live, rows).to(place)
+            merged_logits = _logits(merged, rows)
             if live_logits.shape != merged_logits.shape:
                 raise LlmtuneError(
                     f"the merged model has {merged_logits.shape[-1]} tokens in its vocabulary and "
                     f"the adapter model {live_logits.shape[-1]}; their bases differ"
                 )
             difference = (live_logits.float() - merged_logits.float()).abs().max().item()
-            kl, flipped = compare_distributions(live_logits[0], merged_logits[0])
+            kl, flipped = compare_distributions(live_logits, merged_logits)
             if has_adapter(live):
                 with adapter_disabled(live):
-                    base_logits = _logits(live, ids).to(model_device(merged))
-                total.base_kl += float(
-                    compare_distributions(live_logits[0], base_logits[0])[0].sum()
-                )
+                    base_logits = _logits(live, rows).to(place)
+                total.base_kl += float(compare_distributions(live_logits, base_logits)[0].sum())
+            num_tokens = sum(map(len, rows))
             total.largest = max(total.largest, difference)
             total.kl += float(kl.sum())
-            total.num_agreeing += len(ids) - int(flipped.sum())
-            total.num_tokens += len(ids)
-            total.live_loss += _loss(live_logits, ids)
-            total.merged_loss += _loss(merged_logits, ids)
-            total.num_predicted += len(ids) - 1
+            total.num_agreeing += num_tokens - int(flipped.sum())
+            total.num_tokens += num_tokens
+            total.live_loss += _loss(live_logits, rows)
+            total.merged_loss += _loss(merged_logits, rows)
+            total.num_predicted += num_tokens - len(rows)
     return total
 
 
-def _loss(logits: torch.Tensor, ids: Sequence[int]) -> float:
-    """Return the summed negative log-likelihood of the tokens after the first, in nats."""
-    targets = torch.tensor(ids[1:], device=logits.device)
-    loss = nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
+def _loss(logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> float:
+    """Return the summed negative log-likelihood of each row's tokens after its first, in nats."""
+    targets = [token for ids in rows for token in (*ids[1:], IGNORE_INDEX)]
+    loss = nn.functional.cross_entropy(
+        logits.float(),
+        torch.tensor(targets, device=logits.device),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+    )
     return float(loss)
 
 
@@ -425,10 +437,13 @@ def _token_at(answer: Generation, position: int) -> int | None:
 
 def _margin(model: nn.Module, ids: Sequence[int]) -> float:
     with inference(model):
-        first, second = _logits(model, ids)[0, -1].float().topk(2).values.tolist()
+        batch = pad_rows([ids], model_device(model), left=False)
+        logits = run_forward(model, batch, logits_to_keep=1).logits[0, -1]
+    first, second = logits.float().topk(2).values.tolist()
     return float(first - second)
 
 
-def _logits(model: nn.Module, ids: Sequence[int]) -> torch.Tensor:
-    """Return the logits of every position, [1, T, V], in the model's dtype."""
-    return run_forward(model, pad_rows([ids], model_device(model), left=False)).logits
+def _logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return the logits of every position of the rows, end to end, [P, V], in the model's dtype."""
+    batch = pad_rows(rows, model_device(model), left=False)
+    return run_forward(model, batch).logits[batch.attention_mask.bool()]

@@ -19,6 +19,9 @@ GPU_TOKEN_BUDGET = 16384
 LOGITS_BYTES = 256 * 2**20
 """A batch that needs logits at every position is cut so that they take about this many bytes."""
 
+PASS_SHARE = 16
+"""A forward pass costs about as much beside its tokens as one part in so many of the budget."""
+
 HEAD_ROWS = 8192
 """Rows of the LM head that are cast to float32 at once."""
 
@@ -129,18 +132,31 @@ def batch_by_length(
 ) -> list[list[int]]:
     """Group indices into batches, longest first, with rows x longest <= `token_budget`.
 
+    Of all such groups of neighbors in length the ones with the least padding, each pass counted as
+    a sixteenth of the budget: more and smaller batches are not worth it.
+
     A single row longer than the budget is a batch of its own. `max_rows` bounds what grows with
     the rows, whatever their length: the logits of the last positions, a shared prefix's cache.
     """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    costs, rows_of_last = [0], [0]
+    for end in range(1, len(order) + 1):
+        candidates = []
+        for rows in range(1, min(end, max_rows or end) + 1):
+            tokens = rows * lengths[order[end - rows]]
+            if rows > 1 and tokens > token_budget:
+                break
+            candidates.append((costs[end - rows] + tokens + token_budget // PASS_SHARE, rows))
+        cost, rows = min(candidates)
+        costs.append(cost)
+        rows_of_last.append(rows)
     batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        rows = len(batches[-1]) + 1 if batches else 0
-        has_room = max_rows is None or rows <= max_rows
-        if batches and has_room and rows * lengths[batches[-1][0]] <= token_budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+    end = len(order)
+    while end:
+        start = end - rows_of_last[end]
+        batches.append(order[start:end])
+        end = start
+    return batches[::-1]
 
 
 def pad_rows(

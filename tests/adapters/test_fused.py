@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmtune.adapters.fused import fused_inference, is_fused
 from llmtune.adapters.live import adapter_strength
@@ -48,6 +49,19 @@ def test_a_fused_adapter_computes_what_peft_computes_at_every_strength(family):
 
 def test_what_cannot_be_fused_runs_as_peft_runs_it():
     model = make_adapted("llama", use_dora=True)
+    tuned = run(model)
+    with torch.no_grad(), fused_inference(model):
+        assert not any(map(is_fused, layers_of(model)))
+        assert torch.equal(run(model), tuned)
+
+
+def test_an_adapter_on_quantized_weights_runs_as_peft_runs_it(tmp_path):
+    make_model("llama", tmp_path, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear")
+    model = get_peft_model(base, config).eval()
     tuned = run(model)
     with torch.no_grad(), fused_inference(model):
         assert not any(map(is_fused, layers_of(model)))

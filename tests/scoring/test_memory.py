@@ -81,3 +81,15 @@ def test_logits_of_long_choices_stay_within_their_bound(monkeypatch):
 def test_a_batch_has_no_more_rows_than_allowed():
     batches = batch_by_length([3] * 10, 1000, max_rows=4)
     assert [len(batch) for batch in batches] == [4, 4, 2]
+
+
+def test_batches_hold_little_padding_and_are_not_many_more():
+    lengths = [7 + 3 * (row % 60) for row in range(300)]
+    batches = batch_by_length(lengths, 2048)
+    assert sorted(place for batch in batches for place in batch) == list(range(300))
+    padded = [len(batch) * max(lengths[place] for place in batch) for batch in batches]
+    assert max(padded) <= 2048
+    assert sum(padded) < 1.06 * sum(lengths)
+    assert len(batches) < 2 * sum(lengths) / 2048
+    assert batch_by_length([3000, 5], 2048) == [[0], [1]]
+    assert batch_by_length([], 2048) == []
