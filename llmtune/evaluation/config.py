@@ -44,6 +44,29 @@ class FewShotConfig(Section):
     """Items per suite at most; null takes all."""
 
 
+class EndpointConfig(Section):
+    """A model behind an OpenAI-compatible endpoint, asked the same items."""
+
+    url: str
+    """Where it answers, up to the version: `https://HOST/v1`."""
+    model: str
+    """The model's name there."""
+    key_env: str | None = None
+    """The environment variable that holds the key; the key itself is never written anywhere."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longest answer in tokens; null takes the suite's own length."""
+    input_price: float | None = Field(default=None, ge=0)
+    """Price of a million tokens that are read, in your currency."""
+    output_price: float | None = Field(default=None, ge=0)
+    """Price of a million tokens that are written."""
+    extra: dict[str, Any] = Field(default={})
+    """More keys of the request, such as `{reasoning_effort: low}`; null takes one of ours out."""
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    """How long one answer may take."""
+    parallel_requests: int = Field(default=4, ge=1, le=64)
+    """Requests at a time."""
+
+
 class _Arms(Section):
     """The suites, and the arms that are scored on them."""
 
@@ -60,6 +83,8 @@ class _Arms(Section):
     """Your own prompts: a name and a Jinja file around {{ prompt }}."""
     predictions: dict[str, Path] = Field(default={})
     """Another model's answers: a name and a JSONL file of {id, prediction}."""
+    endpoints: dict[str, EndpointConfig] = Field(default={})
+    """Models behind OpenAI-compatible endpoints: a name and where it answers. None by default."""
     strengths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
     """Shares of the adapter to measure; null leaves it to `extent`."""
 
@@ -109,9 +134,9 @@ class EvaluateConfig(_Measured):
             raise ValueError("name at least one arm, each once: " + ", ".join(MAIN_ARMS))
         return arms
 
-    @field_validator("prompts", "predictions")
+    @field_validator("prompts", "predictions", "endpoints")
     @classmethod
-    def _require_plain_names(cls, files: dict[str, Path]) -> dict[str, Path]:
+    def _require_plain_names(cls, files: dict[str, Any]) -> dict[str, Any]:
         for name in files:
             if not re.fullmatch(r"\w[\w-]*", name):
                 raise ValueError(f"{name!r} cannot name results: letters, digits, `_` and `-`")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from llmtune.evaluation.endpoints import plan_endpoints
 from llmtune.evaluation.few_shot import (
     draw_demonstrations,
     read_training_rows,
@@ -247,6 +248,7 @@ ARM_MEASURES: dict[str, Plan] = {
     "few-shot": plan_few_shot,
     "prompts": plan_prompts,
     "predictions": plan_predictions,
+    "endpoints": plan_endpoints,
     "strengths": plan_strengths,
 }
 LAST_MEASURES: dict[str, Plan] = {"original": plan_original, "merged": plan_merged}

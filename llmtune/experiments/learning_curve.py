@@ -181,6 +181,7 @@ def _sub_config(
             "extent": "none",
             "prompts": {},
             "predictions": {},
+            "endpoints": {},
             "strengths": (),
         }
         | {diagnosis.name: None for diagnosis in DIAGNOSES if diagnosis.extent is not None}

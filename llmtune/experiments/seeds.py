@@ -107,6 +107,9 @@ def share_base_results(first: RunDir, other: RunDir) -> None:
 
     The evaluation takes them only if the recipe and the model are equal, as it does with its own.
     """
+    for path in sorted(first.evaluations_dir.glob("endpoint-*.jsonl")):
+        if not (copy := other.evaluations_dir / path.name).exists():
+            atomic_write_text(copy, path.read_text(encoding="utf-8"))
     for path in sorted(first.evaluations_dir.glob("*.json")):
         result = read_arm_result(path)
         known = arm_result_path(other.evaluations_dir, result.suite, result.arm)

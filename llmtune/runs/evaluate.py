@@ -190,7 +190,7 @@ def suite_names(knobs: EvaluateConfig) -> list[str]:
 
 
 def check_evaluation_files(knobs: EvaluateConfig, suites: Sequence[Suite]) -> None:
-    """Read the user's prompt and prediction files and hold them against the suites.
+    """Read the user's prompt and prediction files, and hold them and endpoints against the suites.
 
     Raises:
         LlmtuneError: one is missing or cannot serve.
@@ -206,6 +206,16 @@ def check_evaluation_files(knobs: EvaluateConfig, suites: Sequence[Suite]) -> No
     for name, path in knobs.predictions.items():
         predictions = read_predictions(name, path)
         predictions.texts_by_suite([suite for suite in suites if suite.asks])
+    if knobs.endpoints:
+        from llmtune.evaluation.endpoints import check_endpoint
+
+        twice = sorted(knobs.endpoints.keys() & knobs.predictions.keys())
+        if twice:
+            raise LlmtuneError(
+                f"evaluate.endpoints.{twice[0]}: evaluate.predictions has that name too; rename one"
+            )
+        for name, config in knobs.endpoints.items():
+            check_endpoint(name, config, suites)
 
 
 def check_item_lengths(base: "Checkpoint", suites: Sequence[Suite]) -> None:

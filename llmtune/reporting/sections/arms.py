@@ -189,6 +189,11 @@ def _note(suite: SuiteReport, name: str) -> str:
         parts.append(f"{about['demonstration_tokens']:.0f} more tokens per request")
     if about.get("layer") is not None:
         parts.append(f"layer {about['layer']}, {about.get('pooling', '')} states".strip())
+    if about.get("endpoint"):
+        parts.append(f"{about.get('model')} at {about['endpoint']}")
+        if about.get("price_per_1000") is not None:
+            parts.append(f"{about['price_per_1000']:.3g} per 1,000 requests")
+        parts.append(f"{about.get('seconds_per_request', 0):.2g} s per request")
     if about.get("file"):
         parts.append(str(about["file"]).rpartition("/")[2])
     if rival and rival.n != suite.n:

@@ -1,0 +1,133 @@
+"""A model behind an endpoint is asked once per item, from a key that is written nowhere."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from llmtune.cli import run_command
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.config import EndpointConfig
+from llmtune.evaluation.endpoints import Endpoint, Reply, describe_cost
+from tests.project import make_project
+
+KEY = "sk-not-to-be-written"
+
+
+class StandIn:
+    """A server on this machine that answers what `answer` says; it keeps what it was asked."""
+
+    def __init__(self, answer, statuses=()):
+        self.answer, self.statuses, self.asked = answer, list(statuses), []
+
+    @contextmanager
+    def serve(self):
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                stand_in.asked.append((self.path, self.headers.get("Authorization"), body))
+                status = stand_in.statuses.pop(0) if stand_in.statuses else 200
+                text = stand_in.answer(body["messages"])
+                reply = {
+                    "choices": [{"message": {"role": "assistant", "content": text}}],
+                    "usage": {"prompt_tokens": 100, "completion_tokens": 10},
+                }
+                content = json.dumps(reply if status == 200 else {"error": f"key {KEY}"}).encode()
+                self.send_response(status)
+                self.send_header("Retry-After", "0")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1"
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+def label(messages):
+    good = ("warm", "funny", "bright", "moving", "clever", "lovely", "brisk", "tender")
+    return (
+        "It is positive." if any(word in messages[-1]["content"] for word in good) else "negative"
+    )
+
+
+def test_an_endpoint_is_an_arm_with_its_price(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STAND_IN_KEY", KEY)
+    path = make_project(tmp_path)
+    stand_in = StandIn(label, statuses=[503])
+    with stand_in.serve() as url:
+        api = f"{{url: {url}, model: big, key_env: STAND_IN_KEY, input_price: 2, output_price: 10}}"
+        command = [
+            *("judge", str(tmp_path / "base"), "--base", str(tmp_path / "base")),
+            *("--out", str(tmp_path / "out"), "--suites", str(tmp_path / "sentiment.yaml")),
+            *(f"evaluate.endpoints={{api: {api}}}", "evaluate.bootstrap_samples=1000", "-q"),
+        ]
+        assert run_command(command) == 0
+        assert len(stand_in.asked) == 12 + 1  # one was refused at first
+        assert {auth for _, auth, _ in stand_in.asked} == {f"Bearer {KEY}"}
+        assert run_command([*command, "evaluate.confidence=0.9"]) == 0
+        assert len(stand_in.asked) == 13  # what was answered is not asked, nor paid, again
+    out = tmp_path / "out"
+    arm = json.loads((out / "report.json").read_text())["suites"]["sentiment"]["arms"]["other-api"]
+    assert arm["mean"] == 1.0
+    assert arm["about"]["price_per_1000"] == pytest.approx((100 * 2 + 10 * 10) / 1000)
+    assert "0.3 per 1,000 requests" in (out / "report.html").read_text()
+    capsys.readouterr()
+    assert path.is_file()
+    for file in out.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            assert KEY.encode() not in file.read_bytes()
+
+
+def test_what_is_wrong_is_said_before_anything_is_sent_and_never_the_key(monkeypatch):
+    for settings, said in (
+        ({"url": "ftp://x/v1"}, "expected http"),
+        ({"url": "https://x/v1", "key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set"),
+        ({"url": "http://192.0.2.1/v1", "key_env": "STAND_IN_KEY"}, "unencrypted"),
+    ):
+        monkeypatch.setenv("STAND_IN_KEY", KEY)
+        with pytest.raises(LlmtuneError, match=said):
+            Endpoint("api", EndpointConfig(model="big", **settings))
+    stand_in = StandIn(label, statuses=[401])
+    with stand_in.serve() as url:
+        endpoint = Endpoint("api", EndpointConfig(url=url, model="big", key_env="STAND_IN_KEY"))
+        with pytest.raises(LlmtuneError, match="401") as raised:
+            endpoint.ask([{"role": "user", "content": "Hi"}], 8)
+    assert KEY not in str(raised.value) and "***" in str(raised.value)
+
+
+def test_the_request_holds_what_was_asked_for_and_a_redirect_is_not_followed():
+    config = {"model": "big", "extra": {"max_completion_tokens": 5, "temperature": None}}
+    stand_in = StandIn(label)
+    with stand_in.serve() as url:
+        reply = Endpoint("api", EndpointConfig(url=url, **config)).ask(
+            [{"role": "user", "content": "warm?"}], 8
+        )
+        stand_in.statuses = [302]
+        with pytest.raises(LlmtuneError, match="302"):
+            Endpoint("api", EndpointConfig(url=url, **config)).ask(
+                [{"role": "user", "content": "warm?"}], 8
+            )
+    assert (reply.text, reply.input_tokens, reply.output_tokens) == ("It is positive.", 100, 10)
+    where, key, body = stand_in.asked[0]
+    assert where == "/v1/chat/completions" and key is None
+    assert body == {
+        "model": "big",
+        "messages": [{"role": "user", "content": "warm?"}],
+        "max_completion_tokens": 5,
+    }
+    uncounted = describe_cost(EndpointConfig(url=url, model="big"), [Reply("a", None, 1, 2.0)])
+    assert uncounted["price_per_1000"] is None and uncounted["input_tokens"] is None
