@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmtune.data.pieces import PIECE_CHARACTERS, encode_long
 from llmtune.data.problems import RowError
 from llmtune.data.tool_form import find_tool_form
 from llmtune.errors import LlmtuneError
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from llmtune.data.conversation import Message
 
+PLAIN_HEAD = 64
+"""Characters of a long text that are enough to see what the tokenizer puts before it."""
 TRAINING_KEYS = ("train", "weight")
 """Message keys that speak to the trainer: the template never sees them."""
 
@@ -125,7 +128,12 @@ def encode_plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
     The tokenizer's own beginning-of-text token is added where it adds one, never a second time.
     """
-    ids = list(tokenizer(text, add_special_tokens=True, return_attention_mask=False)["input_ids"])
+    head = text[:PLAIN_HEAD] if len(text) > PIECE_CHARACTERS else text
+    ids = list(tokenizer(head, add_special_tokens=True, return_attention_mask=False)["input_ids"])
+    if head is not text:
+        bare_head = tokenizer(head, add_special_tokens=False)["input_ids"]
+        starts = [i for i in range(len(ids)) if ids[i : i + len(bare_head)] == bare_head]
+        ids = ids[: starts[0] if starts else 0] + encode_long(tokenizer, text)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
