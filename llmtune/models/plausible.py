@@ -106,7 +106,8 @@ def _check_number(key: str, value: object, bounds: tuple[int, int], place: str) 
     least, most = bounds
     for one in value if isinstance(value, list) else [value]:
         least_of_one = -1 if isinstance(value, list) else least
-        if one is not None and (type(one) is not int or not least_of_one <= one <= most):
+        is_whole = type(one) is int or (isinstance(one, float) and one.is_integer())
+        if one is not None and not (is_whole and least_of_one <= float(str(one)) <= most):
             raise LlmtuneError(
                 f"{place}: {key} is {str(value)!r:.80}; expected a whole number from {least} to "
                 f"{most:,}"

@@ -6,6 +6,7 @@ import pytest
 
 from llmtune.errors import LlmtuneError
 from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.plausible import check_config
 from tests.merging.adapters import make_base
 from tests.tiny import FAMILIES, make_model
 
@@ -14,6 +15,15 @@ from tests.tiny import FAMILIES, make_model
 def test_a_whole_model_is_plausible(tmp_path, family):
     make_model(family, tmp_path)
     Checkpoint.open(tmp_path).require_whole(allow_pickle=False)
+
+
+def test_numbers_as_published_configs_write_them_are_taken():
+    for written in (
+        {"max_position_embeddings": 1200.0, "sliding_window": None, "head_dim": None},
+        {"num_key_value_heads": [4, 0, 4], "intermediate_size": [8, 16], "n_inner": None},
+        {"pad_token_id": -1, "eos_token_id": [1, 2], "text_config": None, "rope_scaling": None},
+    ):
+        check_config(written, "config.json")
 
 
 @pytest.mark.parametrize(
