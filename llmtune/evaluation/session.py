@@ -10,8 +10,12 @@ from llmtune.data.config import DataConfig
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.cost import TokenCounter
-from llmtune.evaluation.diagnosis.prepare import TrainedSteps, prepare_subject
-from llmtune.evaluation.diagnosis.subject import DiagnosisSettings, Subject
+from llmtune.evaluation.diagnosis.subject import (
+    DiagnosisSettings,
+    Subject,
+    TrainedSteps,
+    prepare_subject,
+)
 from llmtune.evaluation.results import ArmResult, save_arm_result
 from llmtune.evaluation.run import (
     ArmPlan,

@@ -75,7 +75,7 @@ def measure_learning_curve(
     Raises:
         LlmtuneError: the run is not evaluated, has no such suite, or saw too few rows.
     """
-    from llmtune.evaluation.diagnosis.curve import summarize_curve
+    from llmtune.evaluation.diagnosis.curve_fit import summarize_curve
 
     plan = plan_learning_curve(config, suite=suite)
     log.info("%s", plan.line())

@@ -29,7 +29,7 @@ from llmtune.runs.stage import Stage
 from llmtune.runs.targets import resolve_target
 
 if TYPE_CHECKING:
-    from llmtune.evaluation.diagnosis.prepare import TrainedSteps
+    from llmtune.evaluation.diagnosis.subject import TrainedSteps
     from llmtune.evaluation.scores import Scores
     from llmtune.evaluation.session import EvaluationRequest
     from llmtune.models.checkpoint import Checkpoint
@@ -241,7 +241,7 @@ def warn_of_leaks(knobs: EvaluateConfig, data: DataConfig, suites: Sequence[Suit
 
 def trained_steps(config: RunConfig) -> "TrainedSteps":
     """Return how much the run trained, by its manifest, and on which rows."""
-    from llmtune.evaluation.diagnosis.prepare import TrainedSteps
+    from llmtune.evaluation.diagnosis.subject import TrainedSteps
 
     trained = read_manifest(config.run).trained
     return TrainedSteps(

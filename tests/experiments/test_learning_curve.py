@@ -12,7 +12,7 @@ from llmtune.cli import run_command
 from llmtune.data.config import SourceConfig
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.diagnosis.base import read_diagnostic
-from llmtune.evaluation.diagnosis.curve import summarize_curve
+from llmtune.evaluation.diagnosis.curve_fit import summarize_curve
 from llmtune.evaluation.diagnosis.learning_curve import LearningCurveResult
 from llmtune.evaluation.results import read_arm_result
 from llmtune.evaluation.suite import load_suites

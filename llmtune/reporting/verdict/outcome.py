@@ -1,18 +1,70 @@
 """The verdict as a value: a name, sentences made from the numbers, and the numbers themselves."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypedDict
 
 from llmtune.evaluation.diagnosis.config import ALTERNATIVES
+from llmtune.reporting.beside import find_disagreements, format_points
+from llmtune.reporting.verdict.evidence import Evidence
+from llmtune.reporting.verdict.sentences import format_unshown
 
 AT_STRENGTH = "SHIP at strength"
 MERGE_DIFFERENTLY = "MERGE-DIFFERENTLY"
 UNSHOWN = "SHIP, general not shown"
-
-
+SHIPPING = ("SHIP", UNSHOWN, f"{AT_STRENGTH} x")
 Numbers = Mapping[str, object]
 """What decided, by suite or by name, as report.json holds it."""
+ABILITY_WORDS = {"knowledge": "general knowledge", "text": "reading of text", "chat": "open chat"}
+MEANINGS = {
+    "CONTAMINATED": "Items of the target suite are among the training rows, so its scores prove "
+    "nothing.",
+    "SHIP": "A gain on the target that is clear of chance, and general ability shown to be within "
+    "its bound.",
+    UNSHOWN: "A gain on the target that is clear of chance. General ability is not shown to be "
+    "within its bound, nor to be beyond it.",
+    f"{AT_STRENGTH} x": "At a smaller strength of the adapter the gain stays, and general ability "
+    "is within its bound.",
+    MERGE_DIFFERENTLY: "The merged model is clearly worse than base + adapter: what was tuned "
+    "is not what would ship.",
+    "NEGATIVE": "The tuned model is worse at the task it was tuned for, clear of chance.",
+    "BROKE-GENERAL": "General ability fell beyond its bound, clear of chance.",
+    "USE-PROMPT": "Prompting the base model is as good as the tuned model, within the stated "
+    "margin.",
+    **{each.verdict: each.meaning for each in ALTERNATIVES.values()},
+    "MORE-DATA": "No gain is shown yet, but the learning curve predicts that more rows would lower "
+    "the loss.",
+    "INCONCLUSIVE": "These items do not decide: neither a gain on the target with general ability "
+    "intact, nor harm, is shown.",
+    "NOT-MEASURED": "Base and tuned model were not compared on a target suite.",
+}
+"""What each verdict says, in one sentence; docs/report.md says what to do about it."""
+TO_DO = {
+    MERGE_DIFFERENTLY: "Merge it differently, as the last reason says, and evaluate again.",
+    "CONTAMINATED": "Take these items out of the suite or out of the training rows, and run again.",
+    "SHIP": "Look at the examples, then ship the merged model.",
+    UNSHOWN: "Before shipping, measure general ability with more items (a suite with "
+    "`role: general`).",
+    f"{AT_STRENGTH} x": "Merge the adapter at this strength and ship that.",
+    "NEGATIVE": "Check the labels and the format of the training rows first.",
+    "BROKE-GENERAL": "Lower the learning rate or the steps, protect the base while training "
+    "(`protect`), or mix general text into the training data.",
+    "USE-PROMPT": "Use the prompt with the base as it is.",
+    **{each.verdict: each.to_do for each in ALTERNATIVES.values()},
+    "MORE-DATA": "Collect more rows before anything else.",
+    "INCONCLUSIVE": "Write more evaluation items, or accept that the effect is smaller than these "
+    "can show.",
+    "NOT-MEASURED": "Add a suite with `role: target` and run `llmtune eval`.",
+}
+"""What to do now, by verdict."""
+TONES = {
+    "SHIP": "good",
+    f"{AT_STRENGTH} x": "good",
+    MERGE_DIFFERENTLY: "bad",
+    "NEGATIVE": "bad",
+    "BROKE-GENERAL": "bad",
+    "CONTAMINATED": "bad",
+}
 
 
 class VerdictJson(TypedDict):
@@ -79,56 +131,54 @@ class Verdict:
         }
 
 
-ABILITY_WORDS = {"knowledge": "general knowledge", "text": "reading of text", "chat": "open chat"}
+def find_carried(verdict: Verdict, evidence: Evidence) -> Iterator[str]:
+    """Yield what was not shown or not measured and could change a verdict to ship."""
+    if verdict.kind not in SHIPPING:
+        return
+    if not evidence.with_role("general"):
+        yield "general ability not measured"
+    if verdict.kind == UNSHOWN:
+        for suite in evidence.unshown():
+            yield f"general ability not shown: {format_unshown(suite, evidence)}"
+    yield from _only_for_ranking(evidence)
+    missing = _unmeasured(evidence)
+    if missing:
+        verb = "was" if len(missing) == 1 else "were"
+        yield f"{' and '.join(missing)} {verb} not measured and could be as good"
 
-MEANINGS = {
-    "CONTAMINATED": "Items of the target suite are among the training rows, so its scores prove "
-    "nothing.",
-    "SHIP": "A gain on the target that is clear of chance, and general ability shown to be within "
-    "its bound.",
-    UNSHOWN: "A gain on the target that is clear of chance. General ability is not shown to be "
-    "within its bound, nor to be beyond it.",
-    f"{AT_STRENGTH} x": "At a smaller strength of the adapter the gain stays, and general ability "
-    "is within its bound.",
-    MERGE_DIFFERENTLY: "The merged model is clearly worse than base + adapter: what was tuned "
-    "is not what would ship.",
-    "NEGATIVE": "The tuned model is worse at the task it was tuned for, clear of chance.",
-    "BROKE-GENERAL": "General ability fell beyond its bound, clear of chance.",
-    "USE-PROMPT": "Prompting the base model is as good as the tuned model, within the stated "
-    "margin.",
-    **{each.verdict: each.meaning for each in ALTERNATIVES.values()},
-    "MORE-DATA": "No gain is shown yet, but the learning curve predicts that more rows would lower "
-    "the loss.",
-    "INCONCLUSIVE": "These items do not decide: neither a gain on the target with general ability "
-    "intact, nor harm, is shown.",
-    "NOT-MEASURED": "Base and tuned model were not compared on a target suite.",
-}
-"""What each verdict says, in one sentence; docs/report.md says what to do about it."""
 
-TO_DO = {
-    MERGE_DIFFERENTLY: "Merge it differently, as the last reason says, and evaluate again.",
-    "CONTAMINATED": "Take these items out of the suite or out of the training rows, and run again.",
-    "SHIP": "Look at the examples, then ship the merged model.",
-    UNSHOWN: "Before shipping, measure general ability with more items (a suite with "
-    "`role: general`).",
-    f"{AT_STRENGTH} x": "Merge the adapter at this strength and ship that.",
-    "NEGATIVE": "Check the labels and the format of the training rows first.",
-    "BROKE-GENERAL": "Lower the learning rate or the steps, protect the base while training "
-    "(`protect`), or mix general text into the training data.",
-    "USE-PROMPT": "Use the prompt with the base as it is.",
-    **{each.verdict: each.to_do for each in ALTERNATIVES.values()},
-    "MORE-DATA": "Collect more rows before anything else.",
-    "INCONCLUSIVE": "Write more evaluation items, or accept that the effect is smaller than these "
-    "can show.",
-    "NOT-MEASURED": "Add a suite with `role: target` and run `llmtune eval`.",
-}
-"""What to do now, by verdict."""
+def _only_for_ranking(evidence: Evidence) -> Iterator[str]:
+    """Yield the target suites on which the likeliest choice and the written answer part."""
+    for suite in evidence.with_role("target"):
+        for found in find_disagreements(suite):
+            if found.is_about_writing:
+                yield (
+                    f"on {suite.name} it holds for ranking the choices "
+                    f"({format_points(found.main)}); written answers change by "
+                    f"{format_points(found.beside)}"
+                )
 
-TONES = {
-    "SHIP": "good",
-    f"{AT_STRENGTH} x": "good",
-    MERGE_DIFFERENTLY: "bad",
-    "NEGATIVE": "bad",
-    "BROKE-GENERAL": "bad",
-    "CONTAMINATED": "bad",
-}
+
+def find_what_to_do(verdict: Verdict, evidence: Evidence) -> str:
+    """Return what to do now."""
+    if verdict.kind in SHIPPING and _unmeasured(evidence):
+        command = "judge RUN evaluate.extent=full" if evidence.is_judged else "report RUN --full"
+        return (
+            f"{TO_DO[verdict.kind]} To know whether less would do, measure "
+            f"{' and '.join(_unmeasured(evidence))}: llmtune {command}"
+        )
+    return TO_DO[verdict.kind]
+
+
+def _unmeasured(evidence: Evidence) -> list[str]:
+    """Return the alternatives without training that were not measured and apply to the task."""
+    targets = evidence.with_role("target")
+    missing = [] if evidence.prompts() else ["few-shot prompting"]
+    arms = {name for suite in targets for name in suite.rivals}
+    has_choices = any(suite.chance is not None for suite in targets)
+    return missing + [
+        diagnosis.alternative.words
+        for diagnosis, found in evidence.diagnostics
+        if diagnosis.alternative is not None
+        and diagnosis.is_missing(found, arms, has_choices=has_choices)
+    ]

@@ -7,7 +7,6 @@ from llmtune.evaluation.diagnosis.config import ALTERNATIVES
 from llmtune.reporting.numbers import FRACTION, NATS, format_count
 from llmtune.reporting.suites import SuiteReport
 from llmtune.reporting.verdict.evidence import Evidence, is_above_majority
-from llmtune.reporting.verdict.headline import find_carried, find_what_to_do
 from llmtune.reporting.verdict.outcome import (
     ABILITY_WORDS,
     AT_STRENGTH,
@@ -15,6 +14,8 @@ from llmtune.reporting.verdict.outcome import (
     UNSHOWN,
     Numbers,
     Verdict,
+    find_carried,
+    find_what_to_do,
 )
 from llmtune.reporting.verdict.sentences import (
     change_formatter,

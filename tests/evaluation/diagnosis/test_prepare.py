@@ -5,9 +5,9 @@ from torch.utils.data import DataLoader
 
 from llmtune.config import load_config
 from llmtune.data.example import ExampleTableBuilder
-from llmtune.evaluation.diagnosis.prepare import TrainedSteps, prepare_subject
 from llmtune.evaluation.diagnosis.rows import read_row_texts
 from llmtune.evaluation.diagnosis.shift import shift_texts
+from llmtune.evaluation.diagnosis.subject import TrainedSteps, prepare_subject
 from llmtune.training.rows import EpochSampler
 
 
