@@ -1,16 +1,23 @@
 """What a report does not hold, and the command that would measure it."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from llmtune.evaluation.compare import arm_kind
-from llmtune.evaluation.diagnosis.base import FULL, QUICK
+from llmtune.evaluation.diagnosis.base import FULL, QUICK, Diagnosis
 from llmtune.reporting.diagnostics import Diagnostics
 from llmtune.reporting.suites import SuiteReport
 
 EVALUATE = "llmtune eval RUN"
 JUDGE = "llmtune judge RUN"
+MAIN_WORDS = {
+    "original": "the original base",
+    "base": "the base model",
+    "tuned": "the tuned model",
+    "merged": "the merged model",
+}
 
 
 @dataclass(frozen=True)
@@ -40,60 +47,68 @@ def find_missing(
     suites: tuple[SuiteReport, ...], diagnostics: Diagnostics, present: Present
 ) -> tuple[Missing, ...]:
     """Return what was not made, in the order of the report."""
-    if present.judged is not None:
-        return _find_missing_of_judged(suites, diagnostics, present)
-    kinds = {arm_kind(name) for suite in suites for name in suite.arms}
-    has_choices = any(suite.chance is not None for suite in suites if suite.role == "target")
-    diagnosed: dict[str, dict[Missing, bool]] = {QUICK: {}, FULL: {}, "": {}}
-    for diagnosis, found in diagnostics:
-        command = diagnosis.measured_by
-        diagnosed[command if command in diagnosed else ""][Missing(diagnosis.what, command)] = (
-            diagnosis.is_missing(found, kinds, has_choices=has_choices)
-        )
-    absent: Mapping[Missing, bool] = {
-        Missing("evaluation of the original base", EVALUATE): "original" not in kinds,
-        Missing("evaluation of the base model", EVALUATE): "base" not in kinds,
-        Missing("evaluation of the tuned model", EVALUATE): "tuned" not in kinds,
-        Missing("evaluation of the merged model", EVALUATE): "merged" not in kinds,
-        Missing(
-            "a suite of general ability", "llmtune eval RUN evaluate.suites='[..., general]'"
-        ): (not any(suite.role == "general" for suite in suites)),
-        Missing("loss curve", "llmtune train RUN"): not present.loss_curve,
-        Missing("example generations", EVALUATE): not present.generations,
-        Missing("merge check", "llmtune merge RUN"): not present.merge,
-        **diagnosed[QUICK],
-        Missing("other strengths of the adapter", QUICK): "strength" not in kinds,
-        Missing("few-shot prompting of the base", FULL): "few-shot" not in kinds,
-        **diagnosed[FULL],
-        **diagnosed[""],
-    }
-    return tuple(missing for missing, is_absent in absent.items() if is_absent)
-
-
-def _find_missing_of_judged(
-    suites: tuple[SuiteReport, ...], diagnostics: Diagnostics, present: Present
-) -> tuple[Missing, ...]:
-    """Return what a judgment did not measure, as far as there is something to measure."""
-    kinds = {arm_kind(name) for suite in suites for name in suite.arms}
+    scored = {arm_kind(name) for suite in suites for name in suite.arms}
     has_choices = any(suite.chance is not None for suite in suites if suite.role == "target")
     has_general = any(suite.role == "general" for suite in suites)
-    absent: dict[Missing, bool] = {
-        Missing("evaluation of the original base", JUDGE): "original" not in kinds,
-        Missing("evaluation of the merged model", JUDGE): "merged" not in kinds,
-        Missing("a suite of general ability", f"{JUDGE} --suites general ..."): not has_general,
-    }
-    if present.judged == "adapter":
-        absent[Missing("evaluation of base + adapter", JUDGE)] = "tuned" not in kinds
-        absent[Missing("example generations", JUDGE)] = not present.generations
-        rows = "" if present.rows else " data.train='[{path: FILE}]'"
-        extents = {QUICK: "quick", FULL: "full"}
-        for diagnosis, found in diagnostics:
-            if diagnosis.measured_by in extents:
-                extent = f"evaluate.extent={extents[diagnosis.measured_by]}"
-                command = f"{JUDGE} {extent}{rows if diagnosis.needs_rows else ''}"
-                absent[Missing(diagnosis.what, command)] = diagnosis.is_missing(
-                    found, kinds, has_choices=has_choices
-                )
-        few_shot = f"{JUDGE} evaluate.extent=full{rows}"
-        absent[Missing("few-shot prompting of the base", few_shot)] = "few-shot" not in kinds
-    return tuple(missing for missing, is_absent in absent.items() if is_absent)
+    unmade = [
+        diagnosis
+        for diagnosis, found in diagnostics
+        if diagnosis.is_missing(found, scored, has_choices=has_choices)
+    ]
+    find = _of_run if present.judged is None else _of_judgment
+    return tuple(find(scored, unmade, present, has_general=has_general))
+
+
+def _of_run(
+    scored: Set[str], unmade: Sequence[Diagnosis[Any]], present: Present, *, has_general: bool
+) -> Iterator[Missing]:
+    """Yield what a run did not make: first what every run has, then what an extent adds."""
+    by_command: dict[str, list[Missing]] = defaultdict(list)
+    for diagnosis in unmade:
+        by_command[diagnosis.measured_by].append(Missing(diagnosis.what, diagnosis.measured_by))
+    for arm, words in MAIN_WORDS.items():
+        if arm not in scored:
+            yield Missing(f"evaluation of {words}", EVALUATE)
+    if not has_general:
+        command = "llmtune eval RUN evaluate.suites='[..., general]'"
+        yield Missing("a suite of general ability", command)
+    if not present.loss_curve:
+        yield Missing("loss curve", "llmtune train RUN")
+    if not present.generations:
+        yield Missing("example generations", EVALUATE)
+    if not present.merge:
+        yield Missing("merge check", "llmtune merge RUN")
+    yield from by_command.pop(QUICK, ())
+    if "strength" not in scored:
+        yield Missing("other strengths of the adapter", QUICK)
+    if "few-shot" not in scored:
+        yield Missing("few-shot prompting of the base", FULL)
+    yield from by_command.pop(FULL, ())
+    for others in by_command.values():
+        yield from others
+
+
+def _of_judgment(
+    scored: Set[str], unmade: Sequence[Diagnosis[Any]], present: Present, *, has_general: bool
+) -> Iterator[Missing]:
+    """Yield what a judgment did not measure, as far as there is something to measure."""
+    for arm, words in MAIN_WORDS.items():
+        if arm in ("original", "merged") and arm not in scored:
+            yield Missing(f"evaluation of {words}", JUDGE)
+    if not has_general:
+        yield Missing("a suite of general ability", f"{JUDGE} --suites general ...")
+    if present.judged != "adapter":
+        return
+    if "tuned" not in scored:
+        yield Missing("evaluation of base + adapter", JUDGE)
+    if not present.generations:
+        yield Missing("example generations", JUDGE)
+    rows = "" if present.rows else " data.train='[{path: FILE}]'"
+    extents = {QUICK: "quick", FULL: "full"}
+    for diagnosis in unmade:
+        if diagnosis.measured_by in extents:
+            extent = f"evaluate.extent={extents[diagnosis.measured_by]}"
+            needed = rows if diagnosis.needs_rows else ""
+            yield Missing(diagnosis.what, f"{JUDGE} {extent}{needed}")
+    if "few-shot" not in scored:
+        yield Missing("few-shot prompting of the base", f"{JUDGE} evaluate.extent=full{rows}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,15 @@ from llmtune.evaluation.diagnosis.base import (
     Given,
     Leak,
     Planned,
+)
+from llmtune.evaluation.diagnosis.contamination_search import (
+    AskedItem,
+    Passage,
+    find_exact,
+    find_near,
+    find_ngrams,
+    normalize,
+    text_of,
 )
 from llmtune.evaluation.diagnosis.shown import (
     Block,
@@ -34,16 +41,8 @@ if TYPE_CHECKING:
     from llmtune.data.config import DataConfig
     from llmtune.evaluation.diagnosis.rows import RowTexts
 
-LONG_NGRAM = 13
-SHORT_NGRAM = 8
-"""GPT-3's rule takes 8 to 13 words by the set's lengths (Brown et al. 2020, appendix C)."""
-COMMON_ROWS = 10
-COMMON_SHARE = 0.01
-"""A word sequence in more than 10 and 1 % of the train rows is boilerplate."""
 KEPT_EXAMPLES = 20
 SHOWN_EXAMPLES = 10
-
-_WORDS = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -180,24 +179,6 @@ def _shown_item(item: ContaminatedItem) -> tuple[str, str]:
     return item.item_id, f"{item.kind}, {item.train_row}{shared}"
 
 
-@dataclass(frozen=True)
-class _Passage:
-    """A train text with its row's number."""
-
-    row: int
-    text: str
-    own: str
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """An item of a suite, and its text without the frame that all of the suite's items share."""
-
-    suite: str
-    item: SuiteItem
-    own: str
-
-
 def measure_contamination(rows: Sequence[RowTexts], suites: Sequence[Suite]) -> ContaminationResult:
     """Look for every suite item among the train rows.
 
@@ -212,15 +193,17 @@ def measure_contamination(rows: Sequence[RowTexts], suites: Sequence[Suite]) -> 
     """
     started = time.perf_counter()
     passages = [
-        _Passage(number, text, own)
+        Passage(number, text, own)
         for number, row in enumerate(rows)
         for text, own in zip(row.passages, row.own, strict=True)
     ]
-    asked = [_Asked(suite.name, item, own) for suite in suites for item, own in _own_texts(suite)]
+    asked = [
+        AskedItem(suite.name, item, own) for suite in suites for item, own in _own_texts(suite)
+    ]
     own = [each.own for each in asked]
-    exact = _find_exact(asked, passages)
-    near = _find_near(own, passages)
-    shared = _find_ngrams(own, passages, len(rows))
+    exact = find_exact(asked, passages)
+    near = find_near(own, passages)
+    shared = find_ngrams(own, passages, len(rows))
     found: dict[str, list[ContaminatedItem]] = {suite.name: [] for suite in suites}
     for place, each in enumerate(asked):
         if place in exact:
@@ -262,11 +245,11 @@ def find_leaked(rows: Iterable[RowTexts], suites: Sequence[Suite]) -> dict[str, 
     asked: dict[str, list[tuple[str, str]]] = {}
     for suite in suites:
         for item in suite.items:
-            asked.setdefault(_normalize(_text_of(item)), []).append((suite.name, item.id))
+            asked.setdefault(normalize(text_of(item)), []).append((suite.name, item.id))
     found: dict[str, dict[str, str]] = {}
     for row in rows:
         for passage in row.passages:
-            for name, item_id in asked.get(_normalize(passage), ()):
+            for name, item_id in asked.get(normalize(passage), ()):
                 found.setdefault(name, {}).setdefault(item_id, row.place)
     return found
 
@@ -282,8 +265,8 @@ def contamination_inputs(rows: Sequence[RowTexts], suites: Sequence[Suite]) -> d
 def _own_texts(suite: Suite) -> Iterable[tuple[SuiteItem, str]]:
     from llmtune.evaluation.diagnosis.rows import find_frame
 
-    frame = find_frame([_text_of(item) for item in suite.items])
-    return ((item, frame.own_words(_text_of(item))) for item in suite.items)
+    frame = find_frame([text_of(item) for item in suite.items])
+    return ((item, frame.own_words(text_of(item))) for item in suite.items)
 
 
 def _count(found: Sequence[ContaminatedItem], n: int) -> SuiteContamination:
@@ -296,83 +279,3 @@ def _count(found: Sequence[ContaminatedItem], n: int) -> SuiteContamination:
         item_ids=tuple(each.item_id for each in found),
         found=tuple(found[:KEPT_EXAMPLES]),
     )
-
-
-def _text_of(item: SuiteItem) -> str:
-    return item.prompt or item.text
-
-
-def _find_exact(asked: Sequence[_Asked], passages: Sequence[_Passage]) -> dict[int, int]:
-    """Return for each item that is a train passage the first such row."""
-    from llmtune.evaluation.diagnosis.rows import MIN_OWN_WORDS
-
-    whole = _first_rows((_normalize(passage.text), passage.row) for passage in passages)
-    telling = _first_rows(
-        (_normalize(passage.own), passage.row)
-        for passage in passages
-        if len(passage.own.split()) >= MIN_OWN_WORDS
-    )
-    found = {}
-    for place, each in enumerate(asked):
-        row = whole.get(_normalize(_text_of(each.item)))
-        if row is None and len(each.own.split()) >= MIN_OWN_WORDS:
-            row = telling.get(_normalize(each.own))
-        if row is not None:
-            found[place] = row
-    return found
-
-
-def _first_rows(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    rows: dict[str, int] = {}
-    for text, row in pairs:
-        rows.setdefault(text, row)
-    return rows
-
-
-def _find_near(own: Sequence[str], passages: Sequence[_Passage]) -> dict[int, tuple[int, float]]:
-    from llmtune.data.duplicates import find_near_matches
-
-    train = [_normalize(passage.own) for passage in passages]
-    pairs = find_near_matches(train, [_normalize(text) for text in own])
-    return {pair.second: (passages[pair.first].row, round(pair.similarity, 4)) for pair in pairs}
-
-
-def _find_ngrams(
-    own: Sequence[str], passages: Sequence[_Passage], num_rows: int
-) -> dict[int, tuple[int, str]]:
-    """Return for each item with a word sequence of a train row that row and the words."""
-    places: dict[tuple[str, ...], list[int]] = {}
-    for place, text in enumerate(own):
-        words = _split_words(text)
-        size = LONG_NGRAM if len(words) >= LONG_NGRAM else SHORT_NGRAM
-        for gram in _windows(words, size):
-            places.setdefault(gram, []).append(place)
-    sizes = sorted({len(gram) for gram in places})
-    first_row: dict[tuple[str, ...], int] = {}
-    rows_of: dict[tuple[str, ...], set[int]] = {}
-    for passage in passages:
-        words = _split_words(passage.own)
-        for size in sizes:
-            for gram in _windows(words, size):
-                if gram in places:
-                    first_row.setdefault(gram, passage.row)
-                    rows_of.setdefault(gram, set()).add(passage.row)
-    limit = max(COMMON_ROWS, int(COMMON_SHARE * num_rows))
-    found: dict[int, tuple[int, str]] = {}
-    for gram, row in first_row.items():
-        if len(rows_of[gram]) <= limit:
-            for place in places[gram]:
-                found.setdefault(place, (row, " ".join(gram)))
-    return found
-
-
-def _windows(words: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
-    return [words[start : start + size] for start in range(len(words) - size + 1)]
-
-
-def _split_words(text: str) -> tuple[str, ...]:
-    return tuple(_WORDS.findall(_normalize(text)))
-
-
-def _normalize(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

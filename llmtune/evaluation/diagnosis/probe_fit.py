@@ -17,26 +17,13 @@ if TYPE_CHECKING:
     from llmtune.evaluation.diagnosis.subject import DiagnosisSettings, Subject
     from llmtune.evaluation.tasks.base import Suite
 
-
 MAX_ROWS = 1000
-
-
 MIN_ROWS = 20
-
-
 FOLDS = 5
-
-
 MIN_MATCHED = 0.9
-
-
 POOLINGS = ("mean", "last")
-
-
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 """Values of C, strong to weak, for standardised features."""
-
-
 MAX_ITERATIONS = 1000
 
 
