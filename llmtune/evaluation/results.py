@@ -1,6 +1,7 @@
 """An arm's result on one suite, with every item's score, in memory and on disk."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,8 @@ LM_EVAL_TASK = "lm-eval"
 """The `task` of a result that lm-evaluation-harness made."""
 
 AGAIN = "remove the file and measure it again: llmtune eval RUN"
+NAME_RULE = "letters, digits, `_`, `-` and `.`, no dot or dash first"
+"""What the name of a suite may be made of: it is part of the names of result files."""
 
 
 @dataclass(frozen=True)
@@ -133,3 +136,8 @@ def cluster_names(items: Sequence[ItemScore]) -> list[str] | None:
     """Return the cluster of each item; None if not every item has one."""
     names = [item.cluster for item in items if item.cluster is not None]
     return names if len(names) == len(items) else None
+
+
+def is_suite_name(text: str) -> bool:
+    """Return whether a name can stand in the names of result files without leading elsewhere."""
+    return re.fullmatch(r"\w[\w.-]*", text) is not None

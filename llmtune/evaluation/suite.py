@@ -14,13 +14,12 @@ from llmtune.data.duplicates import find_near_duplicates
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.diagnosis.rows import find_frame
+from llmtune.evaluation.results import NAME_RULE, is_suite_name
 from llmtune.evaluation.tasks.base import (
-    NAME_RULE,
     BadItem,
     Suite,
     SuiteConfig,
     SuiteItem,
-    is_suite_name,
     read_field,
 )
 from llmtune.evaluation.tasks.config import TASKS

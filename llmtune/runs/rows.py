@@ -16,8 +16,8 @@ from llmtune.data.init_suite import NoSuite, SuiteDraft, render_items
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.lengths import find_unfit_items
+from llmtune.evaluation.results import is_suite_name
 from llmtune.evaluation.suite import load_suite, load_suites, render_suite
-from llmtune.evaluation.tasks.base import is_suite_name
 from llmtune.io.run_dir import atomic_write_text
 from llmtune.models.config import ModelConfig
 from llmtune.models.resolve import resolve_base

@@ -1,7 +1,6 @@
 """What every task of a suite says itself: its items, how they are asked, scored and counted."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llmtune.data.problems import RowError
 from llmtune.evaluation.question import read_question, refuse_context
-from llmtune.evaluation.results import ItemScore
+from llmtune.evaluation.results import NAME_RULE, ItemScore, is_suite_name
 from llmtune.io.fingerprint import hash_json
 from llmtune.schema import Section
 
@@ -28,7 +27,6 @@ Role = Literal["target", "transfer", "general"]
 Ability = Literal["knowledge", "text", "chat"]
 """What a general suite asks for: what the model knows, how it reads text, how it answers."""
 ABILITIES: tuple[Ability, ...] = ("knowledge", "text", "chat")
-NAME_RULE = "letters, digits, `_`, `-` and `.`, no dot or dash first"
 ERROR = "error"
 """What a learning curve calls the loss of a task that has no likelihood of the right answer."""
 
@@ -427,11 +425,6 @@ class Suite:
     def description(self) -> str:
         """One line for people."""
         return self.config.description
-
-
-def is_suite_name(text: str) -> bool:
-    """Return whether a name can stand in the names of result files without leading elsewhere."""
-    return re.fullmatch(r"\w[\w.-]*", text) is not None
 
 
 def read_field(fields: Fields, name: str) -> Any:
