@@ -2,15 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from llmtune.cli import run_command
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation import session
 from llmtune.evaluation.main_arms import MAIN_ARMS
 from llmtune.io.manifest import read_manifest
 from llmtune.io.run_dir import RunDir
+from llmtune.planning.devices import Device
+from llmtune.runs.judge import RUNS_DIR, Asked, prepare_judgment
 from llmtune.runs.targets import resolve_target
 from tests.project import make_project
 
@@ -107,13 +113,52 @@ def test_rows_that_are_named_are_looked_for_in_the_suites(project, tmp_path):
     out = tmp_path / "out"
     rows = f"data.train=[{{path: {project / 'train.jsonl'}}}]"
     adapter = project / "stock" / "adapter"
-    nf4 = ["--quantization", "nf4", "--no-merge", "evaluate.strengths=[]"]
-    assert judge(project, adapter, "--out", str(out), rows, *nf4) == 0
+    short = ["--no-merge", "evaluate.strengths=[]", "evaluate.divergence=false"]
+    assert judge(project, adapter, "--out", str(out), rows, *short) == 0
     report = read(out)
     assert report["diagnostics"]["contamination"]["n_train_rows"] == 48
     prose = report["suites"]["prose"]
     assert prose["compared"] == ["original", "tuned"] and prose["merged"] is None
-    assert "quantization" in prose["chain"]
+
+
+def test_an_original_that_does_not_fit_is_said_and_the_quantized_base_takes_its_place(
+    project, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(session, "free_device", lambda name: Device(name, "cpu", 1000))
+    adapter, out = project / "stock" / "adapter", tmp_path / "out"
+    words = ["--quantization", "nf4", "--no-merge", "evaluate.extent=none"]
+    assert judge(project, adapter, "--out", str(out), *words) == 0
+    report = read(out)
+    assert report["suites"]["prose"]["compared"] == ["base", "tuned"]
+    assert "base + adapter against the quantized base (nf4)" in report["compared"]
+    assert "what quantization costs is not counted" in report["compared"]
+    assert "evaluation of the original base" in report["missing"]
+    left_out = read_manifest(RunDir(out)).stages["evaluate"]["result"]["left_out"]
+    assert "its weights need" in left_out["original"]
+
+
+def test_an_adapter_is_found_by_its_hub_id(project, tmp_path, monkeypatch):
+    repo = tmp_path / "hub" / "models--org--tuned"
+    shutil.copytree(project / "stock" / "adapter", repo / "snapshots" / ("a" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    asked = Asked("org/tuned", suites=[str(project / "prose.yaml")])
+    judgment = prepare_judgment(asked)
+    assert judgment.judged.adapter == (repo / "snapshots" / ("a" * 40)).resolve()
+    assert judgment.model.base == str(project / "base")
+    assert judgment.run_dir == RUNS_DIR / "tuned-judged"
+    with pytest.raises(LlmtuneError, match="org/nowhere: no such local path"):
+        prepare_judgment(replace(asked, name="org/nowhere"))
+
+
+def test_the_template_inside_an_adapters_tokenizer_is_what_both_are_asked_in(project, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(project / "stock" / "adapter", adapter)
+    template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    judgment = prepare_judgment(Asked(str(adapter), suites=[str(project / "sentiment.yaml")]))
+    assert judgment.model.chat_template.read_text() == template
 
 
 @pytest.mark.parametrize(
