@@ -75,11 +75,17 @@ def test_every_command_of_the_readme_works(clone, monkeypatch, capsys):
     for command in COMMANDS:
         arguments = shlex.split(command, comments=True)[1:]
         arguments = [each for each in arguments if not each.startswith("train.max_steps")]
-        arguments = ["tiny/base" if each.endswith(".gguf") else each for each in arguments]
+        arguments = [_stand_in(each) for each in arguments]
         code = run_command(arguments)
         assert code == 0, f"{command}\n{capsys.readouterr().err}"
     mine = json.loads((clone / "runs" / "train" / "report.json").read_text())
     assert mine["suites"]["mine"]["n"] >= 20, "init's suite asks the task of held-out rows"
+
+
+def _stand_in(argument: str) -> str:
+    """Return the tiny base in place of a GGUF file that is not one we exported."""
+    is_absent = argument.endswith(".gguf") and not Path(argument).exists()
+    return "tiny/base" if is_absent else argument
 
 
 def test_the_script_of_the_readme_works(clone):
