@@ -12,6 +12,7 @@ processor seconds, which say something on a busy machine where wall time does no
 """
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -199,9 +200,9 @@ def child(given: argparse.Namespace) -> None:
     from llmtune.evaluation.run import evaluate_arms
     from llmtune.evaluation.suite import load_suite
     from llmtune.runs.targets import resolve_target
-    from llmtune.scoring.live import load_target
 
     logging.disable(logging.WARNING)
+    load_target = _find_loader()
     target = resolve_target(given.run, [])
     names = given.suite or target.config.evaluate.suites
     suites = [load_suite(name, seed=0, limit=given.limit) for name in names]
@@ -227,6 +228,16 @@ def child(given: argparse.Namespace) -> None:
                 total.head += each.head
             costs[key] = asdict(total)
     Path(given.out).write_text(json.dumps({"costs": costs, "items": items}), encoding="utf-8")
+
+
+def _find_loader() -> Any:
+    """Return `load_target` from its room, which is a different one in older versions."""
+    for room in ("scoring", "serving"):
+        try:
+            return importlib.import_module(f"llmtune.{room}.live").load_target
+        except (ModuleNotFoundError, AttributeError):
+            continue
+    raise SystemExit("this version of llmtune has no load_target")
 
 
 def _item(item: Any) -> list[Any]:
