@@ -19,3 +19,7 @@ class RunInterrupted(LlmtuneError):
     """The run was stopped from outside; what was done is saved, and rerunning continues it."""
 
     exit_code = 3
+
+
+class MergeRefused(LlmtuneError):
+    """What would be trained could not be merged afterwards."""

@@ -18,6 +18,7 @@ from llmtune.commands.options import (
 from llmtune.io.sizes import format_apart, format_in, format_size
 
 if TYPE_CHECKING:
+    from llmtune.merging.planned import PlannedMerges
     from llmtune.planning.plan import Plan
 
 
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 @OVERRIDES_ARGUMENT
 @click.option("--gpu", help="Plan for another device: 24GB, or a name such as rtx4090 or h100.")
 @click.option("--measure", is_flag=True, help="Time this CPU's matrix products for the estimate.")
+@click.option("--merge", is_flag=True, help="Also plan the merge, as a run does before it trains.")
 @with_output_options
-def plan(
+def plan(  # noqa: PLR0913 - one argument for each option
     config: Path,
     overrides: tuple[str, ...],
     gpu: str | None,
     measure: bool,
+    merge: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -43,18 +46,22 @@ def plan(
     \b
       llmtune plan configs/quickstart.yaml
       llmtune plan my.yaml --gpu 24GB
+      llmtune plan my.yaml --merge
       llmtune plan my.yaml model.quantization=null data.max_length=4096 --gpu rtx4090 --json
     """
-    from llmtune.runs.pipeline import plan as plan_run
+    from llmtune.runs import pipeline
     from llmtune.runs.targets import require_run
 
-    found = plan_run(require_run(str(config), overrides), gpu=gpu, measure=measure)
-    print_result(found.as_json(), as_json, lambda: _render(found, quiet))
+    run = require_run(str(config), overrides)
+    found = pipeline.plan(run, gpu=gpu, measure=measure)
+    merged = pipeline.plan_merge(run) if merge else None
+    values = found.as_json() | ({"merge": merged.to_dict()} if merged else {})
+    print_result(values, as_json, lambda: _render(found, quiet, merged))
     if not found.fits:
         raise click.exceptions.Exit(1)
 
 
-def _render(found: "Plan", quiet: bool) -> RenderableType:
+def _render(found: "Plan", quiet: bool, merged: "PlannedMerges | None") -> RenderableType:
     verdict = Text("fits" if found.fits else "does not fit", "green" if found.fits else "bold red")
     memory = found.memory
     needed, there = format_apart(memory.total_bytes, memory.memory_bytes)
@@ -64,6 +71,9 @@ def _render(found: "Plan", quiet: bool) -> RenderableType:
     parts: list[RenderableType] = [headline, Text(), _components(found)]
     parts += [Text(line) for line in _lines(found)]
     parts += [Text(f"note         {notice}", "yellow") for notice in found.notices]
+    if merged is not None:
+        tensors = sum(bool(one.blocks) for one in merged.plans[0].tensors)
+        parts.append(Text(f"merge        {tensors} tensors of the base would get the adapter"))
     if found.advice:
         parts.append(Text("\nWhat makes it fit:", "bold"))
         parts += [Text(f"  {line}") for line in found.advice]

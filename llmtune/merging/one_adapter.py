@@ -44,6 +44,8 @@ class MergeRequest:
     held_out: HeldOut | None = None
     """Without any the open prompts are compared."""
     settings: MergeSettings = field(default_factory=MergeSettings)
+    is_untrained: bool = False
+    """Its adapter has names and shapes only, to plan with."""
 
     @property
     def has_live_model(self) -> bool:
@@ -120,6 +122,7 @@ def _plan_candidates(request: MergeRequest) -> list[MergePlan]:
     if knobs.base == "auto" and quantized is not None:
         bases.append(quantized)
     options = plan_options(request.model, request.source, request.settings)
+    options = replace(options, is_untrained=request.is_untrained)
     plans = [
         plan_merge(
             request.source,

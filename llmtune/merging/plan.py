@@ -41,6 +41,8 @@ class PlanOptions:
     """Also read `pytorch_model*.bin`, through PyTorch's restricted unpickler."""
     trust_remote_code: bool = False
     """The base's own Python code may say what its parameters are called."""
+    is_untrained: bool = False
+    """The adapter has names and shapes only, to plan with."""
     base_name: str | None = None
     """What the merged model records as its base; None is the last part of the base's path."""
     base_revision: str | None = None
@@ -96,9 +98,11 @@ def plan_combined_merge(
     notices: list[str] = []
     changed: dict[str, PlannedTensor] = {}
     for adapter in adapters:
-        notices += check_adapter(adapter.directory, base_fingerprint=checkpoint.fingerprint)
+        if not options.is_untrained:
+            notices += check_adapter(adapter.directory, base_fingerprint=checkpoint.fingerprint)
         files = AdapterFiles.open(adapter.directory)
-        if adapter.weight and not has_effect(adapter.directory):
+        needs_effect = adapter.weight and not options.is_untrained
+        if needs_effect and not has_effect(adapter.directory):
             raise LlmtuneError(
                 f"{adapter.directory} has no effect: its tensors are as they were before training, "
                 "so the merged model would be the base; was the adapter trained?"

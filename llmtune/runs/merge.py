@@ -15,6 +15,7 @@ from llmtune.runs.stage import Stage
 
 if TYPE_CHECKING:
     from llmtune.merging.one_adapter import MergeRequest
+    from llmtune.merging.planned import PlannedMerges
 
 
 class MergeStage(Stage):
@@ -32,6 +33,26 @@ class MergeStage(Stage):
     def check(self) -> None:
         """Require an adapter."""
         self.adapter  # noqa: B018 (raises without one)
+
+    def plan_before_training(self) -> "PlannedMerges | None":
+        """Plan the merge of the adapter that training would make, so that it cannot fail for long.
+
+        Raises:
+            MergeRefused: that adapter could not be merged.
+        """
+        from llmtune.merging.one_adapter import MergeRequest
+        from llmtune.merging.untrained import plan_untrained
+
+        config, run = self.config, self.config.run
+        request = MergeRequest(
+            config.model,
+            self.source,
+            run.adapter_dir,
+            run.merged_dir,
+            config.merge,
+            settings=self.settings,
+        )
+        return plan_untrained(request, config.adapter)
 
     def inputs(self, manifest: Manifest) -> dict[str, Any]:
         """Return the hashes of adapter and base, and the knobs."""

@@ -1,10 +1,12 @@
 """The stages of a run in order; each leaves an artifact on disk and can be rerun alone."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llmtune.config import RunConfig
+from llmtune.errors import MergeRefused
 from llmtune.evaluation.diagnosis.base import Extent
 from llmtune.evaluation.suite import load_suites
 from llmtune.io.manifest import ExportRecord, MergeRecord, TrainRecord
@@ -23,8 +25,11 @@ from llmtune.runs.train import TrainStage, plan_request
 
 if TYPE_CHECKING:
     from llmtune.evaluation.scores import Scores
+    from llmtune.merging.planned import PlannedMerges
     from llmtune.planning.plan import Plan
     from llmtune.reporting.report import Report
+
+log = logging.getLogger("llmtune")
 
 
 def run(config: RunConfig, *, force: bool = False) -> "Report":
@@ -41,6 +46,7 @@ def run(config: RunConfig, *, force: bool = False) -> "Report":
     if force or not config.run.adapter_dir.is_dir():
         check_item_lengths(TrainStage(config).source, suites)
         warn_of_leaks(config.evaluate, config.data, suites)
+        MergeStage(config).plan_before_training()
     for stage in _stages_before_report(config, force=force):
         stage.do()
     built = report(config.run_dir)
@@ -63,7 +69,28 @@ def train(config: RunConfig, *, force: bool = False) -> TrainRecord:
     Returns:
         What the manifest records of the stage.
     """
+    if force or not config.run.adapter_dir.is_dir():
+        _plan_merge_of_training(config)
     return cast(TrainRecord, TrainStage(config, force=force).do())
+
+
+def _plan_merge_of_training(config: RunConfig) -> None:
+    """Find what the merge would refuse; training alone goes on unless exports need the merge."""
+    try:
+        MergeStage(config).plan_before_training()
+    except MergeRefused as error:
+        if config.export.to:
+            raise
+        log.warning("%s", error)
+
+
+def plan_merge(config: RunConfig) -> "PlannedMerges | None":
+    """Say how the adapter that a training would make is merged; torch is needed for that.
+
+    Raises:
+        LlmtuneError: it could not be merged.
+    """
+    return MergeStage(config).plan_before_training()
 
 
 def plan(config: RunConfig, *, gpu: str | None = None, measure: bool = False) -> "Plan":
