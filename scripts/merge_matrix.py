@@ -55,10 +55,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for row in rows:
             missing = tuple(one for one in columns if (row, one) not in cells)
+            missing = () if asked.kept else missing
             for cell in try_architecture(row, missing, Path(scratch)) if missing else ():
                 cells[cell.architecture, cell.adapter] = cell
                 _keep(asked.results, cell)
-    shown = [cells[row, column] for row in rows for column in columns]
+    shown = [cells[row, one] for row in rows for one in columns if (row, one) in cells]
     lines = page_lines(shown, columns)
     print("\n".join(lines))
     if asked.write:
@@ -84,7 +85,8 @@ def page_lines(cells: Sequence[Cell], columns: Sequence[str]) -> list[str]:
         "`yes`: the merged model's logits are those of the live one to a thousandth of the "
         "adapter's effect. `refused`: one line says why, and nothing is written. `check`: the "
         "merged model was written, compared with the live one, found to differ, and removed. `-`: "
-        "the architecture has no such part, or peft cannot put such an adapter on it.",
+        "the architecture has no such part, or peft cannot put such an adapter on it. Empty: not "
+        "tried yet.",
         "",
         f"{len(rows)} architectures: "
         + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()),
@@ -132,6 +134,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, help="Where cells are kept, one JSON object a line."
     )
+    parser.add_argument("--kept", action="store_true", help="Show what is kept, and try nothing.")
     parser.add_argument("--write", action="store_true", help=f"Write {PAGE.relative_to(ROOT)}.")
     return parser.parse_args()
 
