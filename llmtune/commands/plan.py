@@ -18,7 +18,6 @@ from llmtune.commands.options import (
 from llmtune.io.sizes import format_apart, format_in, format_size
 
 if TYPE_CHECKING:
-    from llmtune.merging.planned import PlannedMerges
     from llmtune.planning.plan import Plan
 
 
@@ -56,12 +55,12 @@ def plan(  # noqa: PLR0913 - one argument for each option
     found = pipeline.plan(run, gpu=gpu, measure=measure)
     merged = pipeline.plan_merge(run) if merge else None
     values = found.as_json() | ({"merge": merged.to_dict()} if merged else {})
-    print_result(values, as_json, lambda: _render(found, quiet, merged))
+    print_result(values, as_json, lambda: _render(found, quiet, merged and merged.num_changed))
     if not found.fits:
         raise click.exceptions.Exit(1)
 
 
-def _render(found: "Plan", quiet: bool, merged: "PlannedMerges | None") -> RenderableType:
+def _render(found: "Plan", quiet: bool, num_merged: int | None) -> RenderableType:
     verdict = Text("fits" if found.fits else "does not fit", "green" if found.fits else "bold red")
     memory = found.memory
     needed, there = format_apart(memory.total_bytes, memory.memory_bytes)
@@ -71,9 +70,8 @@ def _render(found: "Plan", quiet: bool, merged: "PlannedMerges | None") -> Rende
     parts: list[RenderableType] = [headline, Text(), _components(found)]
     parts += [Text(line) for line in _lines(found)]
     parts += [Text(f"note         {notice}", "yellow") for notice in found.notices]
-    if merged is not None:
-        tensors = sum(bool(one.blocks) for one in merged.plans[0].tensors)
-        parts.append(Text(f"merge        {tensors} tensors of the base would get the adapter"))
+    if num_merged is not None:
+        parts.append(Text(f"merge        {num_merged} tensors of the base would get the adapter"))
     if found.advice:
         parts.append(Text("\nWhat makes it fit:", "bold"))
         parts += [Text(f"  {line}") for line in found.advice]

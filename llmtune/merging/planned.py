@@ -27,6 +27,11 @@ class PlannedMerges:
         """The bytes of all that would be on the disk at once."""
         return sum(needed_bytes(plan) for plan in self.plans)
 
+    @property
+    def num_changed(self) -> int:
+        """How many tensors of the base get the adapter."""
+        return sum(bool(one.blocks) for one in self.plans[0].tensors)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plans as JSON: every changed tensor, and the disk's needed and free bytes."""
         return {
