@@ -161,7 +161,7 @@ def test_ctrl_c_while_the_modules_are_read_is_one_line_too():
 def test_a_ctrl_c_that_a_library_made_another_error_of_is_still_one(
     kind, capsys, tmp_path, monkeypatch
 ):
-    def broken_off(_directory):
+    def broken_off(_directory, **_options):
         try:
             raise KeyboardInterrupt
         except KeyboardInterrupt as error:
@@ -174,7 +174,7 @@ def test_a_ctrl_c_that_a_library_made_another_error_of_is_still_one(
 
 
 def test_a_library_that_ends_the_process_is_no_success(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmtune.runs.listing.list_runs", lambda _directory: sys.exit(0))
+    monkeypatch.setattr("llmtune.runs.listing.list_runs", lambda _directory, **_: sys.exit(0))
     assert run_command(["runs", str(tmp_path)]) == 70
     said = capsys.readouterr().err
     assert "SystemExit" in said and "this is a bug in llmtune" in said

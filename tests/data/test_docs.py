@@ -11,6 +11,7 @@ from llmtune.data.config import DataConfig
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.formats import FORMATS
 from llmtune.data.prepare import prepare_examples
+from llmtune.models.config import ModelConfig
 from tests.data.shapes import make_shape
 
 TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -68,4 +69,7 @@ def test_rows_of_the_docs_are_recognized_and_trained(tmp_path, heading, block):
 
 @pytest.mark.parametrize("block", CONFIGS)
 def test_configs_of_the_docs_are_valid(block):
-    DataConfig.model_validate({"train": [{"path": "x"}], **yaml.safe_load(block)["data"]})
+    config = yaml.safe_load(block)
+    if "model" in config:
+        ModelConfig.model_validate(config["model"])
+    DataConfig.model_validate({"train": [{"path": "x"}], **config.get("data", {})})
