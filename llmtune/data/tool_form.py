@@ -31,7 +31,7 @@ class ToolForm:
     has_text_arguments: bool = False
     """A call's arguments are JSON text; else an object."""
     lacks_content: bool = False
-    """A turn of calls alone has no content at all (null is left out); else an empty text."""
+    """A turn of calls alone has no content at all; else an empty text."""
     needs_ids: bool = False
     """Every call has an id of nine letters and digits, and its answer has the same."""
 
@@ -51,8 +51,9 @@ class ToolForm:
                 calls = [self._shape_call(call, index) for call in message["tool_calls"]]
                 given = [call.get("id") for call in message["tool_calls"]]
                 open_ids.extend(zip(given, (call.get("id", "") for call in calls), strict=True))
-                content = message.get("content") or (None if self.lacks_content else "")
-                message = {**message, "content": content, "tool_calls": calls}
+                message = {**message, "content": message.get("content") or "", "tool_calls": calls}
+                if self.lacks_content and not message["content"]:
+                    del message["content"]
             elif message.get("role") == "tool" and self.needs_ids and open_ids:
                 wanted = message.get("tool_call_id")
                 pair = next((p for p in open_ids if wanted is not None and p[0] == wanted), None)

@@ -279,8 +279,8 @@ def _require_one_recipe(runs: Sequence[SeedRun], manifests: Sequence[Manifest]) 
             if key != "seed"
         ]
         differing += [
-            f"a different {name}"
-            for name, of in (("base", _base), ("starting adapter", _start), ("rows", _rows))
+            f"different {name}"
+            for name, of in (("bases", _base), ("starting adapters", _start), ("rows", _rows))
             if of(manifests[0]) != of(manifest)
         ]
         if differing:

@@ -73,7 +73,7 @@ def test_the_table_names_every_seed_with_its_verdict(tmp_path, capsys):
         ({"adapter": {"method": "lora", "rank": 4}}, "adapter.rank: 16 / 4"),
         ({"train": {"learning_rate": 0.5}}, "train.learning_rate: 0.0002 / 0.5"),
         ({"protect": {"l2": 0.5}}, "protect.l2: 0.0 / 0.5"),
-        ({"rows": 47}, "another rows"),
+        ({"rows": 47}, "different rows"),
         ({"seed": 1}, "both were trained with seed 1"),
     ],
 )

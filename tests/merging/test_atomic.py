@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from tests.tiny import make_tokenizer
 
 STUCK_MERGE = """
 import sys, time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from llmtune.merging import merge, shards, tiles
@@ -40,6 +42,7 @@ merge.merge_adapter(*map(Path, sys.argv[1:]), num_threads=1)
 
 SMALL_FILES = """
 import resource, sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from llmtune.errors import LlmtuneError
@@ -77,7 +80,7 @@ def test_provenance_names_base_adapter_and_changes(made, tmp_path):
     assert str(made) not in json.dumps(provenance)  # no path of this machine
     assert provenance["strength"] == 1.0
     assert provenance["changes"] == {"lora": 14} == result.changes
-    assert provenance["versions"]["torch"] == torch.__version__
+    assert provenance["versions"]["torch"] == version("torch")
     assert json.loads(json.dumps(result.to_dict()))["num_tensors"] == 21
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
