@@ -8,7 +8,8 @@ from torch import nn
 
 from llmtune.checks.runtime import RuntimeAnswers
 from llmtune.scoring.batches import choose_token_budget
-from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
+from llmtune.scoring.likelihood import score_continuations
+from llmtune.scoring.requests import ContinuationRequest
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from llmtune.scoring.batches import (
 )
 from llmtune.scoring.divergence import compare_distributions
 from llmtune.scoring.generate import Decoding, Generation, generate_texts
-from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
+from llmtune.scoring.likelihood import score_continuations
+from llmtune.scoring.requests import ContinuationRequest
 
 MERGE_AGAIN = "merge again"
 HELD_AT_ONCE = 4

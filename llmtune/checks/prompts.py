@@ -10,7 +10,7 @@ from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.prepare import prepare_examples
 from llmtune.data.render import render_question
 from llmtune.evaluation.tasks.base import Suite
-from llmtune.scoring.likelihood import ContinuationRequest
+from llmtune.scoring.requests import ContinuationRequest
 
 NUM_ROWS = 20
 NUM_LABELS = 20

@@ -15,8 +15,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.question import build_chat
 from llmtune.evaluation.tasks.base import Demonstration, PromptedSuite, Suite, SuiteItem
 from llmtune.models.turns import TurnEnding, require_chat_template
-from llmtune.scoring.likelihood import ContinuationRequest
-from llmtune.scoring.perplexity import leading_special_ids
+from llmtune.scoring.requests import ContinuationRequest, leading_special_ids
 
 logger = logging.getLogger(__name__)
 

@@ -195,6 +195,9 @@ def _check_node(
         for key_node, _ in node.value:
             if key_node.tag == MERGE_TAG:
                 continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                line = key_node.start_mark.line + 1
+                raise LlmtuneError(f"{file}:{line}: a key is one word; this one is a list or map")
             key = _key(loader, key_node)
             if key in seen:
                 line = key_node.start_mark.line + 1

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.json"
 POSITIONS = "max_position_embeddings"
+USUAL_POSITIONS = (POSITIONS, "n_positions")
 GENERATION_NAME = "generation_config.json"
 SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -101,19 +102,19 @@ class Checkpoint:
     @property
     def num_positions(self) -> int | None:
         """The longest sequence that the model has positions for, or None if it has no limit."""
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
         parts = [self.config.get("text_config") or {}, self.config]
         parts = [part for part in parts if isinstance(part, Mapping)]
-        known = next(
-            (p["model_type"] for p in parts if p.get("model_type") in CONFIG_MAPPING), None
-        )
-        names = {POSITIONS, "n_positions"}
-        if known is not None:
-            names.add(getattr(CONFIG_MAPPING[known], "attribute_map", {}).get(POSITIONS, POSITIONS))
-        found = [part[name] for part in parts for name in names if name in part]
-        if not found and known is not None:  # what config.json leaves out is the family's default
-            found = [getattr(CONFIG_MAPPING[known]().get_text_config(), POSITIONS, None)]
+        found = [part[name] for part in parts for name in USUAL_POSITIONS if name in part]
+        if not found:
+            # A family's own name, or its default: transformers knows, and takes a second to load.
+            from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+            types = [p["model_type"] for p in parts if p.get("model_type") in CONFIG_MAPPING]
+            family = CONFIG_MAPPING[types[0]] if types else None
+            name = getattr(family, "attribute_map", {}).get(POSITIONS, POSITIONS)
+            found = [part[name] for part in parts if name in part]
+            if not found and family is not None:
+                found = [getattr(family().get_text_config(), POSITIONS, None)]
         return next((n for n in found if isinstance(n, int) and n > 0), None)
 
     @property

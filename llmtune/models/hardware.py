@@ -23,6 +23,8 @@ SLOW_RATIO = 4.0
 is native it is faster, so a busy machine does not change the answer."""
 PRODUCT_SIZE = 256
 PRODUCT_TRIALS = 5
+PRODUCT_PAUSES = (0, 0.01, 0.05, 0.2)
+"""Seconds before each comparison; the first that finds no large difference ends them."""
 UNSAFE_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "gemma3n", "t5gemma")
 
 
@@ -85,8 +87,16 @@ def choose_dtype(wanted: str, device: torch.device, model_type: str) -> torch.dt
 
 @cache
 def cpu_emulates_bfloat16() -> bool:
-    """Whether a matrix product takes this CPU far longer in bfloat16 than in float32 (timed)."""
-    return _product_seconds(torch.bfloat16) > SLOW_RATIO * _product_seconds(torch.float32)
+    """Whether a matrix product takes this CPU far longer in bfloat16 than in float32 (timed).
+
+    A product that was held up once must not decide in which precision a model is computed: it
+    must be slow each time, over some time.
+    """
+    for pause in PRODUCT_PAUSES:
+        time.sleep(pause)
+        if _product_seconds(torch.bfloat16) <= SLOW_RATIO * _product_seconds(torch.float32):
+            return False
+    return True
 
 
 def _product_seconds(dtype: torch.dtype) -> float:

@@ -23,24 +23,8 @@ from llmtune.scoring.batches import (
 )
 from llmtune.scoring.generate import Decoding, Generation, Texts, find_rooms, generate_texts
 from llmtune.scoring.prefix import SharedPrefix, common_prefix, rows_at_once, share_prefix
+from llmtune.scoring.requests import ContinuationRequest, ContinuationScore
 from llmtune.scoring.writing import OpenRows, can_join, join_rows, open_rows, write_rows
-
-
-@dataclass(frozen=True)
-class ContinuationRequest:
-    """One prompt and the continuations to score after it, all as token ids, none empty."""
-
-    prompt_ids: tuple[int, ...]
-    choice_ids: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class ContinuationScore:
-    """log p(continuation | prompt) in nats, and whether greedy decoding would have written it."""
-
-    log_likelihood: float
-    num_tokens: int
-    is_greedy: bool
 
 
 @dataclass(frozen=True)

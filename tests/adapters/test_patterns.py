@@ -28,7 +28,7 @@ def test_patterns_in_use_are_quick():
 
 
 @pytest.mark.parametrize(
-    "pattern", [CATASTROPHIC, "(a|a)*(a|a)*!", r"(\w+\s?)*\$", "(" * 50, "a{9"]
+    "pattern", [CATASTROPHIC, "(a|a)*(a|a)*!", r"(\w+\s?)*\$", "(" * 50, "a[9"]
 )
 def test_a_pattern_that_hangs_or_is_none_is_one_error(monkeypatch, pattern):
     monkeypatch.setattr(patterns, "MOST_SECONDS", 1)

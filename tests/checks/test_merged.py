@@ -11,7 +11,7 @@ from llmtune.checks.prompts import ComparedPrompts
 from llmtune.errors import LlmtuneError
 from llmtune.merging.merge import merge_adapter
 from llmtune.scoring.generate import Decoding
-from llmtune.scoring.likelihood import ContinuationRequest
+from llmtune.scoring.requests import ContinuationRequest
 from tests.merging.adapters import PROMPTS, load_adapter, make_adapter, make_base
 
 DECODING = Decoding(max_new_tokens=8, stop_token_ids=(3,))

@@ -89,7 +89,7 @@ def test_what_config_json_leaves_out_is_what_its_class_says(family, make_checkpo
 
 def test_a_config_that_transformers_refuses_is_named(make_checkpoint):
     directory = make_checkpoint("llama")
-    change_json(directory / "config.json", lambda config: config.update(num_hidden_layers="two"))
+    change_json(directory / "config.json", lambda config: config.update(rms_norm_eps=["x"]))
     with pytest.raises(LlmtuneError, match=r"config\.json: transformers cannot make a llama"):
         check_exportable(Checkpoint.open(directory), "gguf")
 

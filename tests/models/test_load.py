@@ -142,6 +142,19 @@ def test_auto_precision_is_what_the_cpu_multiplies_fast(is_emulated, monkeypatch
     hardware.cpu_emulates_bfloat16.cache_clear()
 
 
+def test_products_that_were_held_up_for_a_moment_do_not_change_the_precision(monkeypatch):
+    timed = []
+
+    def held_up_at_first(dtype):
+        timed.append(dtype)
+        return 20.0 if dtype == torch.bfloat16 and len(timed) < 5 else 1.0
+
+    monkeypatch.setattr(hardware, "_product_seconds", held_up_at_first)
+    hardware.cpu_emulates_bfloat16.cache_clear()
+    assert not hardware.cpu_emulates_bfloat16()
+    hardware.cpu_emulates_bfloat16.cache_clear()
+
+
 def test_more_threads_than_processors_are_named_with_what_to_export(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)

@@ -50,6 +50,8 @@ def write_run(directory, *, device, tokens, created):
     directory.mkdir()
     result = {"tokens": tokens, "seconds": 10.0, "device": device}
     manifest = {
+        "format": 1,
+        "config": {},
         "created": created,
         "base": {"origin": "/elsewhere/base"},
         "stages": {"train": {"result": result}},

@@ -8,12 +8,8 @@ import torch
 
 from llmtune.errors import LlmtuneError
 from llmtune.scoring.generate import Decoding, generate_texts
-from llmtune.scoring.likelihood import (
-    ContinuationRequest,
-    Writing,
-    score_and_write,
-    score_continuations,
-)
+from llmtune.scoring.likelihood import Writing, score_and_write, score_continuations
+from llmtune.scoring.requests import ContinuationRequest
 from tests.tiny import FAMILIES, make_model
 
 

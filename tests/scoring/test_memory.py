@@ -8,7 +8,8 @@ from torch.utils._pytree import tree_leaves
 from llmtune.scoring import likelihood
 from llmtune.scoring.batches import batch_by_length, run_forward
 from llmtune.scoring.generate import Decoding, generate_texts
-from llmtune.scoring.likelihood import ContinuationRequest, score_continuations
+from llmtune.scoring.likelihood import score_continuations
+from llmtune.scoring.requests import ContinuationRequest
 from tests.tiny import make_model, make_tokenizer
 
 ROWS = 12

@@ -7,12 +7,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from llmtune.errors import LlmtuneError
-from llmtune.scoring.perplexity import (
-    cut_windows,
-    encode_passage,
-    leading_special_ids,
-    score_texts,
-)
+from llmtune.scoring.perplexity import score_texts
+from llmtune.scoring.requests import cut_windows, encode_passage, leading_special_ids
 from tests.tiny import make_tokenizer
 
 TEXTS = [

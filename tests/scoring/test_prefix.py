@@ -8,12 +8,9 @@ import torch
 
 from llmtune.scoring import batches, generate, likelihood
 from llmtune.scoring.generate import Decoding, generate_texts
-from llmtune.scoring.likelihood import (
-    ContinuationRequest,
-    count_forward_tokens,
-    score_continuations,
-)
+from llmtune.scoring.likelihood import count_forward_tokens, score_continuations
 from llmtune.scoring.prefix import NO_PREFIX, common_prefix
+from llmtune.scoring.requests import ContinuationRequest
 from tests.tiny import FAMILIES, make_model
 
 SHARED = 150

@@ -9,11 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from bench_eval import Cost, counting
 
 from llmtune.scoring.generate import Decoding
-from llmtune.scoring.likelihood import (
-    ContinuationRequest,
-    Writing,
-    score_and_write,
-)
+from llmtune.scoring.likelihood import Writing, score_and_write
+from llmtune.scoring.requests import ContinuationRequest
 from tests.tiny import make_model, make_tokenizer
 
 

@@ -282,7 +282,7 @@ def _measure(
 
 
 def _encode(scored: LiveModel, texts: Sequence[str]) -> _Encoded:
-    from llmtune.scoring.perplexity import encode_passage
+    from llmtune.scoring.requests import encode_passage
 
     sequences, num_bytes, num_words = [], 0, 0
     for text in texts:

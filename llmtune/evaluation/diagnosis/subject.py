@@ -17,7 +17,7 @@ from llmtune.evaluation.tasks.base import Role, Suite
 from llmtune.io.fingerprint import hash_json
 from llmtune.models.live import LiveModel
 from llmtune.scoring.batches import choose_token_budget
-from llmtune.scoring.perplexity import encode_passage
+from llmtune.scoring.requests import encode_passage
 from llmtune.training.rows import EpochSampler
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmtune.data.conversation import Conversation
     from llmtune.data.init_suite import SuiteDraft
     from llmtune.models.live import LiveModel
-    from llmtune.scoring.likelihood import ContinuationRequest
+    from llmtune.scoring.requests import ContinuationRequest
 
 Role = Literal["target", "transfer", "general"]
 Ability = Literal["knowledge", "text", "chat"]

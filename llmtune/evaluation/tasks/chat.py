@@ -74,7 +74,8 @@ class ChatSuite(SuiteConfig):
         """
         from llmtune.scoring.batches import adapter_disabled, has_adapter
         from llmtune.scoring.generate import Decoding
-        from llmtune.scoring.likelihood import ContinuationRequest, Writing, score_and_write
+        from llmtune.scoring.likelihood import Writing, score_and_write
+        from llmtune.scoring.requests import ContinuationRequest
 
         if not all(item.references for item in suite.items):
             if has_adapter(scored.model):

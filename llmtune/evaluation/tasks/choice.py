@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from llmtune.data.init_suite import SuiteDraft
     from llmtune.models.live import LiveModel
     from llmtune.scoring.generate import Generation
-    from llmtune.scoring.likelihood import ContinuationRequest, ContinuationScore
+    from llmtune.scoring.requests import ContinuationRequest, ContinuationScore
 
 logger = logging.getLogger(__name__)
 

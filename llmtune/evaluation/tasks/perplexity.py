@@ -85,14 +85,14 @@ class PerplexitySuite(SuiteConfig):
 
     def count_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> int:
         """Return the tokens of all windows."""
-        from llmtune.scoring.perplexity import cut_windows, encode_passage
+        from llmtune.scoring.requests import cut_windows, encode_passage
 
         passages = [encode_passage(tokenizer, item.text) for item in suite.items]
         return sum(len(window) for p in passages for window in cut_windows(p, self.max_length))
 
     def item_lengths(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> list[int]:
         """Return the tokens of each passage's longest window."""
-        from llmtune.scoring.perplexity import encode_passage
+        from llmtune.scoring.requests import encode_passage
 
         passages = [encode_passage(tokenizer, item.text) for item in suite.items]
         return [min(len(passage.token_ids), self.max_length) for passage in passages]

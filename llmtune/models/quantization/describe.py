@@ -131,6 +131,9 @@ def compute_densely(model: PreTrainedModel, dtype: torch.dtype) -> None:
         dense.weight = nn.Parameter(weight, requires_grad=False)
         dense.bias = getattr(layer, "bias", None)
         model.set_submodule(name, dense, strict=True)
+    for parameter in model.parameters():  # a base stored in 4 bits comes with the rest in its own
+        if parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize:
+            parameter.data = parameter.data.to(dtype)
 
 
 def keep_differentiable(model: PreTrainedModel) -> None:

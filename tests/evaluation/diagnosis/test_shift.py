@@ -122,4 +122,4 @@ def test_gaps_and_lengths_are_those_of_the_texts(subject, settings):
 
 def test_train_text_alone_is_refused(subject, settings):
     planned = plan_shift(subject.scored, {"train": prose(20, 0), "general": ["a b"]}, settings)
-    assert planned.refused and "another set" in planned.refused
+    assert planned.refused and "a different set" in planned.refused

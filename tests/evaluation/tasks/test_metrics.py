@@ -10,7 +10,7 @@ from llmtune.evaluation.tasks.base import SuiteItem
 from llmtune.evaluation.tasks.config import TASKS
 from llmtune.evaluation.tasks.exact import normalize_text
 from llmtune.evaluation.text_metrics import TEXT_METRICS
-from llmtune.scoring.likelihood import ContinuationScore
+from llmtune.scoring.requests import ContinuationScore
 
 
 @pytest.mark.parametrize("task", TASKS)
