@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from peft import PeftModel
@@ -24,8 +25,8 @@ WRONG, TRACEBACK, NO_MODEL = "WRONG", "TRACEBACK", "no model"
 FAULTS = (WRONG, TRACEBACK)
 
 PROMPTS = ([2, 17, 33, 120, 7, 90], [2, 5, 400, 301, 88, 11, 64, 3, 2, 19])
-# The merge's own check, which is not what is judged here, needs fewer questions on a tiny model.
-compared_prompts.OPEN_PROMPTS = compared_prompts.OPEN_PROMPTS[:3]  # type: ignore[attr-defined]
+FEW_PROMPTS = compared_prompts.OPEN_PROMPTS[:3]  # type: ignore[attr-defined]
+"""The merge's own check, which is not what is judged here, needs fewer on a tiny model."""
 
 MAX_SHARE = 1e-3
 """Of what the adapter does to the logits, how far a right merge in float32 may be off."""
@@ -57,7 +58,9 @@ def try_architecture(name: str, adapters: tuple[str, ...], scratch: Path) -> Ite
         yield from (Cell(name, one, NO_MODEL, "logits that are not finite") for one in adapters)
         return
     for adapter in adapters:
-        yield _try_cell(name, adapter, scratch, base)
+        with patch.object(compared_prompts, "OPEN_PROMPTS", FEW_PROMPTS):
+            cell = _try_cell(name, adapter, scratch, base)
+        yield cell
 
 
 def _try_cell(name: str, adapter: str, scratch: Path, base: torch.Tensor) -> Cell:
