@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.live import live_method
+from llmtune.adapters.low_rank import has_hooks
 from llmtune.models.quantization.describe import dense_weight
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear, lora_linears
 
@@ -135,17 +136,13 @@ def _find_obstacle(method: type[Adapter], layer: BaseTunerLayer) -> str | None:
     if reason is not None:
         return reason
     base = layer.get_base_layer()
-    if "forward" in layer.__dict__ or _has_hooks(base):
+    if "forward" in layer.__dict__ or has_hooks(base):
         return "hooks are attached"
     if any(parameter.requires_grad for parameter in base.parameters()):
         return "the base layer is trained"
     if type(base) not in (nn.Linear, Conv1D) and dense_weight(base) is None:
         return f"{type(base).__name__} bases are not covered"
     return None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _find_groups(
@@ -184,9 +181,12 @@ class _Group:
 
     def _take_strength(self) -> None:
         """Take over a scaling that has changed: the adapter was weakened, or put back."""
-        now = tuple(describe_linear(layer, self._method) for layer in self._layers)
-        if [each.scaling for each in now] != [each.scaling for each in self._linears]:
-            self._linears = now
+        scalings = [_active_factors(layer, self._method)[2] for layer in self._layers]
+        if scalings != [linear.scaling for linear in self._linears]:
+            self._linears = tuple(
+                linear._replace(scaling=scaling)
+                for linear, scaling in zip(self._linears, scalings, strict=True)
+            )
 
     def attach(self) -> None:
         for index, layer in enumerate(self._layers):
@@ -234,9 +234,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def describe_linear(layer: BaseTunerLayer, method: type[Adapter]) -> LoraLinear:
     """Return a PEFT layer with one active adapter as our ops see it; tensors are shared."""
     base = layer.get_base_layer()
+    return LoraLinear(_read_weight(base), *_active_factors(layer, method), bias_O=base.bias)
+
+
+def _active_factors(layer: BaseTunerLayer, method: type[Adapter]) -> tuple[Tensor, Tensor, float]:
+    """Return A, B and the scaling of a layer's one active adapter."""
     found = (method.factors_of(layer, name) for name in layer.active_adapters)
     (factors,) = (each for each in found if each is not None)
-    return LoraLinear(_read_weight(base), *factors, bias_O=base.bias)
+    return factors
 
 
 def _read_weight(base: nn.Module) -> Tensor | Callable[[], Tensor]:

@@ -138,7 +138,7 @@ class LowRankAdapter(SavedLowRank):
         if layer.lora_B[name].bias is not None:
             return "its adapter has a bias"
         parts = (layer.lora_A[name], layer.lora_B[name])
-        return "hooks are attached" if any(_has_hooks(part) for part in parts) else None
+        return "hooks are attached" if any(has_hooks(part) for part in parts) else None
 
     @classmethod
     def factors_of(
@@ -182,5 +182,6 @@ class LowRankAdapter(SavedLowRank):
         return start if isinstance(start, str) and start.startswith(REWRITING_STARTS) else None
 
 
-def _has_hooks(module: Any) -> bool:
+def has_hooks(module: Any) -> bool:
+    """Whether something else listens to a torch module's passes."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.adapters.config import method_of
+from llmtune.adapters.module_selection import ALL_LINEAR
 from llmtune.adapters.patterns import require_quick_patterns
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file, hash_json
@@ -18,7 +19,6 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 MANIFEST_FORMAT = 1
 COPY_AGAIN = "Copy the adapter again, or make it again"
-ALL_LINEAR = "all-linear"
 NEEDED_SETTINGS = frozenset({"r", "lora_alpha"})
 """Never `null`."""
 MOST_RANK = 1 << 20
@@ -91,11 +91,11 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
 
 def _check_settings(config: Mapping[str, Any], path: Path) -> None:
     """Check the values that peft and merging take as they are; `null` mostly counts as not set."""
-    for expected, settings in SETTINGS.items():
+    for expected, (is_right, settings) in SETTINGS.items():
         for name in settings:
             value = config.get(name)
             is_set = value is not None or (name in config and name in NEEDED_SETTINGS)
-            if is_set and not IS_SETTING[expected](value):
+            if is_set and not is_right(value):
                 raise LlmtuneError(
                     f"{path}: {name} is {str(value)!r:.80}; expected {expected}. {COPY_AGAIN}"
                 )
@@ -118,34 +118,39 @@ def _are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-IS_SETTING: Mapping[str, Callable[[Any], bool]] = {
-    "a whole number above 0": _is_whole,
-    "a number": _is_number,
-    "true or false": lambda value: isinstance(value, bool),
-    "a text": lambda value: isinstance(value, str),
-    "a list of names": _are_names,
-    "a list of names, or one regex": lambda value: isinstance(value, str) or _are_names(value),
-    "whole numbers above 0 by pattern": lambda value: (
-        isinstance(value, dict) and all(map(_is_whole, value.values()))
+SETTINGS: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "a whole number above 0": (_is_whole, ("r",)),
+    "a number": (_is_number, ("lora_alpha", "lora_dropout")),
+    "true or false": (
+        lambda value: isinstance(value, bool),
+        ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"),
     ),
-    "numbers by pattern": lambda value: (
-        isinstance(value, dict) and all(map(_is_number, value.values()))
+    "a text": (
+        lambda value: isinstance(value, str),
+        ("peft_type", "task_type", "bias", "base_model_name_or_path", "revision"),
     ),
-    "a whole number or a list of them": lambda value: (
-        isinstance(value, int) or (isinstance(value, list) and all(type(n) is int for n in value))
+    "a list of names": (_are_names, ("modules_to_save", "target_parameters")),
+    "a list of names, or one regex": (
+        lambda value: isinstance(value, str) or _are_names(value),
+        ("target_modules", "exclude_modules", "layers_pattern"),
+    ),
+    "whole numbers above 0 by pattern": (
+        lambda value: isinstance(value, dict) and all(map(_is_whole, value.values())),
+        ("rank_pattern",),
+    ),
+    "numbers by pattern": (
+        lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+        ("alpha_pattern",),
+    ),
+    "a whole number or a list of them": (
+        lambda value: (
+            isinstance(value, int)
+            or (isinstance(value, list) and all(type(n) is int for n in value))
+        ),
+        ("layers_to_transform",),
     ),
 }
-SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "a whole number above 0": ("r",),
-    "a number": ("lora_alpha", "lora_dropout"),
-    "true or false": ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"),
-    "a text": ("peft_type", "task_type", "bias", "base_model_name_or_path", "revision"),
-    "a list of names": ("modules_to_save", "target_parameters"),
-    "a list of names, or one regex": ("target_modules", "exclude_modules", "layers_pattern"),
-    "whole numbers above 0 by pattern": ("rank_pattern",),
-    "numbers by pattern": ("alpha_pattern",),
-    "a whole number or a list of them": ("layers_to_transform",),
-}
+"""What is expected: whether a value is that, and the settings that must be."""
 
 
 def has_strengths(directory: Path) -> bool:

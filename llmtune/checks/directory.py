@@ -113,7 +113,7 @@ def check_directory(
     max_kl = tolerances.max_kl if tolerances.max_kl is not None else _bound(type, reference)
     if not check.kl <= max_kl:
         problems.append(f"KL {check.kl:.4f} nats per token, the limit is {max_kl:g}")
-    elif problem := check.find_problem(max_kl, "merge.max_kl"):
+    elif problem := check.find_problem(max_kl):
         problems.append(problem)
     odd = [text for text in TRICKY_STRINGS if tokenizer.encode(text) != live.tokenizer.encode(text)]
     problems += tolerances.string_problems(len(odd), len(TRICKY_STRINGS), odd)

@@ -105,17 +105,16 @@ class VerifyResult:
         """The KL as a share of what the adapter does to the answers."""
         return self.kl / self.base_kl if self.base_kl else None
 
-    def find_problem(self, max_kl: float, bound: str) -> str | None:
+    def find_problem(self, max_kl: float) -> str | None:
         """Say why this is not a right merge of its adapter; None if it is one.
 
         Args:
-            max_kl: nats per token.
-            bound: what the bound is called.
+            max_kl: nats per token, of `merge.max_kl`.
         """
         if not self.kl <= max_kl:
             return (
                 f"merged model and live adapter differ by {self.kl:.4f} nats/token (KL), more "
-                f"than {bound}={max_kl:g} (--max-kl)"
+                f"than merge.max_kl={max_kl:g} (--max-kl)"
             )
         if self.wrong_modules:
             shown = "; ".join(one.describe() for one in self.wrong_modules[:3])

@@ -9,7 +9,7 @@ import logging
 import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from llmtune.data.rows import find_files
 from llmtune.data.stored import read_stored
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
 from llmtune.io.json_files import parse_json
-from llmtune.io.unfinished import drop_entry, new_entry, replace_entry
+from llmtune.io.unfinished import new_entry, replace_entry
 from llmtune.models.gguf import cache_dir
 from llmtune.models.template_date import template_date_of
 
@@ -110,16 +110,13 @@ def open_entry(entry: Path) -> Iterator[Path | None]:
 
     None if the cache cannot be written: it saves time, and a run needs none.
     """
-    try:
-        directory = new_entry(entry)
-    except OSError as error:
-        logger.warning("prepared data is not kept in %s: %s", entry.parent, error)
-        yield None
-        return
-    try:
+    with ExitStack() as stack:
+        directory = None
+        try:
+            directory = stack.enter_context(new_entry(entry))
+        except OSError as error:
+            logger.warning("prepared data is not kept in %s: %s", entry.parent, error)
         yield directory
-    finally:
-        drop_entry(directory)
 
 
 def save_prepared(entry: Path, prepared: PreparedData, directory: Path) -> None:

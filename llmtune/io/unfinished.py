@@ -21,7 +21,6 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 WRITING = ".writing-"
 """Begins the name of a directory that is being written or taken away."""
-_locks: dict[Path, int] = {}
 
 
 @contextmanager
@@ -193,10 +192,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def new_entry(entry: Path) -> Path:
-    """Return an empty directory beside `entry` to write to; its parent is made.
+@contextmanager
+def new_entry(entry: Path) -> Iterator[Path]:
+    """An empty directory beside `entry` to write to, locked; it is gone at the end, if not renamed.
 
-    It is locked until `replace_entry` or `drop_entry`. What killed processes left is removed.
+    Its parent is made, and what killed processes left there is removed.
 
     Raises:
         OSError: the cache cannot be written.
@@ -205,14 +205,10 @@ def new_entry(entry: Path) -> Path:
     for leftover in entry.parent.glob(f"{WRITING}*"):
         _remove_unlocked(leftover)
     directory, lock = _make_locked(entry.parent, WRITING)
-    _locks[directory] = lock
-    return directory
-
-
-def drop_entry(directory: Path) -> None:
-    """Remove a directory of `new_entry`, if it was not renamed, and its lock."""
-    shutil.rmtree(directory, ignore_errors=True)
-    if (lock := _locks.pop(directory, None)) is not None:
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
 
 
@@ -234,10 +230,12 @@ def _move_away(entry: Path) -> None:
     if not entry.exists():
         return
     away, lock = _make_locked(entry.parent, WRITING)
-    with contextlib.suppress(FileNotFoundError):
-        entry.rename(away / entry.name)
-    shutil.rmtree(away, ignore_errors=True)
-    os.close(lock)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            entry.rename(away / entry.name)
+        shutil.rmtree(away, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _forget_oldest(directory: Path, num_kept: int) -> None:

@@ -84,7 +84,7 @@ def merge_checked(
             written.append(WrittenMerge(plan, directory, _write(plan, directory, device)))
         judgment = judge(written)
         kept, check = judgment.kept, judgment.check
-        problem = check and check.find_problem(max_kl, "merge.max_kl")
+        problem = check and check.find_problem(max_kl)
         if problem:
             raise CheckFailed(f"{problem}; {left}")
         for notice in check.notices() if check else ():

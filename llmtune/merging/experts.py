@@ -10,6 +10,9 @@ from llmtune.merging.adapter_files import AdapterFiles
 from llmtune.merging.changes import Block
 from llmtune.merging.names import BaseNames
 
+EXPERT_DIMENSIONS = 3
+"""Of a weight that is a stack of experts."""
+
 # Parameters that transformers 5 fuses over the experts, and the linear layers a checkpoint holds
 # for each expert instead, in the order in which their rows are stacked.
 EXPERT_LINEARS = {
@@ -108,7 +111,7 @@ def _layouts(
     for leaf in sorted({target.rpartition(".")[2] for target in targets}):
         key = f"{module}.{leaf}"
         fused = names.find(key)
-        if fused is not None and len(base[fused].shape) == 3:
+        if fused is not None and len(base[fused].shape) == EXPERT_DIMENSIONS:
             yield _fused_layout(
                 key, base[fused], widths, is_square_transposed=module in names.transposed
             )
@@ -142,9 +145,11 @@ def _per_expert_layout(
     base: Mapping[str, TensorEntry],
     names: BaseNames,
 ) -> _Layout | None:
+    # What transformers makes the parameter of, by its ending `expert.linear.weight`.
+    sources = {_ending(name): name for name in reversed(names.converted.get(key, ()))}
     found: list[tuple[TensorEntry, int, int]] = []  # tensor, expert, first of its outputs
     num_experts = num_out = 0
-    while all(parts := _tensors_of_expert(key, module, num_experts, linears, names)):
+    while all(parts := _tensors_of_expert(module, num_experts, linears, sources, names)):
         num_out = 0
         for name in parts:
             assert name is not None
@@ -166,17 +171,20 @@ def _per_expert_layout(
 
 
 def _tensors_of_expert(
-    key: str, module: str, expert: int, linears: tuple[str, ...], names: BaseNames
+    module: str,
+    expert: int,
+    linears: tuple[str, ...],
+    sources: Mapping[str, str],
+    names: BaseNames,
 ) -> list[str | None]:
     """Return the names of one expert's linear layers in the checkpoint, None for one it lacks.
 
-    What transformers makes the parameter of comes first; a model that was not asked is guessed.
+    What transformers makes the parameter of (`sources`) comes first; a model that was not asked is
+    guessed.
     """
-    sources = names.converted.get(key, ())
-    return [
-        next(
-            (one for one in sources if one.endswith(f".{expert}.{linear}.weight")),
-            names.find(f"{module}.{expert}.{linear}.weight"),
-        )
-        for linear in linears
-    ]
+    endings = (f"{expert}.{linear}.weight" for linear in linears)
+    return [sources.get(ending) or names.find(f"{module}.{ending}") for ending in endings]
+
+
+def _ending(name: str) -> str:
+    return ".".join(name.split(".")[-3:])

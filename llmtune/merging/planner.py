@@ -9,11 +9,10 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.safetensors import CheckpointIndex, TensorEntry
 from llmtune.merging.adapter_files import AdapterFiles, agree
 from llmtune.merging.changes import Block, PlannedTensor
-from llmtune.merging.experts import plan_experts
+from llmtune.merging.experts import EXPERT_DIMENSIONS, plan_experts
 from llmtune.merging.names import BaseNames, near_misses
 from llmtune.merging.packed import PackedWeights
 
-EXPERT_DIMENSIONS = 3
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
 
 # Families whose linear layers are transformers' Conv1D, which stores its weight as [in, out].

@@ -12,14 +12,13 @@ from llmtune.adapters.base import Adapter
 from llmtune.adapters.inject import inject_adapter
 from llmtune.adapters.manifest import WEIGHTS_NAME
 from llmtune.errors import LlmtuneError, MergeRefused
-from llmtune.io.safetensors import build_preamble
+from llmtune.io.safetensors import build_preamble, tensor_bytes
 from llmtune.io.unfinished import require_space
 from llmtune.merging.one_adapter import MergeRequest, plan_one
 from llmtune.merging.planned import PlannedMerges
 from llmtune.models.skeleton import build_skeleton
 
 FLOAT32 = "F32"
-FLOAT32_BYTES = 4
 
 
 def plan_untrained(request: MergeRequest, adapter: Adapter) -> PlannedMerges | None:
@@ -62,7 +61,7 @@ def _write_names(model: PeftModel, directory: Path) -> None:
     )
     model.peft_config["default"].save_pretrained(str(directory))
     entries = [(name, FLOAT32, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    num_bytes = FLOAT32_BYTES * sum(tensor.numel() for tensor in tensors.values())
+    num_bytes = sum(tensor_bytes(dtype, shape) for _, dtype, shape in entries)
     preamble = build_preamble(entries, {})
     with (directory / WEIGHTS_NAME).open("wb") as file:
         file.write(preamble)

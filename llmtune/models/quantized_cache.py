@@ -17,7 +17,7 @@ from llmtune.io.environment import package_version
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
 from llmtune.io.json_files import parse_json, read_json_object
 from llmtune.io.sizes import format_size
-from llmtune.io.unfinished import drop_entry, new_entry, replace_entry
+from llmtune.io.unfinished import new_entry, replace_entry
 from llmtune.models.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
@@ -99,7 +99,6 @@ def keep_quantized(entry: Path, model: PreTrainedModel, source_dir: Path, num_by
     has no room, or cannot be written, nothing is left and one log line says so: a run needs no
     cache.
     """
-    directory = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(entry.parent).free
@@ -111,14 +110,11 @@ def keep_quantized(entry: Path, model: PreTrainedModel, source_dir: Path, num_by
                 entry.parent,
             )
             return
-        directory = new_entry(entry)
-        _write(directory, model, source_dir)
-        replace_entry(directory, entry, num_kept=KEPT_ENTRIES)
+        with new_entry(entry) as directory:
+            _write(directory, model, source_dir)
+            replace_entry(directory, entry, num_kept=KEPT_ENTRIES)
     except (OSError, SafetensorError) as error:  # safetensors' only reason to fail is the disk
         logger.warning("the quantized base is not kept in %s: %s", entry.parent, error)
-    finally:
-        if directory is not None:
-            drop_entry(directory)
 
 
 def _write(directory: Path, model: PreTrainedModel, source_dir: Path) -> None:

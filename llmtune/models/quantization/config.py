@@ -25,17 +25,13 @@ def is_quantized(method: str | None) -> bool:
 
     None is what a run without a quantization recorded.
     """
-    dense = {name for name, member in _by_name().items() if not member.is_quantized}
+    dense = {one.model_fields["method"].default for one in members() if not one.is_quantized}
     return method is not None and method not in dense
 
 
 def packed_markers() -> tuple[str, ...]:
     """Return the suffixes of the tensors by which a checkpoint says how a weight is packed."""
     return tuple(marker for member in members() if (marker := member.packed_marker) is not None)
-
-
-def _by_name() -> dict[str, type[Quantization]]:
-    return {str(member.model_fields["method"].default): member for member in members()}
 
 
 def members() -> tuple[type[Quantization], ...]:
