@@ -23,7 +23,13 @@ SORT_KEYS = ("created", "score", "gain", "loss", "eval_loss", "learning_rate", "
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), default=Path("runs"))
-@click.option("--sort", default="created", metavar="KEY", help=f"One of {', '.join(SORT_KEYS)}.")
+@click.option(
+    "--sort",
+    type=click.Choice(SORT_KEYS),
+    default="created",
+    metavar="KEY",
+    help=f"One of {', '.join(SORT_KEYS)}.",
+)
 @click.option(
     "--where", multiple=True, metavar="KEY=VALUE", help="Only runs with this config key or verdict."
 )
@@ -40,8 +46,6 @@ def runs(directory: Path, sort: str, where: tuple[str, ...], quiet: bool, as_jso
     """
     from llmtune.runs.listing import list_runs
 
-    if sort not in SORT_KEYS:
-        raise click.BadParameter(f"{sort!r} is not one of {', '.join(SORT_KEYS)}")
     found = list_runs(directory, sort=sort, where=where)
     if as_json:
         click.echo(json.dumps([asdict(each) for each in found], indent=2))

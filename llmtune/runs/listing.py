@@ -9,12 +9,11 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import read_json_object
 from llmtune.io.manifest import STAGES, Manifest, read_manifest
 from llmtune.io.run_dir import RunDir
+from llmtune.io.safetensors import ADAPTER_FILE
 from llmtune.io.yaml_source import SourcedTree, apply_overrides
-from llmtune.reporting.numbers import unit_of_metric
+from llmtune.reporting.numbers import finite, unit_of_metric
 
 PAST = {"train": "trained", "merge": "merged", "evaluate": "evaluated"}
-
-
 LOWEST_FIRST = frozenset({"loss", "eval_loss", "learning_rate", "seconds", "bytes"})
 
 
@@ -155,10 +154,10 @@ def _summarize(run: RunDir, manifest: Manifest) -> RunSummary:
         created=manifest.created,
         target=_find_target(report),
         adapter=" ".join(str(part) for part in (method, size) if part is not None),
-        learning_rate=_number(config.at(("train", "learning_rate"))),
-        loss=_number(trained.get("final_loss")),
-        eval_loss=_number(trained.get("final_eval_loss")),
-        seconds=sum(filter(None, map(_number, seconds))) or None,
+        learning_rate=finite(config.at(("train", "learning_rate"))),
+        loss=finite(trained.get("final_loss")),
+        eval_loss=finite(trained.get("final_eval_loss")),
+        seconds=sum(filter(None, map(finite, seconds))) or None,
         bytes=_adapter_bytes(run),
     )
 
@@ -171,21 +170,16 @@ def _find_target(report: Mapping[str, Any]) -> TargetScore | None:
             return TargetScore(
                 suite=name,
                 metric=str(suite.get("metric")),
-                before=_number(suite.get(before)),
-                after=_number(suite.get(after)),
+                before=finite(suite.get(before)),
+                after=finite(suite.get(after)),
                 higher_is_better=bool(suite.get("higher_is_better", True)),
             )
     return None
 
 
 def _adapter_bytes(run: RunDir) -> int | None:
-    weights = run.adapter_dir / "adapter_model.safetensors"
+    weights = run.adapter_dir / ADAPTER_FILE
     return weights.stat().st_size if weights.is_file() else None
-
-
-def _number(value: object) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else None  # type: ignore[arg-type]
 
 
 def _state(manifest: Manifest) -> str:

@@ -1,7 +1,7 @@
 """The optimizers a run can use, which parameters get which learning rate, and its course."""
 
+import itertools
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,13 +20,14 @@ class OptimizerKind:
 
     library_name: str
     state_bytes: float
+    needs_gpu: bool = False
 
 
 OPTIMIZERS: Mapping[OptimizerName, OptimizerKind] = MappingProxyType(
     {
         "adamw": OptimizerKind("adamw_torch_fused", 2 * FLOAT32),
         "adamw_8bit": OptimizerKind("adamw_bnb_8bit", 2 * EIGHT_BIT),
-        "paged_adamw_8bit": OptimizerKind("paged_adamw_8bit", 2 * EIGHT_BIT),
+        "paged_adamw_8bit": OptimizerKind("paged_adamw_8bit", 2 * EIGHT_BIT, needs_gpu=True),
         "lion": OptimizerKind("lion_32bit", FLOAT32),
         "lion_8bit": OptimizerKind("lion_8bit", EIGHT_BIT),
         # A row and a column for a matrix: a quarter of its size at rank 4, less above.
@@ -57,19 +58,17 @@ def group_parameters(
         LlmtuneError: a key of `learning_rates` is in no parameter's name.
     """
     keys = sorted(config.learning_rates, key=lambda key: (-len(key), key))
-    uses = Counter(key for key in keys for name in names if key in name)
-    unused = [key for key in config.learning_rates if not uses[key]]
+    unused = [key for key in config.learning_rates if not any(key in name for name in names)]
     if unused:
         raise LlmtuneError(
             f"train.learning_rates: {', '.join(unused)} is in no trained parameter's name; names "
             f"are such as {names[0]} and {names[-1]}"
         )
     has_decay = set(decayed)
-    members: dict[tuple[float, float], list[str]] = {}
     rates = [config.learning_rate, *(config.learning_rates[key] for key in keys)]
-    for rate in dict.fromkeys(rates):
-        for decay in (config.weight_decay, 0.0):
-            members.setdefault((rate, decay), [])
+    members: dict[tuple[float, float], list[str]] = {
+        pair: [] for pair in itertools.product(rates, (config.weight_decay, 0.0))
+    }
     for name in names:
         key = next((key for key in keys if key in name), None)
         rate = config.learning_rate if key is None else config.learning_rates[key]

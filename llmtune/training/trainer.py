@@ -222,7 +222,7 @@ class AdapterTrainer(SFTTrainer):
         Raises:
             LlmtuneError: a key of `learning_rates` fits nothing, or the optimizer needs a GPU.
         """
-        if self._config.optimizer.startswith("paged") and self.args.device.type == "cpu":
+        if OPTIMIZERS[self._config.optimizer].needs_gpu and self.args.device.type == "cpu":
             raise LlmtuneError(
                 f"train.optimizer={self._config.optimizer} moves a GPU's memory, and this run is "
                 "on the CPU: adamw_8bit keeps the same state without that"
