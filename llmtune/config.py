@@ -140,12 +140,8 @@ def _with_paths(config: RunConfig, find: Callable[[str], str]) -> RunConfig:
             "evaluate": evaluate.model_copy(
                 update={
                     "suites": tuple(map(find, evaluate.suites)),
-                    **{
-                        name: {
-                            key: find_file(path) for key, path in getattr(evaluate, name).items()
-                        }
-                        for name in ("prompts", "predictions")
-                    },
+                    "prompts": find_files(evaluate.prompts),
+                    "predictions": find_files(evaluate.predictions),
                 }
             ),
         }

@@ -102,13 +102,19 @@ def load_suite(name_or_path: str | Path, *, seed: int = 0, limit: int | None = N
     return Suite(name, path, config, group_copies(items), items_path, fingerprint)
 
 
-def render_suite(draft: "SuiteDraft", *, name: str, items_name: str, source: str) -> str:
-    """Return a first suite over the user's rows as YAML, of the first task that suits them."""
+def render_suite(
+    draft: "SuiteDraft", *, name: str, items_name: str, source: str, is_held_out: bool = True
+) -> str:
+    """Return a first suite over the user's rows as YAML, of the first task that suits them.
+
+    Args:
+        is_held_out: the rows are taken out of the training of a run.
+    """
     drafts = ((task, config.draft(draft)) for task, config in TASKS.items())
     task, knobs = next((task, knobs) for task, knobs in drafts if knobs is not None)
     lines = [
-        f"# Written by llmtune init: {len(draft.items)} rows of {json.dumps(source)} that the run "
-        "holds out.",
+        f"# Written by llmtune init: {len(draft.items)} rows of {json.dumps(source)}"
+        f"{' that the run holds out' if is_held_out else ''}.",
         f"name: {json.dumps(name)}",
         f"task: {task}",
         "role: target   # what was trained; a verdict needs such a suite",

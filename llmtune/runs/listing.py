@@ -112,8 +112,8 @@ def list_runs(
         if all(_holds(condition, manifest, summary) for condition in conditions):
             found.append(summary)
     values = {summary.path: summary.sort_value(sort) for summary in found}
+    known = [summary for summary in found if values[summary.path] is not None]
     unknown = [summary for summary in found if values[summary.path] is None]
-    known = [summary for summary in found if summary not in unknown]
     return sorted(known, key=lambda summary: values[summary.path], reverse=True) + unknown
 
 
@@ -142,7 +142,7 @@ def _summarize(run: RunDir, manifest: Manifest) -> RunSummary:
     config = SourcedTree(dict(manifest.config))
     report = _read_report(run)
     verdict = report.get("verdict")
-    trained = manifest.stages.get("train", {}).get("result") or {}
+    trained = manifest.trained
     seconds = [record.get("seconds") for record in manifest.stages.values()]
     method = config.at(("adapter", "method"))
     size = config.at(("adapter", "rank"))
@@ -183,7 +183,7 @@ def _adapter_bytes(run: RunDir) -> int | None:
 
 
 def _state(manifest: Manifest) -> str:
-    finished = [name for name in STAGES if manifest.stages.get(name, {}).get("finished")]
+    finished = [name for name in STAGES if manifest.record(name).get("finished")]
     begun = [name for name, record in manifest.stages.items() if not record.get("finished")]
     if begun:
         return f"{begun[0]} unfinished"

@@ -159,8 +159,8 @@ def draft_eval_suite(
         )
     items = out.with_name(f"{out.stem.removesuffix('_suite')}_items.jsonl")
     name = out.stem if is_suite_name(out.stem) else "task"
-    text = render_suite(suite, name=name, items_name=items.name, source=data)
-    _write_new({items: render_items(suite), out: text.replace(" that the run holds out", "")})
+    text = render_suite(suite, name=name, items_name=items.name, source=data, is_held_out=False)
+    _write_new({items: render_items(suite), out: text})
     return EvalDraft(out, load_suite(out).task, len(suite.items))
 
 
