@@ -143,20 +143,16 @@ def refuse_positions(examples: ExampleTable, positions: int | None, name: str) -
 
 
 def find_beyond(examples: ExampleTable, positions: int | None) -> list[tuple[str, int, int]]:
-    """Return file, line and length of the rows with an example of more tokens than `positions`."""
+    """Return file, line and length of each row whose longest example is beyond `positions`."""
     if positions is None:
         return []
     columns = examples.columns
     places = np.flatnonzero(columns["lengths"] > positions)
-    found = {
-        (
-            examples.file_names[columns["files"][place]],
-            int(columns["lines"][place]),
-            int(columns["lengths"][place]),
-        )
-        for place in places.tolist()
-    }
-    return sorted(found)
+    longest: dict[tuple[str, int], int] = {}
+    for place in places.tolist():
+        row = examples.file_names[columns["files"][place]], int(columns["lines"][place])
+        longest[row] = max(longest.get(row, 0), int(columns["lengths"][place]))
+    return sorted((file, line, length) for (file, line), length in longest.items())
 
 
 def _fit(

@@ -124,7 +124,8 @@ class UnreadColumns:
         value = row[column]
         if self._holds_choices(column, row):
             offered = value if isinstance(value, list | tuple) else [value]
-            others = " ".join(str(row[key]) for key in ("instruction", "prompt") if key in row)
+            asked = {"instruction", "input", "prompt"} & set(self._format.columns)
+            others = " ".join(str(row[key]) for key in sorted(asked) if key in row)
             return not all(str(each) in others for each in offered)
         if column.lower() in LABELS and self._format.has_answers:
             return isinstance(value, bool)

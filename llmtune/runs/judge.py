@@ -127,7 +127,8 @@ def prepare_judgment(asked: Asked) -> Judgment:
     path = Path(asked.name).expanduser()
     if path.suffix in YAML_SUFFIXES:
         raise LlmtuneError(f"{asked.name}: is a config; train and judge it with: llmtune run")
-    values = _recorded(path) if (path / "manifest.json").is_file() else _describe(asked, path)
+    is_recorded = (path / "manifest.json").is_file()
+    values = _recorded(asked, path) if is_recorded else _describe(asked, path)
     if asked.base is not None:
         values["model"] = {**values.get("model", {}), "base": asked.base, "revision": None}
     if asked.suites:
@@ -166,13 +167,20 @@ def _settle(found: Judgment, asked: Asked) -> Judgment:
     return found.model_copy(update={"evaluate": evaluate, "model": model})
 
 
-def _recorded(path: Path) -> dict[str, Any]:
+def _recorded(asked: Asked, path: Path) -> dict[str, Any]:
     """Return what a judgment was made of, to continue or extend it."""
     config = dict(read_manifest(RunDir(path)).config)
     if "judged" not in config:
         raise LlmtuneError(
             f"{path}: is a run, which has a report of its own: llmtune report {path}. "
             f"Its adapter alone is {path / 'adapter'}"
+        )
+    given = {"--merged": asked.merged, "--out": asked.out}
+    misplaced = [option for option, value in given.items() if value is not None]
+    if misplaced:
+        raise LlmtuneError(
+            f"{' and '.join(misplaced)}: {path} is a judgment, which keeps its models and its "
+            "place; judge the adapter or the model itself"
         )
     return {**config, "run_dir": str(path)}
 

@@ -1,6 +1,6 @@
 """What a path on the command line names: a config, a run, an adapter, or a whole model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,9 @@ def resolve_target(name: str, overrides: Sequence[str] = ()) -> Target:
     if path.suffix in YAML_SUFFIXES:
         return run_target(name, load_config(path, overrides))
     if (path / "manifest.json").is_file():
-        config = read_manifest(RunDir(path)).config
-        if "judged" in config:
-            return _judged_target(name, config, overrides)
+        manifest = read_manifest(RunDir(path))
+        if "judged" in manifest.config:
+            return _judged_target(name, manifest, overrides)
         return run_target(name, load_run_config(path, overrides))
     if (path / "adapter_config.json").is_file():
         return Target(name, _model(adapter_base(path), overrides), adapter_dir=path)
@@ -102,12 +102,13 @@ def require_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         LlmtuneError: it is something else.
     """
     _require_path(name)
-    target = resolve_target(name, overrides)
-    if target.config is None:
-        if (Path(name) / "manifest.json").is_file():
-            load_run_config(Path(name))  # says that it is a judgment
-        raise LlmtuneError(f"{name}: not a run; expected {RUN_NAMES}")
-    return target.config
+    path = Path(name)
+    if path.suffix in YAML_SUFFIXES:
+        return load_config(path, overrides)
+    if (path / "manifest.json").is_file():
+        return load_run_config(path, overrides)
+    resolve_target(name, overrides)  # may say what it has lost
+    raise LlmtuneError(f"{name}: not a run; expected {RUN_NAMES}")
 
 
 def read_effective_keys(name: str, overrides: Sequence[str] = ()) -> list[EffectiveKey]:
@@ -209,7 +210,10 @@ def run_target(name: str, config: RunConfig, *, opened: Checkpoint | None = None
     has_adapter, has_merged = run.adapter_dir.is_dir(), run.merged_dir.is_dir()
     problem = None
     if has_merged:
-        problem = MergeStage(config).why_unusable(manifest, with_base=False)
+        try:
+            problem = MergeStage(config).why_unusable(manifest, with_base=False)
+        except LlmtuneError as error:  # an adapter that is gone or damaged
+            problem = str(error)
     return Target(
         name,
         config.model,
@@ -222,14 +226,15 @@ def run_target(name: str, config: RunConfig, *, opened: Checkpoint | None = None
     )
 
 
-def _judged_target(name: str, config: Mapping[str, Any], overrides: Sequence[str]) -> Target:
+def _judged_target(name: str, manifest: Manifest, overrides: Sequence[str]) -> Target:
     """Return what `llmtune judge` judged: its base, and what its directory links to."""
     run = RunDir(Path(name))
     return Target(
         name,
-        _model(config["model"], overrides),
+        _model(manifest.config["model"], overrides),
         adapter_dir=run.adapter_dir if run.adapter_dir.is_dir() else None,
         merged_dir=run.merged_dir if run.merged_dir.is_dir() else None,
+        template_date=manifest.base.get("template_date"),
     )
 
 

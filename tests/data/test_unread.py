@@ -167,3 +167,9 @@ def test_parts_of_text_are_read_under_value_too_and_others_are_refused(tmp_path)
 def test_preference_rows_are_named_as_what_they_are(tmp_path):
     said = refusal(tmp_path, {"chosen": "Human: Q\n\nAssistant: good", "rejected": "bad"})
     assert "preference pairs" in said and "chosen" in said
+
+
+def test_choices_are_read_wherever_the_question_writes_them(tmp_path):
+    row = {"instruction": "Pick.", "input": "red or blue", "output": "red"}
+    assert isinstance(read(tmp_path, row | {"choices": ["red", "blue"]})[0], LoadedRow)
+    assert "choices of the question" in refusal(tmp_path, row | {"choices": ["red", "green"]})

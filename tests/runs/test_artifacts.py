@@ -131,3 +131,10 @@ def test_a_merge_of_other_settings_is_not_used(copied):
     for use in (evaluate, export):
         with pytest.raises(LlmtuneError, match=r"made from a different merge.*llmtune merge"):
             use(half)
+
+
+def test_a_run_whose_adapter_is_damaged_is_trained_again_by_force(copied, capsys):
+    (copied.run_dir / "adapter" / "adapter_model.safetensors").unlink()
+    assert resolve_target(str(copied.run_dir)).merged_problem is not None
+    assert run_command(["train", str(copied.run_dir), "--force", "--quiet"]) == 0
+    assert (copied.run_dir / "adapter" / "adapter_model.safetensors").is_file()

@@ -82,6 +82,8 @@ def test_the_directory_names_everything_and_a_second_call_measures_nothing(judge
     assert resolve_target(str(judged)).arms == ("tuned", "base", "merged")
     assert run_command(["train", str(judged), "-q"]) == 2
     assert "holds a judgment" in capsys.readouterr().err
+    assert run_command(["judge", str(judged), "--out", str(judged / "out"), "-q"]) == 2
+    assert "--out: " in capsys.readouterr().err
 
 
 def test_the_merged_model_of_another_tool_equals_the_merge_made_here(project, judged, tmp_path):
