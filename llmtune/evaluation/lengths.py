@@ -3,13 +3,13 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llmtune.data.conversation import Conversation
 from llmtune.data.masks import refuse_control_text
 from llmtune.data.problems import RowError, RowProblem
 from llmtune.data.prompts import prompts_error
-from llmtune.evaluation.question import build_chat
+from llmtune.evaluation.question import question_of
 from llmtune.evaluation.tasks.base import PromptedSuite, Suite, SuiteItem
 from llmtune.models.turns import control_pattern
 
@@ -56,13 +56,13 @@ def find_unfit_items(
 
 def _find_controls(suite: Suite, controls: re.Pattern[str]) -> list[RowProblem]:
     problems = []
-    system = getattr(suite.config, "system", None)
     for item in suite.items:
+        question = question_of(suite, item)
         choices = [{"role": "assistant", "content": choice} for choice in item.choices]
-        messages = [*build_chat(item.messages, item.prompt, system=system), *choices]
-        tools = [dict(tool) for tool in item.tools] or None
         try:
-            refuse_control_text(Conversation("chat", messages, tools), controls)
+            refuse_control_text(
+                replace(question, messages=[*question.messages, *choices]), controls
+            )
         except RowError as error:
             problems.append(RowProblem(str(suite.items_path), item.line, str(error), error.kind))
     return problems

@@ -1,11 +1,16 @@
 """What an item asks beside its prompt: a chat, its own system message, tools; read as rows are."""
 
+from __future__ import annotations
+
 from collections.abc import Container, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.data.conversation import Conversation, ask, put_system_first
 from llmtune.data.problems import RowError
 from llmtune.data.row_values import parse_json_text
+
+if TYPE_CHECKING:
+    from llmtune.evaluation.tasks.base import Suite, SuiteItem
 
 CONTEXT_FIELDS = ("system", "tools")
 """What an item may say beside its question, as a training row does in the columns of that name."""
@@ -49,6 +54,15 @@ def refuse_context(fields: Mapping[str, Any], used: Container[str]) -> None:
                 f"field {key!r} is read in chats only, and the suite has chat: false; print it in "
                 "the prompt, or take it out"
             )
+
+
+def question_of(
+    suite: Suite, item: SuiteItem, shown: Sequence[tuple[str, str]] = ()
+) -> Conversation:
+    """Return an item's chat up to its question, behind demonstrations, with its tools."""
+    system = getattr(suite.config, "system", None)
+    messages = build_chat(item.messages, item.prompt, shown, system)
+    return Conversation("chat", messages, [dict(tool) for tool in item.tools] or None)
 
 
 def build_chat(

@@ -12,7 +12,7 @@ from llmtune.data.masks import LabelledRow, Labeller
 from llmtune.data.problems import RowError, RowProblem
 from llmtune.data.prompts import PromptEncoder, prompts_error
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.question import build_chat
+from llmtune.evaluation.question import question_of
 from llmtune.evaluation.tasks.base import Demonstration, PromptedSuite, Suite, SuiteItem
 from llmtune.models.turns import TurnEnding, require_chat_template
 from llmtune.scoring.requests import ContinuationRequest, leading_special_ids
@@ -183,16 +183,8 @@ def _apart_ids(
 
 def _questions(suite: Suite, demonstrations: Sequence[Demonstration]) -> list[Conversation]:
     """Return each item's chat up to its question."""
-    system = getattr(suite.config, "system", None)
     shown = [(each.prompt, each.answer) for each in demonstrations]
-    return [
-        Conversation(
-            "chat",
-            build_chat(item.messages, item.prompt, shown, system),
-            [dict(tool) for tool in item.tools] or None,
-        )
-        for item in suite.items
-    ]
+    return [question_of(suite, item, shown) for item in suite.items]
 
 
 def raw_context(

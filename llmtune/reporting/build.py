@@ -87,15 +87,12 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
     )
 
 
-def gather_evidence(run: RunDir, suites: Sequence[SuiteReport]) -> Evidence:
-    """Return what a verdict on these suites looks at, with what a run says beside them.
+def gather_evidence(report: Report, suites: Sequence[SuiteReport]) -> Evidence:
+    """Return what a verdict on these suites looks at, with what a report says beside them.
 
     Weaker forms of the adapter are left out.
     """
-    manifest = read_manifest(run)
-    models = Models.of_run(run, manifest)
-    diagnostics = read_diagnostics(run, base=models.base, adapter=models.adapter)
-    return _gather(manifest, tuple(suites), diagnostics, Thresholds())
+    return _gather(report.manifest, tuple(suites), report.diagnostics, report.thresholds)
 
 
 def _gather(

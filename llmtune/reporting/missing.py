@@ -104,10 +104,9 @@ def _of_judgment(
     if not present.generations:
         yield Missing("example generations", JUDGE)
     rows = "" if present.rows else " data.train='[{path: FILE}]'"
-    extents = {QUICK: "quick", FULL: "full"}
     for diagnosis in unmade:
-        if diagnosis.measured_by in extents:
-            extent = f"evaluate.extent={extents[diagnosis.measured_by]}"
+        if diagnosis.extent is not None:
+            extent = f"evaluate.extent={diagnosis.extent}"
             needed = rows if diagnosis.needs_rows else ""
             yield Missing(diagnosis.what, f"{JUDGE} {extent}{needed}")
     if "few-shot" not in scored:
