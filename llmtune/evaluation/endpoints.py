@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EndpointConfig
 from llmtune.evaluation.few_shot import takes_demonstrations
-from llmtune.evaluation.question import build_chat
+from llmtune.evaluation.question import question_of
 from llmtune.evaluation.run import build_recipe, summarize_items
 from llmtune.evaluation.session import Evaluation, Work
 from llmtune.evaluation.tasks.base import PromptedSuite, Suite, SuiteItem
@@ -81,7 +81,12 @@ class Endpoint:
                 )
         self._opener = urllib.request.build_opener(_NoRedirect)
 
-    def ask(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> Reply:
+    def ask(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Reply:
         """Return the likeliest answer to a chat (temperature 0).
 
         Raises:
@@ -89,7 +94,8 @@ class Endpoint:
         """
         body = {
             "model": self.config.model,
-            "messages": list(messages),
+            "messages": [_as_openai(message) for message in messages],
+            "tools": tools,
             "temperature": 0,
             "max_tokens": self.config.max_tokens or max_tokens,
             **self.config.extra,
@@ -233,6 +239,8 @@ def _answer(endpoint: Endpoint, suite: Suite, path: Path, *, is_new: bool) -> di
     try:
         asked = {pool.submit(_ask_item, endpoint, suite, item): item for item in left}
         with path.open("a", encoding="utf-8") as file:
+            if _is_cut_off(path):
+                file.write("\n")
             for done in as_completed(asked):
                 key, reply = keys[asked[done].id], done.result()
                 known[key] = reply
@@ -244,11 +252,24 @@ def _answer(endpoint: Endpoint, suite: Suite, path: Path, *, is_new: bool) -> di
 
 
 def _ask_item(endpoint: Endpoint, suite: Suite, item: SuiteItem) -> Reply:
-    return endpoint.ask(_messages(suite, item), _max_tokens(suite))
+    question = question_of(suite, item)
+    return endpoint.ask(question.messages, _max_tokens(suite), question.tools)
 
 
-def _messages(suite: Suite, item: SuiteItem) -> list[dict[str, Any]]:
-    return build_chat(item.messages, item.prompt, system=getattr(suite.config, "system", None))
+def _as_openai(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with the arguments of its calls as the text that this protocol has."""
+    calls = [
+        {
+            "type": "function",
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in message.get("tool_calls") or ()
+    ]
+    return {**message, **({"tool_calls": calls} if calls else {})}
 
 
 def _max_tokens(suite: Suite) -> int:
@@ -258,7 +279,9 @@ def _max_tokens(suite: Suite) -> int:
 def _key(config: EndpointConfig, suite: Suite, item: SuiteItem) -> str:
     """Return a hash of all that decides an answer; prices and patience do not."""
     asked = config.model_dump(mode="json", include={"url", "model", "max_tokens", "extra"})
-    return hash_json([asked, _messages(suite, item), _max_tokens(suite)])
+    question = question_of(suite, item)
+    tools = [question.tools] if question.tools else []  # older answers are of items without any
+    return hash_json([asked, question.messages, _max_tokens(suite), *tools])
 
 
 def _read_kept(path: Path) -> Iterator[tuple[str, Reply]]:
@@ -273,6 +296,12 @@ def _read_kept(path: Path) -> Iterator[tuple[str, Reply]]:
             yield str(values.pop("question")), Reply(**values)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # cut off by a stop: it is asked again
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a stop left a last line without its end."""
+    content = path.read_bytes()
+    return bool(content) and not content.endswith(b"\n")
 
 
 def _hide(text: str, key: str | None) -> str:

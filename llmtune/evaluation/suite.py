@@ -226,12 +226,13 @@ def _item_content(item: SuiteItem) -> dict[str, Any]:
 def group_copies(items: Sequence[SuiteItem]) -> tuple[SuiteItem, ...]:
     """Return the items, with copies of each other in one cluster; unchanged if there are none.
 
-    Copies have the same question (and choices) but for case and spaces, or nearly the same words
-    outside the frame that all items share (Jaccard index of 9-byte pieces of 0.8 or more). Clusters
-    that the suite declares are joined if a copy links them.
+    Copies have the same question (and choices and tools) but for case and spaces, or nearly the
+    same words outside the frame that all items share (Jaccard index of 9-byte pieces of 0.8 or
+    more). Clusters that the suite declares are joined if a copy links them.
     """
-    texts = [" ".join((item.prompt or item.text).split()).casefold() for item in items]
-    asked = [(text, item.choices) for text, item in zip(texts, items, strict=True)]
+    texts = [" ".join(item.asked_text.split()).casefold() for item in items]
+    beside = [(item.choices, json.dumps(item.tools, sort_keys=True)) for item in items]
+    asked = list(zip(texts, beside, strict=True))
     frame = find_frame(texts)
     groups = _Groups(len(items))
     first: dict[object, int] = {}
@@ -241,7 +242,7 @@ def group_copies(items: Sequence[SuiteItem]) -> tuple[SuiteItem, ...]:
             groups.join(place, first.setdefault(item.cluster, place))
     declared = len({item.cluster or item.id for item in items})
     for pair in find_near_duplicates([frame.own_words(text) for text in texts]):
-        if items[pair.first].choices == items[pair.second].choices:
+        if beside[pair.first] == beside[pair.second]:
             groups.join(pair.first, pair.second)
     if groups.count == declared:
         return tuple(items)

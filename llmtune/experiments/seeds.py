@@ -1,7 +1,7 @@
 """Several trainings of one recipe that differ in their seed: one verdict with their noise in it."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,18 +143,15 @@ def join_reports(runs: Sequence[SeedRun], name: str) -> Report:
     first, resampling = reports[0], reports[0].resampling
     results = _shared(runs, manifests)
     suites = measure_joint_suites(results, resampling)
-    evidence = gather_evidence(runs[0].run, suites)
-    evidence = replace(
-        evidence, strengths=None, diagnostics=evidence.diagnostics.without_more_rows()
-    )
+    evidence = gather_evidence(first, suites)
+    evidence = replace(evidence, diagnostics=evidence.diagnostics.without_more_rows())
     verdict = decide(evidence)
     study = _study(runs, reports, results)
-    training = manifests[0].stages.get("train", {}).get("result") or {}
     return replace(
         first,
         name=name,
         verdict=verdict,
-        caveats=find_training_caveats(training) + find_caveats(evidence),
+        caveats=find_training_caveats(manifests[0].trained) + find_caveats(evidence),
         suites=suites,
         strengths=None,
         shifts=(),
@@ -252,14 +249,34 @@ def _measure(trainings: Sequence[Mapping[str, Any]], resampling: Any) -> SeedSui
 
 
 def _add_costs(costs: Sequence[Cost]) -> Cost:
-    """Return what all trainings took together; peaks and sizes are the largest."""
+    """Return what all trainings took together; peaks and sizes are the largest.
+
+    Steps and tokens stay those of one training.
+    """
     seconds: dict[str, float] = {}
     measures: dict[str, float] = {}
     for cost in costs:
         for total, part in ((seconds, cost.seconds), (measures, cost.measures)):
             for name, spent in part.items():
                 total[name] = total.get(name, 0.0) + spent
-    return replace(costs[0], seconds=seconds, measures=measures, break_even=None)
+    stages = dict.fromkeys(stage for cost in costs for stage in cost.peak_bytes)
+    return replace(
+        costs[0],
+        seconds=seconds,
+        measures=measures,
+        peak_bytes={
+            stage: max(cost.peak_bytes[stage] for cost in costs if stage in cost.peak_bytes)
+            for stage in stages
+        },
+        training_gpu_peak_bytes=_largest(cost.training_gpu_peak_bytes for cost in costs),
+        adapter_bytes=_largest(cost.adapter_bytes for cost in costs),
+        merged_bytes=_largest(cost.merged_bytes for cost in costs),
+        break_even=None,
+    )
+
+
+def _largest(sizes: Iterable[int | None]) -> int | None:
+    return max((size for size in sizes if size is not None), default=None)
 
 
 def _require_one_recipe(runs: Sequence[SeedRun], manifests: Sequence[Manifest]) -> None:

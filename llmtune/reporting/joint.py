@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.special import ndtri
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import (
@@ -13,15 +14,12 @@ from llmtune.evaluation.compare import (
     require_same_recipe,
 )
 from llmtune.evaluation.intervals import JointInterval, joint_interval
-from llmtune.evaluation.main_arms import CHAIN, compared_arms
+from llmtune.evaluation.main_arms import BEFORE, CHAIN, compared_arms
 from llmtune.evaluation.results import ArmResult, cluster_names
 from llmtune.evaluation.stats import POWER_FACTOR, Resampling
 from llmtune.reporting.measure import measure_suite
 from llmtune.reporting.run_results import Results
 from llmtune.reporting.suites import ArmScore, Change, Rival, SuiteReport, place_of
-
-WITHOUT_TRAINING = frozenset({"original", "base"})
-"""Arms that are the same in every training."""
 
 Arms = Mapping[str, ArmResult]
 
@@ -66,6 +64,7 @@ def measure_joint(trainings: Sequence[Arms], resampling: Resampling) -> SuiteRep
         return one
     found = compare_trainings(trainings, compared, resampling)
     half = (found.interval.high - found.interval.low) / 2
+    errors = float(ndtri((1 + resampling.confidence) / 2))  # standard errors in half an interval
     return replace(
         one,
         trainings=len(trainings),
@@ -73,7 +72,7 @@ def measure_joint(trainings: Sequence[Arms], resampling: Resampling) -> SuiteRep
         change=found.change,
         chain={
             part: compare_trainings(trainings, CHAIN[part], resampling).change
-            if not set(CHAIN[part]) <= WITHOUT_TRAINING
+            if not set(CHAIN[part]) <= set(BEFORE)
             else one.chain[part]
             for part in one.chain
         },
@@ -81,7 +80,7 @@ def measure_joint(trainings: Sequence[Arms], resampling: Resampling) -> SuiteRep
             name: _joint_rival(rival, trainings, name, resampling)
             for name, rival in one.rivals.items()
         },
-        mde=POWER_FACTOR * half / 1.96,
+        mde=POWER_FACTOR * half / errors,
         needed_items=None,
         mcnemar_p=None,
         gained=None,

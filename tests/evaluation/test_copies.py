@@ -1,5 +1,7 @@
 """Copies inside a suite are one observation."""
 
+from dataclasses import replace
+
 from llmtune.evaluation.suite import group_copies
 from llmtune.evaluation.tasks.base import SuiteItem
 
@@ -43,3 +45,22 @@ def test_a_copy_joins_the_clusters_that_a_suite_declares():
     ]
     assert clusters(*items) == ["x", "x", "x", "x"]
     assert clusters(*items[:3]) == ["x", "x", "y"]
+
+
+def test_chats_that_end_alike_are_different_questions():
+    last = {"role": "user", "content": "And why?"}
+    chats = [
+        ({"role": "user", "content": question}, {"role": "assistant", "content": "Yes."}, last)
+        for question in ("Is the sky blue?", "Do cats purr?", "Is the sky blue?")
+    ]
+    items = tuple(
+        SuiteItem(id=str(i), line=i, prompt="And why?", references=("So.",), messages=chat)
+        for i, chat in enumerate(chats)
+    )
+    first, second, third = (each.cluster for each in group_copies(items))
+    assert first == third != second
+    tools = ({"function": {"name": "look"}},)
+    assert group_copies((items[0], replace(items[2], tools=tools))) == (
+        items[0],
+        replace(items[2], tools=tools),
+    )

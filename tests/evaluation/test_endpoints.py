@@ -4,13 +4,15 @@ import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
 from llmtune.cli import run_command
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EndpointConfig
-from llmtune.evaluation.endpoints import Endpoint, Reply, describe_cost
+from llmtune.evaluation.endpoints import Endpoint, Reply, _answer, describe_cost
+from llmtune.evaluation.suite import load_suite
 from tests.project import make_project
 
 KEY = "sk-not-to-be-written"
@@ -131,3 +133,34 @@ def test_the_request_holds_what_was_asked_for_and_a_redirect_is_not_followed():
     }
     uncounted = describe_cost(EndpointConfig(url=url, model="big"), [Reply("a", None, 1, 2.0)])
     assert uncounted["price_per_1000"] is None and uncounted["input_tokens"] is None
+
+
+def test_an_items_tools_and_calls_are_sent_as_the_protocol_has_them():
+    call = {"id": "1", "function": {"name": "look", "arguments": {"at": "é"}}}
+    asked: list[dict[str, Any]] = [
+        {"role": "user", "content": "warm?"},
+        {"role": "assistant", "tool_calls": [call]},
+    ]
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    stand_in = StandIn(lambda _: "yes")
+    with stand_in.serve() as url:
+        endpoint = Endpoint("api", EndpointConfig(url=url, model="big"))
+        endpoint.ask(asked, 8, tools)
+    body = stand_in.asked[0][2]
+    assert body["tools"] == tools
+    assert body["messages"][0] == asked[0]
+    (sent,) = body["messages"][1]["tool_calls"]
+    assert sent["type"] == "function" and json.loads(sent["function"]["arguments"]) == {"at": "é"}
+
+
+def test_an_answer_behind_a_line_that_was_cut_off_is_kept(tmp_path, monkeypatch):
+    suite = load_suite(make_project(tmp_path).parent / "sentiment.yaml")
+    stand_in, kept = StandIn(label), tmp_path / "kept.jsonl"
+    with stand_in.serve() as url:
+        endpoint = Endpoint("api", EndpointConfig(url=url, model="big"))
+        _answer(endpoint, suite, kept, is_new=False)
+        lines = kept.read_text().splitlines()
+        kept.write_text("\n".join([*lines[:-1], lines[-1][:20]]))
+        _answer(endpoint, suite, kept, is_new=False)
+        _answer(endpoint, suite, kept, is_new=False)
+    assert len(stand_in.asked) == len(suite.items) + 1

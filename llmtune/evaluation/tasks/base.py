@@ -71,6 +71,13 @@ class SuiteItem:
         )
 
     @property
+    def asked_text(self) -> str:
+        """All that is asked, or the passage: two chats that end alike are two questions."""
+        if not self.messages:
+            return self.prompt or self.text
+        return "\n".join(str(message.get("content") or "") for message in self.messages)
+
+    @property
     def right_answer(self) -> str:
         """The right choice, or the first accepted text."""
         return self.choices[self.answer] if self.choices else self.references[0]
