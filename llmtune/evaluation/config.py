@@ -23,7 +23,7 @@ STRENGTHS: dict[Extent, tuple[float, ...]] = {
     "quick": (0.5,),
     "full": (0.25, 0.5, 0.75),
 }
-NO_NUMBERS = {"extent", "keep", "bootstrap_samples", "token_budget"}
+NO_NUMBERS = {"extent", "keep", "bootstrap_samples", "token_budget", "reuse_base"}
 """Knobs that change no score."""
 Toggle = bool | None
 BY_EXTENT = "null leaves it to `extent`."
@@ -111,6 +111,9 @@ class EvaluateConfig(_Measured):
     """Items per suite at most (chosen by a seeded shuffle); null takes all."""
     token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Padded tokens in one scoring batch; auto chooses by the device."""
+    reuse_base: bool = True
+    """Take over what an earlier run measured of the very same base, items, precision and code, and
+    keep what this one measures (in the cache directory). Arms with the adapter are never kept."""
     seed: int = Field(default=0, ge=0)
     """Seed of the item shuffle and the bootstrap."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)

@@ -47,6 +47,13 @@ def evaluate_run(request: EvaluationRequest, train_seconds: float | None = None)
     suites = take_base_answers(request.suites, request.base, request.load)
     evaluation = Evaluation(replace(request, suites=suites))
     planned = {name: plan(evaluation) for name, plan in MEASURES.items()}
+    for arm, names in evaluation.reused().items():
+        log.info(
+            "evaluate: %s: scores of an earlier run on the same base are taken over: %s "
+            "(evaluate.reuse_base=false measures them again)",
+            arm,
+            ", ".join(names),
+        )
     costs = _estimate(evaluation, {name: work for name, work in planned.items() if work})
     for line in cost_lines(costs, train_seconds):
         log.info("evaluate: %s", line)

@@ -20,7 +20,6 @@ from llmtune.evaluation.run import (
     NOTHING,
     ArmPlan,
     build_recipe,
-    score_plan,
     summarize_items,
 )
 from llmtune.evaluation.session import NEEDS_ROWS, Evaluation, Work
@@ -223,7 +222,7 @@ def _plan_alone(
         scored = evaluation.load_alone(arm, checkpoint, identity.dtype)
         if scored is not None:
             for plan in left:
-                evaluation.keep(score_plan(scored, plan))
+                evaluation.score(plan, scored)
 
     return [Work(sum(evaluation.counter.count(plan) for plan in left), score)]
 

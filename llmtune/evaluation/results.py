@@ -14,6 +14,9 @@ from llmtune.io.run_dir import atomic_write_json
 LM_EVAL_TASK = "lm-eval"
 """The `task` of a result that lm-evaluation-harness made."""
 
+REUSED = "reused"
+"""Key of a result's `about`: its scores were measured by an earlier run, of the same base."""
+
 AGAIN = "remove the file and measure it again: llmtune eval RUN"
 NAME_RULE = "letters, digits, `_`, `-` and `.`, no dot or dash first"
 """What the name of a suite may be made of: it is part of the names of result files."""
@@ -96,23 +99,30 @@ def read_arm_result(path: Path) -> ArmResult:
         raise LlmtuneError(f"{path}: no such result; run `llmtune eval` first")
     values = read_json_object(path, advice=AGAIN)
     _require_keys(path, values, ArmResult)
-    if not isinstance(values["items"], list) or not values["items"]:
+    items = read_items(path, values["items"])
+    if values["n"] != len(items):
+        raise LlmtuneError(f"{path}: says n = {values['n']} and holds {len(items)} items; {AGAIN}")
+    if not _is_number(values["mean"]):
+        raise LlmtuneError(f"{path}: mean is {values['mean']!r}, not a number; {AGAIN}")
+    return ArmResult(**{**values, "items": items})
+
+
+def read_items(path: Path, values: object) -> tuple[ItemScore, ...]:
+    """Return the items' scores that a file holds.
+
+    Raises:
+        LlmtuneError: there are none, one lacks a key, or a number of it is none.
+    """
+    if not isinstance(values, list) or not values:
         raise LlmtuneError(f"{path}: holds no items; {AGAIN}")
-    if values["n"] != len(values["items"]):
-        raise LlmtuneError(
-            f"{path}: says n = {values['n']} and holds {len(values['items'])} items; {AGAIN}"
-        )
-    for item in values["items"]:
+    for item in values:
         _require_keys(path, item, ItemScore)
         for name in ("score", "weight"):
             if not _is_number(item.get(name, 1.0)):
                 raise LlmtuneError(
                     f"{path}: item {item['id']!r}: {name} is {item[name]!r}, not a number; {AGAIN}"
                 )
-    if not _is_number(values["mean"]):
-        raise LlmtuneError(f"{path}: mean is {values['mean']!r}, not a number; {AGAIN}")
-    items = tuple(ItemScore(**item) for item in values["items"])
-    return ArmResult(**{**values, "items": items})
+    return tuple(ItemScore(**item) for item in values)
 
 
 def _require_keys(path: Path, values: object, kind: type) -> None:

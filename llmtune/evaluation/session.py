@@ -16,7 +16,8 @@ from llmtune.evaluation.diagnosis.subject import (
     TrainedSteps,
     prepare_subject,
 )
-from llmtune.evaluation.results import ArmResult, save_arm_result
+from llmtune.evaluation.kept import find_kept, keep_scores
+from llmtune.evaluation.results import REUSED, ArmResult, save_arm_result
 from llmtune.evaluation.run import (
     ArmPlan,
     Progress,
@@ -70,6 +71,8 @@ class EvaluationRequest:
     """Without one, `load("tuned")` loads the base alone."""
     why_no_strength: str | None = None
     """Why the adapter cannot be weakened; None if it can."""
+    keeps_base: bool = False
+    """Whether scores of the base alone are taken over from earlier runs, and kept for later."""
 
 
 class Evaluation:
@@ -172,9 +175,13 @@ class Evaluation:
         self.leave_out(arm, reason)
         return None
 
-    def score(self, plan: ArmPlan) -> None:
-        """Score an arm of the loaded base and adapter."""
-        self.keep(score_plan(self.scored, plan))
+    def score(self, plan: ArmPlan, alone: LiveModel | None = None) -> None:
+        """Score an arm of the loaded base and adapter, or of a model that was loaded alone."""
+        scored = alone or self.scored
+        result = score_plan(scored, plan)
+        self.keep(result)
+        if self.request.keeps_base:
+            keep_scores(scored, plan, result)
 
     def keep(self, result: ArmResult) -> None:
         """Write a result down."""
@@ -183,6 +190,8 @@ class Evaluation:
 
     def missing(self, plans: Iterable[ArmPlan], scored: LiveModel | None = None) -> list[ArmPlan]:
         """Return the plans without a finished result of the same recipe and model; take the others.
+
+        Those of the base alone may also be finished by an earlier run.
 
         Args:
             scored: whose results they would be; the loaded base and adapter by default.
@@ -193,11 +202,24 @@ class Evaluation:
             if not self.force:
                 asked = scored or self.scored
                 found = read_finished(self.run.evaluations_dir, asked, plan)
+                if found is None and self.request.keeps_base:
+                    found = find_kept(asked, plan)
+                    if found is not None:
+                        save_arm_result(found, self.run.evaluations_dir)
             if found is None:
                 left.append(plan)
             else:
                 self.results[plan.suite.name][plan.arm] = found
         return left
+
+    def reused(self) -> dict[str, list[str]]:
+        """Return the suites whose scores an earlier run measured, by arm."""
+        found: dict[str, list[str]] = {}
+        for suite, arms in self.results.items():
+            for arm, result in arms.items():
+                if REUSED in result.about:
+                    found.setdefault(arm, []).append(suite)
+        return found
 
     def work_on(self, plans: Iterable[ArmPlan]) -> list[Work]:
         """Return what is missing of arms of the loaded base and adapter."""

@@ -42,7 +42,7 @@ def machine() -> dict[str, str | int | None]:
     """Return the machine in a few words: system, processor, usable cores, bytes of memory."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
     }
@@ -61,7 +61,8 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """Return the processor as the system names it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(errors="replace").splitlines():

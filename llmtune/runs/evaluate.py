@@ -156,6 +156,7 @@ class EvaluateStage(Stage):
             load=lambda arm: load_target(target, arm),
             force=self.force,
             why_no_strength=_why_no_strength(adapter_dir),
+            keeps_base=config.evaluate.reuse_base and not config.model.trust_remote_code,
         )
 
     def _knobs(self, inputs: Mapping[str, Any]) -> EvaluateConfig:

@@ -203,3 +203,30 @@ def test_items_among_the_training_rows_are_told_before_training(config, caplog):
     caplog.clear()
     run(load(config))
     assert "word for word" not in " ".join(caplog.messages)
+
+
+def test_a_later_run_takes_over_what_was_measured_of_the_same_base(config, tmp_path, caplog):
+    caplog.set_level("INFO", logger="llmtune")
+    run(load(config))
+    other = load(config, f"run_dir={tmp_path / 'other'}", "adapter.rank=2")
+    caplog.clear()
+    run(other)
+    assert (
+        "base: scores of an earlier run on the same base are taken over: sentiment" in caplog.text
+    )
+    html = (tmp_path / "other" / "report.html").read_text()
+    assert "<i>base</i> on sentiment, prose were measured by an earlier run" in html
+
+    def items(directory, arm):
+        return json.loads((directory / "evaluations" / f"sentiment.{arm}.json").read_text())[
+            "items"
+        ]
+
+    run_dir = config.parent / "run"
+    assert items(tmp_path / "other", "base") == items(run_dir, "base")
+    assert items(tmp_path / "other", "tuned") != items(run_dir, "tuned")
+    caplog.clear()
+    anew = load(config, f"run_dir={tmp_path / 'anew'}", "evaluate.reuse_base=false")
+    run(anew)
+    assert "taken over" not in caplog.text
+    assert items(tmp_path / "anew", "base") == items(run_dir, "base")

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from llmtune.evaluation.main_arms import CHAIN, MainArm
+from llmtune.evaluation.results import REUSED
 from llmtune.reporting.beside import BesideTable, tabulate_beside
 from llmtune.reporting.charts import (
     BAD,
@@ -67,7 +68,8 @@ class Picture:
 class ResultsSection(TypedDict):
     """What the template shows; `limits` are the ends of each unit's axis.
 
-    `pairs` says which arms are compared; `parts` are the change's, shown for the suites `chains`.
+    `pairs` says which arms are compared; `parts` are the change's, shown for the suites `chains`;
+    `reused` names the suites that an earlier run measured on the same base, by arm.
     """
 
     groups: list[Group]
@@ -75,6 +77,7 @@ class ResultsSection(TypedDict):
     pairs: str
     parts: dict[str, tuple[MainArm, MainArm]]
     chains: list[SuiteReport]
+    reused: dict[str, list[str]]
     beside: list[BesideTable]
     pictures: list[Picture]
 
@@ -99,9 +102,19 @@ def show_results(suites: Sequence[SuiteReport], thresholds: Thresholds) -> Resul
         "pairs": name_pairs(suites),
         "parts": CHAIN,
         "chains": [suite for suite in suites if len(suite.chain) > 1],
+        "reused": _find_reused(suites),
         "beside": beside,
         "pictures": list(_draw_choices(beside)),
     }
+
+
+def _find_reused(suites: Sequence[SuiteReport]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for suite in suites:
+        for arm, score in suite.arms.items():
+            if REUSED in score.about:
+                found.setdefault(arm, []).append(suite.name)
+    return found
 
 
 def _draw_choices(tables: Sequence[BesideTable]) -> Iterator[Picture]:

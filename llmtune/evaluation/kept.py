@@ -1,0 +1,150 @@
+"""Scores of an untouched base, kept in the cache directory: later runs on it take them over.
+
+They depend on no adapter, only on base, items, precision, machine and the code that scores.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.main_arms import kind_among
+from llmtune.evaluation.results import REUSED, ArmResult, read_items
+from llmtune.evaluation.run import WITHOUT_ADAPTER, ArmPlan, build_recipe, summarize_items
+from llmtune.io.environment import processor_name, versions
+from llmtune.io.fingerprint import hash_file, hash_json, hash_text
+from llmtune.io.json_files import read_json_object
+from llmtune.io.run_dir import atomic_write_json
+from llmtune.models.checkpoint import CONFIG_NAME
+from llmtune.models.gguf import cache_dir
+from llmtune.models.live import LiveModel
+from llmtune.scoring.batches import vocabulary_size
+
+log = logging.getLogger("llmtune")
+
+FOLDER = "scores"
+KEPT_FILES = 1000
+NO_SCORES = {"name", "description", "items", "role"}
+"""Suite keys that change no item's score; the items have a fingerprint of their own."""
+SCORING_ROOMS = ("evaluation", "scoring", "data", "adapters", "models", "ops")
+
+
+def find_kept(scored: LiveModel, plan: ArmPlan) -> ArmResult | None:
+    """Return what an earlier run measured of the very same; None if there is nothing.
+
+    Args:
+        scored: whose identity, as this arm, the result has.
+        plan: the arm; one that the adapter takes part in is never kept.
+    """
+    key = _key(scored, plan)
+    if key is None:
+        return None
+    path = _place(key)
+    try:
+        found = read_json_object(path)
+        if found.get("key") != key or found.get("seal") != hash_json(found.get("items")):
+            return None
+        items = read_items(path, found.get("items"))
+    except (LlmtuneError, ValueError):
+        return None  # not there, or damaged: it is measured again
+    if [item.id for item in items] != [item.id for item in plan.suite.items]:
+        return None
+    with suppress(OSError):  # of a different user, or on a read-only disk
+        os.utime(path)
+    return summarize_items(
+        plan.suite,
+        plan.arm,
+        items,
+        recipe=build_recipe(scored, plan.suite, plan.settings),
+        model=scored.identity_as(plan.loaded_arm, plan.strength).as_dict(),
+        seconds=0.0,
+        about={**plan.about, REUSED: True},
+    )
+
+
+def keep_scores(scored: LiveModel, plan: ArmPlan, result: ArmResult) -> None:
+    """Keep the items' scores of an arm without an adapter, whole or not at all.
+
+    Where the cache cannot be written one line says so: an evaluation needs none.
+    """
+    key = _key(scored, plan)
+    if key is None:
+        return
+    items = [asdict(item) for item in result.items]
+    path = _place(key)
+    try:
+        atomic_write_json(path, {"key": key, "seal": hash_json(items), "items": items})
+        _forget_oldest(path.parent)
+    except OSError as error:
+        log.warning("the base's scores are not kept in %s: %s", path.parent, error)
+    except ValueError:
+        return  # a score that is not a number, which JSON cannot hold
+
+
+def _key(scored: LiveModel, plan: ArmPlan) -> dict[str, Any] | None:
+    """Return all that the scores depend on; None if an adapter or the user's code is part of it."""
+    suite = plan.suite
+    if not kind_among(WITHOUT_ADAPTER, plan.arm) or suite.config.recipe_facts():
+        return None
+    declared = suite.config.model_dump(mode="json", exclude=NO_SCORES)
+    tokenizer = scored.tokenizer
+    return {
+        "recipe": hash_json(build_recipe(scored, suite, plan.settings)),
+        "suite": hash_json([declared, suite.items_fingerprint, [i.id for i in suite.items]]),
+        "model": scored.identity_as(plan.loaded_arm, plan.strength).as_dict(),
+        "files": _files(scored.source.directory),
+        "tokenizer": hash_text(tokenizer.backend_tokenizer.to_str()),
+        "template_date": str(scored.source.template_date),
+        "stop_tokens": list(scored.stop_token_ids),
+        "attention": scored.attention,
+        "vocabulary": vocabulary_size(scored.model),
+        "device": [scored.device.type, *_device_name(scored.device)],
+        "token_budget": plan.settings.token_budget,
+        "versions": versions(),
+        "code": code_fingerprint(),
+    }
+
+
+def _files(directory: Path) -> dict[str, Any]:
+    """Return the config's hash, and size and time of the weights: fingerprints sample those."""
+    weights = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
+    config = directory / CONFIG_NAME
+    return {
+        CONFIG_NAME: hash_file(config) if config.is_file() else None,
+        **{path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(weights)},
+    }
+
+
+def _device_name(device: torch.device) -> Sequence[str]:
+    if device.type == "cuda":
+        return [torch.cuda.get_device_name(device)]
+    return [processor_name(), torch.backends.cpu.get_cpu_capability()]
+
+
+@cache
+def code_fingerprint() -> str:
+    """Return a hash of our own code that scores: with a different version of it nothing is kept."""
+    root = Path(__file__).parents[1]
+    files = sorted(path for room in SCORING_ROOMS for path in (root / room).rglob("*.py"))
+    return hash_json({str(path.relative_to(root)): hash_file(path) for path in files})
+
+
+def _place(key: Mapping[str, Any]) -> Path:
+    return cache_dir() / FOLDER / f"{hash_json(key)[:32]}.json"
+
+
+def _forget_oldest(directory: Path) -> None:
+    """Keep the files that were used last."""
+    ages = []
+    for path in directory.glob("*.json"):
+        with suppress(FileNotFoundError):  # another process was faster
+            ages.append((path.stat().st_mtime, path))
+    for _, path in sorted(ages, reverse=True)[KEPT_FILES:]:
+        path.unlink(missing_ok=True)
