@@ -96,6 +96,36 @@ def test_no_function_is_longer_than_a_hundred_lines():
     assert long == []
 
 
+OPEN_DICTS = {
+    "adapters": 2,  # adapter_config.json and the manifest beside it, of any version
+    "checks": 1,  # what llama.cpp's server answers
+    "data": 17,  # rows, messages and tools as the user wrote them
+    "evaluation": 2,  # the messages of a question
+    "exporting": 1,  # tokenizer.json
+    "io": 2,  # JSON files of any shape
+    "merging": 1,  # config.json of a base
+    "models": 6,  # config.json, transformers' keywords and messages
+    "planning": 1,  # config.json
+    "reporting": 1,  # metrics.jsonl of any version
+    "runs": 1,  # report.json of any version
+    "serving": 1,  # tools as the user wrote them
+    "training": 2,  # metrics.jsonl of any version, and the attributes of trl's objects
+}
+"""How many functions of a room return a dict whose keys no type knows; it may not grow."""
+
+
+def test_results_and_records_have_types():
+    """A dict with known keys is a frozen dataclass or a TypedDict; what is written a JsonObject."""
+    pattern = re.compile(r"(dict|Mapping)\[str, (Any|object)\]")
+    found = dict.fromkeys(OPEN_DICTS, 0)
+    for path in module_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.returns is not None:
+                is_open = pattern.search(ast.unparse(node.returns)) is not None
+                found[room_of(path)] = found.get(room_of(path), 0) + is_open
+    assert {room: n for room, n in found.items() if n > OPEN_DICTS.get(room, 0)} == {}
+
+
 def needed_modules(path: Path) -> set[str]:
     """Return the modules of llmtune that a file needs when it runs.
 

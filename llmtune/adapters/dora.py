@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmtune.adapters.base import SavedConfig
 from llmtune.adapters.low_rank import LowRankAdapter
@@ -108,7 +108,7 @@ class DoraUpdate(WeightUpdate):
         """How far the result is moved from the base's weight."""
         return self.weight
 
-    def describe(self) -> Mapping[str, Any]:
+    def describe(self) -> Mapping[str, float | str]:
         """Return what the low-rank part is."""
         return self.low_rank.describe()
 

@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -19,6 +19,7 @@ from llmtune.adapters.live import attach
 from llmtune.adapters.module_selection import ModuleNames, choose_targets, shorten_targets
 from llmtune.adapters.saved import start_from_adapter
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import JsonObject
 from llmtune.models.quantization.describe import EXPERT_DIMENSIONS, LAYER_NUMBER, logical_size
 
 
@@ -55,7 +56,7 @@ class InjectionTable:
         """Trainable parameters per base parameter."""
         return self.trainable_parameters / self.total_parameters
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the table as JSON, a row's settings beside its other numbers."""
         rows = [
             {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmtune.adapters.update import AdditiveUpdate, Place, WeightUpdate, Workspace
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.safetensors import TensorEntry
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class LowRankUpdate(AdditiveUpdate):
         """The adapter's weight."""
         return self.weight
 
-    def describe(self) -> Mapping[str, Any]:
+    def describe(self) -> Mapping[str, float | str]:
         """Return rank, scaling, weight and the name of A."""
         return {
             "rank": self.a.shape[0] // self.place.num_experts,
@@ -106,7 +107,7 @@ class NewFactors(NamedTuple):
 
 def form_adapter(
     modules: Mapping[str, NewFactors], like: Mapping[str, Any]
-) -> "tuple[dict[str, Tensor], dict[str, Any]]":
+) -> "tuple[dict[str, Tensor], JsonObject]":
     """Return the tensors by name (below the model's prefix) and the config of a plain adapter.
 
     Args:

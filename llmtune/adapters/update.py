@@ -7,7 +7,7 @@ alone. Merging reads the base a few rows at a time and hands them to the update.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from llmtune.io.safetensors import TensorEntry
 
@@ -104,7 +104,7 @@ class WeightUpdate(ABC):
         """How much of the update is wanted; 1 is all of it."""
         return 1.0
 
-    def describe(self) -> Mapping[str, Any] | None:
+    def describe(self) -> Mapping[str, float | str] | None:
         """Return it as JSON for the plan, or None if its word says all.
 
         All values but `tensor` are numbers; `weight` is the strength.

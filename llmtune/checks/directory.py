@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from llmtune.checks.verification import (
 )
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import render_question
+from llmtune.io.fingerprint import JsonObject
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.scoring.generate import Decoding
 from llmtune.scoring.live import as_arm
@@ -51,7 +52,7 @@ class DirectoryComparison:
     num_same_strings: int
     stop_token_ids: tuple[int, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the comparison as JSON."""
         return {
             "type": self.type,
@@ -59,7 +60,7 @@ class DirectoryComparison:
             "max_kl": self.max_kl,
             "strength": self.strength,
             "live_is_quantized": self.live_is_quantized,
-            **self.check.to_dict(),
+            **asdict(self.check),
             "num_prompts": self.num_prompts,
             "num_same_prompts": self.num_same_prompts,
             "num_strings": self.num_strings,

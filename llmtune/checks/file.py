@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -53,6 +52,7 @@ from llmtune.checks.verification import (
     format_strings,
 )
 from llmtune.evaluation.tasks.base import Suite
+from llmtune.io.fingerprint import JsonObject
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.hardware import release_memory
 from llmtune.scoring.live import as_arm
@@ -100,7 +100,7 @@ class ModelComparison:
     parity: ParityResult
     labels: tuple[LabelAgreement, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the comparison as JSON, its limits among it."""
         return {
             "against": self.limits.against,
@@ -165,7 +165,7 @@ class FileComparison:
     chain: ModelComparison | None
     """Against base + adapter; None if there is no adapter."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return both comparisons as JSON."""
         return {
             "type": self.type,

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import nn
 
 from llmtune.checks.runtime import RuntimeAnswers
+from llmtune.io.fingerprint import JsonObject
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.likelihood import score_continuations
 from llmtune.scoring.requests import ContinuationRequest
@@ -36,7 +36,7 @@ class LabelAgreement:
         """How much of accuracy the file loses or gains, as a fraction of 1."""
         return abs(self.file_accuracy - self.model_accuracy)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the agreement as JSON."""
         return asdict(self)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from llmtune.checks.prompts import ComparedPrompts
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import blamed_on, read_json_object
+from llmtune.io.manifest import CheckRecord
 from llmtune.io.safetensors import CheckpointIndex
 from llmtune.models.checkpoint import CONFIG_NAME
 from llmtune.models.quantization.describe import keep_differentiable
@@ -153,11 +154,7 @@ class VerifyResult:
                 "the same weights computed exactly"
             )
 
-    def to_dict(self) -> dict[str, object]:
-        """Return the result as JSON."""
-        return asdict(self)
-
-    def numbers(self) -> dict[str, object]:
+    def numbers(self) -> CheckRecord:
         """Return the numbers as JSON, without the texts."""
         return {
             "kl": self.kl,

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ from llmtune.checks.verification import allowed_kl
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import encode_plain, render_messages
 from llmtune.errors import CheckFailed
+from llmtune.io.fingerprint import JsonObject
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.scoring.batches import (
     choose_token_budget,
@@ -97,7 +97,7 @@ class ParityResult:
             f"such as {self.odd_strings[0]!r}",
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the result as JSON."""
         return asdict(self)
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import read_json_object
@@ -12,7 +11,7 @@ from llmtune.io.run_dir import atomic_write_json
 PROVENANCE_FILE = "llmtune_merge.json"
 
 
-def add_to_provenance(merged_dir: Path, values: Mapping[str, Any]) -> None:
+def add_to_provenance(merged_dir: Path, values: Mapping[str, object]) -> None:
     """Add what became known after the merge was written."""
     path = merged_dir / PROVENANCE_FILE
     known = read_json_object(path, advice="merge again")

@@ -5,7 +5,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import xllamacpp
 
@@ -15,6 +15,21 @@ LETTER = "a"
 PREFERENCE = 1e4  # added to a logit
 FEW_PROBABILITIES = 64  # the whole vocabulary is megabytes of JSON a question
 LEAST_LIKELY = -1e9
+
+
+class Answer(TypedDict):
+    """What was written after a prompt, up to the token that ends it."""
+
+    token_ids: list[int]
+    stopped: bool
+    margins: list[float | None]
+    """Log-probability of each token less that of the second likeliest."""
+
+
+class ChatAnswer(Answer):
+    """The answer to a conversation, and the prompt that the file's template made of it."""
+
+    prompt_ids: list[int]
 
 
 class Server:
@@ -53,13 +68,13 @@ class Server:
         body = {"content": text, "add_special": add_special, "parse_special": True}
         return list(self.post("/tokenize", body)["tokens"])
 
-    def answer_chat(self, messages: list[dict[str, str]], max_new_tokens: int) -> dict[str, Any]:
+    def answer_chat(self, messages: list[dict[str, str]], max_new_tokens: int) -> "ChatAnswer":
         """Render a conversation with the file's template, and answer it as the chat does."""
         prompt = self.post("/apply-template", {"messages": messages})["prompt"]
         ids = self.tokenize(prompt, add_special=True)
         return {"prompt_ids": ids, **self.answer(prompt, max_new_tokens)}
 
-    def answer(self, prompt: str | list[int], max_new_tokens: int) -> dict[str, Any]:
+    def answer(self, prompt: str | list[int], max_new_tokens: int) -> "Answer":
         """Continue a text or token ids greedily."""
         body = {"prompt": prompt, "n_predict": max_new_tokens, "n_probs": 2, "return_tokens": True}
         reply = self.post("/completion", {**GREEDY, **body})

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from llmtune.errors import CheckFailed
+from llmtune.io.fingerprint import JsonObject
 
 # Largest KL(model || file) after a prompt, in nats, with which a file is kept. A broken file has
 # several nats; SmolLM2-135M, which suffers more than larger models, has 0.00001 in f16 and 0.010
@@ -51,7 +52,7 @@ class Comparison(Protocol):
     def problems(self) -> tuple[str, ...]:
         """What differs by more than allowed, one text each."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the comparison as JSON."""
 
     def lines(self, subject: str) -> Iterator[str]:
@@ -66,7 +67,7 @@ class Verification:
     against: str
     found: Comparison
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the result as JSON."""
         return {"subject": self.subject, "against": self.against, **self.found.to_dict()}
 

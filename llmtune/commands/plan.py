@@ -55,7 +55,7 @@ def plan(  # noqa: PLR0913 - one argument for each option
     found = pipeline.plan(run, gpu=gpu, measure=measure)
     merged = pipeline.plan_merge(run) if merge else None
     num_merged = None if merged is None else merged.num_changed
-    values = found.as_json() | ({"merge": merged.to_dict()} if merged else {})
+    values = {**found.as_json(), **({"merge": merged.to_dict()} if merged else {})}
     print_result(values, as_json, lambda: _render(found, quiet, num_merged))
     if not found.fits:
         raise click.exceptions.Exit(1)

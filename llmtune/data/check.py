@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtune.data.collect import Split, SplitCollector, read_evaluation_keys
 from llmtune.data.config import DataConfig
@@ -15,6 +15,7 @@ from llmtune.data.hub import pin_sources
 from llmtune.data.prepare import order_epoch
 from llmtune.data.problems import LISTED_PROBLEMS, RowProblem
 from llmtune.data.report import DataReport
+from llmtune.io.fingerprint import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,7 +62,7 @@ class CheckReport:
             return f"ready, with {warnings} kind{'s' * (warnings > 1)} of warning"
         return "ready: nothing found"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the report as JSON values."""
         return {
             "verdict": self.verdict,

@@ -20,6 +20,7 @@ from llmtune.data.masks import LabelledRow, Labeller
 from llmtune.data.problems import RowError, RowProblem
 from llmtune.data.rows import LoadedRow, open_source
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -72,7 +73,7 @@ class RowPreview:
             title += f" (longer than max_length {self.max_length})"
         return title
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return what scripts read: `input_ids`, `labels`, `text`, `source`, `line`."""
         return {
             "input_ids": self.input_ids,

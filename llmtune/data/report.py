@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from llmtune.data.problems import LISTED_PROBLEMS, RowProblem
+from llmtune.io.fingerprint import JsonObject
 
 MAX_KEPT_PROBLEMS = 1000
 
@@ -66,7 +67,7 @@ class DataReport:
         """Return the rows kept from all sources."""
         return sum(source.rows_kept for source in self.sources)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the report as JSON values."""
         return asdict(self) | {
             "rows_read": self.rows_read,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.adapters.manifest import COPY_AGAIN, MANIFEST_NAME, read_adapter_manifest
 from llmtune.data.render import encode_plain
 from llmtune.errors import LlmtuneError
-from llmtune.io.fingerprint import hash_json
+from llmtune.io.fingerprint import JsonObject, hash_json
 from llmtune.models.chat_template import TEMPLATE_ERRORS, apply_chat_template
 from llmtune.models.template_date import fix_template_date, prints_date
 
@@ -36,7 +36,7 @@ class TemplateIdentity:
     golden_prompt_ids: tuple[int, ...]
     """The ids of one fixed chat with its generation prompt: the template and tokenizer at work."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the identity as JSON values."""
         return {
             "template_hash": self.template_hash,

@@ -3,9 +3,11 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmtune.evaluation.results import ItemScore
+from llmtune.io.fingerprint import JsonObject
 
 MOST_CLASSES = 30
 """With more, classes are not broken down: a confusion matrix would not be read."""
@@ -15,7 +17,49 @@ NOTHING = ""
 """The column of a confusion matrix for answers that name no choice."""
 
 
-def describe_choices(scores: Sequence[ItemScore], labels: Sequence[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ClassScore:
+    """How one class was answered; None if it was never given, asked, or either."""
+
+    label: str
+    n: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """The classes of a suite.
+
+    `confusion` has a row for each right label and a column for each given one; the last column is
+    answers that name none of the labels. Macro-F1 is over the classes that were asked or answered.
+    """
+
+    macro_f1: float | None
+    classes: list[ClassScore]
+    confusion: list[list[int]]
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """The items whose confidence falls in one bin: how many, how sure, how often right."""
+
+    n: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the confidence of answers fits their accuracy."""
+
+    calibration_error: float
+    brier: float
+    reliability: list[ReliabilityBin]
+
+
+def describe_choices(scores: Sequence[ItemScore], labels: Sequence[str]) -> JsonObject:
     """Return the secondary scores of a choice suite as JSON values.
 
     Args:
@@ -24,11 +68,11 @@ def describe_choices(scores: Sequence[ItemScore], labels: Sequence[str]) -> dict
     found: dict[str, Any] = {}
     if labels and len(labels) <= MOST_CLASSES:
         pairs = [(each.answer or "", each.prediction or "") for each in scores]
-        found |= describe_classes(pairs, labels)
+        found |= asdict(describe_classes(pairs, labels))
     calibrated = [each.details["probabilities"] for each in scores if _has_probabilities(each)]
     if len(calibrated) == len(scores):
         answers = [each.details["right"] for each in scores]
-        found |= describe_calibration(calibrated, answers)
+        found |= asdict(describe_calibration(calibrated, answers))
     written = [each.details["written"] for each in scores if "written" in each.details]
     if len(written) == len(scores):
         found["written_accuracy"] = sum(one["score"] for one in written) / len(written)
@@ -39,44 +83,39 @@ def describe_choices(scores: Sequence[ItemScore], labels: Sequence[str]) -> dict
     return found
 
 
-def describe_classes(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> dict[str, Any]:
+def describe_classes(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> ClassScores:
     """Return macro-F1, precision, recall and F1 per class, and the confusion matrix.
 
     Args:
         pairs: the right and the given label of each item.
-
-    Returns:
-        `confusion` has a row for each right label and a column for each given one; the last column
-        is answers that name none of the labels. Macro-F1 is over the classes that were asked or
-        answered.
     """
     known = set(labels)
     counts = Counter((right, given if given in known else NOTHING) for right, given in pairs)
-    classes: list[dict[str, Any]] = []
+    classes = []
     for label in labels:
         hits = counts[label, label]
         asked = sum(n for (right, _), n in counts.items() if right == label)
         given = sum(n for (_, answer), n in counts.items() if answer == label)
         classes.append(
-            {
-                "label": label,
-                "n": asked,
-                "precision": hits / given if given else None,
-                "recall": hits / asked if asked else None,
-                "f1": 2 * hits / (asked + given) if asked + given else None,
-            }
+            ClassScore(
+                label=label,
+                n=asked,
+                precision=hits / given if given else None,
+                recall=hits / asked if asked else None,
+                f1=2 * hits / (asked + given) if asked + given else None,
+            )
         )
-    scored = [each["f1"] for each in classes if each["f1"] is not None]
-    return {
-        "macro_f1": sum(scored) / len(scored) if scored else None,
-        "classes": classes,
-        "confusion": [[counts[right, given] for given in (*labels, NOTHING)] for right in labels],
-    }
+    scored = [each.f1 for each in classes if each.f1 is not None]
+    return ClassScores(
+        macro_f1=sum(scored) / len(scored) if scored else None,
+        classes=classes,
+        confusion=[[counts[right, given] for given in (*labels, NOTHING)] for right in labels],
+    )
 
 
 def describe_calibration(
     probabilities: Sequence[Sequence[float]], answers: Sequence[int]
-) -> dict[str, Any]:
+) -> Calibration:
     """Return the expected calibration error, the Brier score, and the bins of a reliability chart.
 
     The error is the mean distance of confidence and accuracy over ten bins of equal width,
@@ -90,18 +129,18 @@ def describe_calibration(
         is_right = list(each).index(confidence) == answer
         bins[min(BINS - 1, int(confidence * BINS))].append((confidence, is_right))
         brier += sum((p - (place == answer)) ** 2 for place, p in enumerate(each))
-    shown: list[dict[str, float]] = [
-        {
-            "n": len(members),
-            "confidence": math.fsum(confidence for confidence, _ in members) / len(members),
-            "accuracy": sum(is_right for _, is_right in members) / len(members),
-        }
+    shown = [
+        ReliabilityBin(
+            n=len(members),
+            confidence=math.fsum(confidence for confidence, _ in members) / len(members),
+            accuracy=sum(is_right for _, is_right in members) / len(members),
+        )
         for members in bins
         if members
     ]
     total = len(answers)
-    error = math.fsum(one["n"] * abs(one["confidence"] - one["accuracy"]) for one in shown) / total
-    return {"calibration_error": error, "brier": brier / total, "reliability": shown}
+    error = math.fsum(one.n * abs(one.confidence - one.accuracy) for one in shown) / total
+    return Calibration(calibration_error=error, brier=brier / total, reliability=shown)
 
 
 def _has_probabilities(score: ItemScore) -> bool:

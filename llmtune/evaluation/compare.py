@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 
@@ -40,6 +40,20 @@ SAME = 1e-12
 FEWEST_ITEMS = 20
 FEWEST_CLUSTERS = 8
 """Below either of these no gain is claimed: the intervals are not known to hold there."""
+
+
+class ComparisonJson(TypedDict):
+    """A comparison as JSON, as far as it is read by name."""
+
+    base: float
+    tuned: float
+    n: int
+    difference: float
+    low: float
+    high: float
+    interval: Sequence[float]
+    gain: float
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -100,10 +114,10 @@ class Comparison:
             return "no difference shown"
         return "better" if self.gain > 0 else "worse"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> ComparisonJson:
         """Return the fields for JSON, with the interval as one pair, the gain and the verdict."""
         derived = {"interval": list(self.interval), "gain": self.gain, "verdict": self.verdict}
-        return asdict(self) | derived
+        return cast(ComparisonJson, asdict(self) | derived)
 
 
 @dataclass(frozen=True)

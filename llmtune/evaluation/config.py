@@ -1,8 +1,9 @@
 """The `evaluate` section: which suites, on which arms, how much more, and how sure it is."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, create_model, field_validator, model_validator
 
@@ -10,6 +11,7 @@ from llmtune.evaluation.diagnosis.base import EXTENTS, Extent
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.evaluation.main_arms import MAIN_ARMS, MainArm
 from llmtune.evaluation.tasks.base import ABILITIES, Ability
+from llmtune.io.fingerprint import JsonObject
 from llmtune.schema import Section
 
 MEASURED_FROM: dict[str, Extent] = {
@@ -26,6 +28,7 @@ STRENGTHS: dict[Extent, tuple[float, ...]] = {
 NO_NUMBERS = {"extent", "keep", "bootstrap_samples", "token_budget", "reuse_base"}
 """Knobs that change no score."""
 Toggle = bool | None
+Named = TypeVar("Named", bound=Mapping[str, object])
 BY_EXTENT = "null leaves it to `extent`."
 
 
@@ -139,7 +142,7 @@ class EvaluateConfig(_Measured):
 
     @field_validator("prompts", "predictions", "endpoints")
     @classmethod
-    def _require_plain_names(cls, files: dict[str, Any]) -> dict[str, Any]:
+    def _require_plain_names(cls, files: Named) -> Named:
         for name in files:
             if not re.fullmatch(r"\w[\w-]*", name):
                 raise ValueError(f"{name!r} cannot name results: letters, digits, `_` and `-`")
@@ -159,7 +162,7 @@ class EvaluateConfig(_Measured):
             return chosen
         return EXTENTS.index(self.extent) >= EXTENTS.index(MEASURED_FROM[name])
 
-    def measuring_knobs(self) -> dict[str, Any]:
+    def measuring_knobs(self) -> JsonObject:
         """Return as JSON what decides the numbers, but for the extent and contents of files."""
         return self.model_dump(mode="json", exclude=NO_NUMBERS)
 

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.evaluation.run import ArmPlan
+from llmtune.io.manifest import MeasureJson
 from llmtune.scoring.batches import inference, model_device, pad_rows, run_forward
 
 TIMED_ROWS, TIMED_TOKENS = 8, 64
@@ -28,7 +28,7 @@ class MeasureCost:
     estimated_seconds: float
     seconds: float | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> MeasureJson:
         """Return the fields for JSON."""
         return {
             "measure": self.measure,

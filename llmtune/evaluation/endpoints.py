@@ -51,6 +51,21 @@ class Reply:
     seconds: float
 
 
+@dataclass(frozen=True)
+class RequestCost:
+    """What the requests to an endpoint took: tokens and seconds each, and the price of 1,000.
+
+    None if the endpoint counts no tokens, or the config names no prices.
+    """
+
+    endpoint: str
+    model: str
+    input_tokens: float | None
+    output_tokens: float | None
+    seconds_per_request: float
+    price_per_1000: float | None
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would take the key along."""
 
@@ -195,16 +210,13 @@ def _score_suite(evaluation: Evaluation, name: str, config: EndpointConfig, suit
             recipe=build_recipe(evaluation.scored, suite, chosen),
             model={"endpoint": config.url, "model": config.model},
             seconds=sum(reply.seconds for reply in replies.values()),
-            about=describe_cost(config, list(replies.values())),
+            about=asdict(describe_cost(config, list(replies.values()))),
         )
     )
 
 
-def describe_cost(config: EndpointConfig, replies: Sequence[Reply]) -> dict[str, Any]:
-    """Return what the requests took: tokens and seconds each, and the price of 1,000 of them.
-
-    None where the endpoint counts no tokens, or the config names no prices.
-    """
+def describe_cost(config: EndpointConfig, replies: Sequence[Reply]) -> RequestCost:
+    """Return what the requests took."""
     read = _mean([reply.input_tokens for reply in replies])
     written = _mean([reply.output_tokens for reply in replies])
     price = None
@@ -212,14 +224,14 @@ def describe_cost(config: EndpointConfig, replies: Sequence[Reply]) -> dict[str,
     parts = [count * cost for count, cost in paid if count is not None and cost is not None]
     if len(parts) == len(paid):
         price = sum(parts) / 1000
-    return {
-        "endpoint": config.url,
-        "model": config.model,
-        "input_tokens": read,
-        "output_tokens": written,
-        "seconds_per_request": sum(reply.seconds for reply in replies) / len(replies),
-        "price_per_1000": price,
-    }
+    return RequestCost(
+        endpoint=config.url,
+        model=config.model,
+        input_tokens=read,
+        output_tokens=written,
+        seconds_per_request=sum(reply.seconds for reply in replies) / len(replies),
+        price_per_1000=price,
+    )
 
 
 def _mean(counts: Sequence[int | None]) -> float | None:

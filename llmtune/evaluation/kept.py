@@ -19,7 +19,7 @@ from llmtune.evaluation.main_arms import kind_among
 from llmtune.evaluation.results import REUSED, ArmResult, read_items
 from llmtune.evaluation.run import WITHOUT_ADAPTER, ArmPlan, build_recipe, summarize_items
 from llmtune.io.environment import processor_name, versions
-from llmtune.io.fingerprint import hash_file, hash_json, hash_text
+from llmtune.io.fingerprint import JsonObject, hash_file, hash_json, hash_text
 from llmtune.io.json_files import read_json_object
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.models.checkpoint import CONFIG_NAME
@@ -88,7 +88,7 @@ def keep_scores(scored: LiveModel, plan: ArmPlan, result: ArmResult) -> None:
         return  # a score that is not a number, which JSON cannot hold
 
 
-def _key(scored: LiveModel, plan: ArmPlan) -> dict[str, Any] | None:
+def _key(scored: LiveModel, plan: ArmPlan) -> JsonObject | None:
     """Return all that the scores depend on; None if an adapter or the user's code is part of it."""
     suite = plan.suite
     if not kind_among(WITHOUT_ADAPTER, plan.arm) or suite.config.recipe_facts():
@@ -112,7 +112,7 @@ def _key(scored: LiveModel, plan: ArmPlan) -> dict[str, Any] | None:
     }
 
 
-def _files(directory: Path) -> dict[str, Any]:
+def _files(directory: Path) -> JsonObject:
     """Return the config's hash, and size and time of the weights: fingerprints sample those."""
     weights = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
     config = directory / CONFIG_NAME

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.results import LM_EVAL_TASK, ArmResult, ItemScore, finite_or_none
+from llmtune.evaluation.results import LM_EVAL_TASK, ArmResult, ItemScore, Recipe, finite_or_none
 from llmtune.evaluation.stats import standard_error
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.quiet import quieted
@@ -234,7 +234,7 @@ def _direction(task: _Task, metric: str) -> bool:
 
 def _recipe(
     scored: LiveModel, settings: LmEvalSettings, task: _Task, metric: str, chosen_filter: str
-) -> dict[str, Any]:
+) -> Recipe:
     identity = scored.identity
     template = template_fingerprint(scored.tokenizer).to_json() if settings.chat_template else None
     return {

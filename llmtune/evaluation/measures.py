@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,7 @@ def plan_side_by_side(evaluation: Evaluation) -> list[Work]:
 
     def answer() -> None:
         answers = answer_side_by_side(evaluation.scored, shown_prompts())
-        atomic_write_json(path, answers)
+        atomic_write_json(path, [asdict(each) for each in answers])
 
     return [Work(count_tokens(shown_prompts()), answer)]
 

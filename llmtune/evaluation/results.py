@@ -5,9 +5,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import read_json_object
 from llmtune.io.run_dir import atomic_write_json
 
@@ -42,6 +43,27 @@ class ItemScore:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+class Recipe(TypedDict, total=False):
+    """Everything that must be the same for two results to be comparable."""
+
+    items: str
+    num_items: int
+    scoring: JsonObject
+    """The suite's declaration, or the harness's task."""
+    template: str
+    demonstrations: str
+    base: str
+    precision: Mapping[str, str]
+    versions: Mapping[str, str]
+    selection: str
+    """Of the items, if not all of the suite were asked."""
+    metric: JsonObject
+    """What decides scores beside the declaration: the user's own code."""
+    prompt: str
+    probe: JsonObject
+    """Where in the model a probe reads."""
+
+
 @dataclass(frozen=True)
 class ArmResult:
     """One model's scores on one suite.
@@ -66,13 +88,13 @@ class ArmResult:
     unparseable: int
     majority: float | None
     chance: float | None
-    recipe: dict[str, Any]
+    recipe: Recipe
     recipe_hash: str
-    model: dict[str, Any]
+    model: JsonObject
     seconds: float
     items: tuple[ItemScore, ...]
     about: dict[str, Any] = field(default_factory=dict)
-    also: dict[str, Any] = field(default_factory=dict)
+    also: Mapping[str, Any] = field(default_factory=dict)
     """Scores beside the suite's metric, as its task names them."""
 
 

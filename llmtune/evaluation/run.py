@@ -18,6 +18,7 @@ from llmtune.evaluation.prompt_file import PromptFile
 from llmtune.evaluation.results import (
     ArmResult,
     ItemScore,
+    Recipe,
     arm_result_path,
     cluster_names,
     finite_or_none,
@@ -26,7 +27,7 @@ from llmtune.evaluation.results import (
 )
 from llmtune.evaluation.stats import standard_error
 from llmtune.evaluation.tasks.base import Demonstration, Scoring, Suite
-from llmtune.io.fingerprint import hash_json
+from llmtune.io.fingerprint import JsonObject, hash_json
 from llmtune.models.live import LiveModel
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.live import as_arm
@@ -225,8 +226,8 @@ def summarize_items(  # noqa: PLR0913 (the parts of one result)
     arm: str,
     items: Sequence[ItemScore],
     *,
-    recipe: dict[str, Any],
-    model: dict[str, Any],
+    recipe: Recipe,
+    model: JsonObject,
     seconds: float,
     about: Mapping[str, Any] = NOTHING,
 ) -> ArmResult:
@@ -262,12 +263,12 @@ def summarize_items(  # noqa: PLR0913 (the parts of one result)
 
 def build_recipe(
     scored: LiveModel, suite: Suite, settings: ScoringSettings = DEFAULT_SETTINGS
-) -> dict[str, Any]:
+) -> Recipe:
     """Return everything that must be the same for two results to be comparable."""
     config = suite.config.model_dump(mode="json", exclude=NOT_SCORING)
     template = template_fingerprint(scored.tokenizer).to_json() if config.get("chat") else None
     identity = scored.identity
-    recipe = {
+    recipe: Recipe = {
         "items": suite.items_fingerprint,
         "num_items": suite.num_whole,
         "scoring": config,

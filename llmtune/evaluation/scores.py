@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict
 
-from llmtune.evaluation.compare import compare_arms
+from llmtune.evaluation.compare import ComparisonJson, compare_arms
 from llmtune.evaluation.main_arms import MAIN_ARMS, compared_arms
 from llmtune.evaluation.results import ArmResult, arm_result_path, read_arm_result
 from llmtune.evaluation.stats import Resampling
@@ -17,20 +17,6 @@ class ArmScore(TypedDict):
     standard_error: float | None
     lm_eval: NotRequired[Mapping[str, float]]
     """The harness's own numbers of a task: `metric,filter` -> value."""
-
-
-class ComparisonJson(TypedDict):
-    """The difference of two arms on a suite, with its interval, as far as it is read by name."""
-
-    base: float
-    tuned: float
-    n: int
-    difference: float
-    low: float
-    high: float
-    interval: Sequence[float]
-    gain: float
-    verdict: str
 
 
 class SuiteScores(TypedDict):
@@ -84,7 +70,7 @@ def _summarize(by_arm: Mapping[str, ArmResult], resampling: Resampling) -> Suite
     if compared is not None:
         before, after = (by_arm[arm] for arm in compared)
         found = compare_arms(before, after, resampling=resampling)
-        comparison = cast(ComparisonJson, found.as_dict())
+        comparison = found.as_dict()
     return {
         "task": first.task,
         "role": first.role,

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -32,7 +31,19 @@ class ShownPrompt:
     reference: str | None = None
 
 
-def answer_side_by_side(scored: LiveModel, prompts: Sequence[ShownPrompt]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class ShownAnswers:
+    """A prompt answered by both; `stopped` says whether the model ended by itself."""
+
+    prompt: str
+    base: str
+    tuned: str
+    base_stopped: bool
+    tuned_stopped: bool
+    reference: str | None
+
+
+def answer_side_by_side(scored: LiveModel, prompts: Sequence[ShownPrompt]) -> list[ShownAnswers]:
     """Return the prompts, answered by the model with its adapter off and on."""
     decoding = Decoding(SHOWN_NEW_TOKENS, scored.stop_token_ids)
     answers = {}
@@ -46,14 +57,14 @@ def answer_side_by_side(scored: LiveModel, prompts: Sequence[ShownPrompt]) -> li
                 token_budget=choose_token_budget(scored.model),
             )
     return [
-        {
-            "prompt": shown.text,
-            "base": base.text,
-            "tuned": tuned.text,
-            "base_stopped": base.stopped,
-            "tuned_stopped": tuned.stopped,
-            "reference": shown.reference,
-        }
+        ShownAnswers(
+            prompt=shown.text,
+            base=base.text,
+            tuned=tuned.text,
+            base_stopped=base.stopped,
+            tuned_stopped=tuned.stopped,
+            reference=shown.reference,
+        )
         for shown, base, tuned in zip(prompts, answers["base"], answers["tuned"], strict=True)
     ]
 

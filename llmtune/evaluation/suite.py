@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtune.data.duplicates import find_near_duplicates
 from llmtune.errors import LlmtuneError
@@ -23,7 +23,7 @@ from llmtune.evaluation.tasks.base import (
     read_field,
 )
 from llmtune.evaluation.tasks.config import TASKS
-from llmtune.io.fingerprint import hash_json
+from llmtune.io.fingerprint import JsonObject, hash_json
 from llmtune.io.validation import validate_section
 from llmtune.io.yaml_source import read_yaml, shipped_files
 
@@ -214,7 +214,7 @@ def _name_of(path: Path, config: SuiteConfig) -> str:
     return path.stem
 
 
-def _item_content(item: SuiteItem) -> dict[str, Any]:
+def _item_content(item: SuiteItem) -> JsonObject:
     content = asdict(item)
     del content["line"], content["number"]
     for key in ("messages", "tools"):  # older results have no such keys

@@ -323,7 +323,7 @@ def _rows(manifest: Manifest) -> object:
     }
 
 
-def _results(run: RunDir, manifest: Manifest) -> dict[str, Mapping[str, Any]]:
+def _results(run: RunDir, manifest: Manifest) -> Results:
     is_wanted = current_results(run, manifest, Models.of_run(run, manifest))
     results = read_results(run.evaluations_dir, is_wanted=is_wanted)
     return {name: arms for name, arms in results.items() if compared_arms(arms) is not None}

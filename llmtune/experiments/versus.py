@@ -16,6 +16,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import Comparison, compare_arms
 from llmtune.evaluation.results import ArmResult
 from llmtune.evaluation.stats import Resampling, holm, needed_items
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.manifest import read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
 from llmtune.reporting.charts import draw_interval, interval_limit
@@ -72,7 +73,7 @@ class Versus:
         """Return the name of the run that is better on a suite, or that none is."""
         return self.names[suite.better(1 - self.resampling.confidence)]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Return the comparison for scripts."""
         significance = 1 - self.resampling.confidence
         suites = {

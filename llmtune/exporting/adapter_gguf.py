@@ -1,11 +1,11 @@
 """Export an adapter alone as a GGUF file, for llama.cpp to apply on a GGUF of the base."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtune.exporting.base import FileExporter, Written
 from llmtune.exporting.gguf_writer.types import ADAPTER_TYPES, DEFAULT_ADAPTER_TYPE
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.gguf_head import is_gguf
 from llmtune.models.checkpoint import Checkpoint
 
@@ -52,6 +52,6 @@ class AdapterGgufExporter(FileExporter):
         result = write_adapter_gguf(adapter_dir, base, path, type=job.type, provenance=provenance)
         return Written({**result.to_dict(), "path": str(job.out)})
 
-    def check(self, job: "ExportJob", path: Path, written: Written) -> Mapping[str, Any]:
+    def check(self, job: "ExportJob", path: Path, written: Written) -> JsonObject:
         """Add nothing: the head was read back when it was written, and no model is compared."""
         return {"parity": None}

@@ -4,11 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.card import card_lines, read_report
-from llmtune.io.fingerprint import JsonValue, hash_json
+from llmtune.io.fingerprint import JsonObject, JsonValue, hash_json
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.resolve import Loadable
 
@@ -43,12 +43,17 @@ class ExportOption:
 class Written:
     """What an exporter wrote."""
 
-    details: Mapping[str, Any]
+    details: JsonObject
     """The result in JSON values: `num_bytes`, `notices` and more."""
     files: Mapping[str, str] = field(default_factory=dict)
     """What each file of a directory is, for its model card."""
     live: "LiveModel | None" = None
     """The model in memory that was written, for a check against itself."""
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know about what was written."""
+        return _notices(self.details)
 
 
 @dataclass(frozen=True)
@@ -59,17 +64,22 @@ class Exported:
     """The exporter's name."""
     out: str
     """The file, directory or address."""
-    details: Mapping[str, Any]
+    details: JsonObject
     """The exporter's own result in JSON values."""
 
     @property
     def notices(self) -> tuple[str, ...]:
         """What the user should know about the export."""
-        return tuple(self.details.get("notices", ()))
+        return _notices(self.details)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the result as JSON."""
         return {"to": self.to, "out": self.out, **self.details}
+
+
+def _notices(details: JsonObject) -> tuple[str, ...]:
+    found = details.get("notices", ())
+    return tuple(map(str, found)) if isinstance(found, list | tuple) else ()
 
 
 class Exporter(ABC):
@@ -151,7 +161,7 @@ class WritingExporter(Exporter):
         """
 
     @abstractmethod
-    def check(self, job: "ExportJob", path: Path, written: Written) -> Mapping[str, Any]:
+    def check(self, job: "ExportJob", path: Path, written: Written) -> JsonObject:
         """Check what was written to `path`; return what is added to the result's details.
 
         Raises:

@@ -1,9 +1,8 @@
 """Export one GGUF file, for llama.cpp and the programs built on it."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtune.exporting.base import ExportOption, FileExporter, WritingExporter, Written
 from llmtune.exporting.gguf_writer.types import (
@@ -12,6 +11,7 @@ from llmtune.exporting.gguf_writer.types import (
     QUANTIZER_TYPES,
     require_quantizer,
 )
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.gguf_head import is_gguf
 from llmtune.models.checkpoint import Checkpoint
 
@@ -53,7 +53,7 @@ class GgufModelExporter(WritingExporter):
 
         check_convertible(base)
 
-    def write_model(self, job: "ExportJob", path: Path, out: Path) -> dict[str, Any]:
+    def write_model(self, job: "ExportJob", path: Path, out: Path) -> JsonObject:
         """Write the GGUF file `path`, which will be `out`; return the result as JSON."""
         from llmtune.exporting.gguf_writer.write import GgufRequest, write_model
 
@@ -64,7 +64,7 @@ class GgufModelExporter(WritingExporter):
         log.info("export: %s, %d bytes, %.1f s", job.type, result.num_bytes, result.seconds)
         return {**result.to_dict(), "path": str(out)}
 
-    def check_model(self, job: "ExportJob", path: Path, written: Written) -> dict[str, Any]:
+    def check_model(self, job: "ExportJob", path: Path, written: Written) -> JsonObject:
         """Compare the file with the model in llama.cpp, if asked for or if it is installed."""
         from llmtune.checks.parity import compare_file, require_parity
         from llmtune.checks.runtime import wants_runtime
@@ -74,7 +74,7 @@ class GgufModelExporter(WritingExporter):
         assert job.type is not None
         parity = compare_file(job.model, path)
         require_parity(parity, job.type, job.out, max_kl=job.option("max_kl"))
-        notices = (*written.details["notices"], *parity.notices)
+        notices = (*written.notices, *parity.notices)
         return {"notices": notices, "parity": parity.to_dict()}
 
 
@@ -96,6 +96,6 @@ class GgufExporter(GgufModelExporter, FileExporter):
         """Write the merged model."""
         return Written(self.write_model(job, path, job.out))
 
-    def check(self, job: "ExportJob", path: Path, written: Written) -> Mapping[str, Any]:
+    def check(self, job: "ExportJob", path: Path, written: Written) -> JsonObject:
         """Compare the file with the merged model."""
         return self.check_model(job, path, written)

@@ -4,12 +4,13 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtune.adapters.manifest import CONFIG_NAME, MANIFEST_NAME, read_adapter_manifest
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.base import Exported, Exporter, ExportOption
 from llmtune.exporting.card import CARD_NAME
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import read_json_object
 from llmtune.io.stopping import first_line
 from llmtune.models.hub import reads_as_hub_id
@@ -59,7 +60,7 @@ class HubResult:
     num_bytes: int
     files: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the result as JSON."""
         return asdict(self)
 

@@ -1,10 +1,11 @@
 """Export a directory that stock transformers loads in 4 bits (bitsandbytes NF4)."""
 
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtune.exporting.base import DirectoryExporter, Written
+from llmtune.io.fingerprint import JsonObject
 from llmtune.models.quantization.config import SMALLEST
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ class Nf4Exporter(DirectoryExporter):
             live=result.live,
         )
 
-    def check(self, job: "ExportJob", path: Path, written: Written) -> Mapping[str, Any]:
+    def check(self, job: "ExportJob", path: Path, written: Written) -> JsonObject:
         """Reload the checkpoint and compare it with the model that was saved."""
         from llmtune.exporting.nf4_checkpoint import check_reloaded
 
         assert written.live is not None
-        return {"reloaded": check_reloaded(written.live, path).to_dict()}
+        return {"reloaded": asdict(check_reloaded(written.live, path))}

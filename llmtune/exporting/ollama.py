@@ -1,11 +1,11 @@
 """Export a directory for Ollama: a GGUF file, a Modelfile and a model card."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtune.exporting.base import DirectoryExporter, Written
 from llmtune.exporting.gguf import GgufModelExporter
+from llmtune.io.fingerprint import JsonObject
 
 if TYPE_CHECKING:
     from llmtune.exporting.export import ExportJob
@@ -34,7 +34,7 @@ class OllamaExporter(GgufModelExporter, DirectoryExporter):
         files = {file_name: f"the model in {job.type}", MODELFILE_NAME: "for `ollama create`"}
         return Written(details, files)
 
-    def check(self, job: "ExportJob", path: Path, written: Written) -> Mapping[str, Any]:
+    def check(self, job: "ExportJob", path: Path, written: Written) -> JsonObject:
         """Compare the file with the merged model."""
         return self.check_model(job, path / _file_name(job), written)
 

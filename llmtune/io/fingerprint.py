@@ -4,11 +4,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 READ_BYTES = 1 << 20
 
-JsonValue = Mapping[str, Any] | Sequence[Any] | str | int | float | bool | None
+JsonObject: TypeAlias = Mapping[str, "JsonValue"]
+"""What is written as JSON. What is read from it by name is a frozen dataclass or a TypedDict."""
+JsonValue: TypeAlias = JsonObject | Sequence["JsonValue"] | str | int | float | bool | None
 
 
 def hash_text(text: str) -> str:
@@ -16,7 +18,7 @@ def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def hash_json(value: JsonValue) -> str:
+def hash_json(value: JsonValue | Mapping[str, object]) -> str:
     """Return the SHA-256 of `value` as canonical JSON: keys sorted, no spaces, no NaN.
 
     Raises:

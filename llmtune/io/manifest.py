@@ -56,6 +56,8 @@ class CheckRecord(TypedDict, total=False):
     num_open_prompts: int
     num_same_texts: int
     dtype: str
+    base_kl: float | None
+    live_kl: float | None
     divergences: Sequence[Mapping[str, Any]]
     open_prompts: Sequence[str]
 
@@ -83,8 +85,18 @@ class EvaluateRecord(TypedDict):
     """suite -> arm -> mean."""
     left_out: Mapping[str, str]
     """What could not be measured, and why."""
-    measures: Sequence[Mapping[str, Any]]
+    measures: "Sequence[MeasureJson]"
     """What each cost, as it was estimated beforehand and as it was."""
+
+
+class MeasureJson(TypedDict):
+    """One measure: forward tokens (at most, where text is written), and seconds."""
+
+    measure: str
+    tokens: int
+    estimated_seconds: float
+    seconds: float | None
+    """None until it was measured."""
 
 
 class ExportRecord(TypedDict, total=False):
@@ -137,20 +149,17 @@ class Manifest:
     @property
     def trained(self) -> TrainRecord:
         """What training recorded; empty before it is finished."""
-        return cast(TrainRecord, self._result("train"))
+        return cast(TrainRecord, self.record("train").get("result") or {})
 
     @property
     def merged(self) -> MergeRecord:
         """What merging recorded; empty before it is finished."""
-        return cast(MergeRecord, self._result("merge"))
+        return cast(MergeRecord, self.record("merge").get("result") or {})
 
     @property
     def evaluated(self) -> EvaluateRecord | None:
         """What evaluating recorded; None before it is finished."""
-        return cast(EvaluateRecord, self._result("evaluate") or None)
-
-    def _result(self, stage: str) -> Mapping[str, Any]:
-        return self.record(stage).get("result") or {}
+        return cast(EvaluateRecord, self.record("evaluate").get("result") or None)
 
     def record(self, stage: str) -> StageRecord:
         """Return what is recorded of a stage; empty if it was never begun."""

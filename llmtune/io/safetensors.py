@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import parse_json, read_weight_map
 
 SINGLE_FILE = "model.safetensors"
@@ -70,7 +71,7 @@ class CheckpointIndex:
     directory: Path
     shards: tuple[SafetensorsFile, ...]
     tensors: Mapping[str, TensorEntry]
-    index_metadata: Mapping[str, object] | None  # None: a single file without an index
+    index_metadata: JsonObject | None  # None: a single file without an index
 
     @classmethod
     def open(cls, directory: Path) -> "CheckpointIndex":

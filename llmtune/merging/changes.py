@@ -4,9 +4,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from llmtune.adapters.update import AdditiveUpdate, WeightUpdate
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.safetensors import SafetensorsFile, TensorEntry, tensor_bytes
 from llmtune.merging.config import Combination
 
@@ -157,6 +158,48 @@ class WeightedAdapter:
     weight: float = 1.0
 
 
+class ConfigChanges(TypedDict, total=False):
+    """What becomes different in the base's config.json."""
+
+    tie_word_embeddings: bool
+    vocab_size: int
+
+
+class ChangedTensorJson(TypedDict):
+    """A tensor that the merge changes, as JSON."""
+
+    tensor: str
+    shard: str
+    change: str
+    shape: list[int]
+    dtype: str
+    bytes: int
+    deltas: list[Mapping[str, float | str]]
+    """One for each adapter; the experts of a stack are alike."""
+    is_dequantized: bool
+
+
+class WeightedJson(TypedDict):
+    """An adapter and how much of it is added, as JSON."""
+
+    directory: str
+    weight: float
+
+
+class MergePlanJson(TypedDict):
+    """A plan as JSON."""
+
+    base: str
+    base_dir: str
+    base_fingerprint: str
+    adapters: list[WeightedJson]
+    bytes: int
+    tensors: int
+    config_changes: ConfigChanges
+    notices: list[str]
+    changed: list[ChangedTensorJson]
+
+
 @dataclass(frozen=True)
 class MergePlan:
     """Every tensor of the merged model, and what changes in its config."""
@@ -164,10 +207,10 @@ class MergePlan:
     base_dir: Path
     adapters: tuple[WeightedAdapter, ...]
     shards: tuple[PlannedShard, ...]
-    index_metadata: Mapping[str, object] | None  # None: one file without an index
+    index_metadata: JsonObject | None  # None: one file without an index
     base_fingerprint: str
     notices: tuple[str, ...]  # what could not be checked
-    config_changes: dict[str, object] = field(default_factory=dict)
+    config_changes: ConfigChanges = field(default_factory=ConfigChanges)
     base: str = "original"  # or dequantized: what the adapter is added to
     round_trip: RoundTrip | None = None  # how `Requantized` tensors are read
     combination: Combination | None = None  # None: the deltas' plain sum
@@ -194,7 +237,7 @@ class MergePlan:
         """The bytes of all tensors together, headers not counted."""
         return sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in self.tensors)
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> MergePlanJson:
         """Return the plan as JSON: each changed tensor, its shard, its change and its size."""
         return {
             "base": self.base,
@@ -225,8 +268,7 @@ class MergePlan:
         }
 
 
-def _describe_updates(tensor: PlannedTensor) -> list[dict[str, object]]:
-    """One for each adapter; the experts of a stack are alike."""
+def _describe_updates(tensor: PlannedTensor) -> list[Mapping[str, float | str]]:
     updates = tensor.blocks[0].updates if tensor.blocks else ()
     described = [update.describe() for update in updates]
-    return [dict(one) for one in described if one is not None]
+    return [one for one in described if one is not None]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ from llmtune.checks.merged import VerifyResult
 from llmtune.checks.provenance import add_to_provenance
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.errors import CheckFailed
-from llmtune.io.manifest import MergeRecord
+from llmtune.io.manifest import CheckRecord, MergeRecord
 from llmtune.io.unfinished import move_into_place, require_space, unfinished_dir
 from llmtune.merging.changes import MergePlan
 from llmtune.merging.config import MergeSettings
@@ -50,11 +50,11 @@ class CheckedMerge:
 
     def to_record(self) -> MergeRecord:
         """Return the result as it is recorded."""
-        values = self.result.to_dict()
+        values = cast(MergeRecord, self.result.to_dict())
         if self.candidates:
             values["candidates"] = _score_values(self.candidates)
         values["check"] = None if self.check is None else _check_values(self.check)
-        return cast(MergeRecord, values)
+        return values
 
 
 def merge_checked(
@@ -89,7 +89,7 @@ def merge_checked(
             raise CheckFailed(f"{problem}; {left}")
         for notice in check.notices() if check else ():
             log.warning("merge: %s", notice)
-        record: dict[str, Any] = {}
+        record: MergeRecord = {}
         if judgment.candidates:
             record["candidates"] = _score_values(judgment.candidates)
         record["check"] = None if check is None else check.numbers()
@@ -110,12 +110,12 @@ def _write(plan: MergePlan, directory: Path, device: Any) -> MergeResult:
     return result
 
 
-def _score_values(candidates: Mapping[str, VerifyResult]) -> dict[str, Any]:
+def _score_values(candidates: Mapping[str, VerifyResult]) -> dict[str, CheckRecord]:
     return {base: score.numbers() for base, score in candidates.items()}
 
 
-def _check_values(check: VerifyResult) -> dict[str, Any]:
-    values = check.to_dict()
+def _check_values(check: VerifyResult) -> CheckRecord:
+    values = cast(CheckRecord, asdict(check))
     if check.num_open_prompts:
         values["open_prompts"] = list(OPEN_PROMPTS[: check.num_open_prompts])
     return values

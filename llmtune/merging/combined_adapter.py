@@ -19,7 +19,7 @@ from llmtune.adapters.manifest import (
 )
 from llmtune.adapters.update import Factors
 from llmtune.errors import LlmtuneError
-from llmtune.io.fingerprint import hash_file
+from llmtune.io.fingerprint import JsonObject, hash_file
 from llmtune.io.json_files import read_json_object
 from llmtune.io.own_files import copy_own
 from llmtune.io.run_dir import atomic_write_json
@@ -135,7 +135,7 @@ def _add_module(
     written.lost[module], written.energy[module] = lost, energy
 
 
-def _record(adapters: Sequence[WeightedAdapter], how: Combination) -> dict[str, Any]:
+def _record(adapters: Sequence[WeightedAdapter], how: Combination) -> JsonObject:
     parts = [
         {
             "name": one.directory.name,

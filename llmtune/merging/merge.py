@@ -12,8 +12,9 @@ from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.checks.provenance import PROVENANCE_FILE
 from llmtune.errors import LlmtuneError
 from llmtune.io.environment import versions
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.unfinished import move_into_place, require_space, unfinished_dir
-from llmtune.merging.changes import MergePlan
+from llmtune.merging.changes import ConfigChanges, MergePlan
 from llmtune.merging.plan import plan_merge
 from llmtune.merging.scratch import CPU
 from llmtune.merging.shards import merged_bytes, write_shards
@@ -32,14 +33,14 @@ class MergeResult:
     base_fingerprint: str
     adapter_hash: str
     strength: float
-    adapters: tuple[dict[str, object], ...]  # of several: name, hash and weight of each
+    adapters: tuple[JsonObject, ...]  # of several: name, hash and weight of each
     num_tensors: int
     changes: dict[str, int]  # number of changed tensors, by kind of change
-    config_changes: dict[str, object]
+    config_changes: ConfigChanges
     num_bytes: int
     seconds: float
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> JsonObject:
         """Return the result as JSON."""
         return {**asdict(self), "out_dir": str(self.out_dir)}
 
@@ -124,7 +125,7 @@ def _result(plan: MergePlan, out_dir: Path, seconds: float) -> MergeResult:
     )
 
 
-def _describe_adapters(plan: MergePlan) -> tuple[dict[str, object], ...]:
+def _describe_adapters(plan: MergePlan) -> tuple[JsonObject, ...]:
     return tuple(
         {
             "name": one.directory.name,
@@ -135,8 +136,8 @@ def _describe_adapters(plan: MergePlan) -> tuple[dict[str, object], ...]:
     )
 
 
-def _provenance(plan: MergePlan, result: MergeResult) -> dict[str, object]:
-    values = result.to_dict()
+def _provenance(plan: MergePlan, result: MergeResult) -> JsonObject:
+    values = {**result.to_dict()}
     values.pop("out_dir")
     return {
         "base_name": plan.base_name,

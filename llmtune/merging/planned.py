@@ -5,14 +5,23 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from llmtune.io.sizes import MIB, format_apart, format_in
 from llmtune.io.unfinished import free_bytes
-from llmtune.merging.changes import MergePlan
+from llmtune.merging.changes import ChangedTensorJson, MergePlan, MergePlanJson
 from llmtune.merging.merge import needed_bytes
 
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+class PlannedJson(TypedDict):
+    """What merges would write, as JSON."""
+
+    out_dir: str
+    needed_bytes: int
+    free_bytes: int
+    plans: list[MergePlanJson]
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class PlannedMerges:
         """How many tensors of the base get the adapter."""
         return sum(bool(one.blocks) for one in self.plans[0].tensors)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlannedJson:
         """Return the plans as JSON: every changed tensor, and the disk's needed and free bytes."""
         return {
             "out_dir": str(self.out_dir),
@@ -50,7 +59,7 @@ class PlannedMerges:
         )
 
 
-def _format_plan(plan: Mapping[str, Any]) -> Iterator[str]:
+def _format_plan(plan: MergePlanJson) -> Iterator[str]:
     adapters = ", ".join(f"{one['directory']} x {one['weight']:g}" for one in plan["adapters"])
     yield f"{adapters} into the {plan['base']} base {plan['base_dir']}"
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -74,11 +83,12 @@ def _format_plan(plan: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"  {notice}" for notice in plan["notices"])
 
 
-def _is_delta_on_dequantized(tensor: Mapping[str, Any]) -> bool:
-    return bool(tensor["is_dequantized"]) and tensor["change"] != "dequantized"
+def _is_delta_on_dequantized(tensor: ChangedTensorJson) -> bool:
+    return tensor["is_dequantized"] and tensor["change"] != "dequantized"
 
 
-def _delta_text(delta: Mapping[str, Any]) -> str:
-    weight = f" x {delta['weight']:g}" if delta.get("weight", 1) != 1 else ""
-    numbers = [f"{name} {delta[name]:g}" for name in delta if name not in ("weight", "tensor")]
-    return " ".join(numbers) + weight
+def _delta_text(delta: Mapping[str, float | str]) -> str:
+    numbers = {name: value for name, value in delta.items() if not isinstance(value, str)}
+    strength = numbers.pop("weight", 1)
+    weight = f" x {strength:g}" if strength != 1 else ""
+    return " ".join(f"{name} {value:g}" for name, value in numbers.items()) + weight

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -23,6 +23,7 @@ from llmtune.checks.merged import VerifyResult, load_merged, verify_merge
 from llmtune.checks.prompts import NUM_NEW_TOKENS, build_prompts
 from llmtune.checks.reference import comparison_config, comparison_dtype
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import blamed_on
 from llmtune.merging.changes import MergePlan, WeightedAdapter
 from llmtune.merging.checked import (
@@ -67,12 +68,12 @@ class CombinedMerge:
     adapters: tuple[WeightedAdapter, ...]
     method: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the result as JSON."""
-        values = dict(self.merged.to_record())
-        check = values.pop("check")
-        adapters = _describe(self.adapters)
-        return {**values, "adapters": adapters, "method": self.method, "check": check}
+        record = {**self.merged.to_record()}
+        check = record.pop("check")
+        found = {"adapters": _describe(self.adapters), "method": self.method, "check": check}
+        return cast(JsonObject, {**record, **found})
 
     def describe(self) -> str:
         """Say what the model was made of."""
@@ -87,7 +88,7 @@ class NewAdapter:
     made: CombinedAdapter
     adapters: tuple[WeightedAdapter, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the result as JSON."""
         return {
             **asdict(self.made),
@@ -243,7 +244,7 @@ def _compare(request: SeveralRequest, merged_dir: Path) -> VerifyResult:
     )
 
 
-def _describe(adapters: Sequence[WeightedAdapter]) -> list[dict[str, object]]:
+def _describe(adapters: Sequence[WeightedAdapter]) -> list[JsonObject]:
     return [{"directory": str(one.directory), "weight": one.weight} for one in adapters]
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import read_json_object
 from llmtune.io.own_files import copy_own
 from llmtune.io.safetensors import INDEX_FILE, tensor_bytes
@@ -79,11 +80,11 @@ def _has_template(directory: Path) -> bool:
     return path.is_file() and bool(read_json_object(path).get("chat_template"))
 
 
-def _index(plan: MergePlan) -> dict[str, Any]:
+def _index(plan: MergePlan) -> JsonObject:
     weight_map = {tensor.name: shard.file_name for shard in plan.shards for tensor in shard.tensors}
     metadata = {**(plan.index_metadata or {}), "total_size": plan.num_bytes}
     return {"metadata": metadata, "weight_map": weight_map}
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: JsonObject) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

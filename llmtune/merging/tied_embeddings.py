@@ -7,7 +7,7 @@ from typing import Any
 from llmtune.errors import LlmtuneError
 from llmtune.io.safetensors import CheckpointIndex
 from llmtune.merging.adapter_files import have_same_bytes
-from llmtune.merging.changes import PlannedTensor
+from llmtune.merging.changes import ConfigChanges, PlannedTensor
 from llmtune.merging.names import BaseNames
 
 
@@ -26,7 +26,7 @@ def settle_ties(
     config: Mapping[str, Any],
     changed: Mapping[str, PlannedTensor],
     names: BaseNames,
-) -> tuple[dict[str, PlannedTensor], dict[str, object]]:
+) -> tuple[dict[str, PlannedTensor], ConfigChanges]:
     """Return the changed tensors with the head settled, and the changes of `config.json`.
 
     In a model whose head is the embedding, an adapter on one of the two does not touch the other:
@@ -41,10 +41,12 @@ def settle_ties(
     if not any(names.is_embedding(name) or names.is_head(name) for name in planned):
         return planned, {}
     vocabulary = _find_vocabulary(base, config, names)
-    changes: dict[str, object] = {}
+    changes: ConfigChanges = {}
     if vocabulary.is_tied and _settle_tied(base, vocabulary, planned, names):
         changes["tie_word_embeddings"] = False
-    changes |= _grown_vocabulary(base, vocabulary, planned)
+    grown = _grown_vocabulary(base, vocabulary, planned)
+    if grown is not None:
+        changes["vocab_size"] = grown
     return planned, changes
 
 
@@ -123,7 +125,8 @@ def _are_one(head: PlannedTensor, embedding: PlannedTensor) -> bool:
 
 def _grown_vocabulary(
     base: CheckpointIndex, vocabulary: _Vocabulary, planned: Mapping[str, PlannedTensor]
-) -> dict[str, object]:
+) -> int | None:
+    """Return the rows of a vocabulary that the adapter grew; None if it did not."""
     rows = {
         name: planned[name].shape[0] if name in planned else base.tensors[name].shape[0]
         for name in (vocabulary.embedding, vocabulary.head)
@@ -137,5 +140,5 @@ def _grown_vocabulary(
         )
     num_rows = rows[vocabulary.embedding]
     if num_rows == base.tensors[vocabulary.embedding].shape[0]:
-        return {}
-    return {"vocab_size": num_rows}
+        return None
+    return num_rows

@@ -1,8 +1,9 @@
 """One loaded model: what answers, who it is, and what is known of how it was loaded (light)."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from llmtune.io.fingerprint import JsonObject
 from llmtune.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class ModelIdentity:
     strength: float | None = None
     """How much of the adapter is on; None is all of it."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the fields for JSON; a strength only if it is not the whole adapter."""
         values = asdict(self)
         if self.strength is None:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.manifest import Manifest, TrainRecord, read_manifest
 from llmtune.io.run_dir import RunDir
 from llmtune.io.sizes import MIB, format_in, format_size
@@ -73,7 +74,7 @@ class Plan:
         """Say whether both memory and disk are enough."""
         return self.memory.fits and self.disk.fits
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Return everything as JSON values; bytes, seconds and counts."""
         memory, disk = self.memory, self.disk
         return {

@@ -14,6 +14,7 @@ from llmtune.evaluation.diagnosis.base import (
     read_diagnostic,
 )
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.run_dir import RunDir
 
 
@@ -54,7 +55,7 @@ class Diagnostics:
         said = self.more_rows
         return Diagnostics({name: made for name, made in self.found.items() if name not in said})
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Return every diagnosis as its file holds it, None if it was not made."""
         return {
             diagnosis.name: TypeAdapter(type(made)).dump_python(made, mode="json") if made else None

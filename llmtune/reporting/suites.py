@@ -8,6 +8,7 @@ from llmtune.evaluation.compare import Comparison
 from llmtune.evaluation.main_arms import MainArm
 from llmtune.evaluation.tasks.base import Ability
 from llmtune.evaluation.tasks.config import TASKS
+from llmtune.io.fingerprint import JsonObject
 from llmtune.models.quantization.config import is_quantized
 from llmtune.reporting.numbers import FRACTION, Unit, unit_of_metric
 
@@ -211,13 +212,13 @@ class SuiteJson(TypedDict):
     needed_items: int | None
     gained: int | None
     lost: int | None
-    chain: dict[str, Mapping[str, object]]
+    chain: dict[str, JsonObject]
     unparseable: dict[str, int]
     seconds: dict[str, float | None]
     slices: list[SliceJson]
     wide_columns: dict[str, int]
-    arms: dict[str, Mapping[str, object]]
-    clean: Mapping[str, object] | None
+    arms: dict[str, JsonObject]
+    clean: JsonObject | None
     trainings: int
 
 
@@ -344,7 +345,7 @@ class SuiteReport:
             "trainings": self.trainings,
         }
 
-    def _arm_as_json(self, name: str) -> Mapping[str, object]:
+    def _arm_as_json(self, name: str) -> JsonObject:
         rival = self.rivals.get(name)
         return asdict(self.arms[name]) | (asdict(rival) if rival else {})
 

@@ -27,7 +27,8 @@ from llmtune.reporting.sections.seeds import SeedStudy
 from llmtune.reporting.suites import Change, SuiteReport
 
 if TYPE_CHECKING:
-    from llmtune.evaluation.scores import ComparisonJson, Scores
+    from llmtune.evaluation.compare import ComparisonJson
+    from llmtune.evaluation.scores import Scores
 
 STYLES = {"good": "bold green", "bad": "bold red", "open": "bold yellow"}
 

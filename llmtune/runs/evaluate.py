@@ -21,8 +21,8 @@ from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.evaluation.results import arm_result_path
 from llmtune.evaluation.suite import load_suites
 from llmtune.evaluation.tasks.base import Suite
-from llmtune.io.fingerprint import hash_file
-from llmtune.io.manifest import Manifest, StageRecord, read_manifest
+from llmtune.io.fingerprint import JsonObject, JsonValue, hash_file
+from llmtune.io.manifest import EvaluateRecord, Manifest, StageRecord, read_manifest
 from llmtune.models.resolve import Loadable
 from llmtune.runs.merge import MergeStage
 from llmtune.runs.stage import Stage
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("llmtune")
 
 
-class EvaluateStage(Stage):
+class EvaluateStage(Stage[EvaluateRecord]):
     """Score the arms on the suites and measure what `evaluate.extent` asks for beside them.
 
     What an earlier call measured to a larger extent on the same inputs stays part of the run.
@@ -69,11 +69,11 @@ class EvaluateStage(Stage):
                     f"{problem}, or leave it out with evaluate.arms='[original, base, tuned]'"
                 )
 
-    def inputs(self, manifest: Manifest) -> dict[str, Any]:
+    def inputs(self, manifest: Manifest) -> JsonObject:
         """Return what decides the scores: models, suites, files, knobs and the extent."""
         knobs = self.config.evaluate
         files = [*knobs.prompts.values(), *knobs.predictions.values()]
-        inputs = {
+        inputs: dict[str, JsonValue] = {
             **self.models(manifest),
             "evaluate": knobs.measuring_knobs(),
             "suites": {suite.name: suite.fingerprint for suite in self.suites},
@@ -82,7 +82,7 @@ class EvaluateStage(Stage):
         record = manifest.record(self.name)
         return inputs | {"extent": self._kept_extent(record, inputs)}
 
-    def models(self, manifest: Manifest) -> dict[str, Any]:
+    def models(self, manifest: Manifest) -> dict[str, str | None]:
         """Return the fingerprints of the models that are scored."""
         return {
             "adapter": self.adapter,
@@ -90,7 +90,7 @@ class EvaluateStage(Stage):
             "merge": manifest.record("merge").get("fingerprint"),
         }
 
-    def _kept_extent(self, record: StageRecord, inputs: Mapping[str, Any]) -> Extent:
+    def _kept_extent(self, record: StageRecord, inputs: JsonObject) -> Extent:
         """Return the larger of the extent asked for and the one measured on equal inputs."""
         asked = self.config.evaluate.extent
         known = self.complete(record.get("inputs") or {})
@@ -100,7 +100,7 @@ class EvaluateStage(Stage):
             return asked
         return max(asked, measured, key=EXTENTS.index)
 
-    def complete(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def complete(self, inputs: Mapping[str, Any]) -> JsonObject:
         """Return recorded inputs with the knobs that came later, as defaults."""
         try:
             knobs = EvaluateConfig(**inputs["evaluate"]).measuring_knobs()
@@ -122,7 +122,7 @@ class EvaluateStage(Stage):
             if is_made and diagnosis.name not in left_out:
                 yield run.diagnostics_dir / diagnosis.result.FILE_NAME
 
-    def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def run(self, inputs: JsonObject) -> EvaluateRecord:
         """Measure what is missing; what is finished for the same model and recipe is read."""
         from llmtune.evaluation.evaluate import evaluate_run
 

@@ -1,14 +1,15 @@
 """The export stage: one file or directory for another program, of a run's model or adapter."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.base import Exported, Exporter
 from llmtune.exporting.config import ExportSettings, find_exporter
-from llmtune.io.manifest import Manifest, StageRecord, read_manifest
+from llmtune.io.fingerprint import JsonObject
+from llmtune.io.manifest import ExportRecord, Manifest, StageRecord, read_manifest
 from llmtune.runs.merge import MergeStage
 from llmtune.runs.stage import Stage
 from llmtune.runs.targets import export_source, resolve_target, run_target
@@ -35,7 +36,7 @@ def export_target(name: str, overrides: Sequence[str], settings: ExportSettings)
     return run_export(export_source(resolve_target(name, overrides)), settings)
 
 
-class ExportStage(Stage):
+class ExportStage(Stage[ExportRecord]):
     """Make one of the exports that the config's `export` section names, and check it."""
 
     paths_in_run = ("out", "path")
@@ -55,7 +56,7 @@ class ExportStage(Stage):
             if problem is not None:
                 raise LlmtuneError(problem)
 
-    def inputs(self, manifest: Manifest) -> dict[str, Any]:
+    def inputs(self, manifest: Manifest) -> JsonObject:
         """Return the stage that it is made from, the file's type, and what it takes of a report."""
         made_by = STAGE_OF[self.exporter.made_from]
         return {
@@ -68,11 +69,11 @@ class ExportStage(Stage):
         """Yield the file or directory."""
         yield Path(self.config.run.place(record["result"]["out"]))
 
-    def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def run(self, inputs: JsonObject) -> ExportRecord:
         """Write the file and check it; an earlier one is replaced."""
         from llmtune.exporting.export import run_export
 
         config = self.config
         source = export_source(run_target(str(config.run.path), config, opened=self.source))
         settings = ExportSettings(self.exporter.name, self.type, force=True)
-        return run_export(source, settings).to_dict()
+        return cast(ExportRecord, run_export(source, settings).to_dict())

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from llmtune.adapters.manifest import CONFIG_NAME, adapter_fingerprint, read_adapter_config
 from llmtune.config import RunConfig
@@ -16,7 +16,7 @@ from llmtune.evaluation.main_arms import MAIN_ARMS, MainArm
 from llmtune.evaluation.suite import load_suites
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.json_files import read_json_object
-from llmtune.io.manifest import Manifest, read_manifest
+from llmtune.io.manifest import EvaluateRecord, Manifest, MergeRecord, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_text
 from llmtune.io.validation import validate_section
 from llmtune.io.yaml_source import SourcedTree, apply_overrides
@@ -30,8 +30,8 @@ from llmtune.models.template_date import template_date_of
 from llmtune.runs.evaluate import EvaluateStage
 from llmtune.runs.ledger import Ledger, open_ledger
 from llmtune.runs.merge import MergeStage
-from llmtune.runs.stage import Stage
-from llmtune.runs.targets import TEMPLATE_NAME, YAML_SUFFIXES, adapter_base
+from llmtune.runs.stage import Result, Stage
+from llmtune.runs.targets import TEMPLATE_NAME, YAML_SUFFIXES, BaseKeys, adapter_base
 from llmtune.schema import Section
 
 if TYPE_CHECKING:
@@ -56,6 +56,15 @@ class JudgedModels(Section):
     """As the user gave it."""
     adapter: Path | None = None
     merged: Path | None = None
+
+
+class JudgmentKeys(TypedDict, total=False):
+    """The keys of a judgment before they are validated, as far as they are set by name."""
+
+    run_dir: str
+    judged: Mapping[str, str | None]
+    model: Mapping[str, object]
+    evaluate: Mapping[str, object]
 
 
 class Judgment(Section):
@@ -136,7 +145,7 @@ def prepare_judgment(asked: Asked) -> Judgment:
     if asked.quantization is not None:
         values["model"] = {**values["model"], "quantization": {"method": asked.quantization}}
     tree = apply_overrides(
-        SourcedTree(values, {(): f"llmtune judge {asked.name}"}), asked.overrides
+        SourcedTree(dict(values), {(): f"llmtune judge {asked.name}"}), asked.overrides
     )
     return _settle(validate_section(Judgment, tree), asked)
 
@@ -167,7 +176,7 @@ def _settle(found: Judgment, asked: Asked) -> Judgment:
     return found.model_copy(update={"evaluate": evaluate, "model": model})
 
 
-def _recorded(asked: Asked, path: Path) -> dict[str, Any]:
+def _recorded(asked: Asked, path: Path) -> "JudgmentKeys":
     """Return what a judgment was made of, to continue or extend it."""
     config = dict(read_manifest(RunDir(path)).config)
     if "judged" not in config:
@@ -182,19 +191,20 @@ def _recorded(asked: Asked, path: Path) -> dict[str, Any]:
             f"{' and '.join(misplaced)}: {path} is a judgment, which keeps its models and its "
             "place; judge the adapter or the model itself"
         )
-    return {**config, "run_dir": str(path)}
+    return cast(JudgmentKeys, {**config, "run_dir": str(path)})
 
 
-def _describe(asked: Asked, path: Path) -> dict[str, Any]:
+def _describe(asked: Asked, path: Path) -> "JudgmentKeys":
     adapter = _find_adapter(asked.name, path)
-    model: dict[str, Any]
+    model: BaseKeys
     if adapter is not None:
         merged = asked.merged
         if merged is not None and not (merged / "config.json").is_file():
             raise LlmtuneError(f"--merged {merged}: not a model (no config.json)")
         model = {} if asked.base else adapter_base(adapter)
         template = adapter / TEMPLATE_NAME
-        model |= {"chat_template": str(template)} if template.is_file() else {}
+        if template.is_file():
+            model["chat_template"] = str(template)
     else:
         if asked.base is None:
             raise LlmtuneError(
@@ -204,7 +214,7 @@ def _describe(asked: Asked, path: Path) -> dict[str, Any]:
         merged = resolve_base(ModelConfig(base=asked.name)).directory
         model = {}
     name = path.name if path.name != "adapter" else path.absolute().parent.name
-    judged = {
+    judged: Mapping[str, str | None] = {
         "name": asked.name,
         "adapter": str(adapter.resolve()) if adapter else None,
         "merged": str(merged.resolve()) if merged else None,
@@ -254,7 +264,7 @@ def _template_in(path: Path) -> object:
         return None  # an adapter without a tokenizer of its own: the base's template is used
 
 
-class _JudgedStage(Stage):
+class _JudgedStage(Stage[Result]):
     """A stage on an adapter or model from elsewhere, which the directory links to."""
 
     is_cleared = False
@@ -299,17 +309,17 @@ class _JudgedStage(Stage):
         return adapter_fingerprint(self.judged.adapter) if self.judged.adapter else ""
 
 
-class JudgedMerge(_JudgedStage, MergeStage):
+class JudgedMerge(_JudgedStage[MergeRecord], MergeStage):
     """The merge of a judged adapter."""
 
 
-class JudgedEvaluate(_JudgedStage, EvaluateStage):
+class JudgedEvaluate(_JudgedStage[EvaluateRecord], EvaluateStage):
     """The evaluation of a judged adapter or model."""
 
     def check_models(self) -> None:
         """Find nothing: they were found before."""
 
-    def models(self, manifest: Manifest) -> dict[str, Any]:
+    def models(self, manifest: Manifest) -> dict[str, str | None]:
         """Return the fingerprints of what is scored."""
         merged = self.judged.merged
         return {
@@ -335,7 +345,7 @@ class JudgedEvaluate(_JudgedStage, EvaluateStage):
         )
 
 
-def _stages(judgment: Judgment, *, force: bool) -> Iterator[_JudgedStage]:
+def _stages(judgment: Judgment, *, force: bool) -> Iterator[_JudgedStage[Any]]:
     judged = judgment.judged
     if judged.merged is None and "merged" in judgment.evaluate.arms:
         yield JudgedMerge(judgment, force=force)

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.environment import peak_memory_bytes
-from llmtune.io.fingerprint import hash_json
+from llmtune.io.fingerprint import JsonObject, hash_json
 from llmtune.io.manifest import BaseRecord, Manifest, StageRecord, read_manifest
 from llmtune.io.run_dir import RunDir
 
@@ -20,7 +20,7 @@ log = logging.getLogger("llmtune")
 
 SHOWN_DIFFERENCES = 5
 
-Completion = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Completion = Callable[[Mapping[str, Any]], JsonObject]
 Outputs = Callable[[StageRecord], Iterable[Path]]
 
 
@@ -51,11 +51,11 @@ class Ledger:
     def finished(
         self,
         name: str,
-        inputs: Mapping[str, Any],
+        inputs: JsonObject,
         *,
         complete: Completion = lambda inputs: inputs,
         outputs: Outputs = lambda record: (),
-    ) -> Mapping[str, Any] | None:
+    ) -> JsonObject | None:
         """Return the result of a stage that is finished on these inputs, or None.
 
         Args:
@@ -70,7 +70,7 @@ class Ledger:
         log.info("%s: finished before on the same inputs, skipped", name)
         return record["result"]
 
-    def begin(self, name: str, inputs: Mapping[str, Any]) -> None:
+    def begin(self, name: str, inputs: JsonObject) -> None:
         """Record that a stage has begun; until `finish`, it and every later one are unfinished."""
         self._save(self.manifest.start(name, hash_json(inputs), inputs))
         self._began = time.perf_counter()
@@ -92,7 +92,7 @@ class Ledger:
 
 
 def _is_finished(
-    record: StageRecord, inputs: Mapping[str, Any], complete: Completion, outputs: Outputs
+    record: StageRecord, inputs: JsonObject, complete: Completion, outputs: Outputs
 ) -> bool:
     """Whether a stage is finished on these inputs, and what it left is all there."""
     return (

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from llmtune.config import RunConfig
 from llmtune.evaluation.suite import load_suites
+from llmtune.io.fingerprint import JsonObject, JsonValue
 from llmtune.io.manifest import Manifest, MergeRecord, StageRecord
 from llmtune.merging.config import NO_SETTINGS, MergeConfig, MergeSettings
 from llmtune.models.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from llmtune.merging.planned import PlannedMerges
 
 
-class MergeStage(Stage):
+class MergeStage(Stage[MergeRecord]):
     """Add the run's adapter into its base, in `merged/`."""
 
     name = "merge"
@@ -54,12 +55,12 @@ class MergeStage(Stage):
         )
         return plan_untrained(request, config.adapter)
 
-    def inputs(self, manifest: Manifest) -> dict[str, Any]:
+    def inputs(self, manifest: Manifest) -> JsonObject:
         """Return the hashes of adapter and base, and the knobs."""
         inputs = {**self._inputs_in_run(), "base": self.source.fingerprint}
         return inputs | ({"dtype": self.settings.dtype} if self.settings.dtype else {})
 
-    def _inputs_in_run(self) -> dict[str, Any]:
+    def _inputs_in_run(self) -> dict[str, JsonValue]:
         return {"adapter": self.adapter, "merge": self.config.merge.model_dump(mode="json")}
 
     def why_unusable(self, manifest: Manifest, *, with_base: bool = True) -> str | None:
@@ -76,7 +77,7 @@ class MergeStage(Stage):
             present["base"] = self.source.fingerprint
         return self.why_unfinished(manifest, present)
 
-    def complete(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def complete(self, inputs: Mapping[str, Any]) -> JsonObject:
         """Return recorded inputs with the knobs that came later, as defaults."""
         try:
             knobs = MergeConfig(**inputs["merge"]).model_dump(mode="json")
@@ -88,7 +89,7 @@ class MergeStage(Stage):
         """Yield the merged model's directory."""
         yield self.config.run.merged_dir
 
-    def run(self, inputs: Mapping[str, Any]) -> MergeRecord:
+    def run(self, inputs: JsonObject) -> MergeRecord:
         """Merge and check."""
         from llmtune.merging.one_adapter import merge_one
 

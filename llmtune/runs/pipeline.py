@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from llmtune.config import RunConfig
 from llmtune.errors import MergeRefused
 from llmtune.evaluation.diagnosis.base import Extent
 from llmtune.evaluation.suite import load_suites
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.manifest import ExportRecord, MergeRecord, TrainRecord
 from llmtune.io.run_dir import RunDir
 from llmtune.merging.config import NO_SETTINGS, MergeSettings
@@ -54,7 +55,7 @@ def run(config: RunConfig, *, force: bool = False) -> "Report":
     return built
 
 
-def _stages_before_report(config: RunConfig, *, force: bool) -> Iterator[Stage]:
+def _stages_before_report(config: RunConfig, *, force: bool) -> Iterator[Stage[Any]]:
     """Yield the stages in order; only training needs `force`, with which it clears the run."""
     yield TrainStage(config, force=force)
     yield MergeStage(config)
@@ -71,7 +72,7 @@ def train(config: RunConfig, *, force: bool = False) -> TrainRecord:
     """
     if force or not config.run.adapter_dir.is_dir():
         _plan_merge_of_training(config)
-    return cast(TrainRecord, TrainStage(config, force=force).do())
+    return TrainStage(config, force=force).do()
 
 
 def _plan_merge_of_training(config: RunConfig) -> None:
@@ -115,7 +116,7 @@ def merge(
     Raises:
         CheckFailed: the merged model differs from base + adapter; nothing is left in `merged/`.
     """
-    return cast(MergeRecord, MergeStage(config, force=force, settings=settings).do())
+    return MergeStage(config, force=force, settings=settings).do()
 
 
 def evaluate(config: RunConfig, *, force: bool = False) -> "Scores":
@@ -168,12 +169,12 @@ def export(config: RunConfig, *, force: bool = False) -> dict[str, ExportRecord]
         CheckFailed: a file's answers are not the model's; it is not kept.
     """
     return {
-        exporter.name: cast(ExportRecord, ExportStage(config, exporter, type, force=force).do())
+        exporter.name: ExportStage(config, exporter, type, force=force).do()
         for exporter, type in config.export.exports()
     }
 
 
-def verify(path: str | Path, against: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def verify(path: str | Path, against: str | Path, overrides: Sequence[str] = ()) -> JsonObject:
     """Reload a model directory or a GGUF file and compare it with what it was made from.
 
     Args:

@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +17,7 @@ from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.lengths import find_unfit_items
 from llmtune.evaluation.results import is_suite_name
 from llmtune.evaluation.suite import load_suite, load_suites, render_suite
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.run_dir import atomic_write_text
 from llmtune.models.config import ModelConfig
 from llmtune.models.resolve import resolve_base
@@ -118,10 +118,13 @@ class EvalDraft:
         """The suite, and what ships with llmtune and belongs beside it."""
         return [str(self.suite), *SHIPPED_BESIDE]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Return what was written, for scripts."""
-        return {"suite": str(self.suite), "task": self.task, "items": self.num_items} | {
-            "suites": self.suites
+        return {
+            "suite": str(self.suite),
+            "task": self.task,
+            "items": self.num_items,
+            "suites": self.suites,
         }
 
     def describe(self) -> str:

@@ -6,12 +6,13 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig, anchor_paths
 from llmtune.data.config import SourceConfig
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.manifest import Manifest, StageRecord, read_manifest
 from llmtune.io.validation import validate_section
 from llmtune.io.yaml_source import SourcedTree
@@ -20,9 +21,11 @@ from llmtune.models.resolve import resolve_base
 from llmtune.models.template_date import today
 from llmtune.runs.ledger import Ledger, open_ledger
 
+Result = TypeVar("Result", bound=Mapping[str, Any])
 
-class Stage(ABC):
-    """One stage of a run, with its config.
+
+class Stage(ABC, Generic[Result]):
+    """One stage of a run, with its config; `Result` is what it records of itself.
 
     A finished stage of equal `inputs` whose `outputs` are all there is skipped; with `force` it is
     done again.
@@ -38,7 +41,7 @@ class Stage(ABC):
         self.config = anchor_paths(config)
         self.force = force
 
-    def check(self) -> None:  # noqa: B027 (a stage may have nothing to check)
+    def check(self) -> None:
         """Find what is wrong with the input before the run directory is opened.
 
         Raises:
@@ -46,10 +49,10 @@ class Stage(ABC):
         """
 
     @abstractmethod
-    def inputs(self, manifest: Manifest) -> dict[str, Any]:
+    def inputs(self, manifest: Manifest) -> JsonObject:
         """Return everything that decides the result, as JSON values."""
 
-    def complete(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def complete(self, inputs: Mapping[str, Any]) -> JsonObject:
         """Return recorded inputs with what this version has added to them, as its defaults."""
         return inputs
 
@@ -58,21 +61,22 @@ class Stage(ABC):
         """Return the paths that the stage has left, by its record of equal inputs."""
 
     @abstractmethod
-    def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def run(self, inputs: JsonObject) -> Result:
         """Do the work and return the result as JSON values."""
 
-    def do(self) -> Mapping[str, Any]:
+    def do(self) -> Result:
         """Check the input, open the run, and do the stage or skip it; return its result."""
         self.check()
         with self.open() as ledger:
             self.before(ledger)
             inputs = self.inputs(ledger.manifest)
-            result = None
+            result: Result | None = None
             if not self.force:
                 recorded = ledger.finished(
                     self.name, inputs, complete=self.complete, outputs=self.outputs
                 )
-                result = recorded and self._with_paths(recorded, self.config.run.place)
+                if recorded is not None:
+                    result = self._with_paths(cast(Result, recorded), self.config.run.place)
             if result is None:
                 ledger.begin(self.name, inputs)
                 result = self.run(inputs)
@@ -80,13 +84,11 @@ class Stage(ABC):
             self.after(ledger, result)
         return result
 
-    def _with_paths(
-        self, result: Mapping[str, Any], change: Callable[[str], str]
-    ) -> Mapping[str, Any]:
+    def _with_paths(self, result: Result, change: Callable[[str], str]) -> Result:
         changed = {key: change(result[key]) for key in self.paths_in_run if key in result}
-        return {**result, **changed}
+        return cast(Result, {**result, **changed})
 
-    def why_unfinished(self, manifest: Manifest, present: Mapping[str, Any]) -> str | None:
+    def why_unfinished(self, manifest: Manifest, present: JsonObject) -> str | None:
         """Say why what the stage has left may not be used, and what to do; None if it may.
 
         It may if the stage is finished and was made from these of its inputs.
@@ -104,10 +106,10 @@ class Stage(ABC):
             f"{' and '.join(other)} than now; {again}"
         )
 
-    def before(self, ledger: Ledger) -> None:  # noqa: B027 (most stages have nothing to add)
+    def before(self, ledger: Ledger) -> None:
         """Describe in the open run what the stage is about to use, or refuse it."""
 
-    def after(self, ledger: Ledger, result: Mapping[str, Any]) -> None:  # noqa: B027
+    def after(self, ledger: Ledger, result: Result) -> None:
         """Describe in the open run what the stage has left, done or skipped."""
 
     def open(self) -> AbstractContextManager[Ledger]:
@@ -149,7 +151,7 @@ class Stage(ABC):
         return adapter_fingerprint(run.adapter_dir)
 
 
-def deciding_knobs(config: RunConfig) -> dict[str, Any]:
+def deciding_knobs(config: RunConfig) -> JsonObject:
     """Return the knobs that decide the adapter; base and rows are compared by their content."""
     values = config.model_dump(
         mode="json",
@@ -171,7 +173,7 @@ def deciding_knobs(config: RunConfig) -> dict[str, Any]:
     return values | {"train": config.train.deciding_knobs()}
 
 
-def deciding_knobs_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
+def deciding_knobs_of(recorded: Mapping[str, Any]) -> JsonObject:
     """Return what `deciding_knobs` does, of a config as a manifest holds it.
 
     A config of an older version lacks the keys that were added since. Such a key counts as its

@@ -1,9 +1,9 @@
 """What a path on the command line names: a config, a run, an adapter, or a whole model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 from llmtune.adapters.manifest import (
     MANIFEST_NAME,
@@ -33,7 +33,18 @@ from llmtune.schema import Section
 
 TEMPLATE_NAME = "chat_template.jinja"
 YAML_SUFFIXES = (".yaml", ".yml")
+Wide = TypeVar("Wide", bound=Loadable)
+
 RUN_NAMES = "a run directory, or a config (a .yaml file)"
+
+
+class BaseKeys(TypedDict, total=False):
+    """The keys of a `model` section that an adapter says of its base."""
+
+    base: str | None
+    revision: str | None
+    quantization: Mapping[str, Any] | None
+    chat_template: str
 
 
 class ModelOnly(Section):
@@ -48,9 +59,9 @@ class Target(Loadable):
 
     config: RunConfig | None = None
 
-    def loadable(self) -> dict[str, Any]:
-        """Return what is to be loaded, by the names of `Loadable`'s fields."""
-        return {one.name: getattr(self, one.name) for one in fields(Loadable)}
+    def widen(self, kind: type[Wide], **more: Any) -> Wide:
+        """Return what is to be loaded as a `Loadable` of a kind that has `more` fields."""
+        return kind(**{one.name: getattr(self, one.name) for one in fields(Loadable)}, **more)
 
     @property
     def evaluate(self) -> EvaluateConfig:
@@ -92,7 +103,7 @@ def resolve_target(name: str, overrides: Sequence[str] = ()) -> Target:
 def export_source(target: Target) -> ExportSource:
     """Return what an export of a target is made from."""
     run_dir = target.config.run_dir if target.config else None
-    return ExportSource(**target.loadable(), run_dir=run_dir)
+    return target.widen(ExportSource, run_dir=run_dir)
 
 
 def require_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -160,7 +171,7 @@ def _require_path(name: str) -> None:
         raise LlmtuneError(f"{name}: no such file or directory; expected {RUN_NAMES}")
 
 
-def adapter_base(adapter_dir: Path) -> dict[str, Any]:
+def adapter_base(adapter_dir: Path) -> BaseKeys:
     """Return the `model` section for an adapter's base, as the adapter recorded it.
 
     The chat template saved beside the adapter is the one it was trained with, and the base is
@@ -170,6 +181,7 @@ def adapter_base(adapter_dir: Path) -> dict[str, Any]:
         LlmtuneError: the adapter cannot be read, or names no base.
     """
     config = read_adapter_config(adapter_dir)
+    model: BaseKeys
     if (adapter_dir / MANIFEST_NAME).is_file():
         model = _recorded_base(adapter_dir)
     else:
@@ -179,10 +191,12 @@ def adapter_base(adapter_dir: Path) -> dict[str, Any]:
                 f"{adapter_dir}: adapter_config.json names no base model; give it: model.base=PATH"
             )
     template = adapter_dir / TEMPLATE_NAME
-    return model | ({"chat_template": str(template)} if template.is_file() else {})
+    if template.is_file():
+        model["chat_template"] = str(template)
+    return model
 
 
-def _recorded_base(adapter_dir: Path) -> dict[str, Any]:
+def _recorded_base(adapter_dir: Path) -> BaseKeys:
     manifest = read_adapter_manifest(adapter_dir)
     base = manifest.get("base")
     if not isinstance(base, dict) or not all(
@@ -192,11 +206,15 @@ def _recorded_base(adapter_dir: Path) -> dict[str, Any]:
             f"{adapter_dir / MANIFEST_NAME}: damaged: expected `base` with origin and path"
         )
     trained = (manifest.get("config") or {}).get("model") or {}
-    quantization = {"quantization": trained.get("quantization")}
+    quantization = trained.get("quantization")
     if base.get("revision"):
-        return {"base": base["origin"], "revision": base["revision"]} | quantization
+        return {
+            "base": base["origin"],
+            "revision": base["revision"],
+            "quantization": quantization,
+        }
     is_local = Path(base["path"]).is_dir()
-    return {"base": base["path"] if is_local else base["origin"]} | quantization
+    return {"base": base["path"] if is_local else base["origin"], "quantization": quantization}
 
 
 def run_target(name: str, config: RunConfig, *, opened: Checkpoint | None = None) -> Target:
@@ -238,6 +256,6 @@ def _judged_target(name: str, manifest: Manifest, overrides: Sequence[str]) -> T
     )
 
 
-def _model(values: dict[str, Any], overrides: Sequence[str]) -> ModelConfig:
+def _model(values: Mapping[str, object], overrides: Sequence[str]) -> ModelConfig:
     tree = apply_overrides(SourcedTree({"model": values}), overrides)
     return validate_section(ModelOnly, tree).model

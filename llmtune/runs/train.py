@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig
@@ -13,8 +13,8 @@ from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.data.length import refuse_positions
 from llmtune.data.prepare import PreparedData, prepare_examples
 from llmtune.errors import LlmtuneError, RunInterrupted
-from llmtune.io.fingerprint import hash_json
-from llmtune.io.manifest import BaseRecord, Manifest, StageRecord
+from llmtune.io.fingerprint import JsonObject, hash_json
+from llmtune.io.manifest import BaseRecord, Manifest, StageRecord, TrainRecord
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.template_date import template_date_of
@@ -22,13 +22,14 @@ from llmtune.runs.ledger import Ledger, has_training, refuse_unusable
 from llmtune.runs.stage import Stage, deciding_knobs, deciding_knobs_of
 
 if TYPE_CHECKING:
+    from llmtune.evaluation.price import QuantizationPrice
     from llmtune.planning.devices import Device
     from llmtune.planning.workload import PlanRequest
 
 log = logging.getLogger("llmtune")
 
 
-class TrainStage(Stage):
+class TrainStage(Stage[TrainRecord]):
     """Fit an adapter and save it in `adapter/`; continue from a checkpoint if there is one."""
 
     name = "train"
@@ -85,7 +86,7 @@ class TrainStage(Stage):
         """Yield the adapter's directory."""
         yield self.config.run.adapter_dir
 
-    def run(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def run(self, inputs: JsonObject) -> TrainRecord:
         """Train, and return what the manifest records: steps, tokens, losses, choices and more."""
         from llmtune.planning.workload import estimate_training
         from llmtune.training.adapt import TrainRows, adapt_base
@@ -103,16 +104,16 @@ class TrainStage(Stage):
             packing=config.data.packing,
             run=config.run,
             seed=config.seed,
-            identity=inputs,
+            identity={name: str(value) for name, value in inputs.items()},
         )
         result = train_adapter(config.train, adapted.request)
         record = adapted.save(result, config.model_dump(mode="json"), config.train.batch_size)
         recorded = {**dataclasses.asdict(result), "estimate": estimate, **record}
-        recorded["quantization_price"] = price
+        recorded["quantization_price"] = None if price is None else dataclasses.asdict(price)
         self._interrupted_by = recorded.pop("interrupted_by")
-        return recorded
+        return cast(TrainRecord, recorded)
 
-    def _measure_price(self) -> dict[str, Any] | None:
+    def _measure_price(self) -> "QuantizationPrice | None":
         """Say what the quantization costs on general text, before the base is loaded to train."""
         from llmtune.evaluation.price import measure_price
         from llmtune.reporting.suites import Thresholds
@@ -124,7 +125,7 @@ class TrainStage(Stage):
         is_high = found.price is not None and found.price > bound / 2
         for line in found.lines(bound):
             log.log(logging.WARNING if is_high else logging.INFO, "quantization: %s", line)
-        return dataclasses.asdict(found)
+        return found
 
     def _plan_request(self) -> "PlanRequest":
         """Ask for what this machine's free memory is now, before the base is loaded."""
@@ -165,7 +166,7 @@ class TrainStage(Stage):
             data={name: prepared.report.to_json() for name, prepared in self.data.items()},
         )
 
-    def after(self, ledger: Ledger, result: Mapping[str, Any]) -> None:
+    def after(self, ledger: Ledger, result: TrainRecord) -> None:
         """Describe the base's precision in the manifest.
 
         Raises:

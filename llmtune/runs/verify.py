@@ -48,8 +48,8 @@ def verify_target(
 def _reference(target: Target, suites: Sequence[Suite] = ()) -> Reference:
     """Return what the checks may know of a target."""
     config = target.config
-    return Reference(
-        **target.loadable(),
+    return target.widen(
+        Reference,
         max_kl=(config.merge if config else MergeConfig()).max_kl,
         held_out=HeldOut(config.data, config.seed, tuple(suites)) if config else None,
     )

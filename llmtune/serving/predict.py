@@ -201,7 +201,7 @@ def _answer(
 
 def _added(
     settings: PredictSettings, answer: tuple[str, bool] | None, why: str | None
-) -> dict[str, Any]:
+) -> dict[str, str | bool | None]:
     """Return what is added to a row: its answer, or why there is none."""
     text, stopped, skipped = settings.columns
     if answer is None:

@@ -102,7 +102,7 @@ def _by_loaded_model(arms: Sequence[str]) -> list[tuple[str, ...]]:
     return [group for group in (live, ("merged",) if "merged" in arms else ()) if group]
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(values: Mapping[str, Any]) -> dict[str, float]:
     """Return the harness's own numbers of a task, `metric,filter` -> value."""
     return {
         key: value

@@ -17,7 +17,7 @@ from llmtune.adapters.saved import save_adapter
 from llmtune.data.example import IGNORE_INDEX, Example, PreparedData
 from llmtune.data.template import template_fingerprint
 from llmtune.io.environment import versions
-from llmtune.io.fingerprint import hash_json
+from llmtune.io.fingerprint import JsonObject, hash_json
 from llmtune.io.run_dir import RunDir
 from llmtune.io.sizes import format_in
 from llmtune.models.checkpoint import Checkpoint
@@ -70,7 +70,7 @@ class TrainRecord(TypedDict):
     """Of which rows were seen in which order: a function of the data and the seed alone."""
     protect: dict[str, int] | None
     adapter_bytes: int
-    injection: dict[str, Any]
+    injection: JsonObject
     quantization: dict[str, Any]
     device: str
     dtype: str
@@ -97,10 +97,10 @@ class AdaptedBase:
         """
         loaded, directory = self.loaded, self.request.run.adapter_dir
         date = template_date_of(loaded.tokenizer)
+        template = template_fingerprint(loaded.tokenizer).to_json()
         manifest: dict[str, Any] = {
             "base": loaded.source.as_record(),
-            "template": template_fingerprint(loaded.tokenizer).to_json()
-            | ({} if date is None else {"date": date}),
+            "template": {**template, **({} if date is None else {"date": date})},
             "data_fingerprint": self.rows.train.fingerprint,
             "stop_token_ids": list(loaded.stop_token_ids),
             "versions": versions(),

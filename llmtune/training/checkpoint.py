@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from peft import PeftModel
@@ -20,6 +20,7 @@ from llmtune.adapters.saved import settle_config
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file
 from llmtune.io.json_files import read_json_object
+from llmtune.training.objectives.base import OpenSums
 from llmtune.training.request import RunTotals, Start
 
 PREFIX = "checkpoint-"
@@ -187,9 +188,27 @@ def find_start(
     return Start(checkpoint, steps, total_steps, totals, identity)
 
 
-def read_progress(checkpoint: Path) -> dict[str, Any]:
+class OpenWindow(TypedDict):
+    """The sums over the steps since the last line of metrics."""
+
+    loss: float
+    logged_step: int
+    metrics: Mapping[str, OpenSums]
+
+
+class Progress(TypedDict, total=False):
+    """What a checkpoint records of the run; older versions wrote no `window`."""
+
+    identity: Mapping[str, Any]
+    totals: Mapping[str, Any]
+    """The fields of `RunTotals`."""
+    choices: Mapping[str, str]
+    window: OpenWindow
+
+
+def read_progress(checkpoint: Path) -> Progress:
     """Return what a checkpoint recorded of the run: identity, totals, best evaluation."""
-    return read_json_object(checkpoint / PROGRESS_NAME)
+    return cast(Progress, read_json_object(checkpoint / PROGRESS_NAME))
 
 
 def remove_old_checkpoints(newest: Path, *, keep: int, best_step: int | None) -> None:

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import JsonObject
 from llmtune.schema import Section, default_of
 from llmtune.training.objectives import DEFAULT_OBJECTIVE, ObjectiveConfig
 
@@ -147,7 +148,7 @@ class TrainConfig(Section):
             raise ValueError("early_stopping needs eval_every: the steps between evaluations")
         return self
 
-    def deciding_knobs(self) -> dict[str, Any]:
+    def deciding_knobs(self) -> JsonObject:
         """Return, as JSON values, the knobs that decide which weights come out."""
         knobs = set(RESULT_KNOBS)
         if self.early_stopping is not None:

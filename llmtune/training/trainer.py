@@ -36,6 +36,7 @@ from llmtune.training.callbacks import (
 from llmtune.training.checkpoint import (
     CHECKSUMS_NAME,
     PROGRESS_NAME,
+    Progress,
     check_finite,
     checkpoint_dir,
     load_weights,
@@ -196,7 +197,8 @@ class AdapterTrainer(SFTTrainer):
             for path in checkpoint.iterdir():
                 if path.name not in (CHECKSUMS_NAME, PROGRESS_NAME):
                     shutil.copy2(path, directory / path.name)
-            progress = read_progress(checkpoint) | {"totals": vars(self._start.totals)}
+            progress = read_progress(checkpoint)
+            progress["totals"] = vars(self._start.totals)
             atomic_write_json(directory / PROGRESS_NAME, progress)
 
         write_checkpoint(checkpoint, copy_with_new_totals)
@@ -282,7 +284,7 @@ class AdapterTrainer(SFTTrainer):
         self._save_scaler(str(directory))
         self._save_rng_state(str(directory))
         self.state.save_to_json(str(directory / "trainer_state.json"))
-        progress = {
+        progress: Progress = {
             "identity": dict(self._start.identity),
             "totals": vars(self._start.totals),
             "choices": dict(self._choices),
@@ -388,7 +390,7 @@ def restored_model(model: PeftModel) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
 
 
-def _copy_attributes(holder: object) -> dict[str, Any]:
+def _copy_attributes(holder: object) -> dict[str, object]:
     """Return an object's attributes; lists are copied, because trl appends to them."""
     return {
         name: list(value) if type(value) is list else value

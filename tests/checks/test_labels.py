@@ -1,6 +1,7 @@
 """The file in llama.cpp labels items as the model does; a run exports what its config names."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_verify_compares_the_labels_of_the_target_suite(finished, tmp_path):
     path = finished.run.path / "exports" / "run-f16.gguf"
     verified = verify_target(path, str(finished.run.path), [], Tolerances())
     verified.require_passed()
-    result = verified.to_dict()
+    result: Any = verified.to_dict()
     for compared, against, max_kl in (
         (result["file"], "merged model", 0.01),
         (result["chain"], "live adapter", 0.06),

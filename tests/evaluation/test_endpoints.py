@@ -132,7 +132,7 @@ def test_the_request_holds_what_was_asked_for_and_a_redirect_is_not_followed():
         "max_completion_tokens": 5,
     }
     uncounted = describe_cost(EndpointConfig(url=url, model="big"), [Reply("a", None, 1, 2.0)])
-    assert uncounted["price_per_1000"] is None and uncounted["input_tokens"] is None
+    assert uncounted.price_per_1000 is None and uncounted.input_tokens is None
 
 
 def test_an_items_tools_and_calls_are_sent_as_the_protocol_has_them():

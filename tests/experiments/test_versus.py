@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmtune.cli import run_command
-from llmtune.evaluation.results import arm_result_path, read_arm_result, save_arm_result
+from llmtune.evaluation.results import Recipe, arm_result_path, read_arm_result, save_arm_result
 from llmtune.io.run_dir import RunDir
 from tests.reporting.planted import PlantedSuite, improve, plant_run, right_wrong, worsen
 
@@ -19,7 +19,7 @@ def plant(path, tuned, *, more=(), clusters=None):
     return path
 
 
-def change_recipe(path, suite, **changes):
+def change_recipe(path, suite, changes: Recipe):
     evaluations = RunDir(path).evaluations_dir
     result = read_arm_result(arm_result_path(evaluations, suite, "tuned"))
     result.recipe.update(changes)
@@ -61,7 +61,7 @@ def test_equal_runs_show_no_difference(tmp_path, capsys):
 
 def test_other_items_scoring_or_base_are_refused_by_name(tmp_path, capsys):
     first, second = plant(tmp_path / "a", TUNED), plant(tmp_path / "b", TUNED)
-    change_recipe(second, "movies", scoring={"prompt": "another"}, base="other")
+    change_recipe(second, "movies", {"scoring": {"prompt": "another"}, "base": "other"})
     for across in ([], ["--across", "base"]):
         assert run_command(["report", str(first), str(second), *across]) == 2
         assert "scoring: " in capsys.readouterr().err
@@ -71,7 +71,7 @@ def test_other_items_scoring_or_base_are_refused_by_name(tmp_path, capsys):
 
 def test_another_base_can_be_allowed_and_is_said(tmp_path, capsys):
     first, second = plant(tmp_path / "a", TUNED), plant(tmp_path / "b", TUNED)
-    change_recipe(second, "movies", base="other")
+    change_recipe(second, "movies", {"base": "other"})
     assert run_command(["report", str(first), str(second)]) == 2
     assert "--across" in capsys.readouterr().err
     assert run_command(["report", str(first), str(second), "--across", "base", "--json"]) == 0

@@ -20,7 +20,7 @@ def export_model(
     *,
     force: bool = False,
     **options: Any,
-) -> dict[str, Any]:
+) -> Any:
     """Export a run, an adapter or a model and return the result as JSON."""
     settings = ExportSettings(to, type, out, force=force, options=options)
     return export_target(str(source), (), settings).to_dict()

@@ -126,7 +126,7 @@ def _result(suite: PlantedSuite, arm: str) -> ArmResult:
             "num_items": len(next(iter(suite.arms.values()))),
             "scoring": {"choices": suite.choices},
             "base": "merged" if arm == "merged" else "original",
-            "precision": "bfloat16" if arm == "merged" else "nf4",
+            "precision": {"dtype": "bfloat16" if arm == "merged" else "nf4"},
         },
         recipe_hash="0" * 64,
         model={"arm": arm},

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf import GGUFReader
@@ -16,6 +17,7 @@ from llmtune.io.run_dir import atomic_write_json
 from llmtune.runs.evaluate import EvaluateStage
 from llmtune.runs.export import ExportStage
 from llmtune.runs.merge import MergeStage
+from llmtune.runs.stage import Stage
 from llmtune.runs.targets import require_run, resolve_target
 from tests.conftest import write_jsonl
 from tests.project import make_project
@@ -69,7 +71,8 @@ OWN = {"merge": "merged/", "evaluate": ("evaluations/", "diagnostics/"), "export
 
 def test_what_a_stage_reads_in_the_run_is_among_its_inputs(copied):
     exports = [ExportStage(copied, *one, force=True) for one in copied.export.exports()]
-    for stage in (MergeStage(copied, force=True), EvaluateStage(copied, force=True), *exports):
+    stages: list[Stage[Any]] = [MergeStage(copied, force=True), EvaluateStage(copied, force=True)]
+    for stage in [*stages, *exports]:
         read = read_opened(stage.do, copied.run_dir)
         assert any(name.startswith(tuple(LEFT_BY)) for name in read), stage.name
         inputs = stage.inputs(read_manifest(copied.run))

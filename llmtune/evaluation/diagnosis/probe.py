@@ -230,7 +230,7 @@ def _answer_suite(
         suite,
         PROBE_ARM,
         items,
-        recipe=build_recipe(scored, suite) | {"probe": asdict(probe.cell)},
+        recipe={**build_recipe(scored, suite), "probe": asdict(probe.cell)},
         model=scored.identity.as_dict(),
         seconds=time.perf_counter() - started,
         about=about,

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from llmtune.data.problems import RowError
 from llmtune.evaluation.question import read_question, refuse_context
 from llmtune.evaluation.results import NAME_RULE, ItemScore, is_suite_name
-from llmtune.io.fingerprint import hash_json
+from llmtune.io.fingerprint import JsonObject, hash_json
 from llmtune.schema import Section
 
 if TYPE_CHECKING:
@@ -212,11 +212,11 @@ class SuiteConfig(Section):
         """Return what the untouched base answers to every item, if the task needs that."""
         raise NotImplementedError
 
-    def describe(self, scores: Sequence[ItemScore]) -> dict[str, Any]:
+    def describe(self, scores: Sequence[ItemScore]) -> JsonObject:
         """Return what the items' scores say beside their mean, as JSON values."""
         return {}
 
-    def recipe_facts(self) -> dict[str, Any]:
+    def recipe_facts(self) -> JsonObject:
         """Return what decides scores and is not in the declaration (the user's own code)."""
         return {}
 

@@ -1,7 +1,7 @@
 """Open prompts in chat form: how far a model has moved from what the untouched base answers."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ from llmtune.evaluation.tasks.base import (
     SuiteItem,
     read_field,
 )
+from llmtune.io.fingerprint import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -112,7 +113,7 @@ class ChatSuite(SuiteConfig):
             for item, (score,), answer in zip(suite.items, found, answers, strict=True)
         ]
 
-    def describe(self, scores: Sequence[ItemScore]) -> dict[str, Any]:
+    def describe(self, scores: Sequence[ItemScore]) -> JsonObject:
         """Return what this arm's own answers are like, beside the base's."""
         words = [(item.prediction or "").split() for item in scores]
         base = [(item.answer or "").split() for item in scores]

@@ -26,6 +26,7 @@ from llmtune.evaluation.tasks.base import (
     commonest_share,
     read_field,
 )
+from llmtune.io.fingerprint import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -178,7 +179,7 @@ class ChoiceSuite(PromptedSuite):
             return WRITTEN_TOKENS if self.chat else 0
         return self.written_tokens
 
-    def describe(self, scores: Sequence[ItemScore]) -> dict[str, Any]:
+    def describe(self, scores: Sequence[ItemScore]) -> JsonObject:
         """Return classes, calibration, and the accuracy of the written answers."""
         return describe_choices(scores, self.fixed_choices)
 

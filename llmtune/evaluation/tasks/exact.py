@@ -34,6 +34,7 @@ from llmtune.evaluation.text_metrics import (
     load_own_metric,
     load_schema_metric,
 )
+from llmtune.io.fingerprint import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -152,7 +153,7 @@ class ExactSuite(PromptedSuite):
             return Metric(self.metric, True, "as your function returns")
         return super().chosen_metric
 
-    def recipe_facts(self) -> dict[str, Any]:
+    def recipe_facts(self) -> JsonObject:
         """Return a hash of the user's own metric."""
         return {"source": fingerprint_own_metric(self.metric)} if self.is_own_metric else {}
 
@@ -213,7 +214,7 @@ class ExactSuite(PromptedSuite):
         stops = self.stop if self.stop is not None else () if self.chat else ("\n",)
         return cut_at(text, stops) if stops else text
 
-    def describe(self, scores: Sequence[ItemScore]) -> dict[str, Any]:
+    def describe(self, scores: Sequence[ItemScore]) -> JsonObject:
         """Return the strict and the lenient score: the whole answer is right, or a part of it."""
         if self.metric == "bleu":
             texts = [(each.prediction or "", each.answer or "") for each in scores]

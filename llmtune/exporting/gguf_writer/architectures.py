@@ -10,6 +10,8 @@ from llmtune.io.stopping import first_line
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 
 Config = Mapping[str, Any]
+Keys = dict[str, int | float | bool | str]
+"""What the head of a GGUF file says of the model, by name."""
 
 GEMMA2_27B_LAYERS = 46
 """llama.cpp scales the attention of a Gemma 2 with this many layers by hidden size / heads."""
@@ -24,7 +26,7 @@ class Architecture:
     activations: tuple[str, ...]
     problems: Callable[[Config], Iterator[str]]
     """What llama.cpp would compute differently: each is a reason to refuse."""
-    extra_keys: Callable[[Config], dict[str, Any]]
+    extra_keys: Callable[[Config], Keys]
     pairs_rotary: bool = False
     """llama.cpp turns neighboring dimensions of q and k; transformers turns the two halves."""
     norm_offset: float = 0.0
@@ -78,11 +80,11 @@ def read_full_config(base: Checkpoint) -> Config:
     return written | completed
 
 
-def hyperparameters(architecture: Architecture, config: Config) -> dict[str, Any]:
+def hyperparameters(architecture: Architecture, config: Config) -> Keys:
     """Return the keys of the file's head: whole numbers as int, others as float, flags as bool."""
     heads, head_dim = config["num_attention_heads"], head_dimension(config)
     rope = read_rope(config)
-    values: dict[str, Any] = {
+    values: Keys = {
         "vocab_size": config["vocab_size"],
         "context_length": context_length(config),
         "embedding_length": config["hidden_size"],
@@ -153,7 +155,7 @@ def _no_problems(config: Config) -> Iterator[str]:
     yield from ()
 
 
-def _no_keys(config: Config) -> dict[str, Any]:
+def _no_keys(config: Config) -> Keys:
     return {}
 
 
@@ -195,19 +197,19 @@ def _phi_problems(config: Config) -> Iterator[str]:
         yield "qk_layernorm is on"
 
 
-def _expert_keys(config: Config) -> dict[str, Any]:
+def _expert_keys(config: Config) -> Keys:
     return {
         "expert_count": config.get("num_local_experts") or config["num_experts"],
         "expert_used_count": config["num_experts_per_tok"],
     }
 
 
-def _qwen3_moe_keys(config: Config) -> dict[str, Any]:
+def _qwen3_moe_keys(config: Config) -> Keys:
     width = config["moe_intermediate_size"]
     return _expert_keys(config) | {"expert_feed_forward_length": width}
 
 
-def _gemma2_keys(config: Config) -> dict[str, Any]:
+def _gemma2_keys(config: Config) -> Keys:
     return {
         "attn_logit_softcapping": float(config["attn_logit_softcapping"]),
         "final_logit_softcapping": float(config["final_logit_softcapping"]),
@@ -215,7 +217,7 @@ def _gemma2_keys(config: Config) -> dict[str, Any]:
     }
 
 
-def _phi3_keys(config: Config) -> dict[str, Any]:
+def _phi3_keys(config: Config) -> Keys:
     longest = config["max_position_embeddings"]
     return {
         "attention.sliding_window": config.get("sliding_window") or 0,

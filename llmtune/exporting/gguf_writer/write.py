@@ -24,6 +24,7 @@ from llmtune.exporting.gguf_writer.tensors import PlannedTensor, plan_tensors
 from llmtune.exporting.gguf_writer.tiles import iter_tensor_bytes
 from llmtune.exporting.gguf_writer.types import FILE_TYPES, QUANTIZER_TYPES, quantize_file
 from llmtune.exporting.gguf_writer.vocabulary import Vocabulary, read_vocabulary
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.unfinished import require_space
 from llmtune.models.checkpoint import Checkpoint
 
@@ -47,7 +48,7 @@ class GgufResult:
     seconds: float
     notices: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the result as JSON."""
         return {**asdict(self), "path": str(self.path)}
 

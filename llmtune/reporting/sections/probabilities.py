@@ -80,8 +80,8 @@ def measure_shifts(
         if base is None or tuned is None:
             continue
         choices = (base.recipe.get("scoring") or {}).get("choices")
-        if choices:
-            shift = _shift(name, base, tuned, choices)
+        if isinstance(choices, list) and choices:
+            shift = _shift(name, base, tuned, [str(choice) for choice in choices])
             if shift is not None:
                 shifts.append(shift)
     return tuple(shifts)

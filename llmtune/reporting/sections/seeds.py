@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 from markupsafe import Markup
 
 from llmtune.evaluation.stats import Resampling, holm
+from llmtune.io.fingerprint import JsonObject
 from llmtune.reporting.charts import draw_interval, interval_limit
 from llmtune.reporting.numbers import Unit, unit_of_metric, without_nan
 
@@ -75,7 +76,7 @@ class SeedStudy:
         """The level that Holm-adjusted p-values are held against."""
         return 1 - self.resampling.confidence
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Return the study for scripts."""
         runs = [
             {"run": name, "seed": seed, "verdict": verdict}

@@ -13,6 +13,7 @@ from llmtune.evaluation.compare import arm_kind
 from llmtune.evaluation.diagnosis.config import ALTERNATIVES
 from llmtune.evaluation.main_arms import MAIN_ARMS
 from llmtune.evaluation.results import ArmResult
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import parse_json
 from llmtune.io.manifest import Manifest
 from llmtune.io.run_dir import RunDir
@@ -110,7 +111,7 @@ class Cost:
         """Return the largest peak over the stages, or None if none was measured."""
         return max(self.peak_bytes.values(), default=None)
 
-    def as_json(self) -> Mapping[str, object]:
+    def as_json(self) -> JsonObject:
         """Return what report.json holds under `cost`."""
         values = asdict(self)
         del values["seconds"]
