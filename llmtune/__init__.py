@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from llmtune.io.kernel_cache import limit_kernel_cache
+from llmtune.io.native_libraries import set_defaults
 from llmtune.version import __version__
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ __all__ = [
     "verify",
 ]
 
-# Here, because oneDNN reads it once, at the first product of a process, whoever asks for that:
-# a command, a script that imports llmtune, or a process that one of them starts.
-limit_kernel_cache()
+# Here, because these libraries read it once, before the first product of a process, whoever asks
+# for that: a command, a script that imports llmtune, or a process that one of them starts.
+set_defaults()
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.native_libraries import threads_sleep
 from llmtune.io.stopping import catch_interruption
 from llmtune.models.config import ModelConfig
 
@@ -114,11 +115,11 @@ def _product_seconds(dtype: torch.dtype) -> float:
 def why_threads_wait(device: torch.device) -> str | None:
     """Say what to export if this process has more threads than processors to run them on.
 
-    PyTorch's threads spin while they wait for each other: with one of them off its processor, all
-    the others burn theirs.
+    Threads that spin while they wait for each other: with one of them off its processor, all the
+    others burn theirs. Threads that sleep only get less done, as any process beside other work.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
+    if device.type != "cpu" or threads == 1 or threads_sleep():
         return None
     allowed = _usable_processors()
     others = min(max(os.getloadavg()[0] - 1, 0.0), allowed)  # one is this process

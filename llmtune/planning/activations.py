@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llmtune.io.kernel_cache import VARIABLES, read_capacity
+from llmtune.io.native_libraries import VARIABLES, read_capacity
 from llmtune.planning.shape import ModelShape
 from llmtune.training.memory.arithmetic import ActivationCost
 

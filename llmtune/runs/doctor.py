@@ -14,6 +14,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from llmtune.io.environment import machine, package_version
+from llmtune.io.native_libraries import threads_sleep
 from llmtune.io.sizes import GIB, format_in
 from llmtune.models.gguf import cache_dir
 
@@ -86,8 +87,7 @@ def check_threads(busy_ratio: float, environ: Mapping[str, str]) -> Finding:
     """
     threads = environ.get("OMP_NUM_THREADS", "one a core")
     found = f"{threads}; {busy_ratio:.0%} of the cores are busy now"
-    is_passive = environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
-    if busy_ratio < BUSY_RATIO or is_passive:
+    if busy_ratio < BUSY_RATIO or threads_sleep(environ):
         return Finding("OpenMP threads", "ok", found)
     return Finding(
         "OpenMP threads",

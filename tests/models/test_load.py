@@ -158,6 +158,7 @@ def test_products_that_were_held_up_for_a_moment_do_not_change_the_precision(mon
 def test_more_threads_than_processors_are_named_with_what_to_export(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "300000")
     monkeypatch.setattr(hardware, "_usable_processors", lambda: 8.0)
     for load, free in ((0.2, None), (1.0, None), (4.0, 5), (30.0, 1)):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
@@ -166,6 +167,9 @@ def test_more_threads_than_processors_are_named_with_what_to_export(monkeypatch)
     monkeypatch.setattr(hardware, "_usable_processors", lambda: 2.0)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0, 0))
     assert "may use 2 processors" in hardware.why_threads_wait(cpu)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # what importing llmtune sets: they soon sleep
+    assert hardware.why_threads_wait(cpu) is None
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert hardware.why_threads_wait(cpu) is None
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from llmtune.io.kernel_cache import CAPACITY, VARIABLES
+from llmtune.io.native_libraries import CAPACITY, VARIABLES
 from llmtune.planning.activations import KERNEL_BYTES, PLACES, count_sizes, kernel_bytes
 from llmtune.planning.estimate import estimate_memory
 from llmtune.planning.shape import read_shape

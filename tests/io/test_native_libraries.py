@@ -1,4 +1,4 @@
-"""oneDNN keeps as many compiled products as llmtune says, unless the user says otherwise."""
+"""oneDNN's cache and OpenMP's waiting are as llmtune says, unless the user says otherwise."""
 
 import os
 import subprocess
@@ -6,12 +6,16 @@ import sys
 
 import pytest
 
-from llmtune.io.kernel_cache import (
+from llmtune.io.native_libraries import (
     CAPACITY,
     ONEDNN_CAPACITY,
+    SPIN_ROUNDS,
     VARIABLES,
+    WAITING_VARIABLES,
     limit_kernel_cache,
+    limit_spinning,
     read_capacity,
+    threads_sleep,
 )
 
 FIRST_AGAIN = """
@@ -24,7 +28,8 @@ for tokens in (*range(40, 40 + {others}), 40):
 
 
 def run_python(code, **variables):
-    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    unset = (*VARIABLES, *WAITING_VARIABLES)
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=kept | {"OMP_NUM_THREADS": "1"} | variables,
@@ -76,3 +81,53 @@ def test_onednn_forgets_what_is_more(package, others, found_again):
         pytest.skip("this CPU's 16-bit products do not go through oneDNN")
     assert all("create:cache_miss" in line for line in products[:-1])
     assert ("create:cache_hit" in products[-1]) is found_again
+
+
+SHOWN = "; print(os.environ.get('GOMP_SPINCOUNT'), torch.get_num_threads())"
+
+
+@pytest.mark.parametrize(
+    ("code", "variables", "spins"),
+    [
+        ("import llmtune, os, torch", {}, str(SPIN_ROUNDS)),
+        # OpenMP has read its environment by then: what cannot hold any more is not claimed.
+        ("import torch, llmtune, os", {}, "None"),
+        ("import llmtune, os, torch", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("import llmtune, os, torch", {"OMP_WAIT_POLICY": "active"}, "None"),
+    ],
+)
+def test_threads_are_told_to_sleep_before_torch_is_there(code, variables, spins):
+    assert run_python(code + SHOWN, **variables).split()[0] == spins
+
+
+def test_openmp_reads_what_llmtune_sets():
+    """GNU OpenMP prints what it runs with when PyTorch loads it."""
+    code = "import llmtune, torch"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("this PyTorch does not run on GNU OpenMP")
+    assert f"GOMP_SPINCOUNT = '{SPIN_ROUNDS}'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environ", "sleeps"),
+    [
+        ({}, False),
+        ({"GOMP_SPINCOUNT": str(SPIN_ROUNDS)}, True),
+        ({"GOMP_SPINCOUNT": "300000", "OMP_WAIT_POLICY": "passive"}, False),
+        ({"GOMP_SPINCOUNT": "infinity"}, False),
+        ({"OMP_WAIT_POLICY": " Passive "}, True),
+        ({"OMP_WAIT_POLICY": "active"}, False),
+    ],
+)
+def test_whether_threads_sleep_is_read_as_openmp_does(environ, sleeps):
+    assert threads_sleep(environ) is sleeps
+    before = dict(environ)
+    limit_spinning(environ)
+    assert environ == (before or {"GOMP_SPINCOUNT": str(SPIN_ROUNDS)})
