@@ -6,10 +6,10 @@ never come again; what pays is that the layers of one micro-batch share theirs. 
 few micro-batches keeps that, for a quarter of the memory of oneDNN's own.
 
 **Spinning threads.** GNU OpenMP's threads wait for each other by spinning, 300,000 rounds long
-(some milliseconds), before they sleep. With one of them off its processor because of other work, the
-others burn theirs at the end of every operation: on two cores beside one busy process, a step of
-small products was up to 40 times slower than with threads that sleep. Threads that never spin are
-17 % slower at small products on an idle machine, with a short spin 10 %; large products are equal.
+(some milliseconds), before they sleep. With one of them off its processor because of other work,
+the others burn theirs at the end of every operation: on two cores beside one busy process, a step
+of small products was up to 40 times slower than with threads that sleep. Threads that never spin
+are 17 % slower at small products on an idle machine, with a short spin 10 %; large ones are equal.
 """
 
 import os
