@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.live import live_method
 from llmtune.adapters.low_rank import has_hooks
+from llmtune.models.decoder import decoder_of
+from llmtune.models.probing import ProbeFailedError, probing
 from llmtune.models.quantization.describe import dense_weight
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear, lora_linears
 
@@ -120,7 +122,7 @@ def _is_dense(layer: BaseTunerLayer) -> bool:
 
 def _run_three_tokens(model: PeftModel) -> object:
     device = next(model.parameters()).device
-    return model.get_base_model().base_model(
+    return decoder_of(model.get_base_model())(
         input_ids=torch.tensor([[1, 2, 3]], device=device), use_cache=False
     )
 
@@ -155,8 +157,10 @@ def _find_groups(
         for layer in layers
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), probing():
             run_forward()
+    except ProbeFailedError:
+        return [[layer] for layer in layers]  # who shares an input is not known
     finally:
         for handle in handles:
             handle.remove()

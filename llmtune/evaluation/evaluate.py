@@ -24,8 +24,8 @@ from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.gguf import cache_dir
 from llmtune.models.hardware import release_memory
 from llmtune.models.live import LiveModel
+from llmtune.models.probing import is_out_of_memory
 from llmtune.scoring.live import as_arm
-from llmtune.training.memory.measure import is_out_of_memory
 
 Load = Callable[[str], LiveModel]
 log = logging.getLogger("llmtune")

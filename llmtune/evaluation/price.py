@@ -16,12 +16,12 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.gguf import cache_dir
 from llmtune.models.hardware import release_memory
 from llmtune.models.load import load_model
+from llmtune.models.probing import is_out_of_memory
 from llmtune.models.quantization.config import members
 from llmtune.planning.estimate import base_bytes
 from llmtune.planning.shape import read_shape
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.perplexity import score_texts
-from llmtune.training.memory.measure import is_out_of_memory
 
 log = logging.getLogger("llmtune")
 

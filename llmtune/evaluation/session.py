@@ -31,9 +31,9 @@ from llmtune.io.sizes import format_size
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.hardware import release_memory
 from llmtune.models.live import LiveModel
+from llmtune.models.probing import is_out_of_memory
 from llmtune.planning.devices import free_device
 from llmtune.scoring.batches import model_device
-from llmtune.training.memory.measure import is_out_of_memory
 
 log = logging.getLogger("llmtune")
 

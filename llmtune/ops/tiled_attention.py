@@ -7,6 +7,8 @@ into several. Tiles of about one size are computed together, padded to the large
 calls, and work that divides evenly among the cores.
 Only query, key and value are kept for the backward pass, which computes the probabilities again.
 
+The values may be of a width of their own, and so is the output then.
+
 Shape suffixes: H query heads, G key/value heads (groups), R = H / G heads of a group, T tokens of
 the batch, D head width, S = G * tiles of a stack, Q = R * queries of a tile, K keys of a tile.
 """
@@ -84,6 +86,7 @@ def tiled_attention(
     value_1GTD: Tensor,
     lengths: tuple[int, ...],
     rule: ScoreRule,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within each of the consecutive samples whose `lengths` are given.
 
@@ -91,7 +94,7 @@ def tiled_attention(
     for float64 inputs), the products with the probabilities run in the inputs' dtype, gradients
     of keys and values are summed over tiles in float32. Works on any device, is made for CPUs.
     """
-    return _TiledAttention.apply(query_1HTD, key_1GTD, value_1GTD, lengths, rule)
+    return _TiledAttention.apply(query_1HTD, key_1GTD, value_1GTD, lengths, rule, sinks_H)
 
 
 @lru_cache(maxsize=8)  # every layer asks for the same one or two plans, forward and backward
@@ -187,23 +190,24 @@ class _TiledAttention(torch.autograd.Function):
     """Forward keeps its inputs; backward walks the same stacks again."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: FunctionCtx,
         query_1HTD: Tensor,
         key_1GTD: Tensor,
         value_1GTD: Tensor,
         lengths: tuple[int, ...],
         rule: ScoreRule,
+        sinks_H: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(query_1HTD, key_1GTD, value_1GTD)
-        ctx.lengths, ctx.rule = lengths, rule
+        ctx.lengths, ctx.rule, ctx.sinks = lengths, rule, sinks_H
         query_GRTD = _group_heads(query_1HTD, key_1GTD.shape[1])
-        output_GRTD, output_1HTD = _empty_heads(query_GRTD)
+        output_GRTD, output_1HTD = _empty_heads(query_GRTD, value_1GTD.shape[-1])
         with torch.autocast(query_1HTD.device.type, enabled=False):
             for stack in plan_stacks(lengths, rule.sliding_window, query_1HTD.shape[1]):
                 query_SQD = _read_queries(query_GRTD, stack)
                 key_SKD, value_SKD = (_read_keys(part[0], stack) for part in (key_1GTD, value_1GTD))
-                probs_SQK, _ = _probabilities(query_SQD, key_SKD, stack, rule)
+                probs_SQK, _ = _probabilities(query_SQD, key_SKD, stack, rule, sinks_H)
                 _write_queries(output_GRTD, stack, probs_SQK.to(value_SKD.dtype) @ value_SKD)
         return output_1HTD
 
@@ -215,14 +219,14 @@ class _TiledAttention(torch.autograd.Function):
         dtype = query_1HTD.dtype
         query_GRTD = _group_heads(query_1HTD, key_1GTD.shape[1])
         grad_output_GRTD = _group_heads(grad_output_1HTD, key_1GTD.shape[1])
-        grad_query_GRTD, grad_query_1HTD = _empty_heads(query_GRTD)
+        grad_query_GRTD, grad_query_1HTD = _empty_heads(query_GRTD, query_1HTD.shape[-1])
         grad_key_GTD, grad_value_GTD = _zero_sums(key_1GTD), _zero_sums(value_1GTD)
         for stack in plan_stacks(ctx.lengths, rule.sliding_window, query_1HTD.shape[1]):
             query_SQD, grad_SQD = (
                 _read_queries(heads, stack) for heads in (query_GRTD, grad_output_GRTD)
             )
             key_SKD, value_SKD = (_read_keys(part[0], stack) for part in (key_1GTD, value_1GTD))
-            probs_SQK, slope_SQK = _probabilities(query_SQD, key_SKD, stack, rule)
+            probs_SQK, slope_SQK = _probabilities(query_SQD, key_SKD, stack, rule, ctx.sinks)
             grad_probs_SQK = (grad_SQD @ value_SKD.mT).to(probs_SQK.dtype)
             _add_keys(grad_value_GTD, stack, probs_SQK.to(dtype).mT @ grad_SQD)
             grad_scores_SQK = torch._softmax_backward_data(
@@ -239,11 +243,12 @@ class _TiledAttention(torch.autograd.Function):
             grad_value_GTD[None].to(dtype),
             None,
             None,
+            None,
         )
 
 
 def _probabilities(
-    query_SQD: Tensor, key_SKD: Tensor, stack: Stack, rule: ScoreRule
+    query_SQD: Tensor, key_SKD: Tensor, stack: Stack, rule: ScoreRule, sinks_H: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Attention probabilities, and the slope of the soft cap (None without one)."""
     dtype = torch.promote_types(query_SQD.dtype, torch.float32)
@@ -257,7 +262,14 @@ def _probabilities(
     # Every head of a tile has the same mask.
     scores = scores_SQK.view(num_tiles, -1, num_queries, stack.num_keys)
     scores[..., stack.num_keys - num_masked :] += stack.mask[:, None].to(scores.device)
-    return torch.softmax(scores_SQK, dim=-1), slope_SQK
+    if sinks_H is None:
+        return torch.softmax(scores_SQK, dim=-1), slope_SQK
+    # A sink is one more score of its head, whose probability goes nowhere.
+    groups = len(query_SQD) // num_tiles
+    sinks_GQ = sinks_H.to(dtype).view(groups, -1).repeat_interleave(num_queries, dim=1)
+    sums_SQ1 = torch.logsumexp(scores_SQK, dim=-1, keepdim=True)
+    sums_SQ1 = torch.logaddexp(sums_SQ1, sinks_GQ.repeat(num_tiles, 1)[..., None])
+    return scores_SQK.sub_(sums_SQ1).exp_(), slope_SQK
 
 
 def _group_heads(heads_1HTD: Tensor, num_groups: int) -> Tensor:
@@ -265,9 +277,9 @@ def _group_heads(heads_1HTD: Tensor, num_groups: int) -> Tensor:
     return heads_1HTD[0].unflatten(0, (num_groups, -1))
 
 
-def _empty_heads(like_GRTD: Tensor) -> tuple[Tensor, Tensor]:
-    """New memory ordered `[T, H, D]`, what the next projection reads, in both views."""
-    groups, heads, tokens, width = like_GRTD.shape
+def _empty_heads(like_GRTD: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """New memory ordered `[T, H, width]`, what the next projection reads, in both views."""
+    groups, heads, tokens, _ = like_GRTD.shape
     memory_TGRD = like_GRTD.new_empty(tokens, groups, heads, width)
     return memory_TGRD.permute(1, 2, 0, 3), memory_TGRD.flatten(1, 2).transpose(0, 1)[None]
 

@@ -33,6 +33,7 @@ def varlen_attention(  # noqa: PLR0913 - keyword-only options, like torch.nn.fun
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sinks_H: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Causal attention within each of the samples packed into one row.
@@ -42,19 +43,20 @@ def varlen_attention(  # noqa: PLR0913 - keyword-only options, like torch.nn.fun
     Args:
         query_1HTD: queries of all samples; any strides.
         key_1GTD: keys; G divides H, heads `g * H / G ..` of the query share key head g.
-        value_1GTD: values, shaped like the keys.
+        value_1GTD: values, shaped like the keys, or of a smaller width.
         lengths: tokens of each sample in order, as Python ints; they add up to T.
         scale: factor on the scores before the soft cap, usually D ** -0.5.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+        sinks_H: a score of each head beside those of the keys, for nothing (gpt-oss); frozen.
         backend: a name from `VARLEN_BACKENDS`; None asks `choose_varlen_backend`.
 
     Returns:
-        `[1, H, T, D]`, laid out so that `transpose(1, 2)` is contiguous.
+        `[1, H, T, width of a value]`, laid out so that `transpose(1, 2)` is contiguous.
 
     Raises:
         ValueError: if the lengths do not describe the batch, or if the backend cannot do what
-            is asked (a soft cap outside tiled, flash_attn and flex).
+            is asked (a soft cap outside tiled, flash_attn and flex; sinks outside tiled).
     """
     _check_arguments(query_1HTD, key_1GTD, lengths)
     if backend is None:
@@ -63,9 +65,18 @@ def varlen_attention(  # noqa: PLR0913 - keyword-only options, like torch.nn.fun
             dtype=query_1HTD.dtype,
             head_width=query_1HTD.shape[-1],
             has_softcap=softcap is not None,
+            has_sinks=sinks_H is not None,
         )
     rule = ScoreRule(scale, sliding_window, softcap)
-    return VARLEN_BACKENDS[backend](query_1HTD, key_1GTD, value_1GTD, tuple(lengths), rule)
+    if backend == "tiled":
+        return tiled_attention(query_1HTD, key_1GTD, value_1GTD, tuple(lengths), rule, sinks_H)
+    if sinks_H is not None:
+        raise ValueError(f"{backend} has no attention sinks; use tiled")
+    attend, width = VARLEN_BACKENDS[backend], value_1GTD.shape[-1]
+    if width == key_1GTD.shape[-1]:
+        return attend(query_1HTD, key_1GTD, value_1GTD, tuple(lengths), rule)
+    padded_1GTD = F.pad(value_1GTD, (0, key_1GTD.shape[-1] - width))
+    return attend(query_1HTD, key_1GTD, padded_1GTD, tuple(lengths), rule)[..., :width]
 
 
 def choose_varlen_backend(
@@ -74,6 +85,7 @@ def choose_varlen_backend(
     dtype: torch.dtype = torch.bfloat16,
     head_width: int = 128,
     has_softcap: bool = False,
+    has_sinks: bool = False,
 ) -> str:
     """Name of the fastest backend that computes this attention here.
 
@@ -83,7 +95,7 @@ def choose_varlen_backend(
     256 and an Ampere GPU or later. Only the CPU's choice rests on a measurement so far.
     """
     device = torch.device(device)
-    if device.type == "cpu":
+    if device.type == "cpu" or has_sinks:
         return "tiled"
     if device.type == "cuda":
         has_flash_kernels = (

@@ -8,6 +8,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llmtune.models.decoder import decoder_of
+from llmtune.models.probing import ProbeFailedError, probing
 from llmtune.ops.linear_cross_entropy import linear_cross_entropy, select_labelled
 from llmtune.training.objectives.base import MicroBatch
 
@@ -36,7 +38,7 @@ class LossPath(NamedTuple):
 
 def decoder_hidden(model: PeftModel, micro_batch: MicroBatch) -> Tensor:
     """Return the last hidden states [rows, T, width]: the decoder alone, without the LM head."""
-    decoder = model.get_base_model().base_model
+    decoder = decoder_of(model.get_base_model())
     return decoder(**_model_inputs(micro_batch), use_cache=False).last_hidden_state
 
 
@@ -83,7 +85,11 @@ def choose_loss_path(model: PeftModel) -> LossPath:
         _logit_scale(config),
         getattr(config, "final_logit_softcapping", None),
     )
-    difference = _difference_to_library(model, choice)
+    try:
+        with probing():
+            difference = _difference_to_library(model, choice)
+    except ProbeFailedError as error:
+        return LossPath(False, f"its logits could not be compared: {error}")
     if not difference <= TOLERANCES.get(head.weight.dtype, 1e-3):
         return LossPath(
             False, f"the model's logits differ from a linear head's by {difference:.2g}"
@@ -114,7 +120,7 @@ def _difference_to_library(model: PeftModel, choice: LossPath) -> float:
     try:
         input_ids = torch.arange(1, 9, device=head.weight.device)[None] % head.out_features
         theirs = base(input_ids=input_ids, use_cache=False).logits.float()
-        hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = decoder_of(base)(input_ids=input_ids, use_cache=False).last_hidden_state
         ours = head(hidden.to(head.weight.dtype)).float() * choice.scale
     finally:
         model.train(was_training)

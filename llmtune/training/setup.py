@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmtune.adapters.fused import fused_lora
 from llmtune.errors import LlmtuneError
 from llmtune.io.sizes import format_size
+from llmtune.models.decoder import decoder_of
 from llmtune.training.batch import StepCollator
 from llmtune.training.config import TrainConfig
 from llmtune.training.fused.blocks import fused_blocks
@@ -201,7 +202,7 @@ def noisy_embeddings(model: PeftModel, alpha: float | None) -> Iterator[None]:
         noise = torch.empty_like(embedded).uniform_(-1, 1)
         return embedded + noise * size[..., None].to(embedded.dtype)
 
-    decoder = model.get_base_model().base_model
+    decoder = decoder_of(model.get_base_model())
     handles = [
         decoder.register_forward_pre_hook(note_lengths, with_kwargs=True),
         model.get_input_embeddings().register_forward_hook(add_noise),

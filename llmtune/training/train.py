@@ -8,6 +8,7 @@ from dataclasses import replace
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.stopping import Interruption, catch_interruption
+from llmtune.models.probing import is_out_of_memory
 from llmtune.training.checkpoint import (
     checkpoint_dir,
     find_start,
@@ -17,7 +18,7 @@ from llmtune.training.checkpoint import (
 )
 from llmtune.training.config import TrainConfig, check_reporters
 from llmtune.training.memory.dry_run import dry_run_save
-from llmtune.training.memory.measure import is_out_of_memory, peak_bytes
+from llmtune.training.memory.measure import peak_bytes
 from llmtune.training.metrics import MetricsLog, ProgressLine
 from llmtune.training.request import Start, TrainRequest, TrainResult
 from llmtune.training.rows import find_untrained

@@ -25,6 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 1.5},
     "window_and_softcap": {"sliding_window": 4, "softcap": 1.5},
 }
+SINKS: dict[str, Any] = {"sinks_H": torch.linspace(-2, 3, 6, dtype=torch.float64)}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
@@ -61,7 +62,9 @@ def detached(inputs: Inputs) -> Inputs:
     return query, key, value
 
 
-def plain_attention(query, key, value, lengths, *, scale, sliding_window=None, softcap=None):
+def plain_attention(
+    query, key, value, lengths, *, scale, sliding_window=None, softcap=None, sinks_H=None
+):
     """Every score of the whole row, then one mask: nothing clever."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -73,7 +76,11 @@ def plain_attention(query, key, value, lengths, *, scale, sliding_window=None, s
     is_seen = (sample[:, None] == sample) & (distance >= 0)
     if sliding_window is not None:
         is_seen &= distance < sliding_window
-    return torch.softmax(scores.masked_fill(~is_seen, -torch.inf), -1) @ value
+    scores = scores.masked_fill(~is_seen, -torch.inf)
+    if sinks_H is not None:
+        sinks = sinks_H.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1] @ value
+    return torch.softmax(scores, -1) @ value
 
 
 def value_and_gradients(attend, inputs, lengths, **options) -> list[Tensor]:
@@ -85,13 +92,32 @@ def value_and_gradients(attend, inputs, lengths, **options) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("groups", [1, 2, 6])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [*SHAPES, "sinks"])
 def test_tiled_equals_plain_attention(name, groups, dtype, small_tiles):
     inputs = make_inputs(LENGTHS, dtype, groups=groups)
-    results = value_and_gradients(varlen_attention, inputs, LENGTHS, **SHAPES[name])
-    expected = value_and_gradients(plain_attention, inputs, LENGTHS, **SHAPES[name])
+    options = SHAPES.get(name, SINKS)
+    results = value_and_gradients(varlen_attention, inputs, LENGTHS, **options)
+    expected = value_and_gradients(plain_attention, inputs, LENGTHS, **options)
     for result, reference in zip(results, expected, strict=True):
         torch.testing.assert_close(result, reference, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", ["tiled", "padded_sdpa"])
+def test_values_of_a_smaller_width_give_outputs_of_theirs(backend):
+    query, key, value = make_inputs(LENGTHS, torch.float64)
+    inputs = (query, key, value[..., :5].detach().requires_grad_())
+    results = value_and_gradients(varlen_attention, inputs, LENGTHS, backend=backend)
+    expected = value_and_gradients(plain_attention, inputs, LENGTHS)
+    for result, reference in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=0, atol=1e-10)
+
+
+def test_sinks_are_only_given_to_a_backend_that_has_them():
+    assert choose_varlen_backend("cuda", has_sinks=True) == "tiled"
+    with pytest.raises(ValueError, match="no attention sinks"):
+        varlen_attention(
+            *make_inputs(LENGTHS, torch.float64), LENGTHS, scale=1, backend="flex", **SINKS
+        )
 
 
 @pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (128, 1), (129,), (60, 70, 400, 10, 193)])

@@ -16,22 +16,23 @@ from tests.tiny import VOCAB_SIZE, make_model, make_tokenizer
 
 
 def make_adapter(
-    family: str = "llama", *, dtype=torch.float32, dropout: float = 0.0, seed: int = 0, **overrides
+    family: str = "llama",
+    *,
+    dtype=torch.float32,
+    dropout: float = 0.0,
+    seed: int = 0,
+    targets: str = "all-linear",
+    **overrides,
 ) -> PeftModel:
     """Return a tiny base with a fresh float32 LoRA on every linear layer."""
-    return add_lora(make_model(family, dtype=dtype, **overrides), dropout=dropout, seed=seed)
+    base = make_model(family, dtype=dtype, **overrides)
+    return add_lora(base, dropout=dropout, seed=seed, target_modules=targets)
 
 
 def add_lora(base, *, dropout: float = 0.0, seed: int = 0, **options) -> PeftModel:
     torch.manual_seed(seed)
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        lora_dropout=dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-        **options,
-    )
+    options = {"target_modules": "all-linear"} | options
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, task_type="CAUSAL_LM", **options)
     model = get_peft_model(base, config)
     for parameter in model.parameters():
         if parameter.requires_grad:

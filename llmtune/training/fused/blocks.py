@@ -4,6 +4,8 @@ Only the forward methods of single modules are replaced, inside a context, and o
 on the module itself gives what the library's forward gives.
 """
 
+import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -16,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.fused import compute_dtype, describe_linear, is_fused
 from llmtune.adapters.live import live_method
+from llmtune.models.probing import ProbeFailedError, probing
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear
 from llmtune.ops.rms_norm import rms_norm
 from llmtune.ops.swiglu import swiglu_lora_linear
@@ -27,14 +30,18 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class FusedBlocks(NamedTuple):
-    """How many norms and MLPs run our forward."""
+    """How many norms and MLPs run our forward, and why others do not."""
 
     num_norms: int
     num_mlps: int
+    stock: dict[str, int]
+    """Reason -> number of norms and MLPs that keep the library's forward."""
 
     def describe(self) -> str:
         """Return it in words, for the terminal and the manifest."""
-        return f"{self.num_norms} norms and {self.num_mlps} MLPs fused"
+        parts = [f"{self.num_norms} norms and {self.num_mlps} MLPs fused"]
+        parts += [f"{count} stock ({reason})" for reason, count in sorted(self.stock.items())]
+        return ", ".join(parts)
 
 
 @contextmanager
@@ -45,14 +52,19 @@ def fused_blocks(model: PeftModel) -> Iterator[FusedBlocks]:
     """
     norms: list[nn.Module] = []
     mlps: list[_GatedMlp] = []
+    stock: Counter[str] = Counter()
     for module in model.modules():
-        if _is_norm(module):
-            if _agrees(module, _norm_forward(module), module.weight.shape[0]):
-                norms.append(module)
-        elif _is_gated_mlp(module):
-            mlp = _GatedMlp(module, live_method(model))
-            if _agrees(module, mlp.forward, module.gate_proj.in_features):
-                mlps.append(mlp)
+        try:
+            with probing():
+                if _is_norm(module):
+                    _require_equal(module, _norm_forward(module), module.weight.shape[0])
+                    norms.append(module)
+                elif _is_gated_mlp(module):
+                    mlp = _GatedMlp(module, live_method(model))
+                    _require_equal(module, mlp.forward, module.gate_proj.in_features)
+                    mlps.append(mlp)
+        except ProbeFailedError as error:
+            stock[f"{type(module).__name__}: {error}"] += 1
     for norm in norms:
         norm.forward = _norm_forward(norm)
     for mlp in mlps:
@@ -65,7 +77,7 @@ def fused_blocks(model: PeftModel) -> Iterator[FusedBlocks]:
 
     hook = register_optimizer_step_post_hook(forget)
     try:
-        yield FusedBlocks(len(norms), len(mlps))
+        yield FusedBlocks(len(norms), len(mlps), dict(stock))
     finally:
         hook.remove()
         for module in (*norms, *(mlp.module for mlp in mlps)):
@@ -146,16 +158,30 @@ class _GatedMlp:
 
 
 @torch.no_grad()
-def _agrees(module: nn.Module, forward: Forward, width: int) -> bool:
-    """Compare our forward with the library's on noise."""
+def _require_equal(module: nn.Module, forward: Forward, width: int) -> None:
+    """Compare our forward with the library's on noise.
+
+    Its tokens are of very different sizes, which shows what is added before the root, and so are
+    its features, which shows norms over groups of them.
+
+    Raises:
+        ProbeFailedError: they differ, or the library's takes more than one input.
+    """
+    parameters = inspect.signature(type(module).forward).parameters
+    if len(parameters) != len(("self", "hidden_states")):
+        *_, last = parameters
+        raise ProbeFailedError(f"it is also given {last}")
     weight = next(module.parameters())
     dtype = weight.dtype if weight.dtype in TOLERANCES else torch.float32
     if torch.is_autocast_enabled(weight.device.type):
         dtype = torch.get_autocast_dtype(weight.device.type)
     noise = torch.randn(1, PROBE_TOKENS, width, generator=torch.Generator().manual_seed(0))
+    noise *= torch.logspace(-2, 1, PROBE_TOKENS)[:, None] * torch.linspace(0.2, 2, width)
     inputs = noise.to(weight.device, dtype)
     theirs, ours = type(module).forward(module, inputs), forward(inputs)
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return False
-    difference = (ours.float() - theirs.float()).abs().max()
-    return bool(difference <= TOLERANCES.get(dtype, 1e-5) * theirs.float().abs().max())
+        raise ProbeFailedError("its outputs are of a different shape or precision")
+    difference = (ours.float() - theirs.float()).abs().amax(-1)
+    size = theirs.float().abs().amax(-1)
+    if not bool((difference <= TOLERANCES.get(dtype, 1e-5) * size).all()):
+        raise ProbeFailedError("it computes something different")

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,15 +13,23 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
 from llmtune.io.quiet import quieted
+from llmtune.models.decoder import decoder_of
+from llmtune.models.probing import ProbeFailedError, probing
 from llmtune.ops.varlen_attention import choose_varlen_backend, varlen_attention
 from llmtune.training.batch import move_to, pack_rows, pad_rows
 from llmtune.training.loss import decoder_hidden
 from llmtune.training.objectives.base import MicroBatch
+from llmtune.training.rows import row_lengths
 
 ATTENTION_NAME = "llmtune_varlen"
 SILENCED = "transformers.modeling_utils"
 """Warns of a choice that cannot be set; that is checked here, and said by the caller."""
 PROBE_TOKENS = 24
+LONGEST_PROBE = 2048
+"""Tokens of a row that is to be longer than a window; what a row that long would not show, the
+masks that the model asks for say (see `mask_rule`)."""
+REACH_WORDS = ("window", "chunk", "original_max_position")
+"""In the names of config keys: after so many tokens something changes."""
 # Largest accepted difference between a row packed and the same row alone, as a share of the hidden
 # states' own size: rounding is far below, a lost mask, window or cap far above.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -30,11 +38,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 JUDGED_SHARE = 0.75
 
 
-UNSUPPORTED_OPTIONS = ("dropout", "s_aux", "position_bias", "head_mask")
-
-
-class UnpackableError(Exception):
-    """The model's attention needs something that packed attention does not offer."""
+UNSUPPORTED_OPTIONS = ("dropout", "position_bias", "head_mask")
 
 
 class PackingChoice(NamedTuple):
@@ -102,21 +106,29 @@ def varlen_attention_forward(
         query: [1, heads, T, head_dim].
         key: [1, kv_heads, T, head_dim].
         value: like `key`.
-        attention_mask: always None, see `no_mask`.
-        options: `row_lengths` (required), `scaling`, `sliding_window`, `softcap`.
+        attention_mask: None, or what `describe_mask` made.
+        options: `row_lengths` (required), `scaling`, `sliding_window`, `softcap`, `s_aux` (sinks).
 
     Returns:
         [1, T, heads, head_dim] and no attention weights.
 
     Raises:
-        UnpackableError: the layer asks for something that packed attention does not have.
+        ProbeFailedError: the layer asks for something that packed attention does not have.
     """
     lengths = options.get("row_lengths")
-    if lengths is None or attention_mask is not None:
-        raise UnpackableError("its attention layers do not receive the row lengths")
-    unknown = [name for name in UNSUPPORTED_OPTIONS if options.get(name)]
+    if lengths is None:
+        raise ProbeFailedError("its attention layers do not receive the row lengths")
+    unknown = [name for name in UNSUPPORTED_OPTIONS if is_given(options.get(name))]
     if unknown or not getattr(module, "is_causal", True):
-        raise UnpackableError(f"its attention uses {', '.join(unknown) or 'no causal order'}")
+        raise ProbeFailedError(f"its attention uses {', '.join(unknown) or 'no causal order'}")
+    if key.shape[2] != sum(lengths):
+        raise ProbeFailedError("its attention reads more than the rows' own tokens")
+    sinks = options.get("s_aux")
+    if sinks is not None and sinks.requires_grad:
+        raise ProbeFailedError("its attention sinks are trained")
+    window = options.get("sliding_window")
+    if attention_mask is not None:
+        window, lengths = mask_rule(attention_mask).apply(tuple(lengths), query.device)
     scale = options.get("scaling")
     attended = varlen_attention(
         # Rotary embeddings may leave the queries in float32 under autocast.
@@ -125,43 +137,111 @@ def varlen_attention_forward(
         value,
         lengths,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        sliding_window=options.get("sliding_window"),
+        sliding_window=window,
         softcap=options.get("softcap"),
+        sinks_H=sinks,
     )
     return attended.transpose(1, 2), None
 
 
-def no_mask(*_args: object, **_kwargs: object) -> None:
-    """Build no mask: rows are distinguished by their lengths."""
+def is_given(option: object) -> bool:
+    """Whether an attention option says anything; a tensor does."""
+    return isinstance(option, Tensor) or bool(option)
+
+
+class MaskRule(NamedTuple):
+    """Which keys of its row a token sees: the last `size` of them, or those of its own chunk."""
+
+    size: int
+    is_seen: Callable[[Any, Any, Any, Any], Any]
+    """transformers' mask function, of batch, head, query and key."""
+
+    def apply(
+        self, lengths: tuple[int, ...], device: torch.device
+    ) -> tuple[int | None, tuple[int, ...]]:
+        """Return the sliding window, and the rows: those of chunks are cut at them.
+
+        Raises:
+            ProbeFailedError: the mask is neither a window nor chunks.
+        """
+        if max(lengths) <= self.size:
+            return None, lengths
+        start = sum(lengths[: lengths.index(max(lengths))])
+        batch, query = (torch.tensor(one, device=device) for one in (0, start + self.size))
+        seen = [
+            bool(self.is_seen(batch, batch, query, query - distance))
+            for distance in (self.size, self.size - 1, 0)
+        ]
+        if seen == [False, True, True]:
+            return self.size, lengths
+        if seen == [False, False, True]:
+            size = self.size
+            cut = [min(size, row - at) for row in lengths for at in range(0, row, size)]
+            return None, tuple(cut)
+        raise ProbeFailedError("its attention masks more than later tokens and a window")
+
+
+def describe_mask(**wanted: Any) -> Tensor | None:
+    """Build no mask, but say which one the model asked for.
+
+    Args:
+        wanted: what transformers gives a mask function: `local_size` is the window or chunk of
+            masks that have one, `use_vmap` marks a rule that the model brings itself.
+
+    Returns:
+        None for what is causal and nothing else; otherwise four dimensions, as transformers
+        expects of a mask, with the rule as an attribute. Rows are known by their lengths.
+    """
+    if wanted.get("use_vmap"):
+        raise ProbeFailedError("its attention has a mask of its own")
+    if wanted.get("local_size") is None:
+        return None
+    mark = torch.empty(1, 1, 1, 1, dtype=torch.bool)
+    mark.rule = MaskRule(wanted["local_size"], wanted["mask_function"])
+    return mark
+
+
+def mask_rule(mask: Tensor) -> MaskRule:
+    """Return what `describe_mask` noted.
+
+    Raises:
+        ProbeFailedError: the mask is a different one.
+    """
+    rule = getattr(mask, "rule", None)
+    if not isinstance(rule, MaskRule):
+        raise ProbeFailedError("its attention layers receive a mask of the model's own")
+    return rule
 
 
 AttentionInterface.register(ATTENTION_NAME, varlen_attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, no_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, describe_mask)
 
 
 def _describe_backend(model: PeftModel) -> str:
     embedding = model.get_input_embeddings().weight
     config = model.get_base_model().config.get_text_config()
-    head_width = getattr(config, "head_dim", None)
+    said = config.to_dict()  # a config may refuse to give as an attribute what varies by layer
     backend = choose_varlen_backend(
         embedding.device,
         dtype=embedding.dtype,
-        head_width=head_width or config.hidden_size // config.num_attention_heads,
-        has_softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+        head_width=said.get("head_dim") or config.hidden_size // config.num_attention_heads,
+        has_softcap=said.get("attn_logit_softcapping") is not None,
+        has_sinks=any(name.endswith("sinks") for name, _ in model.named_parameters()),
     )
     return f"{backend} attention"
 
 
 def _find_obstacle(model: PeftModel, examples: Sequence[Example]) -> str | None:
     """Return why the model's rows cannot be packed, or None."""
-    decoder = model.get_base_model().base_model
+    decoder = decoder_of(model.get_base_model())
     parameters = inspect.signature(decoder.forward).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return "its forward method takes no row lengths"
     was_training = model.training
     try:
-        return _probe(model, examples)
-    except UnpackableError as error:
+        with probing():
+            return _probe(model, examples)
+    except ProbeFailedError as error:
         return str(error)
     finally:
         model.train(was_training)
@@ -170,7 +250,7 @@ def _find_obstacle(model: PeftModel, examples: Sequence[Example]) -> str | None:
 def _probe(model: PeftModel, examples: Sequence[Example]) -> str | None:
     """Measure the influence of a neighbor; return what is wrong, or None."""
     device = model.get_input_embeddings().weight.device
-    left, right, other = _probe_rows(examples)
+    left, right, other = _probe_rows(examples, PROBE_TOKENS)
     model.eval()
     alone = _hidden(model, pad_rows([right], pad_token_id=0), device)[0]
     with packed_attention(model) as is_applied:
@@ -189,7 +269,44 @@ def _probe(model: PeftModel, examples: Sequence[Example]) -> str | None:
     difference = relative_difference(packed, alone)
     if not difference <= tolerated:
         return f"a packed row differs by {difference:.1%} from the row alone"
+    return _probe_long(model, examples)
+
+
+def _probe_long(model: PeftModel, examples: Sequence[Example]) -> str | None:
+    """Compare a row that is longer than windows and chunks; None if none of the rows is."""
+    longest = int(row_lengths(examples).max()) if len(examples) else 0
+    reached = [reach for reach in _reaches(model) if reach < longest]
+    length = min(2 * max(reached, default=0), longest, LONGEST_PROBE)
+    if length <= PROBE_TOKENS:
+        return None
+    device = model.get_input_embeddings().weight.device
+    left, _, _ = _probe_rows(examples, PROBE_TOKENS)
+    long, _, _ = _probe_rows(examples, length)
+    model.eval()
+    alone = _hidden(model, pad_rows([long], pad_token_id=0), device)[0]
+    with packed_attention(model):
+        packed = _hidden(model, pack_rows([left, long]), device)[0, PROBE_TOKENS:]
+    difference = max(
+        relative_difference(packed[start:], alone[start:])
+        for start in (0, *(reach for reach in reached if reach < length))
+    )
+    if not difference <= TOLERANCES.get(alone.dtype, 1e-4):
+        return f"a packed row of {length} tokens differs by {difference:.1%} from the row alone"
     return None
+
+
+def _reaches(model: PeftModel) -> list[int]:
+    """Return the lengths in the config after which something changes: windows and chunks."""
+    values = model.get_base_model().config.get_text_config().to_dict()
+    sections = [values, *(value for value in values.values() if isinstance(value, dict))]
+    return sorted(
+        {
+            value
+            for section in sections
+            for key, value in section.items()
+            if isinstance(value, int) and value > 1 and any(word in key for word in REACH_WORDS)
+        }
+    )
 
 
 def relative_difference(packed_TD: Tensor, alone_TD: Tensor) -> float:
@@ -203,18 +320,18 @@ def relative_difference(packed_TD: Tensor, alone_TD: Tensor) -> float:
     return float(torch.quantile(errors_T, JUDGED_SHARE))
 
 
-def _probe_rows(examples: Sequence[Example]) -> tuple[Example, Example, Example]:
+def _probe_rows(examples: Sequence[Example], length: int) -> tuple[Example, Example, Example]:
     """Return two neighbors and a third row as long as the first, made of real tokens."""
     tokens: list[int] = []
     for example in examples:
         tokens += example.input_ids
-        if len(tokens) >= 3 * PROBE_TOKENS:
+        if len(tokens) >= 3 * length:
             break
-    while len(tokens) < 3 * PROBE_TOKENS:
+    while len(tokens) < 3 * length:
         tokens += tokens
-    rows = [tokens[start : start + PROBE_TOKENS] for start in (0, PROBE_TOKENS, 2 * PROBE_TOKENS)]
+    rows = [tokens[start : start + length] for start in (0, length, 2 * length)]
     if rows[2] == rows[0]:
-        rows[2] = rows[0][::-1] if rows[0] != rows[0][::-1] else [rows[0][0] ^ 1] * PROBE_TOKENS
+        rows[2] = rows[0][::-1] if rows[0] != rows[0][::-1] else [rows[0][0] ^ 1] * length
     first, second, third = (Example(row, row, "trial", 1) for row in rows)
     return first, second, third
 

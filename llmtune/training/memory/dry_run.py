@@ -18,6 +18,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import RunDir
 from llmtune.io.sizes import format_in
 from llmtune.io.unfinished import require_space
+from llmtune.models.probing import is_out_of_memory
 from llmtune.models.quantization.config import SMALLEST
 from llmtune.training.batch import StepCollator, largest_micro_batches, move_to
 from llmtune.training.checkpoint import save_weights
@@ -30,7 +31,7 @@ from llmtune.training.memory.arithmetic import (
     plan_memory,
     shrink_plan,
 )
-from llmtune.training.memory.measure import available_bytes, is_out_of_memory, measure_activations
+from llmtune.training.memory.measure import available_bytes, measure_activations
 from llmtune.training.objectives.base import MicroBatch
 
 # Tried in this order, whole rows and then a piece of one: the fewer, the less exact.

@@ -95,13 +95,6 @@ def peak_bytes(device: torch.device) -> int:
     return peak_memory_bytes()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell an allocation that failed, on a GPU or on the CPU, from other errors."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
-
-
 def _container_bytes() -> float:
     """Return what a container's memory limit leaves free; infinity without a limit."""
     root = Path("/sys/fs/cgroup")

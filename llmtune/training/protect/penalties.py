@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from llmtune.adapters.live import live_method
 from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
+from llmtune.models.probing import is_out_of_memory
 from llmtune.ops.linear_cross_entropy import FrozenHead
 from llmtune.ops.linear_kl import linear_kl_divergence
 from llmtune.scoring.batches import adapter_disabled
 from llmtune.training.batch import move_to
 from llmtune.training.loss import LossPath, decoder_hidden
-from llmtune.training.memory.measure import is_out_of_memory
 from llmtune.training.objectives.base import MicroBatch, OpenSums
 from llmtune.training.protect.config import KlToBaseConfig, ProtectConfig
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from llmtune.adapters.fused import fused_lora
 from llmtune.training.fused.blocks import fused_blocks
@@ -69,3 +70,39 @@ def test_a_changed_adapter_is_seen_at_the_next_call():
     assert not torch.allclose(before, after)
     with model.disable_adapter():
         torch.testing.assert_close(run(model).detach(), disabled, rtol=1e-5, atol=1e-5)
+
+
+class BrokenRMSNorm(torch.nn.Module):
+    """Of a library whose code fails here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(64), requires_grad=False)
+        self.eps = 1e-6
+
+    def forward(self, hidden_states):
+        raise TypeError("no kernel image")
+
+
+def test_a_norm_with_a_gate_or_one_that_fails_keeps_its_forward_and_says_why():
+    model = make_adapter("llama")
+    layer = model.get_base_model().model.layers[0]
+    layer.gated = Qwen3NextRMSNormGated(64).requires_grad_(False)
+    layer.broken = BrokenRMSNorm()
+    with fused_blocks(model) as blocks:
+        assert blocks.num_norms == 5
+        assert "forward" not in layer.gated.__dict__
+        assert blocks.stock["Qwen3NextRMSNormGated: it is also given gate"] == 1
+        assert blocks.stock["BrokenRMSNorm: TypeError: no kernel image"] == 1
+        assert "1 stock (BrokenRMSNorm: TypeError: no kernel image)" in blocks.describe()
+
+
+def test_memory_that_runs_out_in_a_probe_is_not_an_answer(monkeypatch):
+    def run_out(self, hidden_states):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(BrokenRMSNorm, "forward", run_out)
+    model = make_adapter("llama")
+    model.get_base_model().model.layers[0].broken = BrokenRMSNorm()
+    with pytest.raises(torch.OutOfMemoryError), fused_blocks(model):
+        pass

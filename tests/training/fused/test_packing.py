@@ -21,13 +21,36 @@ if IS_CURRENT:  # on transformers 5.17 the probe refuses gemma2, whose rows are 
 LEARNED_POSITIONS: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
+EXPERTS: dict[str, Any] = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **{"num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1},
+}
+MORE_THAN_CAUSAL: list[tuple[str, dict[str, Any]]] = [
+    # its attention is given no window, and its mask has one
+    ("phimoe", EXPERTS | {"num_key_value_heads": 2, "sliding_window": 32}),
+    (
+        "llama4_text",
+        EXPERTS | {"attention_chunk_size": 32, "head_dim": 16, "num_key_value_heads": 2},
+    ),
+    ("gpt_oss", EXPERTS | {"head_dim": 16, "num_key_value_heads": 2, "sliding_window": 32}),
+    (
+        "deepseek_v3",
+        EXPERTS
+        | {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4}
+        | {"qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1},
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("family", "overrides"),
-    [*((family, {}) for family in PACKABLE), ("gpt2", LEARNED_POSITIONS)],
+    [*((family, {}) for family in PACKABLE), ("gpt2", LEARNED_POSITIONS), *MORE_THAN_CAUSAL],
 )
 def test_packed_rows_equal_the_rows_alone(family, overrides):
-    model = make_adapter(family, **overrides).eval()
+    model = make_adapter(family, **overrides, targets=r".*self_attn\.o_proj|.*c_proj|.*dense")
     rows = make_rows(4, longest=90)  # longer than gemma2's sliding window of 64
+    assert choose_packing(model, "auto", rows).packed
+    model.eval()
     with torch.no_grad():
         alone = [decoder_hidden(model, pad_rows([row], 0))[0] for row in rows]
         with packed_attention(model) as is_applied:
@@ -112,6 +135,15 @@ def test_one_token_turned_around_by_rounding_is_let_pass_and_a_third_of_the_row_
 def test_attention_dropout_is_not_packed():
     choice = choose_packing(make_adapter("gpt2"), "auto", make_rows(3))
     assert choice == (False, "its attention uses dropout")
+
+
+def test_whatever_a_library_raises_in_the_probe_means_padded_rows(monkeypatch):
+    def fail(*_inputs, **_options):
+        raise NotImplementedError("no kernel for this\nwidth")
+
+    monkeypatch.setattr("llmtune.training.fused.packing.varlen_attention", fail)
+    choice = choose_packing(make_adapter(), "auto", make_rows(3))
+    assert choice == (False, "NotImplementedError: no kernel for this width")
 
 
 def test_the_models_own_attention_is_back_afterwards():
