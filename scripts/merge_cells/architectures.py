@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +217,12 @@ def architecture_names() -> list[str]:
     return sorted(names)
 
 
-def make_architecture(name: str, directory: Path) -> PreTrainedModel:
+def make_architecture(
+    name: str, directory: Path, sizes: Mapping[str, Any] = SMALL
+) -> PreTrainedModel:
     """Save a tiny float32 model of one row of the matrix and return it as it is loaded again.
+
+    `sizes` hold what makes a config tiny, by every name that one may have for it.
 
     Raises:
         ValueError: the model is not tiny with the knobs above.
@@ -225,10 +230,10 @@ def make_architecture(name: str, directory: Path) -> PreTrainedModel:
     torch.manual_seed(0)
     model_type, _, variant = name.partition("+")
     if variant == PUBLISHED:
-        config = _container_config(model_type)
+        config = _container_config(model_type, sizes)
         maker: Any = AutoModelForImageTextToText
     else:
-        config = CONFIG_MAPPING[model_type](**small_keys(model_type))
+        config = CONFIG_MAPPING[model_type](**small_keys(model_type, sizes))
         maker = AutoModelForCausalLM
     if variant in (TIED, UNTIED):
         config.tie_word_embeddings = variant == TIED
@@ -246,21 +251,20 @@ def make_architecture(name: str, directory: Path) -> PreTrainedModel:
     return loaded.eval()
 
 
-def small_keys(model_type: str) -> dict[str, Any]:
+def small_keys(model_type: str, sizes: Mapping[str, Any] = SMALL) -> dict[str, Any]:
     """Return what makes a config of this type tiny."""
     known = _known_keys(CONFIG_MAPPING[model_type])
-    return {key: value for key, value in SMALL.items() if key in known} | SPECIAL.get(
-        model_type, {}
-    )
+    special = SPECIAL.get(model_type, {})
+    return {key: value for key, value in sizes.items() if key in known} | special
 
 
-def _container_config(model_type: str) -> Any:
+def _container_config(model_type: str, sizes: Mapping[str, Any]) -> Any:
     config_class = CONFIG_MAPPING[model_type]
     text = CONTAINERS[model_type]
     vision_class = config_class.sub_configs["vision_config"]
     known = _known_keys(vision_class)
     vision = {key: value for key, value in VISION.items() if key in known}
-    keys = {"text_config": small_keys(text), "vision_config": vision}
+    keys = {"text_config": small_keys(text, sizes), "vision_config": vision}
     return config_class(**keys, **{key: SMALL[key] for key in ("pad_token_id", "eos_token_id")})
 
 

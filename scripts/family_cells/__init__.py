@@ -1,0 +1,1 @@
+"""The parts of `scripts/families.py`: one family taken through every stage of a run."""
