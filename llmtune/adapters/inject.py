@@ -20,7 +20,7 @@ from llmtune.adapters.module_selection import ModuleNames, choose_targets, short
 from llmtune.adapters.saved import start_from_adapter
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import JsonObject
-from llmtune.models.quantization.describe import EXPERT_DIMENSIONS, LAYER_NUMBER, logical_size
+from llmtune.models.quantization.describe import LAYER_NUMBER, expert_stacks, logical_size
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,7 @@ def list_modules(model: PreTrainedModel) -> ModuleNames:
             others[name] = type(module).__name__
     return ModuleNames(
         linear=linear,
-        experts={
-            name: tuple(parameter.shape)
-            for name, parameter in model.named_parameters()
-            if parameter.dim() == EXPERT_DIMENSIONS
-        },
+        experts={name: tuple(parameter.shape) for name, parameter in expert_stacks(model)},
         head=head_name,
         is_head_tied=head is not None and head.weight is model.get_input_embeddings().weight,
         others=others,

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from llmtune.adapters.bypassed import describe_bypassed
 from llmtune.checks.modules import ComparedModules, ModuleDifference, compare_modules
 from llmtune.checks.prompts import ComparedPrompts
 from llmtune.data.example import IGNORE_INDEX
@@ -30,6 +31,7 @@ from llmtune.scoring.batches import (
     rows_budget,
     run_forward,
 )
+from llmtune.scoring.causal import sees_later_tokens
 from llmtune.scoring.divergence import compare_distributions
 from llmtune.scoring.generate import Decoding, Generation, generate_texts
 from llmtune.scoring.likelihood import score_continuations
@@ -91,8 +93,8 @@ class VerifyResult:
     divergences: tuple[GreedyDivergence, ...]
     wrong_modules: tuple[ModuleDifference, ...] = ()
     """Modules whose merged weight does not compute what the live one does."""
-    unused_modules: tuple[str, ...] = ()
-    """Adapted modules that the live model did not run."""
+    bypassed_modules: tuple[str, ...] = ()
+    """Adapted modules whose weight the live model reads itself, past their adapter."""
     base_kl: float | None = None
     """KL(adapter || base), nats per token: what the adapter does; None without an adapter."""
     stored_dtype: str | None = None
@@ -112,6 +114,11 @@ class VerifyResult:
         Args:
             max_kl: nats per token, of `merge.max_kl`.
         """
+        if self.bypassed_modules:
+            return (
+                f"{describe_bypassed(self.bypassed_modules)}: train again without it among the "
+                "adapter's target_modules"
+            )
         if not self.kl <= max_kl:
             return (
                 f"merged model and live adapter differ by {self.kl:.4f} nats/token (KL), more "
@@ -130,7 +137,7 @@ class VerifyResult:
                 return (
                     f"merged model and live adapter differ by {self.kl:.2e} nats/token (KL) in "
                     f"float32, {self.kl_share or 0:.1%} of what the adapter does "
-                    f"({self.base_kl:.2e}); rounding is less than {allowed:.1e}{self._unused()}"
+                    f"({self.base_kl:.2e}); rounding is less than {allowed:.1e}"
                 )
         return None
 
@@ -179,14 +186,6 @@ class VerifyResult:
             f"{self.num_same_texts} of {self.num_open_prompts} greedy texts the same"
         )
 
-    def _unused(self) -> str:
-        if not self.unused_modules:
-            return ""
-        return (
-            f"; the live model does not run {self.unused_modules[0]!r} and reads its weight past "
-            "the adapter: train again without it among target_modules"
-        )
-
     def _share(self) -> str:
         return f" ({self.kl_share:.1g} of the adapter's effect)" if self.kl_share else ""
 
@@ -224,6 +223,8 @@ def verify_merge(
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(merged_dir), local_files_only=True)
     compared = _compare_sequences(live, merged, prompts.sequences)
     label_differences = _compare_labels(live, merged, prompts.labels)
+    if prompts.sequences and sees_later_tokens(live, prompts.sequences[0]):
+        prompts = replace(prompts, open_prompts=())  # it cannot write from left to right
     divergences = _compare_answers(live, merged, tokenizer, prompts.open_prompts, decoding)
     stored_dtype = _stored_dtype(merged_dir)
     modules = ComparedModules()
@@ -244,7 +245,7 @@ def verify_merge(
         num_same_texts=len(prompts.open_prompts) - len(divergences),
         divergences=tuple(divergences),
         wrong_modules=modules.wrong,
-        unused_modules=modules.unused,
+        bypassed_modules=modules.bypassed,
         base_kl=compared.base_kl / max(1, compared.num_tokens) if has_adapter(live) else None,
         stored_dtype=None if stored_dtype is None else _name(stored_dtype),
     )

@@ -18,6 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from llmtune.adapters.bypassed import find_bypassed
 from llmtune.scoring.batches import inference, model_device, pad_rows, run_forward
 
 NUM_SEQUENCES = 2
@@ -66,9 +67,9 @@ class ComparedModules:
     """What became of the adapted modules."""
 
     wrong: tuple[ModuleDifference, ...] = ()
-    unused: tuple[str, ...] = ()
-    """Adapted modules that the model never ran on these sequences: it may read their weight
-    itself, and then their adapter does something in the merged model only."""
+    bypassed: tuple[str, ...] = ()
+    """Adapted modules whose weight the live model reads itself: what their adapter adds is in the
+    merged model only."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def compare_modules(
     """
     if not isinstance(live, PeftModel) or not _is_dense(live):
         return ComparedModules()
-    calls = _record(live, sequences)
+    calls: dict[str, tuple[nn.Module, list[_Call]]] = {}
+    bypassed = find_bypassed(live, lambda: calls.update(_record(live, sequences)))
     counterparts = dict(merged.named_modules())
     found = []
     with inference(live), inference(merged):
@@ -103,7 +105,21 @@ def compare_modules(
                 found.append(replace(compared, num_wrong_weights=wrong))
     return ComparedModules(
         tuple(one for one in found if not one.is_right),
-        tuple(name for name, (_, made) in calls.items() if not made),
+        tuple(name for name in bypassed if _adds_something(live, name)),
+    )
+
+
+def _adds_something(live: PeftModel, name: str) -> bool:
+    """Whether a module's adapter changes its weights; one that was never trained does not."""
+    owner = live.get_base_model().get_submodule(name)
+    layers = [one for one in owner.modules() if isinstance(one, BaseTunerLayer)]
+    return any(_changes(*_exact_parameters(layer)) for layer in layers)
+
+
+def _changes(before: dict[str, Tensor], exact: dict[str, Tensor]) -> bool:
+    return not before or any(
+        not torch.allclose(weight, before[name], rtol=SUM_ERROR, atol=0.0)
+        for name, weight in exact.items()
     )
 
 

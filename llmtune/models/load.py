@@ -24,10 +24,10 @@ from llmtune.models.live import LiveModel, ModelIdentity
 from llmtune.models.quantization.base import Quantization
 from llmtune.models.quantization.config import SMALLEST
 from llmtune.models.quantization.describe import (
-    EXPERT_DIMENSIONS,
     QuantizationTable,
     check_quantization,
     describe_quantization,
+    expert_stacks,
     keep_differentiable,
 )
 from llmtune.models.quantized_cache import (
@@ -223,7 +223,7 @@ def _quantization_notices(
 ) -> Iterator[str]:
     if not quantization.is_quantized:
         return
-    experts = sum(p.numel() for p in model.parameters() if p.dim() == EXPERT_DIMENSIONS)
+    experts = sum(stack.numel() for _, stack in expert_stacks(model))
     if experts:
         yield (
             f"expert weights ({experts / quantized.num_parameters:.0%} of the model) stay in "

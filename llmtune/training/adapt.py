@@ -34,6 +34,7 @@ from llmtune.training.protect.config import ProtectConfig
 from llmtune.training.protect.prepare import PreparedProtection, prepare_protection
 from llmtune.training.request import TrainRequest, TrainResult
 from llmtune.training.rows import hash_epochs
+from llmtune.training.trainable import require_trainable
 
 NUM_PROMPTS = 8
 NUM_LOOKED_AT = 64
@@ -171,6 +172,7 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
     torch.manual_seed(seed)
     injected = inject_adapter(loaded.model, adapter, base_fingerprint=loaded.fingerprint)
     _log_lines(_describe_injected(injected.table))
+    require_trainable(injected.model, rows.train.examples[0].input_ids)
     request = TrainRequest(
         model=injected.model,
         tokenizer=loaded.tokenizer,

@@ -11,16 +11,20 @@ from llmtune.checks.prompts import ComparedPrompts
 from llmtune.merging.merge import merge_adapter
 from llmtune.scoring.generate import Decoding
 from tests.merging.adapters import PROMPTS, load_adapter, make_adapter, make_base
+from tests.tiny import make_model
+from tests.training.test_trainable import MODELS, SMALL
 
 WEIGHT = "model.layers.1.self_attn.o_proj.weight"
 
 
-def wrong_modules(tmp_path, live):
+def compared(tmp_path, live):
     prompts = ComparedPrompts(sequences=tuple(map(tuple, PROMPTS)))
     decoding = Decoding(max_new_tokens=2, stop_token_ids=(3,))
-    result = verify_merge(
-        live, tmp_path / "merged", prompts, decoding=decoding, dtype=torch.float32
-    )
+    return verify_merge(live, tmp_path / "merged", prompts, decoding=decoding, dtype=torch.float32)
+
+
+def wrong_modules(tmp_path, live):
+    result = compared(tmp_path, live)
     return result.kl, [one.module for one in result.wrong_modules]
 
 
@@ -52,3 +56,29 @@ def test_a_head_that_was_left_tied_is_found(tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, path, {"format": "pt"})
     assert wrong_modules(tmp_path, load_adapter(base, adapter))[1] == ["lm_head"]
+
+
+def test_an_adapter_that_the_model_reads_past_is_named_however_small_it_is(tmp_path):
+    base = tmp_path / "base"
+    config: Any = {"r": 2, "target_modules": ["dt_proj", "in_proj"]}
+    make_model("jamba", base, **SMALL, **MODELS["jamba"])
+    adapter = make_adapter(base, tmp_path / "adapter", scale=1e-4, **config)
+    merge_adapter(base, adapter, tmp_path / "merged")
+    result = compared(tmp_path, load_adapter(base, adapter))
+    assert result.bypassed_modules == ("model.layers.0.mamba.dt_proj",)
+    assert "train again without it" in (result.find_problem(0.05) or "")
+
+
+def test_an_adapter_past_which_the_model_reads_may_be_one_that_was_never_trained(tmp_path):
+    base = tmp_path / "base"
+    config: Any = {"r": 2, "target_modules": ["dt_proj", "in_proj"]}
+    make_model("jamba", base, **SMALL, **MODELS["jamba"])
+    adapter = make_adapter(base, tmp_path / "adapter", **config)
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors |= {name: one * 0 for name, one in tensors.items() if "dt_proj.lora_B" in name}
+    save_file(tensors, path, {"format": "pt"})
+    merge_adapter(base, adapter, tmp_path / "merged")
+    result = compared(tmp_path, load_adapter(base, adapter))
+    assert result.bypassed_modules == ()
+    assert result.find_problem(0.05) is None

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,16 @@ from llmtune.models.quiet import quiet_loading
 
 EXPERT_DIMENSIONS = 3  # fused experts are one parameter [expert, out, in]
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the fused experts' weights, [expert, out, in]; kernels of convolutions are none."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == EXPERT_DIMENSIONS and min(parameter.shape[1:]) > 1:
+                yield f"{prefix}.{name}", parameter
 
 
 @dataclass(frozen=True)

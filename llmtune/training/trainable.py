@@ -1,0 +1,54 @@
+"""Whether the next token can be trained on this model, and whether all of its adapter would be."""
+
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+
+from llmtune.adapters.bypassed import describe_bypassed, find_bypassed
+from llmtune.adapters.inject import adapted_layers
+from llmtune.errors import LlmtuneError
+from llmtune.scoring.batches import inference, model_device, pad_rows, run_forward
+from llmtune.scoring.causal import sees_later_tokens
+
+NUM_PROBED = 16
+"""Tokens that the model is run on."""
+
+
+def require_trainable(model: PeftModel, input_ids: Sequence[int]) -> None:
+    """Run the adapted model on the beginning of a row, as it answers and as it trains.
+
+    Args:
+        model: with a fresh adapter; it is left as it was.
+        input_ids: of any row.
+
+    Raises:
+        LlmtuneError: a position sees the tokens after it, so that every answer would be known
+            before it is trained; or adapted modules are not run, and would not be trained.
+    """
+    ids = list(input_ids[:NUM_PROBED])
+    if sees_later_tokens(model, ids):
+        raise LlmtuneError(
+            f"model.base: {model.config.model_type} lets a token see those after it, so the next "
+            "token cannot be trained; choose a causal language model"
+        )
+    bypassed = _find_bypassed(model, ids)
+    if bypassed:
+        endings = {name.rpartition(".")[2] for name in bypassed}
+        adapted = dict.fromkeys(name.rpartition(".")[2] for name in adapted_layers(model))
+        raise LlmtuneError(
+            f"adapter.target_modules: {describe_bypassed(bypassed)}. Leave it out: "
+            f"target_modules=[{', '.join(name for name in adapted if name not in endings)}]"
+        )
+
+
+def _find_bypassed(model: PeftModel, ids: Sequence[int]) -> tuple[str, ...]:
+    batch = pad_rows([ids], model_device(model), left=False)
+
+    def answer_and_train() -> None:
+        run_forward(model, batch)
+        model.train()  # some fused kernels read weights then only
+        run_forward(model, batch)
+
+    with torch.random.fork_rng(), inference(model):
+        return find_bypassed(model, answer_and_train)

@@ -1,0 +1,56 @@
+"""What cannot be trained is refused in one line before the first step."""
+
+import pytest
+
+from llmtune import load_config, train
+from llmtune.errors import LlmtuneError
+from tests.conftest import write_jsonl
+from tests.project import make_project
+from tests.tiny import make_model
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODELS = {
+    "jamba": {
+        "intermediate_size": 48,
+        "num_key_value_heads": 2,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "use_mamba_kernels": False,
+    },
+    "cpmant": {"dim_ff": 48, "dim_head": 8},
+}
+
+
+def make_run(directory, family: str, **settings):
+    path = make_project(directory, "llama", **settings)
+    make_model(family, directory / "base", **SMALL, **MODELS[family])
+    return load_config(path, ["train.max_steps=1"])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_module_whose_weight_the_model_reads_itself_is_named_before_training(tmp_path, method):
+    config = make_run(tmp_path, "jamba", adapter={"method": method, "rank": 2})
+    with pytest.raises(LlmtuneError) as refused:
+        train(config)
+    line = str(refused.value)
+    assert "model.layers.*.mamba.dt_proj itself, past the adapter" in line
+    assert "target_modules=[in_proj, x_proj, out_proj" in line
+    assert "dt_proj" not in line.rpartition("target_modules=")[2]
+    assert not config.run.adapter_dir.exists()
+
+
+def test_the_modules_that_are_left_can_be_trained(tmp_path):
+    adapter = {"method": "lora", "rank": 2, "target_modules": ["in_proj", "x_proj", "q_proj"]}
+    config = make_run(tmp_path, "jamba", adapter=adapter)
+    train(config)
+    assert config.run.adapter_dir.is_dir()
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path):
+    config = make_run(tmp_path, "cpmant")
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "The film is warm."}] * 4)
+    with pytest.raises(LlmtuneError, match="cpmant lets a token see those after it"):
+        train(config)
