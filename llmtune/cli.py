@@ -24,6 +24,7 @@ from llmtune.commands import (
     plan,
     report,
     run,
+    serve,
 )
 from llmtune.commands.options import Chapters
 from llmtune.errors import INTERRUPTED, LlmtuneError, RunInterrupted
@@ -109,7 +110,7 @@ COMMANDS = {
         look.runs,
     ),
     "Go further": (experiments.learning_curve, experiments.sequence),
-    "Use the model": (answer.chat, answer.predict, export.export, export.verify),
+    "Use the model": (answer.chat, answer.predict, serve.serve, export.export, export.verify),
 }
 for commands in COMMANDS.values():
     for command in commands:

@@ -71,6 +71,7 @@ def test_the_scripts_exist_can_be_run_and_parse(script):
 def test_every_command_of_the_readme_works(clone, monkeypatch, capsys):
     monkeypatch.chdir(clone)
     monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: SIM115, PTH123 (chat ends at once)
+    monkeypatch.setattr("llmtune.serving.http_server.Server.take_requests", lambda *_: None)
     assert run_command(["run", "configs/quickstart.yaml", "--quiet"]) == 0
     for command in COMMANDS:
         arguments = shlex.split(command, comments=True)[1:]

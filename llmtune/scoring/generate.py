@@ -198,31 +198,59 @@ class _Waiting:
         return rows_at_once(self._model, slots=slots, kept=1, token_budget=self._budget)
 
 
-def stream_text(
+@dataclass(frozen=True)
+class Piece:
+    """The next text of a stream, never half a character; the last one says how it ended."""
+
+    text: str
+    num_tokens: int
+    """Tokens written so far, without the stop token."""
+    is_last: bool = False
+    stopped: bool = False
+    """Whether the model ended the text by itself; known of the last piece."""
+
+
+def stream_pieces(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
     prompt: Sequence[int],
     decoding: Decoding,
-) -> Iterator[str]:
-    """Yield a prompt's continuation piece by piece, never half a character.
+) -> Iterator[Piece]:
+    """Yield a prompt's continuation as it is written: what `generate_texts` would return.
 
     Raises:
         LlmtuneError: the prompt leaves the model no position for an answer.
     """
     rooms = find_rooms(model, [prompt], decoding)
     written: list[int] = []
-    shown = ""
-    with evaluation_mode(model):
+    shown, stopped = "", False
+    with evaluation_mode(model), fused_inference(model):
         with torch.no_grad():
             rows = open_rows(model, [prompt], [0], NO_PREFIX)
         for _, token in write_rows(model, rows, decoding, rooms):
             if token in decoding.stop_token_ids:
+                stopped = True
                 break
             written.append(token)
             text = tokenizer.decode(written, skip_special_tokens=True)
             if not text.endswith(UNFINISHED_CHARACTER) and len(text) > len(shown):
-                yield text[len(shown) :]
+                yield Piece(text[len(shown) :], len(written))
                 shown = text
     text = tokenizer.decode(written, skip_special_tokens=True)
-    if len(text) > len(shown):
-        yield text[len(shown) :]
+    yield Piece(text[len(shown) :], len(written), is_last=True, stopped=stopped)
+
+
+def stream_text(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: Sequence[int],
+    decoding: Decoding,
+) -> Iterator[str]:
+    """Yield the texts of `stream_pieces`, none empty.
+
+    Raises:
+        LlmtuneError: the prompt leaves the model no position for an answer.
+    """
+    for piece in stream_pieces(model, tokenizer, prompt, decoding):
+        if piece.text:
+            yield piece.text

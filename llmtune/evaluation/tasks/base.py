@@ -13,6 +13,7 @@ from llmtune.data.problems import RowError
 from llmtune.evaluation.question import read_question, refuse_context
 from llmtune.evaluation.results import NAME_RULE, ItemScore, is_suite_name
 from llmtune.io.fingerprint import JsonObject, hash_json
+from llmtune.models.thinking import split_thinking
 from llmtune.schema import Section
 
 if TYPE_CHECKING:
@@ -130,6 +131,24 @@ class Scoring:
     token_budget: int
     demonstrations: Sequence[Demonstration] = ()
     on_items: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True)
+class KeptAnswer:
+    """What a model wrote to an item's chat, and how it was asked, so that it can be asked again."""
+
+    text: str
+    max_tokens: int
+    stops: tuple[str, ...] = ()
+    is_beginning: bool = False
+    """Whether only the beginning of what it writes is known."""
+
+    def is_said_by(self, text: str) -> bool:
+        """Whether a model wrote the same."""
+        said, kept = (
+            str(split_thinking({"content": each})["content"]) for each in (text, self.text)
+        )
+        return said.strip().startswith(kept.strip()) if self.is_beginning else said == kept
 
 
 class SuiteConfig(Section):
@@ -257,6 +276,14 @@ class SuiteConfig(Section):
 
     def item_loss(self, item: SuiteItem, score: ItemScore) -> float | None:
         """Return an item's loss for a learning curve; None if that is only its error."""
+        return None
+
+    def kept_answer(self, score: ItemScore) -> KeptAnswer | None:
+        """Return what the model wrote to an item's chat; None if it wrote none, or it is unknown.
+
+        Args:
+            score: of an item that was asked without demonstrations.
+        """
         return None
 
 

@@ -12,6 +12,7 @@ from llmtune.evaluation.tasks.base import (
     Ability,
     BadItem,
     Fields,
+    KeptAnswer,
     Metric,
     Scoring,
     Suite,
@@ -112,6 +113,12 @@ class ChatSuite(SuiteConfig):
             )
             for item, (score,), answer in zip(suite.items, found, answers, strict=True)
         ]
+
+    def kept_answer(self, score: ItemScore) -> KeptAnswer | None:
+        """Return this arm's own answer."""
+        if score.prediction is None:
+            return None
+        return KeptAnswer(score.prediction, self.max_new_tokens)
 
     def describe(self, scores: Sequence[ItemScore]) -> JsonObject:
         """Return what this arm's own answers are like, beside the base's."""

@@ -18,6 +18,7 @@ from llmtune.evaluation.tasks.base import (
     BadItem,
     Demonstration,
     Fields,
+    KeptAnswer,
     Metric,
     PromptedSuite,
     Scoring,
@@ -202,6 +203,13 @@ class ChoiceSuite(PromptedSuite):
             "score": float(chosen == item.answer),
         }
         return replace(score, details={**score.details, "written": written})
+
+    def kept_answer(self, score: ItemScore) -> KeptAnswer | None:
+        """Return the written answer: where the likeliest tokens spell a choice, only that."""
+        written = score.details.get("written")
+        if not self.chat or not isinstance(written, dict) or not written.get("text"):
+            return None
+        return KeptAnswer(str(written["text"]), self.num_written, is_beginning=True)
 
     def count_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> int:
         """Return the tokens of prompts, choices and written answers, a shared beginning once."""

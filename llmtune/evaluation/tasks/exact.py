@@ -17,6 +17,7 @@ from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.tasks.base import (
     BadItem,
     Fields,
+    KeptAnswer,
     Metric,
     PromptedSuite,
     Scoring,
@@ -206,6 +207,12 @@ class ExactSuite(PromptedSuite):
             )
             for item, answer in zip(suite.items, written, strict=True)
         ]
+
+    def kept_answer(self, score: ItemScore) -> KeptAnswer | None:
+        """Return the whole answer, if a model of ours wrote it."""
+        if not self.chat or score.prediction is None or "num_tokens" not in score.details:
+            return None
+        return KeptAnswer(score.prediction, self.max_new_tokens, self.stop or ())
 
     def cut(self, text: str) -> str:
         """Return a written text up to the first of the texts that end an answer."""

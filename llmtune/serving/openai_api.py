@@ -1,0 +1,334 @@
+"""The OpenAI protocol: requests read strictly, answers and errors in its shape (light)."""
+
+import json
+import math
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmtune.data.conversation import Conversation, ask
+from llmtune.data.problems import RowError, did_you_mean
+
+COMPLETION_TOKENS = 16
+"""What the protocol writes to a bare prompt if the request does not say how much."""
+MAX_STOPS = 16
+BEARER = "Bearer "
+
+NO_EFFECT = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+"""Parameters of the protocol that change no answer of a model without tools."""
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+"""Parameters that are not followed -> the values that ask for nothing."""
+HINTS = {
+    "chat_template_kwargs": "the template is called as the model was trained; "
+    "set model.template_arguments and train again",
+    "response_format": "answers are not constrained to a form",
+    "tools": "calls are not read back from what the model writes; "
+    "a GGUF file served by --engine llama.cpp does that",
+    "top_k": "use top_p",
+}
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """One request, checked: a chat that waits for an answer, or a text that is continued."""
+
+    model: str | None
+    question: Conversation | None = None
+    prompt: str | tuple[int, ...] = ""
+    """Without a question: what is continued, as text or as token ids."""
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stream: bool = False
+    with_usage: bool = False
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is a chat."""
+        return self.question is not None
+
+
+class RefusedRequest(Exception):
+    """A request that is not answered, with what the client is told."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the protocol's error object."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {
+            "error": {
+                "message": str(self),
+                "type": kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Shared(BaseModel):
+    """What chats and bare prompts are asked with; null is the same as left out."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+
+
+class _ChatBody(_Shared):
+    messages: list[Any]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
+class _CompletionBody(_Shared):
+    prompt: str | list[str] | list[int] | list[list[int]]
+
+
+def read_chat(body: Any, temperature: float) -> AnswerRequest:
+    """Read the body of `/v1/chat/completions`.
+
+    Args:
+        temperature: of a request that names none.
+
+    Raises:
+        RefusedRequest: it is not one, or asks for what would be dropped.
+    """
+    read = _validate(_ChatBody, body)
+    try:
+        question = ask(read.messages)
+    except RowError as error:
+        raise RefusedRequest(400, str(error), param="messages") from None
+    if read.max_tokens is not None and read.max_completion_tokens not in (None, read.max_tokens):
+        raise RefusedRequest(
+            400, "max_tokens and max_completion_tokens differ; give one", param="max_tokens"
+        )
+    limit = read.max_completion_tokens or read.max_tokens
+    return AnswerRequest(question=question, **_shared(read, limit, temperature))
+
+
+def read_completion(body: Any, temperature: float) -> AnswerRequest:
+    """Read the body of `/v1/completions`.
+
+    Raises:
+        RefusedRequest: it is not one, or asks for what would be dropped.
+    """
+    read = _validate(_CompletionBody, body)
+    prompt: Any = read.prompt
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        if len(prompt) > 1:
+            raise RefusedRequest(
+                400, f"{len(prompt)} prompts in one request; send one each", param="prompt"
+            )
+        prompt = prompt[0]
+    if not prompt:
+        raise RefusedRequest(400, "prompt is empty; there is nothing to continue", param="prompt")
+    prompt = prompt if isinstance(prompt, str) else tuple(prompt)
+    limit = read.max_tokens or COMPLETION_TOKENS
+    return AnswerRequest(prompt=prompt, **_shared(read, limit, temperature))
+
+
+Body = TypeVar("Body", bound=_Shared)
+
+
+def _validate(kind: type[Body], body: Any) -> Body:
+    if not isinstance(body, dict):
+        raise RefusedRequest(400, "the body must be a JSON object")
+    given = {name: value for name, value in body.items() if value is not None}
+    known = set(kind.model_fields)
+    for name, value in given.items():
+        if name not in known:
+            _check_extra(name, value, known)
+    try:
+        return kind.model_validate({name: given[name] for name in given if name in known})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        if first["type"] == "missing":
+            raise RefusedRequest(400, f"{name} is missing", param=name) from None
+        shown = json.dumps(given[name], default=str)[:80]
+        raise RefusedRequest(400, f"{name} is {shown}: {first['msg']}", param=name) from None
+
+
+def _check_extra(name: str, value: Any, known: set[str]) -> None:
+    """Refuse a parameter that would change the answer and is not followed."""
+    if name in NO_EFFECT:
+        return
+    neutral = NEUTRAL.get(name, ())
+    if any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral):
+        return
+    hint = f": {HINTS[name]}" if name in HINTS else ""
+    if name in NEUTRAL or hint:
+        what = f"{name} is not supported here{hint}"
+    else:
+        near = did_you_mean(name, [*known, *NEUTRAL, *NO_EFFECT])
+        what = f"unknown parameter {name}{near}"
+    raise RefusedRequest(400, f"{what}; take it out", param=name, code="unsupported_parameter")
+
+
+def _shared(read: _Shared, limit: int | None, temperature: float) -> dict[str, Any]:
+    stops = [read.stop] if isinstance(read.stop, str) else list(read.stop or ())
+    if len(stops) > MAX_STOPS or not all(stops):
+        raise RefusedRequest(
+            400, f"stop: expected at most {MAX_STOPS} texts, none empty", param="stop"
+        )
+    options = read.stream_options
+    if options is not None and not read.stream:
+        raise RefusedRequest(400, "stream_options needs stream: true", param="stream_options")
+    return {
+        "model": read.model,
+        "max_tokens": limit,
+        "temperature": temperature if read.temperature is None else read.temperature,
+        "top_p": 1.0 if read.top_p is None else read.top_p,
+        "seed": read.seed,
+        "stop": tuple(stops),
+        "stream": bool(read.stream),
+        "with_usage": options is not None and options.include_usage,
+    }
+
+
+class StopTexts:
+    """Cuts a stream at the first of some texts; what may become one of them is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.found = False
+
+    def feed(self, text: str, *, is_last: bool = False) -> str:
+        """Return what may be shown now."""
+        if not self._stops or self.found:
+            return "" if self.found else text
+        held = self._held + text
+        places = [place for stop in self._stops if (place := held.find(stop)) >= 0]
+        if places:
+            self.found = True
+            self._held = ""
+            return held[: min(places)]
+        keep = 0 if is_last else max(_overlap(held, stop) for stop in self._stops)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how much of the end of `text` begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass
+class Shape:
+    """The JSON of one answer, whole or in chunks."""
+
+    model: str
+    is_chat: bool
+    prompt_tokens: int
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: math.floor(time.time()))
+
+    def whole(self, text: str, finish: str, num_tokens: int) -> dict[str, Any]:
+        """Return the answer in one piece."""
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
+        if self.is_chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return {**self._head(kind), "choices": [choice], "usage": self.usage(num_tokens)}
+
+    def chunk(
+        self, text: str, finish: str | None = None, *, is_first: bool = False
+    ) -> dict[str, Any]:
+        """Return the next piece of a stream."""
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
+        if self.is_chat:
+            role = {"role": "assistant"} if is_first else {}
+            choice["delta"] = role | ({"content": text} if text or is_first else {})
+        else:
+            choice["text"] = text
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return {**self._head(kind), "choices": [choice]}
+
+    def usage_chunk(self, num_tokens: int) -> dict[str, Any]:
+        """Return the last chunk of a stream that asks for its usage."""
+        return {**self.chunk(""), "choices": [], "usage": self.usage(num_tokens)}
+
+    def usage(self, num_tokens: int) -> dict[str, int]:
+        """Return what was read and written, in tokens."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": num_tokens,
+            "total_tokens": self.prompt_tokens + num_tokens,
+        }
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        lead = "chatcmpl" if self.is_chat else "cmpl"
+        return {
+            "id": f"{lead}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
+
+
+def finish_reason(stopped: bool) -> Literal["stop", "length"]:
+    """Return why an answer ended, in the protocol's words."""
+    return "stop" if stopped else "length"
+
+
+def list_models(names: Sequence[str], created: int) -> dict[str, Any]:
+    """Return the answer of `/v1/models`."""
+    return {"object": "list", "data": [describe_model(name, created) for name in names]}
+
+
+def describe_model(name: str, created: int) -> dict[str, Any]:
+    """Return one model as the protocol lists it."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "llmtune"}

@@ -1,0 +1,346 @@
+"""A served model is asked with OpenAI's own client, and answers as the run's model does."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from llmtune.cli import run_command
+from llmtune.runs.serve import find_servable
+from llmtune.serving.http_server import HttpSettings, Server, bind_socket
+from llmtune.serving.live_models import LiveModels, find_models
+from llmtune.serving.openai_api import (
+    RefusedRequest,
+    StopTexts,
+    read_chat,
+    read_completion,
+)
+from tests.project import make_project
+
+ASKED: Any = [{"role": "user", "content": "The film is warm. positive or negative?"}]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A tiny run with everything in it, and a suite whose answers are written."""
+    directory = tmp_path_factory.mktemp("serve")
+    config = make_project(directory)
+    written = {
+        "task": "exact",
+        "role": "target",
+        "items": "items.jsonl",
+        "prompt": "{{ text }} positive or negative?",
+        "max_new_tokens": 6,
+    }
+    (directory / "written.yaml").write_text(json.dumps(written))
+    values = json.loads(config.read_text())
+    values["evaluate"]["suites"].append(str(directory / "written.yaml"))
+    config.write_text(json.dumps(values))
+    exact = ["model.dtype=float32", "evaluate.extent=none", "evaluate.limit=6"]
+    assert run_command(["run", str(config), *exact, "--quiet"]) == 0
+    return directory / "run"
+
+
+class Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, run_dir, **settings):
+        served = find_servable(str(run_dir))
+        self.models = LiveModels(find_models(served.target, served.exports))
+        self.taken = bind_socket("127.0.0.1", 0)
+        self.port = self.taken.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.server = Server(self.models, HttpSettings("127.0.0.1", **settings))
+        self.thread = threading.Thread(target=self.server.take_requests, args=(self.taken,))
+        self.thread.start()
+
+    def client(self, key="unused"):
+        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0)
+
+    def stop(self):
+        self.server.handle_exit(signal.SIGINT, None)
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def running(run_dir):
+    server = Running(run_dir, max_waiting=1)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(running):
+    return running.client()
+
+
+def test_the_models_of_a_run_are_listed_by_their_names(running, client):
+    assert [one.id for one in client.models.list()] == ["tuned", "base", "merged", "original"]
+    assert client.models.retrieve("merged").owned_by == "llmtune"
+    with urllib.request.urlopen(f"http://127.0.0.1:{running.port}/health") as answer:
+        assert json.load(answer) == {"status": "ok"}
+
+
+def test_every_model_answers_as_it_was_evaluated(run_dir, client):
+    for arm in ("tuned", "base", "merged"):
+        result = json.loads((run_dir / "evaluations" / f"written.{arm}.json").read_text())
+        items = map(json.loads, (run_dir.parent / "items.jsonl").read_text().splitlines())
+        item = next(item for item in items if item["id"] == result["items"][0]["id"])
+        asked = [{"role": "user", "content": f"{item['text']} positive or negative?"}]
+        answer = client.chat.completions.create(
+            model=arm, messages=asked, temperature=0, max_tokens=6
+        )
+        kept = result["items"][0]
+        assert answer.choices[0].message.content == kept["prediction"]
+        assert answer.usage.completion_tokens == kept["details"]["num_tokens"]
+        ends = {True: "stop", False: "length"}
+        assert answer.choices[0].finish_reason == ends[kept["details"]["stopped"]]
+        assert answer.model == arm
+    original = client.chat.completions.create(model="original", messages=ASKED, **GREEDY)
+    base = client.chat.completions.create(model="base", messages=ASKED, **GREEDY)
+    assert original.choices[0].message.content == base.choices[0].message.content
+
+
+def test_a_stream_says_what_the_whole_answer_says(client):
+    whole = client.chat.completions.create(model="tuned", messages=ASKED, **GREEDY)
+    chunks = list(
+        client.chat.completions.create(
+            model="tuned",
+            messages=ASKED,
+            stream=True,
+            stream_options={"include_usage": True},
+            **GREEDY,
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert said == whole.choices[0].message.content
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+    text = client.completions.create(model="base", prompt="The film", **GREEDY)
+    parts = client.completions.create(model="base", prompt="The film", stream=True, **GREEDY)
+    assert "".join(c.choices[0].text for c in parts) == text.choices[0].text
+    assert text.usage.completion_tokens == 8
+
+
+def test_sampling_follows_the_request(client):
+    def draw(**how):
+        how = {"model": "base", "messages": ASKED, "max_tokens": 8} | how
+        return client.chat.completions.create(**how).choices[0].message.content
+
+    assert draw(seed=1) == draw(seed=1)
+    assert len({draw(seed=seed) for seed in range(4)}) > 1
+    assert draw(temperature=2, top_p=1e-6, seed=3) == draw(temperature=0)
+    text = draw(temperature=0)
+    assert len(text) > 3, "the tiny model writes something"
+    stop = text[1:3]
+    answer = client.chat.completions.create(
+        model="base", messages=ASKED, temperature=0, max_tokens=8, stop=stop
+    )
+    assert answer.choices[0].message.content == text[: text.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"logprobs": True}, "logprobs", "logprobs is not supported here"),
+        ({"n": 2}, "n", "n is not supported"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "take it out"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not constrained"),
+        ({"tools": [{"type": "function"}]}, "tools", "not read back"),
+        ({"temprature": 0}, "temprature", 'did you mean "temperature"'),
+        ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "template_arguments"),
+        ({"temperature": 3}, "temperature", "temperature is 3"),
+        ({"temperature": float("nan")}, "temperature", "temperature is NaN"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens is 0"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
+        ({"stop": [""]}, "stop", "none empty"),
+        ({"seed": "x"}, "seed", "seed is"),
+        ({"messages": None}, "messages", "messages is missing"),
+        ({"messages": []}, "messages", "messages is empty"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages", 'role "robot"'),
+        ({"stream_options": {}}, "stream_options", "stream: true"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_answer_is_refused_by_name(change, param, words):
+    with pytest.raises(RefusedRequest, match=words) as caught:
+        read_chat({"model": "tuned", "messages": ASKED, **change}, 1.0)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_what_asks_for_nothing_is_taken():
+    neutral = {"n": 1, "logprobs": False, "frequency_penalty": 0.0, "user": "me", "tools": [],
+               "response_format": {"type": "text"}, "top_p": None, "store": True}  # fmt: skip
+    asked = read_chat({"messages": ASKED, **neutral}, 0.25)
+    assert (asked.temperature, asked.top_p, asked.max_tokens) == (0.25, 1.0, None)
+    assert read_completion({"prompt": [[1, 2]]}, 1.0).prompt == (1, 2)
+    assert read_completion({"prompt": ["a"]}, 1.0).max_tokens == 16
+    for prompt in ("", [], ["a", "b"], [["a"]]):
+        with pytest.raises(RefusedRequest, match="prompt"):
+            read_completion({"prompt": prompt}, 1.0)
+
+
+def test_errors_have_the_shape_that_the_client_knows(running, client):
+    with pytest.raises(openai.NotFoundError, match="there is: tuned, base, merged, original"):
+        client.chat.completions.create(model="gpt-4", messages=ASKED)
+    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
+        client.chat.completions.create(model="base", messages=ASKED, logprobs=True)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="base", prompt="word " * 5000)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError, match="Not Found"):
+        client.embeddings.create(model="base", input="x")
+    request = urllib.request.Request(f"{running.url}/chat/completions", b"{}", method="POST")
+    with pytest.raises(urllib.error.HTTPError, match="415"):
+        urllib.request.urlopen(request)
+    request = urllib.request.Request(f"{running.url}/models", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request)
+
+
+def test_one_request_at_a_time_a_short_queue_and_a_client_that_leaves(running, client):
+    endless = {"model": "base", "messages": ASKED, "temperature": 2, "seed": 1, "stream": True}
+    written = []
+    plain = running.models.answer
+
+    def counted(request, is_cancelled=lambda: False):
+        for part in plain(request, is_cancelled):
+            written.append(part)
+            time.sleep(0.05)
+            yield part
+
+    running.models.answer = counted
+    try:
+        first = client.chat.completions.create(**endless)
+        next(iter(first))
+        answers = []
+
+        def wait_for_answer():
+            answers.append(client.chat.completions.create(model="base", messages=ASKED, **GREEDY))
+
+        waiting = threading.Thread(target=wait_for_answer)
+        waiting.start()
+        deadline = time.monotonic() + 10
+        while running.server.worker._unfinished < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with pytest.raises(openai.InternalServerError, match="1 requests are waiting"):
+            client.chat.completions.create(model="base", messages=ASKED, **GREEDY)
+        assert not answers, "the second waits for the first"
+        first.close()
+        waiting.join(20)
+        assert len(answers) == 1
+        left = len(written)
+        time.sleep(0.3)
+        assert len(written) == left, "nothing is written for the one who left"
+    finally:
+        running.models.answer = plain
+
+
+def test_a_key_is_asked_for_and_ctrl_c_ends_what_is_written(run_dir):
+    server = Running(run_dir, api_key="secret")
+    try:
+        with pytest.raises(openai.AuthenticationError, match="wrong or missing API key"):
+            server.client("wrong").models.list()
+        client = server.client("secret")
+        assert client.models.list().data
+        stream = client.chat.completions.create(
+            model="base", messages=ASKED, temperature=2, stream=True, seed=1
+        )
+        next(iter(stream))
+    finally:
+        server.stop()
+    with pytest.raises(openai.APIError):
+        list(stream)
+
+
+def test_stop_texts_hold_back_what_may_become_one():
+    stops = StopTexts(["END", "\n\n"])
+    assert [stops.feed(text) for text in ("a", "E", "x", "\n", "EN", "D b")] == [
+        "a", "", "Ex", "", "\n", "",
+    ]  # fmt: skip
+    assert stops.found
+    held = StopTexts(["END"])
+    assert held.feed("xEN") + held.feed("", is_last=True) == "xEN"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "gpt"], "--model gpt: {run} has no such model; there is: tuned, base, merged"),
+        (["--api-key-env", "NOT_SET_HERE"], "--api-key-env NOT_SET_HERE: the environment variable"),
+        (["--port", "{taken}"], "--host 127.0.0.1 --port {taken}: cannot be listened on"),
+        (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(run_dir, capsys, arguments, words):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        names = {"run": str(run_dir), "taken": str(other.getsockname()[1])}
+        arguments = [each.format(**names) for each in arguments]
+        assert run_command(["serve", str(run_dir), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert words.format(**names) in err and err.count("error:") == 1
+
+
+def test_the_command_checks_serves_and_ends_with_zero(run_dir):
+    result = run_dir / "evaluations" / "written.tuned.json"
+    kept = result.read_text()
+    values = json.loads(kept)
+    values["items"][0]["prediction"] = "something else"
+    result.write_text(json.dumps(values))
+    command = [sys.executable, "-m", "llmtune", "serve", str(run_dir), "--port", "0", "--json"]
+    command += ["--host", "0.0.0.0"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    try:
+        facts = json.loads(process.stdout.readline())
+        url = facts["url"].replace("0.0.0.0", "127.0.0.1")
+        client = openai.OpenAI(base_url=url, api_key="unused", max_retries=0)
+        answer = client.chat.completions.create(model="tuned", messages=ASKED, **GREEDY)
+        assert answer.choices[0].message.content
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+        result.write_text(kept)
+    assert process.returncode == 0, err
+    assert (facts["engine"], facts["models"][0]) == ("transformers", "tuned")
+    assert facts["check"]["asked"] == 3
+    (difference,) = facts["check"]["differences"]
+    assert difference["reported"] == "something else"
+    assert "WARNING: tuned gives only 2 of 3 answers of the report" in err
+    assert "WARNING: --host 0.0.0.0 without --api-key-env" in err
+    assert "Traceback" not in err
+
+
+def test_the_commands_and_the_client_of_the_docs_work(run_dir, running, monkeypatch, capsys):
+    docs = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", docs, re.MULTILINE | re.DOTALL)
+    monkeypatch.setenv("SERVE_KEY", "secret")
+    monkeypatch.setattr("llmtune.serving.http_server.Server.take_requests", lambda *_: None)
+    lines = [line for kind, block in blocks if kind in ("", "bash") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("llmtune serve")]
+    assert len(commands) >= 2
+    for command in commands:
+        arguments = shlex.split(command.replace("runs/quickstart", str(run_dir)))[1:]
+        assert run_command([*arguments, "--port", "0", "--check", "1"]) == 0, command
+    (script,) = [block for kind, block in blocks if kind == "python"]
+    exec(script.replace("http://127.0.0.1:8000/v1", running.url), {})
+    assert capsys.readouterr().out.count("\n") >= len(commands) + 1
