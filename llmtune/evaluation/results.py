@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import read_json_object
 from llmtune.io.run_dir import atomic_write_json
+from llmtune.models.thinking import split_thinking
 
 LM_EVAL_TASK = "lm-eval"
 """The `task` of a result that lm-evaluation-harness made."""
@@ -62,6 +64,24 @@ class Recipe(TypedDict, total=False):
     prompt: str
     probe: JsonObject
     """Where in the model a probe reads."""
+
+
+@dataclass(frozen=True)
+class KeptAnswer:
+    """What a model wrote to an item's chat, and how it was asked, so that it can be asked again."""
+
+    text: str
+    max_tokens: int
+    stops: tuple[str, ...] = ()
+    is_beginning: bool = False
+    """Whether only the beginning of what it writes is known."""
+
+    def is_said_by(self, text: str) -> bool:
+        """Whether a model wrote the same."""
+        said, kept = (
+            str(split_thinking({"content": each})["content"]) for each in (text, self.text)
+        )
+        return said.strip().startswith(kept.strip()) if self.is_beginning else said == kept
 
 
 @dataclass(frozen=True)
@@ -173,3 +193,8 @@ def cluster_names(items: Sequence[ItemScore]) -> list[str] | None:
 def is_suite_name(text: str) -> bool:
     """Return whether a name can stand in the names of result files without leading elsewhere."""
     return re.fullmatch(r"\w[\w.-]*", text) is not None
+
+
+def commonest_share(answers: Sequence[str]) -> float:
+    """Return the share of the commonest answer."""
+    return Counter(answers).most_common(1)[0][1] / len(answers)

@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import parse_json
 from llmtune.serving.live_models import LiveModels, Said
 from llmtune.serving.openai_api import (
@@ -259,7 +260,7 @@ async def _stream(
     _log_answer(shape, last, started)
 
 
-def _event(content: dict[str, Any]) -> str:
+def _event(content: JsonObject) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 

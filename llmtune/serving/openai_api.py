@@ -5,13 +5,14 @@ import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmtune.data.conversation import Conversation, ask
 from llmtune.data.problems import RowError, did_you_mean
+from llmtune.io.fingerprint import JsonObject, JsonValue
 
 COMPLETION_TOKENS = 16
 """What the protocol writes to a bare prompt if the request does not say how much."""
@@ -89,7 +90,7 @@ class RefusedRequest(Exception):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Return the protocol's error object."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
@@ -152,7 +153,7 @@ def read_chat(body: Any, temperature: float) -> AnswerRequest:
             400, "max_tokens and max_completion_tokens differ; give one", param="max_tokens"
         )
     limit = read.max_completion_tokens or read.max_tokens
-    return AnswerRequest(question=question, **_shared(read, limit, temperature))
+    return replace(_shared(read, limit, temperature), question=question)
 
 
 def read_completion(body: Any, temperature: float) -> AnswerRequest:
@@ -173,7 +174,7 @@ def read_completion(body: Any, temperature: float) -> AnswerRequest:
         raise RefusedRequest(400, "prompt is empty; there is nothing to continue", param="prompt")
     prompt = prompt if isinstance(prompt, str) else tuple(prompt)
     limit = read.max_tokens or COMPLETION_TOKENS
-    return AnswerRequest(prompt=prompt, **_shared(read, limit, temperature))
+    return replace(_shared(read, limit, temperature), prompt=prompt)
 
 
 Body = TypeVar("Body", bound=_Shared)
@@ -214,7 +215,7 @@ def _check_extra(name: str, value: Any, known: set[str]) -> None:
     raise RefusedRequest(400, f"{what}; take it out", param=name, code="unsupported_parameter")
 
 
-def _shared(read: _Shared, limit: int | None, temperature: float) -> dict[str, Any]:
+def _shared(read: _Shared, limit: int | None, temperature: float) -> AnswerRequest:
     stops = [read.stop] if isinstance(read.stop, str) else list(read.stop or ())
     if len(stops) > MAX_STOPS or not all(stops):
         raise RefusedRequest(
@@ -223,16 +224,16 @@ def _shared(read: _Shared, limit: int | None, temperature: float) -> dict[str, A
     options = read.stream_options
     if options is not None and not read.stream:
         raise RefusedRequest(400, "stream_options needs stream: true", param="stream_options")
-    return {
-        "model": read.model,
-        "max_tokens": limit,
-        "temperature": temperature if read.temperature is None else read.temperature,
-        "top_p": 1.0 if read.top_p is None else read.top_p,
-        "seed": read.seed,
-        "stop": tuple(stops),
-        "stream": bool(read.stream),
-        "with_usage": options is not None and options.include_usage,
-    }
+    return AnswerRequest(
+        model=read.model,
+        max_tokens=limit,
+        temperature=temperature if read.temperature is None else read.temperature,
+        top_p=1.0 if read.top_p is None else read.top_p,
+        seed=read.seed,
+        stop=tuple(stops),
+        stream=bool(read.stream),
+        with_usage=options is not None and options.include_usage,
+    )
 
 
 class StopTexts:
@@ -274,9 +275,9 @@ class Shape:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: math.floor(time.time()))
 
-    def whole(self, text: str, finish: str, num_tokens: int) -> dict[str, Any]:
+    def whole(self, text: str, finish: str, num_tokens: int) -> dict[str, JsonValue]:
         """Return the answer in one piece."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
+        choice: dict[str, JsonValue] = {"index": 0, "logprobs": None, "finish_reason": finish}
         if self.is_chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
@@ -286,9 +287,9 @@ class Shape:
 
     def chunk(
         self, text: str, finish: str | None = None, *, is_first: bool = False
-    ) -> dict[str, Any]:
+    ) -> dict[str, JsonValue]:
         """Return the next piece of a stream."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
+        choice: dict[str, JsonValue] = {"index": 0, "logprobs": None, "finish_reason": finish}
         if self.is_chat:
             role = {"role": "assistant"} if is_first else {}
             choice["delta"] = role | ({"content": text} if text or is_first else {})
@@ -297,7 +298,7 @@ class Shape:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
         return {**self._head(kind), "choices": [choice]}
 
-    def usage_chunk(self, num_tokens: int) -> dict[str, Any]:
+    def usage_chunk(self, num_tokens: int) -> dict[str, JsonValue]:
         """Return the last chunk of a stream that asks for its usage."""
         return {**self.chunk(""), "choices": [], "usage": self.usage(num_tokens)}
 
@@ -309,7 +310,7 @@ class Shape:
             "total_tokens": self.prompt_tokens + num_tokens,
         }
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _head(self, kind: str) -> dict[str, JsonValue]:
         lead = "chatcmpl" if self.is_chat else "cmpl"
         return {
             "id": f"{lead}-{self.id}",
@@ -324,11 +325,11 @@ def finish_reason(stopped: bool) -> Literal["stop", "length"]:
     return "stop" if stopped else "length"
 
 
-def list_models(names: Sequence[str], created: int) -> dict[str, Any]:
+def list_models(names: Sequence[str], created: int) -> JsonObject:
     """Return the answer of `/v1/models`."""
     return {"object": "list", "data": [describe_model(name, created) for name in names]}
 
 
-def describe_model(name: str, created: int) -> dict[str, Any]:
+def describe_model(name: str, created: int) -> JsonObject:
     """Return one model as the protocol lists it."""
     return {"id": name, "object": "model", "created": created, "owned_by": "llmtune"}

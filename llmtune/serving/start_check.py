@@ -9,9 +9,14 @@ from typing import Any
 from llmtune.data.problems import shorten
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.question import question_of
-from llmtune.evaluation.results import ArmResult, arm_result_path, read_arm_result
-from llmtune.evaluation.tasks.base import KeptAnswer, Suite
-from llmtune.io.fingerprint import hash_json
+from llmtune.evaluation.results import (
+    ArmResult,
+    KeptAnswer,
+    arm_result_path,
+    read_arm_result,
+)
+from llmtune.evaluation.tasks.base import Suite
+from llmtune.io.fingerprint import JsonObject, hash_json
 
 log = logging.getLogger("llmtune")
 
@@ -66,7 +71,7 @@ class StartCheck:
     differences: tuple[Difference, ...] = ()
     why_not: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return it as JSON values."""
         return asdict(self)
 

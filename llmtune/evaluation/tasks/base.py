@@ -1,7 +1,6 @@
 """What every task of a suite says itself: its items, how they are asked, scored and counted."""
 
 import json
-from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from llmtune.data.problems import RowError
 from llmtune.evaluation.question import read_question, refuse_context
-from llmtune.evaluation.results import NAME_RULE, ItemScore, is_suite_name
+from llmtune.evaluation.results import NAME_RULE, ItemScore, KeptAnswer, is_suite_name
 from llmtune.io.fingerprint import JsonObject, hash_json
-from llmtune.models.thinking import split_thinking
 from llmtune.schema import Section
 
 if TYPE_CHECKING:
@@ -131,24 +129,6 @@ class Scoring:
     token_budget: int
     demonstrations: Sequence[Demonstration] = ()
     on_items: Callable[[int], None] | None = None
-
-
-@dataclass(frozen=True)
-class KeptAnswer:
-    """What a model wrote to an item's chat, and how it was asked, so that it can be asked again."""
-
-    text: str
-    max_tokens: int
-    stops: tuple[str, ...] = ()
-    is_beginning: bool = False
-    """Whether only the beginning of what it writes is known."""
-
-    def is_said_by(self, text: str) -> bool:
-        """Whether a model wrote the same."""
-        said, kept = (
-            str(split_thinking({"content": each})["content"]) for each in (text, self.text)
-        )
-        return said.strip().startswith(kept.strip()) if self.is_beginning else said == kept
 
 
 class SuiteConfig(Section):
@@ -470,8 +450,3 @@ def read_field(fields: Fields, name: str) -> Any:
     if fields.get(name) is None:
         raise BadItem(f"field {name!r} is missing; the item has {', '.join(sorted(fields))}")
     return fields[name]
-
-
-def commonest_share(answers: Sequence[str]) -> float:
-    """Return the share of the commonest answer."""
-    return Counter(answers).most_common(1)[0][1] / len(answers)

@@ -7,12 +7,11 @@ from pydantic import Field
 
 from llmtune.data.problems import RowError
 from llmtune.evaluation.question import read_question
-from llmtune.evaluation.results import ItemScore
+from llmtune.evaluation.results import ItemScore, KeptAnswer
 from llmtune.evaluation.tasks.base import (
     Ability,
     BadItem,
     Fields,
-    KeptAnswer,
     Metric,
     Scoring,
     Suite,

@@ -13,18 +13,16 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.answers import find_choice
 from llmtune.evaluation.choices import NumberReading, settle_numbers
 from llmtune.evaluation.classification import describe_choices
-from llmtune.evaluation.results import ItemScore
+from llmtune.evaluation.results import ItemScore, KeptAnswer, commonest_share
 from llmtune.evaluation.tasks.base import (
     BadItem,
     Demonstration,
     Fields,
-    KeptAnswer,
     Metric,
     PromptedSuite,
     Scoring,
     Suite,
     SuiteItem,
-    commonest_share,
     read_field,
 )
 from llmtune.io.fingerprint import JsonObject

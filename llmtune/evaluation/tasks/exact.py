@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from llmtune.evaluation.answers import find_last_number
-from llmtune.evaluation.results import ItemScore
+from llmtune.evaluation.results import ItemScore, KeptAnswer, commonest_share
 from llmtune.evaluation.tasks.base import (
     BadItem,
     Fields,
-    KeptAnswer,
     Metric,
     PromptedSuite,
     Scoring,
     Suite,
     SuiteItem,
-    commonest_share,
     read_field,
 )
 from llmtune.evaluation.text_metrics import (
