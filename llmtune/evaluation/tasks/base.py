@@ -259,11 +259,7 @@ class SuiteConfig(Section):
         return None
 
     def kept_answer(self, score: ItemScore) -> KeptAnswer | None:
-        """Return what the model wrote to an item's chat; None if it wrote none, or it is unknown.
-
-        Args:
-            score: of an item that was asked without demonstrations.
-        """
+        """Return what the model wrote to an item's chat; None if it is not known."""
         return None
 
 
