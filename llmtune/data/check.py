@@ -13,7 +13,7 @@ from llmtune.data.config import DataConfig
 from llmtune.data.findings import Finding, Notebook
 from llmtune.data.hub import pin_sources
 from llmtune.data.prepare import order_epoch
-from llmtune.data.problems import LISTED_PROBLEMS, RowProblem
+from llmtune.data.problems import RowProblem, list_first
 from llmtune.data.report import DataReport
 from llmtune.io.fingerprint import JsonObject
 
@@ -86,9 +86,7 @@ class CheckReport:
         yield "scripts: " + ", ".join(f"{name} {count:,}" for name, count in self.scripts.items())
         for finding in self.findings:
             yield f"{finding.severity}: {finding.kind}: {finding.message}: {finding.count:,}"
-            yield from (f"  {place}" for place in finding.places[:LISTED_PROBLEMS])
-            if finding.count > LISTED_PROBLEMS:
-                yield f"  ... and {finding.count - LISTED_PROBLEMS:,} more"
+            yield from list_first(finding.places, count=finding.count, indent="  ")
         yield self.verdict
 
 

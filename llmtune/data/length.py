@@ -11,6 +11,7 @@ import numpy as np
 from llmtune.data.align import LabelledSequence
 from llmtune.data.example import ExampleTable
 from llmtune.data.masks import LabelledRow
+from llmtune.data.problems import list_first
 from llmtune.errors import LlmtuneError
 
 MAX_LOST_RATIO = 0.01
@@ -92,9 +93,8 @@ def refuse_loss(count: LengthCount, max_length: int | None, policy: str, name: s
     """
     if max_length is None or not count.rows_too_long:
         return
-    rows = "\n".join(f"  {place} ({length} tokens)" for length, place in count.longest)
-    if count.rows_too_long > len(count.longest):
-        rows += f"\n  ... and {count.rows_too_long - len(count.longest)} more"
+    longest = [f"{place} ({length} tokens)" for length, place in count.longest]
+    rows = "\n".join(list_first(longest, len(longest), count=count.rows_too_long, indent="  "))
     sizes = (
         f"lengths: p50 {count.percentile(0.5)}, p95 {count.percentile(0.95)}, "
         f"max {max(count.lengths)} tokens"
@@ -126,9 +126,8 @@ def refuse_positions(examples: ExampleTable, positions: int | None, name: str) -
     found = find_beyond(examples, positions)
     if not found:
         return
-    rows = [f"  {source}:{line} ({length} tokens)" for source, line, length in found]
-    more = len(rows) - LISTED_ROWS
-    rows[LISTED_ROWS:] = [f"  ... and {more} more"] if more > 0 else []
+    rows = [f"{source}:{line} ({length} tokens)" for source, line, length in found]
+    rows = list_first(rows, LISTED_ROWS, indent="  ")
     raise LlmtuneError(
         "\n".join(
             [

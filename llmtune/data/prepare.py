@@ -19,7 +19,7 @@ from llmtune.data.config import DataConfig, MixtureConfig, SourceConfig
 from llmtune.data.example import ExampleTable, PreparedData, fingerprint_table
 from llmtune.data.hub import pin_sources
 from llmtune.data.length import refuse_loss
-from llmtune.data.problems import LISTED_PROBLEMS, bad_rows_error
+from llmtune.data.problems import bad_rows_error, list_first
 from llmtune.errors import LlmtuneError
 
 if TYPE_CHECKING:
@@ -97,9 +97,8 @@ def refuse_problems(collector: SplitCollector) -> None:
     if collector.num_bad and config.on_bad_row == "error":
         raise bad_rows_error(collector.problems, collector.num_bad, collector.rows_read)
     if collector.shared:
-        listed = [f"  {row.place} is {row.other}" for row in collector.shared[:LISTED_PROBLEMS]]
-        more = len(collector.shared) - LISTED_PROBLEMS
-        listed += [f"  ... and {more} more"] if more > 0 else []
+        shared = [f"{row.place} is {row.other}" for row in collector.shared]
+        listed = list_first(shared, indent="  ")
         raise LlmtuneError(
             "\n".join(
                 [

@@ -49,11 +49,28 @@ def shorten(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def list_first(
+    lines: Sequence[object], shown: int = LISTED_PROBLEMS, *, count: int = 0, indent: str = ""
+) -> list[str]:
+    """Return the first lines, and one that counts the rest.
+
+    Args:
+        count: how many there are, if `lines` does not hold them all.
+    """
+    more = max(count, len(lines)) - min(shown, len(lines))
+    tail = [f"... and {more:,} more"] if more > 0 else []
+    return [f"{indent}{line}" for line in (*lines[:shown], *tail)]
+
+
+def name_first(names: Sequence[str], shown: int, separator: str = ", ") -> str:
+    """Return the first names in one line, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{separator.join(names[:shown])}{more}"
+
+
 def bad_rows_error(problems: Sequence[RowProblem], num_bad: int, num_read: int) -> LlmtuneError:
     """Return the error that names the first bad rows and counts the rest."""
-    lines = [str(problem) for problem in problems[:LISTED_PROBLEMS]]
-    if num_bad > LISTED_PROBLEMS:
-        lines.append(f"... and {num_bad - LISTED_PROBLEMS} more")
+    lines = list_first(problems, count=num_bad)
     advice = "Mend them, or leave them out with data.on_bad_row=drop (they are counted and listed)."
     return LlmtuneError(
         "\n".join([f"{num_bad} of {num_read} rows cannot be used:", *lines, advice])

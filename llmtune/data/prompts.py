@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from llmtune.data.conversation import Conversation
 from llmtune.data.files import file_kind, iter_file
 from llmtune.data.formats import FORMATS, rename_columns
 from llmtune.data.masks import refuse_control_text
-from llmtune.data.problems import LISTED_PROBLEMS, RowError, RowProblem, did_you_mean
+from llmtune.data.problems import RowError, RowProblem, did_you_mean, list_first
 from llmtune.data.render import encode_plain, render_text
 from llmtune.data.unread import UnreadColumns
 from llmtune.errors import LlmtuneError
@@ -77,6 +77,26 @@ class PromptEncoder:
         return ids
 
 
+def encode_questions(
+    tokenizer: PreTrainedTokenizerFast, questions: Iterable[tuple[str, int, Conversation]]
+) -> list[list[int]]:
+    """Return the ids of each question; with it come its file and its line.
+
+    Raises:
+        LlmtuneError: names the questions that training would refuse, by file and line.
+    """
+    encoder = PromptEncoder(tokenizer)
+    prompts, problems = [], []
+    for source, line, question in questions:
+        try:
+            prompts.append(encoder.encode(question))
+        except RowError as error:
+            problems.append(RowProblem(source, line, str(error), error.kind))
+    if problems:
+        raise prompts_error(problems)
+    return prompts
+
+
 def read_prompt_rows(path: Path, choice: PromptChoice) -> list[PromptRow]:
     """Read a file of prompts with the formats that training reads, without their answers.
 
@@ -130,9 +150,7 @@ def _choose_formats(choice: PromptChoice) -> list[str]:
 
 def prompts_error(problems: Sequence[RowProblem]) -> LlmtuneError:
     """Return the error that names the first problems and counts the rest."""
-    more = len(problems) - LISTED_PROBLEMS
-    tail = [f"... and {more} more"] if more > 0 else []
-    return LlmtuneError("\n".join([*map(str, problems[:LISTED_PROBLEMS]), *tail]))
+    return LlmtuneError("\n".join(list_first(problems)))
 
 
 def _iter_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]] | RowProblem]:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from llmtune.data.conversation import Message
 
-PLAIN_HEAD = 64
-"""Characters of a long text that are enough to see what the tokenizer puts before it."""
 TRAINING_KEYS = ("train", "weight")
 """Message keys that speak to the trainer: the template never sees them."""
 
@@ -128,12 +126,10 @@ def encode_plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
     The tokenizer's own beginning-of-text token is added where it adds one, never a second time.
     """
-    head = text[:PLAIN_HEAD] if len(text) > PIECE_CHARACTERS else text
-    ids = list(tokenizer(head, add_special_tokens=True, return_attention_mask=False)["input_ids"])
-    if head is not text:
-        bare_head = tokenizer(head, add_special_tokens=False)["input_ids"]
-        starts = [i for i in range(len(ids)) if ids[i : i + len(bare_head)] == bare_head]
-        ids = ids[: starts[0] if starts else 0] + encode_long(tokenizer, text)
+    if len(text) > PIECE_CHARACTERS:
+        ids = [*leading_special_ids(tokenizer), *encode_long(tokenizer, text)]
+    else:
+        ids = list(tokenizer(text, return_attention_mask=False)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
@@ -142,6 +138,14 @@ def encode_plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     if len(ids) > 1 and eos is not None and ids[-1] == eos and bare[-1:] != [eos]:
         ids = ids[:-1]
     return ids
+
+
+def leading_special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Return the ids that the tokenizer puts before a text by itself: the BOS, or nothing."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    starts = [s for s in range(len(full) - len(plain) + 1) if full[s : s + len(plain)] == plain]
+    return tuple(full[: starts[0]]) if starts else ()
 
 
 def _shape_messages(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from llmtune.data.problems import LISTED_PROBLEMS, RowProblem
+from llmtune.data.problems import RowProblem, list_first
 from llmtune.io.fingerprint import JsonObject
 
 MAX_KEPT_PROBLEMS = 1000
@@ -126,7 +126,5 @@ class DataReport:
             )
         for note, count in self.notes:
             yield f"  {count:,} rows: {note}"
-        for problem in self.bad_rows[:LISTED_PROBLEMS]:
-            yield f"  left out: {problem}"
-        if self.num_bad_rows > LISTED_PROBLEMS:
-            yield f"  ... and {self.num_bad_rows - LISTED_PROBLEMS:,} more left out"
+        left_out = [f"left out: {problem}" for problem in self.bad_rows]
+        yield from list_first(left_out, count=self.num_bad_rows, indent="  ")

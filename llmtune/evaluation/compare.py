@@ -9,7 +9,7 @@ import numpy as np
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.diagnosis.config import ALTERNATIVES
 from llmtune.evaluation.intervals import paired_interval
-from llmtune.evaluation.main_arms import OWN_TEMPLATE, kind_among
+from llmtune.evaluation.main_arms import OTHER, OWN_TEMPLATE, kind_among
 from llmtune.evaluation.results import ArmResult, ItemScore, cluster_names, finite_or_none
 from llmtune.evaluation.stats import (
     Resampling,
@@ -29,7 +29,7 @@ ALLOWED_DIFFERENCES = {
 """Recipe keys in which an arm of this kind may differ from any other arm. `selection`: which of the
 suite's items were measured; the comparison is on the items in common."""
 
-FREE_KINDS = (*ALTERNATIVES, "other")
+FREE_KINDS = (*ALTERNATIVES, OTHER)
 """Arms that answer the same items by other means: only the items have to be the same."""
 
 ITEM_KEYS = frozenset({"items", "num_items"})

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.main_arms import kind_among
+from llmtune.evaluation.main_arms import WITHOUT_ADAPTER, kind_among
 from llmtune.evaluation.results import REUSED, ArmResult, read_items
-from llmtune.evaluation.run import WITHOUT_ADAPTER, ArmPlan, build_recipe, summarize_items
+from llmtune.evaluation.run import ArmPlan, build_recipe, summarize_items
 from llmtune.io.environment import processor_name, versions
 from llmtune.io.fingerprint import JsonObject, hash_file, hash_json, hash_text
 from llmtune.io.json_files import read_json_object

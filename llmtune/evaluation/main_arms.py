@@ -15,6 +15,12 @@ CHAIN: dict[str, tuple[MainArm, MainArm]] = {
 }
 """What merged minus original is made of: each part is the second arm minus the first."""
 
+WITHOUT_ADAPTER = ("original", "base", "few-shot", "prompt")
+"""Kinds of arms that the base answers; the others are the model as it is."""
+
+OTHER = "other"
+"""Kind of an arm that neither base nor adapter answers: predictions, an endpoint."""
+
 BEFORE: tuple[MainArm, ...] = ("original", "base")
 AFTER: tuple[MainArm, ...] = ("merged", "tuned")
 SAME_AS = "same_as"

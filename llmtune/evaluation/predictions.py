@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmtune.data.problems import list_first
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.tasks.base import PromptedSuite, Suite
 from llmtune.io.json_files import parse_json
 
 logger = logging.getLogger("llmtune")
-
-SHOWN_PROBLEMS = 5
 
 
 @dataclass(frozen=True)
@@ -123,10 +122,7 @@ def read_predictions(name: str, path: Path) -> PredictionsFile:
     if twice:
         problems.append(f"{path}: the id {twice[0]!r} is answered more than once; give it one line")
     if problems:
-        more = len(problems) - SHOWN_PROBLEMS
-        raise LlmtuneError(
-            "\n".join(problems[:SHOWN_PROBLEMS] + [f"... and {more} more"] * (more > 0))
-        )
+        raise LlmtuneError("\n".join(list_first(problems)))
     if not found:
         raise LlmtuneError(f"{where}: holds no predictions")
     return PredictionsFile(name, path, tuple(found))

@@ -9,13 +9,14 @@ from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.conversation import Conversation
 from llmtune.data.masks import LabelledRow, Labeller
-from llmtune.data.problems import RowError, RowProblem
-from llmtune.data.prompts import PromptEncoder, prompts_error
+from llmtune.data.problems import RowError
+from llmtune.data.prompts import encode_questions
+from llmtune.data.render import leading_special_ids
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.question import question_of
 from llmtune.evaluation.tasks.base import Demonstration, PromptedSuite, Suite, SuiteItem
 from llmtune.models.turns import TurnEnding, require_chat_template
-from llmtune.scoring.requests import ContinuationRequest, leading_special_ids
+from llmtune.scoring.requests import ContinuationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +54,10 @@ def encode_chats(
     Raises:
         LlmtuneError: names the items that training would refuse, by file and line.
     """
-    encoder = PromptEncoder(tokenizer)
-    prompts, problems = [], []
-    for item, question in zip(suite.items, _questions(suite, demonstrations), strict=True):
-        try:
-            prompts.append(tuple(encoder.encode(question)))
-        except RowError as error:
-            problems.append(RowProblem(str(suite.items_path), item.line, str(error), error.kind))
-    if problems:
-        raise prompts_error(problems)
-    return prompts
+    asked = zip(suite.items, _questions(suite, demonstrations), strict=True)
+    source = str(suite.items_path)
+    questions = ((source, item.line, question) for item, question in asked)
+    return [tuple(ids) for ids in encode_questions(tokenizer, questions)]
 
 
 def encode_raw_choices(

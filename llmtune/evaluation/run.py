@@ -13,7 +13,7 @@ import numpy as np
 
 from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.main_arms import kind_among
+from llmtune.evaluation.main_arms import WITHOUT_ADAPTER, kind_among
 from llmtune.evaluation.prompt_file import PromptFile
 from llmtune.evaluation.results import (
     ArmResult,
@@ -36,9 +36,6 @@ log = logging.getLogger("llmtune")
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 BASE_ARM = "base"
-WITHOUT_ADAPTER = ("original", "base", "few-shot", "prompt")
-"""Kinds of arms that the base answers; the others are the model as it is."""
-
 NOT_SCORING = {"name", "description", "items", "id", "slices", "limit", "role"}
 """Suite keys that change no score; items and limit are covered by the items' fingerprint."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.data.duplicates import find_near_duplicates
+from llmtune.data.problems import list_first
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.diagnosis.rows import find_frame
@@ -29,8 +30,6 @@ from llmtune.io.yaml_source import read_yaml, shipped_files
 
 if TYPE_CHECKING:
     from llmtune.data.init_suite import SuiteDraft
-
-MAX_PROBLEMS = 10
 
 
 class _Groups:
@@ -152,9 +151,7 @@ def read_items(config: SuiteConfig, path: Path) -> tuple[SuiteItem, ...]:
         if names[item.id] > 1:
             problems.append(f"{path}:{item.line}: the id {item.id!r} is not unique")
     if problems:
-        more = len(problems) - MAX_PROBLEMS
-        tail = [f"... and {more} more"] if more > 0 else []
-        raise LlmtuneError("\n".join(problems[:MAX_PROBLEMS] + tail))
+        raise LlmtuneError("\n".join(list_first(problems)))
     if not items:
         raise LlmtuneError(f"{path}: the suite has no items")
     try:

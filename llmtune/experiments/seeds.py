@@ -11,9 +11,8 @@ import numpy as np
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import arm_kind
-from llmtune.evaluation.main_arms import compared_arms
-from llmtune.evaluation.results import arm_result_path, read_arm_result, save_arm_result
-from llmtune.evaluation.run import WITHOUT_ADAPTER
+from llmtune.evaluation.main_arms import WITHOUT_ADAPTER, compared_arms
+from llmtune.evaluation.results import ArmResult, arm_result_path, read_arm_result, save_arm_result
 from llmtune.experiments.versus import tell_apart
 from llmtune.exporting.config import ExportConfig
 from llmtune.io.json_files import read_json_object
@@ -21,7 +20,7 @@ from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import SEEDS_FILE, RunDir, atomic_write_json, atomic_write_text
 from llmtune.reporting.build import build_report, gather_evidence, write_report
 from llmtune.reporting.html import make_environment
-from llmtune.reporting.joint import compare_trainings, measure_joint_suites
+from llmtune.reporting.joint import JointChange, JointSuite, measure_joint_suites
 from llmtune.reporting.report import Report
 from llmtune.reporting.run_results import (
     Models,
@@ -31,6 +30,7 @@ from llmtune.reporting.run_results import (
 )
 from llmtune.reporting.sections.seeds import SeedStudy, SeedSuite, adjust, show_seeds
 from llmtune.reporting.sections.training import Cost
+from llmtune.reporting.suites import SuiteReport
 from llmtune.reporting.verdict.caveats import find_caveats, find_training_caveats
 from llmtune.reporting.verdict.rules import decide
 from llmtune.runs import pipeline
@@ -142,11 +142,12 @@ def join_reports(runs: Sequence[SeedRun], name: str) -> Report:
     reports = [build_report(each.run) for each in runs]
     first, resampling = reports[0], reports[0].resampling
     results = _shared(runs, manifests)
-    suites = measure_joint_suites(results, resampling)
+    joint = measure_joint_suites(results, resampling)
+    suites = tuple(each.report for each in joint)
     evidence = gather_evidence(first, suites)
     evidence = replace(evidence, diagnostics=evidence.diagnostics.without_more_rows())
     verdict = decide(evidence)
-    study = _study(runs, reports, results)
+    study = _study(runs, reports, results, joint)
     return replace(
         first,
         name=name,
@@ -203,13 +204,15 @@ def _shared(runs: Sequence[SeedRun], manifests: Sequence[Manifest]) -> list[Resu
 
 
 def _study(
-    runs: Sequence[SeedRun], reports: Sequence[Report], results: Sequence[Results]
+    runs: Sequence[SeedRun],
+    reports: Sequence[Report],
+    results: Sequence[Results],
+    joint: Sequence[JointSuite],
 ) -> SeedStudy:
-    resampling = reports[0].resampling
     suites = [
-        suite
-        for name in results[0]
-        if (suite := _measure([found[name] for found in results], resampling)) is not None
+        _seed_suite([found[each.report.name] for found in results], each.report, each.found)
+        for each in joint
+        if each.found is not None
     ]
     order = {suite.name: place for place, suite in enumerate(reports[0].suites)}
     return SeedStudy(
@@ -217,22 +220,21 @@ def _study(
         seeds=tuple(int(each.knobs["seed"]) for each in runs),
         verdicts=tuple(report.verdict.name for report in reports),
         suites=tuple(sorted(adjust(suites), key=lambda suite: order[suite.name])),
-        resampling=resampling,
+        resampling=reports[0].resampling,
     )
 
 
-def _measure(trainings: Sequence[Mapping[str, Any]], resampling: Any) -> SeedSuite | None:
-    shared = {name for name in trainings[0] if all(name in arms for arms in trainings)}
-    pair = compared_arms(shared)
-    if pair is None:
-        return None
-    found = compare_trainings(trainings, pair, resampling)
-    first, change, items = trainings[0][pair[1]], found.change, found.interval.items
+def _seed_suite(
+    trainings: Sequence[Mapping[str, ArmResult]], report: SuiteReport, found: JointChange
+) -> SeedSuite:
+    pair = report.compared
+    assert pair is not None, "a joint change is of a compared pair"
+    change, items = found.change, found.interval.items
     return SeedSuite(
-        name=first.suite,
-        role=first.role,
-        metric=first.metric,
-        higher_is_better=first.higher_is_better,
+        name=report.name,
+        role=report.role,
+        metric=report.metric,
+        higher_is_better=report.higher_is_better,
         n=found.n,
         compared=pair,
         before=float(np.mean([arms[pair[0]].mean for arms in trainings])),

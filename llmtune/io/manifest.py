@@ -185,6 +185,11 @@ class Manifest:
         atomic_write_json(run.manifest_path, {"format": 1, **self.__dict__})
 
 
+def is_judgment(config: Mapping[str, Any]) -> bool:
+    """Whether a manifest's config is of `llmtune judge`: of no run."""
+    return "judged" in config
+
+
 def read_manifest(run: RunDir) -> Manifest:
     """Read a run's manifest.
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmtune.data.problems import name_first
 from llmtune.reporting.numbers import FRACTION, format_bytes, format_number, format_seconds
 
 HASH_ENDINGS = ("fingerprint", "hash", "sha256")
@@ -73,6 +74,4 @@ def _unit(key: str, value: Any) -> str | None:
 
 
 def _format_list(values: Sequence[Any]) -> str:
-    shown = ", ".join(format_value("", each) for each in values[:MAX_LISTED])
-    more = len(values) - MAX_LISTED
-    return f"{shown} and {more} more" if more > 0 else shown
+    return name_first([format_value("", each) for each in values], MAX_LISTED)

@@ -14,11 +14,19 @@ from llmtune.evaluation.compare import (
     require_same_recipe,
 )
 from llmtune.evaluation.intervals import JointInterval, joint_interval
-from llmtune.evaluation.main_arms import BEFORE, CHAIN, compared_arms
+from llmtune.evaluation.main_arms import (
+    BEFORE,
+    CHAIN,
+    OTHER,
+    WITHOUT_ADAPTER,
+    compared_arms,
+    kind_among,
+)
 from llmtune.evaluation.results import ArmResult, cluster_names
 from llmtune.evaluation.stats import POWER_FACTOR, Resampling
 from llmtune.reporting.measure import measure_suite
 from llmtune.reporting.run_results import Results
+from llmtune.reporting.sections.arms import gap_closed
 from llmtune.reporting.suites import ArmScore, Change, Rival, SuiteReport, place_of
 
 Arms = Mapping[str, ArmResult]
@@ -41,9 +49,17 @@ class JointChange:
         return Change(mean, found.low, found.high, found.p_value, is_enough=self.is_enough)
 
 
+@dataclass(frozen=True)
+class JointSuite:
+    """A suite over all trainings, with the change of its compared arms; None without such arms."""
+
+    report: SuiteReport
+    found: JointChange | None
+
+
 def measure_joint_suites(
     by_training: Sequence[Results], resampling: Resampling
-) -> tuple[SuiteReport, ...]:
+) -> tuple[JointSuite, ...]:
     """Compare the arms of every suite that all trainings have, over items and trainings.
 
     Raises:
@@ -51,21 +67,21 @@ def measure_joint_suites(
     """
     shared = [name for name in by_training[0] if all(name in found for found in by_training)]
     suites = [measure_joint([found[name] for found in by_training], resampling) for name in shared]
-    return tuple(sorted(suites, key=lambda suite: place_of(suite.role, suite.name)))
+    return tuple(sorted(suites, key=lambda each: place_of(each.report.role, each.report.name)))
 
 
-def measure_joint(trainings: Sequence[Arms], resampling: Resampling) -> SuiteReport:
+def measure_joint(trainings: Sequence[Arms], resampling: Resampling) -> JointSuite:
     """Compare one suite's arms over several trainings; arms that not all have are left out."""
     shared = [name for name in trainings[0] if all(name in arms for arms in trainings)]
     trainings = [{name: arms[name] for name in shared} for arms in trainings]
     compared = compared_arms(shared)
     one = measure_suite(trainings[0], resampling)
     if compared is None:
-        return one
+        return JointSuite(one, None)
     found = compare_trainings(trainings, compared, resampling)
     half = (found.interval.high - found.interval.low) / 2
     errors = float(ndtri((1 + resampling.confidence) / 2))  # standard errors in half an interval
-    return replace(
+    report = replace(
         one,
         trainings=len(trainings),
         arms={name: _mean_score([arms[name] for arms in trainings]) for name in one.arms},
@@ -76,10 +92,7 @@ def measure_joint(trainings: Sequence[Arms], resampling: Resampling) -> SuiteRep
             else one.chain[part]
             for part in one.chain
         },
-        rivals={
-            name: _joint_rival(rival, trainings, name, resampling)
-            for name, rival in one.rivals.items()
-        },
+        rivals={name: _joint_rival(one, name, trainings, resampling) for name in one.rivals},
         mde=POWER_FACTOR * half / errors,
         needed_items=None,
         mcnemar_p=None,
@@ -89,6 +102,7 @@ def measure_joint(trainings: Sequence[Arms], resampling: Resampling) -> SuiteRep
         wide_columns={},
         clean=None,
     )
+    return JointSuite(report, found)
 
 
 def compare_trainings(
@@ -132,12 +146,23 @@ def compare_trainings(
 
 
 def _joint_rival(
-    rival: Rival, trainings: Sequence[Arms], name: str, resampling: Resampling
+    one: SuiteReport, name: str, trainings: Sequence[Arms], resampling: Resampling
 ) -> Rival:
-    if rival.tuned_over is None:
-        return rival
-    found = compare_trainings(trainings, (name, "tuned"), resampling)
-    return replace(rival, tuned_over=found.change)
+    """Return an arm's comparisons over all trainings; one without the adapter is in all the same.
+
+    Args:
+        one: the suite as the first training has it.
+    """
+    rival = one.rivals[name]
+    over_base, tuned_over = rival.over_base, rival.tuned_over
+    if over_base is not None and kind_among((*WITHOUT_ADAPTER, OTHER), name) is None:
+        over_base = compare_trainings(trainings, ("base", name), resampling).change
+    if tuned_over is not None:
+        tuned_over = compare_trainings(trainings, (name, "tuned"), resampling).change
+    closed = rival.gap_closed
+    if closed is not None and over_base is not None and tuned_over is not None:
+        closed = gap_closed(one.gain(over_base)[0], one.gain(tuned_over)[0])
+    return replace(rival, over_base=over_base, tuned_over=tuned_over, gap_closed=closed)
 
 
 def _mean_score(results: Sequence[ArmResult]) -> ArmScore:

@@ -12,7 +12,7 @@ from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import arm_kind
 from llmtune.evaluation.diagnosis.config import ALTERNATIVES
-from llmtune.evaluation.main_arms import MAIN_ARMS
+from llmtune.evaluation.main_arms import MAIN_ARMS, OTHER, WITHOUT_ADAPTER
 from llmtune.evaluation.results import (
     LM_EVAL_TASK,
     ArmResult,
@@ -132,11 +132,7 @@ def _models_on_disk(run: RunDir, models: Models) -> Callable[[ArmResult], bool]:
     merged = Checkpoint.open(run.merged_dir).fingerprint if is_merged else None
     bare, tuned = (models.base, None), (models.base, models.adapter)
     identities = {
-        "original": bare if models.base else None,
-        "base": bare if models.base else None,
-        "few-shot": bare if models.base else None,
-        "prompt": bare if models.base else None,
-        **dict.fromkeys(ALTERNATIVES, bare if models.base else None),
+        **dict.fromkeys((*WITHOUT_ADAPTER, *ALTERNATIVES), bare if models.base else None),
         "tuned": tuned if models.adapter else None,
         "strength": tuned if models.adapter else None,
         "merged": (merged, None) if merged else None,
@@ -144,7 +140,7 @@ def _models_on_disk(run: RunDir, models: Models) -> Callable[[ArmResult], bool]:
 
     def is_of_models(result: ArmResult) -> bool:
         kind = arm_kind(result.arm)
-        if kind == "other":
+        if kind == OTHER:
             return True  # a different model's answers do not depend on this run
         identity = (result.model.get("base"), result.model.get("adapter"))
         return identity == identities.get(kind)

@@ -63,7 +63,7 @@ class EvaluateStage(Stage[EvaluateRecord]):
         config = self.config
         self.adapter  # noqa: B018 (raises without an adapter)
         if "merged" in config.evaluate.arms:
-            problem = MergeStage(config).why_unusable(read_manifest(config.run))
+            problem = MergeStage(config, opened=self.source).why_unusable(read_manifest(config.run))
             if problem is not None:
                 raise LlmtuneError(
                     f"{problem}, or leave it out with evaluate.arms='[original, base, tuned]'"

@@ -1,18 +1,24 @@
 """The export stage: one file or directory for another program, of a run's model or adapter."""
 
+import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.base import Exported, Exporter
+from llmtune.exporting.base import Exported, Exporter, WritingExporter
 from llmtune.exporting.config import ExportSettings, find_exporter
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.manifest import ExportRecord, Manifest, StageRecord, read_manifest
+from llmtune.models.checkpoint import Checkpoint
+from llmtune.runs.ledger import Ledger
 from llmtune.runs.merge import MergeStage
 from llmtune.runs.stage import Stage
 from llmtune.runs.targets import export_source, resolve_target, run_target
+
+log = logging.getLogger("llmtune")
 
 STAGE_OF = {"merged": "merge", "adapter": "train"}
 """The stage that makes what an exporter takes."""
@@ -42,19 +48,31 @@ class ExportStage(Stage[ExportRecord]):
     paths_in_run = ("out", "path")
 
     def __init__(
-        self, config: RunConfig, exporter: Exporter, type: str | None, *, force: bool = False
+        self,
+        config: RunConfig,
+        exporter: Exporter,
+        type: str | None,
+        *,
+        force: bool = False,
+        opened: Checkpoint | None = None,
     ) -> None:
-        super().__init__(config, force=force)
+        super().__init__(config, force=force, opened=opened)
         self.exporter = exporter
         self.type = type
         self.name = f"export {exporter.name}"
+        self._earlier: str | None = None
 
     def check(self) -> None:
         """Require what it is made from, finished."""
         if self.exporter.made_from == "merged":
-            problem = MergeStage(self.config).why_unusable(read_manifest(self.config.run))
+            merge = MergeStage(self.config, opened=self.source)
+            problem = merge.why_unusable(read_manifest(self.config.run))
             if problem is not None:
                 raise LlmtuneError(problem)
+
+    def before(self, ledger: Ledger) -> None:
+        """Remember what an earlier export left: a run that was renamed names files differently."""
+        self._earlier = (ledger.manifest.record(self.name).get("result") or {}).get("out")
 
     def inputs(self, manifest: Manifest) -> JsonObject:
         """Return the stage that it is made from, the file's type, and what it takes of a report."""
@@ -76,4 +94,18 @@ class ExportStage(Stage[ExportRecord]):
         config = self.config
         source = export_source(run_target(str(config.run.path), config, opened=self.source))
         settings = ExportSettings(self.exporter.name, self.type, force=True)
-        return cast(ExportRecord, run_export(source, settings).to_dict())
+        exported = run_export(source, settings)
+        if self._earlier is not None:
+            self._remove(Path(config.run.place(self._earlier)), but=Path(exported.out))
+        return cast(ExportRecord, exported.to_dict())
+
+    def _remove(self, earlier: Path, *, but: Path) -> None:
+        """Remove an earlier export of ours, if the new one did not take its place."""
+        is_own = isinstance(self.exporter, WritingExporter) and self.exporter.is_own(earlier)
+        if not is_own or earlier.resolve() == but.resolve():
+            return
+        log.info("export: removed the earlier %s", earlier)
+        if earlier.is_dir():
+            shutil.rmtree(earlier)
+        else:
+            earlier.unlink()

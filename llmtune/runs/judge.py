@@ -16,7 +16,7 @@ from llmtune.evaluation.main_arms import MAIN_ARMS, MainArm
 from llmtune.evaluation.suite import load_suites
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.json_files import read_json_object
-from llmtune.io.manifest import EvaluateRecord, Manifest, MergeRecord, read_manifest
+from llmtune.io.manifest import EvaluateRecord, Manifest, MergeRecord, is_judgment, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_text
 from llmtune.io.validation import validate_section
 from llmtune.io.yaml_source import SourcedTree, apply_overrides
@@ -118,11 +118,8 @@ def judge(judgment: Judgment, *, force: bool = False) -> "Report":
     """
     from llmtune.runs.pipeline import report
 
-    is_first = True
     for stage in _stages(judgment, force=force):
-        stage.is_cleared = force and is_first
         stage.do()
-        is_first = False
     return report(judgment.run_dir)
 
 
@@ -179,7 +176,7 @@ def _settle(found: Judgment, asked: Asked) -> Judgment:
 def _recorded(asked: Asked, path: Path) -> "JudgmentKeys":
     """Return what a judgment was made of, to continue or extend it."""
     config = dict(read_manifest(RunDir(path)).config)
-    if "judged" not in config:
+    if not is_judgment(config):
         raise LlmtuneError(
             f"{path}: is a run, which has a report of its own: llmtune report {path}. "
             f"Its adapter alone is {path / 'adapter'}"
@@ -267,17 +264,22 @@ def _template_in(path: Path) -> object:
 class _JudgedStage(Stage[Result]):
     """A stage on an adapter or model from elsewhere, which the directory links to."""
 
-    is_cleared = False
-    """Whether the directory is emptied before: the first stage with `force`."""
-
-    def __init__(self, judgment: Judgment, *, force: bool = False) -> None:
-        super().__init__(judgment.as_run(), force=force)
+    def __init__(
+        self,
+        judgment: Judgment,
+        *,
+        force: bool = False,
+        opened: Checkpoint | None = None,
+        is_first: bool = True,
+    ) -> None:
+        super().__init__(judgment.as_run(), force=force, opened=opened)
+        self.is_first = is_first
         self.judged = judgment.judged
 
     def open(self) -> AbstractContextManager[Ledger]:
         """Hold the directory; one of a run, or of a different adapter, is refused."""
         run = self.config.run
-        if run.manifest_path.is_file() and "judged" not in read_manifest(run).config:
+        if run.manifest_path.is_file() and not is_judgment(read_manifest(run).config):
             raise LlmtuneError(f"{run.path}: holds a run; choose another place with --out")
         values = self.config.model_dump(mode="json", include=RECORDED)
         if not self.config.data.train:
@@ -287,7 +289,7 @@ class _JudgedStage(Stage[Result]):
             run,
             values,
             deciding=lambda config: {"judged": config.get("judged")},
-            force=self.is_cleared,
+            force=self.is_first and self.force,
         )
 
     def before(self, ledger: Ledger) -> None:
@@ -346,7 +348,9 @@ class JudgedEvaluate(_JudgedStage[EvaluateRecord], EvaluateStage):
 
 
 def _stages(judgment: Judgment, *, force: bool) -> Iterator[_JudgedStage[Any]]:
-    judged = judgment.judged
+    judged, opened = judgment.judged, None
     if judged.merged is None and "merged" in judgment.evaluate.arms:
-        yield JudgedMerge(judgment, force=force)
-    yield JudgedEvaluate(judgment, force=force)
+        merge = JudgedMerge(judgment, force=force)
+        yield merge
+        opened = merge.source
+    yield JudgedEvaluate(judgment, force=force, opened=opened, is_first=opened is None)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llmtune.data.problems import name_first
 from llmtune.errors import LlmtuneError
 from llmtune.io.environment import peak_memory_bytes
 from llmtune.io.fingerprint import JsonObject, hash_json
@@ -207,10 +208,10 @@ def _refuse_other_config(
         f"{key}: was {old!r}, is {new!r}" for key, old, new in differences("", known, deciding)
     ]
     if lines:
-        more = f" and {len(lines) - SHOWN_DIFFERENCES} more" * (len(lines) > SHOWN_DIFFERENCES)
         raise LlmtuneError(
-            f"{run.path}: holds a run of a different config ({'; '.join(lines[:SHOWN_DIFFERENCES])}"
-            f"{more}); choose another run_dir, or redo this one with --force"
+            f"{run.path}: holds a run of a different config "
+            f"({name_first(lines, SHOWN_DIFFERENCES, '; ')}); choose another run_dir, or redo "
+            "this one with --force"
         )
 
 

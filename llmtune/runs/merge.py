@@ -26,9 +26,14 @@ class MergeStage(Stage[MergeRecord]):
     paths_in_run = ("out_dir",)
 
     def __init__(
-        self, config: RunConfig, *, force: bool = False, settings: MergeSettings = NO_SETTINGS
+        self,
+        config: RunConfig,
+        *,
+        force: bool = False,
+        opened: Checkpoint | None = None,
+        settings: MergeSettings = NO_SETTINGS,
     ) -> None:
-        super().__init__(config, force=force)
+        super().__init__(config, force=force, opened=opened)
         self.settings = settings
 
     def check(self) -> None:

@@ -13,6 +13,7 @@ from llmtune.io.fingerprint import JsonObject
 from llmtune.io.manifest import ExportRecord, MergeRecord, TrainRecord
 from llmtune.io.run_dir import RunDir
 from llmtune.merging.config import NO_SETTINGS, MergeSettings
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.evaluate import (
     EvaluateStage,
     check_evaluation_files,
@@ -44,22 +45,25 @@ def run(config: RunConfig, *, force: bool = False) -> "Report":
     """
     suites = load_suites(config.evaluate)
     check_evaluation_files(config.evaluate, suites)
+    opened = TrainStage(config, force=force).source
     if force or not config.run.adapter_dir.is_dir():
-        check_item_lengths(TrainStage(config).source, suites)
+        check_item_lengths(opened, suites)
         warn_of_leaks(config.evaluate, config.data, suites)
-        MergeStage(config).plan_before_training()
-    for stage in _stages_before_report(config, force=force):
+        MergeStage(config, opened=opened).plan_before_training()
+    for stage in _stages_before_report(config, opened, force=force):
         stage.do()
     built = report(config.run_dir)
-    export(config)
+    _export(config, opened)
     return built
 
 
-def _stages_before_report(config: RunConfig, *, force: bool) -> Iterator[Stage[Any]]:
+def _stages_before_report(
+    config: RunConfig, opened: Checkpoint, *, force: bool
+) -> Iterator[Stage[Any]]:
     """Yield the stages in order; only training needs `force`, with which it clears the run."""
-    yield TrainStage(config, force=force)
-    yield MergeStage(config)
-    yield EvaluateStage(config)
+    yield TrainStage(config, force=force, opened=opened)
+    yield MergeStage(config, opened=opened)
+    yield EvaluateStage(config, opened=opened)
 
 
 def train(config: RunConfig, *, force: bool = False) -> TrainRecord:
@@ -70,15 +74,16 @@ def train(config: RunConfig, *, force: bool = False) -> TrainRecord:
     Returns:
         What the manifest records of the stage.
     """
+    stage = TrainStage(config, force=force)
     if force or not config.run.adapter_dir.is_dir():
-        _plan_merge_of_training(config)
-    return TrainStage(config, force=force).do()
+        _plan_merge_of_training(config, stage.source)
+    return stage.do()
 
 
-def _plan_merge_of_training(config: RunConfig) -> None:
-    """Find what the merge would refuse; training alone goes on unless exports need the merge."""
+def _plan_merge_of_training(config: RunConfig, opened: Checkpoint) -> None:
+    """Find what the merge would refuse; training alone continues unless exports need the merge."""
     try:
-        MergeStage(config).plan_before_training()
+        MergeStage(config, opened=opened).plan_before_training()
     except MergeRefused as error:
         if config.export.to:
             raise
@@ -168,8 +173,14 @@ def export(config: RunConfig, *, force: bool = False) -> dict[str, ExportRecord]
         LlmtuneError: there is no merged model, or it cannot be exported so.
         CheckFailed: a file's answers are not the model's; it is not kept.
     """
+    return _export(config, None, force=force)
+
+
+def _export(
+    config: RunConfig, opened: Checkpoint | None, *, force: bool = False
+) -> dict[str, ExportRecord]:
     return {
-        exporter.name: ExportStage(config, exporter, type, force=force).do()
+        exporter.name: ExportStage(config, exporter, type, force=force, opened=opened).do()
         for exporter, type in config.export.exports()
     }
 

@@ -13,7 +13,7 @@ from llmtune.config import RunConfig, anchor_paths
 from llmtune.data.config import SourceConfig
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import JsonObject
-from llmtune.io.manifest import Manifest, StageRecord, read_manifest
+from llmtune.io.manifest import Manifest, StageRecord, is_judgment, read_manifest
 from llmtune.io.validation import validate_section
 from llmtune.io.yaml_source import SourcedTree
 from llmtune.models.checkpoint import Checkpoint
@@ -34,12 +34,16 @@ class Stage(ABC, Generic[Result]):
     name: str
     paths_in_run: ClassVar[tuple[str, ...]] = ()
     """Keys of the result that are paths; below the run they are recorded relative to it."""
-    is_first: ClassVar[bool] = False
+    is_first: bool = False
     """Whether it begins the run: it records the config, and `force` clears the run directory."""
 
-    def __init__(self, config: RunConfig, *, force: bool = False) -> None:
+    def __init__(
+        self, config: RunConfig, *, force: bool = False, opened: Checkpoint | None = None
+    ) -> None:
+        """Hold the config, and the base if an earlier stage has `opened` it."""
         self.config = anchor_paths(config)
         self.force = force
+        self._opened = opened
 
     def check(self) -> None:
         """Find what is wrong with the input before the run directory is opened.
@@ -125,8 +129,9 @@ class Stage(ABC, Generic[Result]):
     @cached_property
     def source(self) -> Checkpoint:
         """The base of the run; its chat template prints the date of the run, whatever day it is."""
-        source = resolve_base(self.config.model)
-        return replace(source, template_date=self._recorded_date() or today())
+        source = self._opened or resolve_base(self.config.model)
+        date = self._recorded_date() or today()
+        return source if source.template_date == date else replace(source, template_date=date)
 
     def _recorded_date(self) -> str | None:
         """Return the date that the run has trained with, if it is to be kept."""
@@ -182,7 +187,7 @@ def deciding_knobs_of(recorded: Mapping[str, Any]) -> JsonObject:
     Raises:
         LlmtuneError: it has a key that this version does not know, or is not a run's.
     """
-    if "judged" in recorded:
+    if is_judgment(recorded):
         raise LlmtuneError(
             "the directory holds a judgment (llmtune judge) and no run; choose another run_dir"
         )

@@ -20,7 +20,7 @@ from llmtune.config import (
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.exporting.base import ExportSource
-from llmtune.io.manifest import Manifest, read_manifest
+from llmtune.io.manifest import Manifest, is_judgment, read_manifest
 from llmtune.io.run_dir import RunDir
 from llmtune.io.validation import lay_overrides, validate_section
 from llmtune.io.yaml_source import SourcedTree, apply_overrides
@@ -87,7 +87,7 @@ def resolve_target(name: str, overrides: Sequence[str] = ()) -> Target:
         return run_target(name, load_config(path, overrides))
     if (path / "manifest.json").is_file():
         manifest = read_manifest(RunDir(path))
-        if "judged" in manifest.config:
+        if is_judgment(manifest.config):
             return _judged_target(name, manifest, overrides)
         return run_target(name, load_run_config(path, overrides))
     if (path / "adapter_config.json").is_file():
@@ -158,7 +158,7 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _recorded_tree(run_dir: Path, overrides: Sequence[str]) -> SourcedTree:
     run = RunDir(run_dir)
     recorded = {**read_manifest(run).config, "run_dir": str(run_dir)}
-    if "judged" in recorded:
+    if is_judgment(recorded):
         raise LlmtuneError(
             f"{run_dir}: holds a judgment and no run; continue it with: llmtune judge {run_dir}"
         )

@@ -35,8 +35,10 @@ class TrainStage(Stage[TrainRecord]):
     name = "train"
     is_first = True
 
-    def __init__(self, config: RunConfig, *, force: bool = False) -> None:
-        super().__init__(config, force=force)
+    def __init__(
+        self, config: RunConfig, *, force: bool = False, opened: Checkpoint | None = None
+    ) -> None:
+        super().__init__(config, force=force, opened=opened)
         self._interrupted_by: str | None = None
         self._dtype = "auto"
 

@@ -22,7 +22,7 @@ from llmtune.scoring.batches import (
     select_rows,
 )
 from llmtune.scoring.generate import Decoding, Generation, Texts, find_rooms, generate_texts
-from llmtune.scoring.prefix import SharedPrefix, common_prefix, rows_at_once, share_prefix
+from llmtune.scoring.prefix import SharedPrefix, count_prompt_tokens, rows_at_once, share_prefix
 from llmtune.scoring.requests import ContinuationRequest, ContinuationScore
 from llmtune.scoring.writing import OpenRows, can_join, join_rows, open_rows, write_rows
 
@@ -82,9 +82,8 @@ def score_and_write(
 def count_forward_tokens(requests: Sequence[ContinuationRequest]) -> int:
     """Return the tokens that `score_continuations` runs where it can share the prompts' prefix."""
     prompts = [request.prompt_ids for request in requests]
-    shared = common_prefix(prompts) if len(prompts) > 1 else 0
     choices = sum(len(ids) - 1 for request in requests for ids in request.choice_ids)
-    return shared + sum(len(ids) - shared for ids in prompts) + choices
+    return count_prompt_tokens(prompts) + choices
 
 
 class _Scoring:

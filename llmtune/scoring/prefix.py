@@ -90,6 +90,13 @@ def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
     return min(common, min(map(len, prompts)) - 1)
 
 
+def count_prompt_tokens(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Return the tokens that run for all prompts: what `share_prefix` shares counts once."""
+    length = common_prefix(prompts) if len(prompts) > 1 else 0
+    shared = length if length >= MIN_SHARED_TOKENS else 0
+    return shared + sum(len(ids) - shared for ids in prompts)
+
+
 def rows_at_once(model: nn.Module, *, slots: int, kept: int, token_budget: int) -> int:
     """Return how many rows may run: `slots` cached tokens and `kept` positions' logits each."""
     by_cache = CACHED_PER_BUDGET * token_budget // slots

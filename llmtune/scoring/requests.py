@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.data.render import leading_special_ids
+
 
 @dataclass(frozen=True)
 class ContinuationRequest:
@@ -29,14 +31,6 @@ class Passage:
     token_ids: tuple[int, ...]
     has_bos: bool
     num_bytes: int
-
-
-def leading_special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Return the ids that the tokenizer puts before a text by itself: the BOS, or nothing."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a", add_special_tokens=True)["input_ids"]
-    starts = [s for s in range(len(full) - len(plain) + 1) if full[s : s + len(plain)] == plain]
-    return tuple(full[: starts[0]]) if starts else ()
 
 
 def encode_passage(tokenizer: PreTrainedTokenizerFast, text: str) -> Passage:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmtune.data.conversation import SURROGATES
-from llmtune.data.problems import RowError, RowProblem
+from llmtune.data.problems import RowProblem
 from llmtune.data.prompts import (
     PromptChoice,
-    PromptEncoder,
     PromptRow,
+    encode_questions,
     prompts_error,
     read_prompt_rows,
 )
@@ -77,7 +77,8 @@ def run_predict(target: Loadable, settings: PredictSettings) -> Predicted:
     _check_places(rows, settings)
     live = load_target(target, settings.arm)
     arm = settings.arm or live.arms[0]
-    prompts = _encode(live, rows, settings)
+    source = str(settings.input_path)
+    prompts = encode_questions(live.tokenizer, [(source, row.line, row.question) for row in rows])
     skipped = _find_long(live, rows, prompts, settings)
     asked = {place: ids for place, ids in enumerate(prompts) if place not in skipped}
     header = {
@@ -122,21 +123,6 @@ def _check_places(rows: Sequence[PromptRow], settings: PredictSettings) -> None:
     ]
     if problems:
         raise prompts_error(problems)
-
-
-def _encode(
-    live: LiveModel, rows: Sequence[PromptRow], settings: PredictSettings
-) -> list[list[int]]:
-    encoder = PromptEncoder(live.tokenizer)
-    prompts, problems = [], []
-    for row in rows:
-        try:
-            prompts.append(encoder.encode(row.question))
-        except RowError as error:
-            problems.append(RowProblem(str(settings.input_path), row.line, str(error), error.kind))
-    if problems:
-        raise prompts_error(problems)
-    return prompts
 
 
 def _find_long(

@@ -1,18 +1,23 @@
 """Trainings that differ in their seed alone: the interval covers them, anything else is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from llmtune.cli import run_command
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
-from llmtune.experiments.seeds import parse_seeds
+from llmtune.experiments.seeds import join_reports, open_seed_run, parse_seeds
 from llmtune.io.manifest import Manifest
 from tests.project import make_project
 from tests.reporting.planted import PlantedSuite, improve, plant_run, right_wrong
 
 BASE = right_wrong(300, 0.6, seed=0)
+
+
+def gain_of(scores):
+    return (sum(scores) - sum(BASE)) / len(BASE)
 
 
 def plant(path, seed, tuned, *, rows=48, **sections):
@@ -27,7 +32,9 @@ def plant(path, seed, tuned, *, rows=48, **sections):
     config["evaluate"]["bootstrap_samples"] = 1000
     counts = {"rows_read": rows, "rows_kept": rows, "examples": rows}
     manifest = Manifest(config=config, data={"train": {"sources": [counts]}})
-    suites = [PlantedSuite("movies", "target", {"base": BASE, "tuned": tuned})]
+    half = improve(BASE, gain / 2, seed=seed) if (gain := gain_of(tuned)) > 0 else BASE
+    arms = {"base": BASE, "tuned": tuned, "strength-0.5": half}
+    suites = [PlantedSuite("movies", "target", arms)]
     plant_run(path, suites, manifest=manifest)
     return str(path)
 
@@ -37,6 +44,15 @@ def plant_seeds(tmp_path, gains):
         plant(tmp_path / f"seed-{number}", number, improve(BASE, gain, seed=number))
         for number, gain in enumerate(gains)
     ]
+
+
+def test_every_arm_of_the_adapter_is_compared_over_all_seeds(tmp_path):
+    runs = [open_seed_run(Path(each)) for each in plant_seeds(tmp_path, (0.1, 0.16, 0.22))]
+    (movies,) = join_reports(runs, "seeds").suites
+    half = movies.rivals["strength-0.5"]
+    assert half.over_base is not None and half.tuned_over is not None
+    assert half.over_base.difference == pytest.approx(0.08, abs=0.004)
+    assert half.tuned_over.difference == pytest.approx(0.08, abs=0.004)
 
 
 def test_a_gain_that_every_seed_has_is_shown_and_one_that_seeds_disagree_on_is_not(

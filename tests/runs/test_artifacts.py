@@ -14,6 +14,7 @@ from llmtune.cli import run_command
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.io.manifest import read_manifest
 from llmtune.io.run_dir import atomic_write_json
+from llmtune.io.safetensors import fingerprint_checkpoint
 from llmtune.runs.evaluate import EvaluateStage
 from llmtune.runs.export import ExportStage
 from llmtune.runs.merge import MergeStage
@@ -100,6 +101,27 @@ def test_an_export_is_made_again_when_the_verdict_in_its_head_changed(copied):
     stages = read_manifest(copied.run).stages
     export(copied)
     assert read_manifest(copied.run).stages == stages
+
+
+def test_a_renamed_run_keeps_no_export_of_its_old_name(copied, tmp_path):
+    renamed = require_run(str(copied.run_dir.rename(tmp_path / "renamed")))
+    path = renamed.run.report_json_path
+    atomic_write_json(path, {**json.loads(path.read_text()), "verdict": "CHANGED"})
+    made = {Path(each["out"]).name for each in export(renamed).values()}
+    assert {each.name for each in (renamed.run_dir / "exports").iterdir()} == made
+    assert all(name.startswith("renamed-") for name in made)
+
+
+def test_a_run_looks_at_its_base_once(copied, monkeypatch):
+    seen = []
+
+    def fingerprint(index):
+        seen.append(index.directory)
+        return fingerprint_checkpoint(index)
+
+    monkeypatch.setattr("llmtune.models.checkpoint.fingerprint_checkpoint", fingerprint)
+    run(copied)
+    assert seen.count(Path(copied.model.base)) == 1
 
 
 def test_a_copied_run_names_its_own_files(finished, copied):

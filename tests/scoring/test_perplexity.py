@@ -6,9 +6,10 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from llmtune.data.render import leading_special_ids
 from llmtune.errors import LlmtuneError
 from llmtune.scoring.perplexity import score_texts
-from llmtune.scoring.requests import cut_windows, encode_passage, leading_special_ids
+from llmtune.scoring.requests import cut_windows, encode_passage
 from tests.tiny import make_tokenizer
 
 TEXTS = [

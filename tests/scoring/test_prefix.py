@@ -1,16 +1,20 @@
 """What all prompts begin with runs once, with the same result, or says why it cannot."""
 
+import json
 import logging
 import random
 
 import pytest
 import torch
 
+from llmtune.evaluation.requests import encode_prompts
+from llmtune.evaluation.suite import load_suite
 from llmtune.scoring import batches, generate, likelihood
 from llmtune.scoring.generate import Decoding, generate_texts
 from llmtune.scoring.likelihood import count_forward_tokens, score_continuations
 from llmtune.scoring.prefix import NO_PREFIX, common_prefix
 from llmtune.scoring.requests import ContinuationRequest
+from tests.conftest import write_jsonl
 from tests.tiny import FAMILIES, make_model
 
 SHARED = 150
@@ -69,6 +73,27 @@ def test_texts_after_a_shared_prefix_are_those_without_one(requests, tokenizer, 
     monkeypatch.setattr(generate, "share_prefix", lambda *_, **__: NO_PREFIX)
     alone = generate_texts(llama, tokenizer, prompts, decoding, token_budget=2000)
     assert shared == alone
+
+
+def test_the_cost_of_written_answers_counts_a_short_shared_beginning_once(
+    tokenizer, llama, tmp_path, monkeypatch
+):
+    items = write_jsonl(tmp_path / "items.jsonl", [{"w": w, "answer": w} for w in "abcdef"])
+    declared = {
+        "task": "exact",
+        "items": items.name,
+        "answer": "answer",
+        "prompt": "The quick brown fox saw {{ w }}",
+        "chat": False,
+        "max_new_tokens": 1,
+    }
+    (tmp_path / "suite.yaml").write_text(json.dumps(declared))
+    suite = load_suite(tmp_path / "suite.yaml")
+    prompts = encode_prompts(tokenizer, suite)
+    assert 4 <= common_prefix(prompts) < 64
+    seen = count_tokens_run(monkeypatch, "prefix", "writing")
+    generate_texts(llama, tokenizer, prompts, Decoding(1, (3,)), token_budget=1000)
+    assert suite.config.count_tokens(tokenizer, suite) == sum(seen) + len(prompts)
 
 
 @pytest.mark.parametrize(

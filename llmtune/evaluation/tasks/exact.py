@@ -233,15 +233,12 @@ class ExactSuite(PromptedSuite):
         }
 
     def count_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> int:
-        """Return the tokens of the prompts, a long shared beginning once, and of the answers."""
+        """Return the tokens of the prompts, a shared beginning once, and of the answers."""
         from llmtune.evaluation.requests import encode_prompts
-        from llmtune.scoring.prefix import LONG_PREFIX_TOKENS, common_prefix
+        from llmtune.scoring.prefix import count_prompt_tokens
 
         prompts = encode_prompts(tokenizer, suite)
-        shared = common_prefix(prompts) if len(prompts) > 1 else 0
-        shared = shared if shared >= LONG_PREFIX_TOKENS else 0
-        new = self.max_new_tokens * len(prompts)
-        return shared + sum(len(ids) - shared for ids in prompts) + new
+        return count_prompt_tokens(prompts) + self.max_new_tokens * len(prompts)
 
     def item_lengths(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> list[int]:
         """Return the tokens of each prompt and one to answer with."""

@@ -6,9 +6,9 @@ from typing import TypedDict
 
 from markupsafe import Markup
 
-from llmtune.evaluation.compare import Comparison, arm_kind, compare_arms
+from llmtune.evaluation.compare import arm_kind, compare_arms
 from llmtune.evaluation.diagnosis.config import ALTERNATIVES
-from llmtune.evaluation.main_arms import MAIN_ARMS
+from llmtune.evaluation.main_arms import MAIN_ARMS, OTHER, kind_among
 from llmtune.evaluation.results import ArmResult
 from llmtune.evaluation.stats import Resampling
 from llmtune.reporting.charts import draw_interval, interval_limit
@@ -105,7 +105,9 @@ def measure_rivals(arms: Mapping[str, ArmResult], resampling: Resampling) -> dic
             over_base=Change.of(over_base) if over_base else None,
             tuned_over=Change.of(tuned_over) if tuned_over else None,
             mde=tuned_over.mde if tuned_over else None,
-            gap_closed=_gap_closed(over_base, tuned_over) if name.startswith("other") else None,
+            gap_closed=gap_closed(over_base.gain, tuned_over.gain)
+            if over_base and tuned_over and kind_among([OTHER], name)
+            else None,
         )
     return rivals
 
@@ -145,11 +147,9 @@ def arm_rows(suite: SuiteReport) -> list[ArmRow]:
     return rows
 
 
-def _gap_closed(over_base: Comparison | None, tuned_over: Comparison | None) -> float | None:
-    """Return (tuned - base) / (arm - base), if the arm leads the base."""
-    if over_base is None or tuned_over is None or over_base.gain <= 0:
-        return None
-    return 1 + tuned_over.gain / over_base.gain
+def gap_closed(over_base: float, tuned_over: float) -> float | None:
+    """Return (tuned - base) / (arm - base) from two gains, if the arm leads the base."""
+    return None if over_base <= 0 else 1 + tuned_over / over_base
 
 
 def _over_base(suite: SuiteReport, name: str) -> Change | None:

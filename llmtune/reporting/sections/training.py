@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import arm_kind
 from llmtune.evaluation.diagnosis.config import ALTERNATIVES
-from llmtune.evaluation.main_arms import MAIN_ARMS
+from llmtune.evaluation.main_arms import MAIN_ARMS, OTHER
 from llmtune.evaluation.results import ArmResult
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import parse_json
@@ -297,5 +297,5 @@ def _facts(cost: Cost) -> tuple[Fact, ...]:
 def _label(name: str) -> str:
     if name in MEASURE_LABELS:
         return MEASURE_LABELS[name]
-    is_arm = arm_kind(name) in (*MAIN_ARMS, *ALTERNATIVES, "other")
+    is_arm = arm_kind(name) in (*MAIN_ARMS, *ALTERNATIVES, OTHER)
     return split_name(name).label.lower() if is_arm else format_label(name)

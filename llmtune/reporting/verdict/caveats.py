@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llmtune.data.problems import name_first
 from llmtune.evaluation.diagnosis.config import ALTERNATIVES
 from llmtune.reporting.numbers import FRACTION, format_count
 from llmtune.reporting.sections.arms import split_name
@@ -125,8 +126,7 @@ def _slices_worse(evidence: Evidence) -> Iterator[str]:
     for suite in evidence.suites:
         names = worse_slices(suite, evidence.significance)
         if names:
-            more = f" and {len(names) - MAX_SLICES} more" if len(names) > MAX_SLICES else ""
-            yield f"{suite.name}: these slices lost: {', '.join(names[:MAX_SLICES])}{more}."
+            yield f"{suite.name}: these slices lost: {name_first(names, MAX_SLICES)}."
 
 
 def _slices_left_out(evidence: Evidence) -> Iterator[str]:
