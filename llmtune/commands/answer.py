@@ -129,6 +129,7 @@ def predict(  # noqa: PLR0913 (one argument an option)
 
     Rows are read as training reads them, without their answers: `prompt` or `instruction` (text),
     `messages` or `conversations` (turns), with `system` and `tools`; `text` is continued as it is.
+    A file with the columns of a run's training rows is asked as those were, with its instruction.
     Each output line is the input row with `answer` and `stopped` added, in the same order.
 
     The answers so far are kept in OUTPUT.partial; after Ctrl-C the same command continues.
@@ -143,17 +144,19 @@ def predict(  # noqa: PLR0913 (one argument an option)
     from llmtune.serving.predict import PredictSettings, run_predict
 
     show_progress(quiet)
+    is_free = format is None and not columns
+    resolved = resolve_target(target, overrides)
     settings = PredictSettings(
         input_path,
         output_path,
         arm,
         max_new_tokens,
         temperature,
-        PromptChoice(format, columns, ignore),
+        PromptChoice(format, columns, ignore, resolved.trained_rows if is_free else None),
         answer_column,
         too_long,
     )
-    made = run_predict(resolve_target(target, overrides), settings)
+    made = run_predict(resolved, settings)
     skipped = f"; {made.skipped} rows are too long and have none" if made.skipped else ""
     print_result(
         asdict(made),

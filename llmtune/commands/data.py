@@ -18,12 +18,13 @@ from llmtune.commands.options import (
     stdout,
     with_output_options,
 )
+from llmtune.data.init_job import JOBS, JobName
 from llmtune.data.init_suite import NoSuite
-from llmtune.errors import CheckFailed
+from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.io.run_dir import atomic_write_text
 
 if TYPE_CHECKING:
-    from llmtune.data.init import DataDescription
+    from llmtune.runs.rows import Draft
 
 
 @click.command()
@@ -35,61 +36,104 @@ if TYPE_CHECKING:
     help="The config to write (llmtune.yaml); with --eval the suite (DATA_suite.yaml).",
 )
 @click.option("--eval", "is_eval", is_flag=True, help="Write a suite of all rows and no config.")
+@click.option("--task", type=click.Choice(JOBS), help="What is to be learned; else it is guessed.")
 @click.option("--format", help="What the rows are: messages, instruction, ...; else it is guessed.")
 @COLUMNS_OPTION
+@click.option("--ignore", multiple=True, metavar="COLUMN", help="A column to leave out.")
+@click.option("--labels", help="Names of the labels 0, 1, ...: sadness,joy,love.")
+@click.option("--test", help="A file of rows that the suite asks, in place of held-out ones.")
+@click.option("--quantize", is_flag=True, help="Train on a base of 4 bits, though it would fit.")
+@click.option("--force", is_flag=True, help="Replace the files that are written.")
 @with_output_options
 def init(  # noqa: PLR0913 (one argument an option)
     data: str,
     base: str | None,
     out: Path | None,
     is_eval: bool,
+    task: JobName | None,
     format: str | None,
     columns: dict[str, str],
+    ignore: tuple[str, ...],
+    labels: str | None,
+    test: str | None,
+    quantize: bool,
+    force: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Look at your rows and write a commented config and a suite for them.
 
-    DATA is a file, a directory, a glob or a hub id. The suite asks the task itself on rows that
-    the config holds out; without one a run ends without a verdict.
+    DATA is a file, a directory, a glob or a hub id: labeled texts, texts with JSON, chats,
+    questions with answers, or documents. The suite asks the task itself on rows that the config
+    holds out; without one a run ends without a verdict.
 
     \b
       llmtune init train.jsonl --base models/SmolLM2-135M-Instruct.Q4_1.gguf
-      llmtune init train.jsonl --out my.yaml
+      llmtune init train.csv --columns text=utterance,label=intent --test test.csv
+      llmtune init train.jsonl --out my.yaml --force
       llmtune init math.csv --format instruction --columns instruction=problem,output=solution
       llmtune init test.jsonl --eval
     """
+    from llmtune.data.init import Asked
     from llmtune.runs.rows import draft_config, draft_eval_suite
 
     show_progress(quiet)
+    asked = Asked(
+        format=format,
+        columns=columns,
+        task=task,
+        ignore=ignore,
+        labels=tuple(name.strip() for name in labels.split(",")) if labels else (),
+        test=test,
+    )
     if is_eval:
+        if test or quantize:
+            raise LlmtuneError("--test and --quantize are for a config, and --eval writes none")
         out = out or Path(f"{Path(data).name.partition('.')[0]}_suite.yaml")
-        written = draft_eval_suite(data, out, base=base, format=format, columns=columns)
+        written = draft_eval_suite(data, out, base=base, asked=asked, force=force)
         print_result(written.as_json(), as_json, written.describe)
         return
     out = out or Path("llmtune.yaml")
-    draft = draft_config(data, out, base=base, format=format, columns=columns)
+    draft = draft_config(data, out, base=base, asked=asked, quantize=quantize, force=force)
     found, suite = draft.found, draft.suite
     result = {
         "config": str(out),
         "suite": str(suite) if suite else None,
-        "format": found.format,
+        "task": found.job.name,
+        "labels": list(found.job.labels),
+        "format": found.source.format,
         "rows": found.num_rows,
         "bad_rows": found.bad_rows,
         "max_length": found.max_length,
     }
-    print_result(result, as_json, lambda: "\n".join(_init_lines(found, out, suite)))
+    print_result(result, as_json, lambda: "\n".join(_init_lines(draft)))
 
 
-def _init_lines(found: "DataDescription", out: Path, suite: Path | None) -> Iterator[str]:
+def _init_lines(draft: "Draft") -> Iterator[str]:
+    from llmtune.data.init_config import first_length
+
+    found, out, suite = draft.found, draft.config, draft.suite
     yield f"{out}: {found.num_rows:,} rows, {found.reason}"
+    yield f"understood as {found.job.describe()} (--task {'|'.join(JOBS)} if it is not)"
+    if found.source.instruction is not None:
+        yield f"each text is asked with: {found.source.instruction}"
+    if found.job.labels and all(label.isdecimal() for label in found.job.labels):
+        yield "the labels are numbers: name them with --labels NAME,NAME,... if they mean something"
+    yield from found.notes
     if found.bad_rows:
         yield f"{found.bad_rows} rows cannot be used: left out; llmtune data check names them"
+    epochs, batch_size = first_length(found)
+    rate, reason = draft.training.learning_rate, draft.training.rate_reason
+    times = "once" if epochs == 1 else f"{epochs} times"
+    yield f"each row is seen {times}, {batch_size} a step; learning rate {rate:.1e} ({reason})"
+    if draft.training.is_quantized:
+        yield f"the base is trained in 4 bits: {draft.training.quantized_reason}"
     if suite is None:
         reason = found.suite.reason if isinstance(found.suite, NoSuite) else ""
         yield f"no suite asks about your task ({reason}): add one, or there is no verdict"
     else:
-        yield f"{suite}: asks your task on rows that are not trained on"
+        asked = found.test.path if found.test is not None else "rows that are not trained on"
+        yield f"{suite}: asks your task on {asked}"
     name = shlex.quote(str(out))
     yield f"next: llmtune data check {name}, then llmtune run {name}"
 

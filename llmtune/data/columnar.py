@@ -1,7 +1,9 @@
 """Reading Parquet and Arrow files a few rows at a time."""
 
 import io
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 from llmtune.data.problems import Parsed
@@ -88,3 +90,22 @@ def refuse_doubled_columns(header: list[str], shown: str) -> list[str]:
     if doubled:
         raise LlmtuneError(f"{shown}:1: the columns name {', '.join(doubled)} more than once")
     return header
+
+
+def read_class_names(path: Path, column: str) -> tuple[str, ...]:
+    """Return the names of a column's whole-number labels, if a data set's file has kept them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if path.suffix == ".parquet":
+            metadata = pyarrow.parquet.read_schema(path).metadata
+        elif path.suffix == ".arrow":
+            with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as reader:
+                metadata = reader.schema.metadata
+        else:
+            return ()
+        feature = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]
+        return tuple(map(str, feature["names"]))
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError):
+        return ()

@@ -1,9 +1,11 @@
 """What a user says about the data: sources, lengths, what the loss is taken on, and mixing."""
 
+import codecs
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from llmtune.data.files import UTF8, Reading
 from llmtune.data.formats import FORMATS
 from llmtune.schema import Section
 
@@ -31,10 +33,19 @@ class SourceConfig(Section):
     render: Literal["chat", "plain"] = "chat"
     """`chat` puts a prompt/completion row through the chat template; `plain` joins the two texts
     as they are (only for `completion`)."""
+    instruction: Annotated[str, Field(min_length=1)] | None = None
+    """What is put before every prompt, with an empty line between, for example which labels there
+    are (only for `completion`)."""
+    labels: tuple[str, ...] = ()
+    """The names of whole-number labels: the first is that of 0 (only for `completion`)."""
+    encoding: str = UTF8
+    """Of text files that are not UTF-8, such as cp1252."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """Between the fields of a CSV; null: a comma, in .tsv a tab."""
     revision: str | None = None
     """A hub id's commit, branch or tag."""
     split: str = "train"
-    """A hub id's split."""
+    """A hub id's split, or a JSON file's list of several (`{"train": [...]}`)."""
     subset: str | None = None
     """A hub id's configuration name."""
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -46,6 +57,20 @@ class SourceConfig(Section):
     replay: bool = False
     """General data mixed in against forgetting: takes `mixture.replay_share` of the epoch."""
 
+    @field_validator("encoding")
+    @classmethod
+    def _require_encoding(cls, value: str) -> str:
+        try:
+            codecs.lookup(value)
+        except LookupError:
+            raise ValueError(f"{value!r} is not an encoding; for example utf-8, cp1252") from None
+        return value
+
+    @property
+    def reading(self) -> Reading:
+        """How its files are read."""
+        return Reading(self.encoding, self.delimiter, self.split)
+
     @model_validator(mode="after")
     def _plain_is_for_completion(self) -> Self:
         plain = [name for name, member in FORMATS.items() if member.has_plain_form]
@@ -54,6 +79,13 @@ class SourceConfig(Section):
                 f"render: plain joins a prompt and a completion; format is {self.format!r}. "
                 f"Use format: {' or '.join(plain)}, or leave render out"
             )
+        asking = [name for name, member in FORMATS.items() if member.takes_instruction]
+        if (self.instruction or self.labels) and self.format not in asking:
+            raise ValueError(
+                f"instruction and labels need format: {' or '.join(asking)}, not {self.format!r}"
+            )
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("labels: a name is there twice")
         if self.rows is not None and self.weight != 1.0:
             raise ValueError("give either rows or weight for a source, not both")
         return self

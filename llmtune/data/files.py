@@ -10,6 +10,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,14 +26,29 @@ CSV_FIELD_BYTES = 1 << 27
 BINARY_KINDS = (".parquet", ".arrow")
 SURROGATES = re.compile("[\ud800-\udfff]")
 WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UTF8 = "utf-8"
+FIRST_SPLIT = "train"
+DELIMITERS = (",", ";", "\t", "|")
 
 
-def iter_file(path: Path, shown: str) -> Iterator[Parsed]:
+@dataclass(frozen=True)
+class Reading:
+    """How a file is read, as far as its name does not say."""
+
+    encoding: str = UTF8
+    delimiter: str | None = None
+    """Between the fields of a CSV; None: a comma, in .tsv a tab."""
+    split: str = FIRST_SPLIT
+    """Which list of a JSON object of several lists."""
+
+
+def iter_file(path: Path, shown: str, reading: Reading | None = None) -> Iterator[Parsed]:
     """Yield `(line, row)` or a `RowProblem` for every row of `path`; `shown` names it in messages.
 
     Raises:
         LlmtuneError: the file as a whole cannot be read (not this kind, cut off, not UTF-8).
     """
+    reading = reading or Reading()
     kind = file_kind(path)
     if kind is None:
         raise LlmtuneError(
@@ -41,9 +57,13 @@ def iter_file(path: Path, shown: str) -> Iterator[Parsed]:
         )
     try:
         with _open(path) as file:
-            if kind not in BINARY_KINDS:
-                _refuse_wide_text(file, shown)
-            yield from READERS[kind](file, shown)
+            if kind in BINARY_KINDS:
+                yield from READERS[kind](file, shown, reading)
+                return
+            _refuse_wide_text(file, shown)
+            if reading.encoding != UTF8:
+                file = _as_utf8(file, shown, reading.encoding)
+            yield from READERS[kind](file, shown, reading)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise LlmtuneError(f"{shown}: cannot be read: {error}") from error
 
@@ -81,7 +101,33 @@ def _refuse_wide_text(file: Any, shown: str) -> None:
         )
 
 
-def _iter_jsonl(file: Iterable[bytes], shown: str) -> Iterator[Parsed]:
+def list_splits(path: Path) -> tuple[str, ...]:
+    """Return the lists of a JSON file that is an object of several; empty for any other file."""
+    if file_kind(path) != ".json":
+        return ()
+    with _open(path) as file:
+        start = file.read(READ_BYTES)
+        if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{" or _are_lines(start):
+            return ()
+        try:
+            kinds = read_member_kinds(start, file, str(path))
+        except LlmtuneError:
+            return ()  # reading its rows says what is wrong
+    lists = tuple(key for key, is_list in kinds.items() if is_list)
+    return lists if len(lists) > 1 and not _is_row(kinds) else ()
+
+
+def _as_utf8(file: IO[bytes], shown: str, encoding: str) -> IO[bytes]:
+    """Return a text of a different encoding as UTF-8; it is read whole."""
+    try:
+        return io.BytesIO(file.read().decode(encoding).encode())
+    except UnicodeDecodeError as error:
+        raise LlmtuneError(f"{shown}: not {encoding} text ({error.reason})") from error
+
+
+def _iter_jsonl(
+    file: Iterable[bytes], shown: str, _reading: Reading | None = None
+) -> Iterator[Parsed]:
     for number, raw in enumerate(file, 1):
         if number == 1:
             raw = raw.removeprefix(codecs.BOM_UTF8)
@@ -104,22 +150,27 @@ def _iter_jsonl(file: Iterable[bytes], shown: str) -> Iterator[Parsed]:
         yield _object_or_problem(row, shown, number)
 
 
-def _iter_json(file: IO[bytes], shown: str) -> Iterator[Parsed]:
+def _iter_json(file: IO[bytes], shown: str, reading: Reading) -> Iterator[Parsed]:
     """Yield a list's elements one by one; a file that is one row is read whole."""
     start = file.read(READ_BYTES)
     if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        _refuse_split(reading, shown, "is one list")
         for number, row in _number_rows(iter_json_list(start, file, shown)):
             yield _object_or_problem(row, shown, number)
     elif _are_lines(start):
+        _refuse_split(reading, shown, "has an object on each line")
         yield from _iter_jsonl(_iter_lines(start, file), shown)
     else:
-        yield from _iter_json_object(start, file, shown)
+        yield from _iter_json_object(start, file, shown, reading)
 
 
-def _iter_json_object(start: bytes, file: IO[bytes], shown: str) -> Iterator[Parsed]:
+def _iter_json_object(
+    start: bytes, file: IO[bytes], shown: str, reading: Reading
+) -> Iterator[Parsed]:
     """Yield the rows of `{"data": [...]}` one by one, or the object as the file's only row.
 
-    Which of the two it is shows at the file's end, so the file is read twice.
+    Of several lists (`{"train": [...], "test": [...]}`) the one that the split names is read.
+    Which of them it is shows at the file's end, so the file is read twice.
     """
     if not file.seekable():  # a compressed stream that goes one way
         start += file.read()
@@ -136,11 +187,27 @@ def _iter_json_object(start: bytes, file: IO[bytes], shown: str) -> Iterator[Par
     file.seek(0)
     start = file.read(READ_BYTES) or start
     lists = [key for key, is_list in kinds.items() if is_list]
-    if len(lists) != 1 or _is_row(kinds):
+    if _is_row(kinds) or not lists:
+        _refuse_split(reading, shown, "is one row")
         yield 1, parse_json(_decode(start + file.read(), shown))  # the file is one row
         return
-    for number, row in _number_rows(iter_member_list(start, file, shown, lists[0])):
+    name = reading.split if reading.split in lists else lists[0]
+    if len(lists) > 1 and reading.split not in lists:
+        raise LlmtuneError(
+            f"{shown}: holds several lists ({', '.join(lists)}) and none of them is called "
+            f"{reading.split!r}; say which one to read with split: {lists[0]}"
+        )
+    if name != reading.split:
+        _refuse_split(reading, shown, f"has one list, {name}")
+    for number, row in _number_rows(iter_member_list(start, file, shown, name)):
         yield _object_or_problem(row, shown, number)
+
+
+def _refuse_split(reading: Reading, shown: str, what: str) -> None:
+    if reading.split != FIRST_SPLIT:
+        raise LlmtuneError(
+            f"{shown}: {what}, so there is no split {reading.split!r} in it; take split out"
+        )
 
 
 def _is_row(columns: Container[str]) -> bool:
@@ -176,8 +243,9 @@ def _iter_lines(start: bytes, file: IO[bytes]) -> Iterator[bytes]:
     yield from file
 
 
-def _iter_csv(file: IO[bytes], shown: str, *, delimiter: str = ",") -> Iterator[Parsed]:
+def _iter_csv(file: IO[bytes], shown: str, reading: Reading) -> Iterator[Parsed]:
     csv.field_size_limit(CSV_FIELD_BYTES)
+    delimiter = reading.delimiter or ","
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -188,7 +256,8 @@ def _iter_csv(file: IO[bytes], shown: str, *, delimiter: str = ",") -> Iterator[
             values = next(reader, None)
         except UnicodeDecodeError as error:
             raise LlmtuneError(
-                f"{shown}:{line}: not UTF-8 text ({error.reason}), on this line or soon after it"
+                f"{shown}:{line}: not UTF-8 text ({error.reason}), on this line or soon after it; "
+                "a file of Windows programs may need encoding: cp1252"
             ) from error
         except csv.Error as error:
             raise LlmtuneError(f"{shown}:{line}: not CSV ({error})") from error
@@ -212,21 +281,61 @@ def _iter_csv(file: IO[bytes], shown: str, *, delimiter: str = ",") -> Iterator[
 
 
 def _check_delimiter(header: list[str], delimiter: str, shown: str) -> None:
-    other = next((mark for mark in ";\t|," if mark != delimiter and mark in header[0]), None)
-    if len(header) == 1 and other is not None:
+    other = find_delimiter(header[0])
+    if len(header) == 1 and other not in (None, delimiter):
         raise LlmtuneError(
             f"{shown}:1: the header is one column, {shorten(header[0])}; expected columns with "
-            f"{delimiter!r} between them. The file seems to use {other!r}: save it with commas as "
-            ".csv, or with tabs as .tsv"
+            f"{delimiter!r} between them. The file seems to use {other!r}: set delimiter: "
+            f"{other!r}"
         )
 
 
-def _iter_tsv(file: IO[bytes], shown: str) -> Iterator[Parsed]:
-    return _iter_csv(file, shown, delimiter="\t")
+def find_delimiter(header: str) -> str | None:
+    """Return the mark that seems to stand between the columns of a header line."""
+    found = {mark: header.count(mark) for mark in DELIMITERS}
+    best = max(found, key=lambda mark: found[mark])
+    return best if found[best] else None
 
 
-def _iter_text(file: IO[bytes], shown: str) -> Iterator[Parsed]:
+def sniff_reading(path: Path, split: str = FIRST_SPLIT) -> Reading:
+    """Guess how a file of rows is read: its encoding, and what is between the fields of a CSV.
+
+    A text that is not UTF-8 is taken for the code page of Windows.
+    """
+    kind = file_kind(path)
+    if kind is None or kind in BINARY_KINDS:
+        return Reading(split=split)
+    with _open(path) as file:
+        decoder = codecs.getincrementaldecoder(UTF8)()
+        encoding, first = UTF8, b""
+        try:
+            while chunk := file.read(READ_BYTES):
+                first = first or chunk
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            encoding = "cp1252" if b"\0" not in first else UTF8
+    if kind != ".csv":
+        return Reading(encoding, None, split)
+    header = first.removeprefix(codecs.BOM_UTF8).decode(encoding, "replace").partition("\n")[0]
+    mark = find_delimiter(header)
+    return Reading(encoding, None if mark in (None, ",") else mark, split)
+
+
+def _iter_tsv(file: IO[bytes], shown: str, reading: Reading) -> Iterator[Parsed]:
+    return _iter_csv(file, shown, replace(reading, delimiter=reading.delimiter or "\t"))
+
+
+def _iter_text(file: IO[bytes], shown: str, _reading: Reading) -> Iterator[Parsed]:
     yield 1, {"text": _decode(file.read(), shown)}
+
+
+def _iter_parquet(file: IO[bytes], shown: str, _reading: Reading) -> Iterator[Parsed]:
+    return iter_parquet(file, shown)
+
+
+def _iter_arrow(file: IO[bytes], shown: str, _reading: Reading) -> Iterator[Parsed]:
+    return iter_arrow(file, shown)
 
 
 def _decode(data: bytes, shown: str) -> str:
@@ -238,6 +347,8 @@ def _decode(data: bytes, shown: str) -> str:
 
 
 def _object_or_problem(row: Any, shown: str, number: int) -> Parsed:
+    if _is_pair(row):
+        return number, {"text": row[0], "label": row[1]}
     if isinstance(row, dict):
         for name in row:
             if not name.isascii() and SURROGATES.search(name):
@@ -252,14 +363,24 @@ def _object_or_problem(row: Any, shown: str, number: int) -> Parsed:
     return RowProblem(shown, number, f"found {shorten(row)}; expected an object", "json")
 
 
-READERS: dict[str, Callable[[IO[bytes], str], Iterator[Parsed]]] = {
+def _is_pair(row: Any) -> bool:
+    """Say whether a row is a text with its label, as `[text, intent]`."""
+    return (
+        isinstance(row, list)
+        and len(row) == 2
+        and isinstance(row[0], str)
+        and isinstance(row[1], str | int)
+    )
+
+
+READERS: dict[str, Callable[[IO[bytes], str, Reading], Iterator[Parsed]]] = {
     ".jsonl": _iter_jsonl,
     ".ndjson": _iter_jsonl,
     ".json": _iter_json,
     ".csv": _iter_csv,
     ".tsv": _iter_tsv,
-    ".parquet": iter_parquet,
-    ".arrow": iter_arrow,
+    ".parquet": _iter_parquet,
+    ".arrow": _iter_arrow,
     ".txt": _iter_text,
     ".md": _iter_text,
 }

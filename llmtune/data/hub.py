@@ -36,6 +36,8 @@ def refuse_hub_knobs(source: SourceConfig) -> None:
     """
     for name in HUB_KNOBS:
         value = getattr(source, name)
+        if name == "split" and file_kind(Path(source.path)) == ".json":
+            continue  # one list of several
         if value != SourceConfig.model_fields[name].default:
             raise LlmtuneError(
                 f"{source.path}: {name} ({value!r}) is only for a data set of the hub (org/name); "

@@ -1,4 +1,4 @@
-"""A first config from a user's own file: its format, columns, split and length."""
+"""What a look at a user's own rows shows: the job, its columns, split, length and suite."""
 
 from __future__ import annotations
 
@@ -6,63 +6,58 @@ import heapq
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import yaml
-
-from llmtune.adapters.config import DEFAULT_ADAPTER
 from llmtune.data.config import SourceConfig
+from llmtune.data.files import FIRST_SPLIT, list_splits
 from llmtune.data.formats import FORMATS
 from llmtune.data.hub import is_hub_id
-from llmtune.data.init_guess import explain, guess_source
-from llmtune.data.init_suite import (
-    CHARACTERS_PER_TOKEN,
-    NoSuite,
-    SuiteDraft,
-    SuiteRows,
-)
+from llmtune.data.init_guess import explain, find_label_names, guess_source, open_file
+from llmtune.data.init_job import Job, JobName, JobSurvey, have_own_instruction
+from llmtune.data.init_suite import CHARACTERS_PER_TOKEN, NoSuite, SuiteDraft, SuiteRows
 from llmtune.data.masks import LabelledRow, Labeller
 from llmtune.data.problems import RowProblem
 from llmtune.data.rows import LoadedRow, find_files, open_source
 from llmtune.errors import LlmtuneError
-from llmtune.models.quantization.config import DENSE, SMALLEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LOOKED_AT_ROWS = 1000
 """Of a hub set, which may be huge; a file is read to its end."""
-LONGEST_ROWS = 32
+LONGEST_ROWS = 256
 """Rows with most characters, of which the longest in tokens is taken."""
 LENGTH_STEP = 64
 DOCUMENT_TOKENS = 1024
 """Longer documents are split into pieces of this many tokens."""
-FEW_ROWS = 200
-SHOWN_KNOBS = ("method", "rank", "alpha", "target_modules")
-"""What a first config says of its adapter, so that one sees what to change."""
-DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-EVALUATION_NAME = re.compile(r"(?:^|[._-])(?:valid(?:ation)?|dev|eval(?:uation)?)(?:[._-]|$)", re.I)
+EVALUATION_NAME = re.compile(
+    r"(?:^|[._-])(?:val(?:id(?:ation)?)?|dev|eval(?:uation)?)(?:[._-]|$)", re.I
+)
 TEST_NAME = re.compile(r"(?:^|[._-])test(?:[._-]|$)", re.I)
+TRAIN_NAME = re.compile(r"(?:^|[._-])train(?:ing)?(?:[._-]|$)", re.I)
 
 
 @dataclass(frozen=True)
 class DataDescription:
     """What a look at the user's data showed."""
 
-    train_path: str
-    evaluation_path: str | None
+    source: SourceConfig
+    """What is trained on."""
+    evaluation: SourceConfig | None
+    """What the loss is watched on; None holds rows of the source out."""
+    test: SourceConfig | None
+    """What the suite asks, if it is a file (or a list) of its own."""
     left_out: tuple[str, ...]
-    """Files of a directory that look like test sets."""
-    format: str
+    """Files of a directory, or lists of a file, that are not used."""
+    job: Job
     reason: str
-    columns: dict[str, str]
-    render: str
     num_rows: int
     """Of a hub id, those that were looked at."""
+    characters: int
     bad_rows: int
     first_bad_row: str | None
     longest: int
@@ -75,16 +70,33 @@ class DataDescription:
     evaluation_share: float | None
     """The share of the train rows to hold out; None if a different file holds them. 0 if the rows
     are so few that the share would take none of them, or all."""
+    notes: tuple[str, ...] = ()
+    """What was found and decided beside."""
+
+    @property
+    def train_path(self) -> str:
+        """The file of the rows."""
+        return self.source.path
+
+    @property
+    def evaluation_path(self) -> str | None:
+        """The file of the held-out rows, if there is one."""
+        return None if self.evaluation is None else self.evaluation.path
 
     @property
     def has_answers(self) -> bool:
         """Whether the rows hold answers; others are documents."""
-        return FORMATS[self.format].has_answers
+        return FORMATS[self.source.format].has_answers
 
     @property
     def is_split(self) -> bool:
         """Whether documents are longer than one example should be."""
         return not self.has_answers and self.longest > self._piece
+
+    @property
+    def is_too_long(self) -> bool:
+        """Whether rows with answers are longer than the base has positions for."""
+        return self.has_answers and self.positions is not None and self.longest > self.positions
 
     @property
     def max_length(self) -> int:
@@ -98,6 +110,14 @@ class DataDescription:
         return longest if self.positions is None else min(longest, self.positions)
 
     @property
+    def num_trained_rows(self) -> int:
+        """The examples that are trained on, about: rows, or pieces of documents."""
+        rows = float(self.num_rows)
+        if self.is_split:
+            rows = max(rows, self.characters / CHARACTERS_PER_TOKEN / self._piece)
+        return max(1, round(rows * (1 - (self.evaluation_share or 0))))
+
+    @property
     def _piece(self) -> int:
         return DOCUMENT_TOKENS if self.positions is None else min(DOCUMENT_TOKENS, self.positions)
 
@@ -107,9 +127,15 @@ class _Survey:
     """What one pass over all rows of a source shows."""
 
     suite: SuiteRows
+    jobs: JobSurvey = field(default_factory=JobSurvey)
     num_rows: int = 0
     num_bad: int = 0
     first_bad: RowProblem | None = None
+    characters: int = 0
+    keys: set[bytes] = field(default_factory=set)
+    """Of every usable row, to find it in a second file."""
+    reason: str = ""
+    """How the format was found."""
     longest: list[tuple[int, int, LoadedRow]] = field(default_factory=list)
     """The rows with most characters: (characters, order of reading, row)."""
 
@@ -119,7 +145,9 @@ class _Survey:
             self.num_bad += 1
             self.first_bad = self.first_bad or row
             return
-        self.suite.add(row, self.num_rows)
+        self.characters += row.conversation.num_characters
+        self.jobs.add(row.conversation)
+        self.keys.add(self.suite.add(row, self.num_rows))
         entry = (row.conversation.num_characters, -self.num_rows, row)
         if len(self.longest) < LONGEST_ROWS:
             heapq.heappush(self.longest, entry)
@@ -127,181 +155,260 @@ class _Survey:
             heapq.heappushpop(self.longest, entry)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the user says of the rows; None and empty leave it to a guess."""
+
+    format: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Where the format's columns are, as `format's name: file's name`."""
+    task: JobName | None = None
+    ignore: tuple[str, ...] = ()
+    """Columns that are left out on purpose."""
+    labels: tuple[str, ...] = ()
+    """Names of whole-number labels."""
+    test: str | None = None
+    """A file of rows for the suite."""
+
+
 def describe_data(
     path: str,
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
     positions: int | None = None,
-    format: str | None = None,
-    columns: Mapping[str, str] | None = None,
+    asked: Asked | None = None,
 ) -> DataDescription:
-    """Read the user's data once, of a hub set the first thousand rows, and describe it.
-
-    Args:
-        format: what the user says the rows are; None guesses.
-        columns: where the format's columns are, as `format's name: file's name`.
+    """Read the user's data, of a hub set the first thousand rows, and describe it.
 
     Raises:
         LlmtuneError: nothing is there, no format fits its columns, or no row can be used.
     """
-    train_path, evaluation_path, left_out = _split_files(path)
-    source = guess_source(train_path, tokenizer, format=format, columns=columns)
-    most_rows = LOOKED_AT_ROWS if is_hub_id(train_path) else None
-    opened = open_source(source)
-    survey = _read(opened.rows, most_rows, SuiteRows(holds_all=False))
-    if not survey.longest:
-        raise LlmtuneError(f"{path}: no row can be used; the first: {survey.first_bad}")
-    held_out = survey.suite
-    if evaluation_path is not None:
-        rows = open_source(source.model_copy(update={"path": evaluation_path})).rows
-        held_out = _read(rows, most_rows, SuiteRows(holds_all=True)).suite
-    share = held_out.share_of(survey.num_rows)
+    asked = asked or Asked()
+    places = _find_splits(path)
+    source = _guess(places.train, tokenizer, asked)
+    most_rows = LOOKED_AT_ROWS if is_hub_id(source.path) else None
+    survey = _read(source, most_rows)
+    source, job = _settle(source, survey, asked)
+    if source.instruction or source.labels:
+        survey = _read(source, most_rows)
+        job = survey.jobs.job(asked.task)
+    test = places.test if asked.test is None else open_file(asked.test)
+    evaluation, watched = _read_beside(source, places.evaluation, most_rows)
+    test, tested = _read_beside(source, test, most_rows)
+    notes = []
+    if watched is not None and (num_shared := len(watched.keys & survey.keys)):
+        assert evaluation is not None
+        notes.append(
+            f"{num_shared} rows of {_name(evaluation)} are in the training rows too, so it is left "
+            "out and rows are held out instead"
+        )
+        evaluation = watched = None
+    if tested is not None and (num_shared := len(tested.keys & survey.keys)):
+        assert test is not None
+        notes.append(f"{num_shared} rows of {_name(test)} are trained on, so they are not asked")
+    share = None if evaluation is not None else survey.suite.share_of(survey.num_rows)
+    held_out = tested or watched
+    if held_out is None:
+        suite = survey.suite.draft(share, job)
+    else:
+        suite = held_out.suite.draft(None, job, without=survey.keys)
+    longest = [row for each in (survey, watched) if each for *_, row in each.longest]
     return DataDescription(
-        train_path=train_path,
-        evaluation_path=evaluation_path,
-        left_out=left_out,
-        format=opened.format.format.name,
-        reason=explain(source, opened.format.reason),
-        columns=source.columns,
-        render=source.render,
+        source=source,
+        evaluation=evaluation,
+        test=test,
+        left_out=places.left_out,
+        job=job,
+        reason=explain(source, survey.reason),
         num_rows=survey.num_rows,
+        characters=survey.characters,
         bad_rows=survey.num_bad,
         first_bad_row=None if survey.first_bad is None else str(survey.first_bad),
-        longest=_longest([row for *_, row in survey.longest], tokenizer),
+        longest=_longest(longest, tokenizer),
+        notes=tuple(notes),
         is_measured=tokenizer is not None,
         positions=positions,
-        suite=held_out.draft(share),
+        suite=suite,
         evaluation_share=share,
     )
 
 
-def draft_suite(source: SourceConfig) -> SuiteDraft | NoSuite:
+def draft_suite(
+    path: str, asked: Asked, tokenizer: PreTrainedTokenizerFast | None
+) -> tuple[SuiteDraft | NoSuite, Job]:
     """Draft a suite over all rows of a source, which nobody trains on.
 
     Raises:
         LlmtuneError: the source is missing or empty, or its format is not known.
     """
-    most_rows = LOOKED_AT_ROWS if is_hub_id(source.path) else None
-    survey = _read(open_source(source).rows, most_rows, SuiteRows(holds_all=True))
-    return survey.suite.draft(None)
+    source = _guess(open_file(path), tokenizer, asked)
+    most_rows = LOOKED_AT_ROWS if is_hub_id(path) else None
+    survey = _read(source, most_rows, holds_all=True)
+    source, job = _settle(source, survey, asked)
+    if source.instruction or source.labels:
+        survey = _read(source, most_rows, holds_all=True)
+        job = survey.jobs.job(asked.task)
+    return survey.suite.draft(None, job), job
 
 
-def _read(
-    rows: Iterable[LoadedRow | RowProblem], most_rows: int | None, suite: SuiteRows
-) -> _Survey:
-    survey = _Survey(suite)
-    for row in itertools.islice(rows, most_rows):
+def _guess(
+    given: SourceConfig, tokenizer: PreTrainedTokenizerFast | None, asked: Asked
+) -> SourceConfig:
+    given = given.model_copy(update={"ignore": asked.ignore})
+    return guess_source(given, tokenizer, format=asked.format, columns=asked.columns)
+
+
+def _settle(source: SourceConfig, survey: _Survey, asked: Asked) -> tuple[SourceConfig, Job]:
+    """Return the source with names for numbers and an instruction, where rows need them."""
+    job = survey.jobs.job(asked.task)
+    member = FORMATS[source.format]
+    if not member.takes_instruction:
+        if asked.labels:
+            raise LlmtuneError(f"--labels: the rows are {member.name}, which names no numbers")
+        return source, job
+    if job.name == "classify":
+        names = asked.labels or find_label_names(source, job.labels)
+        if names:
+            source = source.model_copy(update={"labels": tuple(names)})
+            numbers = [int(label) for label in job.labels if label.isdecimal()]
+            if len(numbers) < len(job.labels) or max(numbers) >= len(names):
+                raise LlmtuneError(
+                    f"--labels: names {len(names)} labels, 0 to {len(names) - 1}; the rows have "
+                    f"{', '.join(job.labels[:10])}"
+                )
+            job = Job("classify", tuple(names[number] for number in sorted(numbers)))
+    is_bare = member.required[0] in source.columns and not have_own_instruction(
+        survey.suite.prompts()
+    )
+    if is_bare and (instruction := job.instruction()):
+        source = source.model_copy(update={"instruction": instruction})
+    return source, job
+
+
+def _like(source: SourceConfig, other: SourceConfig) -> SourceConfig:
+    """Return a second file of the same rows: read as it is, understood as the first."""
+    update = {"path": other.path, "encoding": other.encoding, "delimiter": other.delimiter}
+    return source.model_copy(update=update | {"split": other.split})
+
+
+def _name(source: SourceConfig) -> str:
+    return source.path if source.split == FIRST_SPLIT else f"{source.path}, {source.split}"
+
+
+def _read_beside(
+    source: SourceConfig, other: SourceConfig | None, most_rows: int | None
+) -> tuple[SourceConfig, _Survey] | tuple[None, None]:
+    """Read evaluation or test rows as the training rows are understood."""
+    if other is None:
+        return None, None
+    found = _like(source, other)
+    return found, _read(found, most_rows, holds_all=True)
+
+
+def _read(source: SourceConfig, most_rows: int | None, *, holds_all: bool = False) -> _Survey:
+    opened = open_source(source)
+    survey = _Survey(SuiteRows(holds_all=holds_all), reason=opened.format.reason)
+    for row in itertools.islice(opened.rows, most_rows):
         survey.add(row)
+    if not survey.longest:
+        raise LlmtuneError(f"{source.path}: no row can be used; the first: {survey.first_bad}")
     return survey
 
 
-def render_config(
-    found: DataDescription, *, base: str | None = None, suite: str | None = None
-) -> str:
-    """Return a commented YAML config for the data, ready for `llmtune run`.
+@dataclass(frozen=True)
+class _Places:
+    """Where the splits are: files of a directory, or lists of one file."""
 
-    `suite` is where the drafted suite is written; None if there is none.
-    """
-    name = re.sub(r"[^\w-]+", "-", Path(found.train_path).name.split(".")[0]).strip("-") or "run"
-    knobs = DEFAULT_ADAPTER.model_dump(mode="json")
-    adapter = {name: knobs[name] for name in SHOWN_KNOBS if name in knobs}
-    measured = "counted with the base's tokenizer" if found.is_measured else "guessed from the text"
-    lines = [
-        _comment(
-            f"Written by llmtune init from {found.train_path}: {found.num_rows:,} rows, "
-            f"{found.reason}."
-        ),
-        "# Look at what is trained with: llmtune data show THIS_FILE",
-        f"run_dir: {_yaml(f'runs/{name}')}",
-        "seed: 0",
-        "",
-        "model:",
-        f"  base: {_yaml(base or DEFAULT_BASE)}   # a directory, a .gguf file or a hub id",
-        f"  quantization: {{method: {SMALLEST.method}}}   # the frozen base in {SMALLEST.bits} "
-        f"bits; null keeps {DENSE.bits}",
-        "",
-        f"adapter: {_yaml(adapter)}",
-        "",
-        "data:",
-        "  train:",
-        f"    - {_source_yaml(found, found.train_path)}",
-    ]
-    if found.evaluation_path is not None:
-        lines += ["  evaluation:", f"    - {_source_yaml(found, found.evaluation_path)}"]
-    else:
-        share = found.evaluation_share
-        lines.append(
-            f"  evaluation_share: {share}   # held out by a hash of each row"
-            if share
-            else "  evaluation_share: 0   # too few rows to hold some out; give a file of them"
-        )
-    lines += [
-        "  " + _comment(f"left out, it looks like a test set: {name}") for name in found.left_out
-    ]
-    lines += [
-        f"  max_length: {found.max_length}   # tokens; the longest row has {found.longest:,} "
-        f"({measured})",
-        *(["  length_policy: split   # longer documents, into pieces"] if found.is_split else []),
-        f"  loss_on: {'assistant' if found.has_answers else 'all'}",
-    ]
-    if found.bad_rows:
-        lines += [
-            f"  on_bad_row: drop   # {found.bad_rows} of {found.num_rows} rows cannot be used, see "
-            "llmtune data check; the first:",
-            "  " + _comment(found.first_bad_row or ""),
-        ]
-    epochs = 3 if found.num_rows < FEW_ROWS * 10 else 1
-    lines += [
-        "",
-        "train:",
-        "  learning_rate: 2.0e-4",
-        f"  num_epochs: {epochs}",
-        f"  batch_size: {8 if found.num_rows < FEW_ROWS else 16}",
-        "",
-        "protect:",
-        "  kl_to_base: {weight: 1.0}   # hold the model near its base, so that it still chats",
-        "",
-        "evaluate:",
-        "  suites:",
-        *_suite_lines(found.suite, suite),
-        "    - general   # general knowledge that ships with llmtune: what was forgotten?",
-        "    - chat   # open chat, held to the base's own answers: does it still answer?",
-    ]
-    return "\n".join(lines) + "\n"
+    train: SourceConfig
+    evaluation: SourceConfig | None = None
+    test: SourceConfig | None = None
+    left_out: tuple[str, ...] = ()
 
 
-def _suite_lines(draft: SuiteDraft | NoSuite, path: str | None) -> list[str]:
-    if isinstance(draft, NoSuite) or path is None:
-        reason = f" ({draft.reason})" if isinstance(draft, NoSuite) else ""
-        return [
-            f"    # your own task's suite is missing{reason}: without one there is no verdict;",
-            "    # a suite is a short YAML file, see docs/evaluation.md",
-        ]
-    return [f"    - {_yaml(path)}   # {len(draft.items)} held-out rows: did it learn the task?"]
-
-
-def _split_files(path: str) -> tuple[str, str | None, tuple[str, ...]]:
-    """Return the train path, an evaluation file beside it, and test files to leave out."""
+def _find_splits(path: str) -> _Places:
+    """Return the rows to train on, and evaluation and test rows beside them."""
     here = Path(path).expanduser()
-    if is_hub_id(path) or not (here.is_dir() or here.is_file()):
+    if is_hub_id(path) or not here.is_dir():
         if not is_hub_id(path):
             find_files(path)  # raises where nothing is there
-        return path, None, ()
-    if here.is_file():
-        return path, None, ()
-    files = find_files(path)
-    evaluation = [file for file in files if EVALUATION_NAME.search(file.stem)]
-    tests = [file for file in files if TEST_NAME.search(file.stem)]
-    train = [file for file in files if file not in evaluation and file not in tests]
-    if len(train) == len(files):
-        return path, None, ()
-    if len(train) != 1:
+        names = list_splits(here) if here.is_file() else ()
+        return _choose_lists(path, names) if len(names) > 1 else _Places(open_file(path))
+    files = [file for file in find_files(path) if not _is_about_a_set(file)]
+    roles = {file: _role(file.relative_to(here)) for file in files}
+    train = [file for file in files if roles[file] == "train"] or [
+        file for file in files if roles[file] is None
+    ]
+    evaluation = [file for file in files if roles[file] == "evaluation"]
+    tests = [file for file in files if roles[file] == "test"]
+    if not evaluation and not tests and len(train) == len(files):
+        return _Places(open_file(path))
+    if not train:
+        raise LlmtuneError(f"{path}: holds no file to train on ({', '.join(map(str, files))})")
+    used = [_pattern(group) for group in (train, evaluation, tests)]
+    if used[0] is None:
         listed = ", ".join(str(file) for file in files)
         raise LlmtuneError(
             f"{path}: which of its files to train on is not clear ({listed}); name one, or a glob"
         )
-    left_out = tuple(str(file) for file in [*tests, *evaluation[1:]])
-    return str(train[0]), str(evaluation[0]) if evaluation else None, left_out
+    left_out = [str(file) for file in files if file not in (*train, *evaluation, *tests)]
+    for group, pattern in zip((evaluation, tests), used[1:], strict=True):
+        left_out += [str(file) for file in group if pattern is None]
+    first, second, third = (None if name is None else open_file(name) for name in used)
+    assert first is not None, "there are files to train on"
+    return _Places(first, second, third, tuple(left_out))
+
+
+def _role(file: Path) -> str | None:
+    """Return which split a file seems to be, by its own name or its folder's."""
+    for name in (file.stem, *reversed(file.parts[:-1])):
+        for pattern, role in (
+            (EVALUATION_NAME, "evaluation"),
+            (TEST_NAME, "test"),
+            (TRAIN_NAME, "train"),
+        ):
+            if pattern.search(name):
+                return role
+    return None
+
+
+def _is_about_a_set(file: Path) -> bool:
+    """Say whether a file is what `save_to_disk` writes beside the rows."""
+    return file.name in ("dataset_info.json", "dataset_dict.json", "state.json")
+
+
+def _pattern(files: Sequence[Path]) -> str | None:
+    """Return one path for several files: itself, or the glob of shards; None if there is none."""
+    if len(files) < 2:
+        return str(files[0]) if files else None
+    folder = files[0].parent
+    if any(file.parent != folder for file in files):
+        return None
+    shared = files[0].name
+    for file in files:
+        shared = shared[: next((i for i, (a, b) in enumerate(zip(shared, file.name, strict=False))
+                                if a != b), len(shared))]  # fmt: skip
+    glob = folder / f"{shared}*{files[0].suffix}"
+    is_exact = sorted(folder.glob(glob.name)) == sorted(files)
+    return str(glob) if is_exact and shared else None
+
+
+def _choose_lists(path: str, names: Sequence[str]) -> _Places:
+    """Return the lists of one JSON file, as CLINC150 has them."""
+    train = next((name for name in names if TRAIN_NAME.fullmatch(name)), None)
+    if train is None:
+        raise LlmtuneError(
+            f"{path}: holds the lists {', '.join(names)}, and none is called train; write the one "
+            "to train on to a file of its own"
+        )
+    evaluation = next((name for name in names if EVALUATION_NAME.fullmatch(name)), None)
+    test = next((name for name in names if TEST_NAME.fullmatch(name)), None)
+    used = {train, evaluation, test}
+    return _Places(
+        open_file(path, train),
+        None if evaluation is None else open_file(path, evaluation),
+        None if test is None else open_file(path, test),
+        tuple(f"{path}: {name}" for name in names if name not in used),
+    )
 
 
 def _longest(rows: list[LoadedRow], tokenizer: PreTrainedTokenizerFast | None) -> int:
@@ -323,25 +430,3 @@ def _longest(rows: list[LoadedRow], tokenizer: PreTrainedTokenizerFast | None) -
     if not lengths:
         raise LlmtuneError(f"no row can be rendered with this base; the first: {labelled[0]}")
     return max(lengths)
-
-
-def _source_yaml(found: DataDescription, path: str) -> str:
-    source: dict[str, Any] = {"path": path, "format": found.format}
-    if found.columns:
-        source["columns"] = dict(found.columns)
-    if found.render != "chat":
-        source["render"] = found.render
-    return _yaml(source)
-
-
-def _yaml(value: Any) -> str:
-    """Return a value as YAML on one line, whatever characters it holds."""
-    text = yaml.safe_dump(
-        value, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=False
-    )
-    return text.removesuffix("...\n").strip()
-
-
-def _comment(text: str) -> str:
-    """Return text as one comment: what would end the line is a space in it."""
-    return "# " + " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llmtune.data.conversation import Conversation
+from llmtune.data.init_job import Job
 from llmtune.data.overlap import conversation_key, held_out_draw
 from llmtune.data.rows import LoadedRow
 
 FEWEST_ITEMS = 20
 """Fewer can hardly tell base and tuned model apart."""
+FEWEST_GROUPS = 8
+"""The fewest chats or documents: turns or passages of one depend on each other."""
 MOST_ITEMS = 300
+FEW_ROWS = 100
 KEPT_ITEMS = 4 * MOST_ITEMS
 """Rows in memory while it is not known yet which are held out."""
 FEWEST_HELD_OUT = 0.01
-MOST_CHOICES = 20
-ROWS_A_CHOICE = 5
-"""Answers of fewer rows each are not labels."""
+PASSAGE_CHARACTERS = (2000, 500)
+"""The second if the first gives too few passages."""
+PASSAGES_A_DOCUMENT = 8
+TURNS_A_CHAT = 8
 CHARACTERS_PER_TOKEN = 3.0
 """English runs at 4 or so; a low guess asks for more length, never for less."""
 
@@ -32,12 +38,20 @@ class SuiteDraft:
     `choices` is empty if the answers are not labels, `asks` false for documents.
     """
 
-    items: tuple[dict[str, str], ...]
+    items: tuple[dict[str, Any], ...]
     system: str | None = None
     choices: tuple[str, ...] = ()
     longest_answer: int = 0
     """Characters."""
     asks: bool = True
+    is_json: bool = False
+    """Whether the answers are JSON."""
+    has_turns: bool = False
+    """Whether items are turns of chats: `messages`, `answer` and `conversation`."""
+    is_cut: bool = False
+    """Whether passages of one `document` are several items."""
+    is_plain: bool = False
+    """Whether prompts are texts to continue, without a chat template."""
 
     @property
     def longest_answer_tokens(self) -> int:
@@ -54,16 +68,21 @@ class NoSuite:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A row as a question and its answer, or as a document (without a question)."""
+    """A row as a question and its answer."""
 
-    prompt: str | None
+    prompt: str
     answer: str
     system: str | None
 
 
 def share_to_hold_out(num_rows: int) -> float:
-    """Return the share of the rows to keep out of training: about 300 rows, 1 to 20 %."""
-    return round(min(0.2, max(FEWEST_HELD_OUT, MOST_ITEMS / num_rows)), 3)
+    """Return the share of the rows to keep out of training: about 300 rows, 1 to 20 %.
+
+    Of fewer than a hundred 30 %, or nothing could be said of so few.
+    """
+    return round(
+        min(0.3 if num_rows < FEW_ROWS else 0.2, max(FEWEST_HELD_OUT, MOST_ITEMS / num_rows)), 3
+    )
 
 
 class SuiteRows:
@@ -72,31 +91,23 @@ class SuiteRows:
     def __init__(self, *, holds_all: bool) -> None:
         self.holds_all = holds_all
         """Whether every row is held out (a file of its own)."""
-        self._answers: Counter[str] = Counter()
-        self._turns: dict[bytes, _Turn] = {}
-        self._num_rows = self._num_asked = 0
+        self._kept: dict[bytes, Conversation] = {}
         self._draws = (1.0, 0.0)
         """The smallest and the largest number that a row has drawn."""
 
-    def add(self, row: LoadedRow, num_read: int) -> None:
-        """Take a row; `num_read` rows were read so far, those that cannot be used with them."""
-        self._num_rows += 1
+    def add(self, row: LoadedRow, num_read: int) -> bytes:
+        """Take a row and return its key; `num_read` rows were read so far, bad ones with them."""
         key = conversation_key(row.conversation)
         draw = held_out_draw(key)
         self._draws = (min(self._draws[0], draw), max(self._draws[1], draw))
-        turn = _read_turn(row.conversation)
-        if turn is None:
-            return
-        self._num_asked += 1
-        if len(self._answers) <= MOST_CHOICES:
-            self._answers[turn.answer] += 1
         share = 1.0 if self.holds_all else share_to_hold_out(num_read)
         if draw < share:  # the share only falls as rows are read
-            self._turns[key] = turn
-        if len(self._turns) >= KEPT_ITEMS:
-            self._turns = self._held_out(share)
+            self._kept[key] = row.conversation
+        if len(self._kept) >= KEPT_ITEMS:
+            self._kept = self._held_out(share)
             if self.holds_all or share == FEWEST_HELD_OUT:
-                self._turns = _smallest_keys(self._turns)
+                self._kept = _smallest_keys(self._kept)
+        return key
 
     def share_of(self, num_read: int) -> float | None:
         """Return the share to hold out, 0 if it would leave one of the two sides without rows."""
@@ -106,26 +117,45 @@ class SuiteRows:
         smallest, largest = self._draws
         return share if smallest < share <= largest else 0.0
 
-    def draft(self, share: float | None) -> SuiteDraft | NoSuite:
-        """Draft a suite over the rows that a run with this `evaluation_share` holds out."""
-        if self._num_rows and not self._num_asked:
-            return NoSuite("the rows are not single questions with an answer")
+    def draft(
+        self, share: float | None, job: Job, without: Container[bytes] = ()
+    ) -> SuiteDraft | NoSuite:
+        """Draft a suite over the rows that a run with this `evaluation_share` holds out.
+
+        Rows with a key in `without` are trained on, and not asked.
+        """
         held_out = self._held_out(1.0 if share is None else share)
-        turns = _of_commonest_system(_smallest_keys(held_out).values())
+        held_out = {key: row for key, row in held_out.items() if key not in without}
+        rows = _smallest_keys(held_out).values()
+        if job.name == "text":
+            return _draft_passages([row.text for row in rows if row.text.strip()])
+        if job.name == "chat":
+            return _draft_turns(list(rows))
+        found = [turn for turn in map(_read_turn, rows) if turn is not None]
+        if rows and not found:
+            return NoSuite("the rows are not single questions with an answer")
+        turns = _of_commonest_system(found)
         if len(turns) < FEWEST_ITEMS:
             held = "" if share is None else " are held out"
             return NoSuite(f"too few rows{held}: {len(turns)}, and {FEWEST_ITEMS} are needed")
-        if turns[0].prompt is None:
-            return SuiteDraft(tuple({"text": turn.answer} for turn in turns), asks=False)
         return SuiteDraft(
-            items=tuple({"prompt": turn.prompt or "", "answer": turn.answer} for turn in turns),
+            items=tuple({"prompt": turn.prompt, "answer": turn.answer} for turn in turns),
             system=turns[0].system,
-            choices=tuple(sorted(self._answers)) if _are_labels(self._answers) else (),
+            choices=tuple(sorted({*job.labels, *(turn.answer for turn in turns)}))
+            if job.name == "classify"
+            else (),
             longest_answer=max(len(turn.answer) for turn in turns),
+            is_json=job.name == "extract",
+            is_plain=all(row.kind == "plain" for row in rows),
         )
 
-    def _held_out(self, share: float) -> dict[bytes, _Turn]:
-        return {key: turn for key, turn in self._turns.items() if held_out_draw(key) < share}
+    def prompts(self) -> list[str]:
+        """Return what the kept rows ask, those of one question."""
+        turns = map(_read_turn, self._kept.values())
+        return [turn.prompt for turn in turns if turn is not None]
+
+    def _held_out(self, share: float) -> dict[bytes, Conversation]:
+        return {key: row for key, row in self._kept.items() if held_out_draw(key) < share}
 
 
 def render_items(draft: SuiteDraft) -> str:
@@ -133,10 +163,99 @@ def render_items(draft: SuiteDraft) -> str:
     return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in draft.items)
 
 
+def _draft_passages(texts: Sequence[str]) -> SuiteDraft | NoSuite:
+    """Draft a suite over passages of documents, all of a document in one group."""
+    items: list[dict[str, str]] = []
+    for length in PASSAGE_CHARACTERS:
+        cut = [list(_cut(text, length)) for text in texts]
+        items = items if len(items) >= 2 * FEWEST_ITEMS else [
+            {"document": f"document-{number}", "text": passage}
+            for number, passages in enumerate(cut, 1)
+            for passage in _spread(passages, PASSAGES_A_DOCUMENT)
+        ]  # fmt: skip
+    items = items[:MOST_ITEMS]
+    if len(items) < FEWEST_ITEMS or len(texts) < FEWEST_GROUPS:
+        return NoSuite(
+            f"too few documents are held out: {len(texts)} with {len(items)} passages, and "
+            f"{FEWEST_GROUPS} with {FEWEST_ITEMS} are needed; cut long files, such as by chapter"
+        )
+    is_cut = len({item["document"] for item in items}) < len(items)
+    if not is_cut:
+        items = [{"text": item["text"]} for item in items]
+    return SuiteDraft(tuple(items), asks=False, is_cut=is_cut)
+
+
+def _cut(text: str, length: int) -> Iterator[str]:
+    """Cut a document into passages, at the end of a line or a word if one is near."""
+    while len(text) > length:
+        breaks = (text.rfind(mark, length // 2, length) for mark in ("\n", ". ", " "))
+        place = next((place + 1 for place in breaks if place > 0), length)
+        if text[:place].strip():
+            yield text[:place]
+        text = text[place:]
+    if text.strip():
+        yield text
+
+
+def _spread(passages: Sequence[str], most: int) -> list[str]:
+    """Return at most so many passages, evenly over the document."""
+    if len(passages) <= most:
+        return list(passages)
+    return [passages[place * len(passages) // most] for place in range(most)]
+
+
+def _draft_turns(rows: Sequence[Conversation]) -> SuiteDraft | NoSuite:
+    """Draft a suite over the answers in chats, all of a chat in one group."""
+    items: list[dict[str, Any]] = []
+    num_chats = 0
+    for row in rows:
+        turns = _turns(row)[:TURNS_A_CHAT]
+        num_chats += bool(turns)
+        name = f"chat-{num_chats}"
+        items += [{"conversation": name, "messages": before, "answer": answer}
+                  for before, answer in turns]  # fmt: skip
+    if rows and not items:
+        return NoSuite("the rows are not chats of plain turns")
+    if len(items) < FEWEST_ITEMS or num_chats < FEWEST_GROUPS:
+        return NoSuite(
+            f"too few chats are held out: {num_chats} with {len(items)} answers, and "
+            f"{FEWEST_GROUPS} with {FEWEST_ITEMS} are needed"
+        )
+    items = items[:MOST_ITEMS]
+    longest = max(len(item["answer"]) for item in items)
+    return SuiteDraft(tuple(items), longest_answer=longest, has_turns=True)
+
+
+def _turns(row: Conversation) -> list[tuple[list[dict[str, str]], str]]:
+    """Return each trained answer of a chat with what comes before it; none if there are tools."""
+    is_plain = row.kind == "chat" and not row.tools and all(_is_plain(m) for m in row.messages)
+    if not is_plain:
+        return []
+    plain = [{"role": m["role"], "content": m["content"]} for m in row.messages]
+    return [
+        (plain[:place], message["content"])
+        for place, message in enumerate(plain)
+        if message["role"] == "assistant"
+        and place >= row.trained_from
+        and place > 0
+        and plain[place - 1]["role"] == "user"
+        and row.messages[place].get("train", True) is not False
+    ]
+
+
+def _is_plain(message: dict[str, Any]) -> bool:
+    return (
+        isinstance(message["content"], str)
+        and message["role"] in ("system", "user", "assistant")
+        and not message.get("tool_calls")
+        and not message.get("reasoning_content")
+    )
+
+
 def _read_turn(conversation: Conversation) -> _Turn | None:
     """Return the row's one question and answer; None if it is something else."""
-    if conversation.kind == "text":
-        return _Turn(None, conversation.text, None) if conversation.text.strip() else None
+    if conversation.kind == "plain":
+        return _Turn(conversation.prompt, conversation.text.strip(), None)
     if conversation.kind != "chat" or conversation.tools:
         return None
     messages = conversation.messages
@@ -151,10 +270,10 @@ def _read_turn(conversation: Conversation) -> _Turn | None:
     return _Turn(prompt, answer, system) if is_plain and prompt.strip() and answer.strip() else None
 
 
-def _smallest_keys(held_out: dict[bytes, _Turn]) -> dict[bytes, _Turn]:
+def _smallest_keys(held_out: dict[bytes, Conversation]) -> dict[bytes, Conversation]:
     """Keep the rows whose hashes are smallest: a choice that no order of the file decides."""
     kept = set(sorted(held_out)[:MOST_ITEMS])
-    return {key: turn for key, turn in held_out.items() if key in kept}
+    return {key: row for key, row in held_out.items() if key in kept}
 
 
 def _of_commonest_system(turns: Iterable[_Turn]) -> list[_Turn]:
@@ -164,7 +283,3 @@ def _of_commonest_system(turns: Iterable[_Turn]) -> list[_Turn]:
         return []
     system = Counter(turn.system for turn in found).most_common(1)[0][0]
     return [turn for turn in found if turn.system == system]
-
-
-def _are_labels(answers: Counter[str]) -> bool:
-    return 2 <= len(answers) <= MOST_CHOICES and min(answers.values()) >= ROWS_A_CHOICE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.data.config import SourceConfig
 from llmtune.data.context import ContextGuard
 from llmtune.data.conversation import Conversation
-from llmtune.data.files import file_kind, iter_file
+from llmtune.data.files import file_kind, iter_file, sniff_reading
 from llmtune.data.formats import FORMATS, rename_columns
 from llmtune.data.masks import refuse_control_text
 from llmtune.data.problems import RowError, RowProblem, did_you_mean, list_first
@@ -34,6 +34,9 @@ class PromptChoice:
     columns: Mapping[str, str] = field(default_factory=dict)
     """Format's name of a column -> the file's."""
     ignore: tuple[str, ...] = ()
+    like: SourceConfig | None = None
+    """Training rows: a file that has their columns is asked as they are, behind the same
+    instruction; None if the user says how the file is read."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +110,23 @@ def read_prompt_rows(path: Path, choice: PromptChoice) -> list[PromptRow]:
     rows: list[PromptRow] = []
     problems: list[RowProblem] = []
     names = _choose_formats(choice)
-    source = SourceConfig(path=str(path), columns=dict(choice.columns), ignore=choice.ignore)
+    _require_rows(path)
+    read = sniff_reading(path)
+    place = {"path": str(path), "encoding": read.encoding, "delimiter": read.delimiter}
+    source = SourceConfig(columns=dict(choice.columns), ignore=choice.ignore, **place)
+    like = None if choice.like is None else choice.like.model_copy(update=place)
     watches = {
         name: UnreadColumns(source, FORMATS[name].of(source), is_prompt=True) for name in names
     }
-    for parsed in _iter_rows(path):
+    for parsed in iter_file(path, str(path), source.reading):
         if isinstance(parsed, RowProblem):
             problems.append(parsed)
             continue
         line, given = parsed
         try:
-            question = _read_question(rename_columns(given, source.columns), source, watches)
+            question = _read_like(given, like) or _read_question(
+                rename_columns(given, source.columns), source, watches
+            )
         except RowError as error:
             problems.append(RowProblem(str(path), line, str(error), error.kind))
         else:
@@ -153,7 +162,7 @@ def prompts_error(problems: Sequence[RowProblem]) -> LlmtuneError:
     return LlmtuneError("\n".join(list_first(problems)))
 
 
-def _iter_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]] | RowProblem]:
+def _require_rows(path: Path) -> None:
     if not path.exists():
         raise LlmtuneError(f"{path}: no such file; expected a file of prompts, such as a JSONL")
     if path.is_dir():
@@ -163,7 +172,16 @@ def _iter_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]] | RowProblem]:
             f"{path}: a text file is one document; expected a row for each prompt, such as "
             '{"prompt": ...} on each line of a .jsonl'
         )
-    return iter_file(path, str(path))
+
+
+def _read_like(given: Mapping[str, Any], like: SourceConfig | None) -> Conversation | None:
+    """Return what a row asks, read as training rows are; None if it lacks their column."""
+    if like is None or like.format not in FORMATS:
+        return None
+    row, member = rename_columns(given, like.columns), FORMATS[like.format]
+    if not all(row.get(key) is not None for key in member.asked):
+        return None
+    return member.of(like).to_prompt(row)
 
 
 def _read_question(

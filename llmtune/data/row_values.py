@@ -23,6 +23,15 @@ def check_text(value: Any, where: str) -> str:
     return value
 
 
+def write_answer(value: Any, where: str) -> str:
+    """Return an answer as text: an object or a list as JSON, a whole number as its digits."""
+    if isinstance(value, dict | list):
+        value = json.dumps(value, ensure_ascii=False)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    return check_text(value, where)
+
+
 def read_weight(value: Any, where: str = "weight") -> float:
     """Return a loss weight: a number that is not negative."""
     if isinstance(value, str):

@@ -136,7 +136,7 @@ def _iter_all(source: SourceConfig) -> Iterator[tuple[str, Parsed]]:
         return
     refuse_hub_knobs(source)
     for file in find_files(source.path):
-        for parsed in iter_file(file, str(file)):
+        for parsed in iter_file(file, str(file), source.reading):
             yield str(file), parsed
 
 

@@ -13,6 +13,9 @@ LABELS = {
     "strict": "Strict: the whole answer is right",
     "lenient": "Lenient: the right answer is in the text",
     "corpus_bleu": "BLEU of all answers",
+    "json_valid": "Valid JSON",
+    "json_match": "Equal to the right JSON",
+    "json_fields": "F1 of the fields",
 }
 """The secondary scores that are shown, each a share from 0 to 1 (Brier: to 2)."""
 

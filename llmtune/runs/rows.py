@@ -1,16 +1,19 @@
 """The rows of a config before training, and a first config for a file of rows."""
 
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import yaml
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.config import RunConfig
 from llmtune.data.check import ModelLimits
 from llmtune.data.config import DataConfig
-from llmtune.data.init import DataDescription, describe_data, draft_suite, render_config
-from llmtune.data.init_guess import guess_source
+from llmtune.data.init import Asked, DataDescription, describe_data, draft_suite
+from llmtune.data.init_config import FirstTraining, render_config
+from llmtune.data.init_job import Job
 from llmtune.data.init_suite import NoSuite, SuiteDraft, render_items
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
@@ -19,9 +22,11 @@ from llmtune.evaluation.results import is_suite_name
 from llmtune.evaluation.suite import load_suite, load_suites, render_suite
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.run_dir import atomic_write_text
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.resolve import resolve_base
 from llmtune.runs.targets import require_run, run_target
+from llmtune.training.config import suggest_learning_rate
 
 SHIPPED_BESIDE = ("general", "chat")
 
@@ -62,6 +67,7 @@ class Draft:
     found: DataDescription
     config: Path
     suite: Path | None
+    training: FirstTraining
 
 
 def draft_config(
@@ -69,8 +75,9 @@ def draft_config(
     out: Path,
     *,
     base: str | None = None,
-    format: str | None = None,
-    columns: Mapping[str, str] | None = None,
+    asked: Asked | None = None,
+    quantize: bool = False,
+    force: bool = False,
 ) -> Draft:
     """Look at rows, and write a commented config and a suite for them.
 
@@ -78,8 +85,9 @@ def draft_config(
         data: a file, a directory, a glob or a hub id.
         out: the config to write; the suite is written next to it.
         base: the base model; with it lengths are counted in its tokens.
-        format: what the rows are; None guesses.
-        columns: where the format's columns are, as `format's name: file's name`.
+        asked: what the user says of the rows.
+        quantize: store the base in few bits though it would fit.
+        force: replace files that are there.
 
     Raises:
         LlmtuneError: the rows cannot be read, or a file exists already.
@@ -89,20 +97,62 @@ def draft_config(
         data,
         tokenizer=model.tokenizer if model else None,
         positions=model.num_positions if model else None,
-        format=format,
-        columns=columns,
+        asked=asked,
     )
     files: dict[Path, str] = {}
     suite = None
     if isinstance(found.suite, SuiteDraft):
         suite, items = (out.with_name(f"{out.stem}_{end}") for end in ("suite.yaml", "items.jsonl"))
-        source = found.evaluation_path or found.train_path
+        source = (found.test or found.evaluation or found.source).path
         files[items] = render_items(found.suite)
         name = out.stem if is_suite_name(out.stem) else "task"
-        files[suite] = render_suite(found.suite, name=name, items_name=items.name, source=source)
-    files[out] = render_config(found, base=base, suite=str(suite) if suite else None)
-    _write_new(files)
-    return Draft(found, out, suite)
+        files[suite] = render_suite(
+            found.suite,
+            name=name,
+            items_name=items.name,
+            source=source,
+            is_held_out=found.test is None,
+        )
+    _refuse_existing([*files, out], force=force)
+    written = str(suite) if suite else None
+    training = _first_training(found, model, quantize=quantize)
+    files[out] = render_config(found, base=base, suite=written, training=training)
+    for path, text in files.items():
+        atomic_write_text(path, text)
+    return Draft(found, out, suite, training)
+
+
+def _first_training(
+    found: DataDescription, model: Checkpoint | None, *, quantize: bool
+) -> FirstTraining:
+    """Return learning rate and precision for a base."""
+    if model is None:
+        return replace(FirstTraining(), is_quantized=quantize, quantized_reason="as asked")
+    width = model.config.get("hidden_size")
+    suggested = suggest_learning_rate(model.model_type, width if isinstance(width, int) else None)
+    first = FirstTraining(
+        suggested.learning_rate,
+        suggested.reason,
+        is_quantized=quantize,
+        quantized_reason="as asked",
+    )
+    return (
+        first
+        if quantize or _fits(found, model, first)
+        else replace(first, is_quantized=True, quantized_reason=FirstTraining().quantized_reason)
+    )
+
+
+def _fits(found: DataDescription, model: Checkpoint, first: FirstTraining) -> bool:
+    """Say whether a run with 16-bit weights fits on this machine, as far as can be told."""
+    from llmtune.runs.pipeline import plan
+
+    tree = yaml.safe_load(render_config(found, base=str(model.directory), training=first))
+    config = RunConfig.model_validate(tree)
+    try:
+        return plan(config).memory.fits
+    except LlmtuneError:
+        return True  # what cannot be planned is said by the plan of the run itself
 
 
 @dataclass(frozen=True)
@@ -112,6 +162,7 @@ class EvalDraft:
     suite: Path
     task: str
     num_items: int
+    job: Job
 
     @property
     def suites(self) -> list[str]:
@@ -131,6 +182,7 @@ class EvalDraft:
         """Return what was written, and what to do with it."""
         names = " ".join(map(shlex.quote, self.suites))
         return (
+            f"understood as {self.job.describe()}\n"
             f"{self.suite}: {self.num_items} items, task {self.task}\n"
             f"next: llmtune judge ADAPTER_OR_MODEL --base MODEL --suites {names}"
         )
@@ -141,8 +193,8 @@ def draft_eval_suite(
     out: Path,
     *,
     base: str | None = None,
-    format: str | None = None,
-    columns: Mapping[str, str] | None = None,
+    asked: Asked | None = None,
+    force: bool = False,
 ) -> EvalDraft:
     """Write a suite of rows that nobody trains on, at most 300 of them.
 
@@ -153,8 +205,7 @@ def draft_eval_suite(
         LlmtuneError: no suite can be made of these rows, or a file exists already.
     """
     tokenizer = resolve_base(ModelConfig(base=base)).tokenizer if base else None
-    source = guess_source(data, tokenizer, format=format, columns=columns)
-    suite = draft_suite(source)
+    suite, job = draft_suite(data, asked or Asked(), tokenizer)
     if isinstance(suite, NoSuite):
         raise LlmtuneError(
             f"{data}: no suite can be made of it: {suite.reason}; a suite is a short YAML file, "
@@ -163,18 +214,21 @@ def draft_eval_suite(
     items = out.with_name(f"{out.stem.removesuffix('_suite')}_items.jsonl")
     name = out.stem if is_suite_name(out.stem) else "task"
     text = render_suite(suite, name=name, items_name=items.name, source=data, is_held_out=False)
-    _write_new({items: render_items(suite), out: text})
-    return EvalDraft(out, load_suite(out).task, len(suite.items))
+    _refuse_existing([items, out], force=force)
+    atomic_write_text(items, render_items(suite))
+    atomic_write_text(out, text)
+    return EvalDraft(out, load_suite(out).task, len(suite.items), job)
 
 
-def _write_new(files: Mapping[Path, str]) -> None:
-    """Write all files or none; an existing one is never replaced."""
+def _refuse_existing(files: Sequence[Path], *, force: bool) -> None:
+    """Refuse to replace a file that is not to be replaced, before anything is written."""
     for path in files:
-        if path.exists():
-            raise LlmtuneError(f"{path}: exists already; choose another name with --out")
+        if path.exists() and not force:
+            raise LlmtuneError(
+                f"{path}: exists already; choose another name with --out, or replace it with "
+                "--force"
+            )
         if not path.parent.is_dir():
             raise LlmtuneError(
                 f"{path.parent}: no such directory; make it, or choose another --out"
             )
-    for path, text in files.items():
-        atomic_write_text(path, text)

@@ -17,6 +17,7 @@ from llmtune.config import (
     load_config,
     read_config_tree,
 )
+from llmtune.data.config import SourceConfig
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.exporting.base import ExportSource
@@ -67,6 +68,14 @@ class Target(Loadable):
     def evaluate(self) -> EvaluateConfig:
         """How it is scored: as the run's config says."""
         return self.config.evaluate if self.config else EvaluateConfig()
+
+    @property
+    def trained_rows(self) -> SourceConfig | None:
+        """How a run's training rows are read; None if they are of several sources."""
+        sources = (
+            [each for each in self.config.data.train if not each.replay] if self.config else []
+        )
+        return sources[0] if len(sources) == 1 else None
 
     @property
     def results_dir(self) -> Path | None:

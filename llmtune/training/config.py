@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal, Self
@@ -29,6 +30,10 @@ class EarlyStopping(Section):
     """Fall of the metric (nats a token) that counts as an improvement."""
 
 
+RATE_EXPONENTS = MappingProxyType({"llama": 0.781, "qwen": 0.0775})
+"""How the best learning rate of LoRA falls with the width of a family's models."""
+NARROWEST = 2048
+"""The narrowest model that the exponents were fitted on."""
 SCHEDULE_KNOBS: Mapping[str, Schedule] = MappingProxyType(
     {"decay_ratio": "warmup_stable_decay", "num_cycles": "cosine_with_restarts"}
 )
@@ -182,6 +187,32 @@ class TrainConfig(Section):
                 f"train.warmup_steps is {self.warmup_steps}, but the run has {total_steps} steps: "
                 "the learning rate would never reach its peak. Give fewer, or train longer"
             )
+
+
+@dataclass(frozen=True)
+class SuggestedRate:
+    """A peak learning rate for LoRA, and where it is from."""
+
+    learning_rate: float
+    reason: str
+
+
+def suggest_learning_rate(model_type: str, hidden_size: int | None) -> SuggestedRate:
+    """Return the rate that is published for LoRA on a family: 5e-4 x (2000 / width) ^ exponent.
+
+    The exponent was fitted on models of 1B parameters and more, so narrower ones count as
+    `NARROWEST`. For other families there is no such fit.
+
+    Source: the hyperparameter guide of Thinking Machines' Tinker cookbook, after Schulman et al.,
+    "LoRA Without Regret" (2025).
+    """
+    name = next((name for name in RATE_EXPONENTS if model_type.startswith(name)), None)
+    if name is None or hidden_size is None:
+        return SuggestedRate(2e-4, f"common for LoRA; no rule is published for {model_type}")
+    width = max(hidden_size, NARROWEST)
+    rate = 5e-4 * (2000 / width) ** RATE_EXPONENTS[name]
+    rate = float(f"{rate:.1e}")
+    return SuggestedRate(rate, f"the published rule for {name} of width {hidden_size}")
 
 
 def check_reporters(report_to: Sequence[Reporter]) -> None:

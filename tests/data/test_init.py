@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from llmtune.data.config import DataConfig
-from llmtune.data.init import describe_data, render_config
+from llmtune.data.init import describe_data
+from llmtune.data.init_config import render_config
 from llmtune.data.prepare import prepare_examples
 from llmtune.errors import LlmtuneError
 from tests.data.shapes import make_shape, turns, write_jsonl
@@ -47,7 +48,7 @@ def test_directory_with_splits_is_told_apart(tmp_path):
     assert found.train_path.endswith("train.jsonl")
     assert found.evaluation_path.endswith("validation.jsonl")
     text = render_config(found)
-    assert "test.jsonl" in text and "evaluation_share" not in text
+    assert found.test.path.endswith("test.jsonl") and "evaluation_share" not in text
     assert not found.is_measured and "guessed" in text
 
 

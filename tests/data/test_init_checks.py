@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.cli import run_command
-from llmtune.data.init import describe_data, render_config
+from llmtune.data.init import Asked, describe_data
+from llmtune.data.init_config import render_config
 from tests.tiny import make_model
 
 DOLLY = [
@@ -85,7 +86,7 @@ def test_a_header_cannot_inject_a_key(tmp_path, monkeypatch, capsys, base):
     assert tree["protect"] == {"kl_to_base": {"weight": 1.0}}
     assert set(tree) == {
         "protect",
-        *("run_dir", "seed", "model", "adapter", "data", "train", "evaluate"),
+        *("run_dir", "seed", "model", "adapter", "data", "train", "merge", "evaluate"),
     }
 
 
@@ -98,7 +99,7 @@ def test_any_column_name_survives_the_config(tmp_path_factory, name, role):
         return
     path = tmp_path_factory.mktemp("rows") / "a.jsonl"
     path.write_text(json.dumps({name: "a", other: "b"}) + "\n")
-    found = describe_data(str(path), format="instruction", columns={role: name})
+    found = describe_data(str(path), asked=Asked("instruction", {role: name}))
     (source,) = yaml.safe_load(render_config(found))["data"]["train"]
     assert source["columns"] == {role: name}
 

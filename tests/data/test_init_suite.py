@@ -10,7 +10,8 @@ from llmtune.cli import run_command
 from llmtune.data import rows as rows_module
 from llmtune.data.config import DataConfig
 from llmtune.data.conversation import Conversation
-from llmtune.data.init import describe_data, render_config
+from llmtune.data.init import describe_data
+from llmtune.data.init_config import render_config
 from llmtune.data.init_guess import GUESSED_FROM_ROWS
 from llmtune.data.init_suite import NoSuite, share_to_hold_out
 from llmtune.data.overlap import conversation_key, is_held_out
@@ -102,10 +103,7 @@ def test_other_rows_are_asked_for_their_answers_or_their_text(tmp_path, rows, ta
     ("rows", "reason"),
     [
         (tickets(30), "too few rows"),
-        (
-            [{"messages": turns("a", "b", "c", f"d {i}")} for i in range(200)],
-            "not single questions",
-        ),
+        ([{"messages": turns("a", "b", "c", f"d {i}")} for i in range(20)], "too few chats"),
     ],
 )
 def test_where_no_suite_can_be_drafted_the_reason_is_told(tmp_path, capsys, rows, reason):
@@ -145,7 +143,7 @@ def test_the_rows_are_read_once_and_the_items_are_those_that_the_run_holds_out(
 
 def test_a_file_of_labels_in_order_gives_items_of_every_label(tmp_path):
     rows = sorted(tickets(3000), key=lambda row: row["messages"][1]["content"])
-    write_jsonl(tmp_path / "train.jsonl", tickets(30))
+    write_jsonl(tmp_path / "train.jsonl", [{"messages": turns("other", label)} for label in LABELS])
     write_jsonl(tmp_path / "validation.jsonl", rows)
     suite = describe_data(str(tmp_path)).suite
     answers = [item["answer"] for item in suite.items]

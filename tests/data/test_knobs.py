@@ -34,8 +34,15 @@ def files(tmp_path_factory):
         "long": [*chats, *[long] * 2],
         "labeled": [{"text": "a document", "label": "good"}],
         "texts": [{"text": "the lazy dog " * 20}],
+        "numbered": [{"prompt": f"p {i}", "completion": i % 2} for i in range(4)],
+        "accents": [{"prompt": "caf\u00e9", "completion": "c"}],
     }
-    return {name: write_jsonl(directory / f"{name}.jsonl", rows) for name, rows in contents.items()}
+    found = {
+        name: write_jsonl(directory / f"{name}.jsonl", rows) for name, rows in contents.items()
+    }
+    table = directory / "table.csv"
+    table.write_text("prompt;completion\na;b\n")
+    return found | {"table": str(table)}
 
 
 def outcome(data: dict, split: Split) -> str:
@@ -65,6 +72,10 @@ SOURCE = {
     "ignore": ("labeled", {}, ["label"]),
     "limit": ("chats", {}, 3),
     "replay": ("chats", {}, True),
+    "instruction": ("pairs", {"format": "completion"}, "Say c."),
+    "labels": ("numbered", {"format": "completion"}, ["no", "yes"]),
+    "encoding": ("accents", {}, "cp1252"),
+    "delimiter": ("table", {}, ";"),
 }
 MIXTURE = {
     "temperature": ([{"path": "chats"}, {"path": "more"}], 3.0),

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from llmtune.data.conversation import chat
-from llmtune.data.files import READERS, iter_file
+from llmtune.data.files import READERS, Reading, iter_file
 from llmtune.data.json_list import READ_BYTES
 from llmtune.data.masks import Labeller
 from llmtune.data.problems import RowProblem
@@ -106,7 +106,7 @@ def test_a_list_inside_an_object_is_read_piece_by_piece():
     row = '{"text": "' + "x" * 1000 + '"}'
     text = '{"version": 1, "data": [' + ", ".join([row] * 8000) + '], "by": {"data": [1]}}'
     file = Recorded(text.encode())
-    rows = list(READERS[".json"](file, "rows.json"))
+    rows = list(READERS[".json"](file, "rows.json", Reading()))
     assert len(rows) == 8000 and rows[7999] == (8000, {"text": "x" * 1000})
     assert len(text) > 6 * READ_BYTES
     assert min(file.sizes) > 0 and max(file.sizes) <= 2 * READ_BYTES

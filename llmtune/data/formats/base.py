@@ -33,6 +33,9 @@ class DatasetFormat(Protocol):
     has_plain_form: ClassVar[bool] = False
     """Whether its texts can also stand as they are, without the chat template."""
 
+    takes_instruction: ClassVar[bool] = False
+    """Whether a source can put an instruction before its prompts and names in place of numbers."""
+
     has_answers: ClassVar[bool] = True
     """Whether its rows hold answers; a row without one is a document, trained whole."""
 

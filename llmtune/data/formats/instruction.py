@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from llmtune.data.conversation import Conversation, ask, chat, put_system_first
 from llmtune.data.formats.base import SYSTEM, DatasetFormat, Row, row_weight
 from llmtune.data.problems import RowError, shorten
-from llmtune.data.row_values import check_text, parse_json_text
+from llmtune.data.row_values import check_text, parse_json_text, write_answer
 
 
 class InstructionFormat(DatasetFormat):
@@ -44,7 +44,7 @@ class InstructionFormat(DatasetFormat):
     def to_conversation(self, row: Row) -> Conversation:
         """Return the instruction, with its input and history, and the output as a chat."""
         messages = _read_question(row)
-        output = check_text(row["output"], "output")
+        output = write_answer(row["output"], "output")
         if not output.strip():
             raise RowError("output is empty; expected the answer to train on", "empty")
         answered = [*messages, {"role": "assistant", "content": output}]

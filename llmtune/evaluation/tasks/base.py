@@ -143,6 +143,8 @@ class SuiteConfig(Section):
     """What a general suite of the task asks for."""
     NEEDS_BASE_ANSWERS: ClassVar[bool] = False
     """Whether the items' references are what the untouched base writes."""
+    SCORES_TEXTS: ClassVar[bool] = True
+    """Whether a suite that asks can score an answer that was written out."""
 
     if TYPE_CHECKING:
         task: str
@@ -286,7 +288,7 @@ class PromptedSuite(SuiteConfig):
             if rows.system is None
             else [f"system: {json.dumps(rows.system, ensure_ascii=False)}"]
         )
-        return ['prompt: "{{ prompt }}"', *system]
+        return ['prompt: "{{ prompt }}"', *system, *(["chat: false"] if rows.is_plain else [])]
 
     @model_validator(mode="after")
     def _require_chat_for_system(self) -> "PromptedSuite":
@@ -419,7 +421,7 @@ class Suite:
     @property
     def asks(self) -> bool:
         """Whether the items have prompts, so that a text can answer them."""
-        return isinstance(self.config, PromptedSuite)
+        return isinstance(self.config, PromptedSuite) and self.config.SCORES_TEXTS
 
     @property
     def task(self) -> str:

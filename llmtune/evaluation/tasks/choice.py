@@ -41,6 +41,10 @@ WRITTEN_TOKENS = 12
 """A written answer beside the likelihoods: a word or two, and what may lead to them."""
 
 
+TOKEN_CHARACTERS = 3
+AROUND_TOKENS = 4
+
+
 class ChoiceSuite(PromptedSuite):
     """The most likely of some given answers."""
 
@@ -73,7 +77,11 @@ class ChoiceSuite(PromptedSuite):
         if not rows.choices:
             return None
         lines = [f"choices: {json.dumps(rows.choices, ensure_ascii=False)}"]
-        if any(a != b and b.startswith(a) for a in rows.choices for b in rows.choices):
+        longest = math.ceil(max(map(len, rows.choices)) / TOKEN_CHARACTERS) + AROUND_TOKENS
+        if longest > WRITTEN_TOKENS and not rows.is_plain:
+            lines.append(f"written_tokens: {longest}   # the longest label")
+        begins = any(a != b and b.startswith(a) for a in rows.choices for b in rows.choices)
+        if begins and not rows.is_plain:
             lines.append("end_of_answer: true   # one answer begins another")
         return cls.draft_prompt(rows) + lines
 

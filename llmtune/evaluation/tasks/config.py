@@ -5,10 +5,12 @@ from llmtune.evaluation.tasks.chat import ChatSuite
 from llmtune.evaluation.tasks.choice import ChoiceSuite
 from llmtune.evaluation.tasks.exact import ExactSuite
 from llmtune.evaluation.tasks.perplexity import PerplexitySuite
+from llmtune.evaluation.tasks.reply import ReplySuite
 
 TASKS: dict[str, type[SuiteConfig]] = {
     "chat": ChatSuite,
     "choice": ChoiceSuite,
+    "reply": ReplySuite,
     "exact": ExactSuite,
     "perplexity": PerplexitySuite,
 }

@@ -1,6 +1,7 @@
 """A generated answer compared with the reference."""
 
 import json
+import math
 import re
 import string
 from collections import Counter
@@ -56,6 +57,8 @@ MetricName = Literal[
     "json_schema",
 ]
 OwnMetric = Annotated[str, Field(pattern=f"^{OWN_METRIC.pattern}$")]
+JSON_METRICS = ("json_valid", "json_match", "json_fields")
+"""Each of them is kept beside the others: is it JSON, the right JSON, how many fields are right."""
 STRICT_METRICS = ("exact_match", "contains", "number_match")
 """Those that have a strict and a lenient form."""
 ANY_THAT_FITS = "(whatever the schema allows)"
@@ -67,6 +70,8 @@ LONGEST_ANSWER_TOKENS = 256
 TOKENS_AROUND = 24
 """What the untuned model may write around a short answer."""
 END_TOKENS = 8
+JSON_LONGER = 1.5
+"""Tokens of JSON, which is full of signs, for those guessed from its characters."""
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -113,6 +118,13 @@ class ExactSuite(PromptedSuite):
         """Compare what is written with each row's answer: short ones as a whole, long ones not."""
         if not rows.asks:
             return None
+        if rows.is_json:
+            tokens = math.ceil(JSON_LONGER * rows.longest_answer_tokens) + END_TOKENS
+            return [
+                *cls.draft_prompt(rows),
+                f"max_new_tokens: {tokens}",
+                "metric: json_fields   # F1 of the fields; valid and equal JSON are shown beside",
+            ]
         is_short = rows.longest_answer <= SHORT_ANSWER
         around = TOKENS_AROUND if is_short else END_TOKENS
         tokens = rows.longest_answer_tokens + around
@@ -224,6 +236,11 @@ class ExactSuite(PromptedSuite):
         if self.metric == "bleu":
             texts = [(each.prediction or "", each.answer or "") for each in scores]
             return {"corpus_bleu": corpus_bleu(*zip(*texts, strict=True))}
+        if all("json" in each.details for each in scores):
+            return {
+                name: sum(each.details["json"][name] for each in scores) / len(scores)
+                for name in JSON_METRICS
+            }
         kept = [each.details for each in scores if "lenient" in each.details]
         if not kept or len(kept) < len(scores):
             return {}
@@ -269,6 +286,11 @@ class ExactSuite(PromptedSuite):
             found = match.group(1) if match else None
         score = 0.0
         details = {**(details or {}), **self._strict_and_lenient(item, text)}
+        if self.metric in JSON_METRICS and item.references[0] != ANY_THAT_FITS:
+            details["json"] = {
+                name: max(TEXT_METRICS[name](found or "", each) for each in item.references)
+                for name in JSON_METRICS
+            }
         if found is not None:
             score = max(self._score_pair(found, reference) for reference in item.references)
         return item.scored(

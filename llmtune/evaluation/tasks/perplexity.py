@@ -50,7 +50,9 @@ class PerplexitySuite(SuiteConfig):
     @classmethod
     def draft(cls, rows: "SuiteDraft") -> list[str] | None:
         """Take documents as passages."""
-        return None if rows.asks else []
+        if rows.asks:
+            return None
+        return ["cluster: document   # passages of one belong together"] if rows.is_cut else []
 
     def read_item(self, fields: Fields, item: SuiteItem) -> SuiteItem:
         """Return `item` with its passage."""
