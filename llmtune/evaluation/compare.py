@@ -12,6 +12,8 @@ from llmtune.evaluation.intervals import paired_interval
 from llmtune.evaluation.main_arms import OTHER, OWN_TEMPLATE, kind_among
 from llmtune.evaluation.results import ArmResult, ItemScore, cluster_names, finite_or_none
 from llmtune.evaluation.stats import (
+    FEWEST_CLUSTERS,
+    FEWEST_ITEMS,
     Resampling,
     holm,
     mcnemar_exact,
@@ -36,10 +38,6 @@ ITEM_KEYS = frozenset({"items", "num_items"})
 
 SAME = 1e-12
 """Scores closer than this are equal but for rounding."""
-
-FEWEST_ITEMS = 20
-FEWEST_CLUSTERS = 8
-"""Below either of these no gain is claimed: the intervals are not known to hold there."""
 
 
 class ComparisonJson(TypedDict):

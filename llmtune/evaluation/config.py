@@ -9,6 +9,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 
 from llmtune.evaluation.diagnosis.base import EXTENTS, Extent
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
+from llmtune.evaluation.endpoint import EndpointConfig
 from llmtune.evaluation.main_arms import MAIN_ARMS, MainArm
 from llmtune.evaluation.tasks.base import ABILITIES, Ability
 from llmtune.io.fingerprint import JsonObject
@@ -47,29 +48,6 @@ class FewShotConfig(Section):
     """Items per suite at most; null takes all."""
 
 
-class EndpointConfig(Section):
-    """A model behind an OpenAI-compatible endpoint, asked the same items."""
-
-    url: str
-    """Where it answers, up to the version: `https://HOST/v1`."""
-    model: str
-    """The model's name there."""
-    key_env: str | None = None
-    """The environment variable that holds the key; the key itself is never written anywhere."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Longest answer in tokens; null takes the suite's own length."""
-    input_price: float | None = Field(default=None, ge=0)
-    """Price of a million tokens that are read, in your currency."""
-    output_price: float | None = Field(default=None, ge=0)
-    """Price of a million tokens that are written."""
-    extra: dict[str, Any] = Field(default={})
-    """More keys of the request, such as `{reasoning_effort: low}`; null takes one of ours out."""
-    timeout_seconds: float = Field(default=60.0, gt=0)
-    """How long one answer may take."""
-    parallel_requests: int = Field(default=4, ge=1, le=64)
-    """Requests at a time."""
-
-
 class _Arms(Section):
     """The suites, and the arms that are scored on them."""
 
@@ -102,6 +80,11 @@ else:
             each.name: (Toggle, Field(default=None, description=f"{each.help}; {BY_EXTENT}"))
             for each in DIAGNOSES
             if each.extent is not None
+        },
+        **{
+            each.name: (each.knobs | None, Field(default=None, description=each.help))
+            for each in DIAGNOSES
+            if each.knobs is not None
         },
     )
 """With one key for each diagnosis that an evaluation can make."""
@@ -156,10 +139,12 @@ class EvaluateConfig(_Measured):
         return strengths
 
     def measures(self, name: str) -> bool:
-        """Return whether one of MEASURED_FROM is made: by its own key, else by the extent."""
+        """Return whether one is made: by its own key, else by MEASURED_FROM."""
         chosen = self.few_shot.measure if name == "few_shot" else getattr(self, name)
+        if name not in MEASURED_FROM:
+            return chosen is not None
         if chosen is not None:
-            return chosen
+            return bool(chosen)
         return EXTENTS.index(self.extent) >= EXTENTS.index(MEASURED_FROM[name])
 
     def measuring_knobs(self) -> JsonObject:

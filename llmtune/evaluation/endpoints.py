@@ -1,172 +1,28 @@
 """A model behind an OpenAI-compatible endpoint: asked the suites' questions, and what it costs.
 
-Nothing is sent unless `evaluate.endpoints` names one. The key is read from an environment variable
-when a request is made; it is in no file, message or log.
+Nothing is sent unless `evaluate.endpoints` names one.
 """
 
-import http.client
-import json
-import logging
-import os
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-from llmtune.errors import LlmtuneError
-from llmtune.evaluation.config import EndpointConfig
+from llmtune.evaluation.endpoint import (
+    Endpoint,
+    EndpointConfig,
+    Question,
+    ask_all,
+    describe_cost,
+)
 from llmtune.evaluation.few_shot import takes_demonstrations
 from llmtune.evaluation.question import question_of
 from llmtune.evaluation.run import build_recipe, summarize_items
 from llmtune.evaluation.session import Evaluation, Work
 from llmtune.evaluation.tasks.base import PromptedSuite, Suite, SuiteItem
-from llmtune.io.fingerprint import hash_json
-from llmtune.io.json_files import parse_json
 
-log = logging.getLogger("llmtune")
-
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-TRIES = 4
-RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
-LONGEST_WAIT = 60.0
-MOST_BYTES = 8 << 20
-SHOWN_CHARACTERS = 200
 CHOICE_TOKENS = 64
 """Length of an answer that names a choice, in tokens: models of APIs write around it."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One answer, with the tokens that the endpoint counted; None if it counts none."""
-
-    text: str
-    input_tokens: int | None
-    output_tokens: int | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class RequestCost:
-    """What the requests to an endpoint took: tokens and seconds each, and the price of 1,000.
-
-    None if the endpoint counts no tokens, or the config names no prices.
-    """
-
-    endpoint: str
-    model: str
-    input_tokens: float | None
-    output_tokens: float | None
-    seconds_per_request: float
-    price_per_1000: float | None
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key along."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-class Endpoint:
-    """One endpoint, checked; it is asked when `ask` is called."""
-
-    def __init__(self, name: str, config: EndpointConfig) -> None:
-        self.where = f"evaluate.endpoints.{name}"
-        self.config = config
-        parts = urlsplit(config.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-            raise LlmtuneError(
-                f"{self.where}.url: {config.url!r}: expected http(s)://HOST/v1, without a user"
-            )
-        if config.key_env is not None:
-            if not os.environ.get(config.key_env):
-                raise LlmtuneError(
-                    f"{self.where}.key_env: the environment variable {config.key_env} is not set; "
-                    "it must hold the key"
-                )
-            if parts.scheme == "http" and parts.hostname not in LOOPBACK:
-                raise LlmtuneError(
-                    f"{self.where}.url: {config.url}: a key would be sent unencrypted; use https"
-                )
-        self._opener = urllib.request.build_opener(_NoRedirect)
-
-    def ask(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        max_tokens: int,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> Reply:
-        """Return the likeliest answer to a chat (temperature 0).
-
-        Raises:
-            LlmtuneError: it cannot be reached, refuses, or answers something else.
-        """
-        body = {
-            "model": self.config.model,
-            "messages": [_as_openai(message) for message in messages],
-            "tools": tools,
-            "temperature": 0,
-            "max_tokens": self.config.max_tokens or max_tokens,
-            **self.config.extra,
-        }
-        if "max_completion_tokens" in body:
-            del body["max_tokens"]
-        content = json.dumps({k: v for k, v in body.items() if v is not None}).encode()
-        started = time.perf_counter()
-        answer = self._post(content)
-        return self._read(answer, time.perf_counter() - started)
-
-    def _post(self, content: bytes) -> Any:
-        url = f"{self.config.url.rstrip('/')}/chat/completions"
-        headers = {"Content-Type": "application/json"}
-        key = os.environ.get(self.config.key_env) if self.config.key_env else None
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        for number in range(1, TRIES + 1):
-            request = urllib.request.Request(url, content, headers)
-            wait = 2.0 ** (number - 1)
-            try:
-                with self._opener.open(request, timeout=self.config.timeout_seconds) as answer:
-                    return parse_json(answer.read(MOST_BYTES).decode("utf-8"))
-            except urllib.error.HTTPError as error:
-                text = error.read(MOST_BYTES).decode("utf-8", "replace")
-                problem = f"{error.code} {_hide(' '.join(text.split()), key)[:SHOWN_CHARACTERS]}"
-                if error.code not in RETRIED:
-                    break
-                wait = _wait_of(error.headers.get("Retry-After"), wait)
-            except (OSError, http.client.HTTPException) as error:
-                problem = f"no answer ({_hide(str(error), key)})"
-            except ValueError as error:
-                problem = f"not JSON ({error})"
-                break
-            if number < TRIES:
-                log.info("%s: %s; once more in %.0f s", self.where, problem, wait)
-                time.sleep(wait)
-        raise LlmtuneError(
-            f"{self.where}: {url}: {problem}; answers so far are kept, the same command continues"
-        )
-
-    def _read(self, answer: Any, seconds: float) -> Reply:
-        try:
-            text = answer["choices"][0]["message"]["content"] or ""
-            usage = answer.get("usage") or {}
-        except (KeyError, IndexError, TypeError, AttributeError):
-            text, usage = None, {}
-        if not isinstance(text, str):
-            raise LlmtuneError(f"{self.where}: {self.config.url}: answered without a message")
-        read, written = (usage.get(key) for key in ("prompt_tokens", "completion_tokens"))
-        return Reply(
-            text,
-            read if isinstance(read, int) else None,
-            written if isinstance(written, int) else None,
-            seconds,
-        )
 
 
 def plan_endpoints(evaluation: Evaluation) -> list[Work]:
@@ -185,10 +41,14 @@ def check_endpoint(name: str, config: EndpointConfig, suites: Sequence[Suite]) -
     Raises:
         LlmtuneError: its url, its key, or a suite that a text cannot answer.
     """
-    Endpoint(name, config)
+    _endpoint_of(name, config)
     for suite in filter(takes_demonstrations, suites):
         assert isinstance(suite.config, PromptedSuite)
         suite.config.require_text_metric(suite.name)
+
+
+def _endpoint_of(name: str, config: EndpointConfig) -> Endpoint:
+    return Endpoint(f"evaluate.endpoints.{name}", config)
 
 
 def kept_answers(evaluations_dir: Path, name: str) -> Path:
@@ -200,7 +60,9 @@ def _score_suite(evaluation: Evaluation, name: str, config: EndpointConfig, suit
     chosen = evaluation.settings
     assert isinstance(suite.config, PromptedSuite)
     path = kept_answers(evaluation.run.evaluations_dir, name)
-    replies = _answer(Endpoint(name, config), suite, path, is_new=evaluation.force)
+    questions = {item.id: _question(suite, item) for item in suite.items}
+    endpoint = _endpoint_of(name, config)
+    replies = ask_all(endpoint, questions, path, what=suite.name, is_new=evaluation.force)
     items = [suite.config.score_text(item, replies[item.id].text) for item in suite.items]
     evaluation.keep(
         summarize_items(
@@ -215,113 +77,7 @@ def _score_suite(evaluation: Evaluation, name: str, config: EndpointConfig, suit
     )
 
 
-def describe_cost(config: EndpointConfig, replies: Sequence[Reply]) -> RequestCost:
-    """Return what the requests took."""
-    read = _mean([reply.input_tokens for reply in replies])
-    written = _mean([reply.output_tokens for reply in replies])
-    price = None
-    paid = ((read, config.input_price), (written, config.output_price))
-    parts = [count * cost for count, cost in paid if count is not None and cost is not None]
-    if len(parts) == len(paid):
-        price = sum(parts) / 1000
-    return RequestCost(
-        endpoint=config.url,
-        model=config.model,
-        input_tokens=read,
-        output_tokens=written,
-        seconds_per_request=sum(reply.seconds for reply in replies) / len(replies),
-        price_per_1000=price,
-    )
-
-
-def _mean(counts: Sequence[int | None]) -> float | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) / len(known) if len(known) == len(counts) else None
-
-
-def _answer(endpoint: Endpoint, suite: Suite, path: Path, *, is_new: bool) -> dict[str, Reply]:
-    """Return the answer to every item; those that are kept are not asked for again."""
-    known = {} if is_new else dict(_read_kept(path))
-    keys = {item.id: _key(endpoint.config, suite, item) for item in suite.items}
-    left = [item for item in suite.items if keys[item.id] not in known]
-    if left:
-        log.info("evaluate: %s is asked %d items of %s", endpoint.where, len(left), suite.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pool = ThreadPoolExecutor(endpoint.config.parallel_requests)
-    try:
-        asked = {pool.submit(_ask_item, endpoint, suite, item): item for item in left}
-        with path.open("a", encoding="utf-8") as file:
-            if _is_cut_off(path):
-                file.write("\n")
-            for done in as_completed(asked):
-                key, reply = keys[asked[done].id], done.result()
-                known[key] = reply
-                file.write(json.dumps({"question": key, **asdict(reply)}) + "\n")
-                file.flush()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return {item.id: known[keys[item.id]] for item in suite.items}
-
-
-def _ask_item(endpoint: Endpoint, suite: Suite, item: SuiteItem) -> Reply:
+def _question(suite: Suite, item: SuiteItem) -> Question:
     question = question_of(suite, item)
-    return endpoint.ask(question.messages, _max_tokens(suite), question.tools)
-
-
-def _as_openai(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message with the arguments of its calls as the text that this protocol has."""
-    calls = [
-        {
-            "type": "function",
-            **call,
-            "function": {
-                **call["function"],
-                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-            },
-        }
-        for call in message.get("tool_calls") or ()
-    ]
-    return {**message, **({"tool_calls": calls} if calls else {})}
-
-
-def _max_tokens(suite: Suite) -> int:
-    return getattr(suite.config, "max_new_tokens", CHOICE_TOKENS)
-
-
-def _key(config: EndpointConfig, suite: Suite, item: SuiteItem) -> str:
-    """Return a hash of all that decides an answer; prices and patience do not."""
-    asked = config.model_dump(mode="json", include={"url", "model", "max_tokens", "extra"})
-    question = question_of(suite, item)
-    tools = [question.tools] if question.tools else []  # older answers are of items without any
-    return hash_json([asked, question.messages, _max_tokens(suite), *tools])
-
-
-def _read_kept(path: Path) -> Iterator[tuple[str, Reply]]:
-    """Yield what is kept; a last line that was cut off is passed over."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return  # nothing was asked yet
-    for line in lines:
-        try:
-            values = parse_json(line)
-            yield str(values.pop("question")), Reply(**values)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # cut off by a stop: it is asked again
-
-
-def _is_cut_off(path: Path) -> bool:
-    """Whether a stop left a last line without its end."""
-    content = path.read_bytes()
-    return bool(content) and not content.endswith(b"\n")
-
-
-def _hide(text: str, key: str | None) -> str:
-    return text.replace(key, "***") if key else text
-
-
-def _wait_of(header: str | None, usual: float) -> float:
-    try:
-        return min(LONGEST_WAIT, max(0.0, float(header))) if header else usual
-    except ValueError:
-        return usual
+    longest = getattr(suite.config, "max_new_tokens", CHOICE_TOKENS)
+    return Question(question.messages, longest, question.tools or ())

@@ -76,7 +76,7 @@ def plan_diagnosis(diagnosis: Diagnosis[Any], evaluation: Evaluation) -> list[Wo
     if diagnosis.needs_rows and not evaluation.has_rows:
         evaluation.leave_out(diagnosis.name, NEEDS_ROWS)
         return []
-    if not evaluation.request.has_adapter:
+    if diagnosis.needs_adapter and not evaluation.request.has_adapter:
         evaluation.leave_out(diagnosis.name, "needs an adapter, to switch off and on")
         return []
     planned = diagnosis.plan(evaluation)
@@ -91,10 +91,20 @@ def plan_diagnosis(diagnosis: Diagnosis[Any], evaluation: Evaluation) -> list[Wo
 
 MEASURES: dict[str, Plan] = {
     **ARM_MEASURES,
-    **{each.name: partial(plan_diagnosis, each) for each in DIAGNOSES if each.extent is not None},
+    **{
+        each.name: partial(plan_diagnosis, each)
+        for each in DIAGNOSES
+        if each.is_evaluated and not each.needs_results
+    },
     **LAST_MEASURES,
+    **{
+        each.name: partial(plan_diagnosis, each)
+        for each in DIAGNOSES
+        if each.is_evaluated and each.needs_results
+    },
 }
-"""All measures in their order: arms, diagnoses, and what takes the base's place in memory."""
+"""All measures in their order: arms, diagnoses of the model, what takes the base's place in memory,
+and diagnoses of what all of them answered."""
 
 
 def _diagnose(

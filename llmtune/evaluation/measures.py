@@ -12,7 +12,7 @@ from llmtune.evaluation.few_shot import (
     read_training_rows,
     takes_demonstrations,
 )
-from llmtune.evaluation.halves import in_half_size
+from llmtune.evaluation.halves import choose_ids, in_half_size
 from llmtune.evaluation.main_arms import OWN_TEMPLATE, SAME_AS
 from llmtune.evaluation.predictions import read_predictions, score_predictions
 from llmtune.evaluation.prompt_file import read_prompt_file
@@ -29,7 +29,6 @@ from llmtune.evaluation.side_by_side import (
     count_tokens,
     find_prompts,
 )
-from llmtune.evaluation.suite import choose_ids
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_file
 from llmtune.io.run_dir import atomic_write_json

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from llmtune.errors import LlmtuneError
-from llmtune.io.fingerprint import JsonObject
+from llmtune.io.fingerprint import JsonObject, hash_json
 from llmtune.io.json_files import read_json_object
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.models.thinking import split_thinking
@@ -177,6 +177,11 @@ def _require_keys(path: Path, values: object, kind: type) -> None:
 
 def _is_number(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+
+
+def hash_answers(result: ArmResult) -> str:
+    """Return a hash of what an arm answered to which items."""
+    return hash_json([[item.id, item.prediction] for item in result.items])
 
 
 def finite_or_none(value: float) -> float | None:

@@ -10,6 +10,10 @@ import numpy as np
 POWER_FACTOR = 2.8
 """z(0.975) + z(0.8), rounded: 80 % power at a two-sided level of 5 %."""
 
+FEWEST_ITEMS = 20
+FEWEST_CLUSTERS = 8
+"""Below either of these no gain is claimed: the intervals are not known to hold there."""
+
 CHUNK_DRAWS = 4_000_000
 """Counts of items in draws that are held at once while resampling."""
 

@@ -2,7 +2,6 @@
 
 import codecs
 import difflib
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from llmtune.data.problems import list_first
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.diagnosis.rows import find_frame
+from llmtune.evaluation.halves import choose_ids
 from llmtune.evaluation.results import NAME_RULE, is_suite_name
 from llmtune.evaluation.tasks.base import (
     BadItem,
@@ -158,14 +158,6 @@ def read_items(config: SuiteConfig, path: Path) -> tuple[SuiteItem, ...]:
         return config.settle_items(items)
     except BadItem as error:
         raise LlmtuneError(f"{path}: {error}") from None
-
-
-def choose_ids(ids: Sequence[str], limit: int | None, seed: int) -> set[str]:
-    """Choose `limit` ids by a seeded hash of each, so that a larger limit chooses these too."""
-    if limit is None or limit >= len(ids):
-        return set(ids)
-    order = sorted(ids, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
-    return set(order[:limit])
 
 
 def _read_item(config: SuiteConfig, content: bytes, line: int) -> SuiteItem:

@@ -184,7 +184,7 @@ def _sub_config(
             "endpoints": {},
             "strengths": (),
         }
-        | {diagnosis.name: None for diagnosis in DIAGNOSES if diagnosis.extent is not None}
+        | {diagnosis.name: None for diagnosis in DIAGNOSES if diagnosis.is_evaluated}
         | {"few_shot": config.evaluate.few_shot.model_copy(update={"measure": None})}
     )
     return config.model_copy(

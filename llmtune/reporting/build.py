@@ -47,8 +47,8 @@ def build_report(run: RunDir, *, thresholds: Thresholds | None = None) -> Report
     resampling = read_resampling(manifest.config)
     thresholds = thresholds or Thresholds()
     models = Models.of_run(run, manifest)
-    diagnostics = read_diagnostics(run, base=models.base, adapter=models.adapter)
     results = read_results(run.evaluations_dir, is_wanted=current_results(run, manifest, models))
+    diagnostics = read_diagnostics(run, results, base=models.base, adapter=models.adapter)
     suites = measure_suites(results, resampling, leaks=diagnostics.leaks)
     bounds = {s.name: thresholds.general_bound(s.unit) for s in suites if s.role == "general"}
     strengths = measure_strengths(results, bounds, resampling, thresholds)

@@ -14,8 +14,10 @@ from llmtune.evaluation.diagnosis.base import (
     read_diagnostic,
 )
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
+from llmtune.evaluation.results import hash_answers
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.run_dir import RunDir
+from llmtune.reporting.run_results import Results
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,14 @@ class Diagnostics:
         }
 
 
-def read_diagnostics(run: RunDir, *, base: str | None, adapter: str | None) -> Diagnostics:
+def read_diagnostics(
+    run: RunDir, results: Results, *, base: str | None, adapter: str | None
+) -> Diagnostics:
     """Read what is in the run's `diagnostics/`, without what was measured on other models.
 
     Args:
+        results: the arms' scores that are of these models; what was made from other answers is
+            left out.
         base, adapter: fingerprints of the models that are there now.
 
     Raises:
@@ -77,6 +83,17 @@ def read_diagnostics(run: RunDir, *, base: str | None, adapter: str | None) -> D
         {
             name: made
             for name, made in found.items()
-            if made is not None and made.is_of(base=base, adapter=adapter)
+            if made is not None
+            and made.is_of(base=base, adapter=adapter)
+            and _is_of_answers(made, results)
         }
+    )
+
+
+def _is_of_answers(made: Diagnostic, results: Results) -> bool:
+    """Return whether the answers that it was made from are those of the results."""
+    return all(
+        arm in results.get(suite, {}) and hash_answers(results[suite][arm]) == known
+        for suite, arms in made.answers.items()
+        for arm, known in arms.items()
     )

@@ -7,12 +7,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.compare import (
-    FEWEST_CLUSTERS,
-    FEWEST_ITEMS,
-    pair_items,
-    require_same_recipe,
-)
+from llmtune.evaluation.compare import pair_items, require_same_recipe
 from llmtune.evaluation.intervals import JointInterval, joint_interval
 from llmtune.evaluation.main_arms import (
     BEFORE,
@@ -23,7 +18,7 @@ from llmtune.evaluation.main_arms import (
     kind_among,
 )
 from llmtune.evaluation.results import ArmResult, cluster_names
-from llmtune.evaluation.stats import POWER_FACTOR, Resampling
+from llmtune.evaluation.stats import FEWEST_CLUSTERS, FEWEST_ITEMS, POWER_FACTOR, Resampling
 from llmtune.reporting.measure import measure_suite
 from llmtune.reporting.run_results import Results
 from llmtune.reporting.sections.arms import gap_closed

@@ -118,7 +118,7 @@ class EvaluateStage(Stage[EvaluateRecord]):
             for arm in arms | set(made.get("suites", {}).get(suite.name, {})):
                 yield arm_result_path(run.evaluations_dir, suite.name, arm)
         for diagnosis in DIAGNOSES:
-            is_made = diagnosis.extent is not None and knobs.measures(diagnosis.name)
+            is_made = diagnosis.is_evaluated and knobs.measures(diagnosis.name)
             if is_made and diagnosis.name not in left_out:
                 yield run.diagnostics_dir / diagnosis.result.FILE_NAME
 
@@ -217,6 +217,8 @@ def check_evaluation_files(knobs: EvaluateConfig, suites: Sequence[Suite]) -> No
             )
         for name, config in knobs.endpoints.items():
             check_endpoint(name, config, suites)
+    for diagnosis in DIAGNOSES:
+        diagnosis.check(knobs, suites)
 
 
 def check_item_lengths(base: "Checkpoint", suites: Sequence[Suite]) -> None:

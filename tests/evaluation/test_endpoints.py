@@ -1,62 +1,23 @@
 """A model behind an endpoint is asked once per item, from a key that is written nowhere."""
 
 import json
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from llmtune.cli import run_command
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.config import EndpointConfig
-from llmtune.evaluation.endpoints import Endpoint, Reply, _answer, describe_cost
+from llmtune.evaluation.endpoint import (
+    Endpoint,
+    EndpointConfig,
+    Reply,
+    ask_all,
+    describe_cost,
+)
+from llmtune.evaluation.endpoints import _question
 from llmtune.evaluation.suite import load_suite
 from tests.project import make_project
-
-KEY = "sk-not-to-be-written"
-
-
-class StandIn:
-    """A server on this machine that answers what `answer` says; it keeps what it was asked."""
-
-    def __init__(self, answer, statuses=()):
-        self.answer, self.statuses, self.asked = answer, list(statuses), []
-
-    @contextmanager
-    def serve(self):
-        stand_in = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                stand_in.asked.append((self.path, self.headers.get("Authorization"), body))
-                status = stand_in.statuses.pop(0) if stand_in.statuses else 200
-                text = stand_in.answer(body["messages"])
-                reply = {
-                    "choices": [{"message": {"role": "assistant", "content": text}}],
-                    "usage": {"prompt_tokens": 100, "completion_tokens": 10},
-                }
-                content = json.dumps(reply if status == 200 else {"error": f"key {KEY}"}).encode()
-                self.send_response(status)
-                self.send_header("Retry-After", "0")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/v1"
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
+from tests.stand_in import KEY, StandIn
 
 
 def label(messages):
@@ -158,9 +119,10 @@ def test_an_answer_behind_a_line_that_was_cut_off_is_kept(tmp_path, monkeypatch)
     stand_in, kept = StandIn(label), tmp_path / "kept.jsonl"
     with stand_in.serve() as url:
         endpoint = Endpoint("api", EndpointConfig(url=url, model="big"))
-        _answer(endpoint, suite, kept, is_new=False)
+        questions = {item.id: _question(suite, item) for item in suite.items}
+        ask_all(endpoint, questions, kept, what=suite.name)
         lines = kept.read_text().splitlines()
         kept.write_text("\n".join([*lines[:-1], lines[-1][:20]]))
-        _answer(endpoint, suite, kept, is_new=False)
-        _answer(endpoint, suite, kept, is_new=False)
+        ask_all(endpoint, questions, kept, what=suite.name)
+        ask_all(endpoint, questions, kept, what=suite.name)
     assert len(stand_in.asked) == len(suite.items) + 1

@@ -2,19 +2,20 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Protocol, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.diagnosis.shown import Facts, Section, Writer
 from llmtune.io.fingerprint import hash_json
-from llmtune.io.run_dir import atomic_write_json
+from llmtune.io.run_dir import RunDir, atomic_write_json
 
 if TYPE_CHECKING:
     from llmtune.data.config import DataConfig
+    from llmtune.evaluation.config import EvaluateConfig
     from llmtune.evaluation.diagnosis.subject import DiagnosisSettings, Subject
     from llmtune.evaluation.results import ArmResult
     from llmtune.evaluation.tasks.base import Suite
@@ -40,6 +41,8 @@ class Diagnostic:
     inputs: Mapping[str, str]
     seconds: float = 0.0
     """What the measurement took."""
+    answers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Hashes of the arms' answers that it was made from (`hash_answers`), by suite and arm."""
 
     @property
     def fingerprint(self) -> str:
@@ -80,7 +83,11 @@ class Planned(Generic[DiagnosticT]):
 class Given(Protocol):
     """What a diagnosis can be made from: the loaded model, its rows and suites, and settings."""
 
+    knobs: "EvaluateConfig"
     suites: "tuple[Suite, ...]"
+    results: "dict[str, dict[str, ArmResult]]"
+    run: RunDir
+    force: bool
 
     @property
     def data(self) -> "DataConfig":
@@ -176,8 +183,14 @@ class Diagnosis(ABC, Generic[DiagnosticT]):
     """The smallest extent that makes it if its key leaves it to that; None: no evaluation."""
     command: ClassVar[str] = ""
     """What measures it, if no extent does."""
+    knobs: ClassVar[type[BaseModel] | None] = None
+    """Its own section under its key, if it is made only when that is there."""
     needs_rows: ClassVar[bool] = True
     """Whether it cannot be made without the rows that were trained on."""
+    needs_adapter: ClassVar[bool] = True
+    """Whether it cannot be made without an adapter to switch off and on."""
+    needs_results: ClassVar[bool] = False
+    """Whether it is made from what the arms answered, and so after all of them."""
     alternative: ClassVar[Alternative | None] = None
     """What it scores on suites beside its file, if anything."""
     is_about_forgetting: ClassVar[bool] = False
@@ -190,6 +203,14 @@ class Diagnosis(ABC, Generic[DiagnosticT]):
     def measured_by(self) -> str:
         """The command that measures it."""
         return self.command or {"quick": QUICK}.get(str(self.extent), FULL)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether an evaluation can make it: by extent, or by a section of its own."""
+        return self.extent is not None or self.knobs is not None
+
+    def check(self, knobs: "EvaluateConfig", suites: "Sequence[Suite]") -> None:
+        """Raise a `LlmtuneError`, before anything is trained, if it is asked for and cannot be."""
 
     @abstractmethod
     def plan(self, given: Given) -> Planned[DiagnosticT]:
@@ -210,6 +231,10 @@ class Diagnosis(ABC, Generic[DiagnosticT]):
     def refusal(self, found: DiagnosticT) -> str | None:
         """Return why a result holds no numbers; None if it does."""
         return None
+
+    def caveats(self, found: DiagnosticT) -> tuple[str, ...]:
+        """Return what a reader must know beside the verdict."""
+        return ()
 
     def foresee(self, data: "DataConfig", suites: "Sequence[Suite]") -> list[str]:
         """Return warnings that can be given before anything is trained."""

@@ -7,6 +7,7 @@ from llmtune.evaluation.diagnosis.contamination import Contamination
 from llmtune.evaluation.diagnosis.divergence import DivergenceFromBase
 from llmtune.evaluation.diagnosis.learning_curve import LearningCurve
 from llmtune.evaluation.diagnosis.memorization import Memorization
+from llmtune.evaluation.diagnosis.pairwise import Pairwise
 from llmtune.evaluation.diagnosis.probe import Probe
 from llmtune.evaluation.diagnosis.shift import Shift
 from llmtune.evaluation.diagnosis.stops import Stops
@@ -14,6 +15,7 @@ from llmtune.evaluation.diagnosis.stops import Stops
 DIAGNOSES: tuple[Diagnosis[Any], ...] = (
     DivergenceFromBase(),
     Stops(),
+    Pairwise(),
     LearningCurve(),
     Contamination(),
     Memorization(),

@@ -23,11 +23,9 @@ if TYPE_CHECKING:
     from llmtune.scoring.requests import ContinuationRequest
 
 Role = Literal["target", "transfer", "general"]
-Ability = Literal["knowledge", "text", "chat"]
-"""What a general suite asks for: what the model knows, how it reads text, how it answers."""
+Ability = Literal["knowledge", "text", "chat"]  # what it knows, how it reads, how it answers
 ABILITIES: tuple[Ability, ...] = ("knowledge", "text", "chat")
-ERROR = "error"
-"""What a learning curve calls the loss of a task that has no likelihood of the right answer."""
+ERROR = "error"  # the loss of a learning curve if a task has no likelihood of the right answer
 
 Fields = Mapping[str, Any]
 
@@ -145,6 +143,8 @@ class SuiteConfig(Section):
     """Whether the items' references are what the untouched base writes."""
     SCORES_TEXTS: ClassVar[bool] = True
     """Whether a suite that asks can score an answer that was written out."""
+    WRITES_ANSWERS: ClassVar[bool] = False
+    """Whether an item's prediction is all that was written."""
 
     if TYPE_CHECKING:
         task: str

@@ -43,6 +43,7 @@ class ChatSuite(SuiteConfig):
     ABILITY: ClassVar[Ability] = "chat"
     NEEDS_BASE_ANSWERS: ClassVar[bool] = True
 
+    WRITES_ANSWERS: ClassVar[bool] = True
     task: Literal["chat"]
     metric: Literal["nats_per_token"] = "nats_per_token"
     """What an item scores."""

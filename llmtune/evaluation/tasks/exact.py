@@ -92,6 +92,7 @@ class ExactSuite(PromptedSuite):
         Metric("json_schema", True, "share of items"),
     )
 
+    WRITES_ANSWERS: ClassVar[bool] = True
     task: Literal["exact"]
     max_new_tokens: int = Field(default=16, ge=1)
     """Length of an answer in tokens."""

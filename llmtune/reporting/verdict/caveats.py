@@ -36,6 +36,7 @@ def find_caveats(evidence: Evidence) -> tuple[str, ...]:
         _some_items_leaked,
         _smaller_strength_would_do,
         _rivals_undecided,
+        _diagnosed,
     )
     return tuple(sentence for check in checks for sentence in check(evidence))
 
@@ -206,3 +207,10 @@ def _rivals_undecided(evidence: Evidence) -> Iterator[str]:
                     f"which is not shown to be as good (within "
                     f"{suite.unit.size(evidence.margin(suite))}) either."
                 )
+
+
+def _diagnosed(evidence: Evidence) -> Iterator[str]:
+    """Yield what the diagnoses themselves say that a reader must know."""
+    for diagnosis, found in evidence.diagnostics:
+        if found is not None:
+            yield from diagnosis.caveats(found)

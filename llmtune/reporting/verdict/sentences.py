@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-from llmtune.evaluation.compare import FEWEST_CLUSTERS, FEWEST_ITEMS
+from llmtune.evaluation.stats import FEWEST_CLUSTERS, FEWEST_ITEMS
 from llmtune.reporting.numbers import FRACTION, Unit, format_count
 from llmtune.reporting.sections.arms import split_name
 from llmtune.reporting.sections.strengths import StrengthChoice

@@ -15,7 +15,10 @@ from llmtune.evaluation.diagnosis.config import DIAGNOSES
 def test_a_diagnosis_has_a_file_a_name_in_reports_and_a_way_to_be_measured(diagnosis):
     assert f"{diagnosis.name}.json" == diagnosis.result.FILE_NAME
     assert diagnosis.what and diagnosis.measured_by.startswith("llmtune ")
-    if diagnosis.extent is None:
+    if diagnosis.knobs is not None:
+        assert EvaluateConfig.model_fields[diagnosis.name].default is None
+        assert EvaluateConfig.model_fields[diagnosis.name].description == diagnosis.help
+    elif diagnosis.extent is None:
         assert diagnosis.command and diagnosis.name not in EvaluateConfig.model_fields
     else:
         assert diagnosis.extent in get_args(Extent)

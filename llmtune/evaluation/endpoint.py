@@ -1,0 +1,316 @@
+"""An endpoint that speaks the OpenAI protocol: its settings, its client, and what replies cost.
+
+The key is read from an environment variable when a request is made; it is in no file, message or
+log.
+"""
+
+import http.client
+import json
+import logging
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import Field
+
+from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import hash_json
+from llmtune.io.json_files import parse_json
+from llmtune.schema import Section
+
+log = logging.getLogger("llmtune")
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+TRIES = 4
+RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
+LONGEST_WAIT = 60.0
+MOST_BYTES = 8 << 20
+SHOWN_CHARACTERS = 200
+
+
+class EndpointConfig(Section):
+    """A model behind an OpenAI-compatible endpoint, asked the same items."""
+
+    url: str
+    """Where it answers, up to the version: `https://HOST/v1`."""
+    model: str
+    """The model's name there."""
+    key_env: str | None = None
+    """The environment variable that holds the key; the key itself is never written anywhere."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longest answer in tokens; null takes the suite's own length."""
+    input_price: float | None = Field(default=None, ge=0)
+    """Price of a million tokens that are read, in your currency."""
+    output_price: float | None = Field(default=None, ge=0)
+    """Price of a million tokens that are written."""
+    extra: dict[str, Any] = Field(default={})
+    """More keys of the request, such as `{reasoning_effort: low}`; null takes one of ours out."""
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    """How long one answer may take."""
+    parallel_requests: int = Field(default=4, ge=1, le=64)
+    """Requests at a time."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer, with the tokens that the endpoint counted; None if it counts none."""
+
+    text: str
+    input_tokens: int | None
+    output_tokens: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RequestCost:
+    """What the requests to an endpoint took: tokens and seconds each, and the price of 1,000.
+
+    None if the endpoint counts no tokens, or the config names no prices.
+    """
+
+    endpoint: str
+    model: str
+    input_tokens: float | None
+    output_tokens: float | None
+    seconds_per_request: float
+    price_per_1000: float | None
+
+
+def describe_cost(config: EndpointConfig, replies: Sequence[Reply]) -> RequestCost:
+    """Return what the requests took."""
+    read = _mean([reply.input_tokens for reply in replies])
+    written = _mean([reply.output_tokens for reply in replies])
+    price = None
+    paid = ((read, config.input_price), (written, config.output_price))
+    parts = [count * cost for count, cost in paid if count is not None and cost is not None]
+    if len(parts) == len(paid):
+        price = sum(parts) / 1000
+    return RequestCost(
+        endpoint=config.url,
+        model=config.model,
+        input_tokens=read,
+        output_tokens=written,
+        seconds_per_request=sum(reply.seconds for reply in replies) / len(replies),
+        price_per_1000=price,
+    )
+
+
+def _mean(counts: Sequence[int | None]) -> float | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) / len(known) if len(known) == len(counts) else None
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key along."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class Endpoint:
+    """One endpoint, checked; it is asked when `ask` is called."""
+
+    def __init__(self, where: str, config: EndpointConfig) -> None:
+        """Check the settings of an endpoint, whose place in the config is `where`."""
+        self.where = where
+        self.config = config
+        parts = urlsplit(config.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise LlmtuneError(
+                f"{self.where}.url: {config.url!r}: expected http(s)://HOST/v1, without a user"
+            )
+        if config.key_env is not None:
+            if not os.environ.get(config.key_env):
+                raise LlmtuneError(
+                    f"{self.where}.key_env: the environment variable {config.key_env} is not set; "
+                    "it must hold the key"
+                )
+            if parts.scheme == "http" and parts.hostname not in LOOPBACK:
+                raise LlmtuneError(
+                    f"{self.where}.url: {config.url}: a key would be sent unencrypted; use https"
+                )
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def ask(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Reply:
+        """Return the likeliest answer to a chat (temperature 0).
+
+        Raises:
+            LlmtuneError: it cannot be reached, refuses, or answers something else.
+        """
+        body = {
+            "model": self.config.model,
+            "messages": [_as_openai(message) for message in messages],
+            "tools": tools,
+            "temperature": 0,
+            "max_tokens": self.config.max_tokens or max_tokens,
+            **self.config.extra,
+        }
+        if "max_completion_tokens" in body:
+            del body["max_tokens"]
+        content = json.dumps({k: v for k, v in body.items() if v is not None}).encode()
+        started = time.perf_counter()
+        answer = self._post(content)
+        return self._read(answer, time.perf_counter() - started)
+
+    def _post(self, content: bytes) -> Any:
+        url = f"{self.config.url.rstrip('/')}/chat/completions"
+        headers = {"Content-Type": "application/json"}
+        key = os.environ.get(self.config.key_env) if self.config.key_env else None
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        for number in range(1, TRIES + 1):
+            request = urllib.request.Request(url, content, headers)
+            wait = 2.0 ** (number - 1)
+            try:
+                with self._opener.open(request, timeout=self.config.timeout_seconds) as answer:
+                    return parse_json(answer.read(MOST_BYTES).decode("utf-8"))
+            except urllib.error.HTTPError as error:
+                text = error.read(MOST_BYTES).decode("utf-8", "replace")
+                problem = f"{error.code} {_hide(' '.join(text.split()), key)[:SHOWN_CHARACTERS]}"
+                if error.code not in RETRIED:
+                    break
+                wait = _wait_of(error.headers.get("Retry-After"), wait)
+            except (OSError, http.client.HTTPException) as error:
+                problem = f"no answer ({_hide(str(error), key)})"
+            except ValueError as error:
+                problem = f"not JSON ({error})"
+                break
+            if number < TRIES:
+                log.info("%s: %s; once more in %.0f s", self.where, problem, wait)
+                time.sleep(wait)
+        raise LlmtuneError(
+            f"{self.where}: {url}: {problem}; answers so far are kept, the same command continues"
+        )
+
+    def _read(self, answer: Any, seconds: float) -> Reply:
+        try:
+            text = answer["choices"][0]["message"]["content"] or ""
+            usage = answer.get("usage") or {}
+        except (KeyError, IndexError, TypeError, AttributeError):
+            text, usage = None, {}
+        if not isinstance(text, str):
+            raise LlmtuneError(f"{self.where}: {self.config.url}: answered without a message")
+        read, written = (usage.get(key) for key in ("prompt_tokens", "completion_tokens"))
+        return Reply(
+            text,
+            read if isinstance(read, int) else None,
+            written if isinstance(written, int) else None,
+            seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request: a chat, the longest answer in tokens, and schemas of tools."""
+
+    messages: Sequence[Mapping[str, Any]]
+    max_tokens: int
+    tools: Sequence[Mapping[str, Any]] = ()
+
+    def key(self, config: EndpointConfig) -> str:
+        """Return a hash of all that decides an answer; prices and patience do not."""
+        asked = config.model_dump(mode="json", include={"url", "model", "max_tokens", "extra"})
+        tools = [self.tools] if self.tools else []  # older answers are of items without any
+        return hash_json([asked, self.messages, self.max_tokens, *tools])
+
+
+def ask_all(
+    endpoint: Endpoint,
+    questions: Mapping[str, Question],
+    path: Path,
+    *,
+    what: str,
+    is_new: bool = False,
+) -> dict[str, Reply]:
+    """Return the reply to every question by its name; those kept in `path` are not asked again.
+
+    Args:
+        path: a JSONL file that takes each reply as it comes.
+        what: what the questions are of, for the log.
+        is_new: whether all are asked again.
+
+    Raises:
+        LlmtuneError: the endpoint fails; the replies so far are kept.
+    """
+    known = {} if is_new else dict(_read_kept(path))
+    keys = {name: question.key(endpoint.config) for name, question in questions.items()}
+    left = {key: questions[name] for name, key in keys.items() if key not in known}
+    if left:
+        log.info("evaluate: %s is asked %d items of %s", endpoint.where, len(left), what)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pool = ThreadPoolExecutor(endpoint.config.parallel_requests)
+    try:
+        asked = {
+            pool.submit(endpoint.ask, each.messages, each.max_tokens, each.tools or None): key
+            for key, each in left.items()
+        }
+        with path.open("a", encoding="utf-8") as file:
+            if _is_cut_off(path):
+                file.write("\n")
+            for done in as_completed(asked):
+                key, reply = asked[done], done.result()
+                known[key] = reply
+                file.write(json.dumps({"question": key, **asdict(reply)}) + "\n")
+                file.flush()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return {name: known[key] for name, key in keys.items()}
+
+
+def _as_openai(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with the arguments of its calls as the text that this protocol has."""
+    calls = [
+        {
+            "type": "function",
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in message.get("tool_calls") or ()
+    ]
+    return {**message, **({"tool_calls": calls} if calls else {})}
+
+
+def _read_kept(path: Path) -> Iterator[tuple[str, Reply]]:
+    """Yield what is kept; a last line that was cut off is passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return  # nothing was asked yet
+    for line in lines:
+        try:
+            values = parse_json(line)
+            yield str(values.pop("question")), Reply(**values)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # cut off by a stop: it is asked again
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a stop left a last line without its end."""
+    content = path.read_bytes()
+    return bool(content) and not content.endswith(b"\n")
+
+
+def _hide(text: str, key: str | None) -> str:
+    return text.replace(key, "***") if key else text
+
+
+def _wait_of(header: str | None, usual: float) -> float:
+    try:
+        return min(LONGEST_WAIT, max(0.0, float(header))) if header else usual
+    except ValueError:
+        return usual
