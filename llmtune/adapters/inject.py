@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -10,17 +10,24 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.live import attach
-from llmtune.adapters.module_selection import ModuleNames, choose_targets, shorten_targets
+from llmtune.adapters.module_selection import (
+    ModuleNames,
+    choose_targets,
+    means,
+    shorten_targets,
+)
+from llmtune.adapters.offered import list_modules
 from llmtune.adapters.saved import start_from_adapter
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import JsonObject
-from llmtune.models.quantization.describe import LAYER_NUMBER, expert_stacks, logical_size
+from llmtune.models.quantization.describe import LAYER_NUMBER, logical_size
+
+MAX_NAMES = 6
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ def inject_adapter(
         LlmtuneError: a name, layer or pattern matches nothing (with the nearest names), the LM
             head is a target, or the adapter in `init_from` is of a different shape or base.
     """
-    names = list_modules(model)
+    names = list_modules(model, config)
     chosen = choose_targets(config, names)
     total_parameters = sum(logical_size(parameter) for parameter in model.parameters())
     try:
@@ -115,30 +122,6 @@ def inject_adapter(
         notices=_notices(names, config, chosen),
     )
     return Injected(adapted, table)
-
-
-def list_modules(model: PreTrainedModel) -> ModuleNames:
-    """Return what the model offers to adapt: linear layers and experts by shape, and the rest."""
-    head = model.get_output_embeddings()
-    linear: dict[str, tuple[int, int]] = {}
-    others: dict[str, str] = {}
-    head_name = None
-    for name, module in model.named_modules():
-        if module is head:
-            head_name = name
-        elif isinstance(module, nn.Linear):
-            linear[name] = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            linear[name] = (module.weight.shape[1], module.weight.shape[0])
-        elif name:
-            others[name] = type(module).__name__
-    return ModuleNames(
-        linear=linear,
-        experts={name: tuple(parameter.shape) for name, parameter in expert_stacks(model)},
-        head=head_name,
-        is_head_tied=head is not None and head.weight is model.get_input_embeddings().weight,
-        others=others,
-    )
 
 
 def adapted_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
@@ -217,6 +200,22 @@ def _num_weights(names: ModuleNames, chosen: Iterable[str]) -> int:
 
 
 def _notices(names: ModuleNames, config: Adapter, chosen: list[str]) -> tuple[str, ...]:
+    return (*_exclusions(names, config), *_unadapted_experts(names, config, chosen))
+
+
+def _exclusions(names: ModuleNames, config: Adapter) -> Iterator[str]:
+    """Yield what was meant by the targets and cannot be adapted, one line a reason."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, reason in names.excluded.items():
+        if means(config.target_modules, name):
+            groups[reason].append(name)
+    for reason, left_out in groups.items():
+        endings = sorted({".".join(name.split(".")[-2:]) for name in left_out})
+        shown = ", ".join(endings[:MAX_NAMES]) + (" ..." if len(endings) > MAX_NAMES else "")
+        yield f"not adapted: {shown} ({len(left_out)} layers): {reason}"
+
+
+def _unadapted_experts(names: ModuleNames, config: Adapter, chosen: list[str]) -> tuple[str, ...]:
     left_out = [name for name in names.experts if name not in chosen]
     if not left_out:
         return ()

@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from llmtune.adapters.base import Adapter, matches_pattern
@@ -29,6 +29,8 @@ class ModuleNames:
     """Whether the head shares its weight with the input embedding."""
     others: Mapping[str, str]
     """Every other module, {name: type}."""
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    """Linear layers that cannot be adapted, {name: why}."""
 
     @property
     def adaptable(self) -> dict[str, tuple[int, ...]]:
@@ -38,7 +40,12 @@ class ModuleNames:
     @property
     def modules(self) -> list[str]:
         """The name of every module."""
-        return [*self.others, *self.linear, *([self.head] if self.head else [])]
+        return [
+            *self.others,
+            *self.linear,
+            *self.excluded,
+            *([self.head] if self.head else []),
+        ]
 
 
 def choose_targets(config: Adapter, names: ModuleNames) -> list[str]:
@@ -62,6 +69,15 @@ def choose_targets(config: Adapter, names: ModuleNames) -> list[str]:
     if problems:
         raise LlmtuneError("\n".join(problems))
     return chosen
+
+
+def means(wanted: str | Sequence[str], name: str) -> bool:
+    """Whether targets that a config names (`all-linear`, names, a regex) mean this layer."""
+    if wanted == ALL_LINEAR:
+        return True
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(_ends_with(name, one) for one in wanted)
 
 
 def shorten_targets(
@@ -133,7 +149,13 @@ def _by_regex(pattern: str, names: ModuleNames, problems: list[str]) -> list[str
     if names.head is not None and regex.fullmatch(names.head):
         problems.append(_why_not(names.head, names))
     found = [name for name in names.adaptable if regex.fullmatch(name)]
-    if not found:
+    reasons = {why for name, why in names.excluded.items() if regex.fullmatch(name)}
+    if not found and reasons:
+        problems.append(
+            f"adapter.target_modules: what {pattern!r} matches cannot be adapted: "
+            f"{'; '.join(sorted(reasons))}."
+        )
+    elif not found:
         example = next(iter(names.linear), "none")
         problems.append(
             f"adapter.target_modules: no linear layer's whole name matches the regex {pattern!r} "
@@ -198,6 +220,9 @@ def _why_not(name: str, names: ModuleNames) -> str:
             "there would not be trained. Leave it out, or train it whole: "
             f"adapter.modules_to_save=[{name}]"
         )
+    reasons = {why for module, why in names.excluded.items() if _ends_with(module, name)}
+    if reasons:
+        return f"{start} cannot be adapted: {'; '.join(sorted(reasons))}. Leave it out."
     kinds = {kind for module, kind in names.others.items() if _ends_with(module, name)}
     if kinds:
         return f"{start} is {', '.join(sorted(kinds))}; only linear layers are adapted."

@@ -9,7 +9,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from llmtune.adapters.config import AdapterConfig
-from llmtune.adapters.inject import adapted_layers, inject_adapter, list_modules
+from llmtune.adapters.inject import adapted_layers, inject_adapter
+from llmtune.adapters.offered import list_modules
 from tests.tiny import make_model
 
 METHODS = [member.model_fields["method"].default for member in get_args(get_args(AdapterConfig)[0])]

@@ -1,10 +1,13 @@
 """Injecting: the chosen weights alone are trained, on every family, and the table says so."""
 
+import copy
+import re
 import warnings
 from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from llmtune.adapters.dora import DoraAdapter
 from llmtune.adapters.inject import adapted_layers, inject_adapter
@@ -116,34 +119,64 @@ def test_experts_are_adapted_or_the_table_says_why_not():
     assert "not among the targets" in named.notices[0]
 
 
-def test_family_whose_names_peft_reinterprets_is_refused_with_names_that_work():
-    knobs: dict[str, Any] = {
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "moe_intermediate_size": 64,
-        "first_k_dense_replace": 1,
-        "num_key_value_heads": 4,
-        "kv_lora_rank": 16,
-        "q_lora_rank": 16,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
+DEEPSEEK: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+ROUTED: dict[str, Any] = {"num_local_experts": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "knobs", "left_out"),
+    [
+        ("deepseek_v3", DEEPSEEK, "mlp.gate_proj.*peft takes its name for the weights"),
+        ("mamba", {"state_size": 8}, "mixer.dt_proj, mixer.out_proj .4 layers.: the state-space"),
+        ("phimoe", ROUTED, "mlp.router .2 layers.: PhimoeTopKRouter returns more than one"),
+    ],
+)
+def test_what_cannot_be_adapted_is_left_out_of_all_linear_and_named(family, knobs, left_out):
+    model, table = inject_adapter(make_model(family, **knobs), LoraAdapter())
+
+    (notice,) = [one for one in table.notices if one.startswith("not adapted")]
+    assert re.search(left_out, notice)
+    assert table.rows
+    model(torch.tensor([[5, 6, 7]]))  # the adapted model computes
+
+
+def test_what_cannot_be_adapted_is_an_error_by_name():
+    model = make_model("phimoe", **ROUTED)
+    with pytest.raises(LlmtuneError, match="'router' cannot be adapted: PhimoeTopKRouter returns"):
+        inject_adapter(model, LoraAdapter(target_modules=["q_proj", "router"]))
+    with pytest.raises(LlmtuneError, match="matches cannot be adapted: PhimoeTopKRouter"):
+        inject_adapter(model, LoraAdapter(target_modules=r".*\.router"))
+
+
+def test_the_language_model_alone_is_adapted_inside_a_wrapper():
+    text = {
+        **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
     }
-    with pytest.raises(LlmtuneError, match="Leave them out") as caught:
-        inject_adapter(make_model("deepseek_v3", **knobs), LoraAdapter())
-    advised = str(caught.value).rpartition("[")[2].rstrip("]").split(", ")
-    injected = inject_adapter(
-        make_model("deepseek_v3", **knobs), LoraAdapter(target_modules=advised)
-    )
-
-    assert injected.table.rows
-
-
-def test_model_that_peft_refuses_is_one_clear_error():
-    with pytest.raises(LlmtuneError, match="peft cannot adapt this model as asked"):
-        inject_adapter(make_model("mamba", state_size=8), LoraAdapter())
+    vision = {
+        **{"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    }
+    config = CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(config)
+    for targets in ("all-linear", ["q_proj", "v_proj"]):
+        adapted, table = inject_adapter(copy.deepcopy(model), LoraAdapter(target_modules=targets))
+        assert all("language_model" in row.pattern for row in table.rows)
+        assert any("not part of the language model" in notice for notice in table.notices)
+        assert all("language_model" in name for name in adapted_layers(adapted))
 
 
 def test_saved_adapter_is_the_start(checkpoint, tmp_path):

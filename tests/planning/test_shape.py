@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from llmtune.adapters.inject import list_modules
+from llmtune.adapters.offered import list_modules
 from llmtune.errors import LlmtuneError
 from llmtune.planning.families import FAMILIES
 from llmtune.planning.shape import read_shape
