@@ -8,6 +8,7 @@ from peft import PeftModel
 from llmtune.adapters.bypassed import describe_bypassed, find_bypassed
 from llmtune.adapters.inject import adapted_layers
 from llmtune.errors import LlmtuneError
+from llmtune.models.probing import ProbeFailedError, probing
 from llmtune.scoring.batches import inference, model_device, pad_rows, run_forward
 from llmtune.scoring.causal import sees_later_tokens
 
@@ -24,9 +25,21 @@ def require_trainable(model: PeftModel, input_ids: Sequence[int]) -> None:
 
     Raises:
         LlmtuneError: a position sees the tokens after it, so that every answer would be known
-            before it is trained; or adapted modules are not run, and would not be trained.
+            before it is trained; adapted modules are not run, and would not be trained; or the
+            library's own code fails on this model.
     """
     ids = list(input_ids[:NUM_PROBED])
+    try:
+        with probing():
+            _require_trainable(model, ids)
+    except ProbeFailedError as error:
+        raise LlmtuneError(
+            f"model.base: {type(model.get_base_model()).__name__} does not run in the installed "
+            f"transformers, even before anything of it is replaced: {error}"
+        ) from error
+
+
+def _require_trainable(model: PeftModel, ids: Sequence[int]) -> None:
     if sees_later_tokens(model, ids):
         raise LlmtuneError(
             f"model.base: {model.config.model_type} lets a token see those after it, so the next "

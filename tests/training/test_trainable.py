@@ -31,7 +31,10 @@ def make_run(directory, family: str, **settings):
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_a_module_whose_weight_the_model_reads_itself_is_named_before_training(tmp_path, method):
+def test_a_module_whose_weight_the_model_reads_itself_is_named_before_training(
+    tmp_path, method, monkeypatch
+):
+    monkeypatch.setattr("llmtune.adapters.offered.READ_BY_KERNELS", ())  # as if it were not known
     config = make_run(tmp_path, "jamba", adapter={"method": method, "rank": 2})
     with pytest.raises(LlmtuneError) as refused:
         train(config)
@@ -39,6 +42,19 @@ def test_a_module_whose_weight_the_model_reads_itself_is_named_before_training(t
     assert "model.layers.*.mamba.dt_proj itself, past the adapter" in line
     assert "target_modules=[in_proj, x_proj, out_proj" in line
     assert "dt_proj" not in line.rpartition("target_modules=")[2]
+    assert not config.run.adapter_dir.exists()
+
+
+def test_a_model_whose_own_code_fails_is_refused_in_one_line(tmp_path, monkeypatch):
+    def fail(*_inputs, **_options):
+        raise NotImplementedError("no kernel for this GPU")
+
+    monkeypatch.setattr(
+        "transformers.models.llama.modeling_llama.LlamaAttention.forward", fail, raising=True
+    )
+    config = load_config(make_project(tmp_path), ["train.max_steps=1"])
+    with pytest.raises(LlmtuneError, match="LlamaForCausalLM does not run.*no kernel for this GPU"):
+        train(config)
     assert not config.run.adapter_dir.exists()
 
 
