@@ -70,15 +70,18 @@ def is_runtime_installed() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
-def require_runtime() -> None:
+def require_runtime(what: str = "checking") -> None:
     """Check that llama.cpp is installed.
+
+    Args:
+        what: is done with a GGUF file, for the message.
 
     Raises:
         LlmtuneError: it is not; the message says how to install it.
     """
     if not is_runtime_installed():
         raise LlmtuneError(
-            f"checking a GGUF file needs llama.cpp ({PACKAGE}), which is not installed: "
+            f"{what} a GGUF file needs llama.cpp ({PACKAGE}), which is not installed: "
             "pip install xllamacpp"
         )
 

@@ -15,10 +15,10 @@ from llmtune.commands.options import (
 @OVERRIDES_ARGUMENT
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "transformers"]),
+    type=click.Choice(["auto", "transformers", "llama.cpp"]),
     default="auto",
     show_default=True,
-    help="What computes.",
+    help="What computes; auto: llama.cpp for a GGUF file, else transformers.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
@@ -48,9 +48,7 @@ from llmtune.commands.options import (
 @click.option(
     "--max-waiting",
     type=click.IntRange(min=0),
-    default=16,
-    show_default=True,
-    help="Requests that may wait for the one that is answered.",
+    help="Requests that may wait for the one that is answered (16; transformers only).",
 )
 @click.option(
     "--check",
@@ -70,27 +68,29 @@ def serve(  # noqa: PLR0913 (one argument an option)
     api_key_env: str | None,
     names: tuple[str, ...],
     temperature: float,
-    max_waiting: int,
+    max_waiting: int | None,
     num_checked: int,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Answer requests of the OpenAI protocol, on this machine alone unless you open it.
 
-    TARGET is a config, a run, an adapter directory or a model. A request names who answers:
-    tuned, base, merged, original, or an export of the run.
+    TARGET is a config, a run, an adapter directory, a model or a GGUF file. A request names who
+    answers: tuned, base, merged, original, or an export of the run.
 
     Ctrl-C ends it, with exit code 0.
 
     \b
       llmtune serve runs/quickstart
       llmtune serve runs/quickstart/merged --temperature 0
+      llmtune serve runs/quickstart --engine llama.cpp
     """
     from llmtune.runs.serve import find_servable
-    from llmtune.serving.serve import ServeSettings, serve_live
+    from llmtune.serving.listening import ServeSettings
+    from llmtune.serving.serve import serve as start
 
     show_progress(quiet)
     settings = ServeSettings(
         engine, host, port, api_key_env, names, temperature, max_waiting, num_checked, as_json
     )
-    serve_live(find_servable(target, overrides), settings)
+    start(find_servable(target, overrides), settings)

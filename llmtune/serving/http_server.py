@@ -26,6 +26,7 @@ from starlette.routing import Route
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import parse_json
+from llmtune.serving.listening import LOOPBACK
 from llmtune.serving.live_models import LiveModels, Said
 from llmtune.serving.openai_api import (
     BEARER,
@@ -45,8 +46,6 @@ MOST_BYTES = 16 << 20
 LOOK_SECONDS = 0.5
 """How often it is looked whether a client that waits is still there."""
 GOODBYE_SECONDS = 5
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-BUG = "the server failed; its terminal says how"
 
 
 @dataclass(frozen=True)
@@ -312,28 +311,6 @@ def _fail(_: Request, error: Exception) -> Response:
 
 def _leave(_: Request, error: Exception) -> Response:
     return Response(status_code=499)
-
-
-def bind_socket(host: str, port: int) -> socket.socket:
-    """Take the address, so that no model is loaded for one that is taken.
-
-    Raises:
-        LlmtuneError: it cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    taken = socket.socket(family)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        taken.bind((host, port))
-        taken.listen()  # two sockets may be bound to one port until one of them listens
-    except (OSError, OverflowError) as error:
-        taken.close()
-        reason = getattr(error, "strerror", None) or error
-        raise LlmtuneError(
-            f"--host {host} --port {port}: cannot be listened on: {reason}; choose a different "
-            "one (--port 0 takes any that is free)"
-        ) from None
-    return taken
 
 
 class Server(uvicorn.Server):

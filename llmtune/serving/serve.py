@@ -1,45 +1,24 @@
-"""Start an OpenAI-compatible endpoint on what a target names, and check its answers first."""
+"""Start an OpenAI-compatible endpoint on what a target names, with the engine that suits it."""
 
 import importlib.util
-import json
-import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from llmtune.data.conversation import Conversation
 from llmtune.errors import LlmtuneError
 from llmtune.models.resolve import Loadable
+from llmtune.serving.engine_process import run_engine
+from llmtune.serving.listening import ServeSettings, announce, bind_socket, read_api_key
+from llmtune.serving.llama_cpp import GGUF_SUFFIX, plan_llama_cpp
 from llmtune.serving.start_check import Asked, Known, KnownQuestion, StartCheck, check_answers
 
 if TYPE_CHECKING:
     from llmtune.serving.live_models import LiveModels
 
-log = logging.getLogger("llmtune")
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PACKAGES = ("starlette", "uvicorn")
-
-
-@dataclass(frozen=True)
-class ServeSettings:
-    """Where requests are taken, by whom they are answered, and how."""
-
-    engine: str = "auto"
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key_env: str | None = None
-    names: tuple[str, ...] = ()
-    """Models that are served; empty is all."""
-    temperature: float = 1.0
-    """Of a request that names none."""
-    max_waiting: int = 16
-    num_checked: int = 3
-    as_json: bool = False
+MAX_WAITING = 16
 
 
 @dataclass(frozen=True)
@@ -54,27 +33,22 @@ class Servable:
     """GGUF files."""
 
 
-def read_api_key(settings: ServeSettings) -> str | None:
-    """Return the key that requests must carry, from the environment alone.
+def serve(served: Servable, settings: ServeSettings) -> None:
+    """Answer requests until Ctrl-C; `auto` runs a GGUF file in llama.cpp, all else in transformers.
 
     Raises:
-        LlmtuneError: the variable is not set.
+        LlmtuneError: a package is missing, the address is taken, there is no such model, or the
+            engine cannot load it.
     """
-    if settings.api_key_env is None:
-        if settings.host not in LOOPBACK:
-            log.warning(
-                "WARNING: --host %s without --api-key-env: whoever reaches this machine can use "
-                "the model; set a key in an environment variable and name it",
-                settings.host,
-            )
-        return None
-    key = os.environ.get(settings.api_key_env)
-    if not key:
-        raise LlmtuneError(
-            f"--api-key-env {settings.api_key_env}: the environment variable is not set; it must "
-            "hold the key"
-        )
-    return key
+    engine = settings.engine
+    if engine == "auto":
+        is_file = Path(served.target.name).suffix == GGUF_SUFFIX
+        engine = "llama.cpp" if is_file else "transformers"
+    if engine == "llama.cpp":
+        plan = plan_llama_cpp(served.target.name, served.files, settings)
+        run_engine(plan, served.known, settings)
+    else:
+        serve_live(served, settings)
 
 
 def serve_live(served: Servable, settings: ServeSettings) -> None:
@@ -92,7 +66,7 @@ def serve_live(served: Servable, settings: ServeSettings) -> None:
             f"pip install {' '.join(missing)}"
         )
     key = read_api_key(settings)
-    from llmtune.serving.http_server import HttpSettings, Server, bind_socket
+    from llmtune.serving.http_server import HttpSettings, Server
     from llmtune.serving.live_models import LiveModels, find_models
 
     models = LiveModels(find_models(served.target, served.exports, settings.names))
@@ -100,7 +74,12 @@ def serve_live(served: Servable, settings: ServeSettings) -> None:
     try:
         models.load()
         checked = _check_live(models, served, settings)
-        http = HttpSettings(settings.host, key, settings.temperature, settings.max_waiting)
+        http = HttpSettings(
+            settings.host,
+            key,
+            settings.temperature,
+            MAX_WAITING if settings.max_waiting is None else settings.max_waiting,
+        )
         server = Server(models, http)
         announce(settings, taken.getsockname()[1], "transformers", models.names, checked)
         server.take_requests(taken)
@@ -127,21 +106,3 @@ def _check_live(models: "LiveModels", served: Servable, settings: ServeSettings)
 
     known = served.known if first.target is served.target else Known()
     return check_answers(Asked(first.name, first.arm, identity), known, settings.num_checked, ask)
-
-
-def announce(
-    settings: ServeSettings,
-    port: int,
-    engine: str,
-    names: tuple[str, ...],
-    checked: StartCheck,
-) -> None:
-    """Say where requests are taken, on stdout, once they are."""
-    checked.say()
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{port}/v1"
-    if settings.as_json:
-        facts = {"url": url, "engine": engine, "models": names, "check": checked.to_json()}
-        click.echo(json.dumps(facts))
-    else:
-        click.echo(f"{url} answers as {', '.join(names)} ({engine}); Ctrl-C ends it")

@@ -11,15 +11,21 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import openai
 import pytest
 
+from llmtune.checks.runtime import is_runtime_installed
 from llmtune.cli import run_command
+from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.serve import find_servable
-from llmtune.serving.http_server import HttpSettings, Server, bind_socket
+from llmtune.serving.http_server import HttpSettings, Server
+from llmtune.serving.listening import bind_socket
 from llmtune.serving.live_models import LiveModels, find_models
 from llmtune.serving.openai_api import (
     RefusedRequest,
@@ -51,7 +57,11 @@ def run_dir(tmp_path_factory):
     config.write_text(json.dumps(values))
     exact = ["model.dtype=float32", "evaluate.extent=none", "evaluate.limit=6"]
     assert run_command(["run", str(config), *exact, "--quiet"]) == 0
-    return directory / "run"
+    run_dir = directory / "run"
+    (run_dir / "exports").mkdir()
+    path = run_dir / "exports" / "tiny-f32.gguf"
+    write_gguf(GgufRequest(Checkpoint.open(run_dir / "merged"), path, "f32", "tiny"))
+    return run_dir
 
 
 class Running:
@@ -298,29 +308,83 @@ def test_what_cannot_be_served_is_one_line(run_dir, capsys, arguments, words):
     assert words.format(**names) in err and err.count("error:") == 1
 
 
+@contextmanager
+def serving(*arguments, env=None):
+    """The command in a process of its own: what it prints, a client, and how it ended."""
+    command = [sys.executable, "-m", "llmtune", "serve", *map(str, arguments), "--json"]
+    process = subprocess.Popen(
+        [*command, "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(env or {})},
+    )
+    ended: dict[str, Any] = {}
+    try:
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        yield json.loads(line), ended
+        process.send_signal(signal.SIGINT)
+        ended["err"] = process.communicate(timeout=30)[1]
+        ended["code"] = process.returncode
+    finally:
+        process.kill()
+
+
+@pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")
+def test_llama_cpp_serves_an_exported_file_with_its_own_server(run_dir):
+    arguments = [run_dir, "--engine", "llama.cpp", "--api-key-env", "KEY_HERE"]
+    with serving(*arguments, env={"KEY_HERE": "secret"}) as (facts, ended):
+        client = openai.OpenAI(base_url=facts["url"], api_key="secret", max_retries=0)
+        assert [one.id for one in client.models.list()] == ["tiny-f32"] == facts["models"]
+        answer = client.chat.completions.create(model="tiny-f32", messages=ASKED, **GREEDY)
+        chunks = client.chat.completions.create(
+            model="tiny-f32", messages=ASKED, stream=True, **GREEDY
+        )
+        said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert said == answer.choices[0].message.content
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=facts["url"], api_key="x").models.list()
+    assert ended["code"] == 0, ended["err"]
+    assert facts["check"]["asked"] == 3
+    assert "secret" not in ended["err"] and "Traceback" not in ended["err"]
+
+
+@pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")
+def test_a_file_that_llama_cpp_cannot_serve_is_one_line(run_dir, tmp_path, capsys):
+    assert run_command(["serve", str(run_dir / "merged"), "--engine", "llama.cpp"]) == 2
+    assert "no GGUF file, which is what llama.cpp reads" in capsys.readouterr().err
+    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "llama")
+    writer.add_type("adapter")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert run_command(["serve", str(tmp_path / "lora.gguf")]) == 2
+    assert "holds an adapter, not a whole model" in capsys.readouterr().err
+    writer = gguf.GGUFWriter(tmp_path / "empty.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert run_command(["serve", str(tmp_path / "empty.gguf"), "--port", "0"]) == 2
+    assert "llama.cpp ended by itself" in capsys.readouterr().err
+
+
 def test_the_command_checks_serves_and_ends_with_zero(run_dir):
     result = run_dir / "evaluations" / "written.tuned.json"
     kept = result.read_text()
     values = json.loads(kept)
     values["items"][0]["prediction"] = "something else"
     result.write_text(json.dumps(values))
-    command = [sys.executable, "-m", "llmtune", "serve", str(run_dir), "--port", "0", "--json"]
-    command += ["--host", "0.0.0.0"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    )
     try:
-        facts = json.loads(process.stdout.readline())
-        url = facts["url"].replace("0.0.0.0", "127.0.0.1")
-        client = openai.OpenAI(base_url=url, api_key="unused", max_retries=0)
-        answer = client.chat.completions.create(model="tuned", messages=ASKED, **GREEDY)
-        assert answer.choices[0].message.content
-        process.send_signal(signal.SIGINT)
-        err = process.communicate(timeout=30)[1]
+        with serving(run_dir, "--host", "0.0.0.0") as (facts, ended):
+            url = facts["url"].replace("0.0.0.0", "127.0.0.1")
+            client = openai.OpenAI(base_url=url, api_key="unused", max_retries=0)
+            answer = client.chat.completions.create(model="tuned", messages=ASKED, **GREEDY)
+            assert answer.choices[0].message.content
     finally:
-        process.kill()
         result.write_text(kept)
-    assert process.returncode == 0, err
+    err = ended["err"]
+    assert ended["code"] == 0, err
     assert (facts["engine"], facts["models"][0]) == ("transformers", "tuned")
     assert facts["check"]["asked"] == 3
     (difference,) = facts["check"]["differences"]
@@ -335,12 +399,13 @@ def test_the_commands_and_the_client_of_the_docs_work(run_dir, running, monkeypa
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", docs, re.MULTILINE | re.DOTALL)
     monkeypatch.setenv("SERVE_KEY", "secret")
     monkeypatch.setattr("llmtune.serving.http_server.Server.take_requests", lambda *_: None)
+    monkeypatch.setattr("llmtune.serving.serve.run_engine", lambda *_: None)
     lines = [line for kind, block in blocks if kind in ("", "bash") for line in block.splitlines()]
     commands = [line for line in lines if line.startswith("llmtune serve")]
-    assert len(commands) >= 2
+    assert len(commands) >= 3
     for command in commands:
         arguments = shlex.split(command.replace("runs/quickstart", str(run_dir)))[1:]
         assert run_command([*arguments, "--port", "0", "--check", "1"]) == 0, command
     (script,) = [block for kind, block in blocks if kind == "python"]
     exec(script.replace("http://127.0.0.1:8000/v1", running.url), {})
-    assert capsys.readouterr().out.count("\n") >= len(commands) + 1
+    assert capsys.readouterr().out.count("(transformers); Ctrl-C ends it") >= 2

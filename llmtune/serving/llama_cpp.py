@@ -1,0 +1,64 @@
+"""A GGUF file in llama.cpp's own server (light)."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from llmtune.checks.runtime import require_runtime
+from llmtune.errors import LlmtuneError
+from llmtune.io.gguf_head import read_gguf_head
+from llmtune.serving.engine_process import EnginePlan
+from llmtune.serving.listening import ServeSettings
+
+GGUF_SUFFIX = ".gguf"
+KEY_VARIABLE = "LLMTUNE_SERVE_KEY"
+KIND = "general.type"
+WHOLE = "model"
+
+
+def plan_llama_cpp(name: str, files: Mapping[str, Path], settings: ServeSettings) -> EnginePlan:
+    """Return how llama.cpp serves a GGUF file, or a run's exported one.
+
+    Args:
+        name: the target as the user gave it.
+        files: the GGUF files of a run, by name.
+
+    Raises:
+        LlmtuneError: llama.cpp is not installed, or there is no such file, or no whole model in it.
+    """
+    require_runtime("serving")
+    path = Path(name)
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        files = {path.stem: path}
+    shown, file = _choose(name, files, settings.names)
+    kind = read_gguf_head(file).values.get(KIND, WHOLE)
+    if kind != WHOLE:
+        raise LlmtuneError(
+            f"{file}: holds an {kind}, not a whole model; export the merged one: "
+            "llmtune export RUN --to gguf"
+        )
+    question = {
+        "path": str(file),
+        "name": shown,
+        "host": settings.host,
+        "temperature": settings.temperature,
+    }
+    command = [sys.executable, "-m", "llmtune.serving.llama_cpp_worker", json.dumps(question)]
+    return EnginePlan("llama.cpp", [*command, "{port}"], (shown,), "merged", KEY_VARIABLE)
+
+
+def _choose(name: str, files: Mapping[str, Path], wanted: tuple[str, ...]) -> tuple[str, Path]:
+    """Return the one file that is served, with the name that it answers by."""
+    if not files:
+        raise LlmtuneError(
+            f"{name}: no GGUF file, which is what llama.cpp reads; make one: "
+            f"llmtune export {name} --to gguf"
+        )
+    known = ", ".join(files)
+    if len(wanted) > 1 or (len(files) > 1 and not wanted):
+        raise LlmtuneError(f"llama.cpp serves one file; choose it with --model: {known}")
+    shown = wanted[0] if wanted else next(iter(files))
+    if shown not in files:
+        raise LlmtuneError(f"--model {shown}: {name} has no such GGUF file; there is: {known}")
+    return shown, files[shown]
