@@ -35,8 +35,8 @@ def plan_llama_cpp(name: str, files: Mapping[str, Path], settings: ServeSettings
     kind = read_gguf_head(file).values.get(KIND, WHOLE)
     if kind != WHOLE:
         raise LlmtuneError(
-            f"{file}: holds an {kind}, not a whole model; export the merged one: "
-            "llmtune export RUN --to gguf"
+            f"{file}: holds an {kind}, not a whole model; export the merged one "
+            "(llmtune export --help says how)"
         )
     question = {
         "path": str(file),
@@ -52,8 +52,8 @@ def _choose(name: str, files: Mapping[str, Path], wanted: tuple[str, ...]) -> tu
     """Return the one file that is served, with the name that it answers by."""
     if not files:
         raise LlmtuneError(
-            f"{name}: no GGUF file, which is what llama.cpp reads; make one: "
-            f"llmtune export {name} --to gguf"
+            f"{name}: no GGUF file, which is what llama.cpp reads; export one first "
+            "(llmtune export --help says how)"
         )
     known = ", ".join(files)
     if len(wanted) > 1 or (len(files) > 1 and not wanted):
