@@ -287,7 +287,7 @@ def _joint(random: Random, count: int, noise: float, effect: float) -> tuple[Sui
     chances = np.clip(0.6 + effect + random.normal(0, noise, count), 0, 1)
     tuned = (luck < chances[:, None]).astype(float)
     trainings = [_results([Planted("t", "target", {"base": base, "tuned": row})]) for row in tuned]
-    return measure_joint_suites(trainings, RESAMPLING)
+    return tuple(each.report for each in measure_joint_suites(trainings, RESAMPLING))
 
 
 def _results(suites: Sequence[Planted]) -> dict[str, dict[str, ArmResult]]:

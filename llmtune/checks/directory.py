@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.checks.merged import VerifyResult, verify_merge
+from llmtune.checks.merge_result import VerifyResult
+from llmtune.checks.merged import verify_merge
 from llmtune.checks.prompts import NUM_NEW_TOKENS, build_prompts
 from llmtune.checks.provenance import read_record, strength_of
 from llmtune.checks.reference import (

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from llmtune.checks.merged import VerifyResult, verify_merge
+from llmtune.checks.merge_result import VerifyResult
+from llmtune.checks.merged import verify_merge
 from llmtune.checks.prompts import ComparedPrompts
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.data.render import encode_plain

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from llmtune.checks.merged import VerifyResult
+from llmtune.checks.merge_result import VerifyResult
 from llmtune.checks.provenance import add_to_provenance
 from llmtune.data.open_prompts import OPEN_PROMPTS
 from llmtune.errors import CheckFailed

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmtune.adapters.manifest import has_strengths
-from llmtune.checks.merged import VerifyResult, verify_merge
+from llmtune.checks.merge_result import VerifyResult
+from llmtune.checks.merged import verify_merge
 from llmtune.checks.prompts import NUM_NEW_TOKENS, ComparedPrompts, HeldOut, build_prompts
 from llmtune.checks.reference import comparison_config, comparison_dtype
 from llmtune.data.template import require_trained_template

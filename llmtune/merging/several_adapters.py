@@ -19,7 +19,8 @@ from llmtune.adapters.manifest import (
     read_adapter_config,
     read_adapter_manifest,
 )
-from llmtune.checks.merged import VerifyResult, load_merged, verify_merge
+from llmtune.checks.merge_result import VerifyResult
+from llmtune.checks.merged import load_merged, verify_merge
 from llmtune.checks.prompts import NUM_NEW_TOKENS, build_prompts
 from llmtune.checks.reference import comparison_config, comparison_dtype
 from llmtune.errors import LlmtuneError

@@ -69,19 +69,19 @@ class BaseNumbers:
         return DTYPE_BYTES.get(str(named), 2)
 
 
-def read_base(model: ModelConfig) -> BaseNumbers:
+def read_base(model: ModelConfig, opened: Checkpoint | None = None) -> BaseNumbers:
     """Read the numbers of the base that `model` names; a path wins, else it is a hub id.
 
-    A directory needs no more than config.json. From the hub only config.json and the headers of
-    the weights are fetched.
+    `opened` is that base, if it is open already. A directory needs no more than config.json. From
+    the hub only config.json and the headers of the weights are fetched.
 
     Raises:
         LlmtuneError: there is no such path and no such model, the hub cannot be reached, or the
             base is quantized already, which training refuses too.
     """
-    path = Path(model.base).expanduser()
+    path = Path(model.base).expanduser() if opened is None else opened.directory
     if path.is_dir():
-        base = Checkpoint.open(path)
+        base = opened or Checkpoint.open(path)
         config = base.config
         refuse_quantized(config, str(path))
         stored = None

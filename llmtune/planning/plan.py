@@ -120,7 +120,7 @@ def make_plan(request: PlanRequest) -> Plan:
     Raises:
         LlmtuneError: the base or its architecture is not known, or the data is wrong.
     """
-    base = read_base(request.model)
+    base = read_base(request.model, request.opened)
     shape = read_shape(base.config, base.place)
     rows = read_rows(
         request.data,

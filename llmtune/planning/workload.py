@@ -11,6 +11,7 @@ from llmtune.adapters.module_selection import ModuleNames, choose_targets
 from llmtune.data.config import DataConfig
 from llmtune.data.example import PreparedData
 from llmtune.errors import LlmtuneError
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.planning.activations import Adapted
 from llmtune.planning.base import read_base
@@ -40,6 +41,8 @@ class PlanRequest:
     device: Device
     measure: bool = False
     """Time a matrix product now for the time estimate."""
+    opened: Checkpoint | None = None
+    """The base, if it is open already."""
 
 
 def plan_memory_of(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> MemoryEstimate:
@@ -133,12 +136,12 @@ def estimate_training(
     total is what is allocated, without the context.
 
     Args:
-        request: the sections; its base is a directory, its device `devices.free_device`'s.
+        request: the sections, with the opened base; its device is `devices.free_device`'s.
         train: the prepared rows.
         evaluation: the prepared rows of evaluation.
     """
     try:
-        base = read_base(request.model)
+        base = read_base(request.model, request.opened)
         shape = read_shape(base.config, base.place)
         rows = measure_rows(train, evaluation, batch_size=request.train.batch_size)
         memory = plan_memory_of(request, shape, rows)

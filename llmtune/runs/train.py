@@ -134,10 +134,9 @@ class TrainStage(Stage[TrainRecord]):
         from llmtune.models.hardware import choose_device
         from llmtune.planning.devices import free_device
 
-        base = {"base": str(self.source.directory), "revision": None}
         device = free_device(str(choose_device(self.config.model.device)))
         request = plan_request(self.config, device)
-        return dataclasses.replace(request, model=self._model.model_copy(update=base))
+        return dataclasses.replace(request, model=self._model, opened=self.source)
 
     @property
     def _model(self) -> ModelConfig:

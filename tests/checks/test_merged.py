@@ -1,6 +1,7 @@
 """Verification sees a merged model that answers otherwise, and says where."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_merged_model_is_close_to_the_adapter_model(merged, dtype):
     assert result.top1_agreement > 0.8
     assert result.num_same_labels == result.num_labels == len(PROMPTS)
     assert result.num_same_texts + len(result.divergences) == result.num_open_prompts
-    assert json.loads(json.dumps(result.to_dict()))["dtype"] == result.dtype
+    assert json.loads(json.dumps(asdict(result)))["dtype"] == result.dtype
 
 
 def test_corrupted_tensor_shows_in_every_number(merged):

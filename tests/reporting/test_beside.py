@@ -1,6 +1,7 @@
 """Scores beside a suite's metric are shown, and said where they contradict it."""
 
 import re
+from dataclasses import asdict
 
 from llmtune.evaluation.classification import describe_calibration, describe_classes
 from llmtune.reporting.beside import find_disagreements, tabulate_beside
@@ -72,8 +73,9 @@ def test_a_verdict_says_for_which_use_it_holds():
 
 def test_confusion_and_reliability_are_drawn_from_the_numbers():
     pairs = [("good", "good")] * 7 + [("bad", "good")] * 2 + [("bad", "bad")] * 3 + [("bad", "")]
-    also = describe_classes(pairs, ["good", "bad <b>"]) | describe_classes(pairs, ["good", "bad"])
-    also |= describe_calibration([[0.9, 0.1], [0.4, 0.6], [0.95, 0.05]], [0, 0, 0])
+    also = asdict(describe_classes(pairs, ["good", "bad <b>"]))
+    also |= asdict(describe_classes(pairs, ["good", "bad"]))
+    also |= asdict(describe_calibration([[0.9, 0.1], [0.4, 0.6], [0.95, 0.05]], [0, 0, 0]))
     suite = make_suite(also, also)
     shown = show_results([suite], Thresholds())
     confusion, reliability = shown["pictures"]
