@@ -210,7 +210,9 @@ def check_file(file: ModelFile, reference: Reference, tolerances: Tolerances) ->
     )
     against_model = against_live = None
     if model is not None:
-        against_model = _compare_with_model(asked, model, limits)
+        against_model = _compare_with_model(
+            asked, model, limits, trust_remote_code=reference.model.trust_remote_code
+        )
         problems += against_model.problems(tolerances)
         release_memory()
     if reference.adapter_dir is not None:
@@ -285,9 +287,14 @@ def _origin_problems(file: ModelFile, model: Checkpoint | None) -> list[str]:
     return [f"it was made from other weights than those in {model.directory}; export it again"]
 
 
-def _compare_with_model(asked: _Asked, model: Checkpoint, limits: Limits) -> ModelComparison:
-    dtype = getattr(torch, comparison_dtype(model, num_models=1))
-    return _compare(asked, load_merged(model.directory, dtype=dtype, device="cpu"), limits)
+def _compare_with_model(
+    asked: _Asked, source: Checkpoint, limits: Limits, *, trust_remote_code: bool
+) -> ModelComparison:
+    dtype = getattr(torch, comparison_dtype(source, num_models=1))
+    model = load_merged(
+        source.directory, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code
+    )
+    return _compare(asked, model, limits)
 
 
 def _compare_with_live(

@@ -19,6 +19,7 @@ from llmtune.io.safetensors import CheckpointIndex
 from llmtune.models.checkpoint import CONFIG_NAME
 from llmtune.models.quantization.describe import keep_differentiable
 from llmtune.models.quiet import quiet_loading
+from llmtune.models.skeleton import require_known_code
 from llmtune.scoring.batches import (
     adapter_disabled,
     batch_by_length,
@@ -136,6 +137,8 @@ def load_merged(
     Raises:
         LlmtuneError: transformers cannot load it, or leaves some of its weights uninitialised.
     """
+    config = read_json_object(merged_dir / CONFIG_NAME)
+    require_known_code(str(merged_dir), config, trust_remote_code=trust_remote_code)
     with blamed_on(merged_dir, "transformers", advice=MERGE_AGAIN), quiet_loading():
         model, info = AutoModelForCausalLM.from_pretrained(
             merged_dir,
@@ -145,7 +148,7 @@ def load_merged(
             trust_remote_code=trust_remote_code,
         )
     problems = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if problems["unexpected_keys"] and "text_config" in read_json_object(merged_dir / CONFIG_NAME):
+    if problems["unexpected_keys"] and "text_config" in config:
         del problems["unexpected_keys"]  # the parts for images of a model whose text was loaded
     if any(problems.values()):
         raise LlmtuneError(

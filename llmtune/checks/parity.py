@@ -111,14 +111,18 @@ class ParityQuestions:
     runtime: RuntimeRequest
 
 
-def compare_file(source: Checkpoint, path: Path) -> ParityResult:
+def compare_file(
+    source: Checkpoint, path: Path, *, trust_remote_code: bool = False
+) -> ParityResult:
     """Compare a GGUF file in llama.cpp with the checkpoint it was made from, both on the CPU.
 
     Raises:
         LlmtuneError: llama.cpp is not installed or cannot load the file.
     """
     dtype = getattr(torch, comparison_dtype(source, num_models=1))
-    model = load_merged(source.directory, dtype=dtype, device="cpu")
+    model = load_merged(
+        source.directory, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code
+    )
     stops = source.stop_token_ids
     request = ParityRequest(path, stops, num_threads=torch.get_num_threads())
     parity = compare_with_runtime(model, source.tokenizer, request)

@@ -72,7 +72,7 @@ class GgufModelExporter(WritingExporter):
         if not wants_runtime(job.option("runtime")):
             return {"parity": None}
         assert job.type is not None
-        parity = compare_file(job.model, path)
+        parity = compare_file(job.model, path, trust_remote_code=job.source.model.trust_remote_code)
         require_parity(parity, job.type, job.out, max_kl=job.option("max_kl"))
         notices = (*written.notices, *parity.notices)
         return {"notices": notices, "parity": parity.to_dict()}

@@ -26,7 +26,7 @@ class Nf4Exporter(DirectoryExporter):
         """Quantize the merged model and save it."""
         from llmtune.exporting.nf4_checkpoint import write_nf4
 
-        result = write_nf4(job.model, path)
+        result = write_nf4(job.model, path, trust_remote_code=_trusts(job))
         files = {"model.safetensors": "the model in 4 bits (bitsandbytes NF4)"}
         return Written(
             {"num_bytes": result.num_bytes, "quantized_ratio": result.quantized_ratio},
@@ -39,4 +39,9 @@ class Nf4Exporter(DirectoryExporter):
         from llmtune.exporting.nf4_checkpoint import check_reloaded
 
         assert written.live is not None
-        return {"reloaded": asdict(check_reloaded(written.live, path))}
+        reloaded = check_reloaded(written.live, path, trust_remote_code=_trusts(job))
+        return {"reloaded": asdict(reloaded)}
+
+
+def _trusts(job: "ExportJob") -> bool:
+    return job.source.model.trust_remote_code

@@ -18,7 +18,7 @@ from llmtune.data.render import encode_plain
 from llmtune.errors import CheckFailed
 from llmtune.io.own_files import copy_own
 from llmtune.io.unfinished import require_space
-from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES
+from llmtune.merging.sidecar import TEMPLATE_FILES, TOKENIZER_FILES, own_code
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import OWN_TEMPLATE, ModelConfig
 from llmtune.models.live import LiveModel
@@ -47,7 +47,7 @@ class Nf4Result:
     live: LiveModel
 
 
-def write_nf4(source: Checkpoint, directory: Path) -> Nf4Result:
+def write_nf4(source: Checkpoint, directory: Path, *, trust_remote_code: bool = False) -> Nf4Result:
     """Quantize a 16-bit checkpoint to NF4 with double quantization, into an empty directory.
 
     The tokenizer's files are the source's, byte for byte.
@@ -55,6 +55,7 @@ def write_nf4(source: Checkpoint, directory: Path) -> Nf4Result:
     Args:
         source: a merged or other 16-bit checkpoint.
         directory: where the files go.
+        trust_remote_code: whether the source's own Python code may be run; it goes along.
 
     Raises:
         LlmtuneError: the model cannot be quantized, or the disk has too little room for it, which
@@ -67,6 +68,7 @@ def write_nf4(source: Checkpoint, directory: Path) -> Nf4Result:
         cache_quantized=False,  # what is exported is that very file
         chat_template=source.template.file,
         template_arguments=dict(source.template.arguments),
+        trust_remote_code=trust_remote_code,
     )
     source.require_whole(allow_pickle=False)
     require_space(directory, needed_bytes(config, source))
@@ -87,7 +89,9 @@ def write_nf4(source: Checkpoint, directory: Path) -> Nf4Result:
     )
 
 
-def check_reloaded(live: LiveModel, directory: Path) -> VerifyResult:
+def check_reloaded(
+    live: LiveModel, directory: Path, *, trust_remote_code: bool = False
+) -> VerifyResult:
     """Load what was written with stock transformers, and compare it with the model in memory.
 
     Raises:
@@ -102,6 +106,7 @@ def check_reloaded(live: LiveModel, directory: Path) -> VerifyResult:
         ComparedPrompts(sequences=prompts),
         decoding=Decoding(1, live.stop_token_ids),
         dtype=live.dtype,
+        trust_remote_code=trust_remote_code,
     )
     if not reloaded.kl <= RELOADED_KL:
         raise CheckFailed(
@@ -128,9 +133,9 @@ def needed_bytes(config: ModelConfig, source: Checkpoint) -> int:
 
 
 def _copied_files(source_dir: Path) -> list[Path]:
-    """Return the tokenizer's files, and directories of templates, that go along as they are."""
+    """Return the tokenizer's files, templates and Python code, that go along as they are."""
     paths = (source_dir / name for name in (*TOKENIZER_FILES, *TEMPLATE_FILES))
-    return [path for path in paths if path.exists()]
+    return [*(path for path in paths if path.exists()), *own_code(source_dir)]
 
 
 @contextmanager

@@ -141,9 +141,12 @@ def index_of(checkpoint: Checkpoint) -> CheckpointIndex:
 
 
 def _ask_names(checkpoint: Checkpoint, base: CheckpointIndex, options: PlanOptions) -> BaseNames:
-    from llmtune.models.skeleton import build_skeleton  # transformers, which no reader needs
+    # transformers, which no reader needs
+    from llmtune.models.skeleton import build_skeleton, require_known_code
 
-    skeleton = build_skeleton(checkpoint, trust_remote_code=options.trust_remote_code)
+    trusts = options.trust_remote_code
+    require_known_code(str(checkpoint.directory), checkpoint.config, trust_remote_code=trusts)
+    skeleton = build_skeleton(checkpoint, trust_remote_code=trusts)
     return BaseNames.ask(skeleton, base.tensors)
 
 

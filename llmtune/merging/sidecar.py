@@ -36,9 +36,14 @@ def sidecar_sources(plan: MergePlan) -> dict[str, Path]:
     sources |= _present(plan.adapter_dir, TOKENIZER_FILES)
     template_dir = plan.adapter_dir if _has_template(plan.adapter_dir) else plan.base_dir
     sources |= _present(template_dir, TEMPLATE_FILES)
-    if "auto_map" in read_json_object(plan.base_dir / "config.json"):
-        sources |= {path.name: path for path in plan.base_dir.glob("*.py")}
+    sources |= {path.name: path for path in own_code(plan.base_dir)}
     return sources
+
+
+def own_code(directory: Path) -> list[Path]:
+    """Return the Python files that a checkpoint's config names as its code."""
+    has_code = "auto_map" in read_json_object(directory / "config.json")
+    return sorted(directory.glob("*.py")) if has_code else []
 
 
 def write_sidecar(plan: MergePlan, directory: Path) -> None:

@@ -2,13 +2,12 @@
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    CONFIG_MAPPING,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
@@ -38,6 +37,7 @@ from llmtune.models.quantized_cache import (
     say_unusable,
 )
 from llmtune.models.quiet import quiet_loading
+from llmtune.models.skeleton import require_known_code
 from llmtune.models.turns import stop_token_ids
 
 # Knobs that only sampling reads. Beside `do_sample: false` they make `save_pretrained` raise.
@@ -65,7 +65,9 @@ def load_model(config: ModelConfig, source: Checkpoint) -> LiveModel:
             are missing or have other shapes, or the model does not fit into memory.
     """
     model_config = source.config
-    _check_architecture(config, model_config)
+    require_known_code(
+        f"model.base={config.base}", model_config, trust_remote_code=config.trust_remote_code
+    )
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, source.model_type)
     attention = choose_attention(config, device, model_config)
@@ -107,22 +109,6 @@ def load_model(config: ModelConfig, source: Checkpoint) -> LiveModel:
             *_quantization_notices(model, quantized, config.storage),
         ),
     )
-
-
-def _check_architecture(config: ModelConfig, model_config: Mapping[str, Any]) -> None:
-    model_type = model_config["model_type"]
-    if model_type in CONFIG_MAPPING:
-        return
-    if "auto_map" not in model_config:
-        raise LlmtuneError(
-            f"model.base={config.base}: model type {model_type!r} is unknown to the installed "
-            "transformers. Upgrade it, or choose another base."
-        )
-    if not config.trust_remote_code:
-        raise LlmtuneError(
-            f"model.base={config.base}: model type {model_type!r} needs the Python code that comes "
-            "with the model. If you have read it and trust it, set model.trust_remote_code=true."
-        )
 
 
 def _loading_keywords(

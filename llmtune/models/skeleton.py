@@ -10,11 +10,33 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import blamed_on
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 from llmtune.models.quiet import quiet_loading
 
 READER = "the installed transformers"
+
+
+def require_known_code(where: str, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
+    """Check that there is code for the model that a config.json describes, and that it may run.
+
+    Raises:
+        LlmtuneError: begins with `where`, and says what to do.
+    """
+    model_type = config.get("model_type")
+    if model_type in CONFIG_MAPPING:
+        return
+    if "auto_map" not in config:
+        raise LlmtuneError(
+            f"{where}: model type {model_type!r} is unknown to the installed transformers. Upgrade "
+            "it, or choose another base."
+        )
+    if not trust_remote_code:
+        raise LlmtuneError(
+            f"{where}: model type {model_type!r} needs the Python code that comes with the model. "
+            "If you have read it and trust it, set model.trust_remote_code=true."
+        )
 
 
 def build_skeleton(
