@@ -109,7 +109,7 @@ COMMANDS = {
         judge.judge,
         look.runs,
     ),
-    "Go further": (experiments.learning_curve, experiments.sequence),
+    "Go further": (experiments.sweep, experiments.learning_curve, experiments.sequence),
     "Use the model": (answer.chat, answer.predict, serve.serve, export.export, export.verify),
 }
 for commands in COMMANDS.values():

@@ -9,12 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtune.commands.options import (
+    FORCE_OPTION,
     OVERRIDES_ARGUMENT,
     TARGET_ARGUMENT,
     print_result,
     show_progress,
     with_output_options,
 )
+from llmtune.errors import CheckFailed
 from llmtune.io.run_dir import RunDir
 
 
@@ -51,6 +53,44 @@ def learning_curve(
     loaded = require_run(target, overrides)
     found = measure_learning_curve(loaded, suite=suite, target_score=target_score)
     print_result(asdict(found), as_json, lambda: "\n".join(iter_lines(found)))
+
+
+@click.command()
+@TARGET_ARGUMENT
+@click.argument("grid", nargs=-1, required=True, metavar="KEY=A,B...")
+@click.option("--dry-run", is_flag=True, help="List the runs, and start none.")
+@FORCE_OPTION
+@with_output_options
+def sweep(
+    target: str, grid: tuple[str, ...], dry_run: bool, force: bool, quiet: bool, as_json: bool
+) -> None:
+    """Run a grid of settings, and rank the runs with ties.
+
+    TARGET is a config, or a run. Each KEY=A,B makes a run for every value, in a folder of its own
+    below run_dir; KEY=A holds for all. Half of the target suite's items choose the winner and the
+    others judge it. A run that fails is named and the rest continue; the same command goes on with
+    what is missing.
+
+    \b
+      llmtune sweep mine.yaml train.learning_rate=1e-4,3e-4 adapter.rank=8,16
+      llmtune sweep mine.yaml adapter.rank=4,64 run_dir=runs/ranks --dry-run
+    """
+    from llmtune.experiments.sweep import plan_sweep, render_ranking, run_sweep
+
+    show_progress(quiet)
+    points = plan_sweep(target, grid)
+    if dry_run:
+        listed = [
+            {"run_dir": str(point.config.run_dir), "settings": dict(point.settings)}
+            for point in points
+        ]
+        lines = (f"{each['run_dir']}" for each in listed)
+        print_result(listed, as_json, lambda: "\n".join([*lines, f"{len(points)} runs"]))
+        return
+    study = run_sweep(points, force=force)
+    print_result(study.as_json(), as_json, lambda: render_ranking(study))
+    if study.failed:
+        raise click.exceptions.Exit(CheckFailed.exit_code)
 
 
 @click.command()

@@ -6,7 +6,7 @@ import click
 
 from llmtune.commands.options import print_result, show_progress, with_output_options
 from llmtune.errors import LlmtuneError
-from llmtune.io.run_dir import SEEDS_FILE, RunDir
+from llmtune.io.run_dir import SEEDS_FILE, SWEEP_FILE, RunDir
 
 FAIL_IF_OPTION = click.option(
     "--fail-if",
@@ -41,7 +41,8 @@ def report(  # noqa: PLR0913 (one argument an option)
     """Rebuild the report of a run and print its tables, or compare runs.
 
     TARGET and OTHER are run directories, or their configs. Two runs are compared item by item.
-    Three or more must be of one recipe with other seeds: how much does training itself vary?
+    Three or more of one recipe with other seeds say how much training itself varies; runs that
+    differ in other knobs are ranked, with ties. The directory of a sweep gives its ranking.
 
     \b
       llmtune report runs/quickstart
@@ -56,7 +57,7 @@ def report(  # noqa: PLR0913 (one argument an option)
     if across and len(others) != 1:
         raise LlmtuneError("--across is for two runs; give two")
     if len(others) > 1:
-        return _compare_seeds((target, *others), as_json=as_json)
+        return _rank_or_compare_seeds((target, *others), as_json=as_json)
     if others:
         return _compare(target, others[0], across, as_json=as_json)
     return _rebuild(target, fail_if, extent, as_json=as_json)
@@ -72,6 +73,14 @@ def _rebuild(target: str, fail_if: tuple[str, ...], extent: str | None, *, as_js
     if extent is not None:
         pipeline.evaluate(require_run(target, (f"evaluate.extent={extent}",)))
     place = find_run_dir(target)
+    if (place / SWEEP_FILE).is_file() and not (place / "manifest.json").is_file():
+        from llmtune.experiments.sweep import render_ranking, report_sweep
+
+        if budgets:
+            raise LlmtuneError("--fail-if is about one run; give one run of the sweep")
+        study = report_sweep(place)
+        print_result(study.as_json(), as_json, lambda: render_ranking(study))
+        return
     if (place / SEEDS_FILE).is_file() and not (place / "manifest.json").is_file():
         from llmtune.experiments.seeds import report_seeds
 
@@ -91,6 +100,18 @@ def _compare(target: str, other: str, across: tuple[str, ...], *, as_json: bool)
     page = write_versus(versus, first.path)
     print_result(versus.as_json(), as_json, lambda: render_versus_table(versus))
     logging.getLogger("llmtune").info("comparison: %s", page)
+
+
+def _rank_or_compare_seeds(targets: tuple[str, ...], *, as_json: bool) -> None:
+    from llmtune.experiments.sweep import differing_knobs, rank_runs, render_ranking
+    from llmtune.runs.targets import find_run_dir
+
+    paths = [find_run_dir(name) for name in targets]
+    if "seed" in differing_knobs([RunDir(path) for path in paths]) or len(set(paths)) < len(paths):
+        _compare_seeds(targets, as_json=as_json)
+        return
+    study = rank_runs(paths)
+    print_result(study.as_json(), as_json, lambda: render_ranking(study))
 
 
 def _compare_seeds(targets: tuple[str, ...], *, as_json: bool) -> None:

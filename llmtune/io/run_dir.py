@@ -11,6 +11,8 @@ from llmtune.io.fingerprint import JsonValue
 
 SEQUENCE_FILE = "sequence.json"
 """What `llmtune sequence` leaves beside the runs of its tasks."""
+SWEEP_FILE = "sweep.json"
+"""What a sweep leaves in the directory of its runs."""
 SEEDS_FILE = "seeds.json"
 """What `llmtune run --seeds` leaves beside the runs of its seeds."""
 

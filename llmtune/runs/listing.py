@@ -117,6 +117,15 @@ def list_runs(
     return sorted(known, key=lambda summary: values[summary.path], reverse=True) + unknown
 
 
+def summarize_run(run: RunDir) -> RunSummary:
+    """Return what is known of one run.
+
+    Raises:
+        LlmtuneError: it is not a run, or its manifest is damaged.
+    """
+    return _summarize(run, read_manifest(run))
+
+
 def _parse_condition(text: str) -> tuple[tuple[str, ...], Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
