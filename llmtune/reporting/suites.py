@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
+from llmtune.evaluation.answer_style import AnswerStyle
 from llmtune.evaluation.compare import Comparison
 from llmtune.evaluation.main_arms import MainArm
 from llmtune.evaluation.tasks.base import Ability
@@ -13,15 +14,6 @@ from llmtune.models.quantization.config import is_quantized
 from llmtune.reporting.numbers import FRACTION, Unit, unit_of_metric
 
 ROLES = ("target", "transfer", "general")
-ANSWER_WORDS = {
-    "answer_words": "words an answer",
-    "length_ratio": "length against the original",
-    "short_answers": "empty or one word",
-    "distinct_words": "distinct words",
-    "ended_answers": "ended by itself",
-}
-"""What is kept of an arm's own answers, in words; shares and ratios but for the first."""
-
 ARM_WORDS = {
     "original": "the original base",
     "base": "the base",
@@ -285,21 +277,20 @@ class SuiteReport:
         task = TASKS.get(self.task)
         return "knowledge" if task is None else task.ABILITY
 
-    def answers(self, arm: str) -> Mapping[str, float]:
-        """Return what an arm's own answers are like; empty if the suite has none written."""
-        also = self.arms[arm].also if arm in self.arms else {}
-        return {key: also[key] for key in ANSWER_WORDS if key in also}
+    def answers(self, arm: str) -> AnswerStyle | None:
+        """Return what an arm's own answers are like; None if the suite has none written."""
+        return AnswerStyle.read(self.arms[arm].also) if arm in self.arms else None
 
     def has_collapsed(self, thresholds: Thresholds, arm: str | None = None) -> bool:
         """Return whether what ships, or an arm, hardly answers any more where it did before."""
         if self.compared is None:
             return False
         before, after = self.answers(self.compared[0]), self.answers(arm or self.compared[1])
-        if not before or not after:
+        if before is None or after is None:
             return False
-        rise = after["short_answers"] - before["short_answers"]
-        is_shorter = after["answer_words"] < thresholds.answer_length * before["answer_words"]
-        return rise > thresholds.short_answers_rise or is_shorter
+        return after.has_collapsed(
+            before, rise=thresholds.short_answers_rise, length=thresholds.answer_length
+        )
 
     def gain(self, change: Change) -> tuple[float, float, float]:
         """Return a change and its interval turned so that positive is better."""

@@ -1,11 +1,13 @@
 """Open prompts in chat form: how far a model has moved from what the untouched base answers."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from llmtune.data.problems import RowError
+from llmtune.evaluation.answer_style import AnswerStyle
 from llmtune.evaluation.question import read_question
 from llmtune.evaluation.results import ItemScore, KeptAnswer
 from llmtune.evaluation.tasks.base import (
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
 
     from llmtune.models.live import LiveModel
     from llmtune.scoring.generate import Generation
-
-SHORT_WORDS = 1
-"""An answer of so few words, or of none, is hardly one."""
 
 
 class ChatSuite(SuiteConfig):
@@ -122,16 +121,7 @@ class ChatSuite(SuiteConfig):
 
     def describe(self, scores: Sequence[ItemScore]) -> JsonObject:
         """Return what this arm's own answers are like, beside the base's."""
-        words = [(item.prediction or "").split() for item in scores]
-        base = [(item.answer or "").split() for item in scores]
-        all_words = [word.casefold() for answer in words for word in answer]
-        return {
-            "answer_words": len(all_words) / len(scores),
-            "length_ratio": len(all_words) / max(sum(map(len, base)), 1),
-            "short_answers": sum(len(answer) <= SHORT_WORDS for answer in words) / len(scores),
-            "distinct_words": len(set(all_words)) / max(len(all_words), 1),
-            "ended_answers": sum(bool(item.details["stopped"]) for item in scores) / len(scores),
-        }
+        return asdict(AnswerStyle.measure(scores))
 
     def count_tokens(self, tokenizer: "PreTrainedTokenizerFast", suite: Suite) -> int:
         """Return the tokens of the prompts, and of answers scored once and written once."""

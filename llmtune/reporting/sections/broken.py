@@ -1,14 +1,15 @@
 """What broke: general suites, and what the diagnoses say about forgetting."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypedDict
 
+from llmtune.evaluation.answer_style import AnswerStyle
 from llmtune.evaluation.diagnosis.shown import Section
 from llmtune.reporting.report import Report
 from llmtune.reporting.sections.diagnoses import show_forgetting
 from llmtune.reporting.sections.slices import SliceTable, slice_tables
-from llmtune.reporting.suites import ANSWER_WORDS, SuiteReport
+from llmtune.reporting.suites import SuiteReport
 
 
 class BrokenSection(TypedDict):
@@ -17,7 +18,7 @@ class BrokenSection(TypedDict):
     suites: list[tuple[SuiteReport, tuple[SliceTable, ...]]]
     sections: list[Section]
     perplexity: Callable[[float], float]
-    answer_words: dict[str, str]
+    answer_words: Mapping[str, str]
 
 
 def show_broken(report: Report) -> BrokenSection | None:
@@ -33,5 +34,5 @@ def show_broken(report: Report) -> BrokenSection | None:
         "suites": suites,
         "sections": show_forgetting(report),
         "perplexity": math.exp,
-        "answer_words": ANSWER_WORDS,
+        "answer_words": AnswerStyle.WORDS,
     }

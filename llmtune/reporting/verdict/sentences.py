@@ -26,12 +26,12 @@ def format_change(suite: SuiteReport, confidence: float) -> str:
 def format_answers(suite: SuiteReport) -> str:
     """Format what answers were like before and are now; empty for a suite that has none written."""
     before, after = (suite.answers(arm) for arm in suite.compared or ("", ""))
-    if not before or not after:
+    if before is None or after is None:
         return ""
     return (
-        f" An answer has {after['answer_words']:.1f} words, before {before['answer_words']:.1f}; "
-        f"{FRACTION.score(after['short_answers'])} are empty or one word, before "
-        f"{FRACTION.score(before['short_answers'])}."
+        f" An answer has {after.answer_words:.1f} words, before {before.answer_words:.1f}; "
+        f"{FRACTION.score(after.short_answers)} are empty or one word, before "
+        f"{FRACTION.score(before.short_answers)}."
     )
 
 
