@@ -109,21 +109,76 @@ def test_predict_answers_in_order_and_keeps_the_rows(config, tmp_path, capsys):
         assert all(isinstance(row["answer"], str) for row in answers[arm])
 
 
-def test_chat_switches_between_base_and_tuned(config, capsys, monkeypatch):
+def test_chat_lets_each_model_have_its_own_history(config, capsys, monkeypatch, tmp_path):
     import io
 
+    from llmtune.serving import chat
+
+    plain, stopped = chat.stream_text, []
+
+    def stopped_once(*arguments):
+        """Answer as ever, but to the one question that is interrupted."""
+        if any("slow" in text for text in asked[-1:]):
+            asked.append("")
+            yield "half"
+            stopped.append(True)
+            raise KeyboardInterrupt
+        yield from plain(*arguments)
+
+    asked, own_answer = [], chat.Chat.answer
+
+    def answer(self, question, arm=None):
+        asked.append(question)
+        return own_answer(self, question, arm)
+
+    monkeypatch.setattr(chat, "stream_text", stopped_once)
+    monkeypatch.setattr(chat.Chat, "answer", answer)
     assert run_command(["train", str(config), *SHORT, "--quiet"]) == 0
     capsys.readouterr()
-    lines = ["The film is warm.", "/base", "And<|im_end|>", "And the plot?", "/merged", "/clear"]
-    typed = "\n".join([*lines, "/nonsense", "/quit\n"])
-    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    rows = tmp_path / "said.jsonl"
+    lines = [f"/save {rows}", "The film is warm.", "/base", "And<|im_end|>", "And the plot?",
+             "/system Be brief.", "/compare A slow one", "/compare And the cast?", f"/save {rows}",
+             f"/save {rows}", "/merged", "/help", "/nonsense", "/clear", "/quit"]  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     command = ["chat", str(config), "--max-new-tokens", "4", "--json", "--quiet"]
     assert run_command(command) == 0
     captured = capsys.readouterr()
     spoken = [json.loads(line) for line in captured.out.splitlines()]
-    assert [turn["model"] for turn in spoken] == ["tuned", "base"]
-    assert "no merged model here" in captured.err
-    assert "message 3 (user): content holds the control token" in captured.err
+    assert [turn["model"] for turn in spoken] == ["tuned", "base", "tuned", "tuned", "base"]
+    assert stopped and spoken[2]["answer"] == "half"
+    for words in (
+        "no merged model here",
+        "message 1 (user): content holds the control token",
+        "/save: nothing was answered yet",
+        f"2 rows in {rows}",
+        f"/save {rows}: exists already",
+        "/compare [TEXT]",
+        "/nonsense: unknown",
+        "(stopped)",
+    ):
+        assert words in captured.err, words
+    saved = [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
+    questions = [[m["content"] for m in row if m["role"] == "user"] for row in saved]
+    assert questions == [
+        ["The film is warm.", "A slow one", "And the cast?"],
+        ["And the plot?", "And the cast?"],
+    ]
+    assert all(row[0] == {"role": "system", "content": "Be brief."} for row in saved)
+    own = [f"data.train=[{{path: {rows}}}]", "data.evaluation=[]"]
+    assert run_command(["data", "check", str(config), *own, "--quiet"]) == 0
+
+
+def test_ctrl_c_where_the_user_types_leaves_the_chat(config, capsys, monkeypatch):
+    class Interrupted:
+        def isatty(self):
+            return True
+
+        def readline(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", Interrupted())
+    assert run_command(["chat", str(config.parent / "base"), "--quiet"]) == 0
+    assert capsys.readouterr().err == "base model; /help says what you can do.\nyou> \n"
 
 
 def test_merge_puts_an_adapter_anywhere(config, tmp_path, capsys):

@@ -130,7 +130,7 @@ def test_training_evaluation_and_chat_give_the_model_the_same_ids(finished, monk
 
     def watched(model, tokenizer, prompt, decoding):
         given.append(list(prompt))
-        return iter(())
+        yield from ()
 
     monkeypatch.setattr("llmtune.serving.chat.stream_text", watched)
     settings = ChatSettings(arm=None, max_new_tokens=4, temperature=0.0, system=None, as_json=True)

@@ -71,7 +71,9 @@ def chat(  # noqa: PLR0913 (one argument an option)
 
     TARGET is a config, a run, an adapter directory or a model.
 
-    /base and /tuned switch who answers, /clear starts over, /quit ends.
+    /base and /tuned switch who answers, each with a history of its own, and /compare lets both
+    answer; /system sets a system prompt, /save writes rows to train on, /help lists the rest.
+    Ctrl-C stops an answer, and leaves where you type.
 
     \b
       llmtune chat runs/quickstart

@@ -1,6 +1,6 @@
 """Greedy and sampled text, in batches or as a stream, with no setting but the ones given."""
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -245,7 +245,7 @@ def stream_text(
     tokenizer: PreTrainedTokenizerFast,
     prompt: Sequence[int],
     decoding: Decoding,
-) -> Iterator[str]:
+) -> Generator[str]:
     """Yield the texts of `stream_pieces`, none empty.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,21 @@ from llmtune.data.problems import RowError
 from llmtune.data.prompts import PromptEncoder
 from llmtune.data.tools import read_tools
 from llmtune.errors import LlmtuneError
+from llmtune.io.run_dir import atomic_write_text
 from llmtune.models.live import LiveModel
 from llmtune.models.resolve import Loadable
 from llmtune.models.turns import require_chat_template
 from llmtune.scoring.generate import Decoding, stream_text
 from llmtune.scoring.live import as_arm, load_target
 
-HELP = "/base and /tuned switch who answers, /clear starts over, /quit ends"
+KNOWN_ARMS = frozenset({"base", "tuned", "merged", "original"})
+HELP = """\
+/base, /tuned ...   that model answers from now on; each keeps a history of its own
+/compare [TEXT]     all models answer: TEXT, or everything from now on
+/system [TEXT]      set the system prompt, or take it out
+/save FILE          write the histories as rows to train on
+/clear              start over
+/quit               leave; Ctrl-C stops an answer, and leaves where you type"""
 
 
 @dataclass(frozen=True)
@@ -36,34 +45,58 @@ class ChatSettings:
 
 
 class Chat:
-    """The messages so far, and who answers next."""
+    """What each model was asked and answered so far, and who answers next."""
 
     def __init__(self, live: LiveModel, settings: ChatSettings) -> None:
         self.live = live
         self.settings = settings
-        self.arm = settings.arm or live.arms[0]
-        self.messages: list[Message] = []
+        self.answering: tuple[str, ...] = (settings.arm or live.arms[0],)
+        self.system = settings.system
+        self.turns: dict[str, list[Message]] = {}
         self._encoder = PromptEncoder(live.tokenizer)
         self._tools = None if settings.tools is None else _read_tools(settings.tools)
         self.clear()
 
+    @property
+    def arm(self) -> str:
+        """Who answers next, or first of several."""
+        return self.answering[0]
+
     def clear(self) -> None:
-        """Start over, with the system prompt if there is one."""
-        system = self.settings.system
-        self.messages = [{"role": "system", "content": system}] if system else []
+        """Start over with every model; the system prompt stays."""
+        self.turns = {arm: [] for arm in self.live.arms}
 
     def switch(self, arm: str) -> None:
-        """Let `arm` answer from now on; the messages stay."""
+        """Let `arm` answer from now on, with its own history."""
         if arm not in self.live.arms:
             raise LlmtuneError(f"no {arm} model here; there is: {', '.join(self.live.arms)}")
-        self.arm = arm
+        self.answering = (arm,)
 
-    def answer(self, question: str) -> str:
-        """Write the answer to stdout as it comes, and keep both turns."""
-        tokenizer = self.live.tokenizer
+    def compare(self) -> None:
+        """Let all models answer from now on."""
+        self.answering = self.live.arms
+
+    def messages(self, arm: str) -> list[Message]:
+        """Return a model's history behind the system prompt, if there is one."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *self.turns[arm]]
+
+    def ask(self, question: str, arms: Sequence[str] | None = None) -> None:
+        """Let each of the models that answer say its own."""
+        for arm in arms or self.answering:
+            if not self.answer(question, arm):
+                return
+
+    def answer(self, question: str, arm: str | None = None) -> bool:
+        """Write an answer to stdout as it comes, and keep both turns; False if it was stopped.
+
+        What was said until a Ctrl-C is kept; a question without any answer is not.
+        """
+        arm = arm or self.arm
+        asked: Message = {"role": "user", "content": question}
         try:
-            asked = [*self.messages, *ask([{"role": "user", "content": question}]).messages]
-            prompt = self._encoder.encode(Conversation("chat", asked, self._tools))
+            messages = [*self.messages(arm), *ask([asked]).messages]
+            prompt = self._encoder.encode(Conversation("chat", messages, self._tools))
         except RowError as error:
             raise LlmtuneError(str(error)) from None
         decoding = Decoding(
@@ -71,24 +104,55 @@ class Chat:
             stop_token_ids=self.live.stop_token_ids,
             temperature=self.settings.temperature,
         )
-        pieces = []
-        with as_arm(self.live, self.arm) as live:
-            for piece in stream_text(live.model, tokenizer, prompt, decoding):
-                pieces.append(piece)
-                if not self.settings.as_json:
-                    click.echo(piece, nl=False)
-                    sys.stdout.flush()
+        pieces: list[str] = []
+        if not self.settings.as_json:
+            click.echo(f"{arm}> ", nl=False, err=True)
+        is_stopped = False
+        with as_arm(self.live, arm) as live:
+            stream = stream_text(live.model, live.tokenizer, prompt, decoding)
+            try:
+                for piece in stream:
+                    pieces.append(piece)
+                    if not self.settings.as_json:
+                        click.echo(piece, nl=False)
+                        sys.stdout.flush()
+            except KeyboardInterrupt:
+                is_stopped = True
+            finally:
+                stream.close()
         text = "".join(pieces)
         if self.settings.as_json:
-            click.echo(json.dumps({"model": self.arm, "question": question, "answer": text}))
+            click.echo(json.dumps({"model": arm, "question": question, "answer": text}))
         else:
             click.echo()
-        self.messages = [*asked, {"role": "assistant", "content": text}]
-        return text
+        if is_stopped:
+            click.echo("(stopped)", err=True)
+        if text.strip():
+            self.turns[arm] += [asked, {"role": "assistant", "content": text}]
+        return not is_stopped
+
+    def save(self, path: Path) -> int:
+        """Write every history as a row that can be trained on; return how many there are.
+
+        Raises:
+            LlmtuneError: nothing was said, the file exists, or it cannot be written.
+        """
+        tools = {"tools": self._tools} if self._tools else {}
+        rows = [{"messages": self.messages(arm), **tools} for arm in self.turns if self.turns[arm]]
+        if not rows:
+            raise LlmtuneError("/save: nothing was answered yet")
+        if path.exists():
+            raise LlmtuneError(f"/save {path}: exists already; choose a different file")
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        try:
+            atomic_write_text(path, "\n".join(lines) + "\n")
+        except (OSError, UnicodeError) as error:
+            raise LlmtuneError(f"/save {path}: cannot be written: {error}") from None
+        return len(rows)
 
 
 def run_chat(target: Loadable, settings: ChatSettings) -> None:
-    """Hold a conversation until /quit or the end of input.
+    """Hold a conversation until /quit, the end of input, or Ctrl-C where the user types.
 
     Raises:
         LlmtuneError: the target cannot be loaded or has no chat template.
@@ -98,11 +162,15 @@ def run_chat(target: Loadable, settings: ChatSettings) -> None:
     chat = Chat(live, settings)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        click.echo(f"{chat.arm} model. {HELP}.", err=True)
+        click.echo(f"{chat.arm} model; /help says what you can do.", err=True)
     while True:
         if is_terminal:
-            click.echo(f"{chat.arm}> ", nl=False, err=True)
-        line = sys.stdin.readline()
+            click.echo("you> ", nl=False, err=True)
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            click.echo(err=True)
+            return
         if not line or line.strip() in {"/quit", "/exit"}:
             return
         try:
@@ -123,14 +191,34 @@ def _read_tools(path: Path) -> list[dict[str, Any]] | None:
 
 
 def _take(chat: Chat, line: str) -> None:
-    if not line:
+    """Do what a line says: a command, or a question."""
+    if not line.startswith("/"):
+        if line:
+            chat.ask(line)
         return
-    if line == "/clear":
+    command, _, rest = line[1:].partition(" ")
+    rest = rest.strip()
+    said = None
+    if command == "clear":
         chat.clear()
-    elif line in {"/base", "/tuned", "/merged"}:
-        chat.switch(line[1:])
-        click.echo(f"{chat.arm} answers from now on", err=True)
-    elif line.startswith("/"):
-        click.echo(HELP, err=True)
+    elif command == "system":
+        chat.system = rest or None
+        said = "system prompt set" if rest else "no system prompt"
+    elif command == "compare":
+        if rest:
+            chat.ask(rest, chat.live.arms)
+        else:
+            chat.compare()
+            said = f"{' and '.join(chat.answering)} answer from now on"
+    elif command == "save":
+        if not rest:
+            raise LlmtuneError("/save: name the file, as in /save rows.jsonl")
+        path = Path(rest)
+        said = f"{chat.save(path)} rows in {path}"
+    elif command in KNOWN_ARMS:
+        chat.switch(command)
+        said = f"{chat.arm} answers from now on"
     else:
-        chat.answer(line)
+        said = HELP if command == "help" else f"/{command}: unknown; /help lists what there is"
+    if said is not None:
+        click.echo(said, err=True)
