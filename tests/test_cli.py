@@ -112,9 +112,10 @@ def test_predict_answers_in_order_and_keeps_the_rows(config, tmp_path, capsys):
 def test_chat_lets_each_model_have_its_own_history(config, capsys, monkeypatch, tmp_path):
     import io
 
+    from llmtune.scoring.generate import stream_text
     from llmtune.serving import chat
 
-    plain, stopped = chat.stream_text, []
+    stopped: list[bool] = []
 
     def stopped_once(*arguments):
         """Answer as ever, but to the one question that is interrupted."""
@@ -123,7 +124,7 @@ def test_chat_lets_each_model_have_its_own_history(config, capsys, monkeypatch, 
             yield "half"
             stopped.append(True)
             raise KeyboardInterrupt
-        yield from plain(*arguments)
+        yield from stream_text(*arguments)
 
     asked, own_answer = [], chat.Chat.answer
 
