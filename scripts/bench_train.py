@@ -43,6 +43,7 @@ OUR_ARMS = (
     "llmtune-stock-blocks",
     "llmtune-stock-head",
     "llmtune-padded",
+    "llmtune-whole-rows",
 )
 QUANTIZATIONS = ("none", "nf4")
 # The same rows in the same order as llmtune's: what parity is measured against.
@@ -53,7 +54,7 @@ PARITY_ROWS = 2
 FULL_LENGTHS = {"cpu": 512, "cuda": 4096}
 # Rows a step as a share of the chat mix's: about as many tokens in every mix, because a loss of few
 # tokens differs by chance by more than the gate allows.
-BATCH_SHARES = {"short": 2.0, "chat": 1.0, "full": 0.5}
+BATCH_SHARES = {"short": 2.0, "chat": 1.0, "full": 0.5, "task": 3.0}
 
 
 def main() -> int:

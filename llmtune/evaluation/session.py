@@ -32,12 +32,15 @@ from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.hardware import release_memory
 from llmtune.models.live import LiveModel
 from llmtune.models.probing import is_out_of_memory
+from llmtune.models.quantization.describe import find_dense_weights
 from llmtune.planning.devices import free_device
 from llmtune.scoring.batches import model_device
 
 log = logging.getLogger("llmtune")
 
 NEEDS_ROWS = "needs the rows that were trained on; give them: data.train='[{path: FILE}]'"
+DENSE_SHARE = 0.5
+"""Of the free memory, what the dequantized weights of a quantized base may take."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -112,6 +115,7 @@ class Evaluation:
         """The base with the adapter on it, loaded once."""
         if self._scored is None:
             self._scored = self.request.load("tuned")
+            _dequantize_once(self._scored)
         return self._scored
 
     @property
@@ -230,3 +234,20 @@ class Evaluation:
             )
             for plan in self.missing(plans)
         ]
+
+
+def _dequantize_once(live: LiveModel) -> None:
+    """Keep the quantized weights dequantized for this evaluation if the free memory allows it."""
+    dense = find_dense_weights(live.model)
+    if not dense.bytes:
+        return
+    free = free_device(str(live.device)).memory_bytes
+    is_held = dense.bytes <= DENSE_SHARE * free
+    log.info(
+        "evaluate: the quantized weights are dequantized %s: once takes %s, and %s are free",
+        "once" if is_held else "in every pass",
+        format_size(dense.bytes),
+        format_size(free),
+    )
+    if is_held:
+        dense.hold()

@@ -13,7 +13,7 @@ Shape suffixes: H query heads, G key/value heads (groups), R = H / G heads of a 
 the batch, D head width, S = G * tiles of a stack, Q = R * queries of a tile, K keys of a tile.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -36,12 +36,16 @@ STACK_BYTES = 3 << 19
 
 
 class Tile(NamedTuple):
-    """Queries and keys as token ranges of the batch; both end at the same token."""
+    """Queries and keys as token ranges of the batch; both end at the same token.
+
+    `beginning` is the part of a shared beginning that the queries see before the other keys.
+    """
 
     queries: slice
     keys: slice
     # Added to the scores of the last `mask.shape[1]` keys (0 or -inf); all earlier keys are seen.
     mask: Tensor
+    beginning: slice = slice(0, 0)
 
     @property
     def num_queries(self) -> int:
@@ -50,8 +54,13 @@ class Tile(NamedTuple):
 
     @property
     def num_keys(self) -> int:
-        """Return the number of keys."""
-        return int(self.keys.stop - self.keys.start)
+        """Return the number of keys, those of the shared beginning included."""
+        return self.num_shared + int(self.keys.stop - self.keys.start)
+
+    @property
+    def num_shared(self) -> int:
+        """Return how many keys belong to the shared beginning."""
+        return int(self.beginning.stop - self.beginning.start)
 
 
 class Stack(NamedTuple):
@@ -73,11 +82,16 @@ class Stack(NamedTuple):
 
 
 class ScoreRule(NamedTuple):
-    """Who sees whom and how strongly: `cap(scale * q @ k.T)`, over the window's keys."""
+    """Who sees whom and how strongly: `cap(scale * q @ k.T)`, over the window's keys.
+
+    If `has_beginning`, the first sample is what all others begin with: they see it, too, and their
+    own tokens follow it.
+    """
 
     scale: float
     sliding_window: int | None = None
     softcap: float | None = None
+    has_beginning: bool = False
 
 
 def tiled_attention(
@@ -98,43 +112,72 @@ def tiled_attention(
 
 
 @lru_cache(maxsize=8)  # every layer asks for the same one or two plans, forward and backward
-def plan_tiles(lengths: tuple[int, ...], sliding_window: int | None) -> tuple[Tile, ...]:
+def plan_tiles(
+    lengths: tuple[int, ...], sliding_window: int | None, *, has_beginning: bool = False
+) -> tuple[Tile, ...]:
     """Cut a packed batch into tiles: short neighbors merged, long samples split evenly."""
-    tiles: list[Tile] = []
+    if has_beginning:
+        shared, *own = lengths
+        first = plan_tiles((shared,), sliding_window)
+        return (*first, *_plan_samples(own, sliding_window, shared=shared))
+    return tuple(_plan_samples(lengths, sliding_window, shared=0))
+
+
+def _plan_samples(
+    lengths: Sequence[int], sliding_window: int | None, *, shared: int
+) -> Iterator[Tile]:
+    """Yield the tiles of samples that follow `shared` tokens, which they all begin with."""
     merged: list[int] = []
-    start = 0  # of the next tile
+    start = shared  # of the next tile
     for length in lengths:
         if merged and sum(merged) + length > TILE_QUERIES:
-            tiles.append(_merged_tile(start, merged, sliding_window))
-            start, merged = tiles[-1].queries.stop, []
+            yield _merged_tile(start, merged, sliding_window, shared)
+            start, merged = start + sum(merged), []
         if length <= TILE_QUERIES:
             merged.append(length)
         else:
-            tiles.extend(_iter_cut_tiles(start, length, sliding_window))
+            yield from _iter_cut_tiles(start, length, sliding_window, shared)
             start += length
     if merged:
-        tiles.append(_merged_tile(start, merged, sliding_window))
-    return tuple(tiles)
+        yield _merged_tile(start, merged, sliding_window, shared)
 
 
-def _merged_tile(start: int, lengths: list[int], sliding_window: int | None) -> Tile:
+def _merged_tile(start: int, lengths: list[int], sliding_window: int | None, shared: int) -> Tile:
     tokens = slice(start, start + sum(lengths))
     sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     position = torch.arange(len(sample))
     is_seen = _is_in_reach(position, position, sliding_window) & (sample[:, None] == sample)
-    return Tile(tokens, tokens, _additive(is_seen))
+    beginning = _in_reach_of(0, sliding_window, shared)
+    if sliding_window is not None and shared:
+        row_position = shared + torch.cat([torch.arange(length) for length in lengths])
+        before = torch.arange(beginning.start, shared)
+        is_seen = torch.cat([_is_in_reach(row_position, before, sliding_window), is_seen], 1)
+    return Tile(tokens, tokens, _additive(is_seen), beginning)
 
 
-def _iter_cut_tiles(start: int, length: int, sliding_window: int | None) -> Iterator[Tile]:
+def _iter_cut_tiles(
+    start: int, length: int, sliding_window: int | None, shared: int
+) -> Iterator[Tile]:
     num_tiles = -(-length // TILE_QUERIES)
     bounds = [start + length * i // num_tiles for i in range(num_tiles + 1)]
     for first, stop in pairwise(bounds):
         first_key = start if sliding_window is None else max(start, first - sliding_window + 1)
+        beginning = _in_reach_of(first - start, sliding_window, shared)
         # Within the first window, every query of the tile sees all keys before the tile.
-        sees_all_before = sliding_window is None or stop - start <= sliding_window
-        first_masked = first if sees_all_before else first_key
-        mask = _cut_mask(stop - first, first - first_masked, sliding_window)
-        yield Tile(slice(first, stop), slice(first_key, stop), mask)
+        sees_all_before = sliding_window is None or stop - start + shared <= sliding_window
+        if beginning.start < beginning.stop and not sees_all_before:
+            num_before = first - first_key + beginning.stop - beginning.start
+        else:
+            num_before = 0 if sees_all_before else first - first_key
+        mask = _cut_mask(stop - first, num_before, sliding_window)
+        yield Tile(slice(first, stop), slice(first_key, stop), mask, beginning)
+
+
+def _in_reach_of(own_position: int, sliding_window: int | None, shared: int) -> slice:
+    """Return what of the shared beginning the token at a sample's `own_position` sees."""
+    if sliding_window is None:
+        return slice(0, shared)
+    return slice(min(shared, max(0, shared + own_position - sliding_window + 1)), shared)
 
 
 @lru_cache(maxsize=8)  # one long sample has two sizes of tiles, and their masks are large
@@ -156,11 +199,16 @@ def _additive(is_seen: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def plan_stacks(
-    lengths: tuple[int, ...], sliding_window: int | None, num_heads: int
+    lengths: tuple[int, ...],
+    sliding_window: int | None,
+    num_heads: int,
+    *,
+    has_beginning: bool = False,
 ) -> tuple[Stack, ...]:
     """Put tiles with about as many keys together; every tile is in exactly one stack."""
     stacks: list[list[Tile]] = []
-    for tile in sorted(plan_tiles(lengths, sliding_window), key=lambda tile: -tile.num_keys):
+    tiles = plan_tiles(lengths, sliding_window, has_beginning=has_beginning)
+    for tile in sorted(tiles, key=lambda tile: -tile.num_keys):
         largest = stacks[-1][0] if stacks else None
         if largest is not None and tile.num_keys >= STACK_SHARE * largest.num_keys:
             num_queries = max(one.num_queries for one in (*stacks[-1], tile))
@@ -204,7 +252,7 @@ class _TiledAttention(torch.autograd.Function):
         query_GRTD = _group_heads(query_1HTD, key_1GTD.shape[1])
         output_GRTD, output_1HTD = _empty_heads(query_GRTD, value_1GTD.shape[-1])
         with torch.autocast(query_1HTD.device.type, enabled=False):
-            for stack in plan_stacks(lengths, rule.sliding_window, query_1HTD.shape[1]):
+            for stack in _stacks(lengths, rule, query_1HTD):
                 query_SQD = _read_queries(query_GRTD, stack)
                 key_SKD, value_SKD = (_read_keys(part[0], stack) for part in (key_1GTD, value_1GTD))
                 probs_SQK, _ = _probabilities(query_SQD, key_SKD, stack, rule, sinks_H)
@@ -221,7 +269,7 @@ class _TiledAttention(torch.autograd.Function):
         grad_output_GRTD = _group_heads(grad_output_1HTD, key_1GTD.shape[1])
         grad_query_GRTD, grad_query_1HTD = _empty_heads(query_GRTD, query_1HTD.shape[-1])
         grad_key_GTD, grad_value_GTD = _zero_sums(key_1GTD), _zero_sums(value_1GTD)
-        for stack in plan_stacks(ctx.lengths, rule.sliding_window, query_1HTD.shape[1]):
+        for stack in _stacks(ctx.lengths, rule, query_1HTD):
             query_SQD, grad_SQD = (
                 _read_queries(heads, stack) for heads in (query_GRTD, grad_output_GRTD)
             )
@@ -245,6 +293,11 @@ class _TiledAttention(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _stacks(lengths: tuple[int, ...], rule: ScoreRule, query_1HTD: Tensor) -> tuple[Stack, ...]:
+    num_heads = query_1HTD.shape[1]
+    return plan_stacks(lengths, rule.sliding_window, num_heads, has_beginning=rule.has_beginning)
 
 
 def _probabilities(
@@ -314,13 +367,17 @@ def _read_keys(heads_GTD: Tensor, stack: Stack) -> Tensor:
     make = heads_GTD.new_empty if stack.is_even else heads_GTD.new_zeros
     copies = make(len(stack.tiles), groups, stack.num_keys, width)
     for copy, tile in zip(copies.unbind(), stack.tiles, strict=True):
-        copy[:, : tile.num_keys].copy_(heads_GTD[:, tile.keys])
+        if tile.num_shared:
+            copy[:, : tile.num_shared].copy_(heads_GTD[:, tile.beginning])
+        copy[:, tile.num_shared : tile.num_keys].copy_(heads_GTD[:, tile.keys])
     return copies.view(-1, stack.num_keys, width)
 
 
 def _add_keys(sums_GTD: Tensor, stack: Stack, rows_SKD: Tensor) -> None:
-    """Add the tiles' gradients where they belong; tiles of a long sample share keys."""
+    """Add the tiles' gradients where they belong; those of a sample or a beginning share keys."""
     groups, _, width = sums_GTD.shape
     rows = rows_SKD.view(len(stack.tiles), groups, stack.num_keys, width)
     for row, tile in zip(rows.unbind(), stack.tiles, strict=True):
-        sums_GTD[:, tile.keys] += row[:, : tile.num_keys]
+        if tile.num_shared:
+            sums_GTD[:, tile.beginning] += row[:, : tile.num_shared]
+        sums_GTD[:, tile.keys] += row[:, tile.num_shared : tile.num_keys]

@@ -34,6 +34,7 @@ def varlen_attention(  # noqa: PLR0913 - keyword-only options, like torch.nn.fun
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
+    has_beginning: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Causal attention within each of the samples packed into one row.
@@ -49,6 +50,8 @@ def varlen_attention(  # noqa: PLR0913 - keyword-only options, like torch.nn.fun
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
         sinks_H: a score of each head beside those of the keys, for nothing (gpt-oss); frozen.
+        has_beginning: the first sample is what all others begin with. They see it too, and the
+            window counts their tokens behind it.
         backend: a name from `VARLEN_BACKENDS`; None asks `choose_varlen_backend`.
 
     Returns:
@@ -56,7 +59,8 @@ def varlen_attention(  # noqa: PLR0913 - keyword-only options, like torch.nn.fun
 
     Raises:
         ValueError: if the lengths do not describe the batch, or if the backend cannot do what
-            is asked (a soft cap outside tiled, flash_attn and flex; sinks outside tiled).
+            is asked (a soft cap outside tiled, flash_attn and flex; sinks outside tiled; a shared
+            beginning outside `SHARING_BACKENDS`).
     """
     _check_arguments(query_1HTD, key_1GTD, lengths)
     if backend is None:
@@ -67,7 +71,9 @@ def varlen_attention(  # noqa: PLR0913 - keyword-only options, like torch.nn.fun
             has_softcap=softcap is not None,
             has_sinks=sinks_H is not None,
         )
-    rule = ScoreRule(scale, sliding_window, softcap)
+    if has_beginning and backend not in SHARING_BACKENDS:
+        raise ValueError(f"{backend} attention has no shared beginning")
+    rule = ScoreRule(scale, sliding_window, softcap, has_beginning)
     if backend == "tiled":
         return tiled_attention(query_1HTD, key_1GTD, value_1GTD, tuple(lengths), rule, sinks_H)
     if sinks_H is not None:
@@ -208,7 +214,7 @@ def attend_flex(
         key_1GTD,
         value_1GTD,
         score_mod=None if rule.softcap is None else _softcap_score(rule.softcap),
-        block_mask=_flex_block_mask(lengths, rule.sliding_window, query_1HTD.device),
+        block_mask=_flex_block_mask(lengths, rule, query_1HTD.device),
         scale=rule.scale,
         enable_gqa=key_1GTD.shape[1] != query_1HTD.shape[1],
     )
@@ -259,6 +265,9 @@ VARLEN_BACKENDS: dict[str, Callable[..., Tensor]] = {
     "padded_sdpa": attend_padded_sdpa,
 }
 
+SHARING_BACKENDS = ("tiled", "flex")
+"""Those in which the samples of a batch can share their beginning."""
+
 
 @lru_cache(maxsize=8)  # every layer of a batch shares one copy to the device
 def _cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> Tensor:
@@ -275,16 +284,23 @@ def _load_flex_attention(*, is_compiled: bool) -> Callable[..., Tensor]:
 
 
 @lru_cache(maxsize=8)
-def _flex_block_mask(
-    lengths: tuple[int, ...], sliding_window: int | None, device: torch.device
-) -> object:
+def _flex_block_mask(lengths: tuple[int, ...], rule: ScoreRule, device: torch.device) -> object:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    sample_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+    counts = torch.tensor(lengths)
+    sample_T = torch.repeat_interleave(torch.arange(len(lengths)), counts).to(device)
+    position_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    if rule.has_beginning:
+        position_T[lengths[0] :] += lengths[0]
 
     def is_seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = (sample_T[query] == sample_T[key]) & (query >= key)
-        return seen if sliding_window is None else seen & (query - key < sliding_window)
+        seen = sample_T[query] == sample_T[key]
+        if rule.has_beginning:
+            seen = seen | (sample_T[key] == 0)
+        seen = seen & (query >= key)
+        if rule.sliding_window is None:
+            return seen
+        return seen & (position_T[query] - position_T[key] < rule.sliding_window)
 
     num_tokens = len(sample_T)
     return create_block_mask(is_seen, None, None, num_tokens, num_tokens, device=device)

@@ -14,6 +14,10 @@ from llmtune.training.objectives.base import MicroBatch, Objective
 from llmtune.training.rows import Examples
 
 SMALLEST_WEIGHT = 1e-30
+MIN_BEGINNING = 8
+"""Tokens from which rows that begin with the same ones go together."""
+PASS_TOKENS = 128
+"""What one more micro-batch costs beside its tokens, in tokens."""
 
 
 def plan_micro_batches(
@@ -33,6 +37,63 @@ def plan_micro_batches(
         return pack_lengths(lengths, limits.tokens, max_rows=limits.rows)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return _plan_padded(order, lengths, limits)
+
+
+def plan_shared(rows: Sequence[Example], limits: BatchLimits) -> list[list[int]] | None:
+    """Split the packed rows of a step so that rows with a common beginning go together.
+
+    Returns:
+        As `plan_micro_batches`; None if not fewer tokens would be computed, all in all.
+    """
+    plain = plan_micro_batches([len(row.input_ids) for row in rows], limits, packed=True)
+    loose: list[int] = []
+    plan: list[list[int]] = []
+    for group in _group_by_beginning(rows):
+        members = [rows[index] for index in group]
+        shared = shared_beginning(members)
+        if len(group) == 1 or shared < MIN_BEGINNING:
+            loose += group
+            continue
+        lengths = [len(row.input_ids) - shared for row in members]
+        room = max(limits.tokens, shared + max(lengths)) - shared
+        packed = pack_lengths(lengths, room, max_rows=limits.rows)
+        plan += [[group[place] for place in one] for one in packed]
+    lengths = [len(rows[index].input_ids) for index in loose]
+    packed = pack_lengths(lengths, limits.tokens, max_rows=limits.rows)
+    plan += [[loose[place] for place in one] for one in packed]
+
+    def cost(micro_batches: Sequence[Sequence[int]], *, shares: bool) -> int:
+        members = [[rows[index] for index in one] for one in micro_batches]
+        return sum(PASS_TOKENS + computed_tokens(each, shares=shares) for each in members)
+
+    return plan if cost(plan, shares=True) < cost(plain, shares=False) else None
+
+
+def _group_by_beginning(rows: Sequence[Example]) -> list[list[int]]:
+    """Put rows together whose first tokens are the same."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(tuple(row.input_ids[:MIN_BEGINNING]), []).append(index)
+    return list(groups.values())
+
+
+def shared_beginning(rows: Sequence[Example]) -> int:
+    """Return how many tokens all rows begin with; none of them is trained, nor any row's last."""
+    first, last = (kind(row.input_ids for row in rows) for kind in (min, max))
+    pairs = zip(first, last, strict=False)
+    common = next((place for place, (a, b) in enumerate(pairs) if a != b), len(first))
+    return min(common, *(_untrained_beginning(row) for row in rows))
+
+
+def _untrained_beginning(row: Example) -> int:
+    trained = (place for place, label in enumerate(row.labels) if label != IGNORE_INDEX)
+    return min(next(trained, len(row.labels)), len(row.labels) - 1)
+
+
+def computed_tokens(rows: Sequence[Example], *, shares: bool) -> int:
+    """Return the tokens of one packed micro-batch, its shared beginning once if it is shared."""
+    total = sum(len(row.input_ids) for row in rows)
+    return total - shared_beginning(rows) * (len(rows) - 1) if shares else total
 
 
 def _plan_padded(order: list[int], lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
@@ -119,6 +180,8 @@ class StepCollator:
         self.packed = packed
         self.pad_token_id = pad_token_id
         self.objective = objective
+        self.shares_beginnings = False
+        """Whether what rows of a packed micro-batch begin with is computed once."""
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> StepRows:
         """Return the rows of one step, from the numbers that the data loader draws."""
@@ -128,8 +191,12 @@ class StepCollator:
         """Build the step that holds the examples `indices`."""
         examples = [self.examples[index] for index in indices]
         lengths = [len(example.input_ids) for example in examples]
-        plan = plan_micro_batches(lengths, self.limits, packed=self.packed)
-        micro_batches = [self.build([examples[position] for position in one]) for one in plan]
+        shared = plan_shared(examples, self.limits) if self.shares_beginnings else None
+        plan = shared or plan_micro_batches(lengths, self.limits, packed=self.packed)
+        lay = self.lay if shared is None else pack_sharing
+        micro_batches = [
+            self.objective.collate([examples[position] for position in one], lay) for one in plan
+        ]
         target_weight = sum(float(one["target_weights"].sum()) for one in micro_batches)
         for micro_batch in micro_batches:
             micro_batch["target_weights"] /= max(target_weight, SMALLEST_WEIGHT)
@@ -174,6 +241,32 @@ def pack_rows(examples: Sequence[Example]) -> MicroBatch:
     }
 
 
+def pack_sharing(examples: Sequence[Example]) -> MicroBatch:
+    """Lay rows end to end like `pack_rows`, the longest first, but once what they all begin with.
+
+    Returns:
+        `row_lengths` are those of the beginning and of what follows it in each row; there is
+        `shares_beginning` (True), and nothing for transformers' own attention: no row is whole.
+        Rows without a common beginning are packed as ever.
+    """
+    shared = shared_beginning(examples) if len(examples) > 1 else 0
+    if shared < MIN_BEGINNING:
+        return pack_rows(examples)
+    examples = sorted(examples, key=lambda example: -len(example.input_ids))
+    rest = [example.input_ids[shared:] for example in examples]
+    lengths = [shared, *map(len, rest)]
+    input_ids = [*examples[0].input_ids[:shared], *(token for ids in rest for token in ids)]
+    positions = [torch.arange(shared), *(shared + torch.arange(len(ids)) for ids in rest)]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return {
+        "input_ids": torch.tensor(input_ids)[None],
+        "position_ids": torch.cat(positions)[None],
+        "row_lengths": tuple(lengths),
+        "shares_beginning": True,
+        **_targets(examples, [end - shared for end in ends[:-1]], shared=shared),
+    }
+
+
 def pad_rows(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
     """Pad rows on the right to the longest one; what is padding is known by position, not by id.
 
@@ -195,8 +288,11 @@ def pad_rows(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
     }
 
 
-def _targets(examples: Sequence[Example], starts: Sequence[int]) -> MicroBatch:
+def _targets(examples: Sequence[Example], starts: Sequence[int], *, shared: int = 0) -> MicroBatch:
     """Return where a token is trained and which one.
+
+    The first `shared` tokens of all rows are the first of the batch; the others of a row are where
+    they would be if it began at its `start`.
 
     `target_positions` [N] index the flattened batch at the position *before* the trained token,
     `targets` [N] are the token ids, `target_weights` [N] (float32) the weights of their rows and
@@ -209,7 +305,7 @@ def _targets(examples: Sequence[Example], starts: Sequence[int]) -> MicroBatch:
     for example, start in zip(examples, starts, strict=False):
         for index, label in enumerate(example.labels[1:]):
             if label != IGNORE_INDEX:
-                positions.append(start + index)
+                positions.append(index if index < shared else start + index)
                 targets.append(label)
                 weights.append(example.weight)
                 sources.append(example.source_index)

@@ -22,6 +22,7 @@ MODEL_INPUTS = (
     "max_length_q",
     "max_length_k",
     "row_lengths",
+    "shares_beginning",
 )
 # Largest accepted difference between the library's logits and ours, relative to the largest.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}

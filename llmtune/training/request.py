@@ -12,7 +12,7 @@ from llmtune.data.example import Example
 from llmtune.io.run_dir import RunDir
 from llmtune.training.protect.penalties import ProtectionRequest
 
-Technique = Literal["fused_lora", "fused_blocks", "frozen_head"]
+Technique = Literal["fused_lora", "fused_blocks", "frozen_head", "shared_beginnings"]
 
 
 @dataclass(frozen=True)

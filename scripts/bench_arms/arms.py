@@ -60,6 +60,7 @@ OURS: dict[str, dict] = {
     "llmtune-stock-blocks": {"without": frozenset({"fused_blocks"})},
     "llmtune-stock-head": {"without": frozenset({"frozen_head"})},
     "llmtune-padded": {"packing": "off"},
+    "llmtune-whole-rows": {"without": frozenset({"shared_beginnings"})},
 }
 
 

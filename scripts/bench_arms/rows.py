@@ -7,11 +7,14 @@ from pydoc_data.topics import topics
 import numpy as np
 from tokenizers import Tokenizer
 
-MIXES = ("chat", "short", "full")
+MIXES = ("chat", "short", "full", "task")
 SHORTEST, LONGEST = 16, 1024
-# Log-normal: median and sigma. The mean of "chat" is 200, that of "short" 130.
-LENGTHS = {"chat": (150.0, 0.76), "short": (110.0, 0.58)}
-MEAN_LENGTHS = {"chat": 200, "short": 130}
+# Log-normal: median and sigma. The mean of "chat" is 200, that of "short" 130. "task" is like the
+# quickstart: rows of 64 tokens of which the first 27 are a template's, the same in all.
+LENGTHS = {"chat": (150.0, 0.76), "short": (110.0, 0.58), "task": (35.0, 0.3)}
+MEAN_LENGTHS = {"chat": 200, "short": 130, "task": 64}
+TASK_BEGINNING = 27
+TASK_TRAINED = 2
 PROMPT_SHARE = (2, 3)
 """Of the beta distribution from which each row's untrained share is drawn."""
 NUM_TOKENS = 2048
@@ -30,6 +33,11 @@ def make_rows(
     for length in draw_lengths(mix, count, full_length=full_length, random=random):
         start = random.integers(len(stream) - length)
         input_ids = stream[start : start + length].tolist()
+        if mix == "task":
+            input_ids = [*stream[:TASK_BEGINNING].tolist(), *input_ids]
+            labels = [IGNORE_INDEX] * (len(input_ids) - TASK_TRAINED) + input_ids[-TASK_TRAINED:]
+            rows.append((input_ids, labels))
+            continue
         prompt = min(max(1, int(length * random.beta(*PROMPT_SHARE))), length - 2)
         rows.append((input_ids, [IGNORE_INDEX] * prompt + input_ids[prompt:]))
     return rows

@@ -18,6 +18,7 @@ from llmtune.models import hardware
 from llmtune.models.config import ModelConfig
 from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
 from llmtune.models.load import load_model
+from llmtune.models.quantization.describe import find_dense_weights
 from llmtune.models.resolve import resolve_base
 from tests.tiny import FAMILIES, make_model
 
@@ -57,6 +58,33 @@ def test_every_family_loads_quantized_close_to_its_full_precision(checkpoint, fa
     assert quantized.quantized.bytes < full.quantized.bytes / 2
     head = full.model.get_output_embeddings().weight
     assert quantized.model.get_output_embeddings().weight.shape == head.shape
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # the latter's layers have biases
+def test_weights_dequantized_once_give_the_same_bits(checkpoint, family, dtype):
+    model = load(checkpoint(family), quantization={"method": "nf4"}, dtype=dtype).model
+    with torch.no_grad():
+        expected = [model(IDS).logits, model(IDS[:, :1]).logits]
+        dense = find_dense_weights(model)
+        dense.hold()
+        assert len(dense.layers) == 14
+        assert dense.bytes == sum(
+            layer.in_features * layer.out_features * getattr(torch, dtype).itemsize
+            for layer in dense.layers
+        )
+        for layer in dense.layers:  # nothing reads them any more
+            layer.weight.data = torch.zeros_like(layer.weight.data)
+        found = [model(IDS).logits, model(IDS[:, :1]).logits]
+    assert all(map(torch.equal, found, expected))
+
+
+def test_what_is_not_the_product_with_a_dense_weight_is_not_dequantized_once(checkpoint):
+    int8 = load(checkpoint(), quantization={"method": "int8"}).model
+    other = {"method": "nf4", "compute_dtype": "float32"}
+    mixed = load(checkpoint(), quantization=other, dtype="bfloat16").model
+    for model in (int8, mixed, load(checkpoint()).model):
+        assert find_dense_weights(model).bytes == 0
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

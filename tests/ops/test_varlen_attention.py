@@ -63,7 +63,16 @@ def detached(inputs: Inputs) -> Inputs:
 
 
 def plain_attention(
-    query, key, value, lengths, *, scale, sliding_window=None, softcap=None, sinks_H=None
+    query,
+    key,
+    value,
+    lengths,
+    *,
+    scale,
+    sliding_window=None,
+    softcap=None,
+    sinks_H=None,
+    has_beginning=False,
 ):
     """Every score of the whole row, then one mask: nothing clever."""
     repeats = query.shape[1] // key.shape[1]
@@ -72,8 +81,11 @@ def plain_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    distance = torch.arange(len(sample))[:, None] - torch.arange(len(sample))
-    is_seen = (sample[:, None] == sample) & (distance >= 0)
+    position = torch.cat([torch.arange(length) for length in lengths])
+    position += lengths[0] * (sample > 0) if has_beginning else 0
+    distance = position[:, None] - position
+    is_seen = (sample[:, None] == sample) | (has_beginning & (sample == 0))
+    is_seen &= distance >= 0
     if sliding_window is not None:
         is_seen &= distance < sliding_window
     scores = scores.masked_fill(~is_seen, -torch.inf)
@@ -117,6 +129,35 @@ def test_sinks_are_only_given_to_a_backend_that_has_them():
     with pytest.raises(ValueError, match="no attention sinks"):
         varlen_attention(
             *make_inputs(LENGTHS, torch.float64), LENGTHS, scale=1, backend="flex", **SINKS
+        )
+
+
+@pytest.mark.parametrize("shared", [1, 3, 9])
+@pytest.mark.parametrize("backend", ["tiled", "flex"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_samples_that_share_their_beginning_equal_plain_attention(
+    name, backend, shared, small_tiles
+):
+    lengths, options = (shared, *LENGTHS), {**SHAPES[name], "has_beginning": True}
+    inputs = make_inputs(lengths, torch.float64)
+    expected = value_and_gradients(plain_attention, inputs, lengths, **options)
+    if backend == "flex":  # has no backward pass on a CPU
+        inputs, options = detached(inputs), {**options, "scale": SCALE}
+        results = [varlen_attention(*inputs, lengths, backend=backend, **options)]
+    else:
+        results = value_and_gradients(varlen_attention, inputs, lengths, **options)
+    for result, reference in zip(results, expected, strict=False):
+        torch.testing.assert_close(result, reference, rtol=0, atol=1e-10)
+
+
+def test_a_backend_without_shared_beginnings_says_so():
+    with pytest.raises(ValueError, match="padded_sdpa attention has no shared beginning"):
+        varlen_attention(
+            *make_inputs(LENGTHS, torch.float32),
+            LENGTHS,
+            scale=SCALE,
+            has_beginning=True,
+            backend="padded_sdpa",
         )
 
 

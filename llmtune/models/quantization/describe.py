@@ -146,6 +146,55 @@ def compute_densely(model: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+@dataclass(frozen=True)
+class DenseWeights:
+    """The dense weights of a model's quantized layers, and how to compute with them.
+
+    `layers` gives each layer's weight [out, in], dequantized; empty if there are none whose output
+    is exactly the product with it.
+    """
+
+    layers: Mapping[nn.Module, Callable[[], Tensor]]
+    bytes: int
+
+    def hold(self) -> None:
+        """Dequantize every weight once and compute with it from now on, bit for bit as before.
+
+        The weights are freed with the model.
+        """
+        for layer, read in self.layers.items():
+            layer.forward = _dense_forward(layer, read())
+
+
+def find_dense_weights(model: nn.Module) -> DenseWeights:
+    """Return the quantized layers of a model that compute with their dequantized weight.
+
+    Only on a CPU: there every pass dequantizes the whole model. GPUs have kernels that do not, and
+    round differently.
+    """
+    layers: dict[nn.Module, Callable[[], Tensor]] = {}
+    size = 0
+    exact = [member for member in members() if member.is_exact]
+    for layer in model.modules():
+        read = next(filter(None, (member.dense_weight(layer) for member in exact)), None)
+        if read is None or layer.weight.device.type != "cpu":
+            continue
+        dtype = layer.compute_dtype
+        if dtype is None or dtype != layer.weight.quant_state.dtype:
+            continue
+        layers[layer] = read
+        size += logical_size(layer.weight) * dtype.itemsize
+    return DenseWeights(layers, size)
+
+
+def _dense_forward(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        bias = None if layer.bias is None else layer.bias.to(weight.dtype)
+        return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    return forward
+
+
 def keep_differentiable(model: PreTrainedModel) -> None:
     """Keep 4-bit weights in the layout that gradients pass through, on the CPU too.
 

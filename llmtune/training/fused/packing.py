@@ -10,14 +10,18 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from llmtune.data.example import Example
+from llmtune.data.example import IGNORE_INDEX, Example
 from llmtune.errors import LlmtuneError
 from llmtune.io.quiet import quieted
 from llmtune.models.decoder import decoder_of
 from llmtune.models.probing import ProbeFailedError, probing
-from llmtune.ops.varlen_attention import choose_varlen_backend, varlen_attention
-from llmtune.training.batch import move_to, pack_rows, pad_rows
-from llmtune.training.loss import decoder_hidden
+from llmtune.ops.varlen_attention import (
+    SHARING_BACKENDS,
+    choose_varlen_backend,
+    varlen_attention,
+)
+from llmtune.training.batch import move_to, pack_rows, pack_sharing, pad_rows
+from llmtune.training.loss import MODEL_INPUTS, decoder_hidden
 from llmtune.training.objectives.base import MicroBatch
 from llmtune.training.rows import row_lengths
 
@@ -48,6 +52,53 @@ class PackingChoice(NamedTuple):
     reason: str
 
 
+@torch.no_grad()
+def find_sharing_obstacle(model: PeftModel, examples: Sequence[Example]) -> str | None:
+    """Return why packed rows cannot share what they begin with, or None if they can.
+
+    Asked inside `packed_attention`. The probe runs rows of one beginning in both ways, and every
+    layer must reach the tokens before it through attention alone: a recurrent state or a
+    convolution runs from token to token, whatever row they belong to.
+    """
+    backend = _backend(model)
+    if backend not in SHARING_BACKENDS:
+        return f"{backend} attention has no shared beginnings"
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return "dropout is different in every row"
+    longest = int(row_lengths(examples).max())
+    if any(chunk < longest for chunk in _reaches(model, ("chunk",))):
+        return "its attention is cut into chunks"
+    is_training = model.training
+    model.eval()
+    try:
+        with probing():
+            return _probe_sharing(model, examples)
+    except ProbeFailedError as error:
+        return str(error)
+    finally:
+        model.train(is_training)
+
+
+def _probe_sharing(model: PeftModel, examples: Sequence[Example]) -> str | None:
+    device = model.get_input_embeddings().weight.device
+    base = model.get_base_model()
+    left, right, other = _probe_rows(examples, PROBE_TOKENS)
+    rows = [_probe_row(left.input_ids + each.input_ids) for each in (right, other)]
+    calls: list[nn.Module] = []
+    shared = move_to(pack_sharing(rows), device)
+    inputs = {name: shared[name] for name in MODEL_INPUTS if name in shared}
+    together = decoder_of(base)(**inputs, attention_calls=calls, use_cache=False)
+    rest = shared["row_lengths"][-1]
+    alone = _hidden(model, pack_rows(rows), device)[0, -rest:]
+    num_layers = base.config.get_text_config().num_hidden_layers
+    if len(calls) < num_layers:
+        return f"{num_layers - len(calls)} of {num_layers} layers pass a state from token to token"
+    difference = relative_difference(together.last_hidden_state[0, -rest:], alone)
+    if not difference <= TOLERANCES.get(alone.dtype, 1e-4):
+        return f"a row that shares its beginning differs by {difference:.1%} from the whole row"
+    return None
+
+
 def choose_packing(
     model: PeftModel, wanted: Literal["auto", "on", "off"], examples: Sequence[Example]
 ) -> PackingChoice:
@@ -64,8 +115,8 @@ def choose_packing(
         return PackingChoice(False, "data.packing is off")
     reason = _find_obstacle(model, examples)
     if reason is None:
-        backend = _describe_backend(model)
-        return PackingChoice(True, f"the probe found no influence of neighbors ({backend})")
+        reason = f"the probe found no influence of neighbors ({_backend(model)} attention)"
+        return PackingChoice(True, reason)
     if wanted == "on":
         raise LlmtuneError(
             f"data.packing is on, but {type(model.get_base_model()).__name__} cannot be packed: "
@@ -107,7 +158,8 @@ def varlen_attention_forward(
         key: [1, kv_heads, T, head_dim].
         value: like `key`.
         attention_mask: None, or what `describe_mask` made.
-        options: `row_lengths` (required), `scaling`, `sliding_window`, `softcap`, `s_aux` (sinks).
+        options: `row_lengths` (required), `shares_beginning`, `scaling`, `sliding_window`,
+            `softcap`, `s_aux` (sinks); `attention_calls` is a list that every call is added to.
 
     Returns:
         [1, T, heads, head_dim] and no attention weights.
@@ -126,9 +178,12 @@ def varlen_attention_forward(
     sinks = options.get("s_aux")
     if sinks is not None and sinks.requires_grad:
         raise ProbeFailedError("its attention sinks are trained")
-    window = options.get("sliding_window")
+    if (calls := options.get("attention_calls")) is not None:
+        calls.append(module)
+    window, shares = options.get("sliding_window"), options.get("shares_beginning", False)
     if attention_mask is not None:
-        window, lengths = mask_rule(attention_mask).apply(tuple(lengths), query.device)
+        rule = mask_rule(attention_mask)
+        window, lengths = rule.apply(tuple(lengths), query.device, shares_beginning=shares)
     scale = options.get("scaling")
     attended = varlen_attention(
         # Rotary embeddings may leave the queries in float32 under autocast.
@@ -140,6 +195,7 @@ def varlen_attention_forward(
         sliding_window=window,
         softcap=options.get("softcap"),
         sinks_H=sinks,
+        has_beginning=shares,
     )
     return attended.transpose(1, 2), None
 
@@ -157,16 +213,20 @@ class MaskRule(NamedTuple):
     """transformers' mask function, of batch, head, query and key."""
 
     def apply(
-        self, lengths: tuple[int, ...], device: torch.device
+        self, lengths: tuple[int, ...], device: torch.device, *, shares_beginning: bool = False
     ) -> tuple[int | None, tuple[int, ...]]:
         """Return the sliding window, and the rows: those of chunks are cut at them.
 
+        Of rows that share their beginning, the longest directly follows it.
+
         Raises:
-            ProbeFailedError: the mask is neither a window nor chunks.
+            ProbeFailedError: the mask is neither a window nor chunks, or rows that share their
+                beginning have chunks.
         """
-        if max(lengths) <= self.size:
+        rows = (sum(lengths[:2]),) if shares_beginning else lengths
+        if max(rows) <= self.size:
             return None, lengths
-        start = sum(lengths[: lengths.index(max(lengths))])
+        start = sum(rows[: rows.index(max(rows))])
         batch, query = (torch.tensor(one, device=device) for one in (0, start + self.size))
         seen = [
             bool(self.is_seen(batch, batch, query, query - distance))
@@ -174,7 +234,7 @@ class MaskRule(NamedTuple):
         ]
         if seen == [False, True, True]:
             return self.size, lengths
-        if seen == [False, False, True]:
+        if seen == [False, False, True] and not shares_beginning:
             size = self.size
             cut = [min(size, row - at) for row in lengths for at in range(0, row, size)]
             return None, tuple(cut)
@@ -217,18 +277,17 @@ AttentionInterface.register(ATTENTION_NAME, varlen_attention_forward)
 AttentionMaskInterface.register(ATTENTION_NAME, describe_mask)
 
 
-def _describe_backend(model: PeftModel) -> str:
+def _backend(model: PeftModel) -> str:
     embedding = model.get_input_embeddings().weight
     config = model.get_base_model().config.get_text_config()
     said = config.to_dict()  # a config may refuse to give as an attribute what varies by layer
-    backend = choose_varlen_backend(
+    return choose_varlen_backend(
         embedding.device,
         dtype=embedding.dtype,
         head_width=said.get("head_dim") or config.hidden_size // config.num_attention_heads,
         has_softcap=said.get("attn_logit_softcapping") is not None,
         has_sinks=any(name.endswith("sinks") for name, _ in model.named_parameters()),
     )
-    return f"{backend} attention"
 
 
 def _find_obstacle(model: PeftModel, examples: Sequence[Example]) -> str | None:
@@ -295,7 +354,7 @@ def _probe_long(model: PeftModel, examples: Sequence[Example]) -> str | None:
     return None
 
 
-def _reaches(model: PeftModel) -> list[int]:
+def _reaches(model: PeftModel, words: Sequence[str] = REACH_WORDS) -> list[int]:
     """Return the lengths in the config after which something changes: windows and chunks."""
     values = model.get_base_model().config.get_text_config().to_dict()
     sections = [values, *(value for value in values.values() if isinstance(value, dict))]
@@ -304,7 +363,7 @@ def _reaches(model: PeftModel) -> list[int]:
             value
             for section in sections
             for key, value in section.items()
-            if isinstance(value, int) and value > 1 and any(word in key for word in REACH_WORDS)
+            if isinstance(value, int) and value > 1 and any(word in key for word in words)
         }
     )
 
@@ -332,8 +391,12 @@ def _probe_rows(examples: Sequence[Example], length: int) -> tuple[Example, Exam
     rows = [tokens[start : start + length] for start in (0, length, 2 * length)]
     if rows[2] == rows[0]:
         rows[2] = rows[0][::-1] if rows[0] != rows[0][::-1] else [rows[0][0] ^ 1] * length
-    first, second, third = (Example(row, row, "trial", 1) for row in rows)
+    first, second, third = map(_probe_row, rows)
     return first, second, third
+
+
+def _probe_row(ids: list[int]) -> Example:
+    return Example(ids, [*[IGNORE_INDEX] * (len(ids) - 1), ids[-1]], "trial", 1)
 
 
 def _hidden(model: PeftModel, micro_batch: MicroBatch, device: torch.device) -> Tensor:

@@ -26,6 +26,9 @@ BASE_TOLERANCE = 5e-2
 the adapter was attached. On a 16-bit base of 30 layers, fused and stock kernels differ by 0.016;
 taking the first singular vector out of one late query weight makes 0.095."""
 
+KEPT_BYTES = 256 << 20
+"""What the base's hidden states of the rows to be held on may take; beyond it they run again."""
+
 
 @dataclass(frozen=True)
 class BaseProbe:
@@ -86,6 +89,7 @@ class Protection:
         order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))
         self._order = order.tolist()
         self._sums = torch.zeros(3, device=self._device)  # KL, L2, steps
+        self._references: dict[tuple[int, ...], Tensor] = {}
         if request.config.kl_to_base is not None:
             if not loss_path.is_frozen:
                 raise LlmtuneError(
@@ -133,6 +137,7 @@ class Protection:
             ) from error
         finally:
             self._order = order
+            self._references.clear()
             self._model.zero_grad(set_to_none=True)
             self._sums.zero_()
 
@@ -161,14 +166,13 @@ class Protection:
 
     def _mean_kl(self, config: KlToBaseConfig, step: int) -> Tensor:
         places = range(step * config.rows, (step + 1) * config.rows)
-        rows = [self._rows[self._order[place % len(self._order)]] for place in places]
-        micro_batch = move_to(self._build(rows), self._device)
+        numbers = tuple(self._order[place % len(self._order)] for place in places)
+        micro_batch = move_to(self._build([self._rows[row] for row in numbers]), self._device)
         # Dropout would be divergence of its own; this way the KL of an unused adapter is 0.
         is_training = self._model.training
         self._model.eval()
         try:
-            with torch.no_grad(), adapter_disabled(self._model):
-                reference = decoder_hidden(self._model, micro_batch)
+            reference = self._reference(numbers, micro_batch)
             hidden = decoder_hidden(self._model, micro_batch)
         finally:
             self._model.train(is_training)
@@ -177,10 +181,25 @@ class Protection:
         frozen = FrozenHead(
             layer.weight, layer.bias, self._loss_path.softcap, self._loss_path.scale
         )
-        summed = linear_kl_divergence(
-            hidden.flatten(0, 1)[positions], reference.flatten(0, 1)[positions], frozen
-        )
+        summed = linear_kl_divergence(hidden.flatten(0, 1)[positions], reference, frozen)
         return summed / max(len(positions), 1)
+
+    @torch.no_grad()
+    def _reference(self, rows: tuple[int, ...], micro_batch: MicroBatch) -> Tensor:
+        """Return the base's hidden states [N, D] at the compared positions of a step's rows.
+
+        They never change, so they are computed when the rows first come together, in the same call
+        as ever, and kept: rows take turns in an order that repeats.
+        """
+        if rows in self._references:
+            return self._references[rows]
+        with adapter_disabled(self._model):
+            hidden = decoder_hidden(self._model, micro_batch).flatten(0, 1)
+        reference = hidden[micro_batch["target_positions"]]
+        kept = sum(each.nbytes for each in self._references.values())
+        if kept + reference.nbytes <= KEPT_BYTES:
+            self._references[rows] = reference
+        return reference
 
     def _longest_first(self) -> list[int]:
         lengths = [len(row.input_ids) for row in self._rows]

@@ -12,8 +12,9 @@ from llmtune.errors import LlmtuneError
 from llmtune.scoring.divergence import measure_divergence
 from llmtune.training.batch import StepCollator
 from llmtune.training.fused.packing import packed_attention
-from llmtune.training.loss import choose_loss_path
+from llmtune.training.loss import choose_loss_path, decoder_hidden
 from llmtune.training.memory.arithmetic import UNLIMITED
+from llmtune.training.protect import penalties
 from llmtune.training.protect.config import ProtectConfig, add_replay
 from llmtune.training.protect.penalties import (
     BaseProbe,
@@ -125,6 +126,31 @@ def test_every_row_takes_its_turn_and_a_step_has_the_same_rows_after_a_resume():
         protection.add_gradients(step, nullcontext)
     assert sorted(seen[0] + seen[1]) == [1, 2, 3, 4, 5, 6]
     assert seen[2] == seen[1]
+
+
+def test_the_base_runs_once_for_rows_that_come_together_again(monkeypatch):
+    model = shake(make_adapter()).train()
+    runs, real = [], decoder_hidden
+
+    def count(model, micro_batch):
+        with_adapter = not model.get_base_model().model.layers[0].mlp.up_proj.disable_adapters
+        runs.append(with_adapter)
+        return real(model, micro_batch)
+
+    monkeypatch.setattr(penalties, "decoder_hidden", count)
+    found = []
+    for kept_bytes in (penalties.KEPT_BYTES, 0):
+        monkeypatch.setattr(penalties, "KEPT_BYTES", kept_bytes)
+        protection = make_protection(model, KL)
+        model.zero_grad(set_to_none=True)
+        for step in range(4):  # six rows, three in a step
+            protection.add_gradients(step, nullcontext)
+        found.append((protection.take(), gradients(model)))
+    assert runs.count(True) == 8
+    assert runs.count(False) == 2 + 4
+    (kl, kept), (same_kl, anew) = found
+    assert kl == same_kl
+    assert all(torch.equal(kept[name], anew[name]) for name in anew)
 
 
 @pytest.mark.parametrize("packing", ["on", "off"])

@@ -1,0 +1,163 @@
+"""What the rows of a micro-batch begin with is computed once: the same gradients, fewer tokens."""
+
+import json
+import random
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from llmtune.adapters.fused import fused_lora
+from llmtune.data.example import IGNORE_INDEX, Example
+from llmtune.training.batch import (
+    StepCollator,
+    computed_tokens,
+    pack_rows,
+    pack_sharing,
+    plan_shared,
+    shared_beginning,
+)
+from llmtune.training.fused.packing import find_sharing_obstacle, packed_attention
+from llmtune.training.loss import choose_loss_path, decoder_hidden, summed_loss
+from llmtune.training.memory.arithmetic import UNLIMITED, BatchLimits
+from llmtune.training.train import train_adapter
+from tests.training.tiny_runs import make_adapter, make_config, make_request, make_rows
+
+CONVOLUTION = {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+
+
+def make_shared_rows(count, *, shared=20, seed=0, longest=90):
+    """Return rows that begin alike, and then not."""
+    rng = random.Random(seed)
+    beginning = [rng.randrange(4, 200) for _ in range(shared)]
+    rows = []
+    for line in range(count):
+        rest = [10 + line, *(rng.randrange(4, 200) for _ in range(rng.randint(3, longest)))]
+        trained = rng.randint(1, len(rest))
+        ids = beginning + rest
+        labels = [IGNORE_INDEX] * (len(ids) - trained) + ids[-trained:]
+        rows.append(Example(ids, labels, "rows.jsonl", line, weight=rng.choice([0.5, 1.0])))
+    return rows
+
+
+def gradients(model, micro_batch, path):
+    model.zero_grad()
+    loss = summed_loss(model, micro_batch, path)
+    loss.backward()
+    parts = [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
+    return loss.item(), torch.cat(parts)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("llama", {}), ("qwen3", {}), ("gemma2", {}), ("gemma2", {"sliding_window": 24})],
+)
+def test_gradients_equal_those_of_whole_rows(family, overrides):
+    model = make_adapter(family, **overrides).train()
+    rows = make_shared_rows(6)
+    path = choose_loss_path(model)
+    with ExitStack() as stack:
+        stack.enter_context(packed_attention(model))
+        stack.enter_context(fused_lora(model, lambda: decoder_hidden(model, pack_rows(rows[:1]))))
+        whole_loss, whole = gradients(model, pack_rows(rows), path)
+        loss, shared = gradients(model, pack_sharing(rows), path)
+    assert loss == pytest.approx(whole_loss, rel=1e-6)
+    assert ((shared - whole).norm() / whole.norm()).item() < 1e-6
+
+
+def test_gradients_over_a_4_bit_base_equal_those_of_whole_rows(tmp_path):
+    from llmtune.models.checkpoint import Checkpoint
+    from llmtune.models.config import ModelConfig
+    from llmtune.models.load import load_model
+    from tests.tiny import make_model
+    from tests.training.tiny_runs import add_lora
+
+    make_model("llama", tmp_path / "base")
+    config = ModelConfig.model_validate(
+        {"base": str(tmp_path / "base"), "quantization": {"method": "nf4"}, "dtype": "float32"}
+    )
+    model = add_lora(load_model(config, Checkpoint.open(tmp_path / "base")).model).train()
+    rows = make_shared_rows(6)
+    path = choose_loss_path(model)
+    with packed_attention(model):
+        _, whole = gradients(model, pack_rows(rows), path)
+        _, shared = gradients(model, pack_sharing(rows), path)
+    assert ((shared - whole).norm() / whole.norm()).item() < 1e-6
+
+
+def test_the_beginning_ends_before_the_first_trained_token_and_leaves_one_to_each_row():
+    ids = list(range(30, 50))
+    trained_late = Example(ids, [IGNORE_INDEX] * 18 + ids[18:], "r", 1)
+    trained_early = Example(ids, [IGNORE_INDEX] * 12 + ids[12:], "r", 2)
+    short = Example(ids[:11], [IGNORE_INDEX] * 10 + ids[10:11], "r", 3)
+    assert shared_beginning([trained_late, trained_late]) == 18
+    assert shared_beginning([trained_late, trained_early]) == 12
+    assert shared_beginning([trained_late, short]) == 10
+    packed = pack_sharing([trained_late, trained_early])
+    assert packed["row_lengths"] == (12, 8, 8)
+    assert packed["position_ids"][0].tolist() == [*range(20), *range(12, 20)]
+    # The first trained token is predicted by the last shared one.
+    assert packed["target_positions"].tolist() == [17, 18, 11, *range(20, 27)]
+    assert packed["targets"].tolist() == [*ids[18:], *ids[12:]]
+
+
+def test_a_step_is_split_by_beginnings_only_where_that_pays():
+    limits = BatchLimits(None, 150)
+    one, other = (make_shared_rows(6, seed=seed, shared=60, longest=20) for seed in (0, 1))
+    plan = plan_shared([*one, *other, *make_rows(3)], limits)
+    assert sorted(index for group in plan for index in group) == list(range(15))
+    rows = [*one, *other, *make_rows(3)]
+    for group in plan:
+        members = [rows[index] for index in group]
+        assert computed_tokens(members, shares=True) <= 150
+        assert len({place // 6 for place in group}) == 1
+    assert plan_shared(make_rows(12), limits) is None
+    assert plan_shared(make_shared_rows(1), limits) is None
+    short = [*make_shared_rows(2, shared=9, seed=0), *make_shared_rows(2, shared=9, seed=1)]
+    assert plan_shared(short, UNLIMITED) is None  # two passes for 18 tokens
+    weights = StepCollator(rows, limits, packed=True, pad_token_id=0)
+    weights.shares_beginnings = True
+    step = weights.collate(range(15))
+    assert sum(float(each["target_weights"].sum()) for each in step["micro_batches"]) == (
+        pytest.approx(1)
+    )
+    assert step["tokens"] == sum(len(row.input_ids) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("llama", {"dropout": 0.1}, "dropout is different in every row"),
+        ("lfm2", CONVOLUTION, "1 of 2 layers pass a state from token to token"),
+    ],
+)
+def test_what_cannot_be_shared_is_named(family, options, reason):
+    model = make_adapter(family, **options)
+    with packed_attention(model):
+        assert reason in find_sharing_obstacle(model, make_rows(3))
+
+
+def test_training_with_shared_beginnings_computes_less_and_learns_the_same(tmp_path):
+    rows = make_shared_rows(16, longest=10)
+    metrics = {}
+    for name, without in (("whole", {"shared_beginnings"}), ("shared", set())):
+        model = make_adapter()
+        request = make_request(
+            model, tmp_path / name, train=rows, evaluation=rows[:4], without=frozenset(without)
+        )
+        seen = count_tokens(model)
+        train_adapter(make_config(), request)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses = [each for line in lines for key, each in json.loads(line).items() if "loss" in key]
+        metrics[name] = (losses, sum(seen))
+    (whole, many), (shared, few) = metrics.values()
+    assert shared == pytest.approx(whole, rel=1e-4)
+    assert few < 0.75 * many
+
+
+def count_tokens(model):
+    seen = []
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].numel())
+    )
+    return seen
