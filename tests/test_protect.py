@@ -6,6 +6,7 @@ import pytest
 
 from llmtune import load_config
 from llmtune.errors import LlmtuneError
+from llmtune.models.gguf import cache_dir
 from llmtune.runs import pipeline
 from llmtune.runs.evaluate import trained_steps
 from tests.conftest import write_jsonl
@@ -22,7 +23,7 @@ def read_metrics(config):
     return [json.loads(line) for line in config.run.metrics_path.read_text().splitlines()]
 
 
-def test_the_bases_own_text_is_replayed_held_to_and_kept(tmp_path):
+def test_the_bases_own_text_is_replayed_held_to_and_kept(tmp_path, monkeypatch):
     path = make_project(tmp_path, protect=EVERYTHING)
     config = load_config(path, ["train.num_epochs=1", "train.max_steps=null"])
     result = pipeline.train(config)
@@ -39,6 +40,22 @@ def test_the_bases_own_text_is_replayed_held_to_and_kept(tmp_path):
     assert pipeline.train(config)["seconds"] == result["seconds"]
     with pytest.raises(LlmtuneError):
         pipeline.train(load_config(path, ["protect.l2=0.5"]))
+    # A later run on the same base takes the text over and learns the same.
+    with monkeypatch.context() as patch:
+        patch.delattr("llmtune.training.protect.prepare.write_own_text")
+        overrides = ["train.num_epochs=1", "train.max_steps=null", f"run_dir={tmp_path / 'later'}"]
+        later = load_config(path, overrides)
+        pipeline.train(later)
+    assert json.loads(later.run.own_text_path.read_text()) == written
+    assert [line.get("loss") for line in read_metrics(later)] == [
+        line.get("loss") for line in read_metrics(config)
+    ]
+    for kept in (cache_dir() / "own_text").iterdir():  # a damaged file is not used
+        kept.write_text(kept.read_text().replace("[", "[1,", 1))
+    with monkeypatch.context() as patch:
+        patch.delattr("llmtune.training.protect.prepare.write_own_text")
+        with pytest.raises(NameError):
+            pipeline.train(load_config(path, [*overrides[:2], f"run_dir={tmp_path / 'damaged'}"]))
 
 
 def test_files_can_be_replayed_and_held_to(tmp_path):

@@ -5,27 +5,22 @@ They depend on no adapter, only on base, items, precision, machine and the code 
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.main_arms import WITHOUT_ADAPTER, kind_among
 from llmtune.evaluation.results import REUSED, ArmResult, read_items
 from llmtune.evaluation.run import ArmPlan, build_recipe, summarize_items
-from llmtune.io.environment import processor_name, versions
-from llmtune.io.fingerprint import JsonObject, hash_file, hash_json, hash_text
+from llmtune.io.fingerprint import JsonObject, code_fingerprint, hash_json
 from llmtune.io.json_files import read_json_object
 from llmtune.io.run_dir import atomic_write_json
-from llmtune.models.checkpoint import CONFIG_NAME
 from llmtune.models.gguf import cache_dir
 from llmtune.models.live import LiveModel
-from llmtune.scoring.batches import vocabulary_size
+from llmtune.scoring.live import facts_of
 
 log = logging.getLogger("llmtune")
 
@@ -94,46 +89,14 @@ def _key(scored: LiveModel, plan: ArmPlan) -> JsonObject | None:
     if not kind_among(WITHOUT_ADAPTER, plan.arm) or suite.config.recipe_facts():
         return None
     declared = suite.config.model_dump(mode="json", exclude=NO_SCORES)
-    tokenizer = scored.tokenizer
+    identity = scored.identity_as(plan.loaded_arm, plan.strength)
     return {
         "recipe": hash_json(build_recipe(scored, suite, plan.settings)),
         "suite": hash_json([declared, suite.items_fingerprint, [i.id for i in suite.items]]),
-        "model": scored.identity_as(plan.loaded_arm, plan.strength).as_dict(),
-        "files": _files(scored.source.directory),
-        "tokenizer": hash_text(tokenizer.backend_tokenizer.to_str()),
-        "template_date": str(scored.source.template_date),
-        "stop_tokens": list(scored.stop_token_ids),
-        "attention": scored.attention,
-        "vocabulary": vocabulary_size(scored.model),
-        "device": [scored.device.type, *_device_name(scored.device)],
+        "model": hash_json(facts_of(scored, identity)),
         "token_budget": plan.settings.token_budget,
-        "versions": versions(),
-        "code": code_fingerprint(),
+        "code": code_fingerprint(SCORING_ROOMS),
     }
-
-
-def _files(directory: Path) -> JsonObject:
-    """Return the config's hash, and size and time of the weights: fingerprints sample those."""
-    weights = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
-    config = directory / CONFIG_NAME
-    return {
-        CONFIG_NAME: hash_file(config) if config.is_file() else None,
-        **{path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(weights)},
-    }
-
-
-def _device_name(device: torch.device) -> Sequence[str]:
-    if device.type == "cuda":
-        return [torch.cuda.get_device_name(device)]
-    return [processor_name(), torch.backends.cpu.get_cpu_capability()]
-
-
-@cache
-def code_fingerprint() -> str:
-    """Return a hash of our own code that scores: with a different version of it nothing is kept."""
-    root = Path(__file__).parents[1]
-    files = sorted(path for room in SCORING_ROOMS for path in (root / room).rglob("*.py"))
-    return hash_json({str(path.relative_to(root)): hash_file(path) for path in files})
 
 
 def _place(key: Mapping[str, Any]) -> Path:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -35,3 +36,11 @@ def hash_file(path: Path) -> str:
         while piece := file.read(READ_BYTES):
             digest.update(piece)
     return digest.hexdigest()
+
+
+@cache
+def code_fingerprint(rooms: tuple[str, ...]) -> str:
+    """Return a hash of llmtune's own code in these rooms, for results that are kept."""
+    root = Path(__file__).parents[1]
+    files = sorted(path for room in rooms for path in (root / room).rglob("*.py"))
+    return hash_json({str(path.relative_to(root)): hash_file(path) for path in files})

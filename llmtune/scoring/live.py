@@ -6,21 +6,29 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from llmtune.adapters.live import adapter_strength
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.adapters.saved import load_adapter
-from llmtune.data.template import require_trained_template
+from llmtune.data.template import require_trained_template, template_fingerprint
 from llmtune.errors import LlmtuneError
-from llmtune.models.checkpoint import Checkpoint
+from llmtune.io.environment import processor_name, versions
+from llmtune.io.fingerprint import hash_file, hash_text
+from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
-from llmtune.models.live import LiveModel
+from llmtune.models.live import LiveModel, ModelIdentity
 from llmtune.models.load import load_model
 from llmtune.models.quantization.describe import compute_densely
 from llmtune.models.resolve import Loadable
-from llmtune.scoring.batches import adapter_disabled, has_adapter
+from llmtune.scoring.batches import adapter_disabled, has_adapter, vocabulary_size
 
 log = logging.getLogger("llmtune")
+REMOTE_CODE = "transformers_modules."
+"""Where transformers puts the modules of code that came with a checkpoint."""
 
 
 def load_live(
@@ -106,3 +114,41 @@ def load_target(target: Loadable, arm: str | None = None) -> LiveModel:
     if target.adapter_dir is not None:
         require_trained_template(live.tokenizer, target.adapter_dir)
     return replace(live, arms=("merged",) if wanted == "merged" else ("original", "base"))
+
+
+def facts_of(live: LiveModel, identity: ModelIdentity) -> dict[str, Any]:
+    """Return all that a loaded model's numbers depend on, as JSON values, for what is kept of them.
+
+    Weights are told apart by size and time of change, too: fingerprints sample them.
+
+    Args:
+        identity: of the arm that answers; the adapter is only known by it.
+    """
+    directory = live.source.directory
+    config = directory / CONFIG_NAME
+    model: Any = live.model.get_base_model() if has_adapter(live.model) else live.model
+    quantization = getattr(model.config, "quantization_config", None)
+    weights = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
+    if live.device.type == "cuda":
+        device = [torch.cuda.get_device_name(live.device)]
+    else:
+        device = [processor_name(), torch.backends.cpu.get_cpu_capability()]
+    return {
+        "identity": identity.as_dict(),
+        "quantization": str(getattr(quantization, "to_dict", lambda: quantization)()),
+        "config": hash_file(config) if config.is_file() else None,
+        "weights": {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(weights)},
+        "tokenizer": hash_text(live.tokenizer.backend_tokenizer.to_str()),
+        "template": template_fingerprint(live.tokenizer).to_json(),
+        "template_date": str(live.source.template_date),
+        "stop_tokens": list(live.stop_token_ids),
+        "attention": live.attention,
+        "vocabulary": vocabulary_size(live.model),
+        "device": [live.device.type, *device],
+        "versions": versions(),
+    }
+
+
+def runs_own_code(model: nn.Module) -> bool:
+    """Whether the model runs Python code that came with its checkpoint."""
+    return any(type(each).__module__.startswith(REMOTE_CODE) for each in model.modules())

@@ -69,7 +69,11 @@ def test_what_the_scores_depend_on_finds_nothing_when_it_changes(suite, tmp_path
     )
     found = kept.find_kept(LIVE, described)
     assert (found.description, found.role) == ("new words", "general")
-    monkeypatch.setattr(kept, "code_fingerprint", lambda: "a later version")
+    with monkeypatch.context() as patch:
+        knobs = {"double_quant": True}
+        patch.setattr(LIVE.model.config, "quantization_config", knobs, raising=False)
+        assert kept.find_kept(LIVE, plan) is None
+    monkeypatch.setattr(kept, "code_fingerprint", lambda _: "a later version")
     assert kept.find_kept(LIVE, plan) is None
 
 

@@ -13,10 +13,14 @@ from llmtune.data.example import Example
 from llmtune.data.open_prompts import OPEN_PROMPTS, OPENERS
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import code_fingerprint, hash_json
+from llmtune.io.json_files import read_json
 from llmtune.io.run_dir import atomic_write_json
+from llmtune.models.gguf import cache_dir
 from llmtune.models.live import LiveModel
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.generate import Decoding, generate_texts
+from llmtune.scoring.live import facts_of, runs_own_code
 from llmtune.training.protect.config import OWN_TEXT, KlToBaseConfig, ProtectConfig
 from llmtune.training.protect.penalties import ProtectionRequest, probe_base
 
@@ -24,6 +28,7 @@ log = logging.getLogger("llmtune")
 
 OWN_TEXT_SOURCE = "the base's own text"
 TEMPERATURE = 1.0
+WRITING_ROOMS = ("training/protect", "scoring", "data", "adapters", "models", "ops")
 KEPT_ROWS = 64
 """Rows that the base writes for the KL penalty."""
 REPLAY_TOKENS = 128
@@ -112,15 +117,49 @@ def _keep(path: Path, loaded: LiveModel, rows: Mapping[str, Sequence[Example]]) 
 
 
 def _write(loaded: LiveModel, seed: int, *, num_rows: int, num_tokens: int) -> tuple[Example, ...]:
-    log.info("protect: the base writes %d rows of its own", num_rows)
-    rows = write_own_text(
-        loaded.model,
-        loaded.tokenizer,
-        num_rows=num_rows,
-        num_tokens=num_tokens,
-        seed=seed,
-    )
+    """Return rows that the base writes, or wrote for an earlier run that asked for the same."""
+    asked = {
+        "model": hash_json(facts_of(loaded, loaded.identity)),
+        "rows": [seed, num_rows, num_tokens],
+        "code": code_fingerprint(WRITING_ROOMS),
+    }
+    path = cache_dir() / "own_text" / f"{hash_json(asked)[:32]}.json"
+    is_kept = not runs_own_code(loaded.model)
+    written = _read_kept(path) if is_kept else None
+    if written is not None:
+        log.info("protect: the %d rows that the base wrote for an earlier run", num_rows)
+    else:
+        log.info("protect: the base writes %d rows of its own", num_rows)
+        rows = write_own_text(
+            loaded.model,
+            loaded.tokenizer,
+            num_rows=num_rows,
+            num_tokens=num_tokens,
+            seed=seed,
+        )
+        written = [list(row.input_ids) for row in rows]
+        if is_kept:
+            _write_kept(path, written)
+    rows = [as_example(ids, OWN_TEXT_SOURCE, line) for line, ids in enumerate(written, start=1)]
     return tuple(row for row in rows if len(row.input_ids) > 1)
+
+
+def _read_kept(path: Path) -> list[list[int]] | None:
+    """Return kept token ids; None if there are none, or the file is damaged."""
+    try:
+        found = read_json(path)
+    except LlmtuneError:
+        return None
+    is_whole = isinstance(found, dict) and found.get("seal") == hash_json(found.get("rows"))
+    return found["rows"] if is_whole else None
+
+
+def _write_kept(path: Path, rows: list[list[int]]) -> None:
+    """Keep token ids, whole or not at all; a run needs no cache."""
+    try:
+        atomic_write_json(path, {"seal": hash_json(rows), "rows": rows})
+    except OSError as error:
+        log.warning("what the base wrote is not kept in %s: %s", path.parent, error)
 
 
 def write_own_text(
