@@ -17,7 +17,7 @@ from llmtune.adapters.saved import load_adapter
 from llmtune.data.template import require_trained_template, template_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.io.environment import processor_name, versions
-from llmtune.io.fingerprint import hash_file, hash_text
+from llmtune.io.fingerprint import JsonObject, hash_file, hash_text
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.live import LiveModel, ModelIdentity
@@ -116,7 +116,7 @@ def load_target(target: Loadable, arm: str | None = None) -> LiveModel:
     return replace(live, arms=("merged",) if wanted == "merged" else ("original", "base"))
 
 
-def facts_of(live: LiveModel, identity: ModelIdentity) -> dict[str, Any]:
+def facts_of(live: LiveModel, identity: ModelIdentity) -> JsonObject:
     """Return all that a loaded model's numbers depend on, as JSON values, for what is kept of them.
 
     Weights are told apart by size and time of change, too: fingerprints sample them.
