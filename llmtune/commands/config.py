@@ -13,6 +13,7 @@ from llmtune.commands.options import (
     with_output_options,
 )
 from llmtune.errors import LlmtuneError
+from llmtune.io.run_dir import atomic_write_text
 from llmtune.io.yaml_source import shipped_files
 
 
@@ -80,6 +81,39 @@ def config_copy(recipe: str, destination: Path, quiet: bool, as_json: bool) -> N
     except FileExistsError:
         raise LlmtuneError(f"{destination}: exists already; choose another name") from None
     print_result({"recipe": recipe, "path": str(destination)}, as_json, lambda: str(destination))
+
+
+@config_group.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The config to write (FILE_llmtune.yaml)."
+)
+@click.option("--force", is_flag=True, help="Replace it if it is there.")
+@with_output_options
+def config_import(file: Path, out: Path | None, force: bool, quiet: bool, as_json: bool) -> None:
+    """Write our config for one of axolotl, LLaMA-Factory or TRL.
+
+    FILE is YAML or JSON. What has no counterpart here, and what means something else, is listed.
+
+    \b
+      llmtune config import axolotl.yaml --out mine.yaml
+    """
+    from llmtune.runs.import_config import import_config
+
+    found = import_config(file)
+    out = out or file.with_name(f"{file.stem}_llmtune.yaml")
+    if out.exists() and not force:
+        raise LlmtuneError(f"{out}: exists already; choose another --out, or give --force")
+    atomic_write_text(out, found.render(file.name))
+    result = {
+        "config": str(out),
+        "tool": found.tool.name,
+        "changed": found.changed,
+        "missing": found.missing,
+        "skipped": found.skipped,
+    }
+    lines = [f"{out}: from {found.tool.title}", *found.describe(), f"next: llmtune plan {out}"]
+    print_result(result, as_json, lambda: "\n".join(lines))
 
 
 @config_group.command("schema")

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.foreign import our_name, recognize_tool
 from llmtune.io.yaml_source import OVERRIDE, KeyPath, SourcedTree, apply_overrides
 from llmtune.schema import Section
 
@@ -61,6 +62,12 @@ def validate_section(section: type[SectionT], tree: SourcedTree) -> SectionT:
     try:
         return section.model_validate(tree.values)
     except ValidationError as error:
+        tool = recognize_tool(tree.values)
+        if tool is not None and tool.needed <= {e["loc"][0] for e in error.errors() if e["loc"]}:
+            file = str(tree.origin(()) or "FILE").partition(":")[0]
+            raise LlmtuneError(
+                f"{file}: is {tool.title}; make ours of it with: llmtune config import {file}"
+            ) from None
         lines = list(dict.fromkeys(_describe(section, tree, each) for each in error.errors()))
     count = f"{len(lines)} problems:\n" if len(lines) > 1 else ""
     raise LlmtuneError(count + "\n".join(lines))
@@ -165,6 +172,8 @@ def _nearest(section: type[Section], path: KeyPath) -> str:
     keys = known_keys(section)
     parent = tuple("*" if isinstance(part, int) else part for part in path[:-1])
     unknown = str(path[-1])
+    if ours := our_name(unknown):
+        return ours
     siblings = keys.get(parent, set())
     if near := difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.6):
         return f"did you mean {'.'.join(map(str, (*path[:-1], near[0])))}?"
