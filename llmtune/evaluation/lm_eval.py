@@ -4,7 +4,8 @@ import difflib
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from llmtune.evaluation.results import LM_EVAL_TASK, ArmResult, ItemScore, Recip
 from llmtune.evaluation.stats import standard_error
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.quiet import quieted
+from llmtune.io.stopping import limited_work
 from llmtune.models.live import LiveModel
 from llmtune.scoring.batches import inference
 
@@ -30,6 +32,8 @@ PREFERRED = ("acc", "exact_match", "bits_per_byte")
 """The metric kept for each item if a task has it; else its first with a value per item."""
 METRIC_NAMES = {"acc": "accuracy"}
 """What the same metric is called elsewhere in llmtune."""
+TEMPLATE_SECONDS = 10.0
+"""Of the processor, for one template of one item."""
 PER_BYTE = "bits_per_byte"
 
 
@@ -80,7 +84,7 @@ def run_tasks(scored: LiveModel, arm: str, settings: LmEvalSettings) -> LmEvalRu
             f"--lm-eval: lm-evaluation-harness is not installed; {HOW_TO_INSTALL}"
         ) from None
     started = time.perf_counter()
-    with quieted(LIBRARY), inference(scored.model):
+    with quieted(LIBRARY), inference(scored.model), _bounded_templates():
         manager = _task_manager(settings)
         tasks = _known_tasks(manager, settings)
         model = harness_model(scored, batch_size=settings.batch_size)
@@ -108,6 +112,32 @@ def run_tasks(scored: LiveModel, arm: str, settings: LmEvalSettings) -> LmEvalRu
         ),
         found["results"],
     )
+
+
+@contextmanager
+def _bounded_templates() -> Iterator[None]:
+    """Bound the time of the templates of tasks, which the harness renders without any limit."""
+    from lm_eval.utils import env
+
+    compile_template = env.from_string
+
+    def compile_bounded(source: str, *args: Any, **options: Any) -> Any:
+        template = compile_template(source, *args, **options)
+        render = template.render
+
+        def render_bounded(*values: Any, **named: Any) -> str:
+            with limited_work(TEMPLATE_SECONDS, f"--lm-eval: rendering {source[:60]!r}"):
+                text: str = render(*values, **named)
+            return text
+
+        template.render = render_bounded
+        return template
+
+    env.from_string = compile_bounded
+    try:
+        yield
+    finally:
+        del env.from_string
 
 
 def harness_model(scored: LiveModel, *, batch_size: int = 8) -> "HFLM":

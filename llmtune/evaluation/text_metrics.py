@@ -13,11 +13,14 @@ from typing import Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import parse_json
+from llmtune.io.stopping import limited_work
 
 TextMetric = Callable[[str, str], float]
 OWN_METRIC = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """A function of the user's: `my_module:function`."""
 FENCE = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
+MATCHING_SECONDS = 2.0
+"""Of the processor, to match one answer with a pattern; usual ones take microseconds."""
 NEEDS_EXTRA = "needs two more packages: pip install sacrebleu rouge-score"
 
 
@@ -96,7 +99,8 @@ def load_schema_metric(schema: Mapping[str, Any]) -> TextMetric:
     def json_schema(prediction: str, reference: str) -> float:
         found = _read_json(prediction)
         try:
-            return float(found is not None and validator.is_valid(found[0]))
+            with limited_work(MATCHING_SECONDS, "answer_schema: comparing an answer with it"):
+                return float(found is not None and validator.is_valid(found[0]))
         except Unresolvable as error:
             raise LlmtuneError(f"answer_schema: a reference leads nowhere: {error}") from None
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from llmtune.errors import LlmtuneError
+
 T = TypeVar("T")
 
 
@@ -41,6 +43,31 @@ def catch_interruption() -> Iterator[Interruption]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def limited_work(seconds: float, what: str) -> Iterator[None]:
+    """Stop what takes longer than so many seconds of the processor: matching a regex, rendering.
+
+    Outside the main thread nothing can be stopped, so nothing is.
+
+    Raises:
+        LlmtuneError: it took longer; begins with `what`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        raise LlmtuneError(f"{what} takes longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def call_within(seconds: float, call: Callable[[], T]) -> T:

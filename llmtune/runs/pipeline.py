@@ -43,18 +43,25 @@ def run(config: RunConfig, *, force: bool = False) -> "Report":
         LlmtuneError: the input is wrong; nothing was lost.
         RunInterrupted: stopped by Ctrl-C or SIGTERM after saving a checkpoint.
     """
-    suites = load_suites(config.evaluate)
-    check_evaluation_files(config.evaluate, suites)
-    opened = TrainStage(config, force=force).source
+    opened = _check_evaluation(config, force=force)
     if force or not config.run.adapter_dir.is_dir():
-        check_item_lengths(opened, suites)
-        warn_of_leaks(config.evaluate, config.data, suites)
         MergeStage(config, opened=opened).plan_before_training()
     for stage in _stages_before_report(config, opened, force=force):
         stage.do()
     built = report(config.run_dir)
     _export(config, opened)
     return built
+
+
+def _check_evaluation(config: RunConfig, *, force: bool) -> Checkpoint:
+    """Find what the evaluation of a training would refuse, and return the opened base."""
+    suites = load_suites(config.evaluate)
+    check_evaluation_files(config.evaluate, suites)
+    opened = TrainStage(config, force=force).source
+    if force or not config.run.adapter_dir.is_dir():
+        check_item_lengths(opened, suites)
+        warn_of_leaks(config.evaluate, config.data, suites)
+    return opened
 
 
 def _stages_before_report(
@@ -74,10 +81,10 @@ def train(config: RunConfig, *, force: bool = False) -> TrainRecord:
     Returns:
         What the manifest records of the stage.
     """
-    stage = TrainStage(config, force=force)
+    opened = _check_evaluation(config, force=force)
     if force or not config.run.adapter_dir.is_dir():
-        _plan_merge_of_training(config, stage.source)
-    return stage.do()
+        _plan_merge_of_training(config, opened)
+    return TrainStage(config, force=force, opened=opened).do()
 
 
 def _plan_merge_of_training(config: RunConfig, opened: Checkpoint) -> None:

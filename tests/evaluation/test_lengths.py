@@ -9,7 +9,7 @@ from llmtune.config import load_config
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.lengths import refuse_unfit_items
 from llmtune.evaluation.suite import load_suite
-from llmtune.runs.pipeline import run
+from llmtune.runs.pipeline import run, train
 from tests.conftest import write_jsonl
 from tests.project import chat_row, make_project
 from tests.tiny import make_tokenizer
@@ -57,8 +57,9 @@ def test_a_run_refuses_long_items_before_it_trains(tmp_path):
     lines = items.read_text().splitlines()
     lines[2] = json.dumps({"id": "long", "text": LONG, "answer": "positive"})
     items.write_text("\n".join(lines) + "\n")
-    with pytest.raises(LlmtuneError, match=r"items\.jsonl:3: takes"):
-        run(config)
+    for command in (train, run):
+        with pytest.raises(LlmtuneError, match=r"items\.jsonl:3: takes"):
+            command(config)
     assert not config.run.adapter_dir.exists()
 
 
@@ -83,6 +84,8 @@ def test_rows_and_items_beyond_the_positions_are_named_before_the_first_step(
     shown = capsys.readouterr().out
     assert "train.jsonl:49: " in shown
     assert "items.jsonl:13: takes" in shown
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(items.read_text().splitlines(keepends=True)[:-1]))
     assert run_command(["train", str(config), "--quiet"]) == 2
     error = capsys.readouterr().err
     assert "train: 1 rows are longer than the model's 512 positions" in error

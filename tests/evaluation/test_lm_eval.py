@@ -186,6 +186,17 @@ def test_an_unknown_task_is_named_with_its_neighbors(model, tmp_path):
         run_tasks(scored, "tuned", settings)
 
 
+def test_a_template_of_a_task_that_does_not_end_is_stopped(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmtune.evaluation.lm_eval.TEMPLATE_SECONDS", 0.2)
+    write_task(tmp_path, num_items=2)
+    path = tmp_path / "tasks" / "local_words.yaml"
+    endless = "{% for a in range(10**9) %}{% endfor %}{{question}}"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"doc_to_text": endless}))
+    settings = LmEvalSettings(("local_words",), include_path=str(tmp_path / "tasks"))
+    with pytest.raises(LlmtuneError, match=r"--lm-eval: rendering .* takes longer than 0.2 s"):
+        run_tasks(make_live(model, make_tokenizer()), "tuned", settings)
+
+
 @pytest.mark.slow
 def test_the_real_model_scores_movies_as_the_harness_does(monkeypatch, tmp_path):
     root = Path(__file__).parents[2]

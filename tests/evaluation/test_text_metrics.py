@@ -105,6 +105,22 @@ def test_bleu_of_all_answers_is_given_beside():
     assert suite.describe(scores) == {"corpus_bleu": pytest.approx(expected)}
 
 
+HANGS = "a" * 40 + "!"
+
+
+def test_a_pattern_that_does_not_end_is_stopped_and_named(tmp_path, monkeypatch):
+    for room in ("tasks.exact", "text_metrics"):
+        monkeypatch.setattr(f"llmtune.evaluation.{room}.MATCHING_SECONDS", 0.2)
+    suite = load_suite(write_suite(tmp_path, "exact_match", extract="(a+)+$"))
+    with pytest.raises(LlmtuneError, match=r"extract: matching '\(a\+\)\+\$' .* longer than 0.2 s"):
+        score_of(suite, HANGS)
+    pytest.importorskip("jsonschema", reason="needs jsonschema")
+    schema = {"type": "string", "pattern": "^(a+)+$"}
+    suite = load_suite(write_suite(tmp_path, "json_schema", answer_schema=schema))
+    with pytest.raises(LlmtuneError, match="answer_schema: .* longer than"):
+        score_of(suite, json.dumps(HANGS))
+
+
 def test_a_schema_says_which_json_is_right(tmp_path):
     pytest.importorskip("jsonschema", reason="needs jsonschema")
     schema = {

@@ -26,6 +26,7 @@ from llmtune.evaluation.tasks.base import (
     read_field,
 )
 from llmtune.evaluation.text_metrics import (
+    MATCHING_SECONDS,
     OWN_METRIC,
     TEXT_METRICS,
     TextMetric,
@@ -35,6 +36,7 @@ from llmtune.evaluation.text_metrics import (
     load_schema_metric,
 )
 from llmtune.io.fingerprint import JsonObject
+from llmtune.io.stopping import limited_work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -283,7 +285,8 @@ class ExactSuite(PromptedSuite):
     ) -> ItemScore:
         found: str | None = text
         if self.extract is not None:
-            match = re.search(self.extract, text)
+            with limited_work(MATCHING_SECONDS, f"extract: matching {self.extract!r} in an answer"):
+                match = re.search(self.extract, text)
             found = match.group(1) if match else None
         score = 0.0
         details = {**(details or {}), **self._strict_and_lenient(item, text)}
