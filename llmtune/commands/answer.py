@@ -1,5 +1,6 @@
 """chat and predict: what a model says."""
 
+import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from llmtune.commands.options import (
     show_progress,
     with_output_options,
 )
+from llmtune.errors import LlmtuneError
 
 
 class _Temperature(click.FloatRange):
@@ -88,7 +90,7 @@ def chat(  # noqa: PLR0913 (one argument an option)
 
 
 @click.command()
-@TARGET_ARGUMENT
+@click.argument("target", required=False)
 @OVERRIDES_ARGUMENT
 @click.option("--input", "input_path", required=True, type=click.Path(path_type=Path))
 @click.option("--output", "output_path", required=True, type=click.Path(path_type=Path))
@@ -110,9 +112,14 @@ def chat(  # noqa: PLR0913 (one argument an option)
     show_default=True,
     help="What happens if a row leaves the model no position for an answer.",
 )
+@click.option("--choices", metavar="A,B,...", help="Choose one of these labels; write nothing.")
+@click.option("--suite", help="Choose one of a suite's labels, asked by the suite's prompt.")
+@click.option("--server", metavar="URL", help="Ask an OpenAI-compatible endpoint (http://HOST/v1).")
+@click.option("--model", metavar="NAME", help="The model's name at --server.")
+@click.option("--api-key-env", metavar="NAME", help="Environment variable with its key.")
 @with_output_options
 def predict(  # noqa: PLR0913 (one argument an option)
-    target: str,
+    target: str | None,
     overrides: tuple[str, ...],
     input_path: Path,
     output_path: Path,
@@ -124,6 +131,11 @@ def predict(  # noqa: PLR0913 (one argument an option)
     ignore: tuple[str, ...],
     answer_column: str,
     too_long: Literal["error", "skip"],
+    choices: str | None,
+    suite: str | None,
+    server: str | None,
+    model: str | None,
+    api_key_env: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -132,33 +144,58 @@ def predict(  # noqa: PLR0913 (one argument an option)
     Rows are read as training reads them, without their answers: `prompt` or `instruction` (text),
     `messages` or `conversations` (turns), with `system` and `tools`; `text` is continued as it is.
     A file with the columns of a run's training rows is asked as those were, with its instruction.
-    Each output line is the input row with `answer` and `stopped` added, in the same order.
+    Each output line is the input row with `answer` and `stopped` added, in the same order; an
+    OUTPUT that ends in .csv is a table. With --choices or --suite the answer is the likeliest
+    label, as the report scores it, and `probabilities` has that of each one.
 
     The answers so far are kept in OUTPUT.partial; after Ctrl-C the same command continues.
 
     \b
       llmtune predict runs/quickstart --input prompts.jsonl --output answers.jsonl
       llmtune predict runs/quickstart --arm base --input prompts.jsonl --output base.jsonl
-      llmtune predict runs/quickstart --input q.csv --columns prompt=question --output answers.jsonl
+      llmtune predict runs/quickstart --input q.csv --columns prompt=question --output answers.csv
+      llmtune predict runs/mine --input new.csv --suite mine_suite.yaml --output labels.csv
+      llmtune predict --server http://127.0.0.1:8000/v1 --model tuned \\
+        --input q.jsonl --output answers.jsonl
     """
     from llmtune.data.prompts import PromptChoice
     from llmtune.runs.targets import resolve_target
-    from llmtune.serving.predict import PredictSettings, run_predict
+    from llmtune.serving.predict import PredictSettings, ask_server, run_predict
 
     show_progress(quiet)
+    resolved = None if target is None else resolve_target(target, overrides)
     is_free = format is None and not columns
-    resolved = resolve_target(target, overrides)
     settings = PredictSettings(
         input_path,
         output_path,
         arm,
         max_new_tokens,
         temperature,
-        PromptChoice(format, columns, ignore, resolved.trained_rows if is_free else None),
+        PromptChoice(
+            format, columns, ignore, resolved.trained_rows if resolved and is_free else None
+        ),
         answer_column,
         too_long,
+        _read_labels(choices),
+        suite,
     )
-    made = run_predict(resolved, settings)
+    if choices is not None and suite is not None:
+        raise LlmtuneError("--choices and --suite both name the labels; give one")
+    if server is None:
+        if resolved is None:
+            raise LlmtuneError("nobody to answer: give a TARGET (a run), or --server URL")
+        if model is not None or api_key_env is not None:
+            raise LlmtuneError("--model and --api-key-env are for --server; choose with --arm")
+        made = run_predict(resolved, settings)
+    else:
+        if target is not None or arm is not None or settings.labels or suite is not None:
+            raise LlmtuneError(
+                "--server: a model behind an endpoint is asked by --model alone; take out TARGET, "
+                "--arm, --choices and --suite"
+            )
+        if model is None:
+            raise LlmtuneError(f"--server {server}: name who answers there with --model")
+        made = ask_server(server, model, api_key_env, settings)
     skipped = f"; {made.skipped} rows are too long and have none" if made.skipped else ""
     print_result(
         asdict(made),
@@ -167,3 +204,18 @@ def predict(  # noqa: PLR0913 (one argument an option)
             f"{made.rows - made.skipped} answers by the {made.arm} model in {output_path}{skipped}"
         ),
     )
+
+
+def _read_labels(text: str | None) -> tuple[str, ...]:
+    """Return the labels of `a,b,c`, or of a JSON list if one holds a comma."""
+    if text is None:
+        return ()
+    if text.lstrip().startswith("["):
+        try:
+            labels = json.loads(text)
+        except ValueError as error:
+            raise LlmtuneError(f"--choices {text}: not a JSON list: {error}") from None
+        if not all(isinstance(label, str) for label in labels):
+            raise LlmtuneError(f"--choices {text}: expected a list of texts")
+        return tuple(labels) or ("",)
+    return tuple(label.strip() for label in text.split(","))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from llmtune.data.conversation import Conversation
 from llmtune.data.files import file_kind, iter_file, sniff_reading
 from llmtune.data.formats import FORMATS, rename_columns
 from llmtune.data.masks import refuse_control_text
-from llmtune.data.problems import RowError, RowProblem, did_you_mean, list_first
+from llmtune.data.problems import Parsed, RowError, RowProblem, did_you_mean, list_first
 from llmtune.data.render import encode_plain, render_text
 from llmtune.data.unread import UnreadColumns
 from llmtune.errors import LlmtuneError
@@ -136,6 +136,18 @@ def read_prompt_rows(path: Path, choice: PromptChoice) -> list[PromptRow]:
     if not rows:
         raise LlmtuneError(f"{path}: holds no rows; expected at least one prompt")
     return rows
+
+
+def iter_prompt_file(path: Path) -> Iterator[Parsed]:
+    """Yield the rows of a file with their lines, or why one cannot be read.
+
+    Raises:
+        LlmtuneError: it is not there, or not a file of rows.
+    """
+    _require_rows(path)
+    read = sniff_reading(path)
+    source = SourceConfig(path=str(path), encoding=read.encoding, delimiter=read.delimiter)
+    yield from iter_file(path, str(path), source.reading)
 
 
 def _choose_formats(choice: PromptChoice) -> list[str]:

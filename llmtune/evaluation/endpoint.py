@@ -66,6 +66,8 @@ class Reply:
     input_tokens: int | None
     output_tokens: int | None
     seconds: float
+    stopped: bool | None = None
+    """Whether the answer ended by itself; None if that is not said."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ class Endpoint:
             read if isinstance(read, int) else None,
             written if isinstance(written, int) else None,
             seconds,
+            {"stop": True, "length": False}.get(answer["choices"][0].get("finish_reason")),
         )
 
 

@@ -1,32 +1,38 @@
 """Answers to a file of prompts, written as they come, in the order of the file at the end."""
 
+import csv
+import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtune.data.conversation import SURROGATES
+from llmtune.data.conversation import SURROGATES, Conversation
 from llmtune.data.problems import RowProblem
 from llmtune.data.prompts import (
     PromptChoice,
     PromptRow,
-    encode_questions,
+    iter_prompt_file,
     prompts_error,
     read_prompt_rows,
 )
 from llmtune.errors import LlmtuneError
-from llmtune.io.fingerprint import hash_json
-from llmtune.io.partial_lines import PartialLines, partial_lines
+from llmtune.evaluation.endpoint import Endpoint, EndpointConfig
+from llmtune.evaluation.labels import label_prompts, label_rows
+from llmtune.evaluation.tasks.base import Suite
+from llmtune.io.fingerprint import JsonValue, hash_json
+from llmtune.io.partial_lines import partial_lines
 from llmtune.io.run_dir import atomic_write_text
-from llmtune.models.live import LiveModel
 from llmtune.models.resolve import Loadable
-from llmtune.scoring.batches import choose_token_budget, position_limit
-from llmtune.scoring.generate import Decoding, iter_texts
-from llmtune.scoring.live import as_arm, load_target
+from llmtune.scoring.live import load_target
+from llmtune.serving.answerers import Answerer, Asker, Labeller, LongRows, Writer
 
 log = logging.getLogger("llmtune")
+
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""Outputs that are tables, and what separates their columns; any other is JSONL."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,18 @@ class PredictSettings:
     answer_column: str = "answer"
     too_long: Literal["error", "skip"] = "error"
     """What happens to a row that leaves the model no position for an answer."""
+    labels: tuple[str, ...] = ()
+    """Answers that there may be; empty: the model writes."""
+    suite: str | None = None
+    """A suite whose prompt and labels are used."""
 
     @property
     def columns(self) -> tuple[str, str, str]:
-        """The columns of the answer, whether it ended by itself, and why there is none."""
+        """The columns of the answer, of what is known of it, and of why there is none."""
         name = self.answer_column
         lead = "" if name == "answer" else f"{name}_"
-        return name, f"{lead}stopped", f"{lead}skipped"
+        is_labelled = bool(self.labels or self.suite)
+        return name, f"{lead}{'probabilities' if is_labelled else 'stopped'}", f"{lead}skipped"
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,8 @@ class Predicted:
 
     rows: int
     arm: str
-    stopped: int
+    stopped: int | None
+    """None for labels, and if an endpoint does not say it."""
     output: str
     skipped: int = 0
 
@@ -73,34 +85,76 @@ def run_predict(target: Loadable, settings: PredictSettings) -> Predicted:
         LlmtuneError: rows that cannot be asked (all of them by file and line), or an output that
             exists already.
     """
-    rows = read_prompt_rows(settings.input_path, settings.choice)
+    rows, suite = _read(settings)
     _check_places(rows, settings)
     live = load_target(target, settings.arm)
     arm = settings.arm or live.arms[0]
-    source = str(settings.input_path)
-    prompts = encode_questions(live.tokenizer, [(source, row.line, row.question) for row in rows])
-    skipped = _find_long(live, rows, prompts, settings)
-    asked = {place: ids for place, ids in enumerate(prompts) if place not in skipped}
-    header = {
-        "input": hash_json([prompts, [_to_line(row.row) for row in rows]]),
-        "model": live.identity_as(arm).as_dict(),
-        "length or temperature": [settings.max_new_tokens, settings.temperature],
-        "columns": list(settings.columns),
-    }
+    long = LongRows(settings.input_path, settings.too_long == "error")
+    if suite is not None:
+        return _predict(rows, Labeller(live, arm, rows, suite, long), settings)
+    how = (settings.max_new_tokens, settings.temperature)
+    return _predict(rows, Writer(live, arm, rows, how, long), settings)
+
+
+def ask_server(url: str, model: str, key_env: str | None, settings: PredictSettings) -> Predicted:
+    """Let an OpenAI-compatible endpoint answer every row, as `run_predict` does.
+
+    Raises:
+        LlmtuneError: as `run_predict`, or the endpoint cannot be asked.
+    """
+    config = EndpointConfig(url=url, model=model, key_env=key_env)
+    if settings.temperature:
+        extra = {"temperature": settings.temperature}
+        config = config.model_copy(update={"extra": extra})
+    endpoint = Endpoint("--server", config)
+    rows, _ = _read(settings)
+    _check_places(rows, settings)
+    asker = Asker(endpoint, rows, settings.input_path, settings.max_new_tokens)
+    return _predict(rows, asker, settings)
+
+
+def _read(settings: PredictSettings) -> tuple[list[PromptRow], Suite | None]:
+    """Return the rows, and what asks them if they are labeled."""
+    path = settings.input_path
+    if settings.suite is None:
+        rows = read_prompt_rows(path, settings.choice)
+        return rows, label_prompts(settings.labels, rows, path) if settings.labels else None
+    if replace(settings.choice, like=None) != PromptChoice():
+        raise LlmtuneError("--suite: its prompt names the columns; take out --format and --columns")
+    found = list(iter_prompt_file(path))
+    problems = [each for each in found if isinstance(each, RowProblem)]
+    if problems:
+        raise prompts_error(problems)
+    pairs = [each for each in found if not isinstance(each, RowProblem)]
+    if not pairs:
+        raise LlmtuneError(f"{path}: holds no rows; expected at least one")
+    suite = label_rows(settings.suite, pairs, path)
+    return [PromptRow(line, row, Conversation("chat")) for line, row in pairs], suite
+
+
+def _predict(rows: Sequence[PromptRow], answerer: Answerer, settings: PredictSettings) -> Predicted:
+    """Write down what is answered, and at the end the output."""
+    facts = dict(answerer.describe())
+    asked = [facts["input"], [_to_line(row.row) for row in rows]]
+    header = {**facts, "input": hash_json(asked), "columns": list(settings.columns)}
     with partial_lines(settings.output_path, header) as partial:
-        answers = {place: (text, stopped) for place, text, stopped in partial.found}
+        answers: dict[int, list[Any]] = {place: values for place, *values in partial.found}
         if answers:
-            log.info("%d of %d answers are there already", len(answers), len(asked))
-        with as_arm(live, arm):
-            _answer(live, asked, answers, settings, partial)
-        lines = [
-            _to_line({**row.row, **_added(settings, answers.get(place), skipped.get(place))})
+            count = len(rows) - len(answerer.skipped)
+            log.info("%d of %d answers are there already", len(answers), count)
+        for place, values in answerer.answer(answers.keys()):
+            partial.append([place, *values])
+            answers[place] = values
+        done = [
+            {**row.row, **_added(settings, answers.get(place), answerer.skipped.get(place))}
             for place, row in enumerate(rows)
         ]
-        atomic_write_text(settings.output_path, "\n".join(lines) + "\n")
+        atomic_write_text(settings.output_path, _render(done, settings))
         partial.remove()
-    stopped = sum(ended for _, ended in answers.values())
-    return Predicted(len(rows), arm, stopped, str(settings.output_path), len(skipped))
+    ended = [values[1] for values in answers.values()]
+    stopped = sum(ended) if all(isinstance(each, bool) for each in ended) else None
+    output = str(settings.output_path)
+    return Predicted(len(rows), answerer.name, stopped, output, len(answerer.skipped))
 
 
 def _check_places(rows: Sequence[PromptRow], settings: PredictSettings) -> None:
@@ -125,74 +179,42 @@ def _check_places(rows: Sequence[PromptRow], settings: PredictSettings) -> None:
         raise prompts_error(problems)
 
 
-def _find_long(
-    live: LiveModel,
-    rows: Sequence[PromptRow],
-    prompts: Sequence[Sequence[int]],
-    settings: PredictSettings,
-) -> dict[int, str]:
-    """Return the places of the rows that no answer fits behind, with why.
-
-    Raises:
-        LlmtuneError: there are some, and they are not to be skipped.
-    """
-    limit = position_limit(live.model)
-    if limit is None:
-        return {}
-    long = {
-        place: f"takes {len(ids):,} tokens, and the model has {limit:,} positions"
-        for place, ids in enumerate(prompts)
-        if len(ids) >= limit
-    }
-    problems = [
-        RowProblem(
-            str(settings.input_path),
-            rows[place].line,
-            f"{why}; shorten it, or give --too-long skip to leave such rows unanswered",
-        )
-        for place, why in long.items()
-    ]
-    if problems and settings.too_long == "error":
-        raise prompts_error(problems)
-    for place, why in long.items():
-        log.warning("%s:%d: skipped: %s", settings.input_path, rows[place].line, why)
-    return long
-
-
-def _answer(
-    live: LiveModel,
-    asked: Mapping[int, Sequence[int]],
-    answers: dict[int, tuple[str, bool]],
-    settings: PredictSettings,
-    partial: PartialLines,
-) -> None:
-    """Write the answers that are missing, each as it ends."""
-    places = list(asked)
-    written = iter_texts(
-        live.model,
-        live.tokenizer,
-        list(asked.values()),
-        Decoding(settings.max_new_tokens, live.stop_token_ids, temperature=settings.temperature),
-        token_budget=choose_token_budget(live.model),
-        done={index for index, place in enumerate(places) if place in answers},
-    )
-    for index, answer, is_batch_end in written:
-        place = places[index]
-        if place not in answers:
-            partial.append([place, answer.text, answer.stopped])
-            answers[place] = (answer.text, answer.stopped)
-        if is_batch_end:
-            log.info("%d of %d answered", len(answers), len(places))
-
-
 def _added(
-    settings: PredictSettings, answer: tuple[str, bool] | None, why: str | None
-) -> dict[str, str | bool | None]:
+    settings: PredictSettings, answer: Sequence[Any] | None, why: str | None
+) -> dict[str, JsonValue]:
     """Return what is added to a row: its answer, or why there is none."""
-    text, stopped, skipped = settings.columns
+    text, known, skipped = settings.columns
     if answer is None:
-        return {text: None, stopped: None, skipped: why}
-    return {text: answer[0], stopped: answer[1]}
+        return {text: None, known: None, skipped: why}
+    return {text: answer[0], known: answer[1]}
+
+
+def _render(rows: Sequence[Mapping[str, Any]], settings: PredictSettings) -> str:
+    """Return the output: JSON lines, or a table in which each label has a column."""
+    separator = TABLES.get(settings.output_path.suffix.lower())
+    if separator is None:
+        return "\n".join(map(_to_line, rows)) + "\n"
+    known = settings.columns[1]
+    flat = []
+    for row in rows:
+        shares = row.get(known)
+        if isinstance(shares, dict):
+            row = {name: value for name, value in row.items() if name != known}
+            row |= {f"{known}: {label}": share for label, share in shares.items()}
+        flat.append({name: _to_cell(value) for name, value in row.items()})
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    writer = csv.DictWriter(text, columns, delimiter=separator, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def _to_cell(value: Any) -> Any:
+    """Return a value as a table holds it: texts and numbers as they are, what is nested as JSON."""
+    if isinstance(value, bool | dict | list):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None else value
 
 
 def _to_line(row: Mapping[str, Any]) -> str:

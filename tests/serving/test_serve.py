@@ -1,5 +1,6 @@
 """A served model is asked with OpenAI's own client, and answers as the run's model does."""
 
+import csv
 import json
 import os
 import re
@@ -33,6 +34,7 @@ from llmtune.serving.openai_api import (
     read_chat,
     read_completion,
 )
+from tests.conftest import write_jsonl
 from tests.project import make_project
 
 ASKED: Any = [{"role": "user", "content": "The film is warm. positive or negative?"}]
@@ -409,3 +411,67 @@ def test_the_commands_and_the_client_of_the_docs_work(run_dir, running, monkeypa
     (script,) = [block for kind, block in blocks if kind == "python"]
     exec(script.replace("http://127.0.0.1:8000/v1", running.url), {})
     assert capsys.readouterr().out.count("(transformers); Ctrl-C ends it") >= 2
+
+
+def test_predict_labels_rows_as_the_report_scores_them(run_dir, tmp_path, capsys):
+    result = json.loads((run_dir / "evaluations" / "sentiment.tuned.json").read_text())
+    scores = {item["id"]: item for item in result["items"]}
+    items = run_dir.parent / "items.jsonl"
+    table, named = tmp_path / "labels.csv", ["--answer-column", "label", "--quiet"]
+    command = ["predict", str(run_dir), "--input", str(items), "--output", str(table), *named]
+    assert run_command([*command, "--suite", str(run_dir.parent / "sentiment.yaml")]) == 0
+    with table.open() as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    assert set(scores) < set(rows) and len(rows) == 12
+    for name, score in scores.items():
+        shares = [float(rows[name][f"label_probabilities: {c}"]) for c in ("positive", "negative")]
+        assert shares == pytest.approx(score["details"]["probabilities"], abs=1e-5)
+        assert rows[name]["label"] == score["prediction"]
+
+    asked = [
+        {"id": row["id"], "prompt": f"{row['text']} positive or negative?"} for row in rows.values()
+    ]
+    prompts, labels = write_jsonl(tmp_path / "asked.jsonl", asked), tmp_path / "labels.jsonl"
+    command = ["predict", str(run_dir), "--input", str(prompts), "--output", str(labels)]
+    assert run_command([*command, "--choices", "positive, negative", "--quiet"]) == 0
+    for line in labels.read_text().splitlines():
+        row = json.loads(line)
+        assert row["answer"] == rows[row["id"]]["label"]
+        assert row["probabilities"]["positive"] == pytest.approx(
+            float(rows[row["id"]]["label_probabilities: positive"]), abs=1e-6
+        )
+    capsys.readouterr()
+    elsewhere = [*command[:-1], str(tmp_path / "more.jsonl")]
+    for more, words in [
+        (["--choices", "one"], "expected at least two different labels"),
+        (["--choices", "a,a"], "expected at least two different labels"),
+        (["--choices", "[1]"], "expected a list of texts"),
+        (["--suite", str(run_dir.parent / "prose.yaml")], "has no labels that are the same"),
+        (["--suite", str(run_dir.parent / "sentiment.yaml")], "asked.jsonl:1: "),
+        (["--choices", "a,b", "--suite", "x"], "--choices and --suite both"),
+        (["--model", "x"], "--model and --api-key-env are for --server"),
+        (["--server", "http://127.0.0.1:1/v1", "--model", "x"], "take out TARGET"),
+    ]:
+        assert run_command([*elsewhere, *more]) == 2
+        assert words in capsys.readouterr().err, more
+    assert not (tmp_path / "more.jsonl").exists()
+
+
+def test_predict_asks_a_server_and_continues(run_dir, running, tmp_path, capsys):
+    asked = [{"prompt": f"The {thing} is warm."} for thing in ("film", "plot")]
+    prompts = write_jsonl(tmp_path / "asked.jsonl", asked)
+    own, remote = tmp_path / "own.jsonl", tmp_path / "remote.jsonl"
+    how = ["--input", str(prompts), "--max-new-tokens", "6", "--quiet", "--output"]
+    assert run_command(["predict", str(run_dir), *how, str(own)]) == 0
+    ask = ["predict", "--server", running.url, "--model"]
+    assert run_command([*ask, "gpt", *how, str(remote)]) == 2
+    assert "404" in capsys.readouterr().err and not remote.exists()
+    (tmp_path / "remote.jsonl.partial").unlink()
+    assert run_command([*ask, "tuned", *how, str(remote)]) == 0
+    assert remote.read_text() == own.read_text()
+    assert run_command(["predict", *how, str(tmp_path / "x.jsonl")]) == 2
+    assert "nobody to answer" in capsys.readouterr().err
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "Once"}])
+    how[1] = str(texts)
+    assert run_command([*ask, "tuned", *how, str(tmp_path / "x.jsonl")]) == 2
+    assert "texts.jsonl:1: is continued as it is" in capsys.readouterr().err

@@ -1,5 +1,8 @@
 """The tasks that there are: a new one is its file and its entry here."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from llmtune.evaluation.tasks.base import Metric, SuiteConfig
 from llmtune.evaluation.tasks.chat import ChatSuite
 from llmtune.evaluation.tasks.choice import ChoiceSuite
@@ -19,3 +22,23 @@ METRICS: dict[str, Metric] = {
     metric.name: metric for task in TASKS.values() for metric in task.METRICS
 }
 """The metrics of all tasks."""
+
+
+def labelling_task(labels: Sequence[str], items: Path) -> SuiteConfig:
+    """Return a task that chooses one of `labels` in answer to each row of a file."""
+    begins = any(a != b and b.startswith(a) for a in labels for b in labels)
+    return ChoiceSuite(
+        task="choice",
+        items=items,
+        messages="messages",
+        choices=tuple(labels),
+        end_of_answer=begins,
+        written_tokens=0,
+    )
+
+
+def as_labelling_task(config: SuiteConfig) -> SuiteConfig | None:
+    """Return a suite's task without its written answers; None if it has no labels of its own."""
+    if not isinstance(config, ChoiceSuite) or config.choices is None:
+        return None
+    return config.model_copy(update={"written_tokens": 0})
