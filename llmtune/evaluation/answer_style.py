@@ -59,3 +59,17 @@ class AnswerStyle:
         """
         is_shorter = self.answer_words < length * before.answer_words
         return self.short_answers - before.short_answers > rise or is_shorter
+
+    def runs_on(self, before: "AnswerStyle", *, fall: float, distinct: float) -> bool:
+        """Return whether these do not end any more, or repeat themselves, unlike those before.
+
+        Args:
+            fall: of the share of answers that end by themselves, beyond which they do not.
+            distinct: distinct words as a share of those before, below which they repeat.
+        """
+        ends = None not in (self.ended_answers, before.ended_answers)
+        known = None not in (self.distinct_words, before.distinct_words)
+        return bool(
+            (ends and (before.ended_answers or 0) - (self.ended_answers or 0) > fall)
+            or (known and (self.distinct_words or 0) < distinct * (before.distinct_words or 0))
+        )

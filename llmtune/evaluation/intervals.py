@@ -1,9 +1,9 @@
 """The interval and the p-value of a paired mean, made so that small and odd samples do not lie.
 
 Changes of one size in items that stand alone (right/wrong scores): Tango's score interval, kept in
-line with McNemar's mid-p test, and the exact test's p. Everything else: the wider of a bootstrap-t
-and a t interval over the clusters; if few of many clusters changed, widened to what their signs
-alone can show.
+line with McNemar's mid-p test, and the exact test's p. Everything else: the wider of a t interval
+and a bootstrap-t over the clusters, the latter corrected for skewness; if few of many clusters
+changed, widened to what their signs alone can show.
 """
 
 import functools
@@ -34,6 +34,10 @@ ROUNDING = 1e-9
 BISECTIONS = 60
 SMALLEST_ERROR = 1e-3
 """The least standard error of a draw, as a share of the sample's: a draw may be of one value."""
+
+SKEWNESS_LOST = 5.0
+"""Over n, the share of their skewness that samples lose. Hazen (1924) has 8.5; this is the least at
+which 20 to 50 values from an exponential err by the planned 2.5 % on the long side."""
 
 UNKNOWN_SPREAD = 13
 """Times its size a single cluster's change is taken to vary: t with one degree of freedom."""
@@ -249,7 +253,7 @@ def _studentized(sums: FloatArray, sizes: FloatArray, resampling: Resampling) ->
 
     The t interval takes the jackknife's standard error, which unequal clusters do not shrink, and
     one degree of freedom less than clusters (Bell and McCaffrey 2002). The bootstrap-t follows
-    skewed differences (Efron and Tibshirani 1993, chapter 12).
+    skewed differences (Efron and Tibshirani 1993, chapter 12), as far as `_LongTail` corrects.
     """
     from scipy.special import stdtr, stdtrit
 
@@ -267,17 +271,70 @@ def _studentized(sums: FloatArray, sizes: FloatArray, resampling: Resampling) ->
     error = math.sqrt(count / (count - 1) * float((rest**2).sum())) / total
     parts = np.stack([rest, sizes, rest**2, rest * sizes, sizes**2], axis=1)
     draws = iter_draws(count, resampling.samples, resampling.seed)
+    long = _LongTail.of(rest)
     t_values = np.concatenate([_t_values(drawn @ parts, error) for drawn in draws])
+    t_values = long.stretch(t_values)
     tail = (1 - confidence) / 2
-    lowest, highest = np.quantile(t_values, [tail, 1 - tail])
+    below, above = (long.level(tail) if long.is_low == low else tail for low in (True, False))
+    lowest, highest = np.quantile(t_values, [below, 1 - above])
     seen = mean / error
-    beyond = min(int((t_values <= seen).sum()), int((t_values >= seen).sum()))
+    at_most, at_least = int((t_values <= seen).sum()), int((t_values >= seen).sum())
+    share = (1 + min(at_most, at_least)) / (len(t_values) + 1)
+    is_long = long.is_low == (at_most < at_least)
     resampled = Interval(
         mean - float(highest) * error,
         mean - float(lowest) * error,
-        min(1.0, 2 * (1 + beyond) / (len(t_values) + 1)),
+        min(1.0, 2 * (long.tail_at(share) if is_long else share)),
     )
     return _wider(found, resampled)
+
+
+@dataclass(frozen=True)
+class _LongTail:
+    """The tail of a bootstrap-t that few skewed clusters leave too short, and its correction.
+
+    Samples are less skewed than what they are drawn from (`SKEWNESS_LOST`): the missing part of
+    the skewness g moves a t value by g (2 t^2 + 1) / (6 sqrt(n)) (Hall 1992, section 3.10).
+    And the resampled tail is read at the level that a t interval has where a normal one is asked
+    for, Phi(-sqrt(n / (n - 1)) t_{n-1}) (Hesterberg 2015, The American Statistician 69:371), as far
+    as the skewness is clear: at two of its standard errors, sqrt(6 / n), it is wholly.
+    """
+
+    count: int
+    skewness: float
+    is_low: bool
+    """Whether it is the tail of low t values: that of skewness above 0."""
+
+    @classmethod
+    def of(cls, rest: FloatArray) -> "_LongTail":
+        skewness = float((rest**3).mean() / (rest**2).mean() ** 1.5)
+        return cls(len(rest), abs(skewness), skewness > 0)
+
+    def stretch(self, t_values: FloatArray) -> FloatArray:
+        """Return the t values, those of the long tail moved out."""
+        missing = SKEWNESS_LOST / self.count * self.skewness / (6 * math.sqrt(self.count))
+        sign = 1 if self.is_low else -1
+        turned = sign * t_values
+        moved = np.where(turned < 0, turned - missing * (2 * turned**2 + 1), turned)
+        return np.asarray(sign * moved)
+
+    def level(self, tail: float) -> float:
+        """Return at which level the long tail is read for a share of `tail`."""
+        from scipy.special import ndtr, stdtrit
+
+        clear = min(1.0, self.skewness * math.sqrt(self.count / 6) / 2)
+        stretched = math.sqrt(self.count / (self.count - 1)) * stdtrit(self.count - 1, tail)
+        return tail + clear * (float(ndtr(stretched)) - tail)
+
+    def tail_at(self, level: float) -> float:
+        """Return the share for which the long tail is read at this level, by bisection."""
+        low, high = 0.0, 0.5
+        if level >= self.level(high):
+            return high
+        for _ in range(BISECTIONS // 2):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.level(middle) < level else (low, middle)
+        return high
 
 
 def _t_values(drawn: FloatArray, error: float) -> FloatArray:

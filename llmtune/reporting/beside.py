@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from llmtune.reporting.suites import SuiteReport
 
 WRITTEN = "written_accuracy"
+CUT_OFF = "cut_off"
 LABELS = {
     WRITTEN: "Right in the written answer",
     "macro_f1": "Macro-F1",
@@ -12,6 +13,7 @@ LABELS = {
     "brier": "Brier score (0 is best)",
     "strict": "Strict: the whole answer is right",
     "lenient": "Lenient: the right answer is in the text",
+    CUT_OFF: "Cut off at the longest length",
     "corpus_bleu": "BLEU of all answers",
     "json_valid": "Valid JSON",
     "json_match": "Equal to the right JSON",

@@ -52,6 +52,12 @@ class Diagnostics:
         said = {each.name: each.more_rows(made) for each, made in self if made is not None}
         return {name: forecast for name, forecast in said.items() if forecast is not None}
 
+    def unguarded(self) -> Iterator[str]:
+        """Yield what a verdict to ship is not guarded against, because it was not measured."""
+        for diagnosis, made in self:
+            if made is None and diagnosis.guards:
+                yield f"whether {diagnosis.guards} was not checked"
+
     def without_more_rows(self) -> "Diagnostics":
         """Return these without what says what more rows would bring: it is of one training."""
         said = self.more_rows

@@ -12,7 +12,7 @@ from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import arm_kind
 from llmtune.evaluation.diagnosis.config import ALTERNATIVES
-from llmtune.evaluation.main_arms import MAIN_ARMS, OTHER, WITHOUT_ADAPTER
+from llmtune.evaluation.main_arms import AFTER, MAIN_ARMS, OTHER, WITHOUT_ADAPTER
 from llmtune.evaluation.results import (
     LM_EVAL_TASK,
     ArmResult,
@@ -83,7 +83,8 @@ def read_results(
 def current_results(run: RunDir, manifest: Manifest, models: Models) -> Callable[[ArmResult], bool]:
     """Return what tells a result of the run as it is now from one that was left behind.
 
-    After a finished evaluation these are the arms and suites that it made. Without one they are
+    After a finished evaluation these are the arms and suites that it made, but for those of an
+    adapter or a merged model that was replaced by a different one since. Without one they are
     those of the models on disk: base and tuned of the manifest's base, tuned with the saved
     adapter, merged with the saved weights. Other arms may have been measured later;
     they count if they are of the models on disk, on a suite that was evaluated.
@@ -91,12 +92,13 @@ def current_results(run: RunDir, manifest: Manifest, models: Models) -> Callable
     is_of_models = _models_on_disk(run, models)
     if not is_finished(manifest, "evaluate"):
         return is_of_models
+    is_replaced = _is_of_replaced(run, models)
     made = (manifest.stages["evaluate"].get("result") or {}).get("suites", {})
 
     def is_current(result: ArmResult) -> bool:
         arms = made.get(result.suite, {})
         if result.arm in arms:
-            return True
+            return not is_replaced(result)
         if arm_kind(result.arm) in {arm_kind(arm) for arm in arms}:
             return False  # of an earlier call with other knobs: a draw or a strength too many
         # Tasks of lm-evaluation-harness and further arms are run outside the stage.
@@ -128,8 +130,7 @@ def restrict(result: ArmResult, wanted: set[str]) -> ArmResult:
 
 
 def _models_on_disk(run: RunDir, models: Models) -> Callable[[ArmResult], bool]:
-    is_merged = any(run.merged_dir.glob("*.safetensors"))
-    merged = Checkpoint.open(run.merged_dir).fingerprint if is_merged else None
+    merged = _merged_fingerprint(run)
     bare, tuned = (models.base, None), (models.base, models.adapter)
     identities = {
         **dict.fromkeys((*WITHOUT_ADAPTER, *ALTERNATIVES), bare if models.base else None),
@@ -146,6 +147,29 @@ def _models_on_disk(run: RunDir, models: Models) -> Callable[[ArmResult], bool]:
         return identity == identities.get(kind)
 
     return is_of_models
+
+
+def _is_of_replaced(run: RunDir, models: Models) -> Callable[[ArmResult], bool]:
+    """Return what tells a result of an adapter or merged model that is now a different one.
+
+    One that is no longer there at all was measured all the same.
+    """
+    merged = _merged_fingerprint(run)
+
+    def is_replaced(result: ArmResult) -> bool:
+        # only a whole model that took the adapter's place in the chain has no adapter
+        is_whole = result.arm in AFTER and result.model.get("adapter") is None
+        key, now = ("base", merged) if is_whole else ("adapter", models.adapter)
+        known = result.model.get(key)
+        return known is not None and now is not None and known != now
+
+    return is_replaced
+
+
+def _merged_fingerprint(run: RunDir) -> str | None:
+    """Return the fingerprint of the merged model on disk, if there is one."""
+    is_merged = any(run.merged_dir.glob("*.safetensors"))
+    return Checkpoint.open(run.merged_dir).fingerprint if is_merged else None
 
 
 def _on_same_items(arms: dict[str, ArmResult]) -> dict[str, ArmResult]:

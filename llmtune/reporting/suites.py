@@ -38,8 +38,9 @@ class Thresholds:
     a bound. What is at most `as_good_drop` (a fraction of 1) worse than tuning, or at most
     `as_good_share` of tuning's gain, is as good. Open chat is also broken if the
     share of empty and one-word answers rises by `short_answers_rise`, or if answers have less than
-    `answer_length` times the words of before. Merging may cost the shares `merging_share` of a
-    target's gain and of a general suite's bound.
+    `answer_length` times the words of before, if the share that ends falls by `ended_answers_fall`,
+    or if of all words less than `distinct_words` times as large a share is distinct. Merging may
+    cost the shares `merging_share` of a target's gain and of a general suite's bound.
     """
 
     general_drop: float = 0.05
@@ -47,6 +48,8 @@ class Thresholds:
     general_bits_rise: float = 0.07
     short_answers_rise: float = 0.25
     answer_length: float = 0.5
+    ended_answers_fall: float = 0.25
+    distinct_words: float = 0.5
     contaminated_share: float = 0.01
     strength_share: float = 0.5
     merging_share: Mapping[str, float] = field(
@@ -282,7 +285,7 @@ class SuiteReport:
         return AnswerStyle.read(self.arms[arm].also) if arm in self.arms else None
 
     def has_collapsed(self, thresholds: Thresholds, arm: str | None = None) -> bool:
-        """Return whether what ships, or an arm, hardly answers any more where it did before."""
+        """Return whether what ships, or an arm, hardly answers, or does not end, unlike before."""
         if self.compared is None:
             return False
         before, after = self.answers(self.compared[0]), self.answers(arm or self.compared[1])
@@ -290,6 +293,8 @@ class SuiteReport:
             return False
         return after.has_collapsed(
             before, rise=thresholds.short_answers_rise, length=thresholds.answer_length
+        ) or after.runs_on(
+            before, fall=thresholds.ended_answers_fall, distinct=thresholds.distinct_words
         )
 
     def gain(self, change: Change) -> tuple[float, float, float]:

@@ -17,6 +17,7 @@ from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir, atomic_write_text
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.reporting.build import build_report, write_report
+from llmtune.reporting.run_results import Models, current_results
 from llmtune.reporting.terminal import format_cost
 from tests.reporting.planted import (
     PlantedSuite,
@@ -319,3 +320,15 @@ def test_a_log_may_hold_any_character_in_its_strings(full_run):
     lines = ['{"step": 1, "loss": 2.0, "note": "a\u2028b\x85c"}', '{"step": 2, "loss": 1.0}']
     atomic_write_text(full_run.metrics_path, "\n".join(lines) + "\n")
     assert build_report(full_run).curve.train == ((1, 2.0), (2, 1.0))
+
+
+def test_scores_of_an_adapter_that_was_replaced_since_are_not_shown(tmp_path):
+    scores = right_wrong(40, 0.5, seed=0)
+    arms = {"base": scores, "tuned": improve(scores, 0.4, seed=1)}
+    run = plant_run(tmp_path, [PlantedSuite("movies", "target", arms)])
+    tuned = read_arm_result(run.evaluations_dir / "movies.tuned.json")
+    tuned = dataclasses.replace(tuned, model={"base": "b" * 64, "adapter": "a" * 64})
+    manifest = read_manifest(run)
+    for adapter, is_shown in (("a" * 64, True), (None, True), ("c" * 64, False)):
+        is_current = current_results(run, manifest, Models("b" * 64, adapter))
+        assert is_current(tuned) == is_shown

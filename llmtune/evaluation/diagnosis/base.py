@@ -195,6 +195,8 @@ class Diagnosis(ABC, Generic[DiagnosticT]):
     """What it scores on suites beside its file, if anything."""
     is_about_forgetting: ClassVar[bool] = False
     """Whether its section belongs to what broke, not on its own."""
+    guards: ClassVar[str] = ""
+    """What a verdict to ship would have to know from it, in words after "whether"."""
     number_names: ClassVar[tuple[str, ...]] = ()
     """What `numbers` names."""
     result: type[DiagnosticT]

@@ -99,6 +99,7 @@ class Contamination(Diagnosis[ContaminationResult]):
     name = "contamination"
     what = "contamination"
     help = "Train rows among the suites' items"
+    guards = "items are among the training rows"
     extent: ClassVar[Extent] = "quick"
     number_names = ("contamination",)
     result = ContaminationResult

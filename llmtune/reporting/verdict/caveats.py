@@ -5,6 +5,7 @@ from typing import Any
 
 from llmtune.data.problems import name_first
 from llmtune.evaluation.diagnosis.config import ALTERNATIVES
+from llmtune.reporting.beside import CUT_OFF
 from llmtune.reporting.numbers import FRACTION, format_count
 from llmtune.reporting.sections.arms import split_name
 from llmtune.reporting.suites import SuiteReport, Thresholds
@@ -18,6 +19,8 @@ from llmtune.reporting.verdict.rules import ship_at_strength
 from llmtune.reporting.verdict.sentences import format_change, format_clean
 
 UNPARSEABLE_RATIO = 0.05
+CUT_OFF_MORE = 0.1
+"""Answers cut off more often than this, as a share, in one of the compared models."""
 MAX_SLICES = 5
 
 
@@ -32,6 +35,7 @@ def find_caveats(evidence: Evidence) -> tuple[str, ...]:
         _slices_worse,
         _slices_left_out,
         _unparseable,
+        _cut_off,
         _general_could_be_broken,
         _some_items_leaked,
         _smaller_strength_would_do,
@@ -148,6 +152,20 @@ def _unparseable(evidence: Evidence) -> Iterator[str]:
                     f"{suite.name}: {share} of the {name} model's answers could not be parsed and "
                     "score 0, so part of the difference may be due to format alone."
                 )
+
+
+def _cut_off(evidence: Evidence) -> Iterator[str]:
+    for suite in evidence.suites:
+        if suite.compared is None:
+            continue
+        before, after = (suite.arms[arm].also.get(CUT_OFF) for arm in suite.compared)
+        if before is not None and after is not None and before - after > CUT_OFF_MORE:
+            yield (
+                f"{suite.name}: {FRACTION.score(before)} of the answers of the {suite.compared[0]} "
+                f"model were cut off at max_new_tokens, {FRACTION.score(after)} of those of the "
+                f"{suite.compared[1]} model; the rest of them may have been right, so allow more "
+                "tokens before you believe the gain."
+            )
 
 
 def _general_could_be_broken(evidence: Evidence) -> Iterator[str]:

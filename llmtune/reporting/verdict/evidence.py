@@ -92,9 +92,20 @@ class Evidence:
 
     def is_within(self, suite: SuiteReport, change: Change | None) -> bool:
         """Return whether a general suite is shown to be within its bound, interval and all."""
-        if change is None or not change.is_enough:
+        if change is None or not change.is_enough or self.is_at_chance(suite):
             return False
         return -suite.gain(change)[1] <= self.thresholds.general_bound(suite.unit)
+
+    def is_at_chance(self, suite: SuiteReport) -> bool:
+        """Return whether there was so little to lose that no loss beyond the bound can be seen."""
+        if suite.chance is None or suite.before is None or not suite.higher_is_better:
+            return False
+        return suite.before - suite.chance <= self.thresholds.general_bound(suite.unit)
+
+    def unmeasured_abilities(self) -> tuple[Ability, ...]:
+        """Return what must not be lost and no general suite asks for."""
+        asked = {suite.ability for suite in self.with_role("general")}
+        return tuple(ability for ability in self.keep if ability not in asked)
 
     def unshown(self) -> tuple[SuiteReport, ...]:
         """Return the general suites that are neither broken nor shown to be within their bound."""

@@ -1,12 +1,12 @@
 """The verdict as a value: a name, sentences made from the numbers, and the numbers themselves."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
 from llmtune.evaluation.diagnosis.config import ALTERNATIVES
 from llmtune.reporting.beside import find_disagreements, format_points
-from llmtune.reporting.verdict.evidence import Evidence
+from llmtune.reporting.verdict.evidence import Evidence, gain_of
 from llmtune.reporting.verdict.sentences import format_unshown
 
 AT_STRENGTH = "SHIP at strength"
@@ -15,6 +15,7 @@ UNSHOWN = "SHIP, general not shown"
 SHIPPING = ("SHIP", UNSHOWN, f"{AT_STRENGTH} x")
 Numbers = Mapping[str, object]
 """What decided, by suite or by name, as report.json holds it."""
+USUAL_CONFIDENCE = 0.95
 ABILITY_WORDS = {"knowledge": "general knowledge", "text": "reading of text", "chat": "open chat"}
 MEANINGS = {
     "CONTAMINATED": "Items of the target suite are among the training rows, so its scores prove "
@@ -137,18 +138,56 @@ def find_carried(verdict: Verdict, evidence: Evidence) -> Iterator[str]:
         return
     if not evidence.with_role("general"):
         yield "general ability not measured"
+    elif missing := [ABILITY_WORDS[ability] for ability in evidence.unmeasured_abilities()]:
+        yield f"{_join(missing)} not measured"
+    if verdict.given_up:
+        are = "are" if len(verdict.given_up) > 1 else "is"
+        yield f"for this task only: {_join(verdict.given_up)} {are} gone"
+    if evidence.confidence < USUAL_CONFIDENCE:
+        yield f"at a confidence of {100 * evidence.confidence:g} % only"
+    yield from _arms_left_out(evidence)
+    yield from _lower_targets(evidence)
     if verdict.kind == UNSHOWN:
         for suite in evidence.unshown():
             yield f"general ability not shown: {format_unshown(suite, evidence)}"
     yield from _only_for_ranking(evidence)
+    yield from evidence.diagnostics.unguarded()
     missing = _unmeasured(evidence)
     if missing:
         verb = "was" if len(missing) == 1 else "were"
         yield f"{' and '.join(missing)} {verb} not measured and could be as good"
 
 
+def _arms_left_out(evidence: Evidence) -> Iterator[str]:
+    """Yield the suites on which not the original, or not the merged model, was compared."""
+    suites = [suite for suite in evidence.suites if suite.role in ("target", "general")]
+    pairs = {suite.name: suite.compared for suite in suites if suite.compared is not None}
+    quantized = [name for name, (before, _) in pairs.items() if before == "base"]
+    if evidence.merge_base is not None and quantized:
+        on = "" if len(quantized) == len(pairs) else f" on {_join(quantized)}"
+        yield f"against the quantized base{on}: the original was not measured"
+    unmerged = [name for name, (_, after) in pairs.items() if after == "tuned"]
+    if 0 < len(unmerged) < len(pairs):
+        yield f"the merged model was not measured on {_join(unmerged)}"
+
+
+def _lower_targets(evidence: Evidence) -> Iterator[str]:
+    """Yield the target suites that were measured lower, if not clear of chance."""
+    for suite in evidence.with_role("target"):
+        gain, low, high = gain_of(suite)
+        if gain < 0 <= high:
+            yield (
+                f"{suite.name} was measured lower ({suite.unit.difference(gain)}, interval "
+                f"{suite.unit.interval(low, high)}), which may be chance"
+            )
+
+
+def _join(words: Sequence[str]) -> str:
+    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
+
+
 def _only_for_ranking(evidence: Evidence) -> Iterator[str]:
-    """Yield the target suites on which the likeliest choice and the written answer part."""
+    """Yield the target suites on which the verdict holds for one use, or for format alone."""
     for suite in evidence.with_role("target"):
         for found in find_disagreements(suite):
             if found.is_about_writing:
@@ -156,6 +195,12 @@ def _only_for_ranking(evidence: Evidence) -> Iterator[str]:
                     f"on {suite.name} it holds for ranking the choices "
                     f"({format_points(found.main)}); written answers change by "
                     f"{format_points(found.beside)}"
+                )
+            else:
+                yield (
+                    f"much of the gain on {suite.name} is format (whole answers "
+                    f"{format_points(found.main)}, right answers anywhere in the text "
+                    f"{format_points(found.beside)})"
                 )
 
 

@@ -292,11 +292,10 @@ def decide(evidence: Evidence) -> Verdict:
     names = list(dict.fromkeys(verdict.name for verdict in fired))
     first = fired[0]
     gone = tuple(dict.fromkeys(ABILITY_WORDS[s.ability] for s in evidence.given_up()))
+    first = replace(first, also=tuple(names[1:]), given_up=gone)
     return replace(
         first,
-        also=tuple(names[1:]),
         carries=tuple(find_carried(first, evidence)),
-        given_up=gone,
         to_do=find_what_to_do(first, evidence),
     )
 

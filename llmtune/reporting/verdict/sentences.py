@@ -161,6 +161,11 @@ def format_unshown(suite: SuiteReport, evidence: Evidence) -> str:
     assert suite.change is not None
     if not suite.change.is_enough:
         return f"{suite.name} is too small for a claim: {_format_floor(suite)}"
+    if evidence.is_at_chance(suite):
+        return (
+            f"on {suite.name} there was next to nothing to lose ({suite.unit.score(suite.before)} "
+            f"before, and guessing scores {suite.unit.score(suite.chance)})"
+        )
     bound = suite.unit.bound(evidence.thresholds.general_bound(suite.unit))
     shows = f"; {format_can_show(suite.n, suite.mde, suite.unit)}" if suite.mde else ""
     lost = suite.unit.size(gain_of(suite)[1])

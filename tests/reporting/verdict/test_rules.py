@@ -241,3 +241,94 @@ def test_caveats_name_what_the_verdict_does_not():
 def test_no_caveats_where_nothing_is_amiss():
     fine = suite(0.01, 0.02, name="general", role="general")
     assert find_caveats(Evidence((suite(0.16, 0.03), fine))) == ()
+
+
+GENERAL: dict[str, Any] = {"name": "general", "role": "general"}
+
+
+def test_what_nothing_can_be_lost_of_shows_no_general_ability():
+    at_chance = suite(0.0, 0.02, base=0.27, chance=0.25, **GENERAL)
+    verdict = verdict_on(suite(0.16, 0.03), at_chance)
+    assert verdict.name == "SHIP, general not shown"
+    assert "there was next to nothing to lose (27.0 % before, and guessing" in verdict.headline
+    above = suite(0.0, 0.02, base=0.31, chance=0.25, **GENERAL)
+    assert verdict_on(suite(0.16, 0.03), above).name == "SHIP"
+
+
+def test_a_verdict_to_ship_names_the_arms_that_were_not_measured():
+    def arms(*names: str) -> dict[str, ArmScore]:
+        return {name: ArmScore(0.7) for name in names}
+
+    both = ("original", "merged")
+    whole: dict[str, Any] = {"arms": arms(*both), "compared": both}
+    general = suite(0.0, 0.02, **GENERAL)
+    target = suite(0.16, 0.03, **whole)
+    headline = verdict_on(target, general, merge_base="original").headline
+    assert "against the quantized base on general: the original was not measured" in headline
+    assert "the merged model was not measured on general" in headline
+    headline = verdict_on(
+        target, dataclasses.replace(general, **whole), merge_base="original"
+    ).headline
+    assert "quantized base" not in headline and "merged" not in headline
+    alone = verdict_on(suite(0.16, 0.03), general, merge_base="original").headline
+    assert "against the quantized base: the original" in alone and "merged" not in alone
+    assert "quantized" not in verdict_on(suite(0.16, 0.03), general).headline
+
+
+def test_a_verdict_to_ship_names_abilities_that_nobody_asked_about_or_that_are_given_up():
+    general = suite(0.0, 0.02, **GENERAL)
+    headline = verdict_on(suite(0.16, 0.03), general).headline
+    assert "reading of text and open chat not measured" in headline
+    only = verdict_on(suite(0.16, 0.03), general, keep=("knowledge",)).headline
+    assert "open chat" not in only
+    unasked = verdict_on(suite(0.16, 0.03), prose(0.0), keep=("knowledge",))
+    assert unasked.name == "SHIP, general not shown"
+    assert "general knowledge not measured" in unasked.headline
+    gone = verdict_on(suite(0.16, 0.03), general, prose(0.9), keep=("knowledge",))
+    assert gone.name == "SHIP" and "for this task only: reading of text is gone" in gone.headline
+
+
+def test_a_verdict_to_ship_names_a_target_measured_lower_and_a_low_confidence():
+    second = suite(-0.04, 0.05, name="second")
+    verdict = verdict_on(suite(0.28, 0.03), second, confidence=0.6)
+    assert verdict.name.startswith("SHIP")
+    assert "second was measured lower (−4.0 points, interval" in verdict.headline
+    assert "at a confidence of 60 % only" in verdict.headline
+
+
+def test_a_verdict_to_ship_says_if_nobody_looked_for_the_items_among_the_rows():
+    assert "whether items are among the training rows was not checked" in (
+        verdict_on(suite(0.16, 0.03)).headline
+    )
+
+
+def test_answers_that_do_not_end_any_more_or_repeat_themselves_are_broken_chat():
+    before = {"answer_words": 40.0, "length_ratio": 1.0, "short_answers": 0.0, "ended_answers": 0.9}
+    before["distinct_words"] = 0.4
+    for change, is_broken in (
+        ({}, False),
+        ({"ended_answers": 0.7, "distinct_words": 0.25}, False),
+        ({"ended_answers": 0.5}, True),
+        ({"distinct_words": 0.15}, True),
+    ):
+        arms = {
+            "base": ArmScore(3.0, also=before),
+            "tuned": ArmScore(3.0, also=before | change),
+        }
+        chat = suite(0.0, 0.01, name="chat", role="general", metric="nats_per_token", arms=arms)
+        chat = dataclasses.replace(chat, task="chat")
+        verdict = verdict_on(suite(0.16, 0.03), chat)
+        assert (verdict.name == "BROKE-GENERAL") == is_broken
+
+
+def test_answers_cut_off_before_and_not_after_are_a_caveat():
+    def written(before: float, after: float) -> SuiteReport:
+        arms = {
+            "base": ArmScore(0.2, also={"cut_off": before}),
+            "tuned": ArmScore(0.6, also={"cut_off": after}),
+        }
+        return suite(0.4, 0.03, task="exact", arms=arms)
+
+    said = "80.0 % of the answers of the base model were cut off at max_new_tokens"
+    assert any(said in each for each in find_caveats(Evidence((written(0.8, 0.0),))))
+    assert not any("cut off" in each for each in find_caveats(Evidence((written(0.8, 0.75),))))
