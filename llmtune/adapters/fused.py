@@ -23,7 +23,7 @@ from llmtune.adapters.live import live_method
 from llmtune.adapters.low_rank import has_hooks
 from llmtune.models.decoder import decoder_of
 from llmtune.models.probing import ProbeFailedError, probing
-from llmtune.models.quantization.describe import dense_weight
+from llmtune.models.quantization.describe import dense_weight, is_dequantized_product
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear, lora_linears
 
 FUSED_MARK = "is_fused_lora"
@@ -90,15 +90,18 @@ def fused_inference(model: nn.Module) -> Iterator[None]:
 
     PEFT computes every adapter in float32 and adds it there: half as much time again as the base
     alone. Here the products run in the model's dtype, as they do in training; in float32 the
-    results are PEFT's. Models without an adapter, layers that are fused already and those on
-    quantized weights stay as they are. The adapter can be switched off or weakened inside.
+    results are PEFT's. Models without an adapter and layers that are fused already stay as they
+    are, and so do those whose quantized base computes something else than the product with its
+    dequantized weight. The adapter can be switched off or weakened inside.
     """
     if not isinstance(model, PeftModel):
         yield
         return
     method = live_method(model)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    fusable = [layer for layer in layers if _is_dense(layer) and not _find_obstacle(method, layer)]
+    fusable = [
+        layer for layer in layers if _is_product(layer) and not _find_obstacle(method, layer)
+    ]
     known = _KNOWN_GROUPS.get(model, [])
     if {layer for group in known for layer in group} != set(fusable):
         known = _find_groups(fusable, lambda: _run_three_tokens(model))
@@ -113,11 +116,12 @@ def fused_inference(model: nn.Module) -> Iterator[None]:
             group.detach()
 
 
-def _is_dense(layer: BaseTunerLayer) -> bool:
-    """Whether the base's weight is no code: some quantized layers also round their inputs."""
-    return isinstance(layer.get_base_layer(), nn.Linear | Conv1D) and bool(
-        layer.get_base_layer().weight.is_floating_point()
-    )
+def _is_product(layer: BaseTunerLayer) -> bool:
+    """Whether the base's output is the product with a weight: some round their inputs too."""
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Linear | Conv1D) and base.weight.is_floating_point():
+        return True
+    return is_dequantized_product(base)
 
 
 def _run_three_tokens(model: PeftModel) -> object:

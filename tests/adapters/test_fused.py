@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmtune.adapters.fused import fused_inference, is_fused
 from llmtune.adapters.live import adapter_strength
+from llmtune.models.quantization.describe import find_dense_weights, keep_differentiable
 from tests.tiny import make_model
 
 IDS = torch.arange(4, 44).view(2, 20)
@@ -55,13 +56,32 @@ def test_what_cannot_be_fused_runs_as_peft_runs_it():
         assert torch.equal(run(model), tuned)
 
 
-def test_an_adapter_on_quantized_weights_runs_as_peft_runs_it(tmp_path):
-    make_model("llama", tmp_path, dtype=torch.bfloat16)
+def adapt_quantized(directory, dtype, **quantization):
+    make_model("llama", directory, dtype=dtype)
     base = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+        directory, dtype=dtype, quantization_config=BitsAndBytesConfig(**quantization)
     )
+    keep_differentiable(base)
     config = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear")
-    model = get_peft_model(base, config).eval()
+    return get_peft_model(base, config).eval()
+
+
+def test_an_adapter_on_dequantized_products_is_fused_whether_or_not_they_are_held(tmp_path):
+    four_bit = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
+    model = adapt_quantized(tmp_path, torch.float32, **four_bit)
+    tuned = run(model)
+    with torch.no_grad(), fused_inference(model):
+        assert all(map(is_fused, layers_of(model)))
+        fused = run(model)
+    assert torch.allclose(fused, tuned, atol=1e-5)
+    find_dense_weights(model).hold()
+    assert torch.equal(run(model), tuned)
+    with torch.no_grad(), fused_inference(model):
+        assert torch.equal(run(model), fused)
+
+
+def test_an_adapter_on_weights_that_round_their_inputs_runs_as_peft_runs_it(tmp_path):
+    model = adapt_quantized(tmp_path, torch.bfloat16, load_in_8bit=True)
     tuned = run(model)
     with torch.no_grad(), fused_inference(model):
         assert not any(map(is_fused, layers_of(model)))

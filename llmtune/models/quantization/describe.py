@@ -19,6 +19,8 @@ from llmtune.models.quantization.base import Quantization, RoundTrip
 from llmtune.models.quantization.config import members
 from llmtune.models.quiet import quiet_loading
 
+HELD_MARK = "held_weight"
+"""Attribute of the forward of a layer whose dense weight is held."""
 EXPERT_DIMENSIONS = 3  # fused experts are one parameter [expert, out, in]
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -123,6 +125,9 @@ def describe_quantized_base(config: ModelConfig, source: Checkpoint) -> Quantize
 
 def dense_weight(layer: nn.Module) -> Callable[[], Tensor] | None:
     """Return a function that gives the dense weight [out, in] of a quantized layer; else None."""
+    held: Tensor | None = getattr(layer.__dict__.get("forward"), HELD_MARK, None)
+    if held is not None:
+        return lambda: held
     return next(filter(None, (member.dense_weight(layer) for member in members())), None)
 
 
@@ -174,17 +179,23 @@ def find_dense_weights(model: nn.Module) -> DenseWeights:
     """
     layers: dict[nn.Module, Callable[[], Tensor]] = {}
     size = 0
-    exact = [member for member in members() if member.is_exact]
     for layer in model.modules():
-        read = next(filter(None, (member.dense_weight(layer) for member in exact)), None)
-        if read is None or layer.weight.device.type != "cpu":
-            continue
-        dtype = layer.compute_dtype
-        if dtype is None or dtype != layer.weight.quant_state.dtype:
-            continue
-        layers[layer] = read
-        size += logical_size(layer.weight) * dtype.itemsize
+        if is_dequantized_product(layer):
+            read = dense_weight(layer)
+            assert read is not None, "it has just been asked"
+            layers[layer] = read
+            size += logical_size(layer.weight) * layer.compute_dtype.itemsize
     return DenseWeights(layers, size)
+
+
+def is_dequantized_product(layer: nn.Module) -> bool:
+    """Whether a quantized layer's output is exactly the product with its dequantized weight."""
+    if layer._parameters.get("weight") is None:  # what is wrapped around a layer shows its weight
+        return False
+    exact = (member.dense_weight(layer) for member in members() if member.is_exact)
+    if not any(exact) or layer.weight.device.type != "cpu":
+        return False
+    return bool(layer.compute_dtype == layer.weight.quant_state.dtype)
 
 
 def _dense_forward(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -192,6 +203,7 @@ def _dense_forward(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tenso
         bias = None if layer.bias is None else layer.bias.to(weight.dtype)
         return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
+    setattr(forward, HELD_MARK, weight)
     return forward
 
 
