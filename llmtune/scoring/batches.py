@@ -259,7 +259,10 @@ def can_narrow(cache: Cache | None) -> bool:
 def is_plain_cache(cache: Cache | None) -> bool:
     """Return whether every layer caches keys and values only, so that its rows can be reused."""
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return isinstance(cache, Cache) and all(type(layer) in plain for layer in cache.layers)
+    if not isinstance(cache, Cache) or not all(type(layer) in plain for layer in cache.layers):
+        return False
+    # Where a model adds layers of its own kind, their places among these stay empty (MiniMax).
+    return len({layer.is_initialized for layer in cache.layers}) == 1
 
 
 def attention_window(cache: Cache) -> int | None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from llmtune.models.decoder import config_number
 from llmtune.scoring.batches import (
     attention_window,
     is_plain_cache,
@@ -108,9 +109,9 @@ def rows_at_once(model: nn.Module, *, slots: int, kept: int, token_budget: int) 
 def _slot_bytes(model: nn.Module) -> int:
     """Return what one token's keys and values take in all layers, about; at least 1."""
     config = text_config(model)
-    heads = getattr(config, "num_attention_heads", None) or 1
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
+    heads = config_number(config, "num_attention_heads") or 1
+    width = config_number(config, "head_dim") or config.hidden_size // heads
+    kept = config_number(config, "num_key_value_heads") or heads
     size = next(model.parameters()).element_size()
     return max(1, int(2 * config.num_hidden_layers * kept * width * size))
 

@@ -21,7 +21,7 @@ PASS_TOKENS = 128
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], limits: BatchLimits, *, packed: bool
+    lengths: Sequence[int], limits: BatchLimits, *, packed: bool, switch: int | None = None
 ) -> list[list[int]]:
     """Split the rows of one optimizer step into micro-batches.
 
@@ -29,10 +29,23 @@ def plan_micro_batches(
         lengths: tokens of each row.
         limits: what a micro-batch may hold.
         packed: rows are laid end to end; otherwise they are padded to the longest one.
+        switch: rows of more tokens change how the rows beside them are computed, so they are kept
+            apart (see `models.decoder.rotary_switch`).
 
     Returns:
         Lists of indices into `lengths`; every index occurs exactly once.
     """
+    if switch is not None and min(lengths, default=0) <= switch < max(lengths, default=0):
+        return [
+            [part[position] for position in batch]
+            for part in (
+                [index for index, length in enumerate(lengths) if (length > switch) == is_long]
+                for is_long in (True, False)
+            )
+            for batch in plan_micro_batches(
+                [lengths[index] for index in part], limits, packed=packed
+            )
+        ]
     if packed:
         return pack_lengths(lengths, limits.tokens, max_rows=limits.rows)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
@@ -174,6 +187,7 @@ class StepCollator:
         packed: bool,
         pad_token_id: int,
         objective: Objective = DEFAULT_OBJECTIVE,
+        switch: int | None = None,
     ) -> None:
         self.examples = examples
         self.limits = limits
@@ -182,6 +196,7 @@ class StepCollator:
         self.objective = objective
         self.shares_beginnings = False
         """Whether what rows of a packed micro-batch begin with is computed once."""
+        self.switch = switch
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> StepRows:
         """Return the rows of one step, from the numbers that the data loader draws."""
@@ -191,8 +206,8 @@ class StepCollator:
         """Build the step that holds the examples `indices`."""
         examples = [self.examples[index] for index in indices]
         lengths = [len(example.input_ids) for example in examples]
-        shared = plan_shared(examples, self.limits) if self.shares_beginnings else None
-        plan = shared or plan_micro_batches(lengths, self.limits, packed=self.packed)
+        shared = self._plan_shared(examples, lengths)
+        plan = shared or self.plan(lengths)
         lay = self.lay if shared is None else pack_sharing
         micro_batches = [
             self.objective.collate([examples[position] for position in one], lay) for one in plan
@@ -207,6 +222,19 @@ class StepCollator:
             "trained_tokens": sum(one["targets"].numel() for one in micro_batches),
             "target_weight": target_weight,
         }
+
+    def _plan_shared(
+        self, examples: Sequence[Example], lengths: Sequence[int]
+    ) -> list[list[int]] | None:
+        """Plan by shared beginnings, if they are shared and no row has to be kept apart."""
+        is_apart = self.switch is not None and max(lengths, default=0) > self.switch
+        if not self.shares_beginnings or is_apart:
+            return None
+        return plan_shared(examples, self.limits)
+
+    def plan(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Split the rows of a step, of these lengths, into micro-batches."""
+        return plan_micro_batches(lengths, self.limits, packed=self.packed, switch=self.switch)
 
     def build(self, examples: Sequence[Example]) -> MicroBatch:
         """Build one micro-batch as the objective wants it."""

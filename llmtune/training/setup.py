@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmtune.adapters.fused import fused_lora
 from llmtune.errors import LlmtuneError
 from llmtune.io.sizes import format_size
-from llmtune.models.decoder import decoder_of
+from llmtune.models.decoder import decoder_of, rotary_switch
 from llmtune.training.batch import StepCollator, computed_tokens, plan_micro_batches, plan_shared
 from llmtune.training.config import TrainConfig
 from llmtune.training.fused.blocks import fused_blocks
@@ -29,10 +29,12 @@ from llmtune.training.memory.dry_run import Trial, find_plan, recomputable_layer
 from llmtune.training.objectives.base import MicroBatch, Objective
 from llmtune.training.protect.penalties import Protection
 from llmtune.training.request import TrainRequest
-from llmtune.training.rows import EpochSampler, JoinedExamples
+from llmtune.training.rows import EpochSampler, JoinedExamples, row_lengths
 
 SAMPLED_ROWS = 64
 """Rows, in the order of training, that show what a shared beginning saves."""
+COUNTED_STEPS = 50
+"""Steps whose padding is counted."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
         packed=packing.packed,
         pad_token_id=request.tokenizer.pad_token_id,
         objective=config.objective,
+        switch=rotary_switch(model.get_base_model().config.get_text_config()),
     )
     setup = Setup(
         model=model,
@@ -115,6 +118,8 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
     plan = find_plan(config, Trial(model, collator, setup.loss), longest_first)
     stack.enter_context(recomputing(model, plan.recomputed_layers))
     setup.choices["micro-batch"] = _describe_limits(plan)
+    if not packing.packed:
+        setup.choices["rows"] += f"; {_padding_share(config, request, collator):.0%} is padding"
     with _autocast(device, autocast_dtype):
         setup.choices["shared beginnings"] = _share_beginnings(collator, config, request)
     num_layers = len(recomputable_layers(model))
@@ -171,6 +176,18 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast
 def _run_decoder(model: PeftModel) -> None:
     input_ids = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
     decoder_hidden(model, {"input_ids": input_ids})
+
+
+def _padding_share(config: TrainConfig, request: TrainRequest, collator: StepCollator) -> float:
+    """Return the share of the tokens computed in the first steps that is padding."""
+    lengths = row_lengths(request.train)
+    order = list(EpochSampler(len(lengths), request.seed))[: COUNTED_STEPS * config.batch_size]
+    tokens = computed = 0
+    for start in range(0, len(order), config.batch_size):
+        step = [int(lengths[row]) for row in order[start : start + config.batch_size]]
+        tokens += sum(step)
+        computed += sum(len(one) * max(step[i] for i in one) for one in collator.plan(step))
+    return 1 - tokens / computed
 
 
 def _describe_limits(plan: MemoryPlan) -> str:

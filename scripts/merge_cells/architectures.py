@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedModel,
@@ -17,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCAB_SIZE = 512
 MAX_PARAMETERS = 5_000_000
-TIED, UNTIED, PUBLISHED = "tied", "untied", "published"
+TIED, UNTIED, PUBLISHED, LONGROPE = "tied", "untied", "published", "longrope"
 
 # What makes a model small, by every name that a config may have for it.
 SMALL: dict[str, Any] = {
@@ -149,6 +150,19 @@ CONTAINERS = {
     "gemma3": "gemma3_text",
 }
 
+LONG_ROPE = {
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 1.0,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 64,
+    },
+}
+"""Other frequencies for every row of a batch as soon as one is longer than this (Phi-3)."""
+
 TIED_TWICE = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox", "granite", "mamba")
 UNTIED_TOO = ("gemma2", "gpt2", "cohere", "starcoder2")
 
@@ -233,7 +247,8 @@ def make_architecture(
         config = _container_config(model_type, sizes)
         maker: Any = AutoModelForImageTextToText
     else:
-        config = CONFIG_MAPPING[model_type](**small_keys(model_type, sizes))
+        keys = small_keys(model_type, sizes) | (LONG_ROPE if variant == LONGROPE else {})
+        config = CONFIG_MAPPING[model_type](**keys)
         maker = AutoModelForCausalLM
     if variant in (TIED, UNTIED):
         config.tie_word_embeddings = variant == TIED
@@ -262,6 +277,8 @@ def _container_config(model_type: str, sizes: Mapping[str, Any]) -> Any:
     config_class = CONFIG_MAPPING[model_type]
     text = CONTAINERS[model_type]
     vision_class = config_class.sub_configs["vision_config"]
+    if vision_class is AutoConfig:  # any of several: the one that it has by itself
+        vision_class = type(config_class().vision_config)
     known = _known_keys(vision_class)
     vision = {key: value for key, value in VISION.items() if key in known}
     keys = {"text_config": small_keys(text, sizes), "vision_config": vision}

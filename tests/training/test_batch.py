@@ -100,3 +100,11 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone():
     assert list(sampler) != first
     assert sorted(sampler) == list(range(50))
     assert list(EpochSampler(50, seed=4)) != first
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_on_both_sides_of_a_rotary_switch_are_kept_apart(packed):
+    lengths, limits = [90, 10, 64, 65, 8], BatchLimits(tokens=1000, rows=None)
+    plan = plan_micro_batches(lengths, limits, packed=packed, switch=64)
+    assert sorted(map(sorted, plan)) == [[0, 3], [1, 2, 4]]
+    assert len(plan_micro_batches(lengths, limits, packed=packed, switch=100)) == 1

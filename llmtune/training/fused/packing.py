@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from llmtune.data.example import IGNORE_INDEX, Example
 from llmtune.errors import LlmtuneError
 from llmtune.io.quiet import quieted
-from llmtune.models.decoder import decoder_of
+from llmtune.models.decoder import config_number, decoder_of
 from llmtune.models.probing import ProbeFailedError, probing
 from llmtune.ops.varlen_attention import (
     SHARING_BACKENDS,
@@ -280,12 +280,12 @@ AttentionMaskInterface.register(ATTENTION_NAME, describe_mask)
 def _backend(model: PeftModel) -> str:
     embedding = model.get_input_embeddings().weight
     config = model.get_base_model().config.get_text_config()
-    said = config.to_dict()  # a config may refuse to give as an attribute what varies by layer
+    heads = config_number(config, "num_attention_heads")
     return choose_varlen_backend(
         embedding.device,
         dtype=embedding.dtype,
-        head_width=said.get("head_dim") or config.hidden_size // config.num_attention_heads,
-        has_softcap=said.get("attn_logit_softcapping") is not None,
+        head_width=config_number(config, "head_dim") or config.hidden_size // (heads or 1),
+        has_softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         has_sinks=any(name.endswith("sinks") for name, _ in model.named_parameters()),
     )
 

@@ -1,0 +1,58 @@
+"""A short list of the families: they work, or say no in one line, as docs/families.md says."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmtune.errors import LlmtuneError
+
+SCRIPTS_DIR = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS_DIR))
+
+import families  # noqa: E402
+from family_cells import trial as trials  # noqa: E402
+from family_cells.trial import FAULT, REFUSED, WORKS, Trial, try_family  # noqa: E402
+
+FEW_STAGES = ("train", "rows alone")
+SHORT_LIST = {
+    "phi3+longrope": "packed",  # rows on both sides of the switch are kept apart
+    "qwen3_next": "padded",  # recurrent state, gated norms, routers, shared experts
+    "gemma4_text": "packed",  # widths that differ from layer to layer
+}
+
+
+@pytest.mark.parametrize("family", SHORT_LIST)
+def test_a_family_works_and_its_rows_have_the_losses_of_rows_alone(tmp_path, monkeypatch, family):
+    stages = {name: trials.STAGES[name] for name in FEW_STAGES}
+    monkeypatch.setattr(trials, "STAGES", stages)
+    trial = try_family(family, tmp_path / "run")
+    assert trial.outcome == WORKS, trial.line
+    assert trial.rows.startswith(SHORT_LIST[family])
+    assert ("is padding" in trial.rows) == trial.rows.startswith("padded")
+
+
+def test_a_family_that_ends_otherwise_is_a_fault(tmp_path, monkeypatch):
+    def refuse(_trial, _scratch):
+        raise LlmtuneError("no")
+
+    def fail(_trial, _scratch):
+        raise TypeError("of ours")
+
+    outcomes = []
+    for stage in (refuse, fail):
+        monkeypatch.setattr(trials, "STAGES", {"train": stage})
+        outcomes.append(try_family("llama", tmp_path / "run"))
+    assert [one.outcome for one in outcomes] == [REFUSED, FAULT]
+    assert outcomes[1].line.startswith("train: TypeError: of ours (test_families.py:")
+
+
+def test_the_page_counts_and_lists_what_was_tried(tmp_path):
+    tried = [
+        Trial("llama", stages={"train": "yes"}, rows="packed: the probe found nothing"),
+        Trial("zaya", REFUSED, "train: no", {"train": REFUSED}),
+    ]
+    page = "\n".join(families.page_lines(tried))
+    assert "2 families: 1 work, 1 are refused, 0 have a fault (100.0% work or say no)" in page
+    assert "| Llama 3 | `llama` | works | packed |" in page
+    assert "- zaya: train: no" in page
