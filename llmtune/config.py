@@ -1,5 +1,6 @@
 """The whole config of a run: one section a stage, from a YAML file and dotted overrides."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,8 @@ class EffectiveKey:
     origin: str
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML config and lay `key.path=value` overrides over it.
+def load_config(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config, or take a dict, and lay `key.path=value` overrides over it.
 
     A path in it is looked for in the current directory, then beside the config.
 
@@ -66,6 +67,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         LlmtuneError: all problems at once, each with file, line, key, what was expected and the
             nearest valid key.
     """
+    if isinstance(path, Mapping):
+        tree = SourcedTree(copy.deepcopy(dict(path)), {(): "the dict"})
+        return validate_section(RunConfig, lay_overrides(RunConfig, tree, overrides))
     config = validate_section(RunConfig, read_config_tree(path, overrides))
     return find_beside(config, Path(path).parent)
 

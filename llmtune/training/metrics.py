@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from llmtune.io.json_files import parse_json
+from llmtune.io.listening import tell_hearers
 from llmtune.io.sizes import format_in
 from llmtune.training.memory.measure import peak_bytes
 from llmtune.training.request import RunTotals
@@ -61,6 +62,7 @@ class MetricsLog:
         """Append one line; a number that is not finite is written as null."""
         self._file.write(_format(line))
         self._file.flush()
+        tell_hearers(line)
         if self._screen is not None:
             self._screen.update({**line, "seconds_left": seconds_left}, self._total_steps)
 

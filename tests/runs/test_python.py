@@ -1,0 +1,136 @@
+"""llmtune as a program uses it: rows and results are Python values, and what happens is heard."""
+
+import types
+
+import datasets
+import pandas
+import pytest
+
+import llmtune
+from tests.tiny import make_model
+
+THINGS = ("card", "transfer", "account", "payment", "refund", "pin")
+ROWS = [
+    {"text": f"{THINGS[i % 6]} {i}: where is it, {i % 7}", "label": ("ask", "tell")[i % 2]}
+    for i in range(110)
+]
+SHORT = {
+    "train.num_epochs": None,
+    "train.max_steps": 2,
+    "evaluate.extent": "none",
+    "evaluate.limit": 8,
+    "protect.kl_to_base": None,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("python") / "base"
+    make_model("llama", directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tuned(base, tmp_path_factory, shared_cache):
+    steps, evals = [], []
+    found = llmtune.tune(
+        model=base,
+        rows=ROWS,
+        run_dir=tmp_path_factory.mktemp("run") / "run",
+        settings=SHORT,
+        on_step=steps.append,
+        on_eval=evals.append,
+    )
+    return types.SimpleNamespace(found=found, steps=steps, evals=evals)
+
+
+def test_rows_become_a_judged_run_and_each_step_is_heard(tuned):
+    assert [line["step"] for line in tuned.steps] == [1, 2]
+    assert all(line["loss"] > 0 for line in tuned.steps)
+    assert tuned.evals and tuned.evals[-1]["eval_loss"] > 0
+    assert tuned.found.verdict and (tuned.found.run_dir / "report.html").is_file()
+
+
+def test_scores_and_answers_are_tables(tuned, base):
+    scores = tuned.found.scores()
+    assert scores["task"]["task"] == "choice"
+    frame = scores.to_pandas()
+    assert {"suite", "arm", "mean"} <= set(frame.columns) and len(frame) == len(scores.rows())
+    assert "<table>" in tuned.found._repr_html_()
+    said = tuned.found.predict(ROWS[:2], max_new_tokens=2)
+    assert [each.row["text"] for each in said] == [row["text"] for row in ROWS[:2]]
+    assert isinstance(said.answers[0], str) and "<td>" in said._repr_html_()
+    assert list(said.to_pandas().columns) == ["text", "label", "answer", "stopped"]
+    asked = llmtune.predict(base, ["Is it <b>?"], max_new_tokens=1)
+    assert "&lt;b&gt;" in asked._repr_html_()
+
+
+@pytest.mark.parametrize("kind", ["DataFrame", "Dataset"])
+def test_tables_are_read_as_lists_are(kind, base, tmp_path, monkeypatch):
+    from llmtune.runs import pipeline, python
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["ask", "tell"])}
+    )
+    table = (
+        pandas.DataFrame(ROWS)
+        if kind == "DataFrame"
+        else datasets.Dataset.from_list(ROWS, features)
+    )
+    asked = []
+    monkeypatch.setattr(pipeline, "run", lambda config, **_: asked.append(config))
+    python.tune(base, table, run_dir=tmp_path / "r", settings=SHORT)
+    source = asked[0].data.train[0]
+    assert source.instruction.endswith("ask, tell.")
+    assert source.labels == (("ask", "tell") if kind == "Dataset" else ())
+
+
+def test_a_config_may_be_a_dict_and_its_mistakes_are_named():
+    given = {"run_dir": "r", "model": {"base": "b"}, "data": {"train": [{"path": "a"}]}}
+    config = llmtune.load_config(given, ["adapter.rank=4"])
+    assert config.adapter.rank == 4 and "adapter" not in given
+    with pytest.raises(llmtune.LlmtuneError, match="the dict: train.lr"):
+        llmtune.load_config(given | {"train": {"lr": 1}})
+
+
+def own_metric(answer: str, reference: str) -> float:
+    """Return whether both begin alike."""
+    return float(answer[:1] == reference[:1])
+
+
+def test_a_metric_is_a_function_that_has_a_name(base, tmp_path, monkeypatch):
+    from llmtune.evaluation.suite import load_suite
+    from llmtune.runs import pipeline, python
+
+    monkeypatch.setattr(pipeline, "run", lambda config, **_: config)
+    asked = {"run_dir": tmp_path / "r", "task": "instruct", "settings": SHORT}
+    found = python.tune(base, ROWS, metric=own_metric, **asked)
+    suite = load_suite(found.config.evaluate.suites[0])
+    assert suite.config.metric == "tests.runs.test_python:own_metric"
+    with pytest.raises(llmtune.LlmtuneError, match="by its own name"):
+        python.tune(base, ROWS, metric=lambda a, b: 1.0, **asked)
+    with pytest.raises(llmtune.LlmtuneError, match="metric"):
+        python.tune(base, ROWS, metric=own_metric, run_dir=tmp_path / "r", settings=SHORT)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"rows": 3}, "rows are a int"),
+        ({"rows": {"train": ROWS}}, "one split"),
+        ({"rows": [1]}, "row 1 is a int"),
+        ({"rows": []}, "no rows"),
+        ({"model": types.SimpleNamespace(), "rows": ROWS}, "loaded already"),
+    ],
+)
+def test_what_cannot_be_taken_is_named(given, words, base):
+    with pytest.raises(llmtune.LlmtuneError, match=words):
+        llmtune.tune(**{"model": base, **given})
+
+
+def test_the_public_names_are_listed():
+    assert {"tune", "predict", "evaluate", "load_config", "RunConfig", "LlmtuneError"} <= set(
+        dir(llmtune)
+    )
+    for name in dir(llmtune):
+        assert getattr(llmtune, name)
