@@ -1,6 +1,6 @@
 """From rows to micro-batches: which rows of a step go together, packed or not, as which tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypedDict
 
@@ -83,11 +83,37 @@ def plan_shared(rows: Sequence[Example], limits: BatchLimits) -> list[list[int]]
 
 
 def _group_by_beginning(rows: Sequence[Example]) -> list[list[int]]:
-    """Put rows together whose first tokens are the same."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(tuple(row.input_ids[:MIN_BEGINNING]), []).append(index)
-    return list(groups.values())
+    """Put rows together whose first tokens are the same, as many as pays."""
+    return [
+        part for group in _children(rows, range(len(rows)), 0) for part in _split_group(rows, group)
+    ]
+
+
+def _split_group(rows: Sequence[Example], group: list[int]) -> list[list[int]]:
+    """Split a group at longer beginnings that parts of it share, where fewer tokens are left."""
+
+    def cost(parts: Sequence[list[int]]) -> int:
+        members = [[rows[index] for index in part] for part in parts]
+        return sum(PASS_TOKENS + computed_tokens(each, shares=True) for each in members)
+
+    shared = shared_beginning([rows[index] for index in group])
+    children = _children(rows, group, shared)
+    if len(children) in (1, len(group)):
+        return [group]
+    alone = [index for child in children if len(child) == 1 for index in child]
+    together = [child for child in children if len(child) > 1]
+    parts = [part for child in together for part in _split_group(rows, child)]
+    parts += [alone] if alone else []
+    return parts if cost(parts) < cost([group]) else [group]
+
+
+def _children(rows: Sequence[Example], group: Iterable[int], start: int) -> list[list[int]]:
+    """Put those of a group together whose next tokens from `start` on are the same."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for index in group:
+        next_tokens = tuple(rows[index].input_ids[start : start + MIN_BEGINNING])
+        found.setdefault(next_tokens, []).append(index)
+    return list(found.values())
 
 
 def shared_beginning(rows: Sequence[Example]) -> int:

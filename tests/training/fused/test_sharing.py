@@ -124,6 +124,18 @@ def test_a_step_is_split_by_beginnings_only_where_that_pays():
     assert step["tokens"] == sum(len(row.input_ids) for row in rows)
 
 
+def test_rows_of_several_system_prompts_with_one_template_are_split_where_that_pays():
+    template = list(range(100, 112))
+    prompts = [make_shared_rows(3, seed=seed, shared=90, longest=20) for seed in (0, 1)]
+    rows = [
+        Example(template + row.input_ids, [IGNORE_INDEX] * 12 + row.labels, "r", 1)
+        for pair in zip(*prompts, strict=True)  # the prompts take turns
+        for row in pair
+    ]
+    assert sorted(map(sorted, plan_shared(rows, UNLIMITED) or [])) == [[0, 2, 4], [1, 3, 5]]
+    assert sorted(map(sorted, plan_shared(rows[:2], UNLIMITED) or [])) == [[0, 1]]
+
+
 @pytest.mark.parametrize(
     ("family", "options", "reason"),
     [
