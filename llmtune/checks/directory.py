@@ -9,7 +9,7 @@ from typing import Any
 from llmtune.checks.merge_result import VerifyResult
 from llmtune.checks.merged import verify_merge
 from llmtune.checks.prompts import NUM_NEW_TOKENS, build_prompts
-from llmtune.checks.provenance import read_record, strength_of
+from llmtune.checks.provenance import adapter_in, exported_adapter, read_record, strength_of
 from llmtune.checks.reference import (
     Reference,
     adapter_problems,
@@ -98,7 +98,7 @@ def check_directory(
     saved = Checkpoint.open(directory)
     type = _stored_type(saved.config)
     record = read_record(directory)
-    problems = adapter_problems(record, reference)
+    problems = adapter_problems(adapter_in(record) or exported_adapter(directory), reference)
     dtype = comparison_dtype(saved, device=reference.model.device)
     live = load_reference(reference, record, dtype)
     tokenizer = saved.tokenizer

@@ -33,7 +33,7 @@ from llmtune.checks.parity import (
     describe_parity,
 )
 from llmtune.checks.prompts import NUM_NEW_TOKENS
-from llmtune.checks.provenance import MergeRecord, read_record, strength_of
+from llmtune.checks.provenance import MergeRecord, adapter_in, read_record, strength_of
 from llmtune.checks.reference import (
     Reference,
     adapter_problems,
@@ -81,6 +81,8 @@ class ModelFile:
     """The type of most of its numbers."""
     source: str | None
     """The fingerprint of the weights it was made from, if it records one."""
+    adapter: str | None = None
+    """The fingerprint of the adapter in them, if it records one."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,10 @@ def check_file(file: ModelFile, reference: Reference, tolerances: Tolerances) ->
     record = read_record(model.directory) if model is not None else None
     source = model or reference.base
     asked = _ask(file.path, source, reference)
-    problems = _origin_problems(file, model) + adapter_problems(record, reference)
+    problems = [
+        *_origin_problems(file, model),
+        *adapter_problems(file.adapter or adapter_in(record), reference),
+    ]
     limits = _choose_limits(
         file.type, tolerances, "merged model" if reference.adapter_dir else "model"
     )

@@ -9,6 +9,8 @@ from llmtune.io.json_files import read_json_object
 from llmtune.io.run_dir import atomic_write_json
 
 PROVENANCE_FILE = "llmtune_merge.json"
+EXPORT_FILE = "llmtune_export.json"
+"""In a directory that was exported: what it was made from."""
 
 
 def add_to_provenance(merged_dir: Path, values: Mapping[str, object]) -> None:
@@ -46,6 +48,18 @@ def read_record(merged_dir: Path) -> MergeRecord | None:
         raise LlmtuneError(
             f"{path}: damaged ({type(error).__name__}: {error}); merge again"
         ) from error
+
+
+def adapter_in(record: MergeRecord | None) -> str | None:
+    """Return the fingerprint of the adapter in what was merged."""
+    return None if record is None else record.adapter_hash
+
+
+def exported_adapter(directory: Path) -> str | None:
+    """Return the fingerprint of the adapter in an exported directory, if it records one."""
+    path = directory / EXPORT_FILE
+    adapter = read_json_object(path).get("adapter") if path.is_file() else None
+    return adapter if isinstance(adapter, str) else None
 
 
 def strength_of(record: MergeRecord | None) -> float:

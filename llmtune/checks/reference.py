@@ -95,10 +95,14 @@ def is_dequantized(record: MergeRecord | None) -> bool:
     return record is not None and record.base == "dequantized"
 
 
-def adapter_problems(record: MergeRecord | None, reference: Reference) -> list[str]:
-    """Say whether a directory was merged from a different adapter than the reference's."""
-    if record is None or reference.adapter_dir is None:
+def adapter_problems(adapter: str | None, reference: Reference) -> list[str]:
+    """Say whether something was made from a different adapter than the reference's.
+
+    Args:
+        adapter: the fingerprint that it records; None records none.
+    """
+    if adapter is None or reference.adapter_dir is None:
         return []
-    if record.adapter_hash == adapter_fingerprint(reference.adapter_dir):
+    if adapter == adapter_fingerprint(reference.adapter_dir):
         return []
-    return [f"it was merged from a different adapter than {reference.adapter_dir}; merge again"]
+    return [f"it was made from a different adapter than {reference.adapter_dir}; make it again"]

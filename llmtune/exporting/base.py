@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from llmtune.checks.provenance import EXPORT_FILE
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.card import card_lines, read_report
 from llmtune.io.fingerprint import JsonObject, JsonValue, hash_json
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from llmtune.exporting.export import ExportJob
     from llmtune.models.live import LiveModel
 
-EXPORT_FILE = "llmtune_export.json"
 """What a directory was made from, without any path of this machine; it marks it as ours."""
 
 

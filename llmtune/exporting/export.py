@@ -8,11 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llmtune.checks.provenance import read_record
+from llmtune.checks.provenance import EXPORT_FILE, read_record
 from llmtune.data.template import require_trained_template
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.base import (
-    EXPORT_FILE,
     DirectoryExporter,
     Exported,
     ExportSource,
@@ -33,8 +32,6 @@ from llmtune.models.checkpoint import Checkpoint
 from llmtune.version import __version__
 
 log = logging.getLogger("llmtune")
-
-EXPORTS_DIR = "exports"
 
 
 def run_export(source: ExportSource, settings: ExportSettings) -> Exported:
@@ -159,7 +156,7 @@ class ExportJob:
                 raise LlmtuneError(
                     f"{self.source.name}: is not a run; say where the export goes with --out"
                 )
-            out = run_dir / EXPORTS_DIR / exporter.output_name(f"{self.name}-{self.type}")
+            out = RunDir(run_dir).exports_dir / exporter.output_name(f"{self.name}-{self.type}")
         refuse_to_replace(
             out,
             product=f"a {exporter.product}",
@@ -173,5 +170,5 @@ class ExportJob:
         facts = {"source": made_from.fingerprint, "version": __version__}
         record = read_record(made_from.directory)
         if record is not None:
-            facts["merged_into"] = record.base
+            facts |= {"merged_into": record.base, "adapter": record.adapter_hash}
         return facts | ({} if self.report is None else self.report.facts())

@@ -59,6 +59,11 @@ class RunDir:
         return self.path / "diagnostics"
 
     @property
+    def exports_dir(self) -> Path:
+        """Return the folder of what was made for other programs."""
+        return self.path / "exports"
+
+    @property
     def metrics_path(self) -> Path:
         """Return the file of the training's metrics, one line a log."""
         return self.path / "metrics.jsonl"

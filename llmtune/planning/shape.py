@@ -93,6 +93,9 @@ class ModelShape:
         return max(math.prod(shape) for shape in self.linear.values())
 
 
+OPTIONAL_COUNTS = ("head_dim", "decoder_sparse_step")
+
+
 def read_shape(config: Config, place: str) -> ModelShape:
     """Return the shape that a config.json describes.
 
@@ -118,12 +121,16 @@ def read_shape(config: Config, place: str) -> ModelShape:
     if family.experts_key:
         config = _with_key(config, family.experts_key)
         needed += [family.experts_key, "num_experts_per_tok"]
+    needed += [key for key in OPTIONAL_COUNTS if config.get(key) is not None]
     missing = [key for key in needed if not _is_count(config.get(key))]
     if missing:
         raise LlmtuneError(
             f"{place}: a {model_type} model needs whole numbers for {', '.join(missing)}; "
             "config.json has none"
         )
+    dense = config.get("mlp_only_layers")
+    if not isinstance(dense, list | None):
+        raise LlmtuneError(f"{place}: mlp_only_layers={dense!r}: expected a list of layers")
     _check_heads(config, family, place)
     return _build(config, model_type, family)
 

@@ -234,6 +234,7 @@ def _clear(run: RunDir) -> None:
         run.checkpoints_dir,
         run.evaluations_dir,
         run.diagnostics_dir,
+        run.exports_dir,
     ):
         if directory.is_symlink():  # of a judgment: what it leads to is the user's
             directory.unlink()

@@ -19,7 +19,7 @@ def find_servable(name: str, overrides: Sequence[str] = ()) -> Servable:
         LlmtuneError: as `resolve_target`.
     """
     target = resolve_target(name, overrides)
-    exports_dir = target.config.run_dir / "exports" if target.config else None
+    exports_dir = target.config.run.exports_dir if target.config else None
     return Servable(
         target,
         _find_known(target),

@@ -11,7 +11,7 @@ from llmtune.checks.verification import Comparison, Tolerances, Verification
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.suite import load_suites
 from llmtune.evaluation.tasks.base import Suite
-from llmtune.exporting.gguf_writer.types import read_file_type, read_source
+from llmtune.exporting.gguf_writer.types import read_file_type, read_origin
 from llmtune.merging.config import MergeConfig
 from llmtune.runs.targets import Target, resolve_target
 
@@ -37,7 +37,7 @@ def verify_target(
     target = resolve_target(against, overrides)
     found: Comparison
     if subject.suffix == GGUF_SUFFIX:
-        file = ModelFile(subject, read_file_type(subject), read_source(subject))
+        file = ModelFile(subject, read_file_type(subject), *read_origin(subject))
         suites = load_suites(target.config.evaluate) if target.config else []
         found = check_file(file, _reference(target, suites), tolerances)
     else:

@@ -1,6 +1,5 @@
 """Score any target on any suites, or on tasks of lm-evaluation-harness."""
 
-import gc
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from llmtune.evaluation.run import evaluate_arms, scoring_settings
 from llmtune.evaluation.scores import Scores, summarize_scores
 from llmtune.evaluation.stats import Resampling
 from llmtune.evaluation.suite import load_suite
+from llmtune.models.hardware import release_memory
 from llmtune.models.resolve import Loadable
 from llmtune.scoring.live import as_arm, load_target
 
@@ -77,7 +77,7 @@ def score_lm_eval(
                     save_arm_result(result, results_dir)
             summaries[arm] = run.summary
         del live
-        gc.collect()
+        release_memory()
     resampling = Resampling(knobs.confidence, knobs.bootstrap_samples, knobs.seed)
     scores = summarize_scores(results, resampling)
     for arm, summary in summaries.items():

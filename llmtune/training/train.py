@@ -4,12 +4,15 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.stopping import Interruption, catch_interruption
 from llmtune.models.probing import is_out_of_memory
 from llmtune.training.checkpoint import (
+    DamagedCheckpointError,
+    check_files,
     checkpoint_dir,
     find_start,
     load_weights,
@@ -136,6 +139,17 @@ def _out_of_memory(step: int, start: Start) -> LlmtuneError:
     )
 
 
+def _require_whole(best: Path) -> None:
+    """Check that the weights that early stopping keeps are those that were evaluated."""
+    try:
+        check_files(best)
+    except DamagedCheckpointError as error:
+        raise LlmtuneError(
+            f"{best} is damaged ({error}), and its weights are the best of this run, which early "
+            "stopping keeps: train again with --force"
+        ) from error
+
+
 def _finish(
     request: TrainRequest,
     start: Start,
@@ -151,6 +165,7 @@ def _finish(
         checkpoint = checkpoint_dir(request.run.checkpoints_dir, totals.best_step)
         best_checkpoint = str(checkpoint.relative_to(request.run.path))
         if totals.best_step != steps:
+            _require_whole(checkpoint)
             load_weights(request.model, checkpoint)
             progress.note(
                 f"kept the weights of step {totals.best_step}, the best evaluation "

@@ -1,6 +1,7 @@
 """The file in llama.cpp labels items as the model does; a run exports what its config names."""
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -120,3 +121,14 @@ def test_kinds_and_types_of_the_section_are_checked(tmp_path):
         load_config(path, ["export.to=[ggfu]"])
     with pytest.raises(LlmtuneError, match="q8_0"):
         load_config(path, ["export.type=q4_9"])
+
+
+@needs_runtime
+def test_an_export_of_an_earlier_adapter_is_told_apart_and_does_not_stay(finished, tmp_path):
+    kept = tmp_path / "kept.gguf"
+    shutil.copy(finished.run.path / "exports" / "run-f16.gguf", kept)
+    again = load_config(finished.run.path.parent / "config.yaml", ["seed=3"])
+    pipeline.train(again, force=True)
+    assert not (finished.run.path / "exports").exists()
+    verified = verify_target(kept, str(finished.run.path), [], Tolerances())
+    assert any("made from a different adapter" in one for one in verified.found.problems)

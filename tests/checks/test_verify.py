@@ -112,7 +112,7 @@ def test_a_merge_of_another_adapter_is_named_as_that(tuned, llama_dir, tmp_path)
         tmp_path / "other" / "adapter_model.safetensors",
     )
     merge_adapter(llama_dir, tmp_path / "other", tmp_path / "merged")
-    with pytest.raises(CheckFailed, match="merged from a different adapter"):
+    with pytest.raises(CheckFailed, match="made from a different adapter"):
         verify(tmp_path / "merged", tuned / "adapter")
 
 

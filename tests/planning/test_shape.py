@@ -52,3 +52,17 @@ def test_all_missing_numbers_are_named():
     del config["hidden_size"], config["intermediate_size"]
     with pytest.raises(LlmtuneError, match="hidden_size, intermediate_size"):
         read_shape(config, "base/config.json")
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("llama", "head_dim", [8]),
+        ("qwen3_moe", "decoder_sparse_step", 0),
+        ("qwen3_moe", "mlp_only_layers", 5),
+    ],
+)
+def test_a_number_that_is_none_is_named(family, key, value):
+    config = {**small_config(family), "model_type": family, key: value}
+    with pytest.raises(LlmtuneError, match=key):
+        read_shape(config, "config.json")

@@ -5,6 +5,7 @@ import shutil
 import socket
 from contextlib import nullcontext
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import pytest
@@ -276,6 +277,24 @@ def test_early_stopping_keeps_the_weights_of_the_best_evaluation(tmp_path):
         tmp_path / "again", model=model, evaluation=evaluation, max_steps=1, learning_rate=1e-12
     )
     assert again.final_eval_loss == pytest.approx(best["eval_loss"], abs=1e-4)
+
+
+def test_damaged_best_weights_are_not_kept(tmp_path):
+    knobs: dict[str, Any] = {"max_steps": 6, "eval_every": 2, "learning_rate": 0.3}
+    knobs |= {
+        "save_every": 6,
+        "evaluation": make_rows(6, seed=7),
+        "early_stopping": {"patience": 9},
+    }
+    result, _ = train(tmp_path, **knobs)
+    best = tmp_path / result.best_checkpoint
+    assert best.name != "checkpoint-6"
+    weights = best / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 64
+    weights.write_bytes(content)
+    with pytest.raises(LlmtuneError, match=f"{best.name} is damaged .*train again with --force"):
+        train(tmp_path, **knobs)
 
 
 def test_bfloat16_bases_train_float32_adapters(tmp_path):

@@ -37,6 +37,7 @@ DEFAULT_TYPE = "q8_0"
 ADAPTER_TYPES = ("f32", "f16", "bf16")
 DEFAULT_ADAPTER_TYPE = "f16"
 SOURCE_KEY = "llmtune.source"
+ADAPTER_KEY = "llmtune.adapter"
 """The fingerprint of the checkpoint's weights that a file was made from."""
 PROGRAM = "llama-quantize"
 LAST_LINES = 3
@@ -85,7 +86,12 @@ def read_file_type(path: Path) -> str:
     return names.get(number, "other") if isinstance(number, int) else "other"
 
 
-def read_source(path: Path) -> str | None:
-    """Return the fingerprint of the checkpoint the file was made from, or None if it has none."""
-    source = read_gguf_head(path).values.get(SOURCE_KEY)
-    return source if isinstance(source, str) else None
+def read_origin(path: Path) -> tuple[str | None, str | None]:
+    """Return the fingerprints of the checkpoint and the adapter that a file says it was made from.
+
+    None if it names none.
+    """
+    values = read_gguf_head(path).values
+    found = (values.get(SOURCE_KEY), values.get(ADAPTER_KEY))
+    source, adapter = (one if isinstance(one, str) else None for one in found)
+    return source, adapter
