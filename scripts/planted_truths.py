@@ -106,10 +106,9 @@ def _null_effects() -> Iterator[Truth]:
             f"{count} targets of 50 losses of exponential skew",
             lambda r, count=count: _ships([_skewed(r, 50) for _ in range(count)]),
         )
-        yield truth(
-            f"{count} targets of 12 clusters",
-            lambda r, count=count: _ships([_clustered(r, 12, 0.0) for _ in range(count)]),
-        )
+    yield truth(
+        "3 targets of 12 clusters", lambda r: _ships([_clustered(r, 12, 0.0) for _ in range(3)])
+    )
 
 
 def _coverages() -> Iterator[Truth]:

@@ -35,7 +35,7 @@ def test_every_module_is_in_the_wheel(wheel_names):
 def test_recipes_templates_and_the_suites_of_init_are_in_the_wheel(wheel_names):
     recipes = {f"llmtune/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     assert recipes and recipes <= wheel_names
-    for suite in ("general", "chat"):
+    for suite in ("general", "knowledge_hard", "chat"):
         assert {f"llmtune/evals/{suite}.yaml", f"llmtune/evals/{suite}.jsonl"} <= wheel_names
     assert any(name.endswith(".html.j2") for name in wheel_names)
     assert not any(name.startswith("tests/") for name in wheel_names)

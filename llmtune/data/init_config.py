@@ -102,6 +102,7 @@ def render_config(
         "  suites:",
         *_suite_lines(found, suite),
         "    - general   # general knowledge that ships with llmtune: what was forgotten?",
+        "    # - knowledge_hard   # harder; add it if the base scores over 85 % on general",
         "    - chat   # open chat, held to the base's own answers: does it still answer?",
     ]
     return "\n".join(lines) + "\n"

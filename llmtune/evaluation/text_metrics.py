@@ -19,6 +19,8 @@ TextMetric = Callable[[str, str], float]
 OWN_METRIC = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """A function of the user's: `my_module:function`."""
 FENCE = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
+NOT_JSON = ("NaN", "Infinity", "-Infinity")
+"""Python reads these as numbers; JSON has none of them."""
 MATCHING_SECONDS = 2.0
 """Of the processor, to match one answer with a pattern; usual ones take microseconds."""
 NEEDS_EXTRA = "needs two more packages: pip install sacrebleu rouge-score"
@@ -58,7 +60,10 @@ def json_valid(prediction: str, reference: str) -> float:
 def json_match(prediction: str, reference: str) -> float:
     """1 where both are the same JSON; the order of keys does not count."""
     found = _read_json(prediction)
-    return float(found is not None and found == _read_json(reference))
+    expected = _read_json(reference)
+    if found is None or expected is None:
+        return 0.0
+    return float(Counter(_leaves(found[0])) == Counter(_leaves(expected[0])))
 
 
 def json_fields(prediction: str, reference: str) -> float:
@@ -66,7 +71,7 @@ def json_fields(prediction: str, reference: str) -> float:
     found, expected = _read_json(prediction), _read_json(reference)
     if found is None or expected is None:
         return 0.0
-    written, right = (Counter(_leaves(value[0], "")) for value in (found, expected))
+    written, right = (Counter(_leaves(value[0])) for value in (found, expected))
     shared = sum((written & right).values())
     total = sum(written.values()) + sum(right.values())
     return 2 * shared / total if total else 1.0
@@ -179,17 +184,27 @@ def _read_json(text: str) -> tuple[Any] | None:
     """Return the value in a tuple, since `null` is a value, too; None if it is not JSON."""
     fenced = FENCE.match(text)
     try:
-        return (parse_json(fenced.group(1) if fenced else text),)
-    except ValueError:
+        value = parse_json(fenced.group(1) if fenced else text)
+        is_json = all(leaf not in NOT_JSON for _, leaf in _leaves(value))
+    except (ValueError, RecursionError):
         return None
+    return (value,) if is_json else None
 
 
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
+def _leaves(
+    value: Any, path: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Yield each value that holds no other, with the keys and places that lead to it.
+
+    1 and 1.0 are one number in JSON, and `true` is none.
+    """
     if isinstance(value, dict) and value:
         for key, child in value.items():
-            yield from _leaves(child, f"{path}.{key}")
+            yield from _leaves(child, (*path, key))
     elif isinstance(value, list) and value:
         for place, child in enumerate(value):
-            yield from _leaves(child, f"{path}[{place}]")
+            yield from _leaves(child, (*path, place))
+    elif isinstance(value, float) and value.is_integer():
+        yield path, json.dumps(int(value))
     else:
         yield path, json.dumps(value)

@@ -21,8 +21,8 @@ OPERATIONS = {
 }
 
 
-def read_general() -> list[dict]:
-    text = (EVALS_DIR / "general.jsonl").read_text(encoding="utf-8")
+def read_general(name: str = "general") -> list[dict]:
+    text = (EVALS_DIR / f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -44,12 +44,13 @@ def test_general_suite_has_forty_items_in_each_of_six_categories():
     }
 
 
-def test_general_items_are_unique_with_four_different_choices():
-    items = read_general()
+@pytest.mark.parametrize("name", ["general", "knowledge_hard"])
+def test_general_items_are_unique_with_four_different_choices(name):
+    items = read_general(name)
     assert len({item["id"] for item in items}) == len(items)
     assert len({item["question"].casefold() for item in items}) == len(items)
     for item in items:
-        assert item.keys() == {"id", "category", "question", "choices", "answer"}
+        assert item.keys() - {"difficulty"} == {"id", "category", "question", "choices", "answer"}
         assert len({choice.casefold() for choice in item["choices"]}) == 4
         assert all(choice == choice.strip() for choice in item["choices"])
 
@@ -59,8 +60,27 @@ def test_the_right_choice_stands_equally_often_at_each_place():
         assert Counter(item["answer"] for item in items) == dict.fromkeys(range(4), 10)
 
 
-def test_length_does_not_give_the_right_choice_away():
-    items = read_general()
+def test_harder_items_are_spread_over_subjects_difficulties_and_places():
+    items = read_general("knowledge_hard")
+    subjects = Counter(item["category"] for item in items)
+    assert subjects == dict.fromkeys(
+        ("arithmetic", "reasoning", "reading", "science", "language"), 18
+    )
+    assert min(Counter(item["difficulty"] for item in items).values()) >= 15
+    places = Counter((item["category"], item["answer"]) for item in items)
+    assert len(places) == 20 and min(places.values()) >= 4
+    sums = [item for item in items if item["category"] == "arithmetic"]
+    ranks = Counter(
+        sorted(map(float, item["choices"])).index(float(item["choices"][item["answer"]]))
+        for item in sums
+    )
+    assert min(ranks[rank] for rank in range(4)) >= 4
+    assert len(load_suite(EVALS_DIR / "knowledge_hard.yaml").items) == 90
+
+
+@pytest.mark.parametrize("name", ["general", "knowledge_hard"])
+def test_length_does_not_give_the_right_choice_away(name):
+    items = read_general(name)
     longest = shortest = 0
     for item in items:
         lengths = [len(choice) for choice in item["choices"]]

@@ -54,6 +54,27 @@ def test_json_by_hand(written, valid, match, fields):
     )
 
 
+@pytest.mark.parametrize(
+    ("written", "right", "match", "fields"),
+    [
+        ('{"a": 1}', '{"a": true}', 0, 0),
+        ('{"a": 1.0, "b": 2}', '{"a": 1, "b": 2.0}', 1, 1),
+        ('{"a.b": 1}', '{"a": {"b": 1}}', 0, 0),
+        ('{"a[0]": 1}', '{"a": [1]}', 0, 0),
+        ('{"0": 1}', "[1]", 0, 0),
+        ('{"a": {"b": [1, 2]}}', '{"a": {"b": [2, 1]}}', 0, 0),
+        ('{"a": []}', '{"a": {}}', 0, 0),
+        ('{"a": null}', "{}", 0, 0),
+        ("NaN", "NaN", 0, 0),
+        ("[]", "[]", 1, 1),
+    ],
+)
+def test_json_that_python_takes_for_equal_or_for_json(written, right, match, fields):
+    found = [TEXT_METRICS[name](written, right) for name in ("json_match", "json_fields")]
+    assert found == [match, fields]
+    assert TEXT_METRICS["json_valid"](written, right) == (written != "NaN")
+
+
 def write_suite(folder, metric, answer="Paris", **keys):
     write_jsonl(folder / "i.jsonl", [{"q": "where?", "answer": answer}])
     values = {"task": "exact", "items": "i.jsonl", "prompt": "{{ q }}", "metric": metric}
