@@ -15,7 +15,7 @@ from llmtune.commands.options import (
 @OVERRIDES_ARGUMENT
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "transformers", "llama.cpp"]),
+    type=click.Choice(["auto", "transformers", "llama.cpp", "vllm"]),
     default="auto",
     show_default=True,
     help="What computes; auto: llama.cpp for a GGUF file, else transformers.",

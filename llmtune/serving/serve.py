@@ -13,6 +13,7 @@ from llmtune.serving.engine_process import run_engine
 from llmtune.serving.listening import ServeSettings, announce, bind_socket, read_api_key
 from llmtune.serving.llama_cpp import GGUF_SUFFIX, plan_llama_cpp
 from llmtune.serving.start_check import Asked, Known, KnownQuestion, StartCheck, check_answers
+from llmtune.serving.vllm import plan_vllm
 
 if TYPE_CHECKING:
     from llmtune.serving.live_models import LiveModels
@@ -47,6 +48,8 @@ def serve(served: Servable, settings: ServeSettings) -> None:
     if engine == "llama.cpp":
         plan = plan_llama_cpp(served.target.name, served.files, settings)
         run_engine(plan, served.known, settings)
+    elif engine == "vllm":
+        run_engine(plan_vllm(served.target, settings), served.known, settings)
     else:
         serve_live(served, settings)
 

@@ -1,6 +1,7 @@
 """A served model is asked with OpenAI's own client, and answers as the run's model does."""
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -22,11 +23,13 @@ import pytest
 
 from llmtune.checks.runtime import is_runtime_installed
 from llmtune.cli import run_command
+from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.serve import find_servable
+from llmtune.runs.targets import resolve_target
 from llmtune.serving.http_server import HttpSettings, Server
-from llmtune.serving.listening import bind_socket
+from llmtune.serving.listening import ServeSettings, bind_socket
 from llmtune.serving.live_models import LiveModels, find_models
 from llmtune.serving.openai_api import (
     RefusedRequest,
@@ -34,6 +37,7 @@ from llmtune.serving.openai_api import (
     read_chat,
     read_completion,
 )
+from llmtune.serving.vllm import plan_command, refuse_dropped
 from tests.conftest import write_jsonl
 from tests.project import make_project
 
@@ -475,3 +479,60 @@ def test_predict_asks_a_server_and_continues(run_dir, running, tmp_path, capsys)
     how[1] = str(texts)
     assert run_command([*ask, "tuned", *how, str(tmp_path / "x.jsonl")]) == 2
     assert "texts.jsonl:1: is continued as it is" in capsys.readouterr().err
+
+
+def test_vllm_is_started_with_what_was_trained(run_dir, capsys):
+    target = resolve_target(str(run_dir))
+    settings = ServeSettings(port=0, temperature=0.0)
+    plan = plan_command("/bin/vllm", target, settings)
+    command = [str(part) for part in plan.command]
+    options = dict(zip(command[3::2], command[4::2], strict=False))
+    assert command[:3] == ["/bin/vllm", "serve", str(target.dense_base.directory)]
+    assert options["--port"] == "{port}" and options["--dtype"] == "float32"
+    assert options["--generation-config"] == "vllm"
+    assert json.loads(options["--override-generation-config"]) == {"temperature": 0.0}
+    assert options["--served-model-name"] == "base" and plan.names == ("tuned", "base")
+    assert "--enable-lora" in command
+    assert command[command.index("--max-lora-rank") + 1] == "8", "rank 4 fits"
+    module = json.loads(command[command.index("--lora-modules") + 1])
+    assert module == {"name": "tuned", "path": str((run_dir / "adapter").absolute())}
+    template = Path(command[command.index("--chat-template") + 1])
+    assert template.read_text() == target.dense_base.tokenizer.chat_template
+    assert plan.key_variable == "VLLM_API_KEY" and not any("KEY" in part for part in command)
+    template.unlink()
+
+    merged = plan_command("/bin/vllm", target, ServeSettings(names=("merged",)))
+    assert str(run_dir / "merged") in merged.command and "--enable-lora" not in merged.command
+    assert (merged.names, merged.arm) == (("merged",), "merged")
+    Path(merged.command[-1]).unlink()
+    with pytest.raises(LlmtuneError, match="serve merged alone"):
+        plan_command("/bin/vllm", target, ServeSettings(names=("tuned", "merged")))
+    four_bit = resolve_target(str(run_dir), ["model.quantization={method: nf4}"])
+    with pytest.raises(LlmtuneError, match="does not compute the nf4 base"):
+        plan_command("/bin/vllm", four_bit, settings)
+    if importlib.util.find_spec("vllm") is None:
+        assert run_command(["serve", str(run_dir), "--engine", "vllm"]) == 2
+        assert "needs vLLM, which is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3]},
+        {"target_parameters": ["experts.gate_up_proj"]},
+        {"rank_pattern": {"q_proj": 8}},
+        {"alpha_pattern": {"q_proj": 8}},
+        {"bias": "all"},
+        {"init_lora_weights": "pissa"},
+        {"peft_type": "ADALORA"},
+        {"something_new": 1},
+    ],
+)
+def test_what_vllm_would_drop_of_an_adapter_is_refused_by_name(run_dir, change):
+    config = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())
+    refuse_dropped(config, "adapter")
+    (name,) = change
+    with pytest.raises(LlmtuneError, match=f"vLLM does not apply {name} of an adapter"):
+        refuse_dropped(config | change, "adapter")
