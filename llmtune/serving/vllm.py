@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.adapters.manifest import read_adapter_config
+from llmtune.adapters.servers import unapplied_settings
 from llmtune.errors import LlmtuneError
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.resolve import Loadable
@@ -22,32 +23,6 @@ PROGRAM = "vllm"
 KEY_VARIABLE = "VLLM_API_KEY"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that --max-lora-rank takes."""
-FOLLOWED = frozenset(
-    {
-        "base_model_name_or_path",
-        "exclude_modules",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_dropout",
-        "peft_type",
-        "peft_version",
-        "r",
-        "revision",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-    }
-)
-"""What of adapter_config.json vLLM follows, or what changes nothing once it is trained."""
-HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian"),
-    "peft_type": ("LORA",),
-    "qalora_group_size": (16,),  # read only with use_qalora
-}
-"""Settings that it follows only at these values."""
 
 
 def plan_vllm(target: Loadable, settings: ServeSettings) -> EnginePlan:
@@ -129,26 +104,12 @@ def refuse_dropped(config: Mapping[str, Any], where: str) -> None:
     Raises:
         LlmtuneError: names the settings.
     """
-    dropped = [
-        key
-        for key, value in config.items()
-        if value
-        and (
-            value not in HARMLESS[key]
-            if key in HARMLESS
-            else key not in FOLLOWED and not _is_about_training(key)
-        )
-    ]
+    dropped = unapplied_settings(config)
     if dropped:
         raise LlmtuneError(
-            f"{where}: vLLM does not apply {', '.join(sorted(dropped))} of an adapter; serve the "
+            f"{where}: vLLM does not apply {', '.join(dropped)} of an adapter; serve the "
             "merged model (--model merged), or use --engine transformers"
         )
-
-
-def _is_about_training(key: str) -> bool:
-    """Whether a setting only says how the adapter began or was made."""
-    return key in ("auto_mapping", "megatron_core") or key.endswith("_config")
 
 
 def _require_stops(source: Checkpoint, target: Loadable) -> None:
