@@ -25,6 +25,7 @@ from llmtune.commands import (
     report,
     run,
     serve,
+    suite,
 )
 from llmtune.commands.options import Chapters
 from llmtune.errors import INTERRUPTED, LlmtuneError, RunInterrupted
@@ -99,7 +100,14 @@ def cli() -> None:
 
 
 COMMANDS = {
-    "Start": (data.init, data.data_group, plan.plan, config.config_group, look.doctor),
+    "Start": (
+        data.init,
+        data.data_group,
+        suite.suite_group,
+        plan.plan,
+        config.config_group,
+        look.doctor,
+    ),
     "Train and judge": (
         run.run_all,
         run.train,

@@ -168,6 +168,9 @@ def train(
 @TARGET_ARGUMENT
 @OVERRIDES_ARGUMENT
 @click.option("--suite", "suites", multiple=True, help="A suite file or a shipped suite's name.")
+@click.option(
+    "--rescore", is_flag=True, help="Score a run's kept answers on --suite, asking no model."
+)
 @with_lm_eval_options
 @FORCE_OPTION
 @with_output_options
@@ -175,6 +178,7 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
     target: str,
     overrides: tuple[str, ...],
     suites: tuple[str, ...],
+    rescore: bool,
     harness: dict[str, Any] | None,
     force: bool,
     quiet: bool,
@@ -188,6 +192,7 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
       llmtune eval runs/quickstart
       llmtune eval runs/quickstart --suite general
       llmtune eval path/to/model --suite general --json
+      llmtune eval runs/quickstart --suite by_other_metric.yaml --rescore
       llmtune eval runs/quickstart --lm-eval my_task --include-path tasks
     """
     from llmtune.reporting.terminal import render_scores
@@ -195,6 +200,8 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
     show_progress(quiet)
     if harness is not None and suites:
         raise LlmtuneError("give --suite or --lm-eval, one at a time")
+    if rescore and not suites:
+        raise LlmtuneError("--rescore: is for --suite; name the suite with the new metric")
     if harness is not None:
         from llmtune.runs.evaluate import score_lm_eval
 
@@ -203,7 +210,7 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
         from llmtune.runs.evaluate import score
 
         # Such scores are printed and not kept, so there is nothing that --force would redo.
-        scores = score(target, overrides, suites)
+        scores = score(target, overrides, suites, rescored=rescore)
     else:
         from llmtune.runs import pipeline
         from llmtune.runs.targets import require_run

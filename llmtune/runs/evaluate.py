@@ -256,17 +256,24 @@ def trained_steps(config: RunConfig) -> "TrainedSteps":
     )
 
 
-def score(name: str, overrides: Sequence[str], suites: Sequence[str]) -> "Scores":
+def score(
+    name: str, overrides: Sequence[str], suites: Sequence[str], *, rescored: bool = False
+) -> "Scores":
     """Score a target's arms on `suites`; nothing is kept, a run's own results stay as they are.
 
-    If the target is a run, its `evaluate` section says how items are chosen and intervals made.
+    If the target is a run, its `evaluate` section says how items are chosen and intervals made;
+    with `rescored` the answers that it keeps are scored, and no model is loaded.
 
     Raises:
         LlmtuneError: a suite or the target cannot be read, or they do not fit each other.
     """
-    from llmtune.serving.score import score_target
+    from llmtune.serving.score import rescore_kept, score_target
 
     target = resolve_target(name, overrides)
+    if rescored:
+        if target.results_dir is None:
+            raise LlmtuneError(f"{name}: keeps no answers; --rescore is for a run")
+        return rescore_kept(target.results_dir, suites, target.evaluate)
     return score_target(target, suites, target.evaluate)
 
 

@@ -134,10 +134,14 @@ def tune(  # noqa: PLR0913 (one argument a choice)
         rows: a path, a list of dicts, a pandas DataFrame or a datasets Dataset.
         run_dir: where the run is kept; the same call continues it.
         test: rows for the suite, in place of held-out ones.
-        task, format, columns, labels: as the options of `llmtune init`.
+        task: what is learned, as `--task` of `llmtune init`.
+        format: what the rows are, as `--format`.
+        columns: where the format's columns are, as `format's name: rows' name`.
+        labels: names of whole-number labels.
         metric: scores a written answer against the reference; it must be importable by its name.
         settings: keys of the config, such as {"train.max_steps": 50, "adapter.rank": 8}.
-        on_step, on_eval: called with each line of metrics.
+        on_step: called with each step's line of metrics.
+        on_eval: called with each evaluation's.
         force: do again what is finished.
 
     Raises:
@@ -175,7 +179,10 @@ def run(
     """Train, merge, evaluate, report and export; see `llmtune.runs.pipeline.run`.
 
     Args:
-        on_step, on_eval: called with each line of metrics.
+        config: of the run.
+        force: do again what is finished.
+        on_step: called with each step's line of metrics.
+        on_eval: called with each evaluation's.
     """
     with hearing(on_step, on_eval):
         return pipeline.run(config, force=force)
@@ -214,7 +221,8 @@ def predict(
         target: what `llmtune predict` takes.
         rows: a path, prompts as texts, a list of dicts, a DataFrame or a Dataset.
         arm: base, tuned or merged; None takes the target's first.
-        max_new_tokens, temperature: as the options of `llmtune predict`.
+        max_new_tokens: the longest answer, in tokens.
+        temperature: 0 takes the likeliest token.
         columns: where a format's columns are, as `format's name: rows' name`.
     """
     from llmtune.data.prompts import PromptChoice

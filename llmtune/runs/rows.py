@@ -220,6 +220,57 @@ def draft_eval_suite(
     return EvalDraft(out, load_suite(out).task, len(suite.items), job)
 
 
+@dataclass(frozen=True)
+class CheckedSuite:
+    """A suite that was read whole, as a command shows it."""
+
+    suite: str
+    file: str
+    task: str
+    role: str
+    metric: str
+    items: int
+    groups: int
+    """Of items that belong together."""
+    choices: int
+    """That all items have; 0 if each has its own, or none."""
+
+    def describe(self) -> str:
+        """Return it as a line."""
+        grouped = f" in {self.groups} groups" if self.groups < self.items else ""
+        among = f", {self.choices} choices" if self.choices else ""
+        return (
+            f"{self.file}: {self.suite}, task {self.task}, role {self.role}, {self.items} items"
+            f"{grouped}{among}, metric {self.metric}"
+        )
+
+
+def check_suites(names: Sequence[str], base: str | None) -> list[CheckedSuite]:
+    """Read suites with their items; with a base also what it cannot be asked.
+
+    Raises:
+        LlmtuneError: what is wrong, by file and line.
+    """
+    suites = [load_suite(name) for name in names]
+    if base is not None:
+        model = resolve_base(ModelConfig(base=base))
+        if problems := find_unfit_items(model.tokenizer, suites, model.num_positions):
+            raise LlmtuneError("\n".join(map(str, problems)))
+    return [
+        CheckedSuite(
+            suite=each.name,
+            file=str(each.path),
+            task=each.task,
+            role=each.role,
+            metric=each.config.chosen_metric.name,
+            items=len(each.items),
+            groups=len({item.cluster or item.id for item in each.items}),
+            choices=len(each.config.fixed_choices),
+        )
+        for each in suites
+    ]
+
+
 def _refuse_existing(files: Sequence[Path], *, force: bool) -> None:
     """Refuse to replace a file that is not to be replaced, before anything is written."""
     for path in files:

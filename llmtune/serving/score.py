@@ -8,6 +8,7 @@ from typing import Any
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.lm_eval import LmEvalSettings, run_tasks, suite_name
+from llmtune.evaluation.rescore import rescore
 from llmtune.evaluation.results import ArmResult, save_arm_result
 from llmtune.evaluation.run import evaluate_arms, scoring_settings
 from llmtune.evaluation.scores import Scores, summarize_scores
@@ -39,6 +40,14 @@ def score_target(target: Loadable, suites: Sequence[str], chosen: EvaluateConfig
         arms=tuple(reversed(live.arms)),
         settings=scoring_settings(chosen.token_budget),
     )
+    resampling = Resampling(chosen.confidence, chosen.bootstrap_samples, chosen.seed)
+    return summarize_scores(results, resampling)
+
+
+def rescore_kept(results_dir: Path, suites: Sequence[str], chosen: EvaluateConfig) -> Scores:
+    """Score the answers that a run keeps on suites that differ in how answers are scored."""
+    loaded = [load_suite(each, seed=chosen.seed, limit=chosen.limit) for each in suites]
+    results = {suite.name: rescore(results_dir, suite) for suite in loaded}
     resampling = Resampling(chosen.confidence, chosen.bootstrap_samples, chosen.seed)
     return summarize_scores(results, resampling)
 
