@@ -4,9 +4,7 @@ They depend on no adapter, only on base, items, precision, machine and the code 
 """
 
 import logging
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,7 @@ from llmtune.evaluation.main_arms import WITHOUT_ADAPTER, kind_among
 from llmtune.evaluation.results import REUSED, ArmResult, read_items
 from llmtune.evaluation.run import ArmPlan, build_recipe, summarize_items
 from llmtune.io.fingerprint import JsonObject, code_fingerprint, hash_json
-from llmtune.io.json_files import read_json_object
-from llmtune.io.run_dir import atomic_write_json
+from llmtune.io.kept_json import read_kept, write_kept
 from llmtune.models.gguf import cache_dir
 from llmtune.models.live import LiveModel
 from llmtune.scoring.live import facts_of
@@ -25,7 +22,6 @@ from llmtune.scoring.live import facts_of
 log = logging.getLogger("llmtune")
 
 FOLDER = "scores"
-KEPT_FILES = 1000
 NO_SCORES = {"name", "description", "items", "role"}
 """Suite keys that change no item's score; the items have a fingerprint of their own."""
 SCORING_ROOMS = ("evaluation", "scoring", "data", "adapters", "models", "ops")
@@ -42,17 +38,15 @@ def find_kept(scored: LiveModel, plan: ArmPlan) -> ArmResult | None:
     if key is None:
         return None
     path = _place(key)
+    found = read_kept(path)
+    if not isinstance(found, dict) or found.get("key") != key:
+        return None
     try:
-        found = read_json_object(path)
-        if found.get("key") != key or found.get("seal") != hash_json(found.get("items")):
-            return None
         items = read_items(path, found.get("items"))
-    except (LlmtuneError, ValueError):
-        return None  # not there, or damaged: it is measured again
+    except LlmtuneError:
+        return None  # of a different version: it is measured again
     if [item.id for item in items] != [item.id for item in plan.suite.items]:
         return None
-    with suppress(OSError):  # of a different user, or on a read-only disk
-        os.utime(path)
     return summarize_items(
         plan.suite,
         plan.arm,
@@ -75,8 +69,7 @@ def keep_scores(scored: LiveModel, plan: ArmPlan, result: ArmResult) -> None:
     items = [asdict(item) for item in result.items]
     path = _place(key)
     try:
-        atomic_write_json(path, {"key": key, "seal": hash_json(items), "items": items})
-        _forget_oldest(path.parent)
+        write_kept(path, {"key": key, "items": items})
     except OSError as error:
         log.warning("the base's scores are not kept in %s: %s", path.parent, error)
     except ValueError:
@@ -101,13 +94,3 @@ def _key(scored: LiveModel, plan: ArmPlan) -> JsonObject | None:
 
 def _place(key: Mapping[str, Any]) -> Path:
     return cache_dir() / FOLDER / f"{hash_json(key)[:32]}.json"
-
-
-def _forget_oldest(directory: Path) -> None:
-    """Keep the files that were used last."""
-    ages = []
-    for path in directory.glob("*.json"):
-        with suppress(FileNotFoundError):  # another process was faster
-            ages.append((path.stat().st_mtime, path))
-    for _, path in sorted(ages, reverse=True)[KEPT_FILES:]:
-        path.unlink(missing_ok=True)

@@ -22,8 +22,10 @@ from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.live import LiveModel, ModelIdentity
 from llmtune.models.load import load_model
+from llmtune.models.quantization.config import is_quantized
 from llmtune.models.quantization.describe import compute_densely
 from llmtune.models.resolve import Loadable
+from llmtune.models.template_date import template_date_of
 from llmtune.scoring.batches import adapter_disabled, has_adapter, vocabulary_size
 
 log = logging.getLogger("llmtune")
@@ -122,12 +124,15 @@ def facts_of(live: LiveModel, identity: ModelIdentity) -> JsonObject:
     Weights are told apart by size and time of change, too: fingerprints sample them.
 
     Args:
-        identity: of the arm that answers; the adapter is only known by it.
+        identity: of the arm that answers; the adapter is only known by it. The original of a
+            quantized base may be asked about before it is loaded in the base's place.
     """
     directory = live.source.directory
     config = directory / CONFIG_NAME
     model: Any = live.model.get_base_model() if has_adapter(live.model) else live.model
-    quantization = getattr(model.config, "quantization_config", None)
+    quantization = None
+    if is_quantized(identity.quantization):
+        quantization = getattr(model.config, "quantization_config", None)
     weights = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
     if live.device.type == "cuda":
         device = [torch.cuda.get_device_name(live.device)]
@@ -140,7 +145,7 @@ def facts_of(live: LiveModel, identity: ModelIdentity) -> JsonObject:
         "weights": {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(weights)},
         "tokenizer": hash_text(live.tokenizer.backend_tokenizer.to_str()),
         "template": template_fingerprint(live.tokenizer).to_json(),
-        "template_date": str(live.source.template_date),
+        "template_date": template_date_of(live.tokenizer),
         "stop_tokens": list(live.stop_token_ids),
         "attention": live.attention,
         "vocabulary": vocabulary_size(live.model),

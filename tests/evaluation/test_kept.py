@@ -9,7 +9,9 @@ from llmtune.evaluation import kept
 from llmtune.evaluation.results import REUSED
 from llmtune.evaluation.run import ArmPlan, score_plan
 from llmtune.evaluation.suite import load_suite
+from llmtune.io import kept_json
 from llmtune.models.gguf import cache_dir
+from llmtune.models.template_date import fix_template_date
 from tests.evaluation.live import IDENTITY, make_live
 from tests.tiny import CHATML, make_model, make_tokenizer
 
@@ -69,12 +71,30 @@ def test_what_the_scores_depend_on_finds_nothing_when_it_changes(suite, tmp_path
     )
     found = kept.find_kept(LIVE, described)
     assert (found.description, found.role) == ("new words", "general")
+    quantized = replace(LIVE, identity=replace(LIVE.identity, quantization="nf4"))
+    kept.keep_scores(quantized, plan, score_plan(quantized, plan))
     with monkeypatch.context() as patch:
         knobs = {"double_quant": True}
         patch.setattr(LIVE.model.config, "quantization_config", knobs, raising=False)
-        assert kept.find_kept(LIVE, plan) is None
+        assert kept.find_kept(quantized, plan) is None
+        # The original is asked about while its quantized form is loaded.
+        assert kept.find_kept(LIVE, ArmPlan("original", suite)) is not None
     monkeypatch.setattr(kept, "code_fingerprint", lambda _: "a later version")
     assert kept.find_kept(LIVE, plan) is None
+
+
+def test_the_date_counts_only_where_the_template_prints_it(suite):
+    plan = ArmPlan("base", suite)
+    kept.keep_scores(LIVE, plan, score_plan(LIVE, plan))
+    tomorrow = replace(LIVE, source=replace(LIVE.source, template_date="2031-02-03"))
+    assert kept.find_kept(tomorrow, plan) is not None
+    tokenizer = make_tokenizer(chat_template="{{ strftime_now('%Y-%m-%d') }}" + CHATML)
+    dated = replace(LIVE, tokenizer=tokenizer)  # an adapter sets its own date on the tokenizer
+    fix_template_date(tokenizer, "2031-02-03")
+    kept.keep_scores(dated, plan, score_plan(dated, plan))
+    assert kept.find_kept(dated, plan) is not None
+    fix_template_date(tokenizer, "2031-02-04")
+    assert kept.find_kept(dated, plan) is None
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": 1}', "one number"])
@@ -95,7 +115,7 @@ def test_a_damaged_file_is_measured_again(suite, damage):
 def test_only_the_files_used_last_stay_and_no_room_is_one_line(suite, monkeypatch, caplog):
     plan = ArmPlan("base", suite)
     measured = score_plan(LIVE, plan)
-    monkeypatch.setattr(kept, "KEPT_FILES", 1)
+    monkeypatch.setattr(kept_json, "FOLDER_BYTES", 2000)
     for ids in ({"0"}, {"1"}):
         part = replace(plan, suite=suite.select(ids))
         items = tuple(item for item in measured.items if item.id in ids)

@@ -14,7 +14,7 @@ from llmtune.data.open_prompts import OPEN_PROMPTS, OPENERS
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import code_fingerprint, hash_json
-from llmtune.io.json_files import read_json
+from llmtune.io.kept_json import read_kept, write_kept
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.models.gguf import cache_dir
 from llmtune.models.live import LiveModel
@@ -125,7 +125,7 @@ def _write(loaded: LiveModel, seed: int, *, num_rows: int, num_tokens: int) -> t
     }
     path = cache_dir() / "own_text" / f"{hash_json(asked)[:32]}.json"
     is_kept = not runs_own_code(loaded.model)
-    written = _read_kept(path) if is_kept else None
+    written = read_kept(path) if is_kept else None
     if written is not None:
         log.info("protect: the %d rows that the base wrote for an earlier run", num_rows)
     else:
@@ -144,20 +144,10 @@ def _write(loaded: LiveModel, seed: int, *, num_rows: int, num_tokens: int) -> t
     return tuple(row for row in rows if len(row.input_ids) > 1)
 
 
-def _read_kept(path: Path) -> list[list[int]] | None:
-    """Return kept token ids; None if there are none, or the file is damaged."""
-    try:
-        found = read_json(path)
-    except LlmtuneError:
-        return None
-    is_whole = isinstance(found, dict) and found.get("seal") == hash_json(found.get("rows"))
-    return found["rows"] if is_whole else None
-
-
 def _write_kept(path: Path, rows: list[list[int]]) -> None:
-    """Keep token ids, whole or not at all; a run needs no cache."""
+    """Keep token ids for later runs; a run does not need the cache."""
     try:
-        atomic_write_json(path, {"seal": hash_json(rows), "rows": rows})
+        write_kept(path, rows)
     except OSError as error:
         log.warning("what the base wrote is not kept in %s: %s", path.parent, error)
 

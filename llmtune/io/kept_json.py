@@ -1,0 +1,48 @@
+"""JSON files in the cache directory that later runs take over: whole, undamaged, not too many."""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import JsonValue, hash_json
+from llmtune.io.json_files import read_json
+from llmtune.io.run_dir import atomic_write_json
+
+FOLDER_BYTES = 512 << 20
+"""What the files of one folder may take together; those that were not used for longest go."""
+
+
+def read_kept(path: Path) -> Any | None:
+    """Return what `write_kept` wrote, and count the file as used; None if it is gone or damaged."""
+    try:
+        found = read_json(path)
+    except LlmtuneError:
+        return None
+    if not isinstance(found, dict) or found.get("seal") != hash_json(found.get("kept")):
+        return None
+    with suppress(OSError):  # of a different user, or on a read-only disk
+        os.utime(path)
+    return found["kept"]
+
+
+def write_kept(path: Path, value: JsonValue | Mapping[str, object]) -> None:
+    """Keep a value, and remove what was not used for longest from a folder that has grown too far.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: the value holds a NaN or an infinity.
+    """
+    atomic_write_json(path, {"seal": hash_json(value), "kept": value})
+    files = []
+    for each in path.parent.glob("*.json"):
+        with suppress(FileNotFoundError):  # another process was faster
+            about = each.stat()
+            files.append((about.st_mtime_ns, about.st_size, each))
+    total = 0
+    for _, size, each in sorted(files, reverse=True):
+        total += size
+        if total > FOLDER_BYTES and each != path:
+            each.unlink(missing_ok=True)
