@@ -4,9 +4,9 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmtune.adapters.config import DEFAULT_ADAPTER, AdapterConfig
 from llmtune.data.config import DataConfig, SourceConfig
@@ -37,6 +37,13 @@ class RunConfig(Section):
     merge: MergeConfig = MergeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _hand_on_system(self) -> Self:
+        """Let the chat template print the system prompt of the data, whoever renders it."""
+        if self.data.system is not None:
+            self.__dict__["model"] = self.model.with_system(self.data.system)
+        return self
 
     @property
     def mixed_data(self) -> DataConfig:

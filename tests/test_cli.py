@@ -169,6 +169,37 @@ def test_chat_lets_each_model_have_its_own_history(config, capsys, monkeypatch, 
     assert run_command(["data", "check", str(config), *own, "--quiet"]) == 0
 
 
+def test_the_system_prompt_of_the_data_is_printed_wherever_the_model_is_used(config, capsys):
+    from llmtune.config import load_config
+    from llmtune.models.chat_template import apply_chat_template, default_system
+    from llmtune.runs.targets import resolve_target
+    from llmtune.runs.train import TrainStage
+
+    asked = [{"role": "user", "content": "Hello?"}]
+    own = [{"role": "system", "content": "Be long."}, *asked]
+    system = 'Say "yes".\nBe brief \U0001f600.'
+    assert run_command(["data", "check", str(config), f"data.system={json.dumps(system)}"]) == 0
+    assert 'system prompt of chats without one: "Say "yes".' in capsys.readouterr().out
+    given = f"data.system={json.dumps(system)}"
+    assert run_command(["train", str(config), *SHORT, given, "--quiet"]) == 0
+    run = config.parent / "run"
+    for target in (run, run / "adapter"):
+        tokenizer = resolve_target(str(target)).base.tokenizer
+        assert default_system(tokenizer) == system
+        text = apply_chat_template(tokenizer, asked)
+        assert system in text
+        assert text == apply_chat_template(
+            tokenizer, [{"role": "system", "content": system}, *asked]
+        )
+        assert system not in apply_chat_template(tokenizer, own)
+    stages = [TrainStage(load_config(config, [*SHORT, *more])) for more in ([], [given])]
+    assert len({json.dumps(s.source.tokenizer.chat_template) for s in stages}) == 2
+    template = config.parent / "base" / "chat_template.jinja"
+    template.write_text("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
+    said = refused(capsys, "data", "check", str(config), given)
+    assert "data.system: the chat template does not print a system prompt" in said
+
+
 def test_ctrl_c_where_the_user_types_leaves_the_chat(config, capsys, monkeypatch):
     class Interrupted:
         def isatty(self):

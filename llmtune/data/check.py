@@ -13,9 +13,10 @@ from llmtune.data.config import DataConfig
 from llmtune.data.findings import Finding, Notebook
 from llmtune.data.hub import pin_sources
 from llmtune.data.prepare import order_epoch
-from llmtune.data.problems import RowProblem, list_first
+from llmtune.data.problems import RowProblem, list_first, shorten
 from llmtune.data.report import DataReport
 from llmtune.io.fingerprint import JsonObject
+from llmtune.models.chat_template import default_system
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,6 +45,8 @@ class CheckReport:
     turns: dict[int, int]
     """How many rows have how many messages."""
     scripts: dict[str, int]
+    system: str | None = None
+    """The system prompt that the template prints in a chat without one."""
 
     @property
     def is_ok(self) -> bool:
@@ -72,6 +75,7 @@ class CheckReport:
             "roles": self.roles,
             "turns": {str(count): rows for count, rows in self.turns.items()},
             "scripts": self.scripts,
+            "system": self.system,
         }
 
     def lines(self) -> list[str]:
@@ -84,6 +88,9 @@ class CheckReport:
         if self.roles:
             yield "roles: " + ", ".join(f"{role} {count:,}" for role, count in self.roles.items())
         yield "scripts: " + ", ".join(f"{name} {count:,}" for name, count in self.scripts.items())
+        if self.system is not None:
+            said = shorten(self.system, 80)
+            yield f"system prompt of chats without one: {said} (data.system sets it)"
         for finding in self.findings:
             yield f"{finding.severity}: {finding.kind}: {finding.message}: {finding.count:,}"
             yield from list_first(finding.places, count=finding.count, indent="  ")
@@ -140,6 +147,7 @@ def check_data(
         roles=dict((train.roles + evaluation.roles).most_common()),
         turns=dict(sorted((train.turns + evaluation.turns).items())),
         scripts=dict((train.scripts + evaluation.scripts).most_common()),
+        system=default_system(tokenizer) if tokenizer.chat_template else None,
     )
 
 
@@ -156,6 +164,9 @@ def render_check_page(report: CheckReport) -> str:
             ("scripts", report.scripts),
         )
     )
+    if report.system is not None:
+        said = html.escape(report.system)
+        counts += f"<tr><th>system prompt of chats without one</th><td>{said}</td></tr>"
     return Template(PAGE).substitute(
         state=state,
         verdict=html.escape(report.verdict),

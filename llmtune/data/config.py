@@ -128,6 +128,9 @@ class DataConfig(Section):
     that neighbors do not influence each other."""
     mixture: MixtureConfig = Field(default_factory=MixtureConfig)
     """How the sources share an epoch."""
+    system: str | None = None
+    """The system prompt of every chat that has none of its own, in training and wherever the model
+    is used; "" is an empty one in place of the template's default."""
     cache: bool = True
     """Keep tokenized data, by content, in the cache directory."""
 

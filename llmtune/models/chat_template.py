@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import date as Date
 from functools import lru_cache
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import nodes
 from jinja2.exceptions import TemplateError
 
+from llmtune.errors import LlmtuneError
 from llmtune.io.bounded_templates import bound_template
 from llmtune.io.template_guards import TemplateTooLarge, bounded_work
 from llmtune.models.template_date import dated_source
@@ -34,6 +36,8 @@ TEMPLATE_ERRORS = (
 KNOWN_TEMPLATES = 64
 SHORT_CHAT = 16
 """Messages; a template that fails on so few is not tried again."""
+
+MARK = "Which number comes after twelve?"
 
 Chat = Sequence[Mapping[str, Any]]
 
@@ -91,3 +95,50 @@ def _bounded_template(source: str) -> nodes.Template:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return bound_template(_compile_jinja_template("").environment, source)
+
+
+def set_system(tokenizer: PreTrainedTokenizerFast, system: str) -> None:
+    """Let the template print a system prompt in every chat that has none of its own.
+
+    The template itself carries it, so that whatever renders it later renders what was trained.
+
+    Raises:
+        LlmtuneError: there is no single template, or it has no place for a system prompt.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or not template:
+        raise LlmtuneError(
+            "data.system: the base has no single chat template to print it: take it out, or give "
+            "model.chat_template=FILE.jinja"
+        )
+    said = f"{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}"
+    lead = (
+        "{% if messages and messages[0]['role'] not in ['system', 'developer'] %}"
+        f"{{% set messages = [{said}] + messages %}}{{% endif %}}{{{{ '' }}}}"
+    )
+    if not template.startswith(lead):  # one that was saved with it
+        tokenizer.chat_template = lead + template
+    try:
+        text = str(apply_chat_template(tokenizer, [{"role": "user", "content": MARK}]))
+    except TEMPLATE_ERRORS as error:
+        raise LlmtuneError(f"data.system: the chat template refuses it: {error}") from None
+    if system.strip() not in text:
+        raise LlmtuneError("data.system: the chat template does not print a system prompt")
+
+
+def default_system(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Return the system prompt that the template prints by itself; None if it prints none.
+
+    It is what a chat without a system prompt has where one with it has that prompt.
+    """
+    asked = {"role": "user", "content": MARK}
+    given = "A prompt of one's own."
+    try:
+        plain = str(apply_chat_template(tokenizer, [asked]))
+        own = str(apply_chat_template(tokenizer, [{"role": "system", "content": given}, asked]))
+    except (*TEMPLATE_ERRORS, LlmtuneError):
+        return None
+    before, found, after = own.partition(given)
+    if not found or not plain.startswith(before) or not plain.endswith(after):
+        return None
+    return plain[len(before) : len(plain) - len(after)].strip() or None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PrivateAttr
 
 from llmtune.models.quantization.base import Quantization
 from llmtune.models.quantization.config import DENSE, QuantizationConfig
@@ -52,10 +52,19 @@ class ModelConfig(Section):
     weights: Literal["safetensors", "any"] = "safetensors"
     """`any` also reads pickled .bin weights, through PyTorch's restricted unpickler."""
 
+    _system: str | None = PrivateAttr(default=None)
+
+    def with_system(self, system: str | None) -> "ModelConfig":
+        """Return the section with the system prompt that the data asks for."""
+        made = self.model_copy()
+        made._system = system
+        return made
+
     @property
     def template(self) -> "TemplateChoice":
         """The chat template that the config asks for."""
-        return TemplateChoice(self.chat_template, tuple(self.template_arguments.items()))
+        arguments = tuple(self.template_arguments.items())
+        return TemplateChoice(self.chat_template, arguments, self._system)
 
     @property
     def storage(self) -> Quantization:
@@ -75,6 +84,8 @@ class TemplateChoice:
     file: Path | None = None
     """A Jinja file; None is the checkpoint's own."""
     arguments: tuple[tuple[str, TemplateArgument], ...] = ()
+    system: str | None = None
+    """The system prompt of chats that have none; None leaves it to the template."""
 
 
 OWN_TEMPLATE = TemplateChoice()

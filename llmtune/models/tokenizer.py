@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import FETCH_AGAIN, blamed_on, read_json_object
+from llmtune.models.chat_template import set_system
 from llmtune.models.config import OWN_TEMPLATE, TemplateArgument, TemplateChoice
 from llmtune.models.turns import as_ids, stop_token_ids
 
@@ -72,6 +73,8 @@ def load_tokenizer(
         tokenizer.chat_template = _read_template(template.file)
     if template.arguments:
         tokenizer.chat_template = with_arguments(tokenizer.chat_template, template.arguments)
+    if template.system is not None:
+        set_system(tokenizer, template.system)
     if not isinstance(tokenizer.model_max_length, int | float):
         raise LlmtuneError(
             f"{base_dir / SMALL_NAMES[0]}: model_max_length is {tokenizer.model_max_length!r:.80}; "
@@ -157,7 +160,7 @@ def with_arguments(template: object, arguments: Sequence[tuple[str, TemplateArgu
 
 def _jinja(value: TemplateArgument) -> str:
     """Return a value as Jinja writes it, which is JSON but for the words of Python."""
-    return "none" if value is None else json.dumps(value)
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerFast, rows: int, base_dir: Path) -> None:

@@ -13,6 +13,7 @@ from tests.data.shapes import make_shape, turns, write_jsonl
 from tests.data.test_hub import HUB_KNOBS
 
 HELD_ELSEWHERE = {
+    "system": "tests/test_cli.py: the template that every stage renders with prints it",
     "packing": "tests/training/test_packing.py and test_sft.py: packed or padded micro-batches",
     "mixture": "its own knobs below",
 }
