@@ -21,6 +21,8 @@ OWN_METRIC = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 FENCE = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
 NOT_JSON = ("NaN", "Infinity", "-Infinity")
 """Python reads these as numbers; JSON has none of them."""
+DEEPEST = 200
+"""Levels that an answer in JSON may have."""
 MATCHING_SECONDS = 2.0
 """Of the processor, to match one answer with a pattern; usual ones take microseconds."""
 NEEDS_EXTRA = "needs two more packages: pip install sacrebleu rouge-score"
@@ -186,7 +188,7 @@ def _read_json(text: str) -> tuple[Any] | None:
     try:
         value = parse_json(fenced.group(1) if fenced else text)
         is_json = all(leaf not in NOT_JSON for _, leaf in _leaves(value))
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     return (value,) if is_json else None
 
@@ -196,8 +198,13 @@ def _leaves(
 ) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """Yield each value that holds no other, with the keys and places that lead to it.
 
-    1 and 1.0 are one number in JSON, and `true` is none.
+    1 and 1.0 are one number in JSON, and `true` is not a number.
+
+    Raises:
+        ValueError: it is nested too deeply.
     """
+    if len(path) > DEEPEST:
+        raise ValueError("it is nested too deeply")
     if isinstance(value, dict) and value:
         for key, child in value.items():
             yield from _leaves(child, (*path, key))

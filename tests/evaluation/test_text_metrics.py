@@ -67,12 +67,13 @@ def test_json_by_hand(written, valid, match, fields):
         ('{"a": null}', "{}", 0, 0),
         ("NaN", "NaN", 0, 0),
         ("[]", "[]", 1, 1),
+        ("[" * 990 + "]" * 990, "[]", 0, 0),
     ],
 )
 def test_json_that_python_takes_for_equal_or_for_json(written, right, match, fields):
     found = [TEXT_METRICS[name](written, right) for name in ("json_match", "json_fields")]
     assert found == [match, fields]
-    assert TEXT_METRICS["json_valid"](written, right) == (written != "NaN")
+    assert TEXT_METRICS["json_valid"](written, right) == (written != "NaN" and len(written) < 500)
 
 
 def write_suite(folder, metric, answer="Paris", **keys):
