@@ -88,7 +88,7 @@ def main() -> int:
         for name in names:
             if name in trials or asked.kept or time.monotonic() > until:
                 continue
-            trials[name] = try_family(name, Path(scratch) / "run")
+            trials[name] = try_family(name, Path(scratch) / "run", asked.stages.split(","))
             _keep(asked.results, trials[name])
     shown = [trials[name] for name in names if name in trials]
     lines = page_lines(shown)
@@ -152,7 +152,8 @@ def page_lines(trials: Sequence[Trial]) -> list[str]:
 
 def _outcome(trial: Trial) -> str:
     if trial.outcome == WORKS:
-        return WORKS
+        few = ", ".join(trial.stages)
+        return WORKS if len(trial.stages) == len(STAGES) else f"{WORKS}: {few} alone were tried"
     return f"{trial.outcome} ({list(trial.stages)[-1]})"
 
 
@@ -204,7 +205,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=24 * 60, help="Begin no family after so many."
     )
-    parser.epilog = f"Stages: {', '.join(STAGES)}."
+    parser.add_argument("--stages", default=",".join(STAGES), help="Try these alone.")
     return parser.parse_args()
 
 

@@ -17,6 +17,9 @@ from llmtune.models.probing import ProbeFailedError, probing
 from llmtune.models.quantization.describe import expert_stacks
 
 PAST_THE_ADAPTER = "the state-space kernels read its weight past an adapter"
+CHOOSES = "it only chooses which tokens are attended to, so no gradient reaches it"
+CHOOSER = "indexer"
+"""The module of DeepSeek's sparse attention that does."""
 OUTSIDE = "it is not part of the language model"
 RENAMED = "peft takes its name for the weights of the experts"
 STATE_PARAMETERS = ("A_log", "D")
@@ -79,6 +82,8 @@ def _excluded(
         mixer = model.get_submodule(owner)
         if is_wrapped and not name.startswith(f"{inside}."):
             yield name, OUTSIDE
+        elif CHOOSER in owner.split("."):
+            yield name, CHOOSES
         elif part in READ_BY_KERNELS and all(hasattr(mixer, one) for one in STATE_PARAMETERS):
             yield name, PAST_THE_ADAPTER
         else:

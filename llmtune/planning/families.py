@@ -53,6 +53,7 @@ class Family:
 
 _SPLIT_ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 _GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_STACKED = ("mlp.gate_up_proj", "mlp.down_proj")
 _LLAMA = Family(
     _SPLIT_ATTENTION, _GATED, attention_bias="attention_bias", feed_forward_bias="mlp_bias"
 )
@@ -80,6 +81,30 @@ FAMILIES = MappingProxyType(
         "olmo2": Family(
             _SPLIT_ATTENTION, _GATED, head_norms="width", attention_bias="attention_bias"
         ),
+        "olmo3": Family(
+            _SPLIT_ATTENTION, _GATED, head_norms="width", attention_bias="attention_bias"
+        ),
+        "ministral": Family(_SPLIT_ATTENTION, _GATED),
+        "ministral3": Family(_SPLIT_ATTENTION, _GATED, head_dim=128),
+        "hunyuan_v1_dense": Family(
+            _SPLIT_ATTENTION, _GATED, head_norms="head", attention_bias="attention_bias"
+        ),
+        "exaone4": Family(_SPLIT_ATTENTION, _GATED, head_norms="head"),
+        "glm": Family(
+            _SPLIT_ATTENTION,
+            _STACKED,
+            attention_bias="attention_bias",
+            out_bias=False,
+            head_dim=128,
+        ),
+        "glm4": Family(
+            _SPLIT_ATTENTION,
+            _STACKED,
+            norms=4,
+            attention_bias="attention_bias",
+            out_bias=False,
+            head_dim=128,
+        ),
         "gemma2": Family(
             _SPLIT_ATTENTION,
             _GATED,
@@ -101,9 +126,7 @@ FAMILIES = MappingProxyType(
             ties_embeddings=True,
             head_dim=256,
         ),
-        "phi3": Family(
-            ("self_attn.qkv_proj", "self_attn.o_proj"), ("mlp.gate_up_proj", "mlp.down_proj")
-        ),
+        "phi3": Family(("self_attn.qkv_proj", "self_attn.o_proj"), _STACKED),
         "phi": Family(
             ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense"),
             ("mlp.fc1", "mlp.fc2"),
@@ -124,6 +147,9 @@ FAMILIES = MappingProxyType(
             feed_forward_bias=True,
         ),
         "mixtral": Family(_SPLIT_ATTENTION, _GATED, experts_key="num_local_experts"),
+        "minimax_m2": Family(
+            _SPLIT_ATTENTION, _GATED, head_norms="width", experts_key="num_local_experts"
+        ),
         "qwen3_moe": Family(
             _SPLIT_ATTENTION,
             _GATED,

@@ -109,7 +109,11 @@ def open_rows(
     batch = pad_rows(rows, device, left=True, known=prefix.length)
     cache = prefix.for_rows(len(prompts), device)
     result = run_forward(model, batch, logits_to_keep=1, cache=cache, keep_cache=keep_cache)
-    return OpenRows(tuple(places), batch, result.logits[:, -1], result.cache)
+    kept = result.cache
+    num_given = batch.attention_mask.shape[1]
+    if kept is not None and is_plain_cache(kept) and kept.get_seq_length() != num_given:
+        kept = None  # the model puts tokens of its own before a text (CPM-Ant)
+    return OpenRows(tuple(places), batch, result.logits[:, -1], kept)
 
 
 @torch.no_grad()

@@ -2,11 +2,10 @@
 
 import itertools
 import json
-import re
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from merge_cells.architectures import SMALL, SPECIAL, VOCAB_SIZE, make_architecture
+from merge_cells.architectures import (
+    SMALL,
+    SPECIAL,
+    VISION,
+    VOCAB_SIZE,
+    make_architecture,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -45,12 +50,20 @@ SIZES = {
     **dict.fromkeys(("attention_dropout", "attention_probs_dropout_prob", "dropout"), 0.0),
     **dict.fromkeys(("hidden_dropout", "hidden_dropout_prob", "activation_dropout"), 0.0),
     **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "ffn_dropout"), 0.0),
+    **dict.fromkeys(("router_jitter_noise", "input_jitter_noise"), 0.0),
     **dict.fromkeys(
         ("resid_dropout", "residual_dropout", "emb_dropout", "embed_dropout", "layerdrop"), 0.0
     ),
 }
 """What fits bitsandbytes' blocks of 64; windows and chunks are shorter than the longest rows."""
-WIDER = {"mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1}}
+WIDER = {
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "kimi_linear": SPECIAL["kimi_linear"] | {"linear_head_dim": 64},
+    "granitemoehybrid": SPECIAL["granitemoehybrid"] | {"shared_intermediate_size": 64},
+    "gemma4_text": SPECIAL["gemma4_text"]
+    | {"hidden_size_per_layer_input": 64, "global_head_dim": 32},
+}
+WIDER_VISION = dict.fromkeys(("hidden_size", "out_hidden_size", "intermediate_size"), 64)
 STEPS, KILLED_AT = 3, 2
 ROW_LENGTHS = (9, 150, 33, 14, 70, 21, 90, 40)
 """Tokens: rows shorter and longer than the tiny models' windows and chunks, side by side."""
@@ -60,7 +73,6 @@ MAX_DIVERGENCE = 1e-6
 or nats, whichever allows more."""
 PROMPTS = ([2, 17, 33, 120, 7, 90], [2, 5, 400, 301, 88, 11, 64, 3, 2, 19])
 FEW_PROMPTS = compared_prompts.OPEN_PROMPTS[:3]  # type: ignore[attr-defined]
-NUMBERS = re.compile(r"\b\d+(\.\d+)?(e-?\d+)?%?")
 
 
 @dataclass
@@ -88,14 +100,14 @@ class Fault(Exception):
     """Something finished and is wrong."""
 
 
-def try_family(name: str, scratch: Path) -> Trial:
-    """Take one family through all stages; the first that fails ends it."""
+def try_family(name: str, scratch: Path, stages: Sequence[str] = ()) -> Trial:
+    """Take one family through all stages, or those named; the first that fails ends it."""
     started = time.monotonic()
     trial = Trial(name)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        with patch.dict(SPECIAL, WIDER):
+        with patch.dict(SPECIAL, WIDER), patch.dict(VISION, WIDER_VISION):
             model = make_architecture(name, scratch / "base", SIZES)
         if not torch.isfinite(_logits(model)).all():
             raise ValueError("logits that are not finite")
@@ -106,6 +118,8 @@ def try_family(name: str, scratch: Path) -> Trial:
     make_tokenizer(scratch / "base")
     _write_rows(scratch / "rows.jsonl")
     for stage, run in STAGES.items():
+        if stages and stage not in stages:
+            continue
         try:
             with patch.object(compared_prompts, "OPEN_PROMPTS", FEW_PROMPTS):
                 trial.stages[stage] = run(trial, scratch) or YES

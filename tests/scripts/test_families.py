@@ -49,7 +49,11 @@ def test_a_family_that_ends_otherwise_is_a_fault(tmp_path, monkeypatch):
 
 def test_the_page_counts_and_lists_what_was_tried(tmp_path):
     tried = [
-        Trial("llama", stages={"train": "yes"}, rows="packed: the probe found nothing"),
+        Trial(
+            "llama",
+            stages=dict.fromkeys(trials.STAGES, "yes"),
+            rows="packed: the probe found nothing",
+        ),
         Trial("zaya", REFUSED, "train: no", {"train": REFUSED}),
     ]
     page = "\n".join(families.page_lines(tried))
