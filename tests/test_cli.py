@@ -178,9 +178,11 @@ def test_the_system_prompt_of_the_data_is_printed_wherever_the_model_is_used(con
     asked = [{"role": "user", "content": "Hello?"}]
     own = [{"role": "system", "content": "Be long."}, *asked]
     system = 'Say "yes".\nBe brief \U0001f600.'
-    assert run_command(["data", "check", str(config), f"data.system={json.dumps(system)}"]) == 0
+    given = f"data.system={json.dumps(system, ensure_ascii=False)}"
+    half = refused(capsys, "data", "check", str(config), f"data.system={json.dumps(system)}")
+    assert "half of a character pair" in half
+    assert run_command(["data", "check", str(config), given]) == 0
     assert 'system prompt of chats without one: "Say "yes".' in capsys.readouterr().out
-    given = f"data.system={json.dumps(system)}"
     assert run_command(["train", str(config), *SHORT, given, "--quiet"]) == 0
     run = config.parent / "run"
     for target in (run, run / "adapter"):

@@ -134,6 +134,15 @@ class DataConfig(Section):
     cache: bool = True
     """Keep tokenized data, by content, in the cache directory."""
 
+    @field_validator("system")
+    @classmethod
+    def _refuse_half_characters(cls, system: str | None) -> str | None:
+        try:
+            (system or "").encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a character pair; write the character itself") from None
+        return system
+
     @field_validator("packing", mode="before")
     @classmethod
     def _yaml_reads_on_as_true(cls, value: object) -> object:
