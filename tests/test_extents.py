@@ -107,11 +107,13 @@ def test_a_run_is_measured_further_by_its_directory_and_only_what_is_missing(con
     path.write_text(json.dumps(values))
     measure(config.run_dir, "full")
     assert result_of(config)["extent"] == "full"
+    arm_result_path(config.run.evaluations_dir, "sentiment", "strength-0.25").unlink()
     arm_result_path(config.run.evaluations_dir, "sentiment", "few-shot-2").unlink()
     (config.run.diagnostics_dir / "stops.json").unlink()
     measure(config.run_dir, "full")
     made = {cost["measure"] for cost in result_of(config)["measures"] if cost["tokens"]}
-    assert made == {"few-shot", "stops"}
+    assert made == {"strengths", "stops"}  # the base's answer with examples is kept elsewhere
+    assert read(config, "few-shot-2").about["reused"]
     with caplog.at_level(logging.INFO, "llmtune"):
         measure(config.run_dir, "full")
     assert "skipped" in caplog.text
