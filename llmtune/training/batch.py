@@ -130,9 +130,10 @@ def _untrained_beginning(row: Example) -> int:
 
 
 def computed_tokens(rows: Sequence[Example], *, shares: bool) -> int:
-    """Return the tokens of one packed micro-batch, its shared beginning once if it is shared."""
+    """Return the tokens of one packed micro-batch, its beginning once if `pack_sharing` lays it."""
     total = sum(len(row.input_ids) for row in rows)
-    return total - shared_beginning(rows) * (len(rows) - 1) if shares else total
+    shared = shared_beginning(rows) if shares and len(rows) > 1 else 0
+    return total - shared * (len(rows) - 1) if shared >= MIN_BEGINNING else total
 
 
 def _plan_padded(order: list[int], lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:

@@ -18,11 +18,8 @@ from llmtune.models.decoder import decoder_of, rotary_switch
 from llmtune.training.batch import StepCollator, computed_tokens, plan_micro_batches, plan_shared
 from llmtune.training.config import TrainConfig
 from llmtune.training.fused.blocks import fused_blocks
-from llmtune.training.fused.packing import (
-    choose_packing,
-    find_sharing_obstacle,
-    packed_attention,
-)
+from llmtune.training.fused.packing import choose_packing, packed_attention
+from llmtune.training.fused.sharing import find_sharing_obstacle
 from llmtune.training.loss import LossPath, choose_loss_path, decoder_hidden
 from llmtune.training.memory.arithmetic import UNLIMITED, MemoryPlan
 from llmtune.training.memory.dry_run import Trial, find_plan, recomputable_layers, recomputing
@@ -76,6 +73,7 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
     if device.type == "cpu" and dtype == torch.float16:
         raise LlmtuneError("a CPU cannot train in float16: set model.dtype=bfloat16 or float32")
     autocast_dtype = None if dtype == torch.float32 else dtype
+    rows = JoinedExamples(request.train, request.evaluation)
     with _autocast(device, autocast_dtype):
         fused = None
         if "fused_lora" not in request.without:
@@ -83,14 +81,14 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
         blocks = None
         if "fused_blocks" not in request.without:
             blocks = stack.enter_context(fused_blocks(model))
-        packing = choose_packing(model, request.packing, request.train)
+        longest = int(rows.lengths.max())
+        packing = choose_packing(model, request.packing, request.train, longest=longest)
         loss_path = LossPath(False, "left out as asked")
         if "frozen_head" not in request.without:
             loss_path = choose_loss_path(model)
     stack.enter_context(packed_attention(model) if packing.packed else nullcontext())
     stack.enter_context(noisy_embeddings(model, config.neftune_alpha))
 
-    rows = JoinedExamples(request.train, request.evaluation)
     collator = StepCollator(
         rows,
         UNLIMITED,
@@ -121,23 +119,31 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
     if not packing.packed:
         setup.choices["rows"] += f"; {_padding_share(config, request, collator):.0%} is padding"
     with _autocast(device, autocast_dtype):
-        setup.choices["shared beginnings"] = _share_beginnings(collator, config, request)
+        setup.choices["shared beginnings"] = _share_beginnings(setup, config, request, longest)
     num_layers = len(recomputable_layers(model))
     setup.choices["recomputed layers"] = f"{plan.recomputed_layers} of {num_layers}"
     return setup
 
 
-def _share_beginnings(collator: StepCollator, config: TrainConfig, request: TrainRequest) -> str:
-    """Let rows of a step share what they begin with if that is exact; return what it saves."""
+def _share_beginnings(
+    setup: Setup, config: TrainConfig, request: TrainRequest, longest: int
+) -> str:
+    """Let rows of a step share what they begin with if that is exact; return what it saves.
+
+    A micro-batch of as many tokens then has more trained ones. The frozen head holds the logits of
+    a few at a time; the library's path holds all, and their memory was not tried.
+    """
     if "shared_beginnings" in request.without:
         return "not computed once, as asked"
-    obstacle = None
+    collator, obstacle = setup.collator, None
     if not collator.packed:
         obstacle = "rows are padded"
     elif config.neftune_alpha is not None:
         obstacle = "NEFTune's noise is different in every row"
+    elif not setup.loss_path.is_frozen and collator.limits.rows is None:
+        obstacle = "the LM head would hold more logits at once than were tried"
     else:
-        obstacle = find_sharing_obstacle(request.model, request.train)
+        obstacle = find_sharing_obstacle(request.model, request.train, longest=longest)
     if obstacle is not None:
         return f"not computed once: {obstacle}"
     collator.shares_beginnings = True

@@ -15,13 +15,9 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.quiet import quieted
 from llmtune.models.decoder import config_number, decoder_of
 from llmtune.models.probing import ProbeFailedError, probing
-from llmtune.ops.varlen_attention import (
-    SHARING_BACKENDS,
-    choose_varlen_backend,
-    varlen_attention,
-)
-from llmtune.training.batch import move_to, pack_rows, pack_sharing, pad_rows
-from llmtune.training.loss import MODEL_INPUTS, decoder_hidden
+from llmtune.ops.varlen_attention import choose_varlen_backend, varlen_attention
+from llmtune.training.batch import move_to, pack_rows, pad_rows
+from llmtune.training.loss import decoder_hidden
 from llmtune.training.objectives.base import MicroBatch
 from llmtune.training.rows import row_lengths
 
@@ -52,55 +48,12 @@ class PackingChoice(NamedTuple):
     reason: str
 
 
-@torch.no_grad()
-def find_sharing_obstacle(model: PeftModel, examples: Sequence[Example]) -> str | None:
-    """Return why packed rows cannot share what they begin with, or None if they can.
-
-    Asked inside `packed_attention`. The probe runs rows of one beginning in both ways, and every
-    layer must reach the tokens before it through attention alone: a recurrent state or a
-    convolution runs from token to token, whatever row they belong to.
-    """
-    backend = _backend(model)
-    if backend not in SHARING_BACKENDS:
-        return f"{backend} attention has no shared beginnings"
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
-        return "dropout is different in every row"
-    longest = int(row_lengths(examples).max())
-    if any(chunk < longest for chunk in _reaches(model, ("chunk",))):
-        return "its attention is cut into chunks"
-    is_training = model.training
-    model.eval()
-    try:
-        with probing():
-            return _probe_sharing(model, examples)
-    except ProbeFailedError as error:
-        return str(error)
-    finally:
-        model.train(is_training)
-
-
-def _probe_sharing(model: PeftModel, examples: Sequence[Example]) -> str | None:
-    device = model.get_input_embeddings().weight.device
-    base = model.get_base_model()
-    left, right, other = _probe_rows(examples, PROBE_TOKENS)
-    rows = [_probe_row(left.input_ids + each.input_ids) for each in (right, other)]
-    calls: list[nn.Module] = []
-    shared = move_to(pack_sharing(rows), device)
-    inputs = {name: shared[name] for name in MODEL_INPUTS if name in shared}
-    together = decoder_of(base)(**inputs, attention_calls=calls, use_cache=False)
-    rest = shared["row_lengths"][-1]
-    alone = _hidden(model, pack_rows(rows), device)[0, -rest:]
-    num_layers = base.config.get_text_config().num_hidden_layers
-    if len(calls) < num_layers:
-        return f"{num_layers - len(calls)} of {num_layers} layers pass a state from token to token"
-    difference = relative_difference(together.last_hidden_state[0, -rest:], alone)
-    if not difference <= TOLERANCES.get(alone.dtype, 1e-4):
-        return f"a row that shares its beginning differs by {difference:.1%} from the whole row"
-    return None
-
-
 def choose_packing(
-    model: PeftModel, wanted: Literal["auto", "on", "off"], examples: Sequence[Example]
+    model: PeftModel,
+    wanted: Literal["auto", "on", "off"],
+    examples: Sequence[Example],
+    *,
+    longest: int | None = None,
 ) -> PackingChoice:
     """Decide by a probe on the loaded model whether rows may share a batch without padding.
 
@@ -108,14 +61,22 @@ def choose_packing(
     things: does anything flow from a neighbor (a gradient that is not exactly zero, a hidden
     state that changes with the neighbor), and does a packed row equal the row alone.
 
+    Args:
+        model: as it is trained.
+        wanted: the user's `data.packing`.
+        examples: rows to make probes of.
+        longest: tokens of the longest row that is trained or evaluated; of `examples` by default.
+
     Raises:
         LlmtuneError: `wanted` is "on" and the model mixes packed rows.
     """
     if wanted == "off":
         return PackingChoice(False, "data.packing is off")
-    reason = _find_obstacle(model, examples)
+    if longest is None:
+        longest = int(row_lengths(examples).max()) if len(examples) else 0
+    reason = _find_obstacle(model, examples, longest)
     if reason is None:
-        reason = f"the probe found no influence of neighbors ({_backend(model)} attention)"
+        reason = f"the probe found no influence of neighbors ({backend_of(model)} attention)"
         return PackingChoice(True, reason)
     if wanted == "on":
         raise LlmtuneError(
@@ -277,7 +238,8 @@ AttentionInterface.register(ATTENTION_NAME, varlen_attention_forward)
 AttentionMaskInterface.register(ATTENTION_NAME, describe_mask)
 
 
-def _backend(model: PeftModel) -> str:
+def backend_of(model: PeftModel) -> str:
+    """Return the name of the attention that packed rows of this model run with."""
     embedding = model.get_input_embeddings().weight
     config = model.get_base_model().config.get_text_config()
     heads = config_number(config, "num_attention_heads")
@@ -290,7 +252,7 @@ def _backend(model: PeftModel) -> str:
     )
 
 
-def _find_obstacle(model: PeftModel, examples: Sequence[Example]) -> str | None:
+def _find_obstacle(model: PeftModel, examples: Sequence[Example], longest: int) -> str | None:
     """Return why the model's rows cannot be packed, or None."""
     decoder = decoder_of(model.get_base_model())
     parameters = inspect.signature(decoder.forward).parameters.values()
@@ -299,24 +261,24 @@ def _find_obstacle(model: PeftModel, examples: Sequence[Example]) -> str | None:
     was_training = model.training
     try:
         with probing():
-            return _probe(model, examples)
+            return _probe(model, examples, longest)
     except ProbeFailedError as error:
         return str(error)
     finally:
         model.train(was_training)
 
 
-def _probe(model: PeftModel, examples: Sequence[Example]) -> str | None:
+def _probe(model: PeftModel, examples: Sequence[Example], longest: int) -> str | None:
     """Measure the influence of a neighbor; return what is wrong, or None."""
     device = model.get_input_embeddings().weight.device
-    left, right, other = _probe_rows(examples, PROBE_TOKENS)
+    left, right, other = make_probe_rows(examples, PROBE_TOKENS)
     model.eval()
-    alone = _hidden(model, pad_rows([right], pad_token_id=0), device)[0]
+    alone = run_probe(model, pad_rows([right], pad_token_id=0), device)[0]
     with packed_attention(model) as is_applied:
         if not is_applied:
             return "its attention does not go through transformers' AttentionInterface"
-        packed = _hidden(model, pack_rows([left, right]), device)[0, PROBE_TOKENS:]
-        changed = _hidden(model, pack_rows([other, right]), device)[0, PROBE_TOKENS:]
+        packed = run_probe(model, pack_rows([left, right]), device)[0, PROBE_TOKENS:]
+        changed = run_probe(model, pack_rows([other, right]), device)[0, PROBE_TOKENS:]
         model.train()
         gradient = _neighbor_gradient(model, pack_rows([left, right]), device)
     if gradient != 0.0:
@@ -328,23 +290,22 @@ def _probe(model: PeftModel, examples: Sequence[Example]) -> str | None:
     difference = relative_difference(packed, alone)
     if not difference <= tolerated:
         return f"a packed row differs by {difference:.1%} from the row alone"
-    return _probe_long(model, examples)
+    return _probe_long(model, examples, longest)
 
 
-def _probe_long(model: PeftModel, examples: Sequence[Example]) -> str | None:
+def _probe_long(model: PeftModel, examples: Sequence[Example], longest: int) -> str | None:
     """Compare a row that is longer than windows and chunks; None if none of the rows is."""
-    longest = int(row_lengths(examples).max()) if len(examples) else 0
-    reached = [reach for reach in _reaches(model) if reach < longest]
+    reached = [reach for reach in find_reaches(model) if reach < longest]
     length = min(2 * max(reached, default=0), longest, LONGEST_PROBE)
     if length <= PROBE_TOKENS:
         return None
     device = model.get_input_embeddings().weight.device
-    left, _, _ = _probe_rows(examples, PROBE_TOKENS)
-    long, _, _ = _probe_rows(examples, length)
+    left, _, _ = make_probe_rows(examples, PROBE_TOKENS)
+    long, _, _ = make_probe_rows(examples, length)
     model.eval()
-    alone = _hidden(model, pad_rows([long], pad_token_id=0), device)[0]
+    alone = run_probe(model, pad_rows([long], pad_token_id=0), device)[0]
     with packed_attention(model):
-        packed = _hidden(model, pack_rows([left, long]), device)[0, PROBE_TOKENS:]
+        packed = run_probe(model, pack_rows([left, long]), device)[0, PROBE_TOKENS:]
     difference = max(
         relative_difference(packed[start:], alone[start:])
         for start in (0, *(reach for reach in reached if reach < length))
@@ -354,7 +315,7 @@ def _probe_long(model: PeftModel, examples: Sequence[Example]) -> str | None:
     return None
 
 
-def _reaches(model: PeftModel, words: Sequence[str] = REACH_WORDS) -> list[int]:
+def find_reaches(model: PeftModel, words: Sequence[str] = REACH_WORDS) -> list[int]:
     """Return the lengths in the config after which something changes: windows and chunks."""
     values = model.get_base_model().config.get_text_config().to_dict()
     sections = [values, *(value for value in values.values() if isinstance(value, dict))]
@@ -379,7 +340,7 @@ def relative_difference(packed_TD: Tensor, alone_TD: Tensor) -> float:
     return float(torch.quantile(errors_T, JUDGED_SHARE))
 
 
-def _probe_rows(examples: Sequence[Example], length: int) -> tuple[Example, Example, Example]:
+def make_probe_rows(examples: Sequence[Example], length: int) -> tuple[Example, Example, Example]:
     """Return two neighbors and a third row as long as the first, made of real tokens."""
     tokens: list[int] = []
     for example in examples:
@@ -391,15 +352,17 @@ def _probe_rows(examples: Sequence[Example], length: int) -> tuple[Example, Exam
     rows = [tokens[start : start + length] for start in (0, length, 2 * length)]
     if rows[2] == rows[0]:
         rows[2] = rows[0][::-1] if rows[0] != rows[0][::-1] else [rows[0][0] ^ 1] * length
-    first, second, third = map(_probe_row, rows)
+    first, second, third = map(make_probe_row, rows)
     return first, second, third
 
 
-def _probe_row(ids: list[int]) -> Example:
+def make_probe_row(ids: list[int]) -> Example:
+    """Return token ids as a row of which the last one is trained."""
     return Example(ids, [*[IGNORE_INDEX] * (len(ids) - 1), ids[-1]], "trial", 1)
 
 
-def _hidden(model: PeftModel, micro_batch: MicroBatch, device: torch.device) -> Tensor:
+def run_probe(model: PeftModel, micro_batch: MicroBatch, device: torch.device) -> Tensor:
+    """Return the last hidden states [rows, T, width] of the very call that training uses."""
     with torch.no_grad():
         return decoder_hidden(model, move_to(micro_batch, device))
 

@@ -9,6 +9,7 @@ import torch
 
 from llmtune.adapters.fused import fused_lora
 from llmtune.data.example import IGNORE_INDEX, Example
+from llmtune.models.decoder import decoder_of
 from llmtune.training.batch import (
     StepCollator,
     computed_tokens,
@@ -17,12 +18,21 @@ from llmtune.training.batch import (
     plan_shared,
     shared_beginning,
 )
-from llmtune.training.fused.packing import find_sharing_obstacle, packed_attention
+from llmtune.training.fused.packing import packed_attention
+from llmtune.training.fused.sharing import find_sharing_obstacle
 from llmtune.training.loss import choose_loss_path, decoder_hidden, summed_loss
 from llmtune.training.memory.arithmetic import UNLIMITED, BatchLimits
+from llmtune.training.setup import set_up
 from llmtune.training.train import train_adapter
-from tests.training.tiny_runs import make_adapter, make_config, make_request, make_rows
+from tests.tiny import make_model
+from tests.training.tiny_runs import add_lora, make_adapter, make_config, make_request, make_rows
 
+CHUNKS = {
+    "attention_chunk_size": 32,
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "num_local_experts": 2,
+}
 CONVOLUTION = {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
 
 
@@ -69,8 +79,6 @@ def test_gradients_over_a_4_bit_base_equal_those_of_whole_rows(tmp_path):
     from llmtune.models.checkpoint import Checkpoint
     from llmtune.models.config import ModelConfig
     from llmtune.models.load import load_model
-    from tests.tiny import make_model
-    from tests.training.tiny_runs import add_lora
 
     make_model("llama", tmp_path / "base")
     config = ModelConfig.model_validate(
@@ -139,14 +147,45 @@ def test_rows_of_several_system_prompts_with_one_template_are_split_where_that_p
 @pytest.mark.parametrize(
     ("family", "options", "reason"),
     [
-        ("llama", {"dropout": 0.1}, "dropout is different in every row"),
+        ("llama", {"dropout": 0.1}, "dropout, are different in every row"),
+        ("mixtral", {"router_jitter_noise": 0.01}, "are different in every row"),
+        ("llama4_text", CHUNKS, "its attention is cut into chunks"),
         ("lfm2", CONVOLUTION, "1 of 2 layers pass a state from token to token"),
     ],
 )
 def test_what_cannot_be_shared_is_named(family, options, reason):
     model = make_adapter(family, **options)
     with packed_attention(model):
-        assert reason in find_sharing_obstacle(model, make_rows(3))
+        before = torch.get_rng_state()
+        assert reason in find_sharing_obstacle(model, make_rows(3), longest=90)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_single_token_that_reads_its_neighbor_is_found():
+    model = make_adapter()
+
+    def shift(_module, inputs):
+        (hidden,) = inputs
+        return (hidden + 0.1 * hidden.roll(1, dims=1),)  # a short convolution beside attention
+
+    with packed_attention(model):
+        assert find_sharing_obstacle(model, make_rows(3), longest=90) is None
+        decoder_of(model.get_base_model()).layers[-1].mlp.register_forward_pre_hook(shift)
+        assert "with its neighbor" in find_sharing_obstacle(model, make_rows(3), longest=90)
+
+
+def test_a_trained_head_shares_only_where_rows_are_limited(tmp_path):
+    for size, said in (("auto", "more logits at once than were tried"), (8, "computed once")):
+        model = add_lora(make_model("llama"), modules_to_save=["lm_head"])
+        request = make_request(model, tmp_path / str(size), train=make_shared_rows(8, longest=10))
+        with ExitStack() as stack:
+            setup = set_up(make_config(micro_batch_size=size), request, stack)
+        assert said in setup.choices["shared beginnings"]
+
+
+def test_a_beginning_too_short_to_be_shared_saves_nothing():
+    rows = make_shared_rows(4, shared=5)
+    assert computed_tokens(rows, shares=True) == pack_sharing(rows)["input_ids"].numel()
 
 
 def test_training_with_shared_beginnings_computes_less_and_learns_the_same(tmp_path):
@@ -168,8 +207,9 @@ def test_training_with_shared_beginnings_computes_less_and_learns_the_same(tmp_p
 
 
 def count_tokens(model):
+    """Return a list of the tokens of every pass with gradients: probes of sharing have none."""
     seen = []
     model.get_input_embeddings().register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].numel())
+        lambda _, inputs: seen.append(inputs[0].numel() * torch.is_grad_enabled())
     )
     return seen
