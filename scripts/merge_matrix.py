@@ -12,6 +12,7 @@ command continues where it stopped.
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import warnings
@@ -40,6 +41,9 @@ from merge_cells.cell import (  # noqa: E402
 )
 
 PAGE = ROOT / "docs" / "merge-matrix.md"
+PLACE = re.compile(r"/tmp/[^\s:;,)]+")
+LEFT = re.compile(r"; (nothing was left|the earlier model) .*$|; nothing$")
+MOST_NAMED = 12
 MARKS = {RIGHT: "yes", REFUSED: "refused", BLOCKED: "check", ABSENT: "-"}
 
 
@@ -86,7 +90,8 @@ def page_lines(cells: Sequence[Cell], columns: Sequence[str]) -> list[str]:
         "adapter's effect. `refused`: one line says why, and nothing is written. `check`: the "
         "merged model was written, compared with the live one, found to differ, and removed. `-`: "
         "the architecture has no such part, or peft cannot put such an adapter on it. Empty: not "
-        "tried yet.",
+        "tried yet. A result that is kept is not tried again when llmtune changes; a new file of "
+        "`--results` tries all.",
         "",
         f"{len(rows)} architectures: "
         + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()),
@@ -106,10 +111,16 @@ def page_lines(cells: Sequence[Cell], columns: Sequence[str]) -> list[str]:
 
 
 def _details(title: str, cells: Iterable[Cell]) -> list[str]:
-    grouped: dict[str, list[str]] = defaultdict(list)
+    """Return a section with one line for each reason: of which architectures and adapters."""
+    grouped: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
-        grouped[f"{cell.adapter}: {cell.outcome}: {cell.detail}"].append(cell.architecture)
-    listed = [f"- {', '.join(names)}: {what}" for what, names in grouped.items()]
+        grouped[PLACE.sub("DIRECTORY", LEFT.sub("", cell.detail))].append(cell)
+    listed = []
+    for reason, found in grouped.items():
+        names = list(dict.fromkeys(one.architecture for one in found))
+        adapters = dict.fromkeys(one.adapter for one in found)
+        where = ", ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} architectures"
+        listed.append(f"- {where} ({', '.join(adapters)}): {reason}")
     return ["", title, "", *listed] if listed else []
 
 

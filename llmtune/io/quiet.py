@@ -1,6 +1,8 @@
-"""Loggers turned down for a while and then left as they were found."""
+"""What libraries say by themselves: loggers turned down, native prints kept out of the output."""
 
 import logging
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,3 +43,23 @@ def quieted(name: str, level: int = logging.ERROR) -> Iterator[None]:
                 logger.setLevel(max(held.effective, *held.asked))
             else:
                 logger.setLevel(_held.pop(name).own)
+
+
+@contextmanager
+def native_prints_aside() -> Iterator[None]:
+    """Let what native code prints to the standard output go to the standard error inside.
+
+    `tokenizers` prints so of keys that it does not know, into the middle of our JSON.
+    """
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

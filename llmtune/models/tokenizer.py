@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import FETCH_AGAIN, blamed_on, read_json_object
+from llmtune.io.quiet import native_prints_aside
 from llmtune.models.chat_template import set_system
 from llmtune.models.config import OWN_TEMPLATE, TemplateArgument, TemplateChoice
 from llmtune.models.turns import as_ids, stop_token_ids
@@ -67,7 +68,10 @@ def load_tokenizer(
             embedding.
     """
     _check_files(base_dir)
-    with blamed_on(base_dir / TOKENIZER_NAME, READER, advice=TOKENIZER_ADVICE):
+    with (
+        blamed_on(base_dir / TOKENIZER_NAME, READER, advice=TOKENIZER_ADVICE),
+        native_prints_aside(),
+    ):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(base_dir), local_files_only=True)
     if template.file is not None:
         tokenizer.chat_template = _read_template(template.file)

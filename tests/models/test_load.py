@@ -1,5 +1,6 @@
 """A base is loaded as asked, on one device, and says how it is kept; what cannot be is an error."""
 
+import contextlib
 import json
 import logging
 import os
@@ -348,3 +349,13 @@ def test_four_bit_rows_that_a_cpu_would_get_wrong_are_refused(tmp_path):
     assert load(tmp_path).dtype == torch.bfloat16
     with pytest.raises(LlmtuneError, match="96 inputs, not a multiple of 64"):
         load(tmp_path, quantization={"method": "nf4"})
+
+
+def test_a_key_that_the_tokenizer_does_not_know_is_not_printed_into_the_output(editable, capfd):
+    path = editable / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["added_tokens"][0]["lctrip"] = values["added_tokens"][0].pop("lstrip")
+    path.write_text(json.dumps(values))
+    with contextlib.suppress(LlmtuneError):
+        load(editable)
+    assert capfd.readouterr().out == ""

@@ -122,7 +122,11 @@ def plan_stops(subject: Subject, settings: DiagnosisSettings) -> Planned[StopsRe
     scored = subject.scored
     prompts = target_prompts(subject, limit=MAX_PROMPTS, seed=settings.seed)
     if not prompts:
-        return refuse(StopsResult, "neither a target suite nor a row has a prompt to answer")
+        return refuse(
+            StopsResult,
+            "the rows are documents and no target suite asks anything: where the continuation of a "
+            "document should end is not known; a target suite with prompts is measured",
+        )
     inputs = model_inputs(scored, with_adapter=True) | {
         "items": hash_ids(prompts),
         "stops": " ".join(map(str, scored.stop_token_ids)),
