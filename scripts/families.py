@@ -147,6 +147,9 @@ def page_lines(trials: Sequence[Trial]) -> list[str]:
     absent = sorted(trial.family for trial in trials if trial.outcome == NO_MODEL)
     if absent:
         lines += ["", f"No tiny model could be made of: {', '.join(absent)}."]
+    untried = sorted(set(family_names()) - {trial.family for trial in trials})
+    if untried:
+        lines += ["", f"Not tried yet: {', '.join(untried)}."]
     return lines
 
 
