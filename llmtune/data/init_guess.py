@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 GUESSED_FROM_ROWS = 100
 CONTENT_ROWS = 1000
 """Rows that are looked at if the columns' names say nothing."""
+FEWEST_ROWS = 20
+"""Fewer show too little of what a column holds."""
 ROWS_A_VALUE = 3
 """A column whose values come so often on average may hold labels."""
 LONGEST_VALUE = 80
@@ -191,6 +193,8 @@ def _by_content(
         LlmtuneError: which columns to take is not clear.
     """
     rows = _first_rows(source, CONTENT_ROWS)
+    if len(rows) < FEWEST_ROWS:
+        return _named(source, first, tokenizer)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     texts, labels, objects = (
         [column for column in columns if holds([row.get(column) for row in rows])]
@@ -241,12 +245,12 @@ def _hold_labels(values: Sequence[Any]) -> bool:
 def _hold_json(values: Sequence[Any]) -> bool:
     held = 0
     for value in values:
-        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        if isinstance(value, str) and value.lstrip()[:1] == "{":
             try:
                 value = parse_json(value)
             except (ValueError, RecursionError):
                 continue
-        held += isinstance(value, dict | list)
+        held += isinstance(value, dict)
     return bool(values) and held >= 0.95 * len(values)
 
 
