@@ -10,7 +10,8 @@ from llmtune.io.run_dir import atomic_write_json
 
 PROVENANCE_FILE = "llmtune_merge.json"
 EXPORT_FILE = "llmtune_export.json"
-"""In a directory that was exported: what it was made from."""
+"""In a directory that was exported: what it was made from, without any path of this machine. It
+marks the directory as ours."""
 
 
 def add_to_provenance(merged_dir: Path, values: Mapping[str, object]) -> None:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from llmtune.exporting.export import ExportJob
     from llmtune.models.live import LiveModel
 
-"""What a directory was made from, without any path of this machine; it marks it as ours."""
-
 
 @dataclass(frozen=True)
 class ExportSource(Loadable):

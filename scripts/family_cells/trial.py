@@ -67,6 +67,8 @@ WIDER_VISION = dict.fromkeys(("hidden_size", "out_hidden_size", "intermediate_si
 STEPS, KILLED_AT = 3, 2
 ROW_LENGTHS = (9, 150, 33, 14, 70, 21, 90, 40)
 """Tokens: rows shorter and longer than the tiny models' windows and chunks, side by side."""
+BEGINNING = "Is the opinion in this sentence positive or negative? "
+"""Of every row: packed rows that share it have it computed once, rows alone each by themselves."""
 MAX_LOSS_DIFFERENCE = 1e-5
 MAX_DIVERGENCE = 1e-6
 """Of the merged model's answers from the live adapter's: a share of what the adapter itself does,
@@ -87,6 +89,8 @@ class Trial:
     """{stage: yes, or what became of it}."""
     rows: str = ""
     """Whether rows are packed, and why not."""
+    shared: str = ""
+    """Whether what rows begin with is computed once, and why not."""
     notes: list[str] = field(default_factory=list)
     """What was left out of the adapter, as training says it."""
     seconds: float = 0.0
@@ -143,6 +147,7 @@ def try_family(name: str, scratch: Path, stages: Sequence[str] = ()) -> Trial:
 def _train_straight(trial: Trial, scratch: Path) -> None:
     record = pipeline.train(_config(scratch, "straight"))
     trial.rows = record["choices"]["rows"]
+    trial.shared = record["choices"]["shared beginnings"]
     trial.notes = list(record["injection"]["notices"])
 
 
@@ -188,14 +193,14 @@ def _merge(trial: Trial, scratch: Path) -> None:
 
 def _train_half(trial: Trial, scratch: Path) -> None:
     pipeline.train(_config(scratch, "half", model={"dtype": "bfloat16"}))
-    _check_learned(scratch / "half")
+    _check_finite(scratch / "half")
 
 
 def _train_nf4(trial: Trial, scratch: Path) -> None:
     model = {"quantization": {"method": "nf4"}}
     config = _config(scratch, "nf4", model=model)
     pipeline.train(config)
-    _check_learned(scratch / "nf4")
+    _check_finite(scratch / "nf4")
     pipeline.merge(config)
     merged = _logits(_load(config.run.merged_dir))
     if not torch.isfinite(merged).all():
@@ -237,7 +242,7 @@ def _write_rows(path: Path) -> None:
     turn = itertools.cycle(words)
     with path.open("w", encoding="utf-8") as file:
         for length in ROW_LENGTHS:
-            text = " ".join(next(turn) for _ in range(length // 2))
+            text = BEGINNING + " ".join(next(turn) for _ in range(length // 2))
             answer = "positive" if length % 2 else "negative it is"
             turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": turns}) + "\n")
@@ -265,7 +270,7 @@ def _losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
-def _check_learned(run_dir: Path) -> None:
+def _check_finite(run_dir: Path) -> None:
     losses = _losses(run_dir)
     if not all(map(float, losses)) or any(loss != loss for loss in losses):
         raise Fault(f"losses {losses}")

@@ -30,6 +30,7 @@ def test_a_family_works_and_its_rows_have_the_losses_of_rows_alone(tmp_path, mon
     assert trial.outcome == WORKS, trial.line
     assert trial.rows.startswith(SHORT_LIST[family])
     assert ("is padding" in trial.rows) == trial.rows.startswith("padded")
+    assert trial.shared.startswith("computed once") == trial.rows.startswith("packed")
 
 
 def test_a_family_that_ends_otherwise_is_a_fault(tmp_path, monkeypatch):

@@ -37,8 +37,9 @@ DEFAULT_TYPE = "q8_0"
 ADAPTER_TYPES = ("f32", "f16", "bf16")
 DEFAULT_ADAPTER_TYPE = "f16"
 SOURCE_KEY = "llmtune.source"
-ADAPTER_KEY = "llmtune.adapter"
 """The fingerprint of the checkpoint's weights that a file was made from."""
+ADAPTER_KEY = "llmtune.adapter"
+"""The fingerprint of the adapter that is merged into them."""
 PROGRAM = "llama-quantize"
 LAST_LINES = 3
 
