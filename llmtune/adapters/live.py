@@ -24,6 +24,8 @@ from llmtune.io.json_files import blamed_on
 
 # peft reads a property that transformers renamed, and corrects fan_in_fan_out itself if
 # Linear and Conv1D are both targets.
+BASE_BIASES = "llmtune_base_biases"
+"""Attribute of a model: {parameter: what it held before an adapter's own bias took its place}."""
 UNWANTED = (
     (r".is_gradient_checkpointing. is deprecated", FutureWarning),
     (r"fan_in_fan_out is set to", UserWarning),
@@ -72,7 +74,7 @@ def adapter_strength(model: PeftModel, strength: float) -> Iterator[None]:
         return
     saved, adapted = _sort_layers(model)
     if strength == 0:
-        with model.disable_adapter():
+        with switched_off(model):
             yield
         return
     method = live_method(model)
@@ -91,6 +93,36 @@ def adapter_strength(model: PeftModel, strength: float) -> Iterator[None]:
     finally:
         for put_back in undo:
             put_back()
+
+
+def keep_base_biases(model: PeftModel) -> None:
+    """Remember the base's biases, before an adapter is loaded that trained them in their place."""
+    if any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values()):
+        named = model.named_parameters()
+        kept = {p: p.detach().clone() for name, p in named if name.rpartition(".")[2] == "bias"}
+        setattr(model, BASE_BIASES, kept)
+
+
+@contextlib.contextmanager
+def switched_off(model: PeftModel) -> Iterator[None]:
+    """Switch the adapter off while the block runs, the biases that it trained too.
+
+    PEFT leaves those where they are, and the model would not be its base.
+    """
+    kept: dict[nn.Parameter, torch.Tensor] = getattr(model, BASE_BIASES, {})
+    trained = {parameter: parameter.data for parameter in kept}
+    with contextlib.ExitStack() as stack:
+        if kept:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+        stack.enter_context(model.disable_adapter())
+        try:
+            for parameter, bias in kept.items():
+                parameter.data = bias
+            yield
+        finally:
+            for parameter, bias in trained.items():
+                parameter.data = bias
 
 
 def add_adapters(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llmtune.adapters.config import method_of
-from llmtune.adapters.live import attach
+from llmtune.adapters.live import attach, keep_base_biases
 from llmtune.adapters.manifest import (
     CONFIG_NAME,
     COPY_AGAIN,
@@ -118,6 +118,7 @@ def load_adapter(
             adapted = attach(model, config)
     except ValueError as error:
         raise LlmtuneError(f"{directory}: does not fit this model: {error}") from error
+    keep_base_biases(adapted)
     _load_weights(adapted, directory)
     return adapted if trainable else adapted.eval()
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapters.bypassed import find_bypassed
+from llmtune.adapters.live import switched_off
 from llmtune.scoring.batches import inference, model_device, pad_rows, run_forward
 
 NUM_SEQUENCES = 2
@@ -183,7 +184,7 @@ def _compare(
     for call in made:
         expected = call.output.float()
         device = model_device(other)
-        with live.disable_adapter():
+        with switched_off(live):
             before = module(*call.args, **call.keywords).float()
         args = [_to(value, device) for value in call.args]
         keywords = {key: _to(value, device) for key, value in call.keywords.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from llmtune.adapters.live import refuse_rewritten_base
+from llmtune.adapters.live import refuse_rewritten_base, switched_off
 from llmtune.errors import LlmtuneError
 
 CPU_TOKEN_BUDGET = 2048
@@ -79,7 +79,7 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
             "the base arm needs a model with an adapter to switch off; this has none"
         )
     refuse_rewritten_base(model)
-    with model.disable_adapter():
+    with switched_off(model):
         yield
 
 

@@ -8,8 +8,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from llmtune.adapters.live import adapter_strength
+from llmtune.adapters.saved import load_adapter
 from llmtune.errors import LlmtuneError
 from llmtune.merging.merge import merge_adapter
+from llmtune.scoring.batches import adapter_disabled
 from tests.tiny import make_model
 
 IDS = torch.tensor([[5, 17, 200, 33, 4, 90]])
@@ -83,6 +85,23 @@ def test_an_adapter_that_cannot_be_weakened_is_refused(knobs, reason):
     model = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"], **knobs))
     with pytest.raises(LlmtuneError, match=reason), adapter_strength(model, 0.5):
         pass
+
+
+@pytest.mark.filterwarnings("error:Careful")
+def test_without_an_adapter_that_trained_biases_the_model_is_its_base(tmp_path):
+    made = get_peft_model(make_model("qwen2"), LoraConfig(target_modules=["q_proj"], bias="all"))
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    made.save_pretrained(str(tmp_path))
+    base = make_model("qwen2")
+    plain = logits_of(base)
+    model = load_adapter(base, tmp_path, base_fingerprint="any")
+    tuned = logits_of(model)
+    with adapter_disabled(model):
+        assert torch.equal(logits_of(model), plain)
+    assert torch.equal(logits_of(model), tuned)
+    assert not torch.allclose(tuned, plain, atol=0.1)
 
 
 def test_a_negative_strength_is_refused():
