@@ -5,7 +5,7 @@ At a strength other than 1 the model is base + strength * (adapted - base), unti
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from llmtune.adapters.config import method_of
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import blamed_on
 
+OWN_PARAMETERS = "llmtune_own_parameters"
+"""Attribute of a model: {parameter: the base's values}, where an adapter was loaded over them."""
 # peft reads a property that transformers renamed, and corrects fan_in_fan_out itself if
 # Linear and Conv1D are both targets.
-BASE_BIASES = "llmtune_base_biases"
-"""Attribute of a model: {parameter: what it held before an adapter's own bias took its place}."""
 UNWANTED = (
     (r".is_gradient_checkpointing. is deprecated", FutureWarning),
     (r"fan_in_fan_out is set to", UserWarning),
@@ -95,34 +95,33 @@ def adapter_strength(model: PeftModel, strength: float) -> Iterator[None]:
             put_back()
 
 
-def keep_base_biases(model: PeftModel) -> None:
-    """Remember the base's biases, before an adapter is loaded that trained them in their place."""
-    if any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values()):
-        named = model.named_parameters()
-        kept = {p: p.detach().clone() for name, p in named if name.rpartition(".")[2] == "bias"}
-        setattr(model, BASE_BIASES, kept)
+def keep_own(model: PeftModel, names: Iterable[str]) -> None:
+    """Remember the base's own parameters of these names, before an adapter is loaded over them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = {parameters[name]: parameters[name].detach().clone() for name in names}
+    setattr(model, OWN_PARAMETERS, own)
 
 
 @contextlib.contextmanager
 def switched_off(model: PeftModel) -> Iterator[None]:
-    """Switch the adapter off while the block runs, the biases that it trained too.
+    """Switch the adapter off while the block runs, with what was loaded in the base's place.
 
-    PEFT leaves those where they are, and the model would not be its base.
+    PEFT leaves trained biases and tables of embeddings where they are: that model is not the base.
     """
-    kept: dict[nn.Parameter, torch.Tensor] = getattr(model, BASE_BIASES, {})
-    trained = {parameter: parameter.data for parameter in kept}
+    kept: dict[nn.Parameter, torch.Tensor] = getattr(model, OWN_PARAMETERS, {})
+    loaded = {parameter: parameter.data for parameter in kept}
     with contextlib.ExitStack() as stack:
         if kept:
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
         stack.enter_context(model.disable_adapter())
         try:
-            for parameter, bias in kept.items():
-                parameter.data = bias
+            for parameter, own in kept.items():
+                parameter.data = own
             yield
         finally:
-            for parameter, bias in trained.items():
-                parameter.data = bias
+            for parameter, values in loaded.items():
+                parameter.data = values
 
 
 def add_adapters(

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llmtune.adapters.config import method_of
-from llmtune.adapters.live import attach, keep_base_biases
+from llmtune.adapters.live import attach, keep_own
 from llmtune.adapters.manifest import (
     CONFIG_NAME,
     COPY_AGAIN,
@@ -118,7 +118,6 @@ def load_adapter(
             adapted = attach(model, config)
     except ValueError as error:
         raise LlmtuneError(f"{directory}: does not fit this model: {error}") from error
-    keep_base_biases(adapted)
     _load_weights(adapted, directory)
     return adapted if trainable else adapted.eval()
 
@@ -155,6 +154,7 @@ def _load_weights(model: PeftModel, directory: Path) -> None:
     problems = _differences(_without_base_copies(saved, expected, model), expected)
     if problems:
         raise LlmtuneError(f"{path}: does not fit this model.\n" + "\n".join(problems))
+    keep_own(model, _overwritten(saved, model))
     result = set_peft_model_state_dict(model, saved)
     if result.unexpected_keys:
         raise LlmtuneError(
@@ -162,6 +162,17 @@ def _load_weights(model: PeftModel, directory: Path) -> None:
             f"find them again, such as {result.unexpected_keys[0]!r}; leave their modules out of "
             "target_modules"
         )
+
+
+def _overwritten(saved: Mapping[str, torch.Tensor], model: PeftModel) -> Iterator[str]:
+    """Yield the base's parameters that loading changes: trained biases, and differing tables."""
+    has_biases = any(getattr(each, "bias", "none") != "none" for each in model.peft_config.values())
+    for name, own in model.named_parameters(remove_duplicate=False):
+        is_bias = has_biases and name.endswith(".bias")
+        copy = saved.get(name) if BASE_COPY_MARK in name else None
+        is_changed = copy is not None and not torch.equal(copy.to(own.device, own.dtype), own)
+        if is_bias or is_changed:
+            yield name
 
 
 def _without_base_copies(

@@ -88,12 +88,15 @@ def test_an_adapter_that_cannot_be_weakened_is_refused(knobs, reason):
 
 
 @pytest.mark.filterwarnings("error:Careful")
-def test_without_an_adapter_that_trained_biases_the_model_is_its_base(tmp_path):
-    made = get_peft_model(make_model("qwen2"), LoraConfig(target_modules=["q_proj"], bias="all"))
-    for parameter in made.parameters():
-        if parameter.requires_grad:
+@pytest.mark.parametrize("kind", ["biases", "table"])
+def test_without_an_adapter_that_was_loaded_over_the_base_the_model_is_its_base(tmp_path, kind):
+    is_table = kind == "table"
+    knobs = {"target_modules": ["q_proj", "embed_tokens"]} if is_table else {"bias": "all"}
+    made = get_peft_model(make_model("qwen2"), LoraConfig(**{"target_modules": ["q_proj"]} | knobs))
+    for name, parameter in made.named_parameters():
+        if parameter.requires_grad or (is_table and "embed_tokens.base_layer" in name):
             parameter.data += 0.1
-    made.save_pretrained(str(tmp_path))
+    made.save_pretrained(str(tmp_path), save_embedding_layers=is_table)
     base = make_model("qwen2")
     plain = logits_of(base)
     model = load_adapter(base, tmp_path, base_fingerprint="any")
@@ -101,6 +104,7 @@ def test_without_an_adapter_that_trained_biases_the_model_is_its_base(tmp_path):
     with adapter_disabled(model):
         assert torch.equal(logits_of(model), plain)
     assert torch.equal(logits_of(model), tuned)
+    torch.testing.assert_close(tuned, logits_of(made.eval()))
     assert not torch.allclose(tuned, plain, atol=0.1)
 
 
