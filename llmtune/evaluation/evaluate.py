@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.cost import MeasureCost, cost_lines, tokens_per_second
 from llmtune.evaluation.diagnosis.base import Diagnosis, Diagnostic, Planned, write_diagnostic
@@ -16,15 +17,15 @@ from llmtune.evaluation.measures import ARM_MEASURES, LAST_MEASURES, Plan
 from llmtune.evaluation.results import arm_result_path, read_arm_result
 from llmtune.evaluation.session import NEEDS_ROWS, Evaluation, EvaluationRequest, Work
 from llmtune.evaluation.tasks.base import Suite
-from llmtune.io.fingerprint import hash_file, hash_json
-from llmtune.io.json_files import read_json
+from llmtune.io.fingerprint import hash_json
+from llmtune.io.kept_json import read_kept, write_kept
 from llmtune.io.manifest import EvaluateRecord
-from llmtune.io.run_dir import atomic_write_json
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.gguf import cache_dir
 from llmtune.models.hardware import release_memory
 from llmtune.models.live import LiveModel
 from llmtune.models.probing import is_out_of_memory
+from llmtune.models.template_date import template_date_of
 from llmtune.scoring.live import as_arm
 
 Load = Callable[[str], LiveModel]
@@ -155,7 +156,8 @@ def _measure(cost: MeasureCost, work: Sequence[Work]) -> MeasureCost:
 def take_base_answers(suites: tuple[Suite, ...], base: Checkpoint, load: Load) -> tuple[Suite, ...]:
     """Return the suites, those held to the base with its answers as references.
 
-    Answers are kept in the cache directory by the base's fingerprint, its template and the items.
+    Answers are kept in the cache directory by the base's fingerprint, its template with all that it
+    prints, and the items.
 
     Args:
         base: the checkpoint that the user gave.
@@ -163,7 +165,7 @@ def take_base_answers(suites: tuple[Suite, ...], base: Checkpoint, load: Load) -
             with its adapter off; both are given back here.
     """
     paths = {s.name: _kept_at(s, base) for s in suites if s.config.NEEDS_BASE_ANSWERS}
-    answers = {name: _read(path) for name, path in paths.items()}
+    answers = {name: read_kept(path) for name, path in paths.items()}
     left = [suite for suite in suites if suite.name in answers and answers[suite.name] is None]
     if left:
         live, is_kept = _load(load)
@@ -173,7 +175,7 @@ def take_base_answers(suites: tuple[Suite, ...], base: Checkpoint, load: Load) -
                 written = suite.config.write_answers(untouched, suite)
                 answers[suite.name] = written
                 if is_kept:
-                    atomic_write_json(paths[suite.name], written)
+                    write_kept(paths[suite.name], written)
         del live, untouched
         release_memory()
     return tuple(
@@ -194,22 +196,14 @@ def _load(load: Load) -> tuple[LiveModel, bool]:
 
 
 def _kept_at(suite: Suite, base: Checkpoint) -> Path:
-    template = base.template
+    tokenizer = base.tokenizer
     key = hash_json(
         [
             base.fingerprint,
-            hash_file(template.file) if template.file else None,
-            *template.arguments,
+            template_fingerprint(tokenizer).to_json(),
+            template_date_of(tokenizer),
             suite.config.model_dump(mode="json", exclude={"name", "description", "items", "role"}),
             suite.items_fingerprint,
         ]
     )
     return cache_dir() / "answers" / f"{key[:32]}.json"
-
-
-def _read(path: Path) -> list[str] | None:
-    try:
-        texts = read_json(path)
-    except LlmtuneError:
-        return None  # not written yet, or damaged: written again
-    return texts if isinstance(texts, list) else None

@@ -6,15 +6,20 @@ import json
 import pytest
 
 from llmtune import load_config, run
+from llmtune.evaluation.evaluate import take_base_answers
 from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.suite import load_suite
 from llmtune.evaluation.tasks.chat import ChatSuite
+from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.config import TemplateChoice
 from llmtune.reporting.suites import ArmScore, SuiteReport, Thresholds
 from llmtune.reporting.verdict.evidence import Evidence
 from llmtune.reporting.verdict.rules import decide
 from tests.conftest import write_jsonl
+from tests.evaluation.live import make_live
 from tests.project import make_project
 from tests.reporting.verdict.test_rules import prose, suite
+from tests.tiny import make_model
 
 FULL = {"answer_words": 42.7, "length_ratio": 1.0, "short_answers": 0.0}
 GONE = {"answer_words": 1.1, "length_ratio": 0.03, "short_answers": 0.8}
@@ -50,6 +55,31 @@ def test_answers_are_described_by_length_and_words_and_ends():
     assert found["ended_answers"] == pytest.approx(2 / 3)
 
 
+def test_the_bases_answers_are_kept_for_the_prompts_that_it_was_given(tmp_path):
+    make_model("llama", tmp_path / "base")
+    write_jsonl(tmp_path / "chat.jsonl", [{"id": "a", "prompt": "Hello?"}])
+    values = {"task": "chat", "items": "chat.jsonl", "max_new_tokens": 4}
+    (tmp_path / "chat.yaml").write_text(json.dumps(values))
+    asked = load_suite(tmp_path / "chat.yaml")
+    loaded = []
+
+    def answer(system, date):
+        base = Checkpoint.open(tmp_path / "base", template=TemplateChoice(system=system))
+        base = dataclasses.replace(base, template_date=date)
+
+        def load(_arm):
+            loaded.append(system)
+            return dataclasses.replace(make_live(make_model("llama"), base.tokenizer), source=base)
+
+        return take_base_answers((asked,), base, load)[0].items[0].references
+
+    plain = answer(None, "2030-01-01")
+    assert answer(None, "2030-01-02") == plain  # this template prints no date
+    answer("Be brief.", "2030-01-01")
+    answer("Be brief.", "2030-01-01")
+    assert loaded == [None, "Be brief."]
+
+
 def test_collapsed_answers_are_broken_though_the_loss_is_within_its_bound():
     target = suite(0.16, 0.03)
     assert decide(Evidence((target, chat(FULL)))).name == "SHIP"
@@ -83,7 +113,7 @@ def test_a_run_writes_the_bases_answers_once_and_scores_every_arm_on_them(tmp_pa
     ]
     run(load_config(path, overrides))
     (kept,) = (tmp_path / "cache" / "answers").glob("*.json")
-    answers = json.loads(kept.read_text())
+    answers = json.loads(kept.read_text())["kept"]
     assert len(answers) == 4
     values = json.loads((tmp_path / "run" / "report.json").read_text())
     found = values["suites"]["chat"]
