@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from llmtune.adapters.live import refuse_rewritten_base, switched_off
 from llmtune.errors import LlmtuneError
+from llmtune.models.decoder import rotary_switch
 
 CPU_TOKEN_BUDGET = 2048
 GPU_TOKEN_BUDGET = 16384
@@ -127,8 +128,17 @@ def model_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def length_switch(model: nn.Module) -> int | None:
+    """Return the tokens beyond which a row changes how those beside it are computed, or None."""
+    return rotary_switch(text_config(model))
+
+
 def batch_by_length(
-    lengths: Sequence[int], token_budget: int, *, max_rows: int | None = None
+    lengths: Sequence[int],
+    token_budget: int,
+    *,
+    max_rows: int | None = None,
+    switch: int | None = None,
 ) -> list[list[int]]:
     """Group indices into batches, longest first, with rows x longest <= `token_budget`.
 
@@ -137,6 +147,7 @@ def batch_by_length(
 
     A single row longer than the budget is a batch of its own. `max_rows` bounds what grows with
     the rows, whatever their length: the logits of the last positions, a shared prefix's cache.
+    Rows of more tokens than `switch` and others are kept apart (see `length_switch`).
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     costs, rows_of_last = [0], [0]
@@ -145,6 +156,11 @@ def batch_by_length(
         for rows in range(1, min(end, max_rows or end) + 1):
             tokens = rows * lengths[order[end - rows]]
             if rows > 1 and tokens > token_budget:
+                break
+            if (
+                switch is not None
+                and lengths[order[end - 1]] <= switch < lengths[order[end - rows]]
+            ):
                 break
             candidates.append((costs[end - rows] + tokens + token_budget // PASS_SHARE, rows))
         cost, rows = min(candidates)

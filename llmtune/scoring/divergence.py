@@ -14,6 +14,7 @@ from llmtune.scoring.batches import (
     batch_by_length,
     float32_head,
     inference,
+    length_switch,
     model_device,
     pad_rows,
     require_positions,
@@ -80,7 +81,8 @@ def measure_divergence(
     kl_sums, flips = np.zeros(shape), np.zeros(shape, dtype=np.int64)
     done = 0
     with inference(model), fused_inference(model), float32_head(model):
-        for indices in batch_by_length(lengths, rows_budget(model, token_budget)):
+        budget = rows_budget(model, token_budget)
+        for indices in batch_by_length(lengths, budget, switch=length_switch(model)):
             batch = pad_rows([sequences[i] for i in indices], model_device(model), left=False)
             mask = batch.attention_mask.bool()
             row_of = np.repeat(indices, mask.sum(1).cpu().numpy())

@@ -11,6 +11,7 @@ from llmtune.adapters.fused import fused_inference
 from llmtune.scoring.batches import (
     batch_by_length,
     evaluation_mode,
+    length_switch,
     position_limit,
     require_positions,
 )
@@ -175,7 +176,11 @@ class _Waiting:
         )
         lengths = [len(ids) - self._prefix.length for ids in prompts]
         max_rows = self._rows_for(self._prefix.length + max(lengths) + self._room)
-        self.batches = batch_by_length(lengths, token_budget, max_rows=max_rows)
+        self._switch = length_switch(model)
+        switch = None
+        if self._switch is not None:
+            switch = self._switch - self._room - self._prefix.length
+        self.batches = batch_by_length(lengths, token_budget, max_rows=max_rows, switch=switch)
 
     def open(self, batch: Sequence[int]) -> OpenRows:
         """Run a batch's prompts."""
@@ -192,7 +197,13 @@ class _Waiting:
         longest = max(len(self._prompts[place]) for place in batch)
         slots = max(rows.slots, longest) + self._room
         fits = len(rows.places) + len(batch) <= self._rows_for(slots)
-        return fits and can_join(rows.cache, slots)
+        is_alike = self._is_long(rows.places[0]) == self._is_long(batch[0])
+        return fits and is_alike and can_join(rows.cache, slots)
+
+    def _is_long(self, place: int) -> bool:
+        """Whether a prompt with its answer may pass the switch of rotary frequencies."""
+        longest = len(self._prompts[place]) + self._room
+        return self._switch is not None and longest > self._switch
 
     def _rows_for(self, slots: int) -> int:
         return rows_at_once(self._model, slots=slots, kept=1, token_budget=self._budget)

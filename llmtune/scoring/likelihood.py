@@ -15,6 +15,7 @@ from llmtune.scoring.batches import (
     float32_head,
     inference,
     is_plain_cache,
+    length_switch,
     model_device,
     pad_rows,
     require_positions,
@@ -122,7 +123,9 @@ class _Scoring:
             lengths = [len(ids) - prefix.length for ids in self._prompts]
             slots = prefix.length + max(lengths)
             max_rows = rows_at_once(model, slots=slots, kept=1, token_budget=budget)
-            for batch in batch_by_length(lengths, budget, max_rows=max_rows):
+            switch = length_switch(model)
+            switch = None if switch is None else switch - prefix.length
+            for batch in batch_by_length(lengths, budget, max_rows=max_rows, switch=switch):
                 with float32_head(model):
                     rows, results = self._score_batch(batch, prefix)
                 self._keep(rows, results)

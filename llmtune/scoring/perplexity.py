@@ -11,6 +11,7 @@ from llmtune.adapters.fused import fused_inference
 from llmtune.scoring.batches import (
     batch_by_length,
     inference,
+    length_switch,
     model_device,
     pad_rows,
     require_positions,
@@ -64,7 +65,8 @@ def score_texts(
     waiting = [sum(1 for i, _ in windows if i == index) for index in range(len(texts))]
     with inference(model), fused_inference(model):
         budget = rows_budget(model, token_budget)
-        for batch in batch_by_length([len(ids) for _, ids in windows], budget):
+        lengths = [len(ids) for _, ids in windows]
+        for batch in batch_by_length(lengths, budget, switch=length_switch(model)):
             losses = _window_losses(model, [windows[place][1] for place in batch])
             for place, loss in zip(batch, losses, strict=True):
                 sums[windows[place][0]] += loss

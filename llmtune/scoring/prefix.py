@@ -12,6 +12,7 @@ from llmtune.models.decoder import config_number
 from llmtune.scoring.batches import (
     attention_window,
     is_plain_cache,
+    length_switch,
     logits_positions,
     model_device,
     pad_rows,
@@ -60,8 +61,9 @@ def share_prefix(
     """Run what all prompts begin with; nothing is shared where it would not be exact or pay.
 
     That a long prefix cannot be shared is logged: then it runs again for every item. Models that
-    keep other state than keys and values (Mamba and its like) cannot, and attention through a
-    sliding window cannot where a prompt with its answer is longer than the window.
+    keep other state than keys and values (Mamba and its like) cannot, attention through a sliding
+    window cannot where a prompt with its answer is longer than the window, and rotary frequencies
+    that switch with the length cannot where the prefix is on the other side than a whole prompt.
 
     Args:
         longest_answer: tokens that follow a prompt at most.
@@ -70,6 +72,11 @@ def share_prefix(
     length = common_prefix(prompts)
     if len(prompts) < 2 or length < min_tokens:
         return NO_PREFIX
+    switch, longest = length_switch(model), max(map(len, prompts)) + longest_answer
+    if switch is not None and length <= switch < longest:
+        reason = f"its rotary frequencies are different from {switch} tokens on"
+        _say_not_shared(length, len(prompts), reason)
+        return NO_PREFIX
     shared = pad_rows([prompts[0][:length]], model_device(model), left=True)
     cache = run_forward(model, shared, logits_to_keep=1, keep_cache=True).cache
     if not is_plain_cache(cache):
@@ -77,7 +84,7 @@ def share_prefix(
         return NO_PREFIX
     # Padding is between the prefix and the rest, so a window would cut the prefix too early.
     window = attention_window(cache)
-    if window is not None and max(map(len, prompts)) + longest_answer > window:
+    if window is not None and longest > window:
         _say_not_shared(length, len(prompts), f"its attention sees only {window} tokens back")
         return NO_PREFIX
     return SharedPrefix(length, cache)

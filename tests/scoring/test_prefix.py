@@ -130,3 +130,26 @@ def test_a_model_without_a_cache_still_writes_its_greedy_text(requests, tokenize
             with torch.no_grad():
                 assert int(model(torch.tensor([ids])).logits[0, -1].argmax()) == token
             ids.append(token)
+
+
+def test_rows_on_both_sides_of_a_rotary_switch_are_scored_and_written_as_alone(tokenizer):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = make_model("phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    source = random.Random(5)
+
+    def draw(count):
+        return tuple(source.randrange(4, 512) for _ in range(count))
+
+    start = draw(45)
+    rows = [ContinuationRequest(start + draw(count), (draw(1), draw(2))) for count in (5, 9, 40)]
+    together = score_continuations(model, rows, token_budget=4000)
+    alone = [score_continuations(model, [row], token_budget=4000)[0] for row in rows]
+    for scores, expected in zip(together, alone, strict=True):
+        for one, other in zip(scores, expected, strict=True):
+            assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)
+    prompts = [row.prompt_ids for row in rows]
+    written = generate_texts(model, tokenizer, prompts, Decoding(5, ()), token_budget=4000)
+    for prompt, text in zip(prompts, written, strict=True):
+        (apart,) = generate_texts(model, tokenizer, [prompt], Decoding(5, ()), token_budget=4000)
+        assert text.token_ids == apart.token_ids
