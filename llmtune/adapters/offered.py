@@ -93,7 +93,7 @@ def _excluded(
 
 
 def _why_not_linear(module: nn.Module, num_out: int, num_in: int) -> str | None:
-    """Say why a layer is none that an adapter's output can be added to; None if it can.
+    """Say why an adapter's output cannot be added to a layer's; None if it can.
 
     Only subclasses of a family's own are tried: routers that return several tensors, layers that
     multiply group by group.

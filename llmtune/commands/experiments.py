@@ -68,8 +68,8 @@ def sweep(
 
     TARGET is a config, or a run. Each KEY=A,B makes a run for every value, in a folder of its own
     below run_dir; KEY=A holds for all. Half of the target suite's items choose the winner and the
-    others judge it. A run that fails is named and the rest continue; the same command goes on with
-    what is missing.
+    others judge it. A run that fails is named and the rest continue; the same command continues
+    with what is missing.
 
     \b
       llmtune sweep mine.yaml train.learning_rate=1e-4,3e-4 adapter.rank=8,16

@@ -134,8 +134,8 @@ def read_arm_result(path: Path) -> ArmResult:
     """Read a result that `save_arm_result` wrote.
 
     Raises:
-        LlmtuneError: the file is missing, is not JSON, lacks a key, has no items, or a number of it
-            is none.
+        LlmtuneError: the file is missing, is not JSON, lacks a key, has no items, or one of its
+            numbers is not a number.
     """
     if not path.exists():
         raise LlmtuneError(f"{path}: no such result; run `llmtune eval` first")
@@ -153,7 +153,7 @@ def read_items(path: Path, values: object) -> tuple[ItemScore, ...]:
     """Return the items' scores that a file holds.
 
     Raises:
-        LlmtuneError: there are none, one lacks a key, or a number of it is none.
+        LlmtuneError: there are none, one lacks a key, or one of its numbers is not a number.
     """
     if not isinstance(values, list) or not values:
         raise LlmtuneError(f"{path}: holds no items; {AGAIN}")

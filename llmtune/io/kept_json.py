@@ -19,9 +19,9 @@ def read_kept(path: Path) -> Any | None:
     """Return what `write_kept` wrote, and count the file as used; None if it is gone or damaged."""
     try:
         found = read_json(path)
-    except LlmtuneError:
-        return None
-    if not isinstance(found, dict) or found.get("seal") != hash_json(found.get("kept")):
+        if not isinstance(found, dict) or found.get("seal") != hash_json(found.get("kept")):
+            return None
+    except (LlmtuneError, ValueError):  # not there, not JSON, or with a number that JSON has not
         return None
     with suppress(OSError):  # of a different user, or on a read-only disk
         os.utime(path)

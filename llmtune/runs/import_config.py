@@ -111,7 +111,7 @@ def import_config(path: Path) -> Imported:
     """Read a config of axolotl, LLaMA-Factory or TRL.
 
     Raises:
-        LlmtuneError: it is a config of something else, or of a training that there is none of here.
+        LlmtuneError: it is a config of something else, or of a training that llmtune does not do.
     """
     given = read_yaml(path).values
     tool = recognize_tool(given)

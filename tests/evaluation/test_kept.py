@@ -97,7 +97,7 @@ def test_the_date_counts_only_where_the_template_prints_it(suite):
     assert kept.find_kept(dated, plan) is None
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": 1}', "one number"])
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": 1}', '{"kept": NaN}', "one number"])
 def test_a_damaged_file_is_measured_again(suite, damage):
     plan = ArmPlan("base", suite)
     measured = score_plan(LIVE, plan)

@@ -26,7 +26,7 @@ LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the fused experts' weights, [expert, out, in]; kernels of convolutions are none."""
+    """Yield the fused experts' weights, [expert, out, in]; not kernels of convolutions."""
     for prefix, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
