@@ -1,6 +1,5 @@
 """chat and predict: what a model says."""
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from llmtune.commands.options import (
     with_output_options,
 )
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import parse_json
 
 
 class _Temperature(click.FloatRange):
@@ -212,7 +212,7 @@ def _read_labels(text: str | None) -> tuple[str, ...]:
         return ()
     if text.lstrip().startswith("["):
         try:
-            labels = json.loads(text)
+            labels = parse_json(text)
         except ValueError as error:
             raise LlmtuneError(f"--choices {text}: not a JSON list: {error}") from None
         if not all(isinstance(label, str) for label in labels):

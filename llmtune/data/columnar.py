@@ -1,13 +1,13 @@
 """Reading Parquet and Arrow files a few rows at a time."""
 
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from llmtune.data.problems import Parsed
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import parse_json
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 1 << 24
@@ -105,7 +105,7 @@ def read_class_names(path: Path, column: str) -> tuple[str, ...]:
                 metadata = reader.schema.metadata
         else:
             return ()
-        feature = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]
+        feature = parse_json((metadata or {})[b"huggingface"])["info"]["features"][column]
         return tuple(map(str, feature["names"]))
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError):
         return ()

@@ -15,6 +15,7 @@ from llmtune.config import RunConfig, load_config
 from llmtune.data.formats.base import LABELS, Row
 from llmtune.data.init_job import JobName
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import parse_json
 from llmtune.io.listening import Heard, hearing
 from llmtune.io.run_dir import atomic_write_text
 from llmtune.models.gguf import cache_dir
@@ -245,7 +246,7 @@ def predict(
             ANSWER,
         )
         run_predict(resolved, settings)
-        lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        lines = [parse_json(line) for line in out.read_text(encoding="utf-8").splitlines()]
     text, stopped, skipped = settings.columns
     return Predictions(
         Prediction(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.json_files import parse_json
 from llmtune.serving.listening import ServeSettings, announce, bind_socket, read_api_key
 from llmtune.serving.start_check import Asked, Known, KnownQuestion, check_answers
 
@@ -137,7 +138,8 @@ def _ask(url: str, key: str | None, name: str, question: KnownQuestion) -> str:
     }
     try:
         with _open(f"{url}/v1/chat/completions", key, json.dumps(body).encode()) as answer:
-            return str(json.load(answer)["choices"][0]["message"]["content"] or "")
+            found = parse_json(answer.read())
+            return str(found["choices"][0]["message"]["content"] or "")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise LlmtuneError(f"{url}: the first question was not answered: {error}") from None
 

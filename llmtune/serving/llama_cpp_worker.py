@@ -1,12 +1,12 @@
 """The process in which llama.cpp serves one file, until its input ends or it is terminated."""
 
-import json
 import os
 import sys
 from typing import Any
 
 import xllamacpp
 
+from llmtune.io.json_files import parse_json
 from llmtune.serving.llama_cpp import KEY_VARIABLE
 
 ERRORS_ONLY = 1
@@ -38,7 +38,7 @@ def start_server(question: dict[str, Any], port: int, key: str | None) -> xllama
 
 def main(question: str, port: str) -> None:
     """Serve until whoever started this process ends."""
-    server = start_server(json.loads(question), int(port), os.environ.get(KEY_VARIABLE))
+    server = start_server(parse_json(question), int(port), os.environ.get(KEY_VARIABLE))
     sys.stdin.buffer.read()
     del server
 

@@ -147,7 +147,8 @@ def test_all_wrong_keys_are_told_at_once(tmp_path):
 
 def test_an_unknown_task_lists_the_tasks(tmp_path):
     text = CHOICE.replace("task: choice", "task: ranking")
-    assert "choice, exact, perplexity, not 'ranking'" in message_of(write_suite(tmp_path, text))
+    message = message_of(write_suite(tmp_path, text))
+    assert "choice, reply, exact, perplexity, not 'ranking'" in message
 
 
 def test_yes_and_no_are_words(tmp_path):
