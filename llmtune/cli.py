@@ -34,8 +34,10 @@ from llmtune.version import __version__
 EXIT_BUG = 70
 
 OS_ADVICE = {
-    errno.ENOSPC: "; free some space, and the same command continues from what is saved",
-    errno.EDQUOT: "; free some space, and the same command continues from what is saved",
+    errno.ENOSPC: "; free some space, and give the same command again",
+    errno.EDQUOT: "; free some space, and give the same command again",
+    errno.EFBIG: "; it passes the largest size of a file here (ulimit -f): raise it, or choose a "
+    "different disk",
     errno.EACCES: "; choose a place you may write to, or change its permissions",
     errno.EROFS: "; choose a place that can be written to",
 }

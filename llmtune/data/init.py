@@ -16,7 +16,7 @@ from llmtune.data.files import FIRST_SPLIT, list_splits
 from llmtune.data.formats import FORMATS
 from llmtune.data.hub import is_hub_id
 from llmtune.data.init_guess import explain, find_label_names, guess_source, open_file
-from llmtune.data.init_job import Job, JobName, JobSurvey, have_own_instruction
+from llmtune.data.init_job import JOBS, Job, JobName, JobSurvey, have_own_instruction
 from llmtune.data.init_suite import CHARACTERS_PER_TOKEN, NoSuite, SuiteDraft, SuiteRows
 from llmtune.data.masks import LabelledRow, Labeller
 from llmtune.data.problems import RowProblem
@@ -169,6 +169,17 @@ class Asked:
     """Names of whole-number labels."""
     test: str | None = None
     """A file of rows for the suite."""
+
+    def __post_init__(self) -> None:
+        """Refuse a task that nobody knows.
+
+        Raises:
+            LlmtuneError: with the names of those that are.
+        """
+        if self.task is not None and self.task not in JOBS:
+            raise LlmtuneError(
+                f"task {self.task!r} is not known; expected one of {', '.join(JOBS)}"
+            )
 
 
 def describe_data(

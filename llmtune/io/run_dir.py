@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,17 +107,42 @@ class RunDir:
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Write `text` to `path` whole or not at all: a temporary file beside it, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    atomic_write_texts({path: text})
+
+
+def atomic_write_texts(texts: Mapping[Path, str]) -> None:
+    """Write files that belong together; if one of them cannot be written, none appears.
+
+    Raises:
+        OSError: with the name of the file that could not be written.
+    """
+    temporaries: dict[Path, Path] = {}
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for path, text in texts.items():
+            with _blaming(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+                temporaries[path] = Path(name)
+                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporaries[path].chmod(0o644)
+        for path, temporary in temporaries.items():
+            with _blaming(path):
+                temporary.replace(path)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Name the file that was asked for: the system names the temporary one, or none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -153,6 +153,10 @@ def tune(  # noqa: PLR0913 (one argument a choice)
     from llmtune.runs.rows import draft_config
 
     base = _require_name(model)
+    _require("run_dir", run_dir, isinstance(run_dir, str | Path), "a path")
+    _require("settings", settings, isinstance(settings or {}, Mapping), "a dict of config keys")
+    for name, hearer in (("on_step", on_step), ("on_eval", on_eval)):
+        _require(name, hearer, hearer is None or callable(hearer), "a function")
     path = _as_file(rows)
     names = tuple(labels) or _class_names(rows, columns)
     asked = Asked(
@@ -272,6 +276,13 @@ def _require_name(model: Any) -> str:
         "What is merged and checked is the checkpoint on disk, which a loaded model may "
         f"differ from: give {name!r}, or save it with save_pretrained and give that directory"
     )
+
+
+def _require(name: str, value: Any, is_right: bool, expected: str) -> None:
+    """Refuse an argument of the wrong kind before anything is written."""
+    if not is_right:
+        verb = "are" if name.endswith("s") else "is"
+        raise LlmtuneError(f"{name} {verb} a {type(value).__name__}; expected {expected}")
 
 
 def _as_file(rows: Any) -> str:

@@ -21,7 +21,7 @@ from llmtune.evaluation.lengths import find_unfit_items
 from llmtune.evaluation.results import is_suite_name
 from llmtune.evaluation.suite import load_suite, load_suites, render_suite
 from llmtune.io.fingerprint import JsonObject
-from llmtune.io.run_dir import atomic_write_text
+from llmtune.io.run_dir import atomic_write_texts
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.resolve import resolve_base
@@ -117,8 +117,7 @@ def draft_config(
     written = str(suite) if suite else None
     training = _first_training(found, model, quantize=quantize)
     files[out] = render_config(found, base=base, suite=written, training=training)
-    for path, text in files.items():
-        atomic_write_text(path, text)
+    atomic_write_texts(files)
     return Draft(found, out, suite, training)
 
 
@@ -215,8 +214,7 @@ def draft_eval_suite(
     name = out.stem if is_suite_name(out.stem) else "task"
     text = render_suite(suite, name=name, items_name=items.name, source=data, is_held_out=False)
     _refuse_existing([items, out], force=force)
-    atomic_write_text(items, render_items(suite))
-    atomic_write_text(out, text)
+    atomic_write_texts({items: render_items(suite), out: text})
     return EvalDraft(out, load_suite(out).task, len(suite.items), job)
 
 

@@ -34,6 +34,11 @@ log = logging.getLogger("llmtune")
 TABLES = {".csv": ",", ".tsv": "\t"}
 """Outputs that are tables, and what separates their columns; any other is JSONL."""
 
+NOT_WRITTEN = frozenset(
+    {".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".feather", ".yaml", ".yml", ".gz", ".zip"}
+)
+"""Ends of names that promise a format that is not written here."""
+
 
 @dataclass(frozen=True)
 class PredictSettings:
@@ -160,6 +165,10 @@ def _predict(rows: Sequence[PromptRow], answerer: Answerer, settings: PredictSet
 def _check_places(rows: Sequence[PromptRow], settings: PredictSettings) -> None:
     """Refuse to replace a file, or a column of the input."""
     out, path = settings.output_path, settings.input_path
+    if out.suffix.lower() in NOT_WRITTEN:
+        raise LlmtuneError(
+            f"{out}: {out.suffix} files are not written; end its name in .jsonl, .csv or .tsv"
+        )
     if out.exists():
         raise LlmtuneError(f"{out}: exists already; remove it or choose a different output")
     if not out.absolute().parent.is_dir():

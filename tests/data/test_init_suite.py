@@ -1,6 +1,8 @@
 """`init` drafts a suite over rows that are not trained on, so that a run ends with a verdict."""
 
+import errno
 import json
+import os
 from typing import Any
 
 import pytest
@@ -162,6 +164,23 @@ def test_nothing_is_written_where_one_of_the_files_exists(tmp_path, capsys):
     assert run_command(["init", path, "--out", str(tmp_path / "mine.yaml")]) == 2
     assert "mine_suite.yaml: exists already" in capsys.readouterr().err
     assert not (tmp_path / "mine.yaml").exists() and not (tmp_path / "mine_items.jsonl").exists()
+
+
+def test_a_disk_that_runs_full_at_the_last_file_leaves_none(tmp_path, capsys, monkeypatch):
+    path = write_jsonl(tmp_path / "rows.jsonl", tickets(200))
+    flushes = iter(range(3))
+
+    def fill_up(descriptor: int) -> None:
+        if next(flushes) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fill_up)
+    before = sorted(tmp_path.iterdir())
+    assert run_command(["init", path, "--out", str(tmp_path / "mine.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'mine.yaml'}: No space left" in " ".join(said.split())
+    assert "give the same command again" in " ".join(said.split())
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_from_one_file_of_rows_a_run_ends_with_a_verdict(tmp_path, capsys, monkeypatch):

@@ -121,6 +121,10 @@ def test_a_metric_is_a_function_that_has_a_name(base, tmp_path, monkeypatch):
         ({"rows": [1]}, "row 1 is a int"),
         ({"rows": []}, "no rows"),
         ({"model": types.SimpleNamespace(), "rows": ROWS}, "loaded already"),
+        ({"rows": ROWS, "task": "foo"}, "task 'foo' is not known; expected one of classify"),
+        ({"rows": ROWS, "settings": ["adapter.rank=4"]}, "settings are a list; expected a dict"),
+        ({"rows": ROWS, "run_dir": None}, "run_dir is a NoneType; expected a path"),
+        ({"rows": ROWS, "on_step": 3}, "on_step is a int; expected a function"),
     ],
 )
 def test_what_cannot_be_taken_is_named(given, words, base):

@@ -189,6 +189,13 @@ def test_answers_are_continued_after_an_interruption(base, tmp_path, monkeypatch
     assert ask(base, tmp_path, ROWS)[0] == 2  # the output is there
 
 
+def test_a_name_that_promises_a_workbook_gets_no_json_lines(base, tmp_path, capsys):
+    assert ask(base, tmp_path, ROWS[:1], out="labels.xlsx") == (2, None)
+    assert "labels.xlsx: .xlsx files are not written; end" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_columns_of_the_input_are_kept_whatever_they_hold(base, tmp_path, capsys):
     rows = [{"prompt": "fine", "note": "scraped \ud83d", "answer": "gold"}]
     code, made = ask(base, tmp_path, rows)
