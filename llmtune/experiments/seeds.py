@@ -34,7 +34,7 @@ from llmtune.reporting.suites import SuiteReport
 from llmtune.reporting.verdict.caveats import find_caveats, find_training_caveats
 from llmtune.reporting.verdict.rules import decide
 from llmtune.runs import pipeline
-from llmtune.runs.ledger import differences
+from llmtune.runs.ledger import differences, refuse_foreign_place
 from llmtune.runs.stage import deciding_knobs_of
 
 log = logging.getLogger("llmtune")
@@ -86,6 +86,7 @@ def run_seeds(config: RunConfig, seeds: Sequence[int], *, force: bool = False) -
     place = config.run_dir
     if config.run.manifest_path.is_file():
         raise LlmtuneError(f"{place}: holds a single run; choose another run_dir for several seeds")
+    refuse_foreign_place(place, {f"seed-{seed}" for seed in seeds})
     runs: list[RunDir] = []
     for number, seed in enumerate(seeds, start=1):
         one = config.model_copy(

@@ -35,7 +35,7 @@ from llmtune.reporting.run_results import (
     restrict,
 )
 from llmtune.runs import pipeline
-from llmtune.runs.ledger import differences
+from llmtune.runs.ledger import differences, refuse_foreign_place
 from llmtune.runs.listing import summarize_run
 from llmtune.runs.stage import deciding_knobs_of
 from llmtune.runs.targets import require_run
@@ -154,6 +154,7 @@ def plan_sweep(target: str, arguments: Sequence[str]) -> list[Point]:
         raise LlmtuneError("\n".join(problems))
     if len({point.name for point in points}) < len(points):
         raise LlmtuneError("a value is there twice; give each value of a key once")
+    refuse_foreign_place(place, {point.name for point in points})
     return points
 
 

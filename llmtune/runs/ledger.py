@@ -5,7 +5,7 @@ import fcntl
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.environment import peak_memory_bytes
 from llmtune.io.fingerprint import JsonObject, hash_json
 from llmtune.io.manifest import BaseRecord, Manifest, StageRecord, read_manifest
-from llmtune.io.run_dir import RunDir
+from llmtune.io.run_dir import SEEDS_FILE, SWEEP_FILE, RunDir
 
 log = logging.getLogger("llmtune")
 
@@ -188,6 +188,23 @@ def _refuse_foreign(run: RunDir) -> None:
             raise LlmtuneError(
                 f"{run.path}: holds {found[0]!r} and no manifest.json, so it is not a run; "
                 "choose another run_dir"
+            )
+
+
+def refuse_foreign_place(place: Path, names: Collection[str]) -> None:
+    """Refuse to make the runs `names` in a directory that holds files of someone else.
+
+    Raises:
+        LlmtuneError: with the first of them.
+    """
+    ours = ("manifest.json", SWEEP_FILE, SEEDS_FILE)
+    if not place.is_dir() or any((place / file).exists() for file in ours):
+        return
+    for child in sorted(place.iterdir()):
+        is_run = child.name in names or (child / "manifest.json").exists()
+        if not is_run and not child.name.startswith("."):
+            raise LlmtuneError(
+                f"{place}: holds {child.name!r}, which is not a run; choose another run_dir"
             )
 
 

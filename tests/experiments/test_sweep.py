@@ -100,3 +100,12 @@ def test_a_grid_is_run_ranked_and_continued(project, capsys, monkeypatch):
 def test_a_grid_that_is_wrong_starts_no_run(project, capsys, grid, words):
     assert run_command(["sweep", str(project), *grid, f"run_dir={project.parent / 'none'}"]) == 2
     assert words in capsys.readouterr().err and not (project.parent / "none").exists()
+
+
+@pytest.mark.parametrize("command", [["sweep", "adapter.rank=4,8"], ["run", "--seeds", "3"]])
+def test_several_runs_are_not_made_among_files_of_others(project, capsys, tmp_path, command):
+    (tmp_path / "notes.txt").write_text("mine")
+    name, *options = command
+    assert run_command([name, str(project), *options, f"run_dir={tmp_path}"]) == 2
+    assert "holds 'notes.txt', which is not a run" in " ".join(capsys.readouterr().err.split())
+    assert [child.name for child in tmp_path.iterdir()] == ["notes.txt"]
