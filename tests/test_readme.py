@@ -1,6 +1,5 @@
 """Every command and the script in the README are run, in a directory laid out like a clone."""
 
-import io
 import json
 import os
 import re
@@ -69,17 +68,7 @@ def test_the_scripts_exist_can_be_run_and_parse(script):
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
-class _Kept(io.StringIO):
-    """What commands print; a library that closes the output does not close pytest's own."""
-
-    def close(self) -> None:
-        pass
-
-
-def test_every_command_of_the_readme_works(clone, monkeypatch):
-    output, errors = _Kept(), _Kept()
-    monkeypatch.setattr("sys.stdout", output)
-    monkeypatch.setattr("sys.stderr", errors)
+def test_every_command_of_the_readme_works(clone, monkeypatch, capsys):
     monkeypatch.chdir(clone)
     monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: SIM115, PTH123 (chat ends at once)
     monkeypatch.setattr("llmtune.serving.http_server.Server.take_requests", lambda *_: None)
@@ -91,7 +80,7 @@ def test_every_command_of_the_readme_works(clone, monkeypatch):
         if arguments == ["run", "mine.yaml"]:
             arguments.append("train.max_steps=8")  # init asks for enough steps to learn
         code = run_command(arguments)
-        assert code == 0, f"{command}\n{errors.getvalue()[-4000:]}"
+        assert code == 0, f"{command}\n{capsys.readouterr().err}"
     mine = json.loads((clone / "runs" / "train" / "report.json").read_text())
     assert mine["suites"]["mine"]["n"] >= 20, "init's suite asks the task of held-out rows"
 

@@ -320,6 +320,8 @@ class Server(uvicorn.Server):
         self.worker = Worker(models, settings.max_waiting)
         config = uvicorn.Config(
             Api(self.worker, settings).app(),
+            # Its own config of logging would close the handlers of everyone in this process.
+            log_config=None,
             log_level="warning",
             access_log=False,
             lifespan="off",

@@ -2,7 +2,9 @@
 
 import csv
 import importlib.util
+import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -265,6 +267,18 @@ def test_one_request_at_a_time_a_short_queue_and_a_client_that_leaves(running, c
         assert len(written) == left, "nothing is written for the one who left"
     finally:
         running.models.answer = plain
+
+
+def test_a_server_leaves_the_logging_of_the_process_alone(running):
+    """absl, for one, closes the output that it was imported with when its handler is closed."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.close = stream.close
+    try:
+        Server(running.models, HttpSettings("127.0.0.1"))
+        assert not stream.closed
+    finally:
+        del handler.close
 
 
 def test_a_key_is_asked_for_and_ctrl_c_ends_what_is_written(run_dir):
