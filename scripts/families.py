@@ -17,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,6 +71,15 @@ NAMED = {
     "Mamba 2": ["mamba2"],
 }
 """What people tune, by the name it is known by, and its rows here."""
+HISTORY = (
+    "The rows were filled over several versions of the code, while faults that they showed were "
+    "mended, so a row may describe an older version than the one you have."
+)
+"""Of the results that the page was made of; to be taken out when a new file of them tries all."""
+AGAIN = (
+    "To try a few again, or all of them from the start (about an hour; a results file that is "
+    "already there is continued, not repeated):"
+)
 
 
 def main() -> int:
@@ -108,8 +117,7 @@ def family_names() -> list[str]:
 def page_lines(trials: Sequence[Trial]) -> list[str]:
     """Return the page in Markdown: the families by name, all others, and what is refused."""
     models = {trial.family: trial for trial in trials if trial.outcome != NO_MODEL}
-    counts = Counter(trial.outcome for trial in models.values())
-    told = counts[WORKS] + counts[REFUSED]
+    untried = sorted(set(family_names()) - {trial.family for trial in trials})
     lines = [
         "# Model families",
         "",
@@ -124,11 +132,18 @@ def page_lines(trials: Sequence[Trial]) -> list[str]:
         "stock PEFT (KL divergence in float32);",
         "- **bf16**, **nf4**: trained in bfloat16 and over a 4-bit base; that one is merged too.",
         "",
-        "`works` is all of it. `refused` is one line that says why, before training. The models "
-        "are tiny: nothing here says how well a family learns.",
+        "`works` means all of these, unless the row names the stages that were tried. `refused` is "
+        "one line that says why, before training. The models are tiny: nothing here says how well "
+        "a family learns.",
         "",
-        f"{len(models)} families: {counts[WORKS]} work, {counts[REFUSED]} are refused, "
-        f"{counts[FAULT]} have a fault ({told / max(len(models), 1):.1%} work or say no).",
+        f"{HISTORY} {_coverage(models.values(), untried)}{AGAIN}",
+        "",
+        "```",
+        "python scripts/families.py --only llama,qwen3",
+        "python scripts/families.py --results families.jsonl --write",
+        "```",
+        "",
+        _counts(models.values()),
         "",
         "## What people tune",
         "",
@@ -147,16 +162,40 @@ def page_lines(trials: Sequence[Trial]) -> list[str]:
     absent = sorted(trial.family for trial in trials if trial.outcome == NO_MODEL)
     if absent:
         lines += ["", f"No tiny model could be made of: {', '.join(absent)}."]
-    untried = sorted(set(family_names()) - {trial.family for trial in trials})
     if untried:
         lines += ["", f"Not tried yet: {', '.join(untried)}."]
     return lines
 
 
+def _counts(trials: Collection[Trial]) -> str:
+    counts = Counter(trial.outcome for trial in trials)
+    works, refused, faults = (counts[one] for one in (WORKS, REFUSED, FAULT))
+    few = sum(map(_is_partial, trials))
+    return (
+        f"{len(trials)} families were tried: {works} {'works' if works == 1 else 'work'} "
+        f"({works - few} in every stage, {few} in those named), {refused} "
+        f"{'is' if refused == 1 else 'are'} refused, and {faults} "
+        f"{'has' if faults == 1 else 'have'} a fault."
+    )
+
+
+def _coverage(trials: Iterable[Trial], untried: Sequence[str]) -> str:
+    """Say how many were tried in a few stages, and whether some were not at all."""
+    few = sum(map(_is_partial, trials))
+    parts = [f"{few} of them were tried only in the stages that they name"] if few else []
+    parts += ["the families at the end of the page not at all"] if few and untried else []
+    return f"{', and '.join(parts)}. " if parts else ""
+
+
+def _is_partial(trial: Trial) -> bool:
+    """Whether it works, as far as it was tried."""
+    return trial.outcome == WORKS and len(trial.stages) < len(STAGES)
+
+
 def _outcome(trial: Trial) -> str:
     if trial.outcome == WORKS:
         few = ", ".join(trial.stages)
-        return WORKS if len(trial.stages) == len(STAGES) else f"{WORKS}: {few} alone were tried"
+        return f"{WORKS}: {few} alone were tried" if _is_partial(trial) else WORKS
     return f"{trial.outcome} ({list(trial.stages)[-1]})"
 
 

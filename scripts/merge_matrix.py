@@ -17,7 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,6 +45,17 @@ PLACE = re.compile(r"/tmp/[^\s:;,)]+")
 LEFT = re.compile(r"; (nothing was left|the earlier model) .*$|; nothing$")
 MOST_NAMED = 12
 MARKS = {RIGHT: "yes", REFUSED: "refused", BLOCKED: "check", ABSENT: "-"}
+COUNTED = {RIGHT: "right (`yes`)", ABSENT: "that do not exist (`-`)"}
+HISTORY = (
+    "The cells were filled over several versions of the code, while faults that they showed were "
+    'mended, so a cell may describe an older version than the one you have: a case under "What the '
+    'check refuses" may now be refused before training.'
+)
+"""Of the results that the page was made of; to be taken out when a new file of them tries all."""
+AGAIN = (
+    "To try a few again, or all of them from the start (about an hour; a results file that is "
+    "already there is continued, not repeated):"
+)
 
 
 def main() -> int:
@@ -90,11 +101,20 @@ def page_lines(cells: Sequence[Cell], columns: Sequence[str]) -> list[str]:
         "adapter's effect. `refused`: one line says why, and nothing is written. `check`: the "
         "merged model was written, compared with the live one, found to differ, and removed. `-`: "
         "the architecture has no such part, or peft cannot put such an adapter on it. Empty: not "
-        "tried yet. A result that is kept is not tried again when llmtune changes; a new file of "
-        "`--results` tries all.",
+        "tried yet.",
         "",
-        f"{len(rows)} architectures: "
-        + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()),
+        f"{HISTORY} {_coverage(rows, columns)}{AGAIN}",
+        "",
+        "```",
+        "python scripts/merge_matrix.py --only llama,qwen3 --adapters lora,dora",
+        "python scripts/merge_matrix.py --results merge.jsonl --write",
+        "```",
+        "",
+        f"{len(rows)} architectures, {len(models):,} of {len(rows) * len(columns):,} cells: "
+        + ", ".join(
+            f"{count:,} {COUNTED.get(outcome, outcome)}" for outcome, count in counts.most_common()
+        )
+        + ".",
         "",
         "| | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -108,6 +128,17 @@ def page_lines(cells: Sequence[Cell], columns: Sequence[str]) -> list[str]:
     if absent:
         lines += ["", f"No tiny model could be made of: {', '.join(absent)}."]
     return lines
+
+
+def _coverage(rows: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> str:
+    """Say how many architectures were tried with all adapters, if some were not."""
+    few = [len(marks) for marks in rows.values() if len(marks) < len(columns)]
+    if not few:
+        return ""
+    return (
+        f"{len(rows) - len(few)} architectures were tried with all {len(columns)} kinds of "
+        f"adapters, the other {len(few)} with {min(few)} to {max(few)} of them. "
+    )
 
 
 def _details(title: str, cells: Iterable[Cell]) -> list[str]:

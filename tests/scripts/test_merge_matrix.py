@@ -8,8 +8,9 @@ import pytest
 SCRIPTS_DIR = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS_DIR))
 
+import merge_matrix  # noqa: E402
 from merge_cells.adapters import ADAPTERS  # noqa: E402
-from merge_cells.cell import REFUSED, RIGHT, try_architecture  # noqa: E402
+from merge_cells.cell import REFUSED, RIGHT, Cell, try_architecture  # noqa: E402
 
 CELLS = {
     ("qwen3_5+published", "lora"): RIGHT,  # model.language_model.*
@@ -30,3 +31,25 @@ def test_a_cell_is_right_or_refused_in_one_line(tmp_path, architecture, adapter)
     assert adapter in ADAPTERS
     (cell,) = try_architecture(architecture, (adapter,), tmp_path)
     assert cell.outcome == CELLS[architecture, adapter], cell.detail
+
+
+def test_the_committed_page_is_what_the_script_writes_of_its_table():
+    page = merge_matrix.PAGE.read_text(encoding="utf-8").splitlines()
+    outcomes = {mark: outcome for outcome, mark in merge_matrix.MARKS.items()}
+    header, _, *rows = (
+        [one.strip() for one in line.split("|")[1:-1]] for line in page if line.startswith("|")
+    )
+    columns = header[1:]
+    cells = [
+        Cell(architecture, adapter, outcomes[mark])
+        for architecture, *marks in rows
+        for adapter, mark in zip(columns, marks, strict=True)
+        if mark
+    ]
+    assert columns == list(ADAPTERS)
+    page, written = (
+        [line for line in lines if "transformers " not in line]  # its version, and peft's
+        for lines in (page, merge_matrix.page_lines(cells, columns))
+    )
+    end = page.index("## What is refused")
+    assert written[:end] == page[:end]
