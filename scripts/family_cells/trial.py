@@ -17,12 +17,11 @@ from merge_cells.architectures import (
     SMALL,
     SPECIAL,
     VISION,
-    VOCAB_SIZE,
     make_architecture,
 )
+from merge_cells.cell import FEW_PROMPTS, load, logits_of
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmtune.checks import prompts as compared_prompts
 from llmtune.config import RunConfig
@@ -73,8 +72,6 @@ MAX_LOSS_DIFFERENCE = 1e-5
 MAX_DIVERGENCE = 1e-6
 """Of the merged model's answers from the live adapter's: a share of what the adapter itself does,
 or nats, whichever allows more."""
-PROMPTS = ([2, 17, 33, 120, 7, 90], [2, 5, 400, 301, 88, 11, 64, 3, 2, 19])
-FEW_PROMPTS = compared_prompts.OPEN_PROMPTS[:3]  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -113,7 +110,7 @@ def try_family(name: str, scratch: Path, stages: Sequence[str] = ()) -> Trial:
     try:
         with patch.dict(SPECIAL, WIDER), patch.dict(VISION, WIDER_VISION):
             model = make_architecture(name, scratch / "base", SIZES)
-        if not torch.isfinite(_logits(model)).all():
+        if not torch.isfinite(logits_of(model)).all():
             raise ValueError("logits that are not finite")
         del model
     except Exception as error:  # noqa: BLE001 (of transformers, not ours: reported as such)
@@ -182,10 +179,10 @@ def _merge(trial: Trial, scratch: Path) -> None:
     """Merge, load with stock transformers, and compare with the adapter in stock peft."""
     config = _config(scratch, "straight")
     pipeline.merge(config)
-    base = _load(scratch / "base")
-    plain = _logits(base)
-    live = _logits(PeftModel.from_pretrained(base, config.run.adapter_dir).eval())
-    merged = _logits(_load(config.run.merged_dir))
+    base = load(scratch / "base")
+    plain = logits_of(base)
+    live = logits_of(PeftModel.from_pretrained(base, config.run.adapter_dir).eval())
+    merged = logits_of(load(config.run.merged_dir))
     divergence, effect = _divergence(live, merged), _divergence(live, plain)
     if not divergence <= MAX_DIVERGENCE * max(1.0, effect):
         raise Fault(f"merged and live differ by {divergence:.1e} nats (the adapter: {effect:.1e})")
@@ -202,7 +199,7 @@ def _train_nf4(trial: Trial, scratch: Path) -> None:
     pipeline.train(config)
     _check_finite(scratch / "nf4")
     pipeline.merge(config)
-    merged = _logits(_load(config.run.merged_dir))
+    merged = logits_of(load(config.run.merged_dir))
     if not torch.isfinite(merged).all():
         raise Fault("the model merged from NF4 computes NaN")
 
@@ -278,18 +275,6 @@ def _check_finite(run_dir: Path) -> None:
 
 def _adapter(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "adapter" / "adapter_model.safetensors")
-
-
-def _load(directory: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return model.eval()
-
-
-@torch.no_grad()
-def _logits(model: torch.nn.Module) -> torch.Tensor:
-    """Return the logits of every position of every prompt, in float32."""
-    outputs = [model(torch.tensor([ids])).logits[0, :, :VOCAB_SIZE] for ids in PROMPTS]
-    return torch.cat(outputs).float()
 
 
 def _divergence(logits: torch.Tensor, other: torch.Tensor) -> float:

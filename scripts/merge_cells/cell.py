@@ -49,7 +49,7 @@ def try_architecture(name: str, adapters: tuple[str, ...], scratch: Path) -> Ite
     shutil.rmtree(base_dir, ignore_errors=True)
     try:
         model = make_architecture(name, base_dir)
-        base = _logits(model)
+        base = logits_of(model)
     except Exception as error:  # noqa: BLE001 (of transformers, not ours: reported as such)
         yield from (Cell(name, one, NO_MODEL, _one_line(error)) for one in adapters)
         return
@@ -68,12 +68,12 @@ def _try_cell(name: str, adapter: str, scratch: Path, base: torch.Tensor) -> Cel
     for directory in (adapter_dir, out_dir):
         shutil.rmtree(directory, ignore_errors=True)
     try:
-        model = _load(base_dir)
+        model = load(base_dir)
         config = ADAPTERS[adapter](model)
         if config is None:
             return Cell(name, adapter, ABSENT)
         make_adapter(model, config, adapter_dir)
-        live = _logits(PeftModel.from_pretrained(_load(base_dir), adapter_dir).eval())
+        live = logits_of(PeftModel.from_pretrained(load(base_dir), adapter_dir).eval())
     except Exception as error:  # noqa: BLE001 (peft cannot make or load such an adapter)
         return Cell(name, adapter, ABSENT, f"peft: {_one_line(error)}")
     try:
@@ -92,7 +92,7 @@ def _try_cell(name: str, adapter: str, scratch: Path, base: torch.Tensor) -> Cel
 
 def _judge(name: str, adapter: str, live: torch.Tensor, base: torch.Tensor, out: Path) -> Cell:
     try:
-        merged = _logits(_load(out))
+        merged = logits_of(load(out))
     except Exception as error:  # noqa: BLE001 (a merged model that does not load is wrong)
         return Cell(name, adapter, WRONG, f"does not load: {_one_line(error)}")
     effect = float((live - base).norm())
@@ -103,13 +103,14 @@ def _judge(name: str, adapter: str, live: torch.Tensor, base: torch.Tensor, out:
     return Cell(name, adapter, RIGHT if share <= MAX_SHARE else WRONG, f"{share:.1e}")
 
 
-def _load(directory: Path) -> PreTrainedModel:
+def load(directory: Path) -> PreTrainedModel:
+    """Return a saved model as stock transformers loads it, in float32."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return model.eval()
 
 
 @torch.no_grad()
-def _logits(model: torch.nn.Module) -> torch.Tensor:
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
     """Return the logits of every position of every prompt, in float32."""
     outputs = [model(torch.tensor([ids])).logits[0, :, :VOCAB_SIZE] for ids in PROMPTS]
     return torch.cat(outputs).float()
