@@ -189,13 +189,9 @@ def describe_data(
     """
     asked = asked or Asked()
     places = find_splits(path)
-    source = _guess(places.train, tokenizer, asked)
-    most_rows = LOOKED_AT_ROWS if is_hub_id(source.path) else None
-    survey = _read(source, most_rows)
-    source, job = _settle(source, survey, asked)
-    if source.instruction or source.labels:
-        survey = _read(source, most_rows)
-        job = survey.jobs.job(asked.task)
+    most_rows = LOOKED_AT_ROWS if is_hub_id(places.train.path) else None
+    source, survey = _understand(places.train, tokenizer, asked, most_rows)
+    job = survey.jobs.job(asked.task)
     test = places.test if asked.test is None else open_file(asked.test)
     evaluation, watched = _read_beside(source, places.evaluation, most_rows)
     test, tested = _read_beside(source, test, most_rows)
@@ -245,31 +241,41 @@ def draft_suite(
     Raises:
         LlmtuneError: the source is missing or empty, or its format is not known.
     """
-    source = _guess(open_file(path), tokenizer, asked)
     most_rows = LOOKED_AT_ROWS if is_hub_id(path) else None
-    survey = _read(source, most_rows, holds_all=True)
-    source, job = _settle(source, survey, asked)
-    if source.instruction or source.labels:
-        survey = _read(source, most_rows, holds_all=True)
-        job = survey.jobs.job(asked.task)
+    _, survey = _understand(open_file(path), tokenizer, asked, most_rows, holds_all=True)
+    job = survey.jobs.job(asked.task)
     return survey.suite.draft(None, job), job
 
 
-def _guess(
-    given: SourceConfig, tokenizer: PreTrainedTokenizerFast | None, asked: Asked
-) -> SourceConfig:
+def _understand(
+    given: SourceConfig,
+    tokenizer: PreTrainedTokenizerFast | None,
+    asked: Asked,
+    most_rows: int | None,
+    *,
+    holds_all: bool = False,
+) -> tuple[SourceConfig, _Survey]:
+    """Return the source with all that its rows need to be trained on, and a pass over them.
+
+    They are read again if the first pass shows that they need an instruction or names of labels.
+    """
     given = given.model_copy(update={"ignore": asked.ignore})
-    return guess_source(given, tokenizer, format=asked.format, columns=asked.columns)
+    guessed = guess_source(given, tokenizer, format=asked.format, columns=asked.columns)
+    survey = _read(guessed, most_rows, holds_all=holds_all)
+    source = _settle(guessed, survey, asked)
+    if source != guessed:
+        survey = _read(source, most_rows, holds_all=holds_all)
+    return source, survey
 
 
-def _settle(source: SourceConfig, survey: _Survey, asked: Asked) -> tuple[SourceConfig, Job]:
+def _settle(source: SourceConfig, survey: _Survey, asked: Asked) -> SourceConfig:
     """Return the source with names for numbers and an instruction, where rows need them."""
     job = survey.jobs.job(asked.task)
     member = FORMATS[source.format]
     if not member.takes_instruction:
         if asked.labels:
             raise LlmtuneError(f"--labels: the rows are {member.name}, which names no numbers")
-        return source, job
+        return source
     if job.name == "classify":
         names = asked.labels or find_label_names(source, job.labels)
         if names:
@@ -286,7 +292,7 @@ def _settle(source: SourceConfig, survey: _Survey, asked: Asked) -> tuple[Source
     )
     if is_bare and (instruction := job.instruction()):
         source = source.model_copy(update={"instruction": instruction})
-    return source, job
+    return source
 
 
 def _like(source: SourceConfig, other: SourceConfig) -> SourceConfig:
