@@ -110,21 +110,17 @@ def read_prompt_rows(path: Path, choice: PromptChoice) -> list[PromptRow]:
     rows: list[PromptRow] = []
     problems: list[RowProblem] = []
     names = _choose_formats(choice)
-    _require_rows(path)
-    read = sniff_reading(path)
-    place = {"path": str(path), "encoding": read.encoding, "delimiter": read.delimiter}
-    source = SourceConfig(columns=dict(choice.columns), ignore=choice.ignore, **place)
-    like = None if choice.like is None else choice.like.model_copy(update=place)
+    source = SourceConfig(path=str(path), columns=dict(choice.columns), ignore=choice.ignore)
     watches = {
         name: UnreadColumns(source, FORMATS[name].of(source), is_prompt=True) for name in names
     }
-    for parsed in iter_file(path, str(path), source.reading):
+    for parsed in iter_prompt_file(path):
         if isinstance(parsed, RowProblem):
             problems.append(parsed)
             continue
         line, given = parsed
         try:
-            question = _read_like(given, like) or _read_question(
+            question = _read_like(given, choice.like) or _read_question(
                 rename_columns(given, source.columns), source, watches
             )
         except RowError as error:
@@ -144,10 +140,16 @@ def iter_prompt_file(path: Path) -> Iterator[Parsed]:
     Raises:
         LlmtuneError: it is not there, or not a file of rows.
     """
-    _require_rows(path)
-    read = sniff_reading(path)
-    source = SourceConfig(path=str(path), encoding=read.encoding, delimiter=read.delimiter)
-    yield from iter_file(path, str(path), source.reading)
+    if not path.exists():
+        raise LlmtuneError(f"{path}: no such file; expected a file of prompts, such as a JSONL")
+    if path.is_dir():
+        raise LlmtuneError(f"{path}: cannot be read: it is a directory; expected a file")
+    if file_kind(path) in TEXT_KINDS:
+        raise LlmtuneError(
+            f"{path}: a text file is one document; expected a row for each prompt, such as "
+            '{"prompt": ...} on each line of a .jsonl'
+        )
+    yield from iter_file(path, str(path), sniff_reading(path))
 
 
 def _choose_formats(choice: PromptChoice) -> list[str]:
@@ -172,18 +174,6 @@ def _choose_formats(choice: PromptChoice) -> list[str]:
 def prompts_error(problems: Sequence[RowProblem]) -> LlmtuneError:
     """Return the error that names the first problems and counts the rest."""
     return LlmtuneError("\n".join(list_first(problems)))
-
-
-def _require_rows(path: Path) -> None:
-    if not path.exists():
-        raise LlmtuneError(f"{path}: no such file; expected a file of prompts, such as a JSONL")
-    if path.is_dir():
-        raise LlmtuneError(f"{path}: cannot be read: it is a directory; expected a file")
-    if file_kind(path) in TEXT_KINDS:
-        raise LlmtuneError(
-            f"{path}: a text file is one document; expected a row for each prompt, such as "
-            '{"prompt": ...} on each line of a .jsonl'
-        )
 
 
 def _read_like(given: Mapping[str, Any], like: SourceConfig | None) -> Conversation | None:
