@@ -12,10 +12,10 @@ from llmtune.evaluation.intervals import paired_interval
 from llmtune.evaluation.main_arms import OTHER, OWN_TEMPLATE, kind_among
 from llmtune.evaluation.results import ArmResult, ItemScore, cluster_names, finite_or_none
 from llmtune.evaluation.stats import (
-    FEWEST_CLUSTERS,
-    FEWEST_ITEMS,
     Resampling,
+    count_clusters,
     holm,
+    is_enough,
     mcnemar_exact,
     minimum_detectable_effect,
     standard_error,
@@ -103,7 +103,7 @@ class Comparison:
     @property
     def is_enough(self) -> bool:
         """Whether there are items and clusters enough for a claim."""
-        return self.n >= FEWEST_ITEMS and self.num_clusters >= FEWEST_CLUSTERS
+        return is_enough(self.n, self.num_clusters)
 
     @property
     def verdict(self) -> str:
@@ -300,7 +300,7 @@ def _compare_items(
         mcnemar_p=mcnemar_exact(lost, gained) if is_binary else None,
         standard_error=finite_or_none(error),
         n=len(base_items),
-        num_clusters=len(set(clusters)) if clusters else len(base_items),
+        num_clusters=count_clusters(len(base_items), clusters),
         majority=base.majority,
         chance=base.chance,
         mde=minimum_detectable_effect(differences, weights=weighing, clusters=clusters),

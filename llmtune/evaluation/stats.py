@@ -177,6 +177,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def count_clusters(num_items: int, clusters: Sequence[str] | None) -> int:
+    """Return how many clusters items are in; one without a cluster is its own."""
+    return num_items if clusters is None else len(set(clusters))
+
+
+def is_enough(num_items: int, num_clusters: int) -> bool:
+    """Return whether there are items and clusters enough for a claim."""
+    return num_items >= FEWEST_ITEMS and num_clusters >= FEWEST_CLUSTERS
+
+
 def cluster_sums(
     values: FloatArray, weights: FloatArray | None, clusters: Sequence[str] | None
 ) -> tuple[FloatArray, FloatArray]:

@@ -18,7 +18,7 @@ from llmtune.evaluation.main_arms import (
     kind_among,
 )
 from llmtune.evaluation.results import ArmResult, cluster_names
-from llmtune.evaluation.stats import FEWEST_CLUSTERS, FEWEST_ITEMS, POWER_FACTOR, Resampling
+from llmtune.evaluation.stats import POWER_FACTOR, Resampling, count_clusters, is_enough
 from llmtune.reporting.measure import measure_suite
 from llmtune.reporting.run_results import Results
 from llmtune.reporting.sections.arms import gap_closed
@@ -131,12 +131,11 @@ def compare_trainings(
         is_bounded=first.higher_is_better and bool(((both >= 0) & (both <= 1)).all()),
         resampling=resampling,
     )
-    num_clusters = len(set(clusters)) if clusters else len(weights)
     return JointChange(
         by_training=tuple(np.average(differences, axis=1, weights=weights).tolist()),
         n=len(weights),
         interval=interval,
-        is_enough=len(weights) >= FEWEST_ITEMS and num_clusters >= FEWEST_CLUSTERS,
+        is_enough=is_enough(len(weights), count_clusters(len(weights), clusters)),
     )
 
 

@@ -24,7 +24,7 @@ from llmtune.evaluation.intervals import paired_interval
 from llmtune.evaluation.main_arms import compared_arms
 from llmtune.evaluation.question import question_of
 from llmtune.evaluation.results import ArmResult, ItemScore, cluster_names, hash_answers
-from llmtune.evaluation.stats import FEWEST_CLUSTERS, FEWEST_ITEMS, Resampling
+from llmtune.evaluation.stats import Resampling, count_clusters, is_enough
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import hash_json
 
@@ -178,7 +178,6 @@ def _judge(
         is_bounded=True,
         resampling=Resampling(confidence),
     )
-    num_clusters = len(points) if clusters is None else len(set(clusters))
     return JudgedSuite(
         name,
         compared,
@@ -187,7 +186,7 @@ def _judge(
         low=(1 + interval.low) / 2,
         high=(1 + interval.high) / 2,
         p_value=interval.p_value,
-        is_enough=len(points) >= FEWEST_ITEMS and num_clusters >= FEWEST_CLUSTERS,
+        is_enough=is_enough(len(points), count_clusters(len(points), clusters)),
         worst=worst,
     )
 
