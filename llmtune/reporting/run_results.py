@@ -89,10 +89,11 @@ def current_results(run: RunDir, manifest: Manifest, models: Models) -> Callable
     adapter, merged with the saved weights. Other arms may have been measured later;
     they count if they are of the models on disk, on a suite that was evaluated.
     """
-    is_of_models = _models_on_disk(run, models)
+    merged = _merged_fingerprint(run)
+    is_of_models = _models_on_disk(models, merged)
     if not is_finished(manifest, "evaluate"):
         return is_of_models
-    is_replaced = _is_of_replaced(run, models)
+    is_replaced = _is_of_replaced(models, merged)
     made = (manifest.stages["evaluate"].get("result") or {}).get("suites", {})
 
     def is_current(result: ArmResult) -> bool:
@@ -129,8 +130,7 @@ def restrict(result: ArmResult, wanted: set[str]) -> ArmResult:
     )
 
 
-def _models_on_disk(run: RunDir, models: Models) -> Callable[[ArmResult], bool]:
-    merged = _merged_fingerprint(run)
+def _models_on_disk(models: Models, merged: str | None) -> Callable[[ArmResult], bool]:
     bare, tuned = (models.base, None), (models.base, models.adapter)
     identities = {
         **dict.fromkeys((*WITHOUT_ADAPTER, *ALTERNATIVES), bare if models.base else None),
@@ -149,12 +149,11 @@ def _models_on_disk(run: RunDir, models: Models) -> Callable[[ArmResult], bool]:
     return is_of_models
 
 
-def _is_of_replaced(run: RunDir, models: Models) -> Callable[[ArmResult], bool]:
+def _is_of_replaced(models: Models, merged: str | None) -> Callable[[ArmResult], bool]:
     """Return what tells a result of an adapter or merged model that is now a different one.
 
     One that is no longer there at all was measured all the same.
     """
-    merged = _merged_fingerprint(run)
 
     def is_replaced(result: ArmResult) -> bool:
         # only a whole model that took the adapter's place in the chain has no adapter
