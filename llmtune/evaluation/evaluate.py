@@ -13,6 +13,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.cost import MeasureCost, cost_lines, tokens_per_second
 from llmtune.evaluation.diagnosis.base import Diagnosis, Diagnostic, Planned, write_diagnostic
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
+from llmtune.evaluation.kept import NO_SCORES
 from llmtune.evaluation.measures import ARM_MEASURES, LAST_MEASURES, Plan
 from llmtune.evaluation.results import arm_result_path, read_arm_result
 from llmtune.evaluation.session import NEEDS_ROWS, Evaluation, EvaluationRequest, Work
@@ -202,7 +203,7 @@ def _kept_at(suite: Suite, base: Checkpoint) -> Path:
             base.fingerprint,
             template_fingerprint(tokenizer).to_json(),
             template_date_of(tokenizer),
-            suite.config.model_dump(mode="json", exclude={"name", "description", "items", "role"}),
+            suite.config.model_dump(mode="json", exclude=NO_SCORES),
             suite.items_fingerprint,
         ]
     )

@@ -80,8 +80,7 @@ class ChoiceSuite(PromptedSuite):
         longest = math.ceil(max(map(len, rows.choices)) / TOKEN_CHARACTERS) + AROUND_TOKENS
         if longest > WRITTEN_TOKENS and not rows.is_plain:
             lines.append(f"written_tokens: {longest}   # the longest label")
-        begins = any(a != b and b.startswith(a) for a in rows.choices for b in rows.choices)
-        if begins and not rows.is_plain:
+        if has_head_starts(rows.choices) and not rows.is_plain:
             lines.append("end_of_answer: true   # one answer begins another")
         return cls.draft_prompt(rows) + lines
 
@@ -362,6 +361,11 @@ def choice_probabilities(values: Sequence[float]) -> list[float]:
 
 METRIC_FUNCTIONS = {"accuracy": accuracy, "answer_probability": answer_probability}
 """What an item scores, by metric: the choices' values and which of them is right."""
+
+
+def has_head_starts(choices: Sequence[str]) -> bool:
+    """Return whether one choice begins another, which can then never be more likely."""
+    return any(a != b and b.startswith(a) for a in choices for b in choices)
 
 
 def _warn_of_head_starts(suite: Suite, requests: "Sequence[ContinuationRequest]") -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llmtune.evaluation.tasks.base import Metric, SuiteConfig
 from llmtune.evaluation.tasks.chat import ChatSuite
-from llmtune.evaluation.tasks.choice import ChoiceSuite
+from llmtune.evaluation.tasks.choice import ChoiceSuite, has_head_starts
 from llmtune.evaluation.tasks.exact import ExactSuite
 from llmtune.evaluation.tasks.perplexity import PerplexitySuite
 from llmtune.evaluation.tasks.reply import ReplySuite
@@ -26,13 +26,12 @@ METRICS: dict[str, Metric] = {
 
 def labelling_task(labels: Sequence[str], items: Path) -> SuiteConfig:
     """Return a task that chooses one of `labels` in answer to each row of a file."""
-    begins = any(a != b and b.startswith(a) for a in labels for b in labels)
     return ChoiceSuite(
         task="choice",
         items=items,
         messages="messages",
         choices=tuple(labels),
-        end_of_answer=begins,
+        end_of_answer=has_head_starts(labels),
         written_tokens=0,
     )
 
