@@ -58,6 +58,11 @@ class SuiteDraft:
         """The tokens of the longest answer, guessed from its characters."""
         return math.ceil(self.longest_answer / CHARACTERS_PER_TOKEN)
 
+    @property
+    def longest_choice_tokens(self) -> int:
+        """The tokens of the longest choice, guessed from its characters."""
+        return math.ceil(max(map(len, self.choices)) / CHARACTERS_PER_TOKEN)
+
 
 @dataclass(frozen=True)
 class NoSuite:

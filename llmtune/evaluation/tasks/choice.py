@@ -39,10 +39,8 @@ logger = logging.getLogger(__name__)
 
 WRITTEN_TOKENS = 12
 """A written answer beside the likelihoods: a word or two, and what may lead to them."""
-
-
-TOKEN_CHARACTERS = 3
 AROUND_TOKENS = 4
+"""What may be written around a label, in a drafted suite."""
 
 
 class ChoiceSuite(PromptedSuite):
@@ -77,7 +75,7 @@ class ChoiceSuite(PromptedSuite):
         if not rows.choices:
             return None
         lines = [f"choices: {json.dumps(rows.choices, ensure_ascii=False)}"]
-        longest = math.ceil(max(map(len, rows.choices)) / TOKEN_CHARACTERS) + AROUND_TOKENS
+        longest = rows.longest_choice_tokens + AROUND_TOKENS
         if longest > WRITTEN_TOKENS and not rows.is_plain:
             lines.append(f"written_tokens: {longest}   # the longest label")
         if has_head_starts(rows.choices) and not rows.is_plain:
