@@ -96,6 +96,35 @@ def chat(
     )
 
 
+def trained_turns(conversation: Conversation, loss_on: str) -> list[tuple[int, float]]:
+    """Return `(message index, weight)` of the assistant turns that are trained.
+
+    A message's own `train` decides over `loss_on`; a `weight` of 0 is `train: false`.
+
+    Raises:
+        RowError: there is none.
+    """
+    candidates = [
+        index
+        for index, message in enumerate(conversation.messages)
+        if message["role"] == "assistant"
+        and (index >= conversation.trained_from or message.get("train"))
+    ]
+    chosen = []
+    for index in candidates:
+        message = conversation.messages[index]
+        weight = conversation.weight * message.get("weight", 1.0)
+        default = loss_on != "last-assistant" or index == candidates[-1]
+        if message.get("train", default) and weight > 0:
+            chosen.append((index, weight))
+    if not chosen:
+        raise RowError(
+            "no assistant turn is left to train on: every one has train: false or weight: 0",
+            "no-assistant",
+        )
+    return chosen
+
+
 def ask(messages: Any, tools: Any = None) -> Conversation:
     """Return a checked chat that waits for an answer: its last message is not the assistant's.
 

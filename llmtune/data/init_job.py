@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from llmtune.data.conversation import Conversation
+from llmtune.data.conversation import Conversation, trained_turns
 from llmtune.data.problems import RowError
 from llmtune.data.row_values import parse_json
 from llmtune.errors import LlmtuneError
@@ -125,7 +124,7 @@ class JobSurvey:
         if answer.lstrip()[:1] in ("{", "["):
             try:
                 value = parse_json(answer)
-            except (ValueError, RecursionError, RowError):
+            except (ValueError, RecursionError):
                 value = None
             self._json += isinstance(value, dict | list)
             self._fields.update(map(str, value) if isinstance(value, dict) else ())
@@ -162,12 +161,15 @@ def answers_of(conversation: Conversation) -> list[str]:
     """Return the written answers of a row that are trained."""
     if conversation.kind == "plain":
         return [conversation.text.strip()]
-    turns = itertools.islice(conversation.messages, conversation.trained_from, None)
-    return [
-        turn["content"]
-        for turn in turns
-        if turn["role"] == "assistant" and turn.get("train", True) is not False
-    ]
+    return [conversation.messages[place]["content"] for place in trained_places(conversation)]
+
+
+def trained_places(conversation: Conversation) -> list[int]:
+    """Return which messages of a chat are answers that are trained."""
+    try:
+        return [place for place, _ in trained_turns(conversation, "assistant")]
+    except RowError:
+        return []
 
 
 def have_own_instruction(prompts: list[str]) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.data.conversation import Conversation
-from llmtune.data.init_job import Job
+from llmtune.data.init_job import Job, trained_places
 from llmtune.data.overlap import conversation_key, held_out_draw
 from llmtune.data.rows import LoadedRow
 
@@ -238,13 +238,9 @@ def _turns(row: Conversation) -> list[tuple[list[dict[str, str]], str]]:
         return []
     plain = [{"role": m["role"], "content": m["content"]} for m in row.messages]
     return [
-        (plain[:place], message["content"])
-        for place, message in enumerate(plain)
-        if message["role"] == "assistant"
-        and place >= row.trained_from
-        and place > 0
-        and plain[place - 1]["role"] == "user"
-        and row.messages[place].get("train", True) is not False
+        (plain[:place], plain[place]["content"])
+        for place in trained_places(row)
+        if place > 0 and plain[place - 1]["role"] == "user"
     ]
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from llmtune.data.align import NOTE_APART, LabelledSequence, PendingSamples, SpanAligner
 from llmtune.data.answers import Turn
 from llmtune.data.context import ContextGuard
-from llmtune.data.conversation import Conversation
+from llmtune.data.conversation import Conversation, trained_turns
 from llmtune.data.problems import RowError, shorten
 from llmtune.data.render import encode_plain, render_texts
 from llmtune.data.skeleton import Skeleton, SkeletonBook
-from llmtune.data.spans import RowSamples, TextSample, plan_samples, trained_turns
+from llmtune.data.spans import RowSamples, TextSample, plan_samples
 from llmtune.data.template_proof import prints_contents_only
 from llmtune.errors import LlmtuneError
 from llmtune.models.turns import (

@@ -17,7 +17,6 @@ from llmtune.data.answers import (
 from llmtune.data.behind import find_behind
 from llmtune.data.context import ContextGuard
 from llmtune.data.conversation import Conversation, Message
-from llmtune.data.problems import RowError
 from llmtune.models.turns import TurnEnding
 
 
@@ -47,32 +46,6 @@ NOTE_BEHIND = (
 )
 NOTE_SPACES = "answers whose outer spaces the template strips"
 NOTE_WEIGHTS = "rendered as one example a turn, because the turns' weights differ"
-
-
-def trained_turns(conversation: Conversation, loss_on: str) -> list[tuple[int, float]]:
-    """Return `(message index, weight)` of the assistant turns that are trained.
-
-    A message's own `train` decides over `loss_on`; a `weight` of 0 is `train: false`.
-    """
-    candidates = [
-        index
-        for index, message in enumerate(conversation.messages)
-        if message["role"] == "assistant"
-        and (index >= conversation.trained_from or message.get("train"))
-    ]
-    chosen = []
-    for index in candidates:
-        message = conversation.messages[index]
-        weight = conversation.weight * message.get("weight", 1.0)
-        default = loss_on != "last-assistant" or index == candidates[-1]
-        if message.get("train", default) and weight > 0:
-            chosen.append((index, weight))
-    if not chosen:
-        raise RowError(
-            "no assistant turn is left to train on: every one has train: false or weight: 0",
-            "no-assistant",
-        )
-    return chosen
 
 
 def plan_samples(

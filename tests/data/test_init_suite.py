@@ -199,3 +199,13 @@ def test_from_one_file_of_rows_a_run_ends_with_a_verdict(tmp_path, capsys, monke
     report = json.loads(capsys.readouterr().out)
     assert report["verdict"] != "NOT-MEASURED"
     assert report["suites"]["mine"]["interval"]
+
+
+@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}])
+def test_answers_that_are_not_trained_are_not_asked(tmp_path, mark):
+    rows = [{"messages": turns("a", "hello", f"b {i}", f"d {i}", "e", "bye")} for i in range(200)]
+    for row in rows:
+        row["messages"][1] |= mark
+    suite = describe_data(write_jsonl(tmp_path / "rows.jsonl", rows)).suite
+    assert suite.has_turns
+    assert {"hello", "bye"} & {item["answer"] for item in suite.items} == {"bye"}
