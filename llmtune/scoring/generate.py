@@ -232,23 +232,22 @@ def stream_pieces(
     Raises:
         LlmtuneError: the prompt leaves the model no position for an answer.
     """
-    rooms = find_rooms(model, [prompt], decoding)
-    written: list[int] = []
-    shown, stopped = "", False
+    texts = Texts(find_rooms(model, [prompt], decoding), decoding.stop_token_ids)
+    shown = ""
     with evaluation_mode(model), fused_inference(model):
         with torch.no_grad():
             rows = open_rows(model, [prompt], [0], NO_PREFIX)
-        for _, token in write_rows(model, rows, decoding, rooms):
-            if token in decoding.stop_token_ids:
-                stopped = True
+        for place, token in write_rows(model, rows, decoding, texts.rooms):
+            if texts.add(place, token):
                 break
-            written.append(token)
-            text = tokenizer.decode(written, skip_special_tokens=True)
+            so_far = texts.of(place, tokenizer)
+            text = so_far.text
             if not text.endswith(UNFINISHED_CHARACTER) and len(text) > len(shown):
-                yield Piece(text[len(shown) :], len(written))
+                yield Piece(text[len(shown) :], len(so_far.token_ids))
                 shown = text
-    text = tokenizer.decode(written, skip_special_tokens=True)
-    yield Piece(text[len(shown) :], len(written), is_last=True, stopped=stopped)
+    whole = texts.of(0, tokenizer)
+    rest = whole.text[len(shown) :]
+    yield Piece(rest, len(whole.token_ids), is_last=True, stopped=whole.stopped)
 
 
 def stream_text(

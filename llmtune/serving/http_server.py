@@ -26,8 +26,9 @@ from starlette.routing import Route
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import parse_json
+from llmtune.scoring.generate import Piece
 from llmtune.serving.listening import LOOPBACK
-from llmtune.serving.live_models import LiveModels, Said
+from llmtune.serving.live_models import LiveModels
 from llmtune.serving.openai_api import (
     BEARER,
     AnswerRequest,
@@ -72,7 +73,7 @@ class Worker:
 
     async def answer(
         self, request: AnswerRequest, is_gone: Callable[[], Awaitable[bool]]
-    ) -> AsyncIterator[int | Said]:
+    ) -> AsyncIterator[int | Piece]:
         """Yield what `LiveModels.answer` does; who stops listening stops the generation.
 
         Raises:
@@ -84,11 +85,11 @@ class Worker:
                 503, f"{self._max_waiting} requests are waiting already; try later", code="busy"
             )
         loop = asyncio.get_running_loop()
-        parts: asyncio.Queue[int | Said | BaseException | None] = asyncio.Queue()
+        parts: asyncio.Queue[int | Piece | BaseException | None] = asyncio.Queue()
         is_left = threading.Event()
         self._unfinished += 1
 
-        def tell(part: int | Said | BaseException | None) -> None:
+        def tell(part: int | Piece | BaseException | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(parts.put_nowait, part)
 
@@ -127,9 +128,9 @@ class Worker:
 
 
 async def _next(
-    parts: "asyncio.Queue[int | Said | BaseException | None]",
+    parts: "asyncio.Queue[int | Piece | BaseException | None]",
     is_gone: Callable[[], Awaitable[bool]],
-) -> int | Said | BaseException | None:
+) -> int | Piece | BaseException | None:
     while True:
         try:
             return await asyncio.wait_for(parts.get(), LOOK_SECONDS)
@@ -219,10 +220,10 @@ class Api:
         if asked.stream:
             events = _stream(parts, shape, asked.with_usage, started)
             return StreamingResponse(events, media_type="text/event-stream")
-        text, last = "", Said("", 0)
+        text, last = "", Piece("", 0)
         async with contextlib.aclosing(parts):  # type: ignore[type-var]
             async for part in parts:
-                assert isinstance(part, Said)
+                assert isinstance(part, Piece)
                 text, last = text + part.text, part
         if not last.is_last:
             raise RefusedRequest(503, "the server is being stopped")
@@ -231,16 +232,16 @@ class Api:
 
 
 async def _stream(
-    parts: AsyncIterator[int | Said], shape: Shape, with_usage: bool, started: float
+    parts: AsyncIterator[int | Piece], shape: Shape, with_usage: bool, started: float
 ) -> AsyncIterator[str]:
     """Yield the answer as server-sent events; an answer that is broken off has no end mark."""
-    last = Said("", 0)
+    last = Piece("", 0)
     async with contextlib.aclosing(parts):  # type: ignore[type-var]
         if shape.is_chat:
             yield _event(shape.chunk("", is_first=True))
         try:
             async for part in parts:
-                assert isinstance(part, Said)
+                assert isinstance(part, Piece)
                 last = part
                 if part.text:
                     yield _event(shape.chunk(part.text))
@@ -263,7 +264,7 @@ def _event(content: JsonObject) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-def _log_answer(shape: Shape, last: Said, started: float) -> None:
+def _log_answer(shape: Shape, last: Piece, started: float) -> None:
     log.info(
         "serve: %s read %d tokens and wrote %d in %.1f s",
         shape.model,

@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmtune.data.problems import RowError
 from llmtune.data.prompts import PromptEncoder
@@ -37,16 +37,6 @@ class ServedModel:
     def is_live(self) -> bool:
         """Whether it is the target's base, with or without its adapter, as it was trained."""
         return self.arm in ("tuned", "base")
-
-
-@dataclass(frozen=True)
-class Said:
-    """The next part of an answer, cut at the request's own stops."""
-
-    text: str
-    num_tokens: int
-    is_last: bool = False
-    stopped: bool = False
 
 
 def find_models(
@@ -128,7 +118,7 @@ class LiveModels:
 
     def answer(
         self, request: AnswerRequest, is_cancelled: Callable[[], bool] = lambda: False
-    ) -> Iterator[int | Said]:
+    ) -> Iterator[int | Piece]:
         """Yield the prompt's length in tokens, then the answer as it is written.
 
         Raises:
@@ -206,8 +196,9 @@ def _decoding(live: LiveModel, request: AnswerRequest, length: int) -> Decoding:
     )
 
 
-def _cut(piece: Piece, stops: StopTexts) -> Said:
+def _cut(piece: Piece, stops: StopTexts) -> Piece:
+    """Cut a piece at the request's own stops, of which the first ends the answer."""
     text = stops.feed(piece.text, is_last=piece.is_last)
     if stops.found:
-        return Said(text, piece.num_tokens, is_last=True, stopped=True)
-    return Said(text, piece.num_tokens, piece.is_last, piece.stopped)
+        return replace(piece, text=text, is_last=True, stopped=True)
+    return replace(piece, text=text)

@@ -91,7 +91,7 @@ def serve_live(served: Servable, settings: ServeSettings) -> None:
 
 
 def _check_live(models: "LiveModels", served: Servable, settings: ServeSettings) -> StartCheck:
-    from llmtune.serving.live_models import Said
+    from llmtune.scoring.generate import Piece
     from llmtune.serving.openai_api import AnswerRequest
 
     first = models.find(None)
@@ -105,7 +105,7 @@ def _check_live(models: "LiveModels", served: Servable, settings: ServeSettings)
             temperature=0.0,
             stop=question.kept.stops,
         )
-        return "".join(part.text for part in models.answer(request) if isinstance(part, Said))
+        return "".join(part.text for part in models.answer(request) if isinstance(part, Piece))
 
     known = served.known if first.target is served.target else Known()
     return check_answers(Asked(first.name, first.arm, identity), known, settings.num_checked, ask)
