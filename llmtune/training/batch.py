@@ -58,13 +58,12 @@ def plan_shared(rows: Sequence[Example], limits: BatchLimits) -> list[list[int]]
     Returns:
         As `plan_micro_batches`; None if not fewer tokens would be computed, all in all.
     """
-    plain = plan_micro_batches([len(row.input_ids) for row in rows], limits, packed=True)
     loose: list[int] = []
     plan: list[list[int]] = []
     for group in _group_by_beginning(rows):
         members = [rows[index] for index in group]
         shared = shared_beginning(members)
-        if len(group) == 1 or shared < MIN_BEGINNING:
+        if shared < MIN_BEGINNING:
             loose += group
             continue
         lengths = [len(row.input_ids) - shared for row in members]
@@ -74,12 +73,15 @@ def plan_shared(rows: Sequence[Example], limits: BatchLimits) -> list[list[int]]
     lengths = [len(rows[index].input_ids) for index in loose]
     packed = pack_lengths(lengths, limits.tokens, max_rows=limits.rows)
     plan += [[loose[place] for place in one] for one in packed]
+    lengths = [len(row.input_ids) for row in rows]
+    plain = plan_micro_batches(lengths, limits, packed=True)
+    plain_cost = PASS_TOKENS * len(plain) + sum(lengths)
+    return plan if _shared_cost(rows, plan) < plain_cost else None
 
-    def cost(micro_batches: Sequence[Sequence[int]], *, shares: bool) -> int:
-        members = [[rows[index] for index in one] for one in micro_batches]
-        return sum(PASS_TOKENS + computed_tokens(each, shares=shares) for each in members)
 
-    return plan if cost(plan, shares=True) < cost(plain, shares=False) else None
+def _shared_cost(rows: Sequence[Example], plan: Sequence[Sequence[int]]) -> int:
+    members = ([rows[index] for index in one] for one in plan)
+    return sum(PASS_TOKENS + computed_tokens(each) for each in members)
 
 
 def _group_by_beginning(rows: Sequence[Example]) -> list[list[int]]:
@@ -91,11 +93,6 @@ def _group_by_beginning(rows: Sequence[Example]) -> list[list[int]]:
 
 def _split_group(rows: Sequence[Example], group: list[int]) -> list[list[int]]:
     """Split a group at longer beginnings that parts of it share, where fewer tokens are left."""
-
-    def cost(parts: Sequence[list[int]]) -> int:
-        members = [[rows[index] for index in part] for part in parts]
-        return sum(PASS_TOKENS + computed_tokens(each, shares=True) for each in members)
-
     shared = shared_beginning([rows[index] for index in group])
     children = _children(rows, group, shared)
     if len(children) in (1, len(group)):
@@ -104,7 +101,7 @@ def _split_group(rows: Sequence[Example], group: list[int]) -> list[list[int]]:
     together = [child for child in children if len(child) > 1]
     parts = [part for child in together for part in _split_group(rows, child)]
     parts += [alone] if alone else []
-    return parts if cost(parts) < cost([group]) else [group]
+    return parts if _shared_cost(rows, parts) < _shared_cost(rows, [group]) else [group]
 
 
 def _children(rows: Sequence[Example], group: Iterable[int], start: int) -> list[list[int]]:
@@ -117,22 +114,26 @@ def _children(rows: Sequence[Example], group: Iterable[int], start: int) -> list
 
 
 def shared_beginning(rows: Sequence[Example]) -> int:
-    """Return how many tokens all rows begin with; none of them is trained, nor any row's last."""
+    """Return how many tokens all rows begin with; none of them is trained, nor any row's last.
+
+    A single row shares nothing.
+    """
+    if len(rows) < 2:
+        return 0
     first, last = (kind(row.input_ids for row in rows) for kind in (min, max))
     pairs = zip(first, last, strict=False)
     common = next((place for place, (a, b) in enumerate(pairs) if a != b), len(first))
-    return min(common, *(_untrained_beginning(row) for row in rows))
+    common = min(common, *(len(row.input_ids) - 1 for row in rows))
+    for row in rows:
+        labels = enumerate(row.labels[:common])
+        common = next((place for place, label in labels if label != IGNORE_INDEX), common)
+    return common
 
 
-def _untrained_beginning(row: Example) -> int:
-    trained = (place for place, label in enumerate(row.labels) if label != IGNORE_INDEX)
-    return min(next(trained, len(row.labels)), len(row.labels) - 1)
-
-
-def computed_tokens(rows: Sequence[Example], *, shares: bool) -> int:
-    """Return the tokens of one packed micro-batch, its beginning once if `pack_sharing` lays it."""
+def computed_tokens(rows: Sequence[Example]) -> int:
+    """Return the tokens of a micro-batch that `pack_sharing` lays."""
     total = sum(len(row.input_ids) for row in rows)
-    shared = shared_beginning(rows) if shares and len(rows) > 1 else 0
+    shared = shared_beginning(rows)
     return total - shared * (len(rows) - 1) if shared >= MIN_BEGINNING else total
 
 
@@ -233,7 +234,7 @@ class StepCollator:
         """Build the step that holds the examples `indices`."""
         examples = [self.examples[index] for index in indices]
         lengths = [len(example.input_ids) for example in examples]
-        shared = self._plan_shared(examples, lengths)
+        shared = self.plan_shared(examples)
         plan = shared or self.plan(lengths)
         lay = self.lay if shared is None else pack_sharing
         micro_batches = [
@@ -250,18 +251,20 @@ class StepCollator:
             "target_weight": target_weight,
         }
 
-    def _plan_shared(
-        self, examples: Sequence[Example], lengths: Sequence[int]
-    ) -> list[list[int]] | None:
-        """Plan by shared beginnings, if they are shared and no row has to be kept apart."""
-        is_apart = self.switch is not None and max(lengths, default=0) > self.switch
-        if not self.shares_beginnings or is_apart:
-            return None
-        return plan_shared(examples, self.limits)
-
     def plan(self, lengths: Sequence[int]) -> list[list[int]]:
         """Split the rows of a step, of these lengths, into micro-batches."""
         return plan_micro_batches(lengths, self.limits, packed=self.packed, switch=self.switch)
+
+    def plan_shared(self, examples: Sequence[Example]) -> list[list[int]] | None:
+        """Split the rows by what they begin with; None if that is not shared, or saves nothing.
+
+        A row that has to be kept apart changes the others' beginnings, too.
+        """
+        longest = max((len(example.input_ids) for example in examples), default=0)
+        is_apart = self.switch is not None and longest > self.switch
+        if not self.shares_beginnings or is_apart:
+            return None
+        return plan_shared(examples, self.limits)
 
     def build(self, examples: Sequence[Example]) -> MicroBatch:
         """Build one micro-batch as the objective wants it."""
@@ -304,7 +307,7 @@ def pack_sharing(examples: Sequence[Example]) -> MicroBatch:
         `shares_beginning` (True), and nothing for transformers' own attention: no row is whole.
         Rows without a common beginning are packed as ever.
     """
-    shared = shared_beginning(examples) if len(examples) > 1 else 0
+    shared = shared_beginning(examples)
     if shared < MIN_BEGINNING:
         return pack_rows(examples)
     examples = sorted(examples, key=lambda example: -len(example.input_ids))

@@ -15,7 +15,7 @@ from llmtune.adapters.fused import fused_lora
 from llmtune.errors import LlmtuneError
 from llmtune.io.sizes import format_size
 from llmtune.models.decoder import decoder_of, rotary_switch
-from llmtune.training.batch import StepCollator, computed_tokens, plan_micro_batches, plan_shared
+from llmtune.training.batch import StepCollator, computed_tokens
 from llmtune.training.config import TrainConfig
 from llmtune.training.fused.blocks import fused_blocks
 from llmtune.training.fused.packing import choose_packing, packed_attention
@@ -151,12 +151,9 @@ def _share_beginnings(
     total = computed = 0
     for start in range(0, len(order), config.batch_size):
         rows = [request.train[index] for index in order[start : start + config.batch_size]]
-        lengths = [len(row.input_ids) for row in rows]
-        shared = plan_shared(rows, collator.limits)
-        plan = shared or plan_micro_batches(lengths, collator.limits, packed=True)
-        members = [[rows[index] for index in one] for one in plan]
-        total += sum(lengths)
-        computed += sum(computed_tokens(each, shares=shared is not None) for each in members)
+        plan = collator.plan_shared(rows) or [[place] for place in range(len(rows))]
+        total += sum(len(row.input_ids) for row in rows)
+        computed += sum(computed_tokens([rows[place] for place in one]) for one in plan)
     saved = 1 - computed / total
     if not saved:
         return f"the first {len(order)} rows have none"

@@ -117,7 +117,7 @@ def test_a_step_is_split_by_beginnings_only_where_that_pays():
     rows = [*one, *other, *make_rows(3)]
     for group in plan:
         members = [rows[index] for index in group]
-        assert computed_tokens(members, shares=True) <= 150
+        assert computed_tokens(members) <= 150
         assert len({place // 6 for place in group}) == 1
     assert plan_shared(make_rows(12), limits) is None
     assert plan_shared(make_shared_rows(1), limits) is None
@@ -185,7 +185,7 @@ def test_a_trained_head_shares_only_where_rows_are_limited(tmp_path):
 
 def test_a_beginning_too_short_to_be_shared_saves_nothing():
     rows = make_shared_rows(4, shared=5)
-    assert computed_tokens(rows, shares=True) == pack_sharing(rows)["input_ids"].numel()
+    assert computed_tokens(rows) == pack_sharing(rows)["input_ids"].numel()
 
 
 def test_training_with_shared_beginnings_computes_less_and_learns_the_same(tmp_path):
