@@ -22,12 +22,7 @@ from llmtune.reporting.build import build_report, gather_evidence, write_report
 from llmtune.reporting.html import make_environment
 from llmtune.reporting.joint import JointChange, JointSuite, measure_joint_suites
 from llmtune.reporting.report import Report
-from llmtune.reporting.run_results import (
-    Models,
-    Results,
-    current_results,
-    read_results,
-)
+from llmtune.reporting.run_results import Results, read_current_results
 from llmtune.reporting.sections.seeds import SeedStudy, SeedSuite, adjust, show_seeds
 from llmtune.reporting.sections.training import Cost
 from llmtune.reporting.suites import SuiteReport
@@ -327,8 +322,7 @@ def _rows(manifest: Manifest) -> object:
 
 
 def _results(run: RunDir, manifest: Manifest) -> Results:
-    is_wanted = current_results(run, manifest, Models.of_run(run, manifest))
-    results = read_results(run.evaluations_dir, is_wanted=is_wanted)
+    results = read_current_results(run, manifest)
     return {name: arms for name, arms in results.items() if compared_arms(arms) is not None}
 
 

@@ -27,13 +27,7 @@ from llmtune.io.json_files import read_json_object
 from llmtune.io.manifest import read_manifest
 from llmtune.io.run_dir import SWEEP_FILE, RunDir, atomic_write_json
 from llmtune.reporting.numbers import Unit, unit_of_metric, without_nan
-from llmtune.reporting.run_results import (
-    Models,
-    current_results,
-    read_resampling,
-    read_results,
-    restrict,
-)
+from llmtune.reporting.run_results import read_current_results, read_resampling, restrict
 from llmtune.runs import pipeline
 from llmtune.runs.ledger import differences, refuse_foreign_place
 from llmtune.runs.listing import summarize_run
@@ -338,9 +332,7 @@ def _write(place: Path, points: Sequence[Point], failed: Mapping[str, str]) -> N
 
 
 def _target_results(run: RunDir) -> dict[str, dict[str, ArmResult]]:
-    manifest = read_manifest(run)
-    is_wanted = current_results(run, manifest, Models.of_run(run, manifest))
-    results = read_results(run.evaluations_dir, is_wanted=is_wanted)
+    results = read_current_results(run, read_manifest(run))
     return {
         name: arms
         for name, arms in results.items()

@@ -22,7 +22,7 @@ from llmtune.io.run_dir import RunDir, atomic_write_json, atomic_write_text
 from llmtune.reporting.charts import draw_interval, interval_limit
 from llmtune.reporting.html import make_environment
 from llmtune.reporting.numbers import Unit, format_count, format_p, unit_of_metric, without_nan
-from llmtune.reporting.run_results import Models, current_results, read_resampling, read_results
+from llmtune.reporting.run_results import read_current_results, read_resampling
 from llmtune.reporting.suites import place_of
 
 ARM = "tuned"
@@ -166,9 +166,7 @@ def _compare(
 
 
 def _tuned_results(run: RunDir) -> dict[str, ArmResult]:
-    manifest = read_manifest(run)
-    is_wanted = current_results(run, manifest, Models.of_run(run, manifest))
-    results = read_results(run.evaluations_dir, is_wanted=is_wanted)
+    results = read_current_results(run, read_manifest(run))
     return {name: arms[ARM] for name, arms in results.items() if ARM in arms}
 
 

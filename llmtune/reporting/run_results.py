@@ -80,6 +80,16 @@ def read_results(
     return {name: _pool_draws(_on_same_items(arms)) for name, arms in results.items()}
 
 
+def read_current_results(run: RunDir, manifest: Manifest) -> dict[str, dict[str, ArmResult]]:
+    """Read the results of a run as it is now: suite -> arm -> result.
+
+    Raises:
+        LlmtuneError: a file is not a result.
+    """
+    is_wanted = current_results(run, manifest, Models.of_run(run, manifest))
+    return read_results(run.evaluations_dir, is_wanted=is_wanted)
+
+
 def current_results(run: RunDir, manifest: Manifest, models: Models) -> Callable[[ArmResult], bool]:
     """Return what tells a result of the run as it is now from one that was left behind.
 
