@@ -103,11 +103,17 @@ def _compare(target: str, other: str, across: tuple[str, ...], *, as_json: bool)
 
 
 def _rank_or_compare_seeds(targets: tuple[str, ...], *, as_json: bool) -> None:
-    from llmtune.experiments.sweep import differing_knobs, rank_runs, render_ranking
+    from llmtune.experiments.sweep import (
+        deciding_knobs_of_run,
+        differing_knobs,
+        rank_runs,
+        render_ranking,
+    )
     from llmtune.runs.targets import find_run_dir
 
     paths = [find_run_dir(name) for name in targets]
-    if "seed" in differing_knobs([RunDir(path) for path in paths]) or len(set(paths)) < len(paths):
+    knobs = differing_knobs([deciding_knobs_of_run(RunDir(path)) for path in paths])
+    if "seed" in knobs or len(set(paths)) < len(paths):
         _compare_seeds(targets, as_json=as_json)
         return
     study = rank_runs(paths)

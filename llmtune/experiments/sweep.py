@@ -199,7 +199,8 @@ def rank_runs(paths: Sequence[Path]) -> RankStudy:
     """
     runs = [RunDir(path) for path in paths]
     summaries = [summarize_run(run) for run in runs]
-    knobs = differing_knobs(runs)
+    deciding = [deciding_knobs_of_run(run) for run in runs]
+    knobs = differing_knobs(deciding)
     results = [_target_results(run) for run in runs]
     arm, suite = _shared(results, paths)
     scored = [found[suite][arm] for found in results]
@@ -228,7 +229,7 @@ def rank_runs(paths: Sequence[Path]) -> RankStudy:
             RankedRun(
                 name=names[place],
                 path=str(paths[place]),
-                settings={knob: _at(deciding(runs[place]), knob) for knob in knobs},
+                settings={knob: _at(deciding[place], knob) for knob in knobs},
                 verdict=summary.verdict,
                 eval_loss=summary.eval_loss,
                 seconds=summary.seconds,
@@ -253,9 +254,9 @@ def rank_runs(paths: Sequence[Path]) -> RankStudy:
     )
 
 
-def differing_knobs(runs: Sequence[RunDir]) -> tuple[str, ...]:
-    """Return the keys that decide an adapter and differ between runs; `seed` is one of them."""
-    first, *others = map(deciding, runs)
+def differing_knobs(deciding: Sequence[JsonObject]) -> tuple[str, ...]:
+    """Return the keys in which the deciding knobs of runs differ; `seed` is one of them."""
+    first, *others = deciding
     keys = {
         key
         for other in others
@@ -265,7 +266,7 @@ def differing_knobs(runs: Sequence[RunDir]) -> tuple[str, ...]:
     return tuple(sorted(key for key in keys if not any(k.startswith(f"{key}.") for k in keys)))
 
 
-def deciding(run: RunDir) -> JsonObject:
+def deciding_knobs_of_run(run: RunDir) -> JsonObject:
     """Return the knobs that decided a run's adapter."""
     return deciding_knobs_of(read_manifest(run).config)
 
