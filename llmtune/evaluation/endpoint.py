@@ -11,11 +11,12 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -26,6 +27,8 @@ from llmtune.io.json_files import parse_json
 from llmtune.schema import Section
 
 log = logging.getLogger("llmtune")
+
+Name = TypeVar("Name")
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TRIES = 4
@@ -253,23 +256,34 @@ def ask_all(
     if left:
         log.info("evaluate: %s is asked %d items of %s", endpoint.where, len(left), what)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file, closing(iter_replies(endpoint, left)) as replies:
+        if _is_cut_off(path):
+            file.write("\n")
+        for key, reply in replies:
+            known[key] = reply
+            file.write(json.dumps({"question": key, **asdict(reply)}) + "\n")
+            file.flush()
+    return {name: known[key] for name, key in keys.items()}
+
+
+def iter_replies(
+    endpoint: Endpoint, questions: Mapping[Name, Question]
+) -> Generator[tuple[Name, Reply]]:
+    """Yield the name of each question with its reply, as they come; several are asked at a time.
+
+    Raises:
+        LlmtuneError: the endpoint fails; questions that it was not asked yet are dropped.
+    """
     pool = ThreadPoolExecutor(endpoint.config.parallel_requests)
     try:
         asked = {
-            pool.submit(endpoint.ask, each.messages, each.max_tokens, each.tools or None): key
-            for key, each in left.items()
+            pool.submit(endpoint.ask, each.messages, each.max_tokens, each.tools or None): name
+            for name, each in questions.items()
         }
-        with path.open("a", encoding="utf-8") as file:
-            if _is_cut_off(path):
-                file.write("\n")
-            for done in as_completed(asked):
-                key, reply = asked[done], done.result()
-                known[key] = reply
-                file.write(json.dumps({"question": key, **asdict(reply)}) + "\n")
-                file.flush()
+        for done in as_completed(asked):
+            yield asked[done], done.result()
     finally:
         pool.shutdown(cancel_futures=True)
-    return {name: known[key] for name, key in keys.items()}
 
 
 def _as_openai(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from llmtune.data.problems import RowProblem
 from llmtune.data.prompts import PromptRow, encode_questions, prompts_error
-from llmtune.evaluation.endpoint import Endpoint
+from llmtune.evaluation.endpoint import Endpoint, Question, iter_replies
 from llmtune.evaluation.tasks.base import Scoring, Suite
 from llmtune.io.fingerprint import JsonValue
 from llmtune.models.live import LiveModel
@@ -198,22 +198,13 @@ class Asker:
 
     def answer(self, done: Collection[int]) -> Iterator[tuple[int, list[JsonValue]]]:
         """Yield replies as they come."""
-        pool = ThreadPoolExecutor(self.endpoint.config.parallel_requests)
-        try:
-            asked = {
-                pool.submit(
-                    self.endpoint.ask,
-                    row.question.messages,
-                    self.max_new_tokens,
-                    row.question.tools,
-                ): place
-                for place, row in enumerate(self.rows)
-                if place not in done
-            }
-            for number, future in enumerate(as_completed(asked), 1):
-                reply = future.result()
-                yield asked[future], [reply.text, reply.stopped]
+        left = {
+            place: Question(row.question.messages, self.max_new_tokens, row.question.tools or ())
+            for place, row in enumerate(self.rows)
+            if place not in done
+        }
+        with closing(iter_replies(self.endpoint, left)) as replies:
+            for number, (place, reply) in enumerate(replies, 1):
+                yield place, [reply.text, reply.stopped]
                 if number % LABELLED_AT_ONCE == 0:
-                    log.info("%d of %d answered", number, len(asked))
-        finally:
-            pool.shutdown(cancel_futures=True)
+                    log.info("%d of %d answered", number, len(left))
