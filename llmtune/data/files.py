@@ -6,10 +6,11 @@ import csv
 import gzip
 import io
 import itertools
+import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -66,6 +67,12 @@ def iter_file(path: Path, shown: str, reading: Reading | None = None) -> Iterato
             yield from READERS[kind](file, shown, reading)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise LlmtuneError(f"{shown}: cannot be read: {error}") from error
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """Return a row as JSON; half of a character pair, which UTF-8 cannot hold, stays escaped."""
+    line = json.dumps(row, ensure_ascii=False, default=str)
+    return json.dumps(row, default=str) if SURROGATES.search(line) else line
 
 
 def file_kind(path: Path) -> str | None:

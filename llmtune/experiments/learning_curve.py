@@ -1,16 +1,15 @@
 """The learning curve: the run's own training on an eighth, a quarter and half of its rows."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmtune.config import RunConfig, anchor_paths
 from llmtune.data.config import SourceConfig
 from llmtune.data.example import ExampleTable
+from llmtune.data.files import json_line
 from llmtune.data.prepare import prepare_examples
 from llmtune.data.problems import RowProblem
 from llmtune.data.rows import iter_raw_rows, open_source
@@ -240,7 +239,7 @@ def order_rows(sources: Sequence[SourceConfig], places: Counter[Place]) -> list[
                 continue
             line, values = parsed
             if times := places[index, file, line]:
-                rows.append(SeenRow(index, _as_json(values), times))
+                rows.append(SeenRow(index, json_line(values), times))
     return sorted(rows, key=lambda row: (hash_text(row.content), row.source_index))
 
 
@@ -267,7 +266,3 @@ def write_part(
             )
         )
     return written
-
-
-def _as_json(values: dict[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False, default=str)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from llmtune.config import RunConfig, load_config
+from llmtune.data.files import json_line
 from llmtune.data.formats.base import LABELS, Row
 from llmtune.data.init_job import JobName
 from llmtune.errors import LlmtuneError
@@ -250,7 +251,8 @@ def predict(
             ANSWER,
         )
         run_predict(resolved, settings)
-        lines = [parse_json(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        with out.open(encoding="utf-8") as file:
+            lines = [parse_json(line) for line in file]
     text, stopped, skipped = settings.columns
     return Predictions(
         Prediction(
@@ -289,7 +291,7 @@ def _as_file(rows: Any) -> str:
     """Return the path of rows; values are written to the cache, under a name by their content."""
     if isinstance(rows, str | Path):
         return str(rows)
-    lines = [json.dumps(row, ensure_ascii=False, default=str) for row in _iter_rows(rows)]
+    lines = [json_line(row) for row in _iter_rows(rows)]
     if not lines:
         raise LlmtuneError("there are no rows")
     text = "\n".join(lines) + "\n"

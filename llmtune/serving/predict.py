@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtune.data.conversation import SURROGATES, Conversation
+from llmtune.data.conversation import Conversation
+from llmtune.data.files import json_line
 from llmtune.data.problems import RowProblem
 from llmtune.data.prompts import (
     PromptChoice,
@@ -140,7 +141,7 @@ def _read(settings: PredictSettings) -> tuple[list[PromptRow], Suite | None]:
 def _predict(rows: Sequence[PromptRow], answerer: Answerer, settings: PredictSettings) -> Predicted:
     """Write down what is answered, and at the end the output."""
     facts = dict(answerer.describe())
-    asked = [facts["input"], [_to_line(row.row) for row in rows]]
+    asked = [facts["input"], [json_line(row.row) for row in rows]]
     header = {**facts, "input": hash_json(asked), "columns": list(settings.columns)}
     with partial_lines(settings.output_path, header) as partial:
         answers: dict[int, list[Any]] = {place: values for place, *values in partial.found}
@@ -202,7 +203,7 @@ def _render(rows: Sequence[Mapping[str, Any]], settings: PredictSettings) -> str
     """Return the output: JSON lines, or a table in which each label has a column."""
     separator = TABLES.get(settings.output_path.suffix.lower())
     if separator is None:
-        return "\n".join(map(_to_line, rows)) + "\n"
+        return "\n".join(map(json_line, rows)) + "\n"
     known = settings.columns[1]
     flat = []
     for row in rows:
@@ -224,9 +225,3 @@ def _to_cell(value: Any) -> Any:
     if isinstance(value, bool | dict | list):
         return json.dumps(value, ensure_ascii=False, default=str)
     return "" if value is None else value
-
-
-def _to_line(row: Mapping[str, Any]) -> str:
-    """Return a row as JSON; half of a character pair, which UTF-8 cannot hold, stays escaped."""
-    line = json.dumps(row, ensure_ascii=False, default=str)
-    return json.dumps(row, default=str) if SURROGATES.search(line) else line

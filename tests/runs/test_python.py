@@ -61,6 +61,10 @@ def test_scores_and_answers_are_tables(tuned, base):
     assert [each.row["text"] for each in said] == [row["text"] for row in ROWS[:2]]
     assert isinstance(said.answers[0], str) and "<td>" in said._repr_html_()
     assert list(said.to_pandas().columns) == ["text", "label", "answer", "stopped"]
+    separated, half = "two\u2028lines", "half of a pair \ud83d"
+    given = [{"prompt": separated, "note": half}]
+    kept = llmtune.predict(base, given, max_new_tokens=1)[0].row
+    assert (kept["prompt"], kept["note"]) == (separated, half)
     asked = llmtune.predict(base, ["Is it <b>?"], max_new_tokens=1)
     assert "&lt;b&gt;" in asked._repr_html_()
 
