@@ -1,6 +1,5 @@
 """What a program or a notebook calls: rows and results as Python values."""
 
-import hashlib
 import html
 import json
 import tempfile
@@ -16,6 +15,7 @@ from llmtune.data.files import json_line
 from llmtune.data.formats.base import LABELS, Row
 from llmtune.data.init_job import JobName
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import hash_text
 from llmtune.io.json_files import parse_json
 from llmtune.io.listening import Heard, hearing
 from llmtune.io.run_dir import atomic_write_text
@@ -168,7 +168,7 @@ def tune(  # noqa: PLR0913 (one argument a choice)
         test=None if test is None else _as_file(test),
     )
     given = json.dumps([path, base, repr(asked)])
-    folder = cache_dir() / "python" / hashlib.sha256(given.encode()).hexdigest()[:16]
+    folder = cache_dir() / "python" / hash_text(given)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     draft = draft_config(path, folder / "task.yaml", base=base, asked=asked, force=True)
     if metric is not None:
@@ -295,7 +295,7 @@ def _as_file(rows: Any) -> str:
     if not lines:
         raise LlmtuneError("there are no rows")
     text = "\n".join(lines) + "\n"
-    path = cache_dir() / "python" / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+    path = cache_dir() / "python" / f"rows-{hash_text(text)[:16]}.jsonl"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, text)
