@@ -15,7 +15,13 @@ from typing import IO
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import parse_json
-from llmtune.serving.listening import ServeSettings, announce, bind_socket, read_api_key
+from llmtune.serving.listening import (
+    ServeSettings,
+    address_url,
+    announce,
+    bind_socket,
+    read_api_key,
+)
 from llmtune.serving.start_check import Asked, Known, KnownQuestion, check_answers
 
 log = logging.getLogger("llmtune")
@@ -155,5 +161,4 @@ def _open(url: str, key: str | None, body: bytes | None) -> "IO[bytes]":
 
 def _local_url(host: str, port: int) -> str:
     """Return where this machine itself reaches the address."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return address_url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)

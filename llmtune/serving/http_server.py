@@ -24,10 +24,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.endpoint import LOOPBACK
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import parse_json
 from llmtune.scoring.generate import Piece
-from llmtune.serving.listening import LOOPBACK
 from llmtune.serving.live_models import LiveModels
 from llmtune.serving.openai_api import (
     BEARER,

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import click
 
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.endpoint import LOOPBACK
 from llmtune.serving.start_check import StartCheck
 
 log = logging.getLogger("llmtune")
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,11 @@ def bind_socket(host: str, port: int) -> socket.socket:
     return taken
 
 
+def address_url(host: str, port: int) -> str:
+    """Return an address as a URL, an IPv6 one in brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def announce(
     settings: ServeSettings,
     port: int,
@@ -87,8 +91,7 @@ def announce(
 ) -> None:
     """Say where requests are taken, on stdout, once they are."""
     checked.say()
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{port}/v1"
+    url = f"{address_url(settings.host, port)}/v1"
     if settings.as_json:
         facts = {"url": url, "engine": engine, "models": names, "check": checked.to_json()}
         click.echo(json.dumps(facts))
