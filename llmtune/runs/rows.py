@@ -125,21 +125,17 @@ def _first_training(
     found: DataDescription, model: Checkpoint | None, *, quantize: bool
 ) -> FirstTraining:
     """Return learning rate and precision for a base."""
-    if model is None:
-        return replace(FirstTraining(), is_quantized=quantize, quantized_reason="as asked")
-    width = model.config.get("hidden_size")
-    suggested = suggest_learning_rate(model.model_type, width if isinstance(width, int) else None)
-    first = FirstTraining(
-        suggested.learning_rate,
-        suggested.reason,
-        is_quantized=quantize,
-        quantized_reason="as asked",
-    )
-    return (
-        first
-        if quantize or _fits(found, model, first)
-        else replace(first, is_quantized=True, quantized_reason=FirstTraining().quantized_reason)
-    )
+    first = FirstTraining()
+    if model is not None:
+        width = model.config.get("hidden_size")
+        known_width = width if isinstance(width, int) else None
+        suggested = suggest_learning_rate(model.model_type, known_width)
+        first = FirstTraining(suggested.learning_rate, suggested.reason)
+    if quantize:
+        return replace(first, is_quantized=True, quantized_reason="as asked")
+    if model is not None and not _fits(found, model, first):
+        return replace(first, is_quantized=True)
+    return first
 
 
 def _fits(found: DataDescription, model: Checkpoint, first: FirstTraining) -> bool:
