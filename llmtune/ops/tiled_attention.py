@@ -165,10 +165,8 @@ def _iter_cut_tiles(
         beginning = _in_reach_of(first - start, sliding_window, shared)
         # Within the first window, every query of the tile sees all keys before the tile.
         sees_all_before = sliding_window is None or stop - start + shared <= sliding_window
-        if beginning.start < beginning.stop and not sees_all_before:
-            num_before = first - first_key + beginning.stop - beginning.start
-        else:
-            num_before = 0 if sees_all_before else first - first_key
+        num_shared = beginning.stop - beginning.start
+        num_before = 0 if sees_all_before else num_shared + first - first_key
         mask = _cut_mask(stop - first, num_before, sliding_window)
         yield Tile(slice(first, stop), slice(first_key, stop), mask, beginning)
 
