@@ -44,7 +44,7 @@ def run(config: RunConfig, *, force: bool = False) -> "Report":
         RunInterrupted: stopped by Ctrl-C or SIGTERM after saving a checkpoint.
     """
     opened = _check_evaluation(config, force=force)
-    if force or not config.run.adapter_dir.is_dir():
+    if _trains(config, force=force):
         MergeStage(config, opened=opened).plan_before_training()
     for stage in _stages_before_report(config, opened, force=force):
         stage.do()
@@ -58,10 +58,15 @@ def _check_evaluation(config: RunConfig, *, force: bool) -> Checkpoint:
     suites = load_suites(config.evaluate)
     check_evaluation_files(config.evaluate, suites)
     opened = TrainStage(config, force=force).source
-    if force or not config.run.adapter_dir.is_dir():
+    if _trains(config, force=force):
         check_item_lengths(opened, suites)
         warn_of_leaks(config.evaluate, config.data, suites)
     return opened
+
+
+def _trains(config: RunConfig, *, force: bool) -> bool:
+    """Whether there is no adapter yet, or it is made again."""
+    return force or not config.run.adapter_dir.is_dir()
 
 
 def _stages_before_report(
@@ -82,7 +87,7 @@ def train(config: RunConfig, *, force: bool = False) -> TrainRecord:
         What the manifest records of the stage.
     """
     opened = _check_evaluation(config, force=force)
-    if force or not config.run.adapter_dir.is_dir():
+    if _trains(config, force=force):
         _plan_merge_of_training(config, opened)
     return TrainStage(config, force=force, opened=opened).do()
 
