@@ -13,6 +13,7 @@ from typing import Any
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import read_json_object
+from llmtune.io.stopping import last_lines
 
 log = logging.getLogger("llmtune")
 
@@ -132,7 +133,7 @@ def ask_runtime(path: Path, request: RuntimeRequest) -> RuntimeAnswers:
                 f"{path}: llama.cpp did not answer within {TIMEOUT_SECONDS} s"
             ) from error
         if done.returncode or not answer.is_file():
-            last = " | ".join((done.stderr or done.stdout).strip().splitlines()[-LAST_LINES:])
+            last = last_lines(done.stderr or done.stdout, LAST_LINES)
             raise LlmtuneError(f"{path}: llama.cpp failed (exit {done.returncode}): {last}")
         return _read_answers(read_json_object(answer))
 

@@ -98,3 +98,8 @@ def call_within(seconds: float, call: Callable[[], T]) -> T:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def last_lines(text: str, count: int) -> str:
+    """Return the last lines of what a program printed, as one line."""
+    return " | ".join(text.strip().splitlines()[-count:])

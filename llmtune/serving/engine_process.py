@@ -15,6 +15,7 @@ from typing import IO
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import parse_json
+from llmtune.io.stopping import last_lines
 from llmtune.serving.listening import (
     ServeSettings,
     address_url,
@@ -91,8 +92,8 @@ class _Process:
     def ended(self) -> LlmtuneError:
         """Return the error that it ended by itself."""
         self._output.seek(0)
-        lines = self._output.read().decode("utf-8", "replace").strip().splitlines()
-        last = " | ".join(lines[-LAST_LINES:]) or "its messages are above"
+        printed = self._output.read().decode("utf-8", "replace")
+        last = last_lines(printed, LAST_LINES) or "its messages are above"
         return LlmtuneError(
             f"{self._plan.engine} ended by itself (exit {self.process.returncode}): {last}"
         )

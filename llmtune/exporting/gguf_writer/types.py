@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.gguf_head import read_gguf_head
+from llmtune.io.stopping import last_lines
 
 OWN_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 QUANTIZER_TYPES = (
@@ -69,7 +70,7 @@ def quantize_file(source: Path, path: Path, type: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode or not path.is_file():
         path.unlink(missing_ok=True)
-        last = " | ".join((done.stderr or done.stdout).strip().splitlines()[-LAST_LINES:])
+        last = last_lines(done.stderr or done.stdout, LAST_LINES)
         raise LlmtuneError(f"{command[0]} failed (exit {done.returncode}): {last}")
 
 
