@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from llmtune.errors import LlmtuneError
 
+GGUF_SUFFIX = ".gguf"
 GGUF_MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEAD_BYTES = 512 << 20

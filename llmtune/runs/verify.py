@@ -12,10 +12,9 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.suite import load_suites
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.exporting.gguf_writer.types import read_file_type, read_origin
+from llmtune.io.gguf_head import GGUF_SUFFIX
 from llmtune.merging.config import MergeConfig
 from llmtune.runs.targets import Target, resolve_target
-
-GGUF_SUFFIX = ".gguf"
 
 
 def verify_target(

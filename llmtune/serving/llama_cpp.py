@@ -7,11 +7,10 @@ from pathlib import Path
 
 from llmtune.checks.runtime import require_runtime
 from llmtune.errors import LlmtuneError
-from llmtune.io.gguf_head import read_gguf_head
+from llmtune.io.gguf_head import GGUF_SUFFIX, read_gguf_head
 from llmtune.serving.engine_process import EnginePlan
 from llmtune.serving.listening import ServeSettings
 
-GGUF_SUFFIX = ".gguf"
 KEY_VARIABLE = "LLMTUNE_SERVE_KEY"
 KIND = "general.type"
 WHOLE = "model"

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from llmtune.data.conversation import Conversation
 from llmtune.errors import LlmtuneError
+from llmtune.io.gguf_head import GGUF_SUFFIX
 from llmtune.models.resolve import Loadable
 from llmtune.serving.engine_process import run_engine
 from llmtune.serving.listening import ServeSettings, announce, bind_socket, read_api_key
-from llmtune.serving.llama_cpp import GGUF_SUFFIX, plan_llama_cpp
+from llmtune.serving.llama_cpp import plan_llama_cpp
 from llmtune.serving.start_check import Asked, Known, KnownQuestion, StartCheck, check_answers
 from llmtune.serving.vllm import plan_vllm
 
