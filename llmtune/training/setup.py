@@ -15,11 +15,12 @@ from llmtune.adapters.fused import fused_lora
 from llmtune.errors import LlmtuneError
 from llmtune.io.sizes import format_size
 from llmtune.models.decoder import decoder_of, rotary_switch
-from llmtune.training.batch import StepCollator, computed_tokens
+from llmtune.training.batch import StepCollator
 from llmtune.training.config import TrainConfig
 from llmtune.training.fused.blocks import fused_blocks
 from llmtune.training.fused.packing import choose_packing, packed_attention
 from llmtune.training.fused.sharing import find_sharing_obstacle
+from llmtune.training.grouping import computed_tokens
 from llmtune.training.loss import LossPath, choose_loss_path, decoder_hidden
 from llmtune.training.memory.arithmetic import UNLIMITED, MemoryPlan
 from llmtune.training.memory.dry_run import Trial, find_plan, recomputable_layers, recomputing

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.training.batch import pack_lengths
+from llmtune.training.grouping import pack_lengths
 
 
 @given(lengths=st.lists(st.integers(1, 64), max_size=200))

@@ -6,13 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.data.example import IGNORE_INDEX, Example
-from llmtune.training.batch import (
-    StepCollator,
-    largest_micro_batches,
-    pack_rows,
-    pad_rows,
-    plan_micro_batches,
-)
+from llmtune.training.batch import StepCollator, pack_rows, pad_rows
+from llmtune.training.grouping import largest_micro_batches, plan_micro_batches
 from llmtune.training.memory.arithmetic import BatchLimits
 from llmtune.training.rows import EpochSampler
 from tests.training.tiny_runs import make_rows

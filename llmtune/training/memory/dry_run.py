@@ -20,9 +20,10 @@ from llmtune.io.sizes import format_in
 from llmtune.io.unfinished import require_space
 from llmtune.models.probing import is_out_of_memory
 from llmtune.models.quantization.config import SMALLEST
-from llmtune.training.batch import StepCollator, largest_micro_batches, move_to
+from llmtune.training.batch import StepCollator, move_to
 from llmtune.training.checkpoint import save_weights
 from llmtune.training.config import TrainConfig
+from llmtune.training.grouping import largest_micro_batches
 from llmtune.training.memory.arithmetic import (
     USEFUL_TOKENS,
     ActivationCost,

@@ -10,16 +10,10 @@ import torch
 from llmtune.adapters.fused import fused_lora
 from llmtune.data.example import IGNORE_INDEX, Example
 from llmtune.models.decoder import decoder_of
-from llmtune.training.batch import (
-    StepCollator,
-    computed_tokens,
-    pack_rows,
-    pack_sharing,
-    plan_shared,
-    shared_beginning,
-)
+from llmtune.training.batch import StepCollator, pack_rows, pack_sharing
 from llmtune.training.fused.packing import packed_attention
 from llmtune.training.fused.sharing import find_sharing_obstacle
+from llmtune.training.grouping import computed_tokens, plan_shared, shared_beginning
 from llmtune.training.loss import choose_loss_path, decoder_hidden, summed_loss
 from llmtune.training.memory.arithmetic import UNLIMITED, BatchLimits
 from llmtune.training.setup import set_up
