@@ -116,12 +116,8 @@ def find_label_names(source: SourceConfig, labels: Sequence[str]) -> tuple[str, 
     """
     if not all(label.isdecimal() for label in labels) or is_hub_id(source.path):
         return ()
-    (column,) = [
-        source.columns.get(member.required[1], member.required[1])
-        for name, member in FORMATS.items()
-        if name == source.format and member.takes_instruction
-    ] or [""]
-    names = read_class_names(find_files(source.path)[0], column)
+    answer = FORMATS[source.format].required[1]
+    names = read_class_names(find_files(source.path)[0], source.columns.get(answer, answer))
     return names if max(map(int, labels)) < len(names) else ()
 
 
