@@ -67,9 +67,8 @@ class AnswerStyle:
             fall: of the share of answers that end by themselves, beyond which they do not.
             distinct: distinct words as a share of those before, below which they repeat.
         """
-        ends = None not in (self.ended_answers, before.ended_answers)
-        known = None not in (self.distinct_words, before.distinct_words)
-        return bool(
-            (ends and (before.ended_answers or 0) - (self.ended_answers or 0) > fall)
-            or (known and (self.distinct_words or 0) < distinct * (before.distinct_words or 0))
-        )
+        ended, ended_before = self.ended_answers, before.ended_answers
+        if ended is not None and ended_before is not None and ended_before - ended > fall:
+            return True
+        words, words_before = self.distinct_words, before.distinct_words
+        return words is not None and words_before is not None and words < distinct * words_before
