@@ -176,7 +176,7 @@ def take_base_answers(suites: tuple[Suite, ...], base: Checkpoint, load: Load) -
                 written = suite.config.write_answers(untouched, suite)
                 answers[suite.name] = written
                 if is_kept:
-                    write_kept(paths[suite.name], written)
+                    write_kept(paths[suite.name], written, "the base's answers are")
         del live, untouched
         release_memory()
     return tuple(

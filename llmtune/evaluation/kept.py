@@ -3,8 +3,8 @@
 They depend on no adapter, only on base, items, precision, machine and the code that scores.
 """
 
-import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ from llmtune.io.kept_json import read_kept, write_kept
 from llmtune.models.gguf import cache_dir
 from llmtune.models.live import LiveModel
 from llmtune.scoring.live import facts_of
-
-log = logging.getLogger("llmtune")
 
 FOLDER = "scores"
 NO_SCORES = {"name", "description", "items", "role"}
@@ -59,21 +57,13 @@ def find_kept(scored: LiveModel, plan: ArmPlan) -> ArmResult | None:
 
 
 def keep_scores(scored: LiveModel, plan: ArmPlan, result: ArmResult) -> None:
-    """Keep the items' scores of an arm without an adapter, whole or not at all.
-
-    Where the cache cannot be written one line says so: an evaluation needs none.
-    """
+    """Keep the items' scores of an arm without an adapter, whole or not at all."""
     key = _key(scored, plan)
     if key is None:
         return
     items = [asdict(item) for item in result.items]
-    path = _place(key)
-    try:
-        write_kept(path, {"key": key, "items": items})
-    except OSError as error:
-        log.warning("the base's scores are not kept in %s: %s", path.parent, error)
-    except ValueError:
-        return  # a score that is not a number, which JSON cannot hold
+    with suppress(ValueError):  # a score that is not a number, which JSON cannot hold
+        write_kept(_place(key), {"key": key, "items": items}, "the base's scores are")
 
 
 def _key(scored: LiveModel, plan: ArmPlan) -> JsonObject | None:

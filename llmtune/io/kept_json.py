@@ -1,5 +1,6 @@
 """JSON files in the cache directory that later runs take over: whole, undamaged, not too many."""
 
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,6 +11,8 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import JsonValue, hash_json
 from llmtune.io.json_files import read_json
 from llmtune.io.run_dir import atomic_write_json
+
+log = logging.getLogger("llmtune")
 
 FOLDER_BYTES = 512 << 20
 """What the files of one folder may take together; those that were not used for longest go."""
@@ -28,21 +31,34 @@ def read_kept(path: Path) -> Any | None:
     return found["kept"]
 
 
-def write_kept(path: Path, value: JsonValue | Mapping[str, object]) -> None:
+def write_kept(path: Path, value: JsonValue | Mapping[str, object], what: str) -> None:
     """Keep a value, and remove what was not used for longest from a folder that has grown too far.
 
+    Where the cache cannot be written one line says so: no run needs it.
+
+    Args:
+        path: in a folder of the cache directory.
+        value: what `read_kept` returns later.
+        what: the value, with its verb: "the base's scores are".
+
     Raises:
-        OSError: the file cannot be written.
         ValueError: the value holds a NaN or an infinity.
     """
-    atomic_write_json(path, {"seal": hash_json(value), "kept": value})
+    try:
+        atomic_write_json(path, {"seal": hash_json(value), "kept": value})
+        _drop_unused(path)
+    except OSError as error:
+        log.warning("%s not kept in %s: %s", what, path.parent, error)
+
+
+def _drop_unused(newest: Path) -> None:
     files = []
-    for each in path.parent.glob("*.json"):
+    for each in newest.parent.glob("*.json"):
         with suppress(FileNotFoundError):  # another process was faster
             about = each.stat()
             files.append((about.st_mtime_ns, about.st_size, each))
     total = 0
     for _, size, each in sorted(files, reverse=True):
         total += size
-        if total > FOLDER_BYTES and each != path:
+        if total > FOLDER_BYTES and each != newest:
             each.unlink(missing_ok=True)

@@ -139,17 +139,9 @@ def _write(loaded: LiveModel, seed: int, *, num_rows: int, num_tokens: int) -> t
         )
         written = [list(row.input_ids) for row in rows]
         if is_kept:
-            _write_kept(path, written)
+            write_kept(path, written, "what the base wrote is")
     rows = [as_example(ids, OWN_TEXT_SOURCE, line) for line, ids in enumerate(written, start=1)]
     return tuple(row for row in rows if len(row.input_ids) > 1)
-
-
-def _write_kept(path: Path, rows: list[list[int]]) -> None:
-    """Keep token ids for later runs; a run does not need the cache."""
-    try:
-        write_kept(path, rows)
-    except OSError as error:
-        log.warning("what the base wrote is not kept in %s: %s", path.parent, error)
 
 
 def write_own_text(

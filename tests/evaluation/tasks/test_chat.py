@@ -55,7 +55,9 @@ def test_answers_are_described_by_length_and_words_and_ends():
     assert found["ended_answers"] == pytest.approx(2 / 3)
 
 
-def test_the_bases_answers_are_kept_for_the_prompts_that_it_was_given(tmp_path):
+def test_the_bases_answers_are_kept_for_the_prompts_that_it_was_given(
+    tmp_path, monkeypatch, caplog
+):
     make_model("llama", tmp_path / "base")
     write_jsonl(tmp_path / "chat.jsonl", [{"id": "a", "prompt": "Hello?"}])
     values = {"task": "chat", "items": "chat.jsonl", "max_new_tokens": 4}
@@ -78,6 +80,9 @@ def test_the_bases_answers_are_kept_for_the_prompts_that_it_was_given(tmp_path):
     answer("Be brief.", "2030-01-01")
     answer("Be brief.", "2030-01-01")
     assert loaded == [None, "Be brief."]
+    monkeypatch.setenv("LLMTUNE_CACHE", "/proc/none")  # an evaluation needs no cache
+    assert answer(None, "2030-01-01") == plain
+    assert caplog.messages[-1].startswith("the base's answers are not kept in /proc/none/answers: ")
 
 
 def test_collapsed_answers_are_broken_though_the_loss_is_within_its_bound():
