@@ -20,6 +20,7 @@ from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.evaluation.compare import compare_arms
 from llmtune.evaluation.halves import in_selection_half
+from llmtune.evaluation.main_arms import AFTER
 from llmtune.evaluation.results import ArmResult
 from llmtune.experiments.versus import MAY_DIFFER, tell_apart
 from llmtune.io.fingerprint import JsonObject
@@ -36,8 +37,6 @@ from llmtune.runs.targets import require_run
 
 log = logging.getLogger("llmtune")
 
-ARMS = ("merged", "tuned")
-"""What ships counts, if every run has it."""
 MOST_POINTS = 200
 
 
@@ -337,14 +336,14 @@ def _target_results(run: RunDir) -> dict[str, dict[str, ArmResult]]:
     return {
         name: arms
         for name, arms in results.items()
-        if any(arm in arms and arms[arm].role == "target" for arm in ARMS)
+        if any(arm in arms and arms[arm].role == "target" for arm in AFTER)
     }
 
 
 def _shared(
     results: Sequence[Mapping[str, Mapping[str, ArmResult]]], paths: Sequence[Path]
 ) -> tuple[str, str]:
-    for arm in ARMS:
+    for arm in AFTER:  # what ships counts, if every run has it
         for suite in results[0]:
             if all(suite in found and arm in found[suite] for found in results):
                 return arm, suite

@@ -14,6 +14,7 @@ from llmtune.data.problems import RowError
 from llmtune.data.prompts import PromptEncoder
 from llmtune.data.tools import read_tools
 from llmtune.errors import LlmtuneError
+from llmtune.evaluation.main_arms import MAIN_ARMS
 from llmtune.io.run_dir import atomic_write_text
 from llmtune.models.live import LiveModel
 from llmtune.models.resolve import Loadable
@@ -21,7 +22,6 @@ from llmtune.models.turns import require_chat_template
 from llmtune.scoring.generate import Decoding, stream_text
 from llmtune.scoring.live import as_arm, load_target
 
-KNOWN_ARMS = frozenset({"base", "tuned", "merged", "original"})
 HELP = """\
 /base, /tuned ...   that model answers from now on; each keeps a history of its own
 /compare [TEXT]     all models answer: TEXT, or everything from now on
@@ -215,7 +215,7 @@ def _take(chat: Chat, line: str) -> None:
             raise LlmtuneError("/save: name the file, as in /save rows.jsonl")
         path = Path(rest)
         said = f"{chat.save(path)} rows in {path}"
-    elif command in KNOWN_ARMS:
+    elif command in MAIN_ARMS:
         chat.switch(command)
         said = f"{chat.arm} answers from now on"
     else:
