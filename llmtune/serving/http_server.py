@@ -28,6 +28,7 @@ from llmtune.evaluation.endpoint import LOOPBACK
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import parse_json
 from llmtune.scoring.generate import Piece
+from llmtune.serving.listening import MAX_WAITING
 from llmtune.serving.live_models import LiveModels
 from llmtune.serving.openai_api import (
     BEARER,
@@ -57,7 +58,7 @@ class HttpSettings:
     api_key: str | None = None
     temperature: float = 1.0
     """Of a request that names none."""
-    max_waiting: int = 16
+    max_waiting: int = MAX_WAITING
     """Requests that may wait for the one that is answered; more are refused."""
 
 

@@ -14,6 +14,9 @@ from llmtune.serving.start_check import StartCheck
 
 log = logging.getLogger("llmtune")
 
+MAX_WAITING = 16
+"""Requests that may wait if nothing is said."""
+
 
 @dataclass(frozen=True)
 class ServeSettings:

@@ -11,7 +11,13 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.gguf_head import GGUF_SUFFIX
 from llmtune.models.resolve import Loadable
 from llmtune.serving.engine_process import run_engine
-from llmtune.serving.listening import ServeSettings, announce, bind_socket, read_api_key
+from llmtune.serving.listening import (
+    MAX_WAITING,
+    ServeSettings,
+    announce,
+    bind_socket,
+    read_api_key,
+)
 from llmtune.serving.llama_cpp import plan_llama_cpp
 from llmtune.serving.start_check import Asked, Known, KnownQuestion, StartCheck, check_answers
 from llmtune.serving.vllm import plan_vllm
@@ -20,7 +26,6 @@ if TYPE_CHECKING:
     from llmtune.serving.live_models import LiveModels
 
 PACKAGES = ("starlette", "uvicorn")
-MAX_WAITING = 16
 
 
 @dataclass(frozen=True)
