@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -37,8 +38,10 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 # of times larger than the rest, rounding alone can turn a single token's state around.
 JUDGED_SHARE = 0.75
 
-
 UNSUPPORTED_OPTIONS = ("dropout", "position_bias", "head_mask")
+
+AppliedMask = tuple[int | None, tuple[int, ...]]
+"""The sliding window, and the lengths of the rows."""
 
 
 class PackingChoice(NamedTuple):
@@ -166,16 +169,19 @@ def is_given(option: object) -> bool:
     return isinstance(option, Tensor) or bool(option)
 
 
-class MaskRule(NamedTuple):
+@dataclass(frozen=True)
+class MaskRule:
     """Which keys of its row a token sees: the last `size` of them, or those of its own chunk."""
 
     size: int
     is_seen: Callable[[Any, Any, Any, Any], Any]
     """transformers' mask function, of batch, head, query and key."""
+    _applied: dict[tuple[tuple[int, ...], bool], AppliedMask] = field(default_factory=dict)
+    """All layers of a pass share the mask; on a GPU each question waits for what is computed."""
 
     def apply(
         self, lengths: tuple[int, ...], device: torch.device, *, shares_beginning: bool = False
-    ) -> tuple[int | None, tuple[int, ...]]:
+    ) -> AppliedMask:
         """Return the sliding window, and the rows: those of chunks are cut at them.
 
         Of rows that share their beginning, the longest directly follows it.
@@ -184,6 +190,14 @@ class MaskRule(NamedTuple):
             ProbeFailedError: the mask is neither a window nor chunks, or rows that share their
                 beginning have chunks.
         """
+        asked = lengths, shares_beginning
+        if asked not in self._applied:
+            self._applied[asked] = self._apply(lengths, device, shares_beginning=shares_beginning)
+        return self._applied[asked]
+
+    def _apply(
+        self, lengths: tuple[int, ...], device: torch.device, *, shares_beginning: bool
+    ) -> AppliedMask:
         rows = (sum(lengths[:2]),) if shares_beginning else lengths
         if max(rows) <= self.size:
             return None, lengths

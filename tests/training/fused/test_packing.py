@@ -121,6 +121,23 @@ def test_an_attention_that_ignores_the_window_is_found(monkeypatch):
     assert "differs" in choice.reason
 
 
+def test_the_layers_of_a_pass_ask_their_mask_once(monkeypatch):
+    from llmtune.training.fused import packing
+
+    asked = []
+
+    class Asked(packing.MaskRule):
+        def __init__(self, size, is_seen):
+            super().__init__(size, lambda *places: asked.append(places) or is_seen(*places))
+
+    monkeypatch.setattr(packing, "MaskRule", Asked)
+    model = make_adapter("mistral", sliding_window=8)
+    assert model.config.num_hidden_layers > 1
+    with packed_attention(model), torch.no_grad():
+        decoder_hidden(model, pack_rows(make_rows(2, longest=40)))
+    assert len(asked) == 3  # just before, at and inside the window
+
+
 def test_one_token_turned_around_by_rounding_is_let_pass_and_a_third_of_the_row_is_not():
     alone = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
     one_off, third_off, broken = alone.clone(), alone.clone(), alone.clone()
