@@ -221,6 +221,15 @@ def test_an_exact_answer_has_a_strict_and_a_lenient_score(suites):
     assert suite.config.describe([score]) == {"strict": 0.0, "lenient": 1.0}
 
 
+def test_the_share_of_answers_that_the_length_cut_off_is_said_beside_the_score(scored, suites):
+    result = evaluate_suite(scored, suites["say"], arm="tuned")
+    whole = [score.details["stopped"] for score in result.items]
+    assert result.also["cut_off"] == pytest.approx(1 - sum(whole) / len(whole))
+    everything = suites["say"].config.model_copy(update={"stop": ("",)})
+    ended = evaluate_suite(scored, replace(suites["say"], config=everything), arm="tuned")
+    assert (result.also["cut_off"], ended.also["cut_off"]) == (1.0, 0.0)
+
+
 def test_raw_answers_end_at_the_lines_end(suites):
     config = suites["say"].config
     raw = config.model_copy(update={"chat": False})

@@ -212,14 +212,16 @@ class ExactSuite(PromptedSuite):
             token_budget=scoring.token_budget,
             on_progress=scoring.on_items,
         )
-        return [
-            self._score_written(
-                item,
-                self.cut(answer.text),
-                {"stopped": answer.stopped, "num_tokens": len(answer.token_ids)},
-            )
-            for item, answer in zip(suite.items, written, strict=True)
-        ]
+        scores = []
+        for item, answer in zip(suite.items, written, strict=True):
+            text = self.cut(answer.text)
+            details = {
+                "stopped": answer.stopped,
+                "num_tokens": len(answer.token_ids),
+                "cut_off": not answer.stopped and text.lstrip() == answer.text.lstrip(),
+            }
+            scores.append(self._score_written(item, text, details))
+        return scores
 
     def kept_answer(self, score: ItemScore) -> KeptAnswer | None:
         """Return the whole answer, if a model of ours wrote it."""
@@ -235,6 +237,13 @@ class ExactSuite(PromptedSuite):
         return cut_at(text, stops) if stops else text
 
     def describe(self, scores: Sequence[ItemScore]) -> JsonObject:
+        """Return what is shown beside the score, and how often the length ended an answer."""
+        found = self._describe_answers(scores)
+        if not all("cut_off" in each.details for each in scores):
+            return found
+        return {**found, "cut_off": sum(one.details["cut_off"] for one in scores) / len(scores)}
+
+    def _describe_answers(self, scores: Sequence[ItemScore]) -> JsonObject:
         """Return the strict and the lenient score: the whole answer is right, or a part of it."""
         if self.metric == "bleu":
             texts = [(each.prediction or "", each.answer or "") for each in scores]
