@@ -45,6 +45,13 @@ class RunConfig(Section):
             self.__dict__["model"] = self.model.with_system(self.data.system)
         return self
 
+    @model_validator(mode="after")
+    def _check_decay(self) -> Self:
+        reason = self.adapter.why_no_decay()
+        if self.train.weight_decay and reason is not None:
+            raise ValueError(reason)
+        return self
+
     @property
     def mixed_data(self) -> DataConfig:
         """The data that is trained on: `data`, with what `protect.replay` adds."""

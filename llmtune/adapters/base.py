@@ -78,6 +78,15 @@ class Adapter(Section):
         """Say why fused expert weights cannot be adapted with these knobs; None if they can."""
         return f"adapter.method={self.method} cannot adapt them"
 
+    def why_no_decay(self) -> str | None:
+        """Say why weight decay would spoil the adapter with these knobs; None if it would not."""
+        return None
+
+    @property
+    def token_rows(self) -> Sequence[int]:
+        """The ids of tokens whose rows of the embedding are trained."""
+        return ()
+
     @property
     def patterns(self) -> Mapping[str, Mapping[str, float]]:
         """The knobs that name modules by patterns: {knob: {pattern: value}}."""
@@ -85,6 +94,9 @@ class Adapter(Section):
 
     def check_layer(self, name: str, layer: "BaseTunerLayer") -> None:
         """Assert that peft adapted the module of this full name as the knobs say."""
+
+    def begin(self, layers: "Mapping[str, BaseTunerLayer]") -> None:
+        """Give freshly adapted layers {full name: layer} the start that peft does not give."""
 
     @classmethod
     def layer_settings(cls, layer: "BaseTunerLayer") -> dict[str, float]:

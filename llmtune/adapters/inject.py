@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import ParamWrapper
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -28,6 +29,8 @@ from llmtune.io.fingerprint import JsonObject
 from llmtune.models.quantization.describe import LAYER_NUMBER, logical_size
 
 MAX_NAMES = 6
+TRAINED_BESIDE = (".modules_to_save.", ".trainable_tokens_delta.")
+"""What the names of parameters hold that are trained beside the adapted layers."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def inject_adapter(
     """
     names = list_modules(model, config)
     chosen = choose_targets(config, names)
+    _check_tokens(model, config)
     total_parameters = sum(logical_size(parameter) for parameter in model.parameters())
     try:
         adapted = attach(model, _peft_config(model, config, names, chosen))
@@ -110,6 +114,7 @@ def inject_adapter(
         raise LlmtuneError(f"adapter: peft cannot adapt this model as asked: {error}") from error
     _check_layers(adapted, config, chosen)
     _check_trainable(adapted, config)
+    config.begin(adapted_layers(adapted))
     if config.init_from is not None:
         start_from_adapter(adapted, config.init_from, base_fingerprint=base_fingerprint)
     table = InjectionTable(
@@ -131,7 +136,7 @@ def adapted_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
         if isinstance(module, ParamWrapper):
             # wrappers of one module's parameters are nested, each the `base_layer` of the next
             name = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             layers[name.removeprefix("base_model.model.")] = module
     return layers
 
@@ -167,10 +172,20 @@ def _check_layers(model: PeftModel, config: Adapter, chosen: list[str]) -> None:
         config.check_layer(name, layer)
 
 
+def _check_tokens(model: PreTrainedModel, config: Adapter) -> None:
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    beyond = sorted(token for token in config.token_rows if token >= num_rows)
+    if beyond:
+        raise LlmtuneError(
+            f"adapter.trainable_tokens: {beyond[0]} is not a token of this model, whose embedding "
+            f"has the rows 0 to {num_rows - 1}"
+        )
+
+
 def _check_trainable(model: PeftModel, config: Adapter) -> None:
     for name, parameter in model.named_parameters():
         is_own = config.TENSOR_MARK in name
-        is_trained = is_own or ".modules_to_save." in name
+        is_trained = is_own or any(mark in name for mark in TRAINED_BESIDE)
         assert parameter.requires_grad == is_trained, name
         assert not is_own or parameter.dtype == torch.float32, name
 

@@ -21,6 +21,10 @@ LOW_RANK = 8
 # Initializations that change the base's weights, so that the adapter off is not the base.
 REWRITING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+# Initializations that take their start from the base's weight; see adapters/starts.py.
+TWIN_STARTS = ("pissa", "olora")
+STARTS = r"^(default|gaussian|orthogonal|olora|pissa(_niter_[1-9]\d?)?)$"
+
 
 class LowRankAdapter(SavedLowRank):
     """W + scaling * B A, with A [rank, in] and B [out, rank]; W stays frozen (arXiv:2106.09685)."""
@@ -35,6 +39,14 @@ class LowRankAdapter(SavedLowRank):
     """A different rank for some modules: {name or regex: rank}; the first match counts."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """A different alpha for some modules: {name or regex: alpha}; the first match counts."""
+    init: Annotated[str, Field(pattern=STARTS)] = "default"
+    """default (no effect at first), gaussian, orthogonal, or from the base's own weight: pissa,
+    pissa_niter_16 (the same, faster), olora; these two are saved as a plain LoRA of twice the
+    rank."""
+    lora_bias: bool = False
+    """Train a bias with every adapted layer too; merging needs layers that have a bias."""
+    trainable_tokens: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    """Ids of tokens whose rows of the embedding are trained too, such as new special tokens."""
 
     def rank_of(self, module: str) -> int:
         """Return the rank for the module of this full name."""
@@ -43,6 +55,11 @@ class LowRankAdapter(SavedLowRank):
     def alpha_of(self, module: str) -> float:
         """Return alpha for the module of this full name."""
         return first_match(self.alpha_pattern, module, self.alpha)
+
+    @property
+    def num_twins(self) -> int:
+        """How many pairs of factors a layer has: a start from the weight is kept beside."""
+        return 2 if self.init.startswith(TWIN_STARTS) else 1
 
     def to_peft(
         self,
@@ -54,18 +71,25 @@ class LowRankAdapter(SavedLowRank):
         """Return peft's config for exactly these targets."""
         from peft import LoraConfig
 
+        twins = self.num_twins
+        # the alpha that gives the twice as wide pair the same scaling
+        more = 1 if twins == 1 else self.scaling(1, 1) / self.scaling(twins, 1)
+        start = self.init if self.init in ("gaussian", "orthogonal") else True
         return LoraConfig(
             task_type="CAUSAL_LM",
-            r=self.rank,
-            lora_alpha=self.alpha,
+            r=self.rank * twins,
+            lora_alpha=self.alpha * more,
             lora_dropout=self.dropout,
             target_modules=list(target_modules),
             target_parameters=list(target_parameters) or None,
-            rank_pattern=dict(self.rank_pattern),
-            alpha_pattern=dict(self.alpha_pattern),
+            rank_pattern={name: rank * twins for name, rank in self.rank_pattern.items()},
+            alpha_pattern={name: alpha * more for name, alpha in self.alpha_pattern.items()},
             modules_to_save=list(self.modules_to_save) or None,
             fan_in_fan_out=fan_in_fan_out,
             bias="none",
+            lora_bias=self.lora_bias,
+            init_lora_weights=start,
+            trainable_token_indices=list(self.trainable_tokens) or None,
             **self._peft_method(),
         )
 
@@ -74,7 +98,33 @@ class LowRankAdapter(SavedLowRank):
 
     def why_no_experts(self) -> str | None:
         """Say why fused expert weights cannot be adapted with these knobs; None if they can."""
+        if self.num_twins > 1 or self.init == "orthogonal":
+            return f"adapter.init={self.init} has no form for them (adapter.init=default has)"
+        if self.lora_bias:
+            return "they cannot have a bias of their own (adapter.lora_bias=false)"
         return "they cannot have dropout (adapter.dropout=0)" if self.dropout > 0 else None
+
+    def why_no_decay(self) -> str | None:
+        """A start that is kept beside the trained factors must not shrink."""
+        if self.num_twins == 1:
+            return None
+        return (
+            f"weight decay would shrink what adapter.init={self.init} starts from; set "
+            "train.weight_decay=0"
+        )
+
+    def begin(self, layers: "Mapping[str, BaseTunerLayer]") -> None:
+        """Start from the base's weights if that is asked for."""
+        if self.num_twins > 1:
+            from llmtune.adapters.starts import start_from_weight
+
+            for layer in layers.values():
+                start_from_weight(layer, self.init)
+
+    @property
+    def token_rows(self) -> Sequence[int]:
+        """The knob's."""
+        return self.trainable_tokens
 
     @property
     def patterns(self) -> Mapping[str, Mapping[str, float]]:
@@ -84,7 +134,7 @@ class LowRankAdapter(SavedLowRank):
     def check_layer(self, name: str, layer: "BaseTunerLayer") -> None:
         """Assert that the layer has its rank and scaling."""
         rank, alpha = self.rank_of(name), self.alpha_of(name)
-        assert layer.r["default"] == rank, name
+        assert layer.r["default"] == rank * self.num_twins, name
         assert abs(layer.scaling["default"] - self.scaling(rank, alpha)) < 1e-6, name
 
     @classmethod
@@ -97,12 +147,13 @@ class LowRankAdapter(SavedLowRank):
         }
 
     def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
-        """Return the numbers in A and B."""
-        return self.rank_of(module) * (num_out + num_in)
+        """Return the numbers in A and B, and in a bias."""
+        bias = num_out if self.lora_bias else 0
+        return self.thin_width(module) * (num_out + num_in) + bias
 
     def thin_width(self, module: str) -> int:
         """Return the rank: A's product is kept."""
-        return self.rank_of(module)
+        return self.rank_of(module) * self.num_twins
 
     @property
     def drops_inputs(self) -> bool:
@@ -111,8 +162,8 @@ class LowRankAdapter(SavedLowRank):
 
     @property
     def is_fusable(self) -> bool:
-        """Every layer draws a dropout mask of its own."""
-        return self.dropout == 0
+        """Every layer draws a dropout mask of its own; a bias has no place in the product."""
+        return self.dropout == 0 and not self.lora_bias
 
     def lighter(self) -> tuple[str, Adapter] | None:
         """Return a low rank."""

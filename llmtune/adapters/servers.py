@@ -24,7 +24,7 @@ FOLLOWED = frozenset(
 """What of adapter_config.json such a server follows, or what changes nothing once it is trained."""
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian"),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
     "peft_type": ("LORA",),
     "qalora_group_size": (16,),  # read only with use_qalora
 }

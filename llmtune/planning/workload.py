@@ -72,7 +72,8 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
             dense_copies=adapter.DENSE_COPIES,
         ),
         adapter_parameters=adapter.num_parameters({name: adaptable[name] for name in chosen})
-        + _whole_parameters(adapter.modules_to_save, shape),
+        + _whole_parameters(adapter.modules_to_save, shape)
+        + len(adapter.token_rows) * shape.width,
         optimizer=train.optimizer,
         batch_size=train.batch_size,
         micro_batch_size=train.micro_batch_size,

@@ -1,0 +1,106 @@
+"""Starts from the base's weight train as peft's own do, and leave the base as it is."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from llmtune.adapters.inject import inject_adapter
+from llmtune.adapters.lora import LoraAdapter
+from llmtune.adapters.manifest import read_adapter_config
+from llmtune.adapters.rslora import RsLoraAdapter
+from llmtune.adapters.saved import save_adapter
+from llmtune.adapters.starts import factors_of_weight
+from llmtune.config import RunConfig
+from llmtune.errors import LlmtuneError
+from tests.adapters.conftest import IDS, load, logits, manifest_of, stock
+
+KNOBS = {"rank": 4, "alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+
+
+def descend(model, steps: int = 4) -> None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("method", "init"),
+    [(LoraAdapter, "pissa"), (RsLoraAdapter, "olora")],
+)
+def test_training_from_the_weight_is_pefts_own(checkpoint, tmp_path, method, init):
+    loaded = load(checkpoint())
+    before = logits(loaded.model)
+    torch.manual_seed(0)
+    ours, _ = inject_adapter(loaded.model, method(**KNOBS, init=init))
+    torch.testing.assert_close(logits(ours), before, rtol=1e-4, atol=1e-5)
+    torch.manual_seed(0)
+    theirs = get_peft_model(
+        stock(checkpoint()),
+        LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=KNOBS["target_modules"],
+            init_lora_weights=init,
+            use_rslora=method is RsLoraAdapter,
+        ),
+    )
+    descend(ours)
+    descend(theirs)
+
+    assert not torch.allclose(logits(ours), before, atol=1e-2)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-3, atol=1e-3)
+    saved = read_adapter_config(save_adapter(ours, tmp_path / "saved", manifest_of(loaded)))
+    assert (saved["r"], saved["init_lora_weights"]) == (8, True)
+    with ours.disable_adapter():
+        assert torch.equal(logits(ours), before)
+
+
+def test_fast_decomposition_is_nearly_the_best():
+    weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+    best, fast = (factors_of_weight(weight, init, 4, 0.5) for init in ("pissa", "pissa_niter_16"))
+    lost = [(weight - 0.5 * b @ a).norm() for a, b in (best, fast)]
+
+    assert lost[0] <= lost[1] < 1.01 * lost[0] < 0.9 * weight.norm()
+
+
+@pytest.mark.parametrize(
+    ("family", "knobs"), [("llama", {"quantization": {"method": "nf4"}}), ("gpt2", {})]
+)
+def test_the_start_is_kept_beside_what_is_trained(checkpoint, family, knobs):
+    base = load(checkpoint(family), dtype="bfloat16", **knobs).model
+    model, table = inject_adapter(base, LoraAdapter(rank=4, init="pissa"))
+    name, factors = next((n, p) for n, p in model.named_parameters() if "lora_A" in n)
+    before = factors.detach().clone()
+    descend(model, steps=2)
+
+    assert table.rows[0].settings["rank"] == 8, "what is saved, and what it costs"
+    assert torch.equal(factors[4:], before[:4]), name
+    assert not torch.equal(factors[:4], before[:4])
+
+
+def test_weight_decay_would_shrink_the_start(tmp_path):
+    given = {
+        "run_dir": str(tmp_path),
+        "model": {"base": "x/y"},
+        "data": {"train": [{"path": "rows.jsonl"}]},
+        "adapter": {"init": "olora"},
+    }
+    RunConfig.model_validate(given)
+    with pytest.raises(ValueError, match=r"train\.weight_decay=0"):
+        RunConfig.model_validate({**given, "train": {"weight_decay": 0.1}})
+
+
+def test_token_rows_and_biases_are_trained_beside(checkpoint):
+    model = load(checkpoint(), dtype="bfloat16").model
+    knobs = {"trainable_tokens": [5, 9], "lora_bias": True, "rank": 4}
+    model, _ = inject_adapter(model, LoraAdapter(**knobs))
+    descend(model, steps=2)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+
+    assert any("trainable_tokens_delta" in name for name in trained)
+    assert any("lora_B.default.bias" in name for name in trained)
+    with pytest.raises(LlmtuneError, match="trainable_tokens: 99999 is not a token"):
+        inject_adapter(load(checkpoint()).model, LoraAdapter(trainable_tokens=[99999]))
