@@ -15,6 +15,7 @@ from llmtune.checks.prompts import ComparedPrompts
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import blamed_on, read_json_object
+from llmtune.io.progress import progress_bar
 from llmtune.io.safetensors import CheckpointIndex
 from llmtune.models.checkpoint import CONFIG_NAME
 from llmtune.models.quantization.describe import keep_differentiable
@@ -184,7 +185,8 @@ def _compare_sequences(
     total = _Compared()
     place = model_device(merged)
     budget = max(1, rows_budget(merged, choose_token_budget(merged)) // HELD_AT_ONCE)
-    with inference(live), inference(merged):
+    shown = progress_bar("check", len(sequences), unit="texts")
+    with inference(live), inference(merged), shown as bar:
         for batch in batch_by_length([len(ids) for ids in sequences], budget):
             rows = [sequences[index] for index in batch]
             live_logits = _logits(live, rows).to(place)
@@ -208,6 +210,7 @@ def _compare_sequences(
             total.live_loss += _loss(live_logits, rows)
             total.merged_loss += _loss(merged_logits, rows)
             total.num_predicted += num_tokens - len(rows)
+            bar.advance(len(rows))
     return total
 
 

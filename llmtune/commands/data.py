@@ -173,14 +173,11 @@ def data_check(  # noqa: PLR0913 (one argument an option)
 
     show_progress(quiet)
     rows = open_rows(str(config), overrides, use_cache=not no_cache)
-    is_silent = quiet or as_json
     report = check_data(
         rows.data,
         rows.tokenizer,
         limits=rows.find_limits(),
         near_duplicates=not no_near_duplicates,
-        advance=None if is_silent else _Progress("read"),
-        compare=None if is_silent else _Progress("looked at for near duplicates"),
     )
     if html is not None:
         atomic_write_text(html, render_check_page(report))
@@ -231,18 +228,3 @@ def data_show(  # noqa: PLR0913 (one argument an option)
             click.echo(json.dumps(preview.to_json(), ensure_ascii=False))
     elif html is None:
         stdout().print(render_terminal(previews))
-
-
-class _Progress:
-    """Says on stderr what was done with how many rows."""
-
-    every_rows = 10_000
-
-    def __init__(self, done: str) -> None:
-        self._done = done
-        self._count = 0
-
-    def __call__(self, num_rows: int) -> None:
-        before, self._count = self._count, self._count + num_rows
-        if self._count // self.every_rows > before // self.every_rows:
-            click.echo(f"{self._count:,} rows {self._done}", err=True)

@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.progress import MessageHandler
 
 PIPED_WIDTH = 120
 
@@ -96,9 +97,14 @@ def has_width() -> bool:
 
 
 def show_progress(quiet: bool) -> None:
-    """Send the package's own messages to stderr, or only its warnings with `--quiet`."""
+    """Send the package's own messages to stderr, or only its warnings with `--quiet`.
+
+    Long work draws a bar there if it is a terminal and the command prints no JSON.
+    """
     logger = logging.getLogger("llmtune")
-    logger.handlers = [logging.StreamHandler(sys.stderr)]
+    context = click.get_current_context(silent=True)
+    is_for_people = context is None or not context.params.get("as_json")
+    logger.handlers = [MessageHandler(sys.stderr, draws_bars=is_for_people)]
     logger.handlers[0].setFormatter(logging.Formatter("%(message)s"))
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False

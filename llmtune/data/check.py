@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from string import Template
 from typing import TYPE_CHECKING
@@ -103,13 +103,10 @@ def check_data(
     *,
     limits: ModelLimits = ModelLimits(),
     near_duplicates: bool = True,
-    advance: Callable[[int], None] | None = None,
-    compare: Callable[[int], None] | None = None,
 ) -> CheckReport:
     """Read all data as a run would and report everything found, refusing nothing.
 
-    `advance` is given the number of rows read, and `compare` how many were compared for near
-    duplicates, for progress lines. Importing torch is never needed.
+    Importing torch is never needed.
 
     Raises:
         LlmtuneError: a source cannot be read at all, or the tokenizer cannot serve.
@@ -121,7 +118,7 @@ def check_data(
     for split in splits:
         keys = read_evaluation_keys(config) if split == "train" else {}
         seen = notebook.splits[split]
-        collector = SplitCollector(config, tokenizer, split, keys, seen.look_at, advance)
+        collector = SplitCollector(config, tokenizer, split, keys, seen.look_at)
         if not collector.sources:
             continue
         table = collector.read()
@@ -138,7 +135,7 @@ def check_data(
     notebook.add_duplicates()
     notebook.add_conflicts()
     if near_duplicates:
-        notebook.add_near_duplicates(compare)
+        notebook.add_near_duplicates()
     train, evaluation = notebook.splits["train"], notebook.splits["evaluation"]
     findings = sorted(notebook.findings, key=lambda f: (f.severity != "error", -f.count, f.kind))
     return CheckReport(

@@ -21,6 +21,7 @@ from llmtune.data.overlap import conversation_key, is_held_out
 from llmtune.data.problems import RowError, RowProblem
 from llmtune.data.report import MAX_KEPT_PROBLEMS, DataReport, SourceReport
 from llmtune.data.rows import LoadedRow, open_source
+from llmtune.io.progress import ProgressBar, progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -85,8 +86,6 @@ class SplitCollector:
     """Rows of the other split, with their places."""
     observe: RowObserver | None = None
     """Sees every usable row with its sequences, before the length rule."""
-    advance: Callable[[int], None] | None = None
-    """Told how many rows were read, for a progress line."""
     problems: list[RowProblem] = field(default_factory=list, init=False)
     num_bad: int = field(default=0, init=False)
     shared: list[SharedRow] = field(default_factory=list, init=False)
@@ -114,12 +113,12 @@ class SplitCollector:
         rule = LengthRule(
             self.config.max_length, self.config.length_policy, self.labeller.added_ids
         )
-        with _no_full_collections():
+        with _no_full_collections(), progress_bar(f"{self.split} data", unit="rows") as bar:
             for index, selection in enumerate(self._selections):
-                self._read_source(index, selection, rule)
+                self._read_source(index, selection, rule, bar)
         return self._builder.build()
 
-    def _read_source(self, index: int, selection: str, rule: LengthRule) -> None:
+    def _read_source(self, index: int, selection: str, rule: LengthRule, bar: ProgressBar) -> None:
         opened = open_source(self.sources[index])
         self._formats.append(opened.format.reason)
         tally: Counter[str] = Counter()
@@ -133,8 +132,7 @@ class SplitCollector:
             if len(waiting) > CHUNKS_AHEAD:
                 self._add_rows(*waiting.popleft(), index, rule)
             gc.collect(1)
-            if self.advance is not None:
-                self.advance(len(chunk))
+            bar.advance(len(chunk))
         for started in waiting:
             self._add_rows(*started, index, rule)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from llmtune.io.progress import iter_with_bar
 
 NUM_HASHES = 64
 BAND_ROWS = 4
@@ -41,27 +43,23 @@ class NearPair:
     similarity: float
 
 
-def find_near_duplicates(
-    texts: Sequence[str], advance: Callable[[int], None] | None = None
-) -> list[NearPair]:
+def find_near_duplicates(texts: Sequence[str]) -> list[NearPair]:
     """Return the pairs of nearly equal texts, each later row with the earliest one it resembles.
 
     Shingles are 9-byte windows of the text; those of boilerplate are not counted. Texts that are
     equal are found too. MinHash with banded LSH (Broder 1997; Leskovec et al., ch. 3). Texts are
-    read one by one; 132 bytes a text are kept. `advance` is given the number of texts compared.
+    read one by one; 132 bytes a text are kept.
     """
     common = _common_shingles(texts)
     kept = np.zeros(len(texts), dtype=np.int32)
     bands = np.zeros((len(texts), NUM_HASHES // BAND_ROWS), dtype=np.uint64)
     count = 0
-    for row, text in enumerate(texts):
+    for row, text in enumerate(iter_with_bar(texts, "near-duplicates", unit="texts")):
         values = _own_shingles(text, common)
         if len(values) >= MIN_SHINGLES:
             kept[count] = row
             bands[count] = _band_keys(values)
             count += 1
-        if advance is not None:
-            advance(1)
     best: dict[int, NearPair] = {}
     for one, other in sorted(_candidates(bands[:count])):
         first, second = int(kept[one]), int(kept[other])

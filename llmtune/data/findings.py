@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -297,13 +297,13 @@ class Notebook:
         )
         self.add("conflict", "warning", "rows that answer the same prompt differently", places)
 
-    def add_near_duplicates(self, advance: Callable[[int], None] | None = None) -> None:
+    def add_near_duplicates(self) -> None:
         """Add the rows that are almost the same, within a split and across the two."""
         train, evaluation = self.splits["train"], self.splits["evaluation"]
         near: list[Place] = []
         leaks: list[Place] = []
         split = len(train.places)
-        for pair in find_near_duplicates(JoinedTexts(train.texts, evaluation.texts), advance):
+        for pair in find_near_duplicates(JoinedTexts(train.texts, evaluation.texts)):
             first, second = (
                 (train, row) if row < split else (evaluation, row - split)
                 for row in (pair.first, pair.second)

@@ -28,6 +28,7 @@ from llmtune.evaluation.results import (
 from llmtune.evaluation.stats import standard_error
 from llmtune.evaluation.tasks.base import Demonstration, Scoring, Suite
 from llmtune.io.fingerprint import JsonObject, hash_json
+from llmtune.io.progress import ProgressBar
 from llmtune.models.live import LiveModel
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.live import as_arm
@@ -90,25 +91,22 @@ def scoring_settings(budget: int | Literal["auto"]) -> ScoringSettings:
 
 
 class ProgressLog:
-    """Says how far a suite is when it begins, every few seconds, and when it ends."""
-
-    interval_seconds = 10.0
+    """Shows how far a suite is, and says so when it ends."""
 
     def __init__(self) -> None:
-        self._last = 0.0
+        self._bar: ProgressBar | None = None
+        self._what = ""
 
     def __call__(self, progress: Progress) -> None:
-        """Log a line if the last one is old enough, or the arm is done."""
-        now = time.monotonic()
-        if progress.done == progress.total or now - self._last >= self.interval_seconds:
-            self._last = now
-            log.info(
-                "evaluate: %s, %s: %d of %d items",
-                progress.suite,
-                progress.arm,
-                progress.done,
-                progress.total,
-            )
+        """Renew the bar; log a line once the arm is done."""
+        what = f"evaluate: {progress.suite}, {progress.arm}"
+        if self._bar is None or what != self._what:
+            self._bar, self._what = ProgressBar(what, progress.total), what
+        self._bar.update(progress.done)
+        if progress.done == progress.total:
+            self._bar.close()
+            log.info("%s", self._bar.line())
+            self._bar = None
 
 
 def evaluate_arms(
@@ -199,6 +197,8 @@ def evaluate_suite(
     """
     started = time.perf_counter()
     total = len(suite.items)
+    if settings.on_progress is not None:
+        settings.on_progress(Progress(suite.name, arm, 0, total))
 
     def report(done: int) -> None:
         if settings.on_progress is not None:

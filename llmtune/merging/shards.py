@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from llmtune.io.progress import ProgressBar, progress_bar
 from llmtune.io.safetensors import build_preamble, tensor_bytes
 from llmtune.merging.changes import Block, MergePlan, PlannedShard, PlannedTensor
 from llmtune.merging.scratch import CPU
@@ -63,13 +64,18 @@ def write_shards(
     threads_before = torch.get_num_threads()
     try:
         shared = MergeArithmetic(AdapterTensors(device), device, plan.round_trip, plan.combination)
-        with ThreadPoolExecutor(num_threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+        total = sum(not tensor.is_copied for tensor in plan.tensors)
+        with (
+            ThreadPoolExecutor(num_threads, initializer=partial(torch.set_num_threads, 1)) as pool,
+            progress_bar("merge", total, unit="tensors") as bar,
+        ):
             for shard in plan.shards:
                 writer = _ShardWriter(shard, directory / shard.file_name)
                 writer.write(
                     pool,
                     lambda tensor: TensorMerger(tensor, shared),
                     max_pending=2 * num_threads,
+                    bar=bar,
                 )
     finally:
         torch.set_num_threads(threads_before)
@@ -88,6 +94,7 @@ class _ShardWriter:
         make_merger: Callable[[PlannedTensor], TensorMerger],
         *,
         max_pending: int,
+        bar: ProgressBar,
     ) -> None:
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         pending: set[Future[None]] = set()
@@ -108,6 +115,7 @@ class _ShardWriter:
                         pool.submit(self._write_tile, merger, (block, first_row, num_rows), target)
                     )
                     pending = _settle(pending, max_pending)
+                bar.advance()
             _settle(pending, 0)
             os.fsync(self.descriptor)
         finally:

@@ -12,6 +12,7 @@ from llmtune.data.prompts import PromptRow, encode_questions, prompts_error
 from llmtune.evaluation.endpoint import Endpoint, Question, iter_replies
 from llmtune.evaluation.tasks.base import Scoring, Suite
 from llmtune.io.fingerprint import JsonValue
+from llmtune.io.progress import progress_bar
 from llmtune.models.live import LiveModel
 from llmtune.scoring.batches import choose_token_budget, position_limit
 from llmtune.scoring.generate import Decoding, iter_texts
@@ -111,7 +112,7 @@ class Writer:
         asked = [place for place in range(len(self._prompts)) if place not in self.skipped]
         length, temperature = self._how
         live = self._live
-        with as_arm(live, self.name):
+        with as_arm(live, self.name), progress_bar("predict", len(asked), unit="rows") as bar:
             for index, answer, is_batch_end in iter_texts(
                 live.model,
                 live.tokenizer,
@@ -123,7 +124,7 @@ class Writer:
                 if asked[index] not in done:
                     yield asked[index], [answer.text, answer.stopped]
                 if is_batch_end:
-                    log.info("%d of %d answered", len(done), len(asked))
+                    bar.update(len(done))
 
 
 class Labeller:
@@ -149,7 +150,8 @@ class Labeller:
         items = self._suite.items
         left = [p for p in range(len(items)) if p not in self.skipped and p not in done]
         scoring = Scoring(choose_token_budget(self._live.model))
-        with as_arm(self._live, self.name) as live:
+        shown = progress_bar("predict", len(left), unit="rows")
+        with as_arm(self._live, self.name) as live, shown as bar:
             for start in range(0, len(left), LABELLED_AT_ONCE):
                 places = left[start : start + LABELLED_AT_ONCE]
                 block = replace(self._suite, items=tuple(items[place] for place in places))
@@ -158,7 +160,7 @@ class Labeller:
                     shares = score.details["probabilities"]
                     labels = items[place].choices
                     yield place, [score.prediction, dict(zip(labels, shares, strict=True))]
-                log.info("%d of %d labeled", start + len(places), len(left))
+                bar.update(start + len(places))
 
 
 @dataclass
@@ -203,8 +205,8 @@ class Asker:
             for place, row in enumerate(self.rows)
             if place not in done
         }
-        with closing(iter_replies(self.endpoint, left)) as replies:
+        shown = progress_bar("predict", len(left), unit="rows")
+        with closing(iter_replies(self.endpoint, left)) as replies, shown as bar:
             for number, (place, reply) in enumerate(replies, 1):
                 yield place, [reply.text, reply.stopped]
-                if number % LABELLED_AT_ONCE == 0:
-                    log.info("%d of %d answered", number, len(left))
+                bar.update(number)

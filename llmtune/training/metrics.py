@@ -15,6 +15,7 @@ from rich.text import Text
 
 from llmtune.io.json_files import parse_json
 from llmtune.io.listening import tell_hearers
+from llmtune.io.progress import draw_bar, format_times
 from llmtune.io.sizes import format_in
 from llmtune.training.memory.measure import peak_bytes
 from llmtune.training.request import RunTotals
@@ -116,7 +117,8 @@ class ProgressLine:
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, transient=False)
             self._live.start()
-        self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+        shown = f"{draw_bar(line['step'], total_steps)} {text}"
+        self._live.update(Text(shown, no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def stop(self) -> None:
         """Leave the last line on the screen."""
@@ -137,16 +139,9 @@ def format_metrics(line: dict[str, Any], total_steps: int) -> str:
             f"lr {line['learning_rate']:.2e}",
             f"{line['tokens_per_second']:,.0f} tokens/s",
             f"peak {format_in(line['peak_bytes'], 'GiB')}",
-            f"left {format_seconds(line['seconds_left'])}",
+            format_times(line["seconds"], line["seconds_left"]),
         )
     )
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration as 1:05 or 2:03:20."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Clock:

@@ -229,13 +229,6 @@ def test_check_needs_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
-def test_both_passes_over_the_rows_tell_how_far_they_are(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", clean_rows(30))
-    config, read, compared = DataConfig(train=[{"path": path}]), [], []
-    check_data(config, make_shape("chatml"), advance=read.append, compare=compared.append)
-    assert sum(read) == sum(compared) == 30
-
-
 def test_reasoning_that_no_answer_follows_is_warned_of(tmp_path):
     thinking = {"role": "assistant", "reasoning_content": "Hm.", "content": ""}
     path = write_jsonl(tmp_path / "rows.jsonl", [*clean_rows(4), {"messages": [A, thinking]}])

@@ -25,6 +25,7 @@ from llmtune.exporting.gguf_writer.tiles import iter_tensor_bytes
 from llmtune.exporting.gguf_writer.types import FILE_TYPES, QUANTIZER_TYPES, quantize_file
 from llmtune.exporting.gguf_writer.vocabulary import Vocabulary, read_vocabulary
 from llmtune.io.fingerprint import JsonObject
+from llmtune.io.progress import iter_with_bar
 from llmtune.io.unfinished import require_space
 from llmtune.models.checkpoint import Checkpoint
 
@@ -205,7 +206,7 @@ def write_tensors(writer: GGUFWriter, tensors: list[PlannedTensor]) -> None:
         assert writer.fout is not None
         file = writer.fout[0]
         writer.write_padding(file, file.tell())
-        for tensor in tensors:
+        for tensor in iter_with_bar(tensors, "export", unit="tensors"):
             before = file.tell()
             for piece in iter_tensor_bytes(tensor):
                 file.write(np.ascontiguousarray(piece).data)

@@ -15,6 +15,7 @@ from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import code_fingerprint, hash_json
 from llmtune.io.kept_json import read_kept, write_kept
+from llmtune.io.progress import progress_bar
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.models.gguf import cache_dir
 from llmtune.models.live import LiveModel
@@ -169,9 +170,15 @@ def write_own_text(
         temperature=TEMPERATURE,
         seed=seed,
     )
-    written = generate_texts(
-        model, tokenizer, prompts, decoding, token_budget=choose_token_budget(model)
-    )
+    with progress_bar("protect", num_rows, unit="rows") as bar:
+        written = generate_texts(
+            model,
+            tokenizer,
+            prompts,
+            decoding,
+            token_budget=choose_token_budget(model),
+            on_progress=bar.update,
+        )
     rows = [[*prompt, *text.token_ids] for prompt, text in zip(prompts, written, strict=True)]
     return [as_example(ids, OWN_TEXT_SOURCE, line) for line, ids in enumerate(rows, start=1)]
 
