@@ -250,6 +250,8 @@ def test_data_check_and_show_need_no_model(config, capsys, tmp_path):
     page = tmp_path / "rows.html"
     assert run_command(["data", "show", str(config), "--html", str(page)]) == 0
     assert "http" not in page.read_text()
+    assert run_command(["data", "check", str(config), "--quiet", "--html", str(page)]) == 0
+    assert "train: the first 48 usable rows" in page.read_text()
 
 
 def test_data_check_ends_with_one_where_a_run_would_stop(config, capsys):

@@ -146,7 +146,11 @@ def data_group() -> None:
 @data_group.command("check")
 @CONFIG_ARGUMENT
 @OVERRIDES_ARGUMENT
-@click.option("--html", type=click.Path(path_type=Path), help="Also write a page.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    help="Also write a page with the first rows and all counts.",
+)
 @click.option("--no-near-duplicates", is_flag=True, help="Skip the search for near-duplicates.")
 @click.option("--no-cache", is_flag=True, help="Do not read or keep prepared data.")
 @with_output_options
@@ -168,7 +172,8 @@ def data_check(  # noqa: PLR0913 (one argument an option)
       llmtune data check configs/quickstart.yaml
       llmtune data check configs/quickstart.yaml --html rows.html
     """
-    from llmtune.data.check import check_data, render_check_page
+    from llmtune.data.check import check_data
+    from llmtune.data.check_page import render_check_page
     from llmtune.runs.rows import open_rows
 
     show_progress(quiet)

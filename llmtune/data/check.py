@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from string import Template
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from llmtune.data.collect import Split, SplitCollector, read_evaluation_keys
 from llmtune.data.config import DataConfig
-from llmtune.data.findings import Finding, Notebook
+from llmtune.data.findings import Finding, Notebook, ShownRow
 from llmtune.data.hub import pin_sources
 from llmtune.data.prepare import order_epoch
 from llmtune.data.problems import RowProblem, list_first, shorten
@@ -21,7 +19,7 @@ from llmtune.models.chat_template import default_system
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SHOWN_PLACES = 50
+LISTED_LABELS = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,10 @@ class CheckReport:
     turns: dict[int, int]
     """How many rows have how many messages."""
     scripts: dict[str, int]
+    labels: dict[Split, dict[str, int]] = field(default_factory=dict)
+    """Of each split whose answers are labels: how many rows have which, the commonest first."""
+    first_rows: dict[Split, tuple[ShownRow, ...]] = field(default_factory=dict)
+    """Of each split, for the page."""
     system: str | None = None
     """The system prompt that the template prints in a chat without one."""
 
@@ -75,6 +77,7 @@ class CheckReport:
             "roles": self.roles,
             "turns": {str(count): rows for count, rows in self.turns.items()},
             "scripts": self.scripts,
+            "labels": {split: dict(counts) for split, counts in self.labels.items()},
             "system": self.system,
         }
 
@@ -88,12 +91,15 @@ class CheckReport:
         if self.roles:
             yield "roles: " + ", ".join(f"{role} {count:,}" for role, count in self.roles.items())
         yield "scripts: " + ", ".join(f"{name} {count:,}" for name, count in self.scripts.items())
+        for split, counts in self.labels.items():
+            yield f"{split} labels: {_list_labels(counts)}"
         if self.system is not None:
             said = shorten(self.system, 80)
             yield f"system prompt of chats without one: {said} (data.system sets it)"
         for finding in self.findings:
             yield f"{finding.severity}: {finding.kind}: {finding.message}: {finding.count:,}"
-            yield from list_first(finding.places, count=finding.count, indent="  ")
+            if finding.places:
+                yield from list_first(finding.places, count=finding.count, indent="  ")
         yield self.verdict
 
 
@@ -144,80 +150,18 @@ def check_data(
         roles=dict((train.roles + evaluation.roles).most_common()),
         turns=dict(sorted((train.turns + evaluation.turns).items())),
         scripts=dict((train.scripts + evaluation.scripts).most_common()),
+        labels={split: seen.labels for split, seen in notebook.splits.items() if seen.labels},
+        first_rows={split: tuple(seen.first) for split, seen in notebook.splits.items()},
         system=default_system(tokenizer) if tokenizer.chat_template else None,
     )
 
 
-def render_check_page(report: CheckReport) -> str:
-    """Return the page: verdict, findings with their rows, and every count."""
-    state = "ok" if report.is_ok else "bad"
-    findings = "\n".join(_finding_html(finding) for finding in report.findings)
-    splits = "\n".join(_split_html(split) for split in report.reports)
-    counts = "".join(
-        f"<tr><th>{name}</th><td>{html.escape(_join(values))}</td></tr>"
-        for name, values in (
-            ("roles", report.roles),
-            ("messages in a row", report.turns),
-            ("scripts", report.scripts),
-        )
-    )
-    if report.system is not None:
-        said = html.escape(report.system)
-        counts += f"<tr><th>system prompt of chats without one</th><td>{said}</td></tr>"
-    return Template(PAGE).substitute(
-        state=state,
-        verdict=html.escape(report.verdict),
-        splits=splits,
-        counts=counts,
-        findings=findings or "<p>Nothing found.</p>",
-    )
-
-
-def _finding_html(finding: Finding) -> str:
-    places = "".join(
-        f"<li><code>{html.escape(f'{place.source}:{place.line}')}</code> "
-        f"{html.escape(place.detail)}</li>"
-        for place in finding.places[:SHOWN_PLACES]
-    )
-    more = finding.count - min(len(finding.places), SHOWN_PLACES)
-    places += f"<li>... and {more:,} more</li>" if more > 0 and finding.places else ""
+def _list_labels(counts: dict[str, int]) -> str:
+    """Return the labels with their counts, or of many only how many and how uneven."""
+    if len(counts) <= LISTED_LABELS:
+        return ", ".join(f"{shorten(name, 40)} {count:,}" for name, count in counts.items())
+    (most, largest), *_, (least, smallest) = counts.items()
     return (
-        f'<details class="{finding.severity}" open><summary>{finding.severity}: '
-        f"<b>{html.escape(finding.kind)}</b>: {html.escape(finding.message)}: {finding.count:,}"
-        f"</summary><ul>{places}</ul></details>"
+        f"{len(counts):,}, from {smallest:,} rows ({shorten(least, 40)}) to {largest:,} "
+        f"({shorten(most, 40)})"
     )
-
-
-def _split_html(report: DataReport) -> str:
-    lines = "\n".join(html.escape(line) for line in report.lines())
-    return f"<pre>{lines}</pre>"
-
-
-def _join(counts: dict[str, int] | dict[int, int]) -> str:
-    return ", ".join(f"{name}: {count:,}" for name, count in counts.items())
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Data check</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --quiet: #6b6b6b;
-  --error: #b3261e; --warning: #8a6100; --ok: #1e7a36; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #eaeaea; --paper: #161616; --quiet: #9a9a9a; --error: #ff8a80;
-    --warning: #f2c14e; --ok: #7bd88f; }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem } .ok { color: var(--ok) } .bad { color: var(--error) }
-pre { white-space: pre-wrap; overflow-wrap: anywhere }
-th { text-align: left; padding-right: 1rem; font-weight: 600; vertical-align: top }
-details { border-left: 4px solid var(--warning); padding: .2rem .8rem; margin: .6rem 0 }
-details.error { border-color: var(--error) } li { overflow-wrap: anywhere }
-</style></head><body>
-<h1>Data check: <span class="$state">$verdict</span></h1>
-$splits
-<table>$counts</table>
-$findings
-</body></html>
-"""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,6 +26,9 @@ from llmtune.data.spool import JoinedTexts, PlaceList, SpooledTexts, first_of_eq
 from llmtune.data.suspicion import SUSPICION_WORDS, find_suspicions, main_script
 
 KEPT_PLACES = 1000
+SHOWN_ROWS = 50
+MOST_LABELS = 1000
+LABEL_CHARACTERS = 200
 KEY_BYTES = 16
 RARE_SCRIPT_SHARE = 0.01
 RARE_SCRIPT_ROWS = 100
@@ -97,6 +101,16 @@ class Suspects:
             self.places.append(Place(row.source, row.line, detail))
 
 
+@dataclass(frozen=True)
+class ShownRow:
+    """One row for people: who says what in it, and its length."""
+
+    source: str
+    line: int
+    turns: tuple[tuple[str, str], ...]
+    num_tokens: int
+
+
 @dataclass
 class SeenRows:
     """What one split's rows showed as they passed: about 70 bytes a row, the texts in a file."""
@@ -117,6 +131,10 @@ class SeenRows:
     roles: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
     scripts: Counter[str] = field(default_factory=Counter)
+    first: list[ShownRow] = field(default_factory=list)
+    """The first rows, for people."""
+    answer_counts: Counter[str] | None = field(default_factory=Counter)
+    """How many rows have which answer; None once there are too many for labels."""
 
     def look_at(self, row: LoadedRow, sequences: Sequence[LabelledSequence]) -> None:
         """Keep what the checks need to know of a row."""
@@ -136,6 +154,22 @@ class SeenRows:
         self.turns[len(conversation.messages)] += 1
         for kind, detail in find_suspicions(conversation):
             self.suspicions.setdefault(kind, Suspects()).add(row, detail)
+        if len(self.first) < SHOWN_ROWS:
+            num_tokens = sum(len(sequence.input_ids) for sequence in sequences)
+            turns = tuple(_iter_turns(conversation))
+            self.first.append(ShownRow(row.source, row.line, turns, num_tokens))
+        if self.answer_counts is not None:
+            self.answer_counts[answer] += 1
+            if len(self.answer_counts) > MOST_LABELS or not 0 < len(answer) <= LABEL_CHARACTERS:
+                self.answer_counts = None
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """How many rows have which answer, the commonest first; empty if they are no labels."""
+        counts: dict[str, int] = self.answer_counts or {}
+        if 2 * len(counts) > len(self.places):
+            return {}
+        return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
     def key(self, row: int) -> bytes:
         """Return the key of the conversation in a row."""
@@ -347,6 +381,23 @@ def _question_and_answer(conversation: Conversation) -> tuple[int, str]:
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     context = Conversation("chat", messages[:last], conversation.tools)
     return hash(normalized_text(context)), messages[last]["content"].strip()
+
+
+def _iter_turns(conversation: Conversation) -> Iterator[tuple[str, str]]:
+    """Yield who says what: the messages, or a text with what comes before it."""
+    for message in conversation.messages:
+        calls = message.get("tool_calls")
+        said = str(message.get("content") or "")
+        yield (
+            message["role"],
+            said
+            if not calls
+            else f"{said} {json.dumps(calls, ensure_ascii=False, default=str)}".strip(),
+        )
+    if conversation.prompt:
+        yield "prompt", conversation.prompt
+    if conversation.text:
+        yield "text", conversation.text
 
 
 def _split_place(place: str) -> tuple[str, int]:

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from llmtune.data.check import check_data, render_check_page
+from llmtune.data.check import check_data
+from llmtune.data.check_page import render_check_page
 from llmtune.data.config import DataConfig
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.prepare import prepare_examples
@@ -120,6 +121,37 @@ def test_check_page_names_the_findings(config):
     parsed = PlainText()
     parsed.feed(page)
     assert parsed.addresses == [] and "http" not in page
+
+
+def test_check_counts_the_labels_and_its_page_shows_them_with_the_first_rows(tmp_path):
+    rows = [
+        {"messages": turns(f"Ticket <{i}>: where is it?", "card" if i % 3 else "a <fee>")}
+        for i in range(60)
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    report = check_data(
+        DataConfig(train=[{"path": path}], evaluation_share=0.3), make_shape("chatml")
+    )
+    counts = report.labels
+    assert sum(counts["train"].values()) + sum(counts["evaluation"].values()) == 60
+    assert counts["train"]["a <fee>"] + counts["evaluation"]["a <fee>"] == 20
+    said = f'train labels: "card" {counts["train"]["card"]}'
+    assert any(line.startswith(said) for line in report.lines())
+    page = render_check_page(report)
+    assert "Labels (2)" in page and "evaluation: the first" in page
+    assert "Ticket &lt;3&gt;: where is it?" in page and "<fee>" not in page
+    free = [{"messages": turns(f"What is {i}?", f"It is {i}.")} for i in range(20)]
+    path = write_jsonl(tmp_path / "free.jsonl", free)
+    report = check_data(DataConfig(train=[{"path": path}]), make_shape("chatml"))
+    assert report.labels == {}, "answers that hardly repeat are no labels"
+
+
+def test_a_finding_without_places_lists_none(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": []}])
+    report = check_data(DataConfig(train=[{"path": path}]), make_shape("chatml"))
+    lines = report.lines()
+    at = next(i for i, line in enumerate(lines) if "no row is left to use" in line)
+    assert "more" not in lines[at + 1]
 
 
 @pytest.mark.parametrize("split", ["train", "evaluation"])
