@@ -1,5 +1,6 @@
 """Two arms on the same items: the difference, how sure it is, and what could have been seen."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypedDict, cast
@@ -150,6 +151,27 @@ def compare_arms(
     before, after = pair_items(base, tuned)
     comparison = _compare_items(base, tuned, before, after, resampling)
     return replace(comparison, recipe_differences=differing)
+
+
+def constant_result(result: ArmResult) -> ArmResult | None:
+    """Return what always giving the most frequent right answer scores on a result's items.
+
+    None if its items do not tell which answer that is, or scores are not right or wrong.
+    """
+    if result.majority is None or not {item.score for item in result.items} <= {0.0, 1.0}:
+        return None
+    for answers in (
+        [item.answer for item in result.items],
+        [item.details.get("right") for item in result.items],
+    ):
+        most, count = Counter(answers).most_common(1)[0]
+        if most is not None and abs(count / len(answers) - result.majority) <= SAME:
+            items = tuple(
+                replace(item, score=float(answer == most))
+                for item, answer in zip(result.items, answers, strict=True)
+            )
+            return replace(result, items=items, mean=result.majority)
+    return None
 
 
 def allowed_differences(base: ArmResult, tuned: ArmResult) -> frozenset[str]:

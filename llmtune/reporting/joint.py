@@ -7,13 +7,14 @@ import numpy as np
 from scipy.special import ndtri
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.compare import pair_items, require_same_recipe
+from llmtune.evaluation.compare import constant_result, pair_items, require_same_recipe
 from llmtune.evaluation.intervals import JointInterval, joint_interval
 from llmtune.evaluation.main_arms import (
     BEFORE,
     CHAIN,
     OTHER,
     WITHOUT_ADAPTER,
+    MainArm,
     compared_arms,
     kind_among,
 )
@@ -81,6 +82,7 @@ def measure_joint(trainings: Sequence[Arms], resampling: Resampling) -> JointSui
         trainings=len(trainings),
         arms={name: _mean_score([arms[name] for arms in trainings]) for name in one.arms},
         change=found.change,
+        over_majority=_joint_over_majority(trainings, compared[1], resampling),
         chain={
             part: compare_trainings(trainings, CHAIN[part], resampling).change
             if not set(CHAIN[part]) <= set(BEFORE)
@@ -98,6 +100,20 @@ def measure_joint(trainings: Sequence[Arms], resampling: Resampling) -> JointSui
         clean=None,
     )
     return JointSuite(report, found)
+
+
+def _joint_over_majority(
+    trainings: Sequence[Arms], arm: MainArm, resampling: Resampling
+) -> Change | None:
+    constants = [constant_result(arms[arm]) for arms in trainings]
+    pairs: list[Arms] = [
+        {"original": constant, arm: arms[arm]}
+        for constant, arms in zip(constants, trainings, strict=True)
+        if constant is not None
+    ]
+    if len(pairs) < len(trainings):
+        return None
+    return compare_trainings(pairs, ("original", arm), resampling).change
 
 
 def compare_trainings(

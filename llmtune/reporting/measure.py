@@ -9,6 +9,7 @@ from llmtune.evaluation.compare import (
     adjust_slices,
     compare_arms,
     compare_slices,
+    constant_result,
 )
 from llmtune.evaluation.diagnosis.base import Leak
 from llmtune.evaluation.main_arms import CHAIN, SAME_AS, compared_arms
@@ -80,6 +81,7 @@ def measure_suite(arms: Mapping[str, ArmResult], resampling: Resampling) -> Suit
         compared=compared,
         chain=_measure_chain(arms, resampling),
         change=Change.of(found),
+        over_majority=_over_majority(after, resampling),
         mde=found.mde,
         needed_items=needed_items(found.difference, found.mde, found.n),
         mcnemar_p=found.mcnemar_p,
@@ -97,6 +99,13 @@ def _measure_chain(arms: Mapping[str, ArmResult], resampling: Resampling) -> dic
         for name, (first, second) in CHAIN.items()
         if first in arms and second in arms and SAME_AS not in arms[first].about
     }
+
+
+def _over_majority(after: ArmResult, resampling: Resampling) -> Change | None:
+    constant = constant_result(after)
+    if constant is None:
+        return None
+    return Change.of(compare_arms(constant, after, resampling=resampling))
 
 
 def _measure_slices(

@@ -197,6 +197,7 @@ class SuiteJson(TypedDict):
     merged: float | None
     compared: list[str] | None
     majority: float | None
+    over_majority: JsonObject | None
     chance: float | None
     difference: float | None
     interval: list[float] | None
@@ -240,6 +241,8 @@ class SuiteReport:
     majority: float | None = None
     chance: float | None = None
     change: Change | None = None
+    over_majority: Change | None = None
+    """What ships minus always giving the most frequent right answer, if that is known by item."""
     compared: tuple[MainArm, MainArm] | None = None
     chain: Mapping[str, Change] = field(default_factory=dict)
     mde: float | None = None
@@ -321,6 +324,7 @@ class SuiteReport:
             "merged": self.score("merged"),
             "compared": list(self.compared) if self.compared else None,
             "majority": self.majority,
+            "over_majority": asdict(self.over_majority) if self.over_majority else None,
             "chance": self.chance,
             "difference": change.difference if change else None,
             "interval": [change.low, change.high] if change else None,

@@ -34,6 +34,8 @@ class PlantedSuite:
     about: dict[str, dict] | None = None
     ids: dict[str, Sequence[str]] | None = None
     choices: tuple[str, ...] | None = None
+    answers: Sequence[str] | None = None
+    """The right answer of each item."""
 
 
 def plant_run(
@@ -99,7 +101,7 @@ def _result(suite: PlantedSuite, arm: str) -> ArmResult:
             id=ids[index],
             score=float(score),
             prediction=None,
-            answer=suite.choices[0] if suite.choices else None,
+            answer=_answer(suite, index),
             cluster=suite.clusters[index] if suite.clusters else None,
             weight=weights[index],
             parsed=index >= unparsed,
@@ -134,6 +136,12 @@ def _result(suite: PlantedSuite, arm: str) -> ArmResult:
         items=items,
         about=(suite.about or {}).get(arm, {}),
     )
+
+
+def _answer(suite: PlantedSuite, index: int) -> str | None:
+    if suite.answers:
+        return suite.answers[index]
+    return suite.choices[0] if suite.choices else None
 
 
 def item_ids(suite: str, n: int) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.io.manifest import BaseRecord, Manifest
+from llmtune.io.run_dir import RunDir
 from llmtune.reporting.build import build_report, write_report
 from llmtune.reporting.report import Report
 from tests.reporting.planted import PlantedSuite, improve, plant_run, right_wrong, worsen
@@ -79,3 +80,24 @@ def test_the_merge_base_of_the_manifest_decides_the_advice(tmp_path):
     report = build_report(plant_run(tmp_path / "lost", [suite], manifest=manifest))
     assert report.verdict.name == "MERGE-DIFFERENTLY"
     assert "merge.base=dequantized" in report.verdict.reasons[-1]
+
+
+def test_a_model_that_nearly_always_gives_the_commonest_answer_does_not_ship(tmp_path):
+    answers = ["yes"] * 180 + ["no"] * 120
+    always = [float(answer == "yes") for answer in answers]
+    nearly = always[:-6] + [1.0] * 4 + [0.0] * 2
+    base = worsen(always, 0.3, seed=1)
+    for name, tuned, verdict in (
+        ("nearly", nearly, "INCONCLUSIVE"),
+        ("better", always[:-20] + [1.0] * 20, "SHIP, general not shown"),
+    ):
+        suite = PlantedSuite(
+            "movies", "target", {"base": base, "tuned": tuned}, majority=0.6, answers=answers
+        )
+        report = build_report(plant_run(tmp_path / name, [suite]))
+        assert report.verdict.name == verdict
+        [movies] = report.suites
+        assert movies.after > movies.majority
+    built = build_report(RunDir(tmp_path / "nearly"))
+    assert "is not shown to be above that (+1.3 points" in " ".join(built.verdict.reasons)
+    assert any("is not shown to be above that" in each for each in built.caveats)

@@ -16,7 +16,7 @@ from llmtune.reporting.verdict.evidence import (
     tuned_over,
 )
 from llmtune.reporting.verdict.rules import ship_at_strength
-from llmtune.reporting.verdict.sentences import format_change, format_clean
+from llmtune.reporting.verdict.sentences import format_change, format_clean, format_over_majority
 
 UNPARSEABLE_RATIO = 0.05
 CUT_OFF_MORE = 0.1
@@ -108,9 +108,9 @@ def _below_majority(evidence: Evidence) -> Iterator[str]:
     for suite in evidence.suites:
         if suite.compared is not None and not is_above_majority(suite):
             yield (
-                f"{suite.name}: the {suite.compared[1]} model "
-                f"({suite.unit.score(suite.after)}) does not beat always giving "
-                f"the most frequent answer ({suite.unit.score(suite.majority)})."
+                f"{suite.name}: always giving the most frequent answer scores "
+                f"{suite.unit.score(suite.majority)}; the {suite.compared[1]} model "
+                f"({suite.unit.score(suite.after)}) is not {format_over_majority(suite)}."
             )
 
 

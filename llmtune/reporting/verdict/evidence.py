@@ -212,7 +212,12 @@ def gain_of(suite: SuiteReport) -> tuple[float, float, float]:
 
 
 def is_above_majority(suite: SuiteReport) -> bool:
-    """Return whether what ships beats always giving the most frequent right answer."""
+    """Return whether what ships is shown to beat always giving the most frequent right answer.
+
+    By its interval, if the items tell that answer's score one by one.
+    """
+    if suite.over_majority is not None:
+        return suite.gain(suite.over_majority)[1] > 0
     return suite.majority is None or suite.after is None or suite.after > suite.majority
 
 

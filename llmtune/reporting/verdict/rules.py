@@ -162,7 +162,12 @@ def ship_at_strength(evidence: Evidence) -> Verdict | None:
     worse = evidence.clear(targets, lambda suite: choice.held[suite.name], sign=-1)
     generals = [suite for suite in evidence.with_role("general") if suite.name in choice.held]
     are_within = all(evidence.is_within(suite, choice.held[suite.name]) for suite in generals)
-    above = [s for s in better if s.majority is None or choice.held_scores[s.name][1] > s.majority]
+    above = [
+        suite
+        for suite in better
+        if is_above_majority(suite)
+        and (suite.majority is None or choice.held_scores[suite.name][1] > suite.majority)
+    ]
     if worse or not are_within or not above or not choice.keeps_target:
         return None
     reasons = [

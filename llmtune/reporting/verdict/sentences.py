@@ -193,8 +193,20 @@ def _format_floor(suite: SuiteReport) -> str:
 
 
 def format_below_majority(suite: SuiteReport) -> str:
-    """Return the sentence for a gain that stays below the most frequent answer."""
+    """Return the sentence for a gain that is not shown to be above the most frequent answer."""
     return (
         f"The gain on {suite.name} is real, but always giving its most frequent answer scores "
-        f"{FRACTION.score(suite.majority)}, and the tuned model is not above that."
+        f"{FRACTION.score(suite.majority)}, and the tuned model is not "
+        f"{format_over_majority(suite)}."
+    )
+
+
+def format_over_majority(suite: SuiteReport) -> str:
+    """Return `above that`, or what is not shown of it if it was measured higher by chance."""
+    change = suite.over_majority
+    if change is None or change.difference <= 0:
+        return "above that"
+    return (
+        f"shown to be above that ({suite.unit.difference(change.difference)}, interval "
+        f"{suite.unit.interval(change.low, change.high)})"
     )
