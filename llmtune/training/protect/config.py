@@ -31,8 +31,8 @@ class ReplayConfig(Section):
 class KlToBaseConfig(Section):
     """A penalty for moving away from the base on general text.
 
-    weight * KL(base || tuned), the mean over the tokens of a few rows in every step; the base is
-    the same model with its adapter switched off.
+    weight * KL(base || tuned), the mean over the tokens of a few rows; the base is the same model
+    with its adapter switched off.
     """
 
     weight: float = Field(default=1.0, gt=0)
@@ -41,7 +41,10 @@ class KlToBaseConfig(Section):
     """Text to hold the model on: a file or hub id, or `self`, which the base writes before
     training."""
     rows: int = Field(default=4, ge=1)
-    """Rows of that text in every step."""
+    """Rows of that text at a time."""
+    every: int = Field(default=1, ge=1)
+    """Steps from one time to the next; the KL then counts for all of them, so that the penalty is
+    as strong as if it ran in every step."""
     max_length: int = Field(default=128, ge=2)
     """Tokens of a row that are compared."""
 

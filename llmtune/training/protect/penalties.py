@@ -88,7 +88,7 @@ class Protection:
         self._rows = list(request.rows)
         order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))
         self._order = order.tolist()
-        self._sums = torch.zeros(3, device=self._device)  # KL, L2, steps
+        self._sums = torch.zeros(4, device=self._device)  # KL, L2, steps, steps with a KL
         self._references: dict[tuple[int, ...], Tensor] = {}
         if request.config.kl_to_base is not None:
             if not loss_path.is_frozen:
@@ -109,15 +109,19 @@ class Protection:
             scale: factor on the loss before backward (a gradient scaler's).
         """
         kl = torch.zeros((), device=self._device)
-        if self._config.kl_to_base is not None:
+        penalty = self._config.kl_to_base
+        # An adapter that nothing has moved yet is the base: the first of several steps has no KL.
+        has_kl = penalty is not None and (step + 1) % penalty.every == 0
+        if penalty is not None and has_kl:
             with autocast():
-                kl = self._mean_kl(self._config.kl_to_base, step)
-            (kl * (self._config.kl_to_base.weight * scale)).backward()
+                kl = self._mean_kl(penalty, step // penalty.every)
+            (kl * (penalty.weight * penalty.every * scale)).backward()
         norm = torch.zeros((), device=self._device)
         if self._updates:
             norm = squared_update_norm(self._updates)
             (norm * (self._config.l2 * scale)).backward()
-        self._sums += torch.stack([kl.detach().float(), norm.detach(), torch.ones_like(norm)])
+        one = torch.ones_like(norm)
+        self._sums += torch.stack([kl.detach().float(), norm.detach(), one, one * has_kl])
 
     def dry_run(self, autocast: Callable[[], AbstractContextManager[object]]) -> None:
         """Run a step of the longest rows and forget it.
@@ -127,7 +131,8 @@ class Protection:
         """
         order, self._order = self._order, self._longest_first()
         try:
-            self.add_gradients(0, autocast)
+            penalty = self._config.kl_to_base
+            self.add_gradients(0 if penalty is None else penalty.every - 1, autocast)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -146,11 +151,11 @@ class Protection:
 
         `kl_to_base` is in nats/token; `update_norm` is the squared norm of the update.
         """
-        kl, norm, steps = self._sums.tolist()
+        kl, norm, steps, kl_steps = self._sums.tolist()
         self._sums.zero_()
         taken: dict[str, float] = {}
-        if steps and self._config.kl_to_base is not None:
-            taken["kl_to_base"] = kl / steps
+        if kl_steps:
+            taken["kl_to_base"] = kl / kl_steps
         if steps and self._updates:
             taken["update_norm"] = norm / steps
         return taken
@@ -161,11 +166,11 @@ class Protection:
         return sums
 
     def restore(self, sums: OpenSums) -> None:
-        """Continue from what `open_sums` returned."""
-        self._sums.copy_(self._sums.new_tensor(sums))
+        """Continue from what `open_sums` returned, in an older version with a KL in every step."""
+        self._sums.copy_(self._sums.new_tensor([*sums, sums[2]][:4]))
 
-    def _mean_kl(self, config: KlToBaseConfig, step: int) -> Tensor:
-        places = range(step * config.rows, (step + 1) * config.rows)
+    def _mean_kl(self, config: KlToBaseConfig, turn: int) -> Tensor:
+        places = range(turn * config.rows, (turn + 1) * config.rows)
         numbers = tuple(self._order[place % len(self._order)] for place in places)
         micro_batch = move_to(self._build([self._rows[row] for row in numbers]), self._device)
         # Dropout would be divergence of its own; this way the KL of an unused adapter is 0.

@@ -128,6 +128,22 @@ def test_every_row_takes_its_turn_and_a_step_has_the_same_rows_after_a_resume():
     assert seen[2] == seen[1]
 
 
+def test_a_kl_of_every_third_step_counts_for_three_and_takes_the_rows_in_the_same_turns():
+    model = shake(make_adapter())
+    found = []
+    for every, steps in ((1, [1]), (3, [3, 4, 5])):
+        knobs = {"kl_to_base": {**KL["kl_to_base"], "every": every}}
+        protection = make_protection(model, knobs)
+        model.zero_grad(set_to_none=True)
+        for step in steps:
+            protection.add_gradients(step, nullcontext)
+        found.append((protection.take(), gradients(model)))
+    (kl, each), (same_kl, third) = found
+    assert kl == same_kl and kl["kl_to_base"] > 0
+    for name, gradient in each.items():
+        assert torch.allclose(3 * gradient, third[name], rtol=1e-4, atol=1e-7), name
+
+
 def test_the_base_runs_once_for_rows_that_come_together_again(monkeypatch):
     model = shake(make_adapter()).train()
     runs, real = [], decoder_hidden
