@@ -22,6 +22,8 @@ from llmtune.adapters.base import Adapter
 from llmtune.adapters.live import live_method
 from llmtune.adapters.low_rank import has_hooks
 from llmtune.models.decoder import decoder_of
+from llmtune.models.fast_paths import switched_off
+from llmtune.models.hardware import device_name
 from llmtune.models.probing import ProbeFailedError, probing
 from llmtune.models.quantization.describe import dense_weight, is_dequantized_product
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear, lora_linears
@@ -92,9 +94,10 @@ def fused_inference(model: nn.Module) -> Iterator[None]:
     alone. Here the products run in the model's dtype, as they do in training; in float32 the
     results are PEFT's. Models without an adapter and layers that are fused already stay as they
     are, and so do those whose quantized base computes something else than the product with its
-    dequantized weight. The adapter can be switched off or weakened inside.
+    dequantized weight, and all where a test of this machine switched it off. The adapter can be
+    switched off or weakened inside.
     """
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel) or _is_switched_off(model):
         yield
         return
     method = live_method(model)
@@ -114,6 +117,16 @@ def fused_inference(model: nn.Module) -> Iterator[None]:
     finally:
         for group in groups:
             group.detach()
+
+
+def _is_switched_off(model: PeftModel) -> bool:
+    weight = next(model.parameters())
+    off = switched_off(
+        str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        device_name(weight.device),
+        is_quantized=getattr(model.get_base_model(), "is_quantized", False),
+    )
+    return "fused_scoring" in off
 
 
 def _is_product(layer: BaseTunerLayer) -> bool:

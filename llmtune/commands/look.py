@@ -99,16 +99,29 @@ def _numbers(run: "RunSummary") -> tuple[str, ...]:
 
 
 @click.command()
+@click.option(
+    "--test",
+    "is_test",
+    is_flag=True,
+    help="Also try every fast path against the plain one, and leave out what is wrong or slow.",
+)
 @with_output_options
-def doctor(quiet: bool, as_json: bool) -> None:
+def doctor(is_test: bool, quiet: bool, as_json: bool) -> None:
     """Check this machine and say how to mend what is broken.
+
+    With --test, small random models are trained and scored in every precision of this machine, by
+    the fast paths and by plain ones. What is wrong or slow is left out of later runs, which say
+    so, until a test with newer versions finds it good.
 
     \b
       llmtune doctor
+      llmtune doctor --test
     """
-    from llmtune.runs.doctor import examine
+    from llmtune.runs.doctor import examine, try_machine
 
     findings = examine()
+    if is_test:
+        findings += try_machine(lambda line: None if quiet else click.echo(line, err=True))
     if as_json:
         click.echo(json.dumps([finding.__dict__ for finding in findings], indent=2))
     else:

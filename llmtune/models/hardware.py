@@ -59,6 +59,11 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def device_name(device: torch.device) -> str:
+    """Return what a device is called: the GPU's model, or cpu."""
+    return str(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+
+
 def choose_dtype(wanted: str, device: torch.device, model_type: str) -> torch.dtype:
     """Return the base's precision.
 

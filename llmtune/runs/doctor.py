@@ -5,18 +5,24 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import psutil
 from packaging.requirements import Requirement
 
+from llmtune.errors import LlmtuneError
 from llmtune.io.environment import machine, package_version
 from llmtune.io.native_libraries import threads_sleep
 from llmtune.io.sizes import GIB, format_in
+from llmtune.models.config import DtypeName
 from llmtune.models.gguf import cache_dir
+
+if TYPE_CHECKING:
+    from llmtune.checks.fast_paths import PathResult
 
 LOW_DISK_BYTES = 10 * GIB
 TCMALLOC_NAMES = ("libtcmalloc_minimal.so*", "libtcmalloc.so*")
@@ -52,6 +58,56 @@ def examine() -> list[Finding]:
         _disk("disk of the cache", cache_dir()),
         _cache_writable(),
     ]
+
+
+def try_machine(say: Callable[[str], None]) -> list[Finding]:
+    """Try every fast path against the plain one in every precision of this machine.
+
+    What is wrong or slow is kept in the cache directory, and later runs leave it out.
+
+    Args:
+        say: takes what is tried next.
+
+    Raises:
+        LlmtuneError: the cache directory cannot be written.
+    """
+    from llmtune.checks.fast_paths import PathResult, list_switched_off, try_fast_paths
+    from llmtune.models.fast_paths import keep_record
+    from llmtune.models.hardware import choose_device, choose_dtype, device_name
+    from llmtune.models.quantization.bnb import try_quantization
+
+    device = choose_device("auto")
+    own = str(choose_dtype("auto", device, "")).removeprefix("torch.")
+    dtypes: list[DtypeName] = ["float32"]
+    dtypes += [name for name in get_args(DtypeName) if name == own != "float32"]
+    results: list[PathResult] = []
+    with tempfile.TemporaryDirectory(prefix="llmtune-doctor-") as name:
+        for result in try_fast_paths(
+            Path(name), dtypes, with_quantized=try_quantization(device) is None
+        ):
+            say(f"{result.setting}: {result.path} {result.state}")
+            results.append(result)
+    off = list_switched_off(results)
+    try:
+        kept = keep_record(device_name(device), off, [asdict(result) for result in results])
+    except OSError as error:
+        raise LlmtuneError(
+            f"what was found cannot be kept in {cache_dir()}: {error.strerror}; set LLMTUNE_CACHE "
+            "to a directory that can be written"
+        ) from error
+    return [*map(_path_finding, results), Finding("test of this machine", "ok", f"kept in {kept}")]
+
+
+def _path_finding(result: "PathResult") -> Finding:
+    """Say what became of a path; a wrong one is a fault even though it is left out from now on."""
+    subject = f"{result.path} ({result.setting})"
+    if result.state in ("used", "not used"):
+        return Finding(subject, "ok", f"{result.state}: {result.reason}")
+    found = f"{result.state}: {result.reason}"
+    if result.state == "broken":
+        return Finding(subject, "broken", found, "nothing can be switched off: report it")
+    fix = "switched off on this machine in this precision; please report it with the file below"
+    return Finding(subject, "note" if result.state == "slow" else "broken", found, fix)
 
 
 def _python() -> Finding:

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from peft import PeftModel
@@ -16,13 +16,15 @@ from llmtune.adapters.inject import InjectionTable, inject_adapter
 from llmtune.adapters.saved import save_adapter
 from llmtune.data.example import IGNORE_INDEX, Example, PreparedData
 from llmtune.data.template import template_fingerprint
+from llmtune.errors import LlmtuneError
 from llmtune.io.environment import versions
 from llmtune.io.fingerprint import JsonObject, hash_json
 from llmtune.io.run_dir import RunDir
 from llmtune.io.sizes import format_in
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
-from llmtune.models.hardware import why_threads_wait
+from llmtune.models.fast_paths import switched_off
+from llmtune.models.hardware import device_name, why_threads_wait
 from llmtune.models.live import LiveModel
 from llmtune.models.load import load_model
 from llmtune.models.quantization.config import is_quantized
@@ -32,7 +34,7 @@ from llmtune.scoring.batches import choose_token_budget, position_limit
 from llmtune.scoring.generate import Decoding, generate_texts
 from llmtune.training.protect.config import ProtectConfig
 from llmtune.training.protect.prepare import PreparedProtection, prepare_protection
-from llmtune.training.request import TrainRequest, TrainResult
+from llmtune.training.request import Technique, TrainRequest, TrainResult
 from llmtune.training.rows import hash_epochs
 from llmtune.training.trainable import require_trainable
 
@@ -173,6 +175,7 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
     injected = inject_adapter(loaded.model, adapter, base_fingerprint=loaded.fingerprint)
     _log_lines(_describe_injected(injected.table))
     require_trainable(injected.model, rows.train.examples[0].input_ids)
+    off = _switched_off(loaded, protect, packing)
     request = TrainRequest(
         model=injected.model,
         tokenizer=loaded.tokenizer,
@@ -184,8 +187,34 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
         packing=packing,
         quiet=not log.isEnabledFor(logging.INFO),
         protection=protection.request,
+        without=frozenset(off),
+        reasons=off,
     )
     return AdaptedBase(request, loaded, rows, injected.table, protection)
+
+
+def _switched_off(
+    loaded: LiveModel, protect: ProtectConfig, packing: Literal["auto", "on", "off"]
+) -> Mapping[Technique, str]:
+    """Return what a test of this machine found wrong or slow, and say it.
+
+    Raises:
+        LlmtuneError: the config demands one of those.
+    """
+    off = switched_off(
+        str(loaded.dtype).removeprefix("torch."),
+        device_name(loaded.device),
+        is_quantized=is_quantized(loaded.quantized.method),
+    )
+    if protect.kl_to_base is not None and "kl_to_base" in off:
+        raise LlmtuneError(f"kl_to_base is {off['kl_to_base']}: set protect.kl_to_base=null")
+    if packing == "on" and "packing" in off:
+        raise LlmtuneError(f"packing is {off['packing']}: set data.packing=off")
+    techniques: tuple[Technique, ...] = get_args(Technique)
+    found = {path: off[path] for path in techniques if path in off}
+    for path, reason in found.items():
+        log.warning("%s is %s", path, reason)
+    return found
 
 
 def _log_lines(lines: Iterator[str]) -> None:

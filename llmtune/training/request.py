@@ -12,7 +12,7 @@ from llmtune.data.example import Example
 from llmtune.io.run_dir import RunDir
 from llmtune.training.protect.penalties import ProtectionRequest
 
-Technique = Literal["fused_lora", "fused_blocks", "frozen_head", "shared_beginnings"]
+Technique = Literal["fused_lora", "fused_blocks", "frozen_head", "packing", "shared_beginnings"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,16 @@ class TrainRequest:
     quiet: bool = False
     without: frozenset[Technique] = frozenset()
     """Techniques to leave out, to measure what each gives or to find a fault."""
+    reasons: Mapping[Technique, str] = field(default_factory=dict)
+    """Why they are left out; "as asked" if nothing is said."""
     protection: ProtectionRequest | None = None
     """What holds the adapter near its base."""
+
+    def why_without(self, technique: Technique) -> str | None:
+        """Return why a technique is left out, or None if it is not."""
+        if technique not in self.without:
+            return None
+        return self.reasons.get(technique, "as asked")
 
 
 @dataclass

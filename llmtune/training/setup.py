@@ -18,7 +18,7 @@ from llmtune.models.decoder import decoder_of, rotary_switch
 from llmtune.training.batch import StepCollator
 from llmtune.training.config import TrainConfig
 from llmtune.training.fused.blocks import fused_blocks
-from llmtune.training.fused.packing import choose_packing, packed_attention
+from llmtune.training.fused.packing import PackingChoice, choose_packing, packed_attention
 from llmtune.training.fused.sharing import find_sharing_obstacle
 from llmtune.training.grouping import computed_tokens
 from llmtune.training.loss import LossPath, choose_loss_path, decoder_hidden
@@ -26,7 +26,7 @@ from llmtune.training.memory.arithmetic import UNLIMITED, MemoryPlan
 from llmtune.training.memory.dry_run import Trial, find_plan, recomputable_layers, recomputing
 from llmtune.training.objectives.base import MicroBatch, Objective
 from llmtune.training.protect.penalties import Protection
-from llmtune.training.request import TrainRequest
+from llmtune.training.request import Technique, TrainRequest
 from llmtune.training.rows import EpochSampler, JoinedExamples, row_lengths
 
 SAMPLED_ROWS = 64
@@ -83,10 +83,14 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
         if "fused_blocks" not in request.without:
             blocks = stack.enter_context(fused_blocks(model))
         longest = int(rows.lengths.max())
-        packing = choose_packing(model, request.packing, request.train, longest=longest)
-        loss_path = LossPath(False, "left out as asked")
-        if "frozen_head" not in request.without:
+        if (unpacked := request.why_without("packing")) is None:
+            packing = choose_packing(model, request.packing, request.train, longest=longest)
+        else:
+            packing = PackingChoice(False, unpacked)
+        if (unfrozen := request.why_without("frozen_head")) is None:
             loss_path = choose_loss_path(model)
+        else:
+            loss_path = LossPath(False, f"left out: {unfrozen}")
     stack.enter_context(packed_attention(model) if packing.packed else nullcontext())
     stack.enter_context(noisy_embeddings(model, config.neftune_alpha))
 
@@ -107,8 +111,8 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
         autocast_dtype=autocast_dtype,
         choices={
             "precision": f"{str(dtype).removeprefix('torch.')} base, float32 adapter",
-            "LoRA layers": fused.describe() if fused else "stock, as asked",
-            "blocks": blocks.describe() if blocks else "stock, as asked",
+            "LoRA layers": fused.describe() if fused else _stock(request, "fused_lora"),
+            "blocks": blocks.describe() if blocks else _stock(request, "fused_blocks"),
             "rows": f"{'packed' if packing.packed else 'padded'}: {packing.reason}",
             "LM head": ("" if loss_path.is_frozen else "the library's path: ") + loss_path.reason,
         },
@@ -134,8 +138,8 @@ def _share_beginnings(
     A micro-batch of as many tokens then has more trained ones. The frozen head holds the logits of
     a few at a time; the library's path holds all, and their memory was not tried.
     """
-    if "shared_beginnings" in request.without:
-        return "not computed once, as asked"
+    if (unshared := request.why_without("shared_beginnings")) is not None:
+        return f"not computed once: {unshared}"
     collator, obstacle = setup.collator, None
     if not collator.packed:
         obstacle = "rows are padded"
@@ -171,6 +175,10 @@ def add_protection(setup: Setup, request: TrainRequest) -> Setup:
     )
     protection.dry_run(setup.autocast)
     return replace(setup, protection=protection)
+
+
+def _stock(request: TrainRequest, technique: Technique) -> str:
+    return f"stock: {request.why_without(technique)}"
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
