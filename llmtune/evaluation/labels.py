@@ -32,7 +32,9 @@ def label_prompts(labels: Sequence[str], rows: Sequence[PromptRow], path: Path) 
     if plain:
         raise prompts_error(plain)
     items = [
-        SuiteItem(str(row.line), row.line, choices=tuple(labels), answer=0).asking(row.question)
+        SuiteItem(str(row.line), row.line, str(path), choices=tuple(labels), answer=0).asking(
+            row.question
+        )
         for row in rows
     ]
     return _suite("choices", labelling_task(labels, path), items, path)
@@ -56,7 +58,7 @@ def label_rows(name: str, rows: Iterable[tuple[int, Mapping[str, Any]]], path: P
         # The right label is not known, and any one of them makes the item whole.
         fields = {**row, config.answer: config.fixed_choices[0]}
         try:
-            items.append(config.read_item(fields, SuiteItem(str(line), line)))
+            items.append(config.read_item(fields, SuiteItem(str(line), line, str(path))))
         except BadItem as error:
             problems.append(RowProblem(str(path), line, str(error)))
     if problems:

@@ -64,7 +64,7 @@ def _find_controls(suite: Suite, controls: re.Pattern[str]) -> list[RowProblem]:
                 replace(question, messages=[*question.messages, *choices]), controls
             )
         except RowError as error:
-            problems.append(RowProblem(str(suite.items_path), item.line, str(error), error.kind))
+            problems.append(RowProblem(item.source, item.line, str(error), error.kind))
     return problems
 
 
@@ -80,7 +80,7 @@ def _find_long(
         return []
     return [
         RowProblem(
-            str(suite.items_path),
+            item.source,
             item.line,
             f"takes {length:,} tokens, and the model has {positions:,} positions; shorten the item "
             "or leave it out",

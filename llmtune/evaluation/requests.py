@@ -55,8 +55,7 @@ def encode_chats(
         LlmtuneError: names the items that training would refuse, by file and line.
     """
     asked = zip(suite.items, _questions(suite, demonstrations), strict=True)
-    source = str(suite.items_path)
-    questions = ((source, item.line, question) for item, question in asked)
+    questions = ((item.source, item.line, question) for item, question in asked)
     return [tuple(ids) for ids in encode_questions(tokenizer, questions)]
 
 
@@ -85,7 +84,7 @@ def encode_raw_choices(
         prompt = (*lead, *heads.pop())
         if not prompt or not all(tail for _, tail in pairs):
             raise LlmtuneError(
-                f"{suite.items_path}:{item.line}: prompt or a choice is empty after tokenization"
+                f"{item.source}:{item.line}: prompt or a choice is empty after tokenization"
             )
         requests.append(ContinuationRequest(prompt, tuple(tuple(tail) for _, tail in pairs)))
     return requests
@@ -129,7 +128,7 @@ def encode_chat_choices(
         found = [next(rows) for _ in item.choices]
         for row in found:
             if isinstance(row, RowError) and row.kind == "control-token":
-                raise LlmtuneError(f"{suite.items_path}:{item.line}: {row}")
+                raise LlmtuneError(f"{item.source}:{item.line}: {row}")
         refused = refused or next((row for row in found if isinstance(row, RowError)), None)
         answers = [
             _trained_ids(row, prompt, with_end=with_end)
@@ -138,9 +137,7 @@ def encode_chat_choices(
         ]
         shared = len(os.path.commonprefix([lead, *answers]))
         if not all(ids[shared:] for ids in answers):
-            raise LlmtuneError(
-                f"{suite.items_path}:{item.line}: a choice is empty after tokenization"
-            )
+            raise LlmtuneError(f"{item.source}:{item.line}: a choice is empty after tokenization")
         requests.append(
             ContinuationRequest(
                 (*prompt, *lead[:shared]), tuple(tuple(ids[shared:]) for ids in answers)

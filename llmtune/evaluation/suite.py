@@ -1,27 +1,23 @@
 """Finding and loading a suite: one YAML file that says what is asked, how it is scored, on what."""
 
-import codecs
 import difflib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.data.duplicates import find_near_duplicates
-from llmtune.data.problems import list_first
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.diagnosis.rows import find_frame
 from llmtune.evaluation.halves import choose_ids
+from llmtune.evaluation.items import read_items
 from llmtune.evaluation.results import NAME_RULE, is_suite_name
 from llmtune.evaluation.tasks.base import (
-    BadItem,
     Suite,
     SuiteConfig,
     SuiteItem,
-    read_field,
 )
 from llmtune.evaluation.tasks.config import TASKS
 from llmtune.io.fingerprint import JsonObject, hash_json
@@ -124,64 +120,6 @@ def render_suite(
     return "\n".join(lines) + "\n"
 
 
-def read_items(config: SuiteConfig, path: Path) -> tuple[SuiteItem, ...]:
-    """Read and check every line of a suite's items.
-
-    Raises:
-        LlmtuneError: the file is missing or empty, or lines are wrong (`file:line: what`, up to
-            ten of them and how many more).
-    """
-    if not path.is_file():
-        raise LlmtuneError(f"{path}: the suite's items are not there")
-    config.check_templates(path)
-    items: list[SuiteItem] = []
-    problems: list[str] = []
-    with path.open("rb") as file:
-        for line, content in enumerate(file, start=1):
-            if line == 1:
-                content = content.removeprefix(codecs.BOM_UTF8)
-            if not content.strip():
-                continue
-            try:
-                items.append(_read_item(config, content, line))
-            except BadItem as error:
-                problems.append(f"{path}:{line}: {error}")
-    names = Counter(item.id for item in items)
-    for item in items:
-        if names[item.id] > 1:
-            problems.append(f"{path}:{item.line}: the id {item.id!r} is not unique")
-    if problems:
-        raise LlmtuneError("\n".join(list_first(problems)))
-    if not items:
-        raise LlmtuneError(f"{path}: the suite has no items")
-    try:
-        return config.settle_items(items)
-    except BadItem as error:
-        raise LlmtuneError(f"{path}: {error}") from None
-
-
-def _read_item(config: SuiteConfig, content: bytes, line: int) -> SuiteItem:
-    try:
-        fields = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise BadItem(f"not UTF-8 text: {error}; save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise BadItem(f"not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise BadItem(f"expected a JSON object, found {type(fields).__name__}")
-    item = SuiteItem(
-        id=str(fields.get(config.id, line)),
-        line=line,
-        cluster=None if config.cluster is None else str(read_field(fields, config.cluster)),
-        slices=tuple((name, str(read_field(fields, name))) for name in config.slices),
-    )
-    return config.read_item(fields, item)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a value; quote it if it is a text: {json.dumps(name)}")
-
-
 def _read_config(path: Path) -> SuiteConfig:
     tree = read_yaml(path)
     task = tree.values.get("task")
@@ -205,7 +143,7 @@ def _name_of(path: Path, config: SuiteConfig) -> str:
 
 def _item_content(item: SuiteItem) -> JsonObject:
     content = asdict(item)
-    del content["line"], content["number"]
+    del content["line"], content["number"], content["source"]
     for key in ("messages", "tools"):  # older results have no such keys
         if not content[key]:
             del content[key]

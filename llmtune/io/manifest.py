@@ -29,6 +29,8 @@ class TrainRecord(TypedDict, total=False):
     order_hash: str
     adapter_bytes: int
     choices: Mapping[str, str]
+    rows: Mapping[str, Any]
+    """How many there are, how many were seen, and whether the loss was still falling."""
     protect: Mapping[str, Any] | None
     estimate: "EstimateRecord | None"
     device: str

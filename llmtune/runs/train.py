@@ -92,6 +92,7 @@ class TrainStage(Stage[TrainRecord]):
         """Train, and return what the manifest records: steps, tokens, losses, choices and more."""
         from llmtune.planning.workload import estimate_training
         from llmtune.training.adapt import TrainRows, adapt_base
+        from llmtune.training.metrics import count_rows
         from llmtune.training.train import train_adapter
 
         config, rows = self.config, self.data
@@ -111,6 +112,9 @@ class TrainStage(Stage[TrainRecord]):
         result = train_adapter(config.train, adapted.request)
         record = adapted.save(result, config.model_dump(mode="json"), config.train.batch_size)
         recorded = {**dataclasses.asdict(result), "estimate": estimate, **record}
+        seen = result.steps * config.train.batch_size
+        counted = count_rows(config.run.metrics_path, len(rows["train"].examples), seen)
+        recorded["rows"] = dataclasses.asdict(counted)
         recorded["quantization_price"] = None if price is None else dataclasses.asdict(price)
         self._interrupted_by = recorded.pop("interrupted_by")
         return cast(TrainRecord, recorded)

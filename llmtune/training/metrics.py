@@ -3,9 +3,11 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from llmtune.training.request import RunTotals
 
 # Between lines on a screen that cannot renew them (a file, a pipe).
 SECONDS_BETWEEN_LINES = 5.0
+MIN_QUARTER = 4
+CLEAR_FALL = 0.02
 
 
 class MetricsLog:
@@ -142,6 +146,30 @@ def format_metrics(line: dict[str, Any], total_steps: int) -> str:
             format_times(line["seconds"], line["seconds_left"]),
         )
     )
+
+
+@dataclass(frozen=True)
+class RowsSeen:
+    """How much of the rows a training has read."""
+
+    rows: int
+    seen: int
+    is_loss_falling: bool
+
+
+def count_rows(metrics_path: Path, num_rows: int, num_seen: int) -> RowsSeen:
+    """Say how much of the rows was seen, and whether the loss was still falling at the end."""
+    losses = [line["loss"] for line in _read_lines(metrics_path) if line.get("loss") is not None]
+    return RowsSeen(num_rows, min(num_rows, num_seen), is_falling(losses))
+
+
+def is_falling(losses: Sequence[float]) -> bool:
+    """Whether the last quarter of some losses is clearly below the quarter before it."""
+    size = len(losses) // 4
+    if size < MIN_QUARTER:
+        return False
+    before, last = (median(part) for part in (losses[-2 * size : -size], losses[-size:]))
+    return last < before * (1 - CLEAR_FALL)
 
 
 class Clock:

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas
 import pytest
 
 from llmtune.errors import LlmtuneError
@@ -12,6 +13,7 @@ ITEMS = [
     {"id": "a", "question": "2 + 2", "answer": "4", "options": ["3", "4"], "source": "x"},
     {"id": "b", "question": "1 + 2", "answer": "3", "options": ["3", "4"], "source": "y"},
 ]
+FOUR = 'choices: ["3", "4"]'
 CHOICE = """\
 task: choice
 items: items.jsonl
@@ -39,6 +41,48 @@ def test_a_choice_suite_is_read_with_rendered_prompts(tmp_path):
     assert [item.prompt for item in suite.items] == ["What is 2 + 2?", "What is 1 + 2?"]
     assert [item.answer for item in suite.items] == [1, 0]
     assert suite.items[0].choices == ("3", "4")
+
+
+def test_items_may_be_any_file_of_rows(tmp_path):
+    path = write_suite(tmp_path)
+    expected = load_suite(path)
+    rows = [{**item, "options": json.dumps(item["options"])} for item in ITEMS]
+    (tmp_path / "items.json").write_text(json.dumps(ITEMS))
+    pandas.DataFrame(ITEMS).to_parquet(tmp_path / "items.parquet")
+    pandas.DataFrame(rows).to_csv(tmp_path / "items.csv", sep=";", index=False)
+    for name in ("items.json", "items.parquet", "items.csv"):
+        path.write_text(CHOICE.replace("items.jsonl", name))
+        suite = load_suite(path)
+        assert suite.items_fingerprint == expected.items_fingerprint, name
+    with (tmp_path / "items.csv").open("a") as file:
+        file.write("c;3 + 3;7;[3;x\n")
+    assert "items.csv:4: field 'options' is text that is not JSON" in message_of(path)
+    (tmp_path / "items.csv").write_text("question,answer\n2 + 2,1\n1 + 2,0\n")
+    text = CHOICE.replace("items.jsonl", "items.csv").replace("choices_field: options", FOUR)
+    path.write_text(text + "answer_is: position\n")
+    assert [item.right_answer for item in load_suite(path).items] == ["4", "3"]
+    path.write_text(text)
+    assert "items.csv:2: the answer '1' is neither one of the choices" in message_of(path)
+
+
+def test_a_folder_of_texts_has_an_item_for_each_file(tmp_path):
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    for name in ("b.txt", "a.md", "deep/c.txt"):
+        (tmp_path / "texts" / name).write_text(f"Once upon a time there was {name}.")
+    (tmp_path / "texts" / "more.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    path = tmp_path / "prose.yaml"
+    path.write_text("task: perplexity\nitems: texts\ncluster: document\n")
+    items = load_suite(path).items
+    assert [(item.id, item.cluster) for item in items] == [
+        ("a.md", "a.md"),
+        ("b.txt", "b.txt"),
+        ("deep/c.txt", "deep/c.txt"),
+        ("more.jsonl:1", "more.jsonl"),
+        ("more.jsonl:2", "more.jsonl"),
+    ]
+    assert items[2].text == "Once upon a time there was deep/c.txt."
+    (tmp_path / "texts" / "more.jsonl").write_text('{"text": "one"}\n{"words": "two"}\n')
+    assert "texts/more.jsonl:2: field 'text' is missing" in message_of(path)
 
 
 def test_an_answer_may_be_an_index(tmp_path):

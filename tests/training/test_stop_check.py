@@ -14,6 +14,7 @@ from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.turns import stop_token_ids
 from llmtune.reporting.verdict.caveats import find_training_caveats
 from llmtune.training.adapt import MAX_NEW_TOKENS, StopCheck, check_stops
+from llmtune.training.metrics import is_falling
 from llmtune.training.train import train_adapter
 from tests.conftest import write_jsonl
 from tests.project import chat_row, make_project
@@ -92,6 +93,19 @@ def test_the_report_says_where_most_answers_did_not_end(stopped, is_said):
     if is_said:
         assert f"only {stopped} of 8 answers" in caveats[0]
     assert find_training_caveats({}) == find_training_caveats({"stop_check": None}) == ()
+
+
+def test_the_report_says_if_only_a_part_of_the_rows_was_seen(tmp_path):
+    config = load_config(make_project(tmp_path), ["train.max_steps=1"])
+    result: Any = train(config)
+    assert result["rows"] == {"rows": 48, "seen": 8, "is_loss_falling": False}
+    (caveat,) = find_training_caveats({"rows": result["rows"]})
+    assert "Only 8 of 48 training rows (16.7 %) were seen: more steps" in caveat
+    falling = {"rows": {"rows": 48, "seen": 8, "is_loss_falling": True}}
+    assert "still falling" in find_training_caveats(falling)[0]
+    assert find_training_caveats({**falling, "stopped_by": "early_stopping"}) == ()
+    assert find_training_caveats({"rows": {"rows": 48, "seen": 48, "is_loss_falling": True}}) == ()
+    assert is_falling([4.0] * 8 + [3.0] * 4 + [2.0] * 4) and not is_falling([2.0, 1.99] * 8)
 
 
 def test_every_stop_token_is_written_into_everything_that_is_saved(tmp_path):

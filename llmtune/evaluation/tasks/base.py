@@ -38,11 +38,13 @@ class BadItem(ValueError):
 class SuiteItem:
     """One question, rendered. What a task does not use is empty.
 
-    `answer` is the index of the right choice (-1: none); `references` are the accepted texts.
+    `answer` is the index of the right choice (-1: none); `references` are the accepted texts;
+    `line` is a line of the file `source`.
     """
 
     id: str
     line: int
+    source: str = ""
     prompt: str = ""
     choices: tuple[str, ...] = ()
     answer: int = -1
@@ -155,7 +157,7 @@ class SuiteConfig(Section):
     description: str = ""
     """One line for people."""
     items: Path
-    """JSONL file, one item a line."""
+    """File of items (JSONL, JSON, CSV, Parquet), or a folder of such files or of texts."""
     id: str = "id"
     """Field with an item's name; default: its line."""
     cluster: str | None = None
@@ -283,11 +285,8 @@ class PromptedSuite(SuiteConfig):
     @classmethod
     def draft_prompt(cls, rows: "SuiteDraft") -> list[str]:
         """Return the lines that ask each row's question."""
-        system = (
-            []
-            if rows.system is None
-            else [f"system: {json.dumps(rows.system, ensure_ascii=False)}"]
-        )
+        text = json.dumps(rows.system, ensure_ascii=False)
+        system = [] if rows.system is None else [f"system: {text}"]
         return ['prompt: "{{ prompt }}"', *system, *(["chat: false"] if rows.is_plain else [])]
 
     @model_validator(mode="after")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from llmtune.data.problems import RowError
+from llmtune.data.row_values import parse_json_text
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.answers import find_choice
 from llmtune.evaluation.choices import NumberReading, settle_numbers
@@ -122,6 +124,10 @@ class ChoiceSuite(PromptedSuite):
         if choices is None:
             assert self.choices_field is not None
             listed = read_field(fields, self.choices_field)
+            try:
+                listed = parse_json_text(listed, f"field {self.choices_field!r}")
+            except RowError as error:
+                raise BadItem(str(error)) from None
             if not isinstance(listed, list) or not all(
                 isinstance(c, str | int | float) for c in listed
             ):
@@ -132,6 +138,8 @@ class ChoiceSuite(PromptedSuite):
         answer = read_field(fields, self.answer)
         if isinstance(answer, str) and answer in choices:
             return replace(item, choices=choices, answer=choices.index(answer))
+        if self.answer_is == "position" and isinstance(answer, str) and answer.isdecimal():
+            answer = int(answer)  # a cell of a CSV
         is_number = isinstance(answer, int) and not isinstance(answer, bool)
         if not is_number or not (str(answer) in choices or 0 <= answer < len(choices)):
             raise BadItem(

@@ -80,8 +80,7 @@ class PerplexitySuite(SuiteConfig):
         for item, score in zip(suite.items, found, strict=True):
             if score.num_tokens == 0:
                 raise LlmtuneError(
-                    f"{suite.items_path}:{item.line}: the passage is one token, nothing can be "
-                    "predicted"
+                    f"{item.source}:{item.line}: the passage is one token, nothing can be predicted"
                 )
         return [self._score_item(*pair) for pair in zip(suite.items, found, strict=True)]
 

@@ -22,6 +22,8 @@ UNPARSEABLE_RATIO = 0.05
 CUT_OFF_MORE = 0.1
 """Answers cut off more often than this, as a share, in one of the compared models."""
 MAX_SLICES = 5
+SEEN_ENOUGH = 0.9
+"""Of the training rows, as a share."""
 
 
 def find_caveats(evidence: Evidence) -> tuple[str, ...]:
@@ -59,6 +61,7 @@ def find_training_caveats(training: Mapping[str, Any]) -> tuple[str, ...]:
             f"training, of {bound:g} that may be lost; model.quantization=null costs nothing but "
             "memory.",
         )
+    costly += tuple(_rows_not_seen(training))
     check = training.get("stop_check") or {}
     stopped, asked = check.get("stopped"), check.get("asked")
     if not asked or stopped is None or 2 * stopped >= asked:
@@ -68,6 +71,20 @@ def find_training_caveats(training: Mapping[str, Any]) -> tuple[str, ...]:
         f"The tuned model ended only {stopped} of {asked} answers by itself (within "
         f"{check.get('max_new_tokens')} tokens, right after training): it may not have learned "
         "to stop.",
+    )
+
+
+def _rows_not_seen(training: Mapping[str, Any]) -> Iterator[str]:
+    """Say which share of the rows was read, unless early stopping chose to read no more."""
+    counted = training.get("rows") or {}
+    rows, seen = counted.get("rows", 0), counted.get("seen", 0)
+    if not rows or seen >= SEEN_ENOUGH * rows or training.get("stopped_by") == "early_stopping":
+        return
+    falling = ", and the loss was still falling" if counted.get("is_loss_falling") else ""
+    yield (
+        f"Only {format_count(seen)} of {format_count(rows)} training rows "
+        f"({FRACTION.score(seen / rows)}) were seen{falling}: more steps "
+        "(train.num_epochs=1 reads each row once) may give more."
     )
 
 
