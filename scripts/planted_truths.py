@@ -101,6 +101,10 @@ def _null_effects() -> Iterator[Truth]:
         yield truth(f"{n} weighted losses", lambda r, n=n: _ships([_loss(r, n, 0.0)]))
         strongly = truth(f"{n} losses of exponential skew", lambda r, n=n: _ships([_skewed(r, n)]))
         yield replace(strongly, times=16)
+        yield truth(
+            f"{n} losses of lognormal skew",
+            lambda r, n=n: _ships([_skewed(r, n, r.lognormal(0, 1, n) - np.exp(0.5))]),
+        )
     for count in (3, 10):
         yield truth(
             f"{count} targets of 50 losses of exponential skew",
@@ -384,10 +388,10 @@ def _clustered(random: Random, count: int, effect: float) -> Planted:
     return Planted("t", "target", {"base": base, "tuned": base + change}, clusters=names)
 
 
-def _skewed(random: Random, n: int) -> Planted:
+def _skewed(random: Random, n: int, change: np.ndarray | None = None) -> Planted:
     base = random.normal(3, 0.5, n)
-    tuned = base + random.exponential(0.3, n) - 0.3
-    return Planted("t", "target", {"base": base, "tuned": tuned}, NATS)
+    change = random.exponential(0.3, n) - 0.3 if change is None else change
+    return Planted("t", "target", {"base": base, "tuned": base + change}, NATS)
 
 
 def _loss(random: Random, n: int, rise: float, *, role: str = "target") -> Planted:

@@ -19,6 +19,7 @@ from llmtune.evaluation.stats import (
     is_enough,
     mcnemar_exact,
     minimum_detectable_effect,
+    skewness,
     standard_error,
 )
 
@@ -90,6 +91,8 @@ class Comparison:
     unparseable_base: int
     unparseable_tuned: int
     recipe_differences: tuple[str, ...] = ()
+    harm_tail: float = 0.0
+    """How skewed towards harm the changes are; 0 for right/wrong scores."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -305,6 +308,7 @@ def _compare_items(
     better = better if base.higher_is_better else -better
     gained, lost = int((better > 0).sum()), int((better < 0).sum())
     is_binary = bool(np.isin(both, (0, 1)).all())
+    skew = 0.0 if is_binary else skewness(differences, weights=weighing, clusters=clusters)
     return Comparison(
         suite=base.suite,
         task=base.task,
@@ -330,4 +334,5 @@ def _compare_items(
         lost=lost,
         unparseable_base=sum(not item.parsed for item in base_items),
         unparseable_tuned=sum(not item.parsed for item in tuned_items),
+        harm_tail=-skew if base.higher_is_better else skew,
     )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 def in_selection_half(item_id: str) -> bool:
     """Return whether an item chooses (a strength); the others report what was chosen.
 
+    Items of a cluster go by its name, since they are not independent: all choose or none.
+
     The halves are the even and odd values of sha256(id), the same for every run and suite.
     """
     return _digest(item_id) % 2 == 0

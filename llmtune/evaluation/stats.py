@@ -14,6 +14,12 @@ FEWEST_ITEMS = 20
 FEWEST_CLUSTERS = 8
 """Below either of these no gain is claimed: the intervals are not known to hold there."""
 
+LONG_TAIL = 0.35
+LONG_TAIL_FACTOR = 2.5
+"""A gain whose changes are skewed towards harm by more than this has its p-value taken times this:
+of a long tail few items show too little, and with this even changes like a lognormal (sigma 1, 20
+items and more) give at most 2.5 % false gains (docs/diagnosis.md)."""
+
 CHUNK_DRAWS = 4_000_000
 """Counts of items in draws that are held at once while resampling."""
 
@@ -185,6 +191,19 @@ def count_clusters(num_items: int, clusters: Sequence[str] | None) -> int:
 def is_enough(num_items: int, num_clusters: int) -> bool:
     """Return whether there are items and clusters enough for a claim."""
     return num_items >= FEWEST_ITEMS and num_clusters >= FEWEST_CLUSTERS
+
+
+def skewness(
+    values: FloatArray,
+    *,
+    weights: FloatArray | None = None,
+    clusters: Sequence[str] | None = None,
+) -> float:
+    """Return the skewness of the clusters' deviations from the (weighted) mean; 0 if all agree."""
+    sums, sizes = cluster_sums(values, weights, clusters)
+    rest = sums - sums.sum() / sizes.sum() * sizes
+    variance = float((rest**2).mean())
+    return float((rest**3).mean()) / variance**1.5 if variance > 0 else 0.0
 
 
 def cluster_sums(

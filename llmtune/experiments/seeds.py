@@ -27,6 +27,7 @@ from llmtune.reporting.sections.seeds import SeedStudy, SeedSuite, adjust, show_
 from llmtune.reporting.sections.training import Cost
 from llmtune.reporting.suites import SuiteReport
 from llmtune.reporting.verdict.caveats import find_caveats, find_training_caveats
+from llmtune.reporting.verdict.outcome import SHIPPING, Verdict
 from llmtune.reporting.verdict.rules import decide
 from llmtune.runs import pipeline
 from llmtune.runs.ledger import differences, refuse_foreign_place
@@ -142,7 +143,7 @@ def join_reports(runs: Sequence[SeedRun], name: str) -> Report:
     suites = tuple(each.report for each in joint)
     evidence = gather_evidence(first, suites)
     evidence = replace(evidence, diagnostics=evidence.diagnostics.without_more_rows())
-    verdict = decide(evidence)
+    verdict = _carry_bad_seeds(decide(evidence), runs, reports)
     study = _study(runs, reports, results, joint)
     return replace(
         first,
@@ -155,6 +156,20 @@ def join_reports(runs: Sequence[SeedRun], name: str) -> Report:
         cost=_add_costs([report.cost for report in reports]),
         seeds=replace(study, verdict=verdict.name),
     )
+
+
+def _carry_bad_seeds(
+    verdict: Verdict, runs: Sequence[SeedRun], reports: Sequence[Report]
+) -> Verdict:
+    """Name in a verdict to ship the trainings that by themselves would not: one may be chosen."""
+    if verdict.kind not in SHIPPING:
+        return verdict
+    bad = tuple(
+        f"seed {each.knobs['seed']} alone is {report.verdict.name}"
+        for each, report in zip(runs, reports, strict=True)
+        if report.verdict.tone == "bad"
+    )
+    return replace(verdict, carries=(*verdict.carries, *bad))
 
 
 def open_seed_run(run_dir: Path) -> SeedRun:

@@ -203,7 +203,7 @@ def rank_runs(paths: Sequence[Path]) -> RankStudy:
     results = [_target_results(run) for run in runs]
     arm, suite = _shared(results, paths)
     scored = [found[suite][arm] for found in results]
-    choosing = {item.id for item in scored[0].items if in_selection_half(item.id)}
+    choosing = {item.id for item in scored[0].items if in_selection_half(item.cluster or item.id)}
     judging = {item.id for item in scored[0].items} - choosing
     if not choosing or not judging:
         raise LlmtuneError(f"suite {suite}: {scored[0].n} items are too few to rank runs by")

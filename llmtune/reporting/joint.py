@@ -19,7 +19,13 @@ from llmtune.evaluation.main_arms import (
     kind_among,
 )
 from llmtune.evaluation.results import ArmResult, cluster_names
-from llmtune.evaluation.stats import POWER_FACTOR, Resampling, count_clusters, is_enough
+from llmtune.evaluation.stats import (
+    POWER_FACTOR,
+    Resampling,
+    count_clusters,
+    is_enough,
+    skewness,
+)
 from llmtune.reporting.measure import measure_suite
 from llmtune.reporting.run_results import Results
 from llmtune.reporting.sections.arms import gap_closed
@@ -36,13 +42,21 @@ class JointChange:
     n: int
     interval: JointInterval
     is_enough: bool
+    harm_tail: float = 0.0
 
     @property
     def change(self) -> Change:
         """The change as a report holds it."""
         found = self.interval
         mean = sum(self.by_training) / len(self.by_training)
-        return Change(mean, found.low, found.high, found.p_value, is_enough=self.is_enough)
+        return Change(
+            mean,
+            found.low,
+            found.high,
+            found.p_value,
+            is_enough=self.is_enough,
+            harm_tail=self.harm_tail,
+        )
 
 
 @dataclass(frozen=True)
@@ -140,18 +154,23 @@ def compare_trainings(
             raise LlmtuneError(f"{first.suite}: the runs were scored on different items")
         rows.append([changes[name] for name in order])
     differences, both = np.array(rows), np.array(scores)
+    weighing = None if (weights == 1).all() else weights
     interval = joint_interval(
         differences,
-        weights=None if (weights == 1).all() else weights,
+        weights=weighing,
         clusters=clusters,
         is_bounded=first.higher_is_better and bool(((both >= 0) & (both <= 1)).all()),
         resampling=resampling,
     )
+    is_binary = bool(np.isin(both, (0, 1)).all())
+    moved = differences.mean(0)
+    skew = 0.0 if is_binary else skewness(moved, weights=weighing, clusters=clusters)
     return JointChange(
         by_training=tuple(np.average(differences, axis=1, weights=weights).tolist()),
         n=len(weights),
         interval=interval,
         is_enough=is_enough(len(weights), count_clusters(len(weights), clusters)),
+        harm_tail=-skew if first.higher_is_better else skew,
     )
 
 

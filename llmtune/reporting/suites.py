@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 from llmtune.evaluation.answer_style import AnswerStyle
 from llmtune.evaluation.compare import Comparison
 from llmtune.evaluation.main_arms import MainArm
+from llmtune.evaluation.stats import LONG_TAIL, LONG_TAIL_FACTOR
 from llmtune.evaluation.tasks.base import Ability
 from llmtune.evaluation.tasks.config import TASKS
 from llmtune.io.fingerprint import JsonObject
@@ -90,7 +91,8 @@ class ArmScore:
 class Change:
     """A paired difference between two arms on the same items, with its interval, raw unit.
 
-    `is_enough`: whether there are items and clusters enough for a claim.
+    `is_enough`: whether there are items and clusters enough for a claim. `harm_tail`: how skewed
+    towards harm the changes of items are.
     """
 
     difference: float
@@ -99,6 +101,13 @@ class Change:
     p_value: float
     standard_error: float | None = None
     is_enough: bool = True
+    harm_tail: float = 0.0
+
+    @property
+    def gain_p(self) -> float:
+        """The p-value that a claimed gain is held to: larger if a long tail of harm is likely."""
+        factor = LONG_TAIL_FACTOR if self.harm_tail > LONG_TAIL else 1.0
+        return min(1.0, factor * self.p_value)
 
     @classmethod
     def of(cls, found: Comparison) -> "Change":
@@ -110,6 +119,7 @@ class Change:
             found.p_value,
             found.standard_error,
             found.is_enough,
+            found.harm_tail,
         )
 
 

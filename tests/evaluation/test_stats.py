@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, skew
 from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -15,6 +15,7 @@ from llmtune.evaluation.stats import (
     minimum_detectable_effect,
     needed_items,
     paired_bootstrap,
+    skewness,
     standard_error,
 )
 
@@ -38,6 +39,14 @@ def test_holm_equals_statsmodels_in_the_given_order():
     _, expected, _, _ = multipletests(p_values, method="holm")
     assert holm(p_values) == pytest.approx(expected.tolist())
     assert holm([]) == []
+
+
+def test_skewness_equals_scipy_and_is_that_of_whole_clusters():
+    values = np.random.default_rng(0).exponential(1, 60)
+    assert skewness(values) == pytest.approx(float(skew(values)))
+    doubled, names = np.repeat(values, 2), [str(place // 2) for place in range(120)]
+    assert skewness(doubled, clusters=names) == pytest.approx(skewness(values))
+    assert skewness(np.ones(5)) == 0.0
 
 
 def test_standard_error_by_hand():

@@ -1,6 +1,7 @@
 """Trainings that differ in their seed alone: the interval covers them, anything else is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from llmtune.cli import run_command
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
 from llmtune.experiments.seeds import join_reports, open_seed_run, parse_seeds
-from llmtune.io.manifest import Manifest
+from llmtune.io.manifest import Manifest, read_manifest
+from llmtune.io.run_dir import RunDir
 from tests.project import make_project
-from tests.reporting.planted import PlantedSuite, improve, plant_run, right_wrong
+from tests.reporting.planted import PlantedSuite, improve, plant_run, right_wrong, worsen
 
 BASE = right_wrong(300, 0.6, seed=0)
 
@@ -74,6 +76,23 @@ def test_a_gain_that_every_seed_has_is_shown_and_one_that_seeds_disagree_on_is_n
         "seed": 2,
         "verdict": "SHIP, general not shown",
     }
+
+
+def test_a_seed_that_broke_something_is_named_beside_a_joint_verdict_to_ship(tmp_path):
+    general = right_wrong(200, 0.8, seed=5)
+    runs = []
+    for number, kept in enumerate((general, general, worsen(general, 0.13, seed=6))):
+        run = Path(plant(tmp_path / f"{number}", number, improve(BASE, 0.2, seed=number)))
+        arms = {"base": general, "tuned": kept}
+        suites = [
+            PlantedSuite("movies", "target", {"base": BASE, "tuned": improve(BASE, 0.2, number)}),
+            PlantedSuite("general", "general", arms),
+        ]
+        plant_run(run, suites, manifest=replace(read_manifest(RunDir(run)), stages={}))
+        runs.append(open_seed_run(run))
+    verdict = join_reports(runs, "seeds").verdict
+    assert verdict.name == "SHIP, general not shown"
+    assert "seed 2 alone is BROKE-GENERAL" in verdict.headline
 
 
 def test_the_table_names_every_seed_with_its_verdict(tmp_path, capsys):

@@ -169,6 +169,15 @@ def test_a_strength_chosen_by_luck_must_pass_on_the_other_half(tmp_path):
     assert report.verdict.name == "BROKE-GENERAL"
 
 
+def test_items_of_a_cluster_all_choose_a_strength_or_none_does(tmp_path):
+    clusters = [f"text-{place // 10}" for place in range(N)]
+    arms = {"tuned": TUNED, "strength-0.5": worsen(TUNED, 0.01, seed=9)}
+    choice = report_on(tmp_path, arms, prose(0.5, 0.08), clusters=clusters).strengths.choice
+    held = sum(not in_selection_half(name) for name in clusters)
+    prose_held = sum(not in_selection_half(item) for item in item_ids("prose", 120))
+    assert held % 10 == 0 and choice.num_held == held + prose_held
+
+
 def test_a_strength_whose_forgetting_was_not_measured_does_not_rescue(tmp_path):
     report = report_on(tmp_path, {"tuned": TUNED, "strength-0.5": TUNED}, prose(0.5))
     assert report.verdict.name == "BROKE-GENERAL"

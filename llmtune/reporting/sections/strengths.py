@@ -222,7 +222,9 @@ def _choose(
 
 
 def _half_of(arms: Mapping[float, ArmResult], *, chosen: bool) -> dict[float, ArmResult]:
-    ids = {item.id for item in arms[0.0].items if in_selection_half(item.id) == chosen}
+    ids = {
+        item.id for item in arms[0.0].items if in_selection_half(item.cluster or item.id) == chosen
+    }
     return {strength: restrict(each, ids) for strength, each in arms.items()} if ids else {}
 
 

@@ -136,14 +136,15 @@ class Evidence:
     ) -> tuple[SuiteReport, ...]:
         """Return the suites whose change is clear of 0 in one direction.
 
-        Gains are Holm-adjusted over all and need the floor of items; losses are not and do not.
+        Gains are Holm-adjusted over all, need the floor of items and, if their changes have a long
+        tail towards harm, a smaller p-value; losses need none of these.
 
         Args:
             change_of: the change that is asked about; suites that have none are left out.
             sign: 1 for gains, -1 for losses.
         """
         pairs = [(s, change) for s in suites if (change := change_of(s)) is not None]
-        adjusted = holm([change.p_value for _, change in pairs])
+        adjusted = holm([change.gain_p for _, change in pairs])
         found = []
         for (suite, change), p_value in zip(pairs, adjusted, strict=True):
             _, low, high = suite.gain(change)
@@ -186,7 +187,7 @@ class Evidence:
         if not measured or not all(self._is_within_margin(s, arm, tried) for s in measured):
             return False
         return any(
-            change.p_value * tried <= self.significance
+            change.gain_p * tried <= self.significance
             for suite in self.clear(measured, lambda suite: over_base(suite, arm), sign=1)
             if (change := over_base(suite, arm))
         )

@@ -130,6 +130,13 @@ def format_what_would_decide(suite: SuiteReport) -> str:
     _, low, high = gain_of(suite)
     if not suite.change.is_enough:
         return f"{suite.name} is too small for a claim: {_format_floor(suite)}."
+    change = suite.change
+    if low > 0 and change.gain_p > change.p_value:
+        return (
+            f"On {suite.name} a few items changed for the worse by much more than most for the "
+            f"better (skewness {change.harm_tail:.1f}); of such a tail a sample shows too little, "
+            f"so its p-value of {change.p_value:.2g} counts as {change.gain_p:.2g}.{mde}"
+        )
     if low > 0 or high < 0:
         return f"On {suite.name} this is not clear of chance after Holm's correction over suites."
     if suite.trainings > 1:

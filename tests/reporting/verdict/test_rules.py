@@ -133,6 +133,19 @@ def test_below_the_floor_no_gain_is_claimed_and_harm_still_is():
     assert verdict_on(suite(0.16, 0.03), tiny).name == "SHIP, general not shown"
 
 
+def test_a_gain_with_a_long_tail_of_harm_needs_a_smaller_p_value():
+    for p_value, tail, name in (
+        (0.03, 1.6, "INCONCLUSIVE"),
+        (0.01, 1.6, "SHIP, general not shown"),
+        (0.03, 0.2, "SHIP, general not shown"),
+    ):
+        change = Change(-0.2, -0.38, -0.02, p_value, 0.09, harm_tail=tail)
+        prose = suite(-0.2, 0.18, base=3.0, metric="nats_per_token", change=change)
+        verdict = verdict_on(prose)
+        assert verdict.name == name
+        assert any("skewness 1.6" in each for each in verdict.reasons) == (name == "INCONCLUSIVE")
+
+
 def test_an_item_alone_can_show_nothing():
     assert format_can_show(1, 2.8, FRACTION) == "1 item cannot show any difference"
     assert format_can_show(200, 0.05, FRACTION) == "200 items can show 5.0 points or more"
