@@ -1,5 +1,6 @@
 """What written answers are like, whatever they say: their length, variety and ends (light)."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,6 +9,7 @@ from llmtune.evaluation.results import ItemScore
 
 SHORT_WORDS = 1
 """An answer of so few words, or of none, is hardly one."""
+SIGNS = ".,;:!?\"'()[]*_`#-"
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,9 @@ class AnswerStyle:
     short_answers: float
     distinct_words: float | None = None
     ended_answers: float | None = None
-    """None in results of older versions, as the one above."""
+    shared_words: float | None = None
+    """Words that the base's answers to other prompts hold, too; a different language has few.
+    None in results of older versions, as the two above."""
 
     WORDS: ClassVar[Mapping[str, str]] = {
         "answer_words": "words an answer",
@@ -28,6 +32,7 @@ class AnswerStyle:
         "short_answers": "empty or one word",
         "distinct_words": "distinct words",
         "ended_answers": "ended by itself",
+        "shared_words": "words of the original's other answers",
     }
 
     @classmethod
@@ -42,6 +47,7 @@ class AnswerStyle:
             short_answers=sum(len(answer) <= SHORT_WORDS for answer in words) / len(scores),
             distinct_words=len(set(all_words)) / max(len(all_words), 1),
             ended_answers=sum(bool(item.details["stopped"]) for item in scores) / len(scores),
+            shared_words=_share_elsewhere(words, base),
         )
 
     @classmethod
@@ -72,3 +78,29 @@ class AnswerStyle:
             return True
         words, words_before = self.distinct_words, before.distinct_words
         return words is not None and words_before is not None and words < distinct * words_before
+
+    def speaks_otherwise(self, before: "AnswerStyle", *, shared: float) -> bool:
+        """Return whether these use other words than the base, as in a different language.
+
+        Args:
+            shared: words that the base's other answers hold, as a share of that before.
+        """
+        words, words_before = self.shared_words, before.shared_words
+        return words is not None and words_before is not None and words < shared * words_before
+
+
+def _share_elsewhere(written: Sequence[Sequence[str]], base: Sequence[Sequence[str]]) -> float:
+    """Return which share of the written words is in the base's answers to the other prompts."""
+    known = [{plain for word in answer if (plain := _plain(word))} for answer in base]
+    in_answers = Counter(word for words in known for word in words)
+    found = total = 0
+    for answer, own in zip(written, known, strict=True):
+        words = [plain for word in answer if (plain := _plain(word))]
+        found += sum(in_answers[word] > (word in own) for word in words)
+        total += len(words)
+    return found / max(total, 1)
+
+
+def _plain(word: str) -> str:
+    """Return a word without case and the signs around it."""
+    return word.casefold().strip(SIGNS)

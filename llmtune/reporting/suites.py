@@ -40,7 +40,8 @@ class Thresholds:
     `as_good_share` of tuning's gain, is as good. Open chat is also broken if the
     share of empty and one-word answers rises by `short_answers_rise`, or if answers have less than
     `answer_length` times the words of before, if the share that ends falls by `ended_answers_fall`,
-    or if of all words less than `distinct_words` times as large a share is distinct. Merging may
+    if of all words less than `distinct_words` times as large a share is distinct, or less than
+    `shared_words` times as large a share is in the base's other answers. Merging may
     cost the shares `merging_share` of a target's gain and of a general suite's bound.
     """
 
@@ -51,6 +52,7 @@ class Thresholds:
     answer_length: float = 0.5
     ended_answers_fall: float = 0.25
     distinct_words: float = 0.5
+    shared_words: float = 0.3
     contaminated_share: float = 0.01
     strength_share: float = 0.5
     merging_share: Mapping[str, float] = field(
@@ -298,16 +300,23 @@ class SuiteReport:
         return AnswerStyle.read(self.arms[arm].also) if arm in self.arms else None
 
     def has_collapsed(self, thresholds: Thresholds, arm: str | None = None) -> bool:
-        """Return whether what ships, or an arm, hardly answers, or does not end, unlike before."""
+        """Return whether what ships, or an arm, hardly answers, or answers quite differently.
+
+        That is, it does not end, repeats itself, or uses other words than before.
+        """
         if self.compared is None:
             return False
         before, after = self.answers(self.compared[0]), self.answers(arm or self.compared[1])
         if before is None or after is None:
             return False
-        return after.has_collapsed(
-            before, rise=thresholds.short_answers_rise, length=thresholds.answer_length
-        ) or after.runs_on(
-            before, fall=thresholds.ended_answers_fall, distinct=thresholds.distinct_words
+        return (
+            after.has_collapsed(
+                before, rise=thresholds.short_answers_rise, length=thresholds.answer_length
+            )
+            or after.runs_on(
+                before, fall=thresholds.ended_answers_fall, distinct=thresholds.distinct_words
+            )
+            or after.speaks_otherwise(before, shared=thresholds.shared_words)
         )
 
     def gain(self, change: Change) -> tuple[float, float, float]:

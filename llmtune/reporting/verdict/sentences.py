@@ -10,6 +10,9 @@ from llmtune.reporting.sections.strengths import StrengthChoice
 from llmtune.reporting.suites import Change, SuiteReport
 from llmtune.reporting.verdict.evidence import Evidence, gain_of, over_base
 
+FEWER_SHARED = 0.5
+"""Below this share of before it is said how many words of the base's answers are left."""
+
 
 def format_change(suite: SuiteReport, confidence: float) -> str:
     """Format one suite's change as a sentence made from its numbers."""
@@ -28,10 +31,19 @@ def format_answers(suite: SuiteReport) -> str:
     before, after = (suite.answers(arm) for arm in suite.compared or ("", ""))
     if before is None or after is None:
         return ""
-    return (
+    said = (
         f" An answer has {after.answer_words:.1f} words, before {before.answer_words:.1f}; "
         f"{FRACTION.score(after.short_answers)} are empty or one word, before "
         f"{FRACTION.score(before.short_answers)}."
+    )
+    if after.shared_words is None or before.shared_words is None:
+        return said
+    if after.shared_words > FEWER_SHARED * before.shared_words:
+        return said
+    return (
+        f"{said} Of its words, {FRACTION.score(after.shared_words)} are also in the other answers "
+        f"of the {suite.compared[0] if suite.compared else 'base'} model, before "
+        f"{FRACTION.score(before.shared_words)}: is it a different language?"
     )
 
 

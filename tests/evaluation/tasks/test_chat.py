@@ -6,6 +6,7 @@ import json
 import pytest
 
 from llmtune import load_config, run
+from llmtune.evaluation.answer_style import AnswerStyle
 from llmtune.evaluation.evaluate import take_base_answers
 from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.suite import load_suite
@@ -53,6 +54,37 @@ def test_answers_are_described_by_length_and_words_and_ends():
     assert found["length_ratio"] == pytest.approx(4 / 12)
     assert found["distinct_words"] == pytest.approx(3 / 4)
     assert found["ended_answers"] == pytest.approx(2 / 3)
+
+
+def test_answers_in_a_different_language_share_few_words_with_the_bases_other_answers():
+    english = [
+        "You can boil the water first, then add the rice and wait for it.",
+        "The best way is to start with the first page and read it slowly.",
+        "Add the salt, then wait for the water to boil and read the page.",
+    ]
+    french = [
+        "Vous pouvez faire bouillir de l'eau, puis ajouter le riz et attendre.",
+        "Il vaut mieux commencer par la page un et lire lentement.",
+        "Ajoutez le sel, puis attendez que l'eau soit chaude et lisez.",
+    ]
+    other = [
+        "First boil the rice slowly and wait.",
+        "Start to read the best page.",
+        "The water is for the rice, then add the salt.",
+    ]
+
+    def describe(written):
+        items = [
+            ItemScore(str(i), 0.5, text, base, details={"stopped": True})
+            for i, (text, base) in enumerate(zip(written, english, strict=True))
+        ]
+        return AnswerStyle.measure(items)
+
+    before = describe(english)
+    assert describe(other).shared_words > 0.7
+    assert describe(french).shared_words < 0.05  # "page" is in both
+    assert describe(french).speaks_otherwise(before, shared=Thresholds().shared_words)
+    assert not describe(other).speaks_otherwise(before, shared=Thresholds().shared_words)
 
 
 def test_the_bases_answers_are_kept_for_the_prompts_that_it_was_given(

@@ -317,12 +317,14 @@ def test_a_verdict_to_ship_says_if_nobody_looked_for_the_items_among_the_rows():
 
 def test_answers_that_do_not_end_any_more_or_repeat_themselves_are_broken_chat():
     before = {"answer_words": 40.0, "length_ratio": 1.0, "short_answers": 0.0, "ended_answers": 0.9}
-    before["distinct_words"] = 0.4
+    before |= {"distinct_words": 0.4, "shared_words": 0.6}
     for change, is_broken in (
         ({}, False),
         ({"ended_answers": 0.7, "distinct_words": 0.25}, False),
         ({"ended_answers": 0.5}, True),
         ({"distinct_words": 0.15}, True),
+        ({"shared_words": 0.3}, False),
+        ({"shared_words": 0.1}, True),
     ):
         arms = {
             "base": ArmScore(3.0, also=before),
@@ -332,6 +334,9 @@ def test_answers_that_do_not_end_any_more_or_repeat_themselves_are_broken_chat()
         chat = dataclasses.replace(chat, task="chat")
         verdict = verdict_on(suite(0.16, 0.03), chat)
         assert (verdict.name == "BROKE-GENERAL") == is_broken
+    assert "10.0 % are also in the other answers of the base model, before 60.0 %" in " ".join(
+        verdict.reasons
+    )
 
 
 def test_answers_cut_off_before_and_not_after_are_a_caveat():
