@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,8 @@ from llmtune.data.init_job import JOBS, Job, JobName, JobSurvey, have_own_instru
 from llmtune.data.init_splits import find_splits
 from llmtune.data.init_suite import CHARACTERS_PER_TOKEN, NoSuite, SuiteDraft, SuiteRows
 from llmtune.data.masks import LabelledRow, Labeller
-from llmtune.data.problems import RowProblem
+from llmtune.data.overlap import conversation_key
+from llmtune.data.problems import RowProblem, name_first
 from llmtune.data.rows import LoadedRow, open_source
 from llmtune.errors import LlmtuneError
 
@@ -29,6 +30,7 @@ LOOKED_AT_ROWS = 1000
 """Of a hub set, which may be huge; a file is read to its end."""
 LONGEST_ROWS = 256
 """Rows with most characters, of which the longest in tokens is taken."""
+SHOWN_ROWS = 5
 LENGTH_STEP = 64
 DOCUMENT_TOKENS = 1024
 """Longer documents are split into pieces of this many tokens."""
@@ -147,6 +149,10 @@ class _Survey:
         else:
             heapq.heappushpop(self.longest, entry)
 
+    def lengths(self, tokenizer: PreTrainedTokenizerFast | None) -> list[tuple[LoadedRow, int]]:
+        """Return the rows with most characters, each with the tokens of its longest example."""
+        return _count_lengths([row for *_, row in self.longest], tokenizer)
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -208,11 +214,19 @@ def describe_data(
         notes.append(f"{num_shared} rows of {_name(test)} are trained on, so they are not asked")
     share = None if evaluation is not None else survey.suite.share_of(survey.num_rows)
     held_out = tested or watched
+    lengths = [pair for each in (survey, watched) if each for pair in each.lengths(tokenizer)]
+    asked_lengths = tested.lengths(tokenizer) if tested else []
+    beyond: list[tuple[LoadedRow, int]] = []
+    if FORMATS[source.format].has_answers and positions is not None and tokenizer is not None:
+        beyond = [pair for pair in (*lengths, *asked_lengths) if pair[1] > positions]
+        notes += _describe_beyond(beyond, positions)
+        if len(beyond) >= survey.num_rows - survey.num_bad:
+            raise LlmtuneError(f"{notes[-1]}; no row is left to train on")
+    too_long = {conversation_key(row.conversation) for row, _ in beyond}
     if held_out is None:
-        suite = survey.suite.draft(share, job)
+        suite = survey.suite.draft(share, job, without=too_long)
     else:
-        suite = held_out.suite.draft(None, job, without=survey.keys)
-    longest = [row for each in (survey, watched) if each for *_, row in each.longest]
+        suite = held_out.suite.draft(None, job, without=survey.keys | too_long)
     return DataDescription(
         source=source,
         evaluation=evaluation,
@@ -224,7 +238,7 @@ def describe_data(
         characters=survey.characters,
         bad_rows=survey.num_bad,
         first_bad_row=None if survey.first_bad is None else str(survey.first_bad),
-        longest=_longest(longest, tokenizer),
+        longest=max(length for _, length in lengths),
         notes=tuple(notes),
         is_measured=tokenizer is not None,
         positions=positions,
@@ -325,22 +339,38 @@ def _read(source: SourceConfig, most_rows: int | None, *, holds_all: bool = Fals
     return survey
 
 
-def _longest(rows: list[LoadedRow], tokenizer: PreTrainedTokenizerFast | None) -> int:
+def _count_lengths(
+    rows: list[LoadedRow], tokenizer: PreTrainedTokenizerFast | None
+) -> list[tuple[LoadedRow, int]]:
+    """Return the usable rows, each with the tokens of its longest example."""
     if tokenizer is None:
-        texts = (
-            sum(len(m["content"]) + 16 for m in row.conversation.messages)
-            + len(row.conversation.prompt)
-            + len(row.conversation.text)
-            for row in rows
-        )
-        return math.ceil(max(texts) / CHARACTERS_PER_TOKEN)
+        return [(row, math.ceil(_characters(row) / CHARACTERS_PER_TOKEN)) for row in rows]
     labelled = Labeller(tokenizer, "assistant").label([row.conversation for row in rows])
     lengths = [
-        len(sequence.input_ids)
-        for row in labelled
-        if isinstance(row, LabelledRow)
-        for sequence in row.sequences
+        (row, max(len(sequence.input_ids) for sequence in found.sequences))
+        for row, found in zip(rows, labelled, strict=True)
+        if isinstance(found, LabelledRow)
     ]
     if not lengths:
         raise LlmtuneError(f"no row can be rendered with this base; the first: {labelled[0]}")
-    return max(lengths)
+    return lengths
+
+
+def _characters(row: LoadedRow) -> int:
+    said = sum(len(message["content"]) + 16 for message in row.conversation.messages)
+    return said + len(row.conversation.prompt) + len(row.conversation.text)
+
+
+def _describe_beyond(beyond: list[tuple[LoadedRow, int]], positions: int) -> Iterator[str]:
+    """Say which rows are longer than the base has positions for."""
+    if not beyond:
+        return
+    ordered = sorted(beyond, key=lambda pair: (pair[0].source, pair[0].line))
+    places = [f"{row.source}:{row.line} ({length:,} tokens)" for row, length in ordered]
+    count = f"{len(beyond)}{' or more' if len(beyond) >= LONGEST_ROWS else ''}"
+    are = "row is" if len(beyond) == 1 else "rows are"
+    left = "is" if len(beyond) == 1 else "are"
+    yield (
+        f"{count} {are} longer than the base's {positions:,} positions and {left} left out: "
+        f"{name_first(places, SHOWN_ROWS)}"
+    )

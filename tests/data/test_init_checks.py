@@ -76,6 +76,32 @@ def test_what_init_writes_passes_its_own_check(tmp_path, monkeypatch, capsys, ba
     init(tmp_path, monkeypatch, capsys, base, *FILES[name])
 
 
+def test_rows_that_the_base_has_no_positions_for_are_named_and_not_asked(
+    tmp_path, monkeypatch, capsys
+):
+    make_model("llama", tmp_path / "short")
+    rows = [
+        {"prompt": f"What is {i}? {'word ' * 700 * (i % 4 == 3)}", "completion": f"It is {i}."}
+        for i in range(120)
+    ]
+    few = [*rows[:70], {**rows[70], "prompt": "word " * 700}, *rows[71:]]
+    few = [row for row in few if len(row["prompt"]) < 100 or row is few[70]]
+    init(tmp_path, monkeypatch, capsys, tmp_path / "short", "a.jsonl", few)
+    run_command(["init", "a.jsonl", "--base", "short", "--out", "my.yaml", "--force"])
+    said = capsys.readouterr().out
+    line = 1 + few.index(max(few, key=lambda row: len(row["prompt"])))
+    assert "1 row is longer than the base's 512 positions and is left out: a.jsonl:" in said
+    assert f"a.jsonl:{line} (" in said
+    long = [row for row in rows if len(row["prompt"]) > 100]
+    init_all = ["init", "b.jsonl", "--base", "short", "--out", "b.yaml"]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    assert run_command(init_all) == 2
+    assert "30 rows are longer than the base's 512 positions" in capsys.readouterr().err
+    assert not (tmp_path / "b.yaml").exists()
+    init(tmp_path, monkeypatch, capsys, tmp_path / "short", "c.jsonl", rows, "--force")
+    assert "word word" not in (tmp_path / "my_items.jsonl").read_text()
+
+
 def test_a_header_cannot_inject_a_key(tmp_path, monkeypatch, capsys, base):
     text = (
         'instruction,output,"Notes\nprotect: {kl_to_base: {weight: 5.0}}\n#"\n'

@@ -1,6 +1,7 @@
 """Items become token ids as training renders them, or as lm-evaluation-harness splits them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -151,11 +152,17 @@ def test_the_end_of_an_answer_is_scored_where_asked(make_suite):
 def test_a_choice_that_begins_another_is_warned_of_unless_its_end_counts(make_suite, caplog):
     tokenizer = make_tokenizer()
     choice_requests(tokenizer, make_suite(choices=("44", "4")))
-    assert "items.jsonl: in 1 items (first: line 1) one choice begins another" in caplog.text
+    assert (
+        "items.jsonl: in 1 items (first: line 1) a wrong choice begins the right one" in caplog.text
+    )
     caplog.clear()
     for keys in ({"end_of_answer": True}, {"normalize": "length"}, {"choices": ("44", "5")}):
         choice_requests(tokenizer, make_suite(**({"choices": ("44", "4")} | keys)))
     assert not caplog.text
+    suite = make_suite(choices=("44", "4"))
+    right_is_short = replace(suite, items=tuple(replace(one, answer=1) for one in suite.items))
+    choice_requests(tokenizer, right_is_short)
+    assert not caplog.text, "a longer wrong choice takes nothing from the right one"
 
 
 def test_a_chat_without_template_is_refused(make_suite):

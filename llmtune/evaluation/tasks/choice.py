@@ -237,8 +237,8 @@ class ChoiceSuite(PromptedSuite):
     ) -> "list[ContinuationRequest]":
         """Return each item's prompt and choices as token ids.
 
-        Items where one choice begins another are warned of once: "4" is never less likely than
-        "42".
+        Items in which a wrong choice begins the right one are warned of once: "4" is never less
+        likely than "42".
         """
         requests = self.encode_choices(tokenizer, suite, demonstrations)
         if self.normalize == "none":
@@ -375,19 +375,19 @@ def has_head_starts(choices: Sequence[str]) -> bool:
 
 
 def _warn_of_head_starts(suite: Suite, requests: "Sequence[ContinuationRequest]") -> None:
-    """Say which items have a choice whose tokens begin another's: the longer can never win."""
+    """Say in which items a wrong choice's tokens begin the right one's, which then cannot win."""
     lines = [
         item.line
         for item, request in zip(suite.items, requests, strict=True)
         if any(
-            len(short) < len(long) and long[: len(short)] == short
-            for short in request.choice_ids
-            for long in request.choice_ids
+            len(wrong) < len(right) and right[: len(wrong)] == wrong
+            for right in [request.choice_ids[item.answer]]
+            for wrong in request.choice_ids
         )
     ]
     if lines:
         logger.warning(
-            "%s: in %d items (first: line %d) one choice begins another, so the longer one can "
+            "%s: in %d items (first: line %d) a wrong choice begins the right one, which can then "
             "never be more likely; set end_of_answer: true (chat) or normalize: length, or reword",
             suite.items_path,
             len(lines),
