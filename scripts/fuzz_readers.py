@@ -366,6 +366,9 @@ READERS = {
             "adapter_model.safetensors": mutate_safetensors,
         },
     ),
+    "adapter_config": Reader(
+        make_adapter, read_adapter, {"adapter_config.json": mutate_json_bytes}
+    ),
     "config": Reader(make_checkpoint, read_config, {"config.json": mutate_json_bytes}),
     "tokenizer": Reader(
         make_checkpoint,
@@ -376,9 +379,12 @@ READERS = {
             "generation_config.json": mutate_json_bytes,
         },
     ),
+    "generation": Reader(
+        make_checkpoint, read_tokenizer, {"generation_config.json": mutate_json_bytes}
+    ),
     "template": Reader(make_template, read_template, {"chat_template.jinja": mutate_template}),
 }
-LIGHT = ("json", "manifest", "index", "safetensors", "gguf", "adapter")
+LIGHT = ("json", "manifest", "index", "safetensors", "gguf", "adapter", "adapter_config")
 """Readers that load no torch."""
 
 

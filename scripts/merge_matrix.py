@@ -101,7 +101,8 @@ def page_lines(cells: Sequence[Cell], columns: Sequence[str]) -> list[str]:
         "adapter's effect. `refused`: one line says why, and nothing is written. `check`: the "
         "merged model was written, compared with the live one, found to differ, and removed. `-`: "
         "the architecture has no such part, or peft cannot put such an adapter on it. Empty: not "
-        "tried yet.",
+        "tried yet. Whether it can be trained is a different question: Gemma 3n reads one weight "
+        "past its adapter only while it trains, so training refuses what merges (families.md).",
         "",
         f"{HISTORY} {_coverage(rows, columns)}{AGAIN}",
         "",

@@ -52,7 +52,8 @@ def describe_bypassed(names: tuple[str, ...]) -> str:
     )
 
 
-_Watched = dict[int, list[tuple[str, frozenset[nn.Module]]]]
+_Layers = list[tuple[str, frozenset[nn.Module]]]
+_Watched = dict[int, _Layers]
 """{identity of a tensor that adapters change: whose it is, and the modules that may read it}."""
 
 
@@ -85,7 +86,9 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module, watched: _Watched) -> None:
         super().__init__()
         self.found: set[str] = set()
-        self._watched = watched
+        self._watched = dict(watched)
+        self._views: list[Tensor] = []
+        """Kept alive, so that no other tensor gets the identity of one that is watched."""
         self._running: list[nn.Module] = []
         self._model = model
         self._handles: list[Any] = []
@@ -115,12 +118,31 @@ class _Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         keywords = kwargs or {}
-        result = func(*args, **keywords)
-        for tensor in _tensors((*args, *keywords.values())):
+        name = getattr(func, "__name__", "")
+        changes_first = name.endswith("_") and not name.endswith("__")  # `weight.clamp_()`
+        read = []
+        for tensor in _tensors((*args[changes_first:], *keywords.values())):
             layers = self._watched.get(id(tensor))
-            if layers and not self._is_inside(layers, tensor) and _computes(result):
-                self.found.update(name for name, _ in layers)
+            if layers and not self._is_inside(layers, tensor):
+                read.append(layers)
+        try:
+            result = func(*args, **keywords)
+        except RuntimeError:  # packed weights do not have the shape that the model expects
+            self._find(read)
+            raise
+        if name == "__get__":  # `weight.data`, `weight.T`, or a look at its shape
+            self._watch_view(result, read)
+        elif _computes(result):
+            self._find(read)
         return result
+
+    def _find(self, read: list[_Layers]) -> None:
+        self.found.update(name for layers in read for name, _ in layers)
+
+    def _watch_view(self, view: Any, read: list[_Layers]) -> None:
+        if isinstance(view, Tensor) and read and id(view) not in self._watched:
+            self._views.append(view)
+            self._watched[id(view)] = read[0]
 
     # Forward hooks, so that what runs inside of what is known.
     def _begin(self, module: nn.Module, _: Any) -> None:
@@ -130,7 +152,7 @@ class _Watch(TorchFunctionMode):
         while self._running and self._running.pop() is not module:
             pass
 
-    def _is_inside(self, layers: list[tuple[str, frozenset[nn.Module]]], tensor: Tensor) -> bool:
+    def _is_inside(self, layers: _Layers, tensor: Tensor) -> bool:
         """Whether an adapted layer is running, or a module of which the tensor is a parameter."""
         if any(module in readers for module in self._running for _, readers in layers):
             return True

@@ -56,13 +56,15 @@ class BaseNames:
     """The output head's weight, in memory."""
     transposed: frozenset[str] = frozenset()
     """Modules that say of themselves that they hold stacked weights as [experts, in, out]."""
+    zeroed: tuple[int, ...] = ()
+    """Rows of the input embedding that are zero in memory, whatever the files hold."""
 
     @classmethod
     def ask(cls, skeleton: "PreTrainedModel | None", checkpoint: Collection[str]) -> "BaseNames":
         """Ask the model itself; without one, names are guessed."""
         if skeleton is None:
             return cls(checkpoint)
-        from llmtune.models.skeleton import parameter_of, stored_names
+        from llmtune.models.skeleton import parameter_of, stored_names, zeroed_rows
 
         stored = stored_names(skeleton, checkpoint)
         return cls(
@@ -77,6 +79,7 @@ class BaseNames:
                 for name, module in skeleton.named_modules()
                 if getattr(module, "is_transposed", False)
             ),
+            zeroed_rows(skeleton),
         )
 
     def find(self, name: str) -> str | None:

@@ -92,11 +92,7 @@ class Planner:
 
     def _require_plain_table(self, module: str) -> None:
         """Refuse token rows where peft computes with the rows alone and the model with more."""
-        others = [
-            name
-            for name in self.names.parameters
-            if name.startswith(f"{module}.") and name != f"{module}.weight"
-        ]
+        others = self._beside_weight(module)
         if self.names.is_embedding(f"{module}.weight") and self.names.find_embedding() is not None:
             head = self.names.head or ""
             bias = f"{head.removesuffix('weight')}bias"
@@ -110,6 +106,37 @@ class Planner:
                 "(modules_to_save)"
             )
 
+    def _require_sum(self, group: ModuleTensors, planned: PlannedTensor) -> None:
+        """Refuse a table of which the model computes more, or something else, than its rows."""
+        name = f"{group.module}.weight"
+        is_table = self.adapter.method.widths(group).is_table
+        others = self._beside_weight(group.module) if is_table else []
+        if others:
+            raise LlmtuneError(
+                f"{self.adapter.directory}: the embedding {group.module!r} computes with "
+                f"{others[0]!r} after it has looked a row up, so what an adapter adds to its "
+                "output is not a change of its rows; leave it out of target_modules, or train the "
+                "whole table (modules_to_save)"
+            )
+        is_tied = self.names.is_head(name) and self.names.find(name) in (
+            None,
+            self.names.find_embedding(),
+        )
+        if self.names.zeroed and (is_table or (is_tied and planned.name not in self.base_copied)):
+            raise LlmtuneError(
+                f"{self.adapter.directory}: transformers sets row {self.names.zeroed[0]} of the "
+                f"embedding to zero whenever it loads a {self.model_type!r} model, so the merged "
+                f"model would not compute what the adapter adds to {group.module!r}; leave it out "
+                "of target_modules"
+            )
+
+    def _beside_weight(self, module: str) -> list[str]:
+        return [
+            name
+            for name in self.names.parameters
+            if name.startswith(f"{module}.") and name != f"{module}.weight"
+        ]
+
     def add_group(self, group: ModuleTensors) -> None:
         """Add what the adapter method does to one module: its weight, and its bias maybe."""
         name = f"{group.module}.weight"
@@ -121,6 +148,7 @@ class Planner:
             self._add_experts(group)
             return
         planned = self._planned(name, group.first.name)
+        self._require_sum(group, planned)
         try:
             updates = self.adapter.method.plan_updates(
                 group, self._place(group, planned), self.adapter.config, self.strength

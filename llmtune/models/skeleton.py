@@ -13,6 +13,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import blamed_on
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
+from llmtune.models.probing import ProbeFailedError, probing
 from llmtune.models.quiet import quiet_loading
 
 READER = "the installed transformers"
@@ -97,3 +98,24 @@ def parameter_of(skeleton: PreTrainedModel, module: torch.nn.Module | None) -> s
     found = (name for name, other in skeleton.named_modules() if other is module)
     name = None if module is None else next(found, None)
     return None if name is None else f"{name}.weight"
+
+
+def zeroed_rows(skeleton: PreTrainedModel) -> tuple[int, ...]:
+    """Return the rows of the input embedding that loading sets to zero, whatever is stored.
+
+    Some families initialize the padding row of a table that was already read (Youtu).
+    """
+    embedding = skeleton.get_input_embeddings()
+    row = getattr(embedding, "padding_idx", None)
+    if row is None:
+        return ()
+    table = torch.nn.Embedding(2, 1, padding_idx=1)
+    torch.nn.init.ones_(table.weight)
+    for loaded in (table, table.weight):
+        loaded._is_hf_initialized = True  # type: ignore[assignment] (as after it was read)
+    try:
+        with probing():
+            skeleton._init_weights(table)
+    except ProbeFailedError:  # code of a model's own that wants more than a table
+        return ()
+    return () if bool(table.weight[1, 0]) else (row,)

@@ -1,6 +1,8 @@
 """Whether the next token can be trained on this model, and whether all of its adapter would be."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,6 +16,8 @@ from llmtune.scoring.causal import sees_later_tokens
 
 NUM_PROBED = 16
 """Tokens that the model is run on."""
+QUANTIZED_MARK = "_is_quantized"
+"""What transformers sets on the config of a quantized model, and some models' code asks for."""
 
 
 def require_trainable(model: PeftModel, input_ids: Sequence[int]) -> None:
@@ -64,4 +68,42 @@ def _find_bypassed(model: PeftModel, ids: Sequence[int]) -> tuple[str, ...]:
         run_forward(model, batch)
 
     with torch.random.fork_rng(), inference(model):
-        return find_bypassed(model, answer_and_train)
+        found = find_bypassed(model, answer_and_train)
+        with _as_if_dense(model) as is_quantized:
+            if is_quantized:
+                found += find_bypassed(model, lambda: _try_forward(model, batch))
+    return tuple(dict.fromkeys(found))
+
+
+@contextmanager
+def _as_if_dense(model: PeftModel) -> Iterator[bool]:
+    """Run the code that a 16-bit base runs; yield whether this one is quantized.
+
+    Some models only read a weight themselves if it is not packed (Jamba's `dt_proj`). The merged
+    model is not, so what is trained over the packed base is then not what is merged.
+    """
+    configs = [
+        one
+        for one in {id(own): own for own in _configs(model)}.values()
+        if hasattr(one, QUANTIZED_MARK)
+    ]
+    before = [getattr(one, QUANTIZED_MARK) for one in configs]
+    for one in configs:
+        delattr(one, QUANTIZED_MARK)
+    try:
+        yield bool(configs)
+    finally:
+        for one, value in zip(configs, before, strict=True):
+            setattr(one, QUANTIZED_MARK, value)
+
+
+def _configs(model: PeftModel) -> Iterator[Any]:
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            yield config
+
+
+def _try_forward(model: PeftModel, batch: Any) -> None:
+    with suppress(ProbeFailedError), probing():
+        run_forward(model, batch)

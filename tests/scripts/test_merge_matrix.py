@@ -10,7 +10,7 @@ sys.path.insert(0, str(SCRIPTS_DIR))
 
 import merge_matrix  # noqa: E402
 from merge_cells.adapters import ADAPTERS  # noqa: E402
-from merge_cells.cell import REFUSED, RIGHT, Cell, try_architecture  # noqa: E402
+from merge_cells.cell import BLOCKED, REFUSED, RIGHT, Cell, try_architecture  # noqa: E402
 
 CELLS = {
     ("qwen3_5+published", "lora"): RIGHT,  # model.language_model.*
@@ -23,6 +23,10 @@ CELLS = {
     ("granitemoe", "experts"): RIGHT,
     ("ctrl", "tokens"): REFUSED,  # peft leaves out the tied head's bias
     ("laguna", "lora"): REFUSED,  # peft loses names
+    ("jamba", "lora"): BLOCKED,  # reads dt_proj past the adapter
+    ("inkling_text", "lora on embedding"): REFUSED,  # normalizes what it looks up
+    ("youtu", "tokens and head"): REFUSED,  # its padding row is zero, whatever the file holds
+    ("youtu", "lora on head"): RIGHT,
 }
 
 

@@ -6,9 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llmtune.data.config import DataConfig
+from llmtune.data.prepare import prepare_examples
+from llmtune.errors import LlmtuneError
 from llmtune.evaluation.diagnosis.base import write_diagnostic
 from llmtune.evaluation.diagnosis.divergence import plan_divergence
-from llmtune.evaluation.diagnosis.stops import plan_stops
+from llmtune.evaluation.diagnosis.stops import StopCount, Stops, StopsResult, plan_stops
 from llmtune.evaluation.diagnosis.subject import (
     general_sequences,
     general_texts,
@@ -16,6 +19,8 @@ from llmtune.evaluation.diagnosis.subject import (
     pick,
     target_prompts,
 )
+from tests.conftest import write_jsonl
+from tests.tiny import make_tokenizer
 
 
 def silence(subject):
@@ -83,6 +88,37 @@ def test_stops_count_who_ends_and_what_was_trained(subject, settings):
     endless = plan_stops(replace(subject, scored=never), settings).measure()
     assert endless.base.stopped == 0 and endless.base.mean_new_tokens == 64
     assert endless.trained_stop_share == 0.0
+
+
+def test_where_a_document_should_end_is_not_asked_and_the_report_says_why(
+    subject, settings, tmp_path
+):
+    path = tmp_path / "prose.jsonl"
+    write_jsonl(path, [{"text": "The film is warm and the plot is dull."}])
+    config = DataConfig(train=[{"path": str(path)}], cache=False)
+    documents = prepare_examples(config, make_tokenizer(), split="train", seed=0).examples
+    subject = replace(subject, train=documents, held_out=documents)
+    assert plan_stops(subject, settings).refused is None  # the target suite asks
+    planned = plan_stops(replace(subject, suites=subject.suites[1:]), settings)
+    assert planned.tokens == 0
+    assert "the rows are documents and no target suite asks anything" in planned.refused
+    with pytest.raises(LlmtuneError, match="a target suite with prompts is measured"):
+        planned.measure()
+
+
+def test_stops_are_said_in_one_line_and_one_paragraph():
+    counts = (StopCount(12, 24, 40.0), StopCount(23, 24, 9.5))
+    found = StopsResult(
+        inputs={},
+        seconds=0.0,
+        base=counts[0],
+        tuned=counts[1],
+        trained_stop_share=1.0,
+        max_new_tokens=64,
+    )
+    assert Stops().numbers(found) == {"stop_rate": 23 / 24}
+    line = "Answers that end by themselves: 23 of 24 after tuning, 12 of 24 before."
+    assert Stops().summary_lines(found, None) == [line]
 
 
 def test_prompts_come_from_the_target_suite_or_else_from_rows(subject):
