@@ -15,6 +15,8 @@ NUM_HASHES = 64
 BAND_ROWS = 4
 """Signatures are cut into 16 bands of 4: a pair of similarity 0.8 is found with 99.98 %."""
 SHINGLE_BYTES = 9
+HASHED_WINDOWS = 1 << 20
+"""Windows hashed at once: a long text then takes little more than its hashes."""
 MIN_SIMILARITY = 0.8
 MIN_SHINGLES = 24
 COMMON_SHARE = 0.1
@@ -50,6 +52,8 @@ def find_near_duplicates(texts: Sequence[str]) -> list[NearPair]:
     equal are found too. MinHash with banded LSH (Broder 1997; Leskovec et al., ch. 3). Texts are
     read one by one; 132 bytes a text are kept.
     """
+    if len(texts) < 2:
+        return []
     common = _common_shingles(texts)
     kept = np.zeros(len(texts), dtype=np.int32)
     bands = np.zeros((len(texts), NUM_HASHES // BAND_ROWS), dtype=np.uint64)
@@ -105,9 +109,9 @@ def find_shared_ngrams(
     known, rows = _hash_evaluation(evaluation)
     hits: dict[int, list[Words]] = {}
     for row, text in enumerate(train if len(known) else ()):
-        words = tuple(_WORDS.findall(text))
-        found = np.flatnonzero(_is_in(_window_hashes(words), known)).tolist()
+        found = np.flatnonzero(_is_in(_window_hashes(text), known)).tolist()
         if found:
+            words = _words(text)
             hits[row] = [words[start : start + NGRAM_WORDS] for start in found]
     wanted = {f for found in hits.values() for w in found for f in _windows(w, FRAME_WORDS)}
     frames = _count_frames(train, wanted)
@@ -116,7 +120,7 @@ def find_shared_ngrams(
     for row, windows in hits.items():
         telling = [words for words in windows if _own_words(words, frames, limit) > MOST_WORDS]
         if telling:
-            place = np.searchsorted(known, _window_hashes(telling[0])[0])
+            place = np.searchsorted(known, _window_hashes(" ".join(telling[0]))[0])
             shared.append((row, int(rows[place]), " ".join(telling[0])))
     return shared
 
@@ -125,18 +129,23 @@ def _hash_evaluation(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return the hashes uint64 [H] of all word sequences, rising, and the first row of each."""
     hashes, rows = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.int32)]
     for row, text in enumerate(texts):
-        hashes.append(_window_hashes(tuple(_WORDS.findall(text))))
+        hashes.append(_window_hashes(text))
         rows.append(np.full(len(hashes[-1]), row, dtype=np.int32))
     known, first = np.unique(np.concatenate(hashes), return_index=True)
     return known, np.concatenate(rows)[first]
 
 
-def _window_hashes(words: Words) -> np.ndarray:
-    """Return a hash (uint64) of every 13 words in a row."""
-    count = len(words) - NGRAM_WORDS + 1
+def _words(text: str) -> Words:
+    return tuple(_WORDS.findall(text))
+
+
+def _window_hashes(text: str) -> np.ndarray:
+    """Return a hash (uint64) of every 13 words in a row; no list is made of them all."""
+    found = (hash(word.group()) for word in _WORDS.finditer(text))
+    each = np.fromiter(found, dtype=np.int64).view(np.uint64)
+    count = len(each) - NGRAM_WORDS + 1
     if count <= 0:
         return np.empty(0, dtype=np.uint64)
-    each = np.fromiter(map(hash, words), dtype=np.int64, count=len(words)).view(np.uint64)
     hashes = np.zeros(count, dtype=np.uint64)
     for offset in range(NGRAM_WORDS):
         hashes *= np.uint64(0x9E3779B97F4A7C15)
@@ -156,7 +165,7 @@ def _count_frames(texts: Iterable[str], wanted: set[Words]) -> Counter[Words]:
     rows_of: Counter[Words] = Counter()
     if wanted:
         for text in texts:
-            words = tuple(_WORDS.findall(text))
+            words = _words(text)
             rows_of.update(wanted.intersection(_windows(words, FRAME_WORDS)))
     return rows_of
 
@@ -174,23 +183,28 @@ def _own_words(words: Words, frames: Counter[Words], limit: int) -> int:
 
 def _shingle(text: str) -> np.ndarray:
     """Return the distinct hashes (uint64) of every window of the text's bytes."""
-    data = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint64)
+    data = np.frombuffer(text.encode(), dtype=np.uint8)
     count = len(data) - SHINGLE_BYTES + 1
     if count <= 0:
         return np.empty(0, dtype=np.uint64)
     hashes = np.zeros(count, dtype=np.uint64)
-    for offset in range(SHINGLE_BYTES):
-        hashes *= np.uint64(0x100000001B3)
-        hashes += data[offset : offset + count]
-    hashes ^= hashes >> np.uint64(29)
-    hashes *= np.uint64(0xBF58476D1CE4E5B9)
-    hashes ^= hashes >> np.uint64(32)
+    for start in range(0, count, HASHED_WINDOWS):
+        part = hashes[start : start + HASHED_WINDOWS]
+        for offset in range(start, start + SHINGLE_BYTES):
+            part *= np.uint64(0x100000001B3)
+            part += data[offset : offset + len(part)]
+        part ^= part >> np.uint64(29)
+        part *= np.uint64(0xBF58476D1CE4E5B9)
+        part ^= part >> np.uint64(32)
     return _distinct(hashes)
 
 
 def _distinct(values: np.ndarray) -> np.ndarray:
-    """Return the sorted distinct values; np.unique hashes, which is several times slower here."""
-    values = np.sort(values)
+    """Return the sorted distinct values, sorting them in place.
+
+    np.unique hashes, which is several times slower here.
+    """
+    values.sort()
     is_first = np.empty(len(values), dtype=bool)
     is_first[:1] = True
     np.not_equal(values[1:], values[:-1], out=is_first[1:])

@@ -18,7 +18,7 @@ from llmtune.data.conversation import Conversation
 from llmtune.data.duplicates import find_near_duplicates, find_shared_ngrams
 from llmtune.data.example import ExampleTable
 from llmtune.data.length import MAX_LOST_RATIO, find_beyond
-from llmtune.data.overlap import conversation_key, normalized_text, tool_texts
+from llmtune.data.overlap import conversation_key, normalized_text, one_spaced, tool_texts
 from llmtune.data.problems import RowProblem, shorten
 from llmtune.data.report import DataReport
 from llmtune.data.rows import LoadedRow
@@ -368,8 +368,8 @@ def _spoken_text(conversation: Conversation) -> str:
     """Return the row's text without system messages, normalized."""
     spoken = [m for m in conversation.messages if m["role"] not in ("system", "developer")]
     parts = [message["content"] for message in spoken]
-    text = "\n".join([*parts, conversation.prompt, conversation.text])
-    return " ".join(text.casefold().split())
+    texts = [*parts, conversation.prompt, conversation.text]
+    return one_spaced("\n".join(text for text in texts if text))
 
 
 def _question_and_answer(conversation: Conversation) -> tuple[int, str]:

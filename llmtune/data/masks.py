@@ -271,7 +271,7 @@ class Labeller:
                     "template",
                 )
         if ids[-1:] != [eos]:
-            ids = [*ids, eos]
+            ids.append(eos)
         # Text that was rendered before holds them on purpose; the user is shown how often.
         notes = (NOTE_CONTROL,) if self._specials.search(row.prompt + row.text) else ()
         sequence = LabelledSequence(ids, [(len(prompt), len(ids))], row.weight)

@@ -6,10 +6,13 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections.abc import Callable, Iterator
 
 from llmtune.data.conversation import Conversation
 
 HELD_OUT_SALT = "llmtune-held-out-1"
+PIECE_CHARACTERS = 1 << 18
+_CUT = re.compile(r"[ \n\t](?=[A-Za-z0-9])")
 _RAISED = re.compile(
     "([\u00aa\u00b2\u00b3\u00b9\u00ba\u00bc-\u00be\u02b0-\u02b8\u02e0-\u02e4"
     "\u1d2c-\u1d6a\u1d78\u1d9b-\u1dbf\u2070-\u209c\u2150-\u215f\u2189\u2c7c\u2c7d])"
@@ -27,12 +30,38 @@ def normalized_text(conversation: Conversation) -> str:
         parts.append(f"{message['role']} {message['content']}")
         parts += [str(call["function"]) for call in message.get("tool_calls", [])]
     parts += tool_texts(conversation)
-    text = "\n".join(parts)
-    if not text.isascii():
-        pieces = _RAISED.split(text)
-        pieces[::2] = [unicodedata.normalize("NFKC", piece) for piece in pieces[::2]]
-        text = "".join(pieces)
-    return " ".join(text.casefold().split())
+    return one_spaced("\n".join(part for part in parts if part), _compatible)
+
+
+def one_spaced(text: str, change: Callable[[str], str] = str) -> str:
+    """Return a text in lower case with one space between words, each piece of it changed before.
+
+    A long text is taken in pieces: its words as a list take ten times its memory.
+    """
+    if len(text) <= PIECE_CHARACTERS:
+        return " ".join(change(text).casefold().split())
+    pieces = (" ".join(change(piece).casefold().split()) for piece in _pieces(text))
+    return " ".join(piece for piece in pieces if piece)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut between a space and an ASCII letter or digit, which no Unicode form joins."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        found = _CUT.search(text, start + PIECE_CHARACTERS)
+        if found is None:
+            break
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
+
+
+def _compatible(text: str) -> str:
+    if text.isascii():
+        return text
+    pieces = _RAISED.split(text)
+    pieces[::2] = [unicodedata.normalize("NFKC", piece) for piece in pieces[::2]]
+    return "".join(pieces)
 
 
 def tool_texts(conversation: Conversation) -> list[str]:

@@ -127,7 +127,8 @@ def encode_plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     The tokenizer's own beginning-of-text token is added where it adds one, never a second time.
     """
     if len(text) > PIECE_CHARACTERS:
-        ids = [*leading_special_ids(tokenizer), *encode_long(tokenizer, text)]
+        ids = encode_long(tokenizer, text)
+        ids[:0] = leading_special_ids(tokenizer)
     else:
         ids = list(tokenizer(text, return_attention_mask=False)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id

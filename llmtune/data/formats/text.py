@@ -45,6 +45,6 @@ class TextFormat(DatasetFormat):
 
 def _read(row: Row) -> str:
     text = check_text(row["text"], "text")
-    if not text.strip():
+    if not text or text.isspace():
         raise RowError("text is empty; expected a document", "empty")
     return text
