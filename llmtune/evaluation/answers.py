@@ -36,10 +36,18 @@ WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMA
 """Scripts that put no space between words."""
 
 SPACE_GROUPS = "\u00a0\u202f\u2009"
-CHUNK = re.compile(rf"\d(?:[\d.,:/{SPACE_GROUPS}–−-]*\d)?(?:[eE][-+]?\d+(?!\w))?")
+GROUP_SIGNS = f"_'\u2019{SPACE_GROUPS}"
+"""What is written between thousands besides a comma: 1_000 in code, 1'000 in Switzerland."""
+CHUNK = re.compile(
+    rf"\d(?:(?:[\d.,:/{GROUP_SIGNS}–−-]|(?<=\d)(?<!\d{{4}}) (?=\d{{3}}(?!\d)))*\d)?(?:[eE][-+]?\d+(?!\w))?"
+)
 """A run of digits and of what may stand inside a number, a range, a date or a fraction."""
 PLAIN = re.compile(r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
-GROUPED = re.compile(rf"[1-9]\d{{0,2}}(?:(?:,\d{{3}})+|(?:[{SPACE_GROUPS}]\d{{3}})+)(?:\.\d+)?")
+GROUPED = re.compile(
+    rf"[1-9]\d{{0,2}}(?:(?:,\d{{3}})+|(?:([{GROUP_SIGNS}])\d{{3}}(?:\1\d{{3}})*))(?:\.\d+)?"
+)
+SPACED = re.compile(r"[1-9]\d{0,2}(?: \d{3})*(?: 0\d{2})(?: \d{3})*(?:\.\d+)?")
+"""A plain space may also part two numbers, but none of those begins with a 0."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +95,17 @@ def _only_named(text: str, choices: Sequence[str]) -> int | None:
 def find_last_number(text: str) -> float | None:
     """Return the last number in `text`, or None if there is none or it can be read in two ways.
 
-    "1,234.5" has thousands, "1,2" may be a decimal or a list, "10-20" is a range, "3/4" and dates
-    are more than one number: none of these is guessed. A minus sign counts if no word or number
-    touches it.
+    "1,234.5", "1_000" and "1 000" have thousands; "12 500" may be two numbers, "1,2" may
+    be a decimal or a list, "10-20" is a range, "3/4" and dates are more than one number: none of
+    these is guessed. A minus sign counts if no word or number touches it.
     """
     found = list(CHUNK.finditer(text))
     if not found:
         return None
     chunk = found[-1].group()
     before = text[: found[-1].start()]
-    if GROUPED.fullmatch(chunk):
-        digits = re.sub(rf"[,{SPACE_GROUPS}]", "", chunk)
+    if GROUPED.fullmatch(chunk) or SPACED.fullmatch(chunk):
+        digits = re.sub(rf"[, {GROUP_SIGNS}]", "", chunk)
     elif PLAIN.fullmatch(chunk):
         digits = chunk
     else:
