@@ -38,9 +38,8 @@ WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMA
 SPACE_GROUPS = "\u00a0\u202f\u2009"
 GROUP_SIGNS = f"_'\u2019{SPACE_GROUPS}"
 """What is written between thousands besides a comma: 1_000 in code, 1'000 in Switzerland."""
-CHUNK = re.compile(
-    rf"\d(?:(?:[\d.,:/{GROUP_SIGNS}–−-]|(?<=\d)(?<!\d{{4}}) (?=\d{{3}}(?!\d)))*\d)?(?:[eE][-+]?\d+(?!\w))?"
-)
+_PLAIN_SPACE = r"(?<=\d)(?<!\d{4}) (?=\d{3}(?!\d))"
+CHUNK = re.compile(rf"\d(?:(?:[\d.,:/{GROUP_SIGNS}–−-]|{_PLAIN_SPACE})*\d)?(?:[eE][-+]?\d+(?!\w))?")
 """A run of digits and of what may stand inside a number, a range, a date or a fraction."""
 PLAIN = re.compile(r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 GROUPED = re.compile(
