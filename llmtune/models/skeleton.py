@@ -17,6 +17,8 @@ from llmtune.models.probing import ProbeFailedError, probing
 from llmtune.models.quiet import quiet_loading
 
 READER = "the installed transformers"
+READ_MARK = "_is_hf_initialized"
+"""What transformers sets on a module and a parameter that were read from a file."""
 
 
 def require_known_code(where: str, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
@@ -112,7 +114,7 @@ def zeroed_rows(skeleton: PreTrainedModel) -> tuple[int, ...]:
     table = torch.nn.Embedding(2, 1, padding_idx=1)
     torch.nn.init.ones_(table.weight)
     for loaded in (table, table.weight):
-        loaded._is_hf_initialized = True  # type: ignore[assignment] (as after it was read)
+        setattr(loaded, READ_MARK, True)
     try:
         with probing():
             skeleton._init_weights(table)

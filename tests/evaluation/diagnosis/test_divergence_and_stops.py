@@ -19,6 +19,7 @@ from llmtune.evaluation.diagnosis.subject import (
     pick,
     target_prompts,
 )
+from llmtune.reporting.numbers import NumberWriter
 from tests.conftest import write_jsonl
 from tests.tiny import make_tokenizer
 
@@ -118,7 +119,7 @@ def test_stops_are_said_in_one_line_and_one_paragraph():
     )
     assert Stops().numbers(found) == {"stop_rate": 23 / 24}
     line = "Answers that end by themselves: 23 of 24 after tuning, 12 of 24 before."
-    assert Stops().summary_lines(found, None) == [line]
+    assert Stops().summary_lines(found, NumberWriter()) == [line]
 
 
 def test_prompts_come_from_the_target_suite_or_else_from_rows(subject):
