@@ -18,6 +18,7 @@ from llmtune.evaluation.measures import ARM_MEASURES, LAST_MEASURES, Plan
 from llmtune.evaluation.results import arm_result_path, read_arm_result
 from llmtune.evaluation.session import NEEDS_ROWS, Evaluation, EvaluationRequest, Work
 from llmtune.evaluation.tasks.base import Suite
+from llmtune.io.environment import versions
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.kept_json import read_kept, write_kept
 from llmtune.io.manifest import EvaluateRecord
@@ -158,7 +159,7 @@ def take_base_answers(suites: tuple[Suite, ...], base: Checkpoint, load: Load) -
     """Return the suites, those held to the base with its answers as references.
 
     Answers are kept in the cache directory by the base's fingerprint, its template with all that it
-    prints, and the items.
+    prints, the items, and the libraries' versions.
 
     Args:
         base: the checkpoint that the user gave.
@@ -205,6 +206,7 @@ def _kept_at(suite: Suite, base: Checkpoint) -> Path:
             template_date_of(tokenizer),
             suite.config.model_dump(mode="json", exclude=NO_SCORES),
             suite.items_fingerprint,
+            versions(),
         ]
     )
     return cache_dir() / "answers" / f"{key[:32]}.json"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmtune.data.open_prompts import GENERAL_PASSAGES
 from llmtune.errors import LlmtuneError
+from llmtune.io.environment import versions
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.json_files import read_json_object
 from llmtune.io.run_dir import atomic_write_json
@@ -65,7 +66,8 @@ class QuantizationPrice:
 def measure_price(config: ModelConfig, source: Checkpoint) -> QuantizationPrice | None:
     """Measure the quantization of a config, one model in memory at a time; None without one.
 
-    It is kept in the cache directory by the base's fingerprint and the quantization.
+    It is kept in the cache directory by the base's fingerprint, the quantization and the libraries'
+    versions.
     """
     if not config.storage.is_quantized:
         return None
@@ -124,7 +126,8 @@ def _memory(source: Checkpoint) -> dict[str, int]:
 
 def _kept_at(config: ModelConfig, source: Checkpoint) -> Path:
     quantization = config.storage.model_dump(mode="json")
-    key = hash_json([source.fingerprint, quantization, config.dtype, list(GENERAL_PASSAGES)])
+    made_by = [versions(), config.dtype, list(GENERAL_PASSAGES)]
+    key = hash_json([source.fingerprint, quantization, *made_by])
     return cache_dir() / "prices" / f"{key[:32]}.json"
 
 

@@ -1,5 +1,6 @@
 """Jinja2 templates of prompts, compiled once and rendered in a sandbox."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +27,7 @@ RENDERING_ERRORS = (
 
 @lru_cache(maxsize=64)
 def compile_template(text: str, where: str) -> jinja2.Template:
-    """Return a template in which a variable that is not there is an error.
+    """Return a template in which a variable that is not there, or prints null, is an error.
 
     Args:
         where: names the template in the message.
@@ -35,7 +36,7 @@ def compile_template(text: str, where: str) -> jinja2.Template:
         LlmtuneError: its syntax is wrong.
     """
     environment = ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_refuse_null
     )
     environment.template_class = _BoundedTemplate
     try:
@@ -44,6 +45,31 @@ def compile_template(text: str, where: str) -> jinja2.Template:
         raise LlmtuneError(f"{where}: {error}") from None
     except TemplateTooLarge as error:
         raise LlmtuneError(f"{where}: is refused: {error}") from None
+
+
+def describe_failure(error: Exception, text: str, fields: Mapping[str, Any]) -> str:
+    """Say why a prompt could not be rendered: by the names that it asks for, if they are why."""
+    asked = sorted(template_variables(text))
+    missing = [name for name in asked if name not in fields]
+    null = [name for name in asked if name in fields and fields[name] is None]
+    if isinstance(error, jinja2.UndefinedError) and missing:
+        return (
+            f"the prompt asks for {', '.join(map(repr, missing))}, which is not there; "
+            f"there is {', '.join(sorted(fields)) or 'nothing'}: name it as the prompt does"
+        )
+    if isinstance(error, NullPrinted) and null:
+        return f"the prompt prints {', '.join(map(repr, null))}, which is null"
+    return f"the prompt cannot be rendered: {error}"
+
+
+class NullPrinted(jinja2.TemplateError):
+    """A field is null, and would be read as the word None."""
+
+
+def _refuse_null(value: Any) -> Any:
+    if value is None:
+        raise NullPrinted("a value that it prints is null")
+    return value
 
 
 class _BoundedTemplate(jinja2.Template):

@@ -29,6 +29,9 @@ def test_training_on_a_quantized_base_says_its_price_and_keeps_it(tmp_path, monk
     again = measure_price(config.model, resolve_base(config.model))
     assert again is not None
     assert dataclasses.asdict(again) == price
+    monkeypatch.setattr("llmtune.evaluation.price.versions", lambda: {"torch": "0"})
+    assert measure_price(config.model, resolve_base(config.model)) is not None
+    assert len(list((tmp_path / "cache" / "prices").glob("*.json"))) == 2  # measured again
 
 
 def test_an_unquantized_base_has_no_price(tmp_path):

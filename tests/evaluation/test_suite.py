@@ -251,7 +251,11 @@ def test_a_file_whose_stem_cannot_name_results_needs_a_name(tmp_path):
         ({**ITEMS[1], "answer": True}, "neither one of the choices"),
         ({**ITEMS[1], "options": ["3", "3"]}, "two different texts"),
         ({**ITEMS[1], "options": "34"}, "list of texts"),
-        ({"id": "b", "answer": "3", "options": ["3", "4"]}, "'question' is undefined"),
+        (
+            {"id": "b", "answer": "3", "options": ["3", "4"]},
+            "asks for 'question', which is not there; there is answer, id, options",
+        ),
+        ({**ITEMS[1], "question": None}, "prints 'question', which is null"),
         ({"id": "b", "question": "x", "options": ["3", "4"]}, "field 'answer' is missing"),
         ({**ITEMS[1], "id": "a"}, "id 'a' is not unique"),
         ("{not json}", "Expecting"),

@@ -62,6 +62,12 @@ def ask_judge(given: Given, knobs: PairwiseConfig) -> PairwiseResult:
     judged, answers = [], {}
     for suite, before, after in _find_arms(given, knobs):
         pairs = _pair_up(suite, before, after, knobs.limit, given.diagnosis_settings.seed)
+        if not pairs:
+            log.warning(
+                "evaluate: %s: %s and %s answered no item of %s in common; nothing is judged",
+                *(WHERE, before.arm, after.arm, suite.name),
+            )
+            continue
         questions = dict(_ask_both_orders(suite, pairs, knobs))
         _say_cost(suite, questions, knobs)
         found = ask_all(endpoint, questions, path, what=suite.name, is_new=given.force)

@@ -318,12 +318,16 @@ class PromptedSuite(SuiteConfig):
         Raises:
             BadItem: it cannot be rendered, or is empty.
         """
-        from llmtune.evaluation.templates import RENDERING_ERRORS, compile_template
+        from llmtune.evaluation.templates import (
+            RENDERING_ERRORS,
+            compile_template,
+            describe_failure,
+        )
 
         try:
             prompt = compile_template(self.prompt or "", "prompt").render(fields)
         except RENDERING_ERRORS as error:
-            raise BadItem(f"the prompt cannot be rendered: {error}") from None
+            raise BadItem(describe_failure(error, self.prompt or "", fields)) from None
         if not prompt.strip():
             raise BadItem("the prompt is empty")
         return prompt

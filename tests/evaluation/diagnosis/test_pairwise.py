@@ -2,17 +2,20 @@
 
 import json
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from llmtune.cli import run_command
-from llmtune.evaluation.diagnosis.judged_pairs import JudgedPair
+from llmtune.evaluation.diagnosis.judged_pairs import JudgedPair, PairwiseConfig
 from llmtune.evaluation.diagnosis.pairwise_ask import (
     AFTER_FIRST,
     BEFORE_FIRST,
     _judge,
+    ask_judge,
     read_verdict,
     write_question,
 )
@@ -184,3 +187,21 @@ def test_the_win_rate_counts_orders_ties_and_what_could_not_be_read():
     assert found.agreement == pytest.approx(1 / 3)  # equal answers were not asked about
     assert found.first_share == pytest.approx(4 / 5)
     assert found.pairs[-1] == JudgedPair("o4", "tie", "tie", same=True)
+
+
+def test_a_judge_is_not_asked_if_two_models_answered_nothing_in_common(tmp_path, caplog):
+    suite = SimpleNamespace(name="open", items=[], config=SimpleNamespace(WRITES_ANSWERS=True))
+    arms = {
+        name: SimpleNamespace(arm=name, items=[ItemScore(f"{name}-1", 0.0, "x", None)])
+        for name in ("base", "tuned")
+    }
+    given: Any = SimpleNamespace(
+        suites=[suite],
+        results={"open": arms},
+        run=SimpleNamespace(evaluations_dir=tmp_path),
+        diagnosis_settings=SimpleNamespace(confidence=0.95, seed=0),
+        force=False,
+    )
+    knobs = PairwiseConfig(url="http://127.0.0.1:1/v1", model="large")
+    assert ask_judge(given, knobs).suites == ()
+    assert "answered no item of open in common" in caplog.text

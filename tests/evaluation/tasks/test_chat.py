@@ -112,6 +112,10 @@ def test_the_bases_answers_are_kept_for_the_prompts_that_it_was_given(
     answer("Be brief.", "2030-01-01")
     answer("Be brief.", "2030-01-01")
     assert loaded == [None, "Be brief."]
+    with monkeypatch.context() as other:
+        other.setattr("llmtune.evaluation.evaluate.versions", lambda: {"torch": "0"})
+        answer(None, "2030-01-01")
+    assert loaded == [None, "Be brief.", None]
     monkeypatch.setenv("LLMTUNE_CACHE", "/proc/none")  # an evaluation needs no cache
     assert answer(None, "2030-01-01") == plain
     assert caplog.messages[-1].startswith("the base's answers are not kept in /proc/none/answers: ")
