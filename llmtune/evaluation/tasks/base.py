@@ -318,16 +318,13 @@ class PromptedSuite(SuiteConfig):
         Raises:
             BadItem: it cannot be rendered, or is empty.
         """
-        from llmtune.evaluation.templates import (
-            RENDERING_ERRORS,
-            compile_template,
-            describe_failure,
-        )
+        from llmtune.evaluation import templates
 
+        text = self.prompt or ""
         try:
-            prompt = compile_template(self.prompt or "", "prompt").render(fields)
-        except RENDERING_ERRORS as error:
-            raise BadItem(describe_failure(error, self.prompt or "", fields)) from None
+            prompt = templates.compile_template(text, "prompt").render(fields)
+        except templates.RENDERING_ERRORS as error:
+            raise BadItem(templates.describe_failure(error, text, fields)) from None
         if not prompt.strip():
             raise BadItem("the prompt is empty")
         return prompt
