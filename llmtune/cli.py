@@ -19,6 +19,7 @@ from llmtune.commands import (
     experiments,
     export,
     judge,
+    launch,
     look,
     merge,
     plan,
@@ -119,7 +120,12 @@ COMMANDS = {
         judge.judge,
         look.runs,
     ),
-    "Go further": (experiments.sweep, experiments.learning_curve, experiments.sequence),
+    "Go further": (
+        experiments.sweep,
+        experiments.learning_curve,
+        experiments.sequence,
+        launch.launch,
+    ),
     "Use the model": (answer.chat, answer.predict, serve.serve, export.export, export.verify),
 }
 for commands in COMMANDS.values():

@@ -107,7 +107,7 @@ def anchor_paths(config: RunConfig) -> RunConfig:
 
     Hub ids, names of shipped suites and `run_dir` stay as they are.
     """
-    return _with_paths(config, _anchor)
+    return replace_paths(config, _anchor)
 
 
 def find_beside(config: RunConfig, folder: Path) -> RunConfig:
@@ -117,11 +117,14 @@ def find_beside(config: RunConfig, folder: Path) -> RunConfig:
         there = folder / name
         return str(there) if not _is_there(Path(name).expanduser()) and _is_there(there) else name
 
-    return _with_paths(config, find)
+    return replace_paths(config, find)
 
 
-def _with_paths(config: RunConfig, find: Callable[[str], str]) -> RunConfig:
-    """Return the config with each path that it reads from replaced by what `find` makes of it."""
+def replace_paths(config: RunConfig, find: Callable[[str], str]) -> RunConfig:
+    """Return the config with each path that it reads from replaced by what `find` makes of it.
+
+    Hub ids and names of shipped suites are among what `find` is given.
+    """
 
     def find_file(path: Path | None) -> Path | None:
         return None if path is None else Path(find(str(path)))
@@ -167,17 +170,18 @@ def _with_paths(config: RunConfig, find: Callable[[str], str]) -> RunConfig:
 
 
 def _is_there(path: Path) -> bool:
-    if path.exists() or not _is_pattern(str(path)):
+    if path.exists() or not is_pattern(str(path)):
         return path.exists()
     return any(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
 
 def _anchor(name: str) -> str:
     path = Path(name).expanduser()
-    return str(path.absolute()) if _is_pattern(name) or path.exists() else name
+    return str(path.absolute()) if is_pattern(name) or path.exists() else name
 
 
-def _is_pattern(name: str) -> bool:
+def is_pattern(name: str) -> bool:
+    """Whether a path has wildcards."""
     return any(character in name for character in "*?[")
 
 

@@ -16,6 +16,7 @@ from llmtune.data.formats import FORMATS
 from llmtune.evaluation.diagnosis.config import DIAGNOSES
 from llmtune.evaluation.tasks.config import TASKS
 from llmtune.exporting.config import EXPORTERS
+from llmtune.launching.config import ENGINES
 from llmtune.models.quantization.config import members
 from llmtune.training.objectives import DEFAULT_OBJECTIVE
 
@@ -89,6 +90,13 @@ KINDS: dict[str, Kind] = {
         names=frozenset(exporter.name for exporter in EXPORTERS) - QUANTIZATIONS,
         fields=("to", "exporter", "export", "exports"),
         words=frozenset({"gguf", "hub"}),
+    ),
+    "cluster engine": Kind(
+        folder="launching",
+        members=tuple(type(engine) for engine in ENGINES),
+        names=frozenset(engine.name for engine in ENGINES),
+        fields=("on", "engine", "engines"),
+        english=frozenset({"sky", "ray"}),
     ),
     "adapter method": Kind(
         folder="adapters",

@@ -66,6 +66,12 @@ PLANTED = {
         "import llmtune.exporting.gguf as writer",
         "from llmtune.exporting.config import HubExporter",
     ),
+    "cluster engine": (
+        'if settings.on == "slurm": pass',
+        'message = "hand it in with --on k8s"',
+        "from llmtune.launching.config import SkyEngine",
+        "import llmtune.launching.ray",
+    ),
     "adapter method": (
         'match adapter.method:\n    case "lora" | "dora": pass',
         'LAYERS = {"lora": 1, "rslora": 2}',

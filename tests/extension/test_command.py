@@ -37,7 +37,7 @@ def test_a_command_is_one_file_and_one_entry(tmp_path):
     house.enter(
         "cli.py",
         {
-            "    judge,\n    look,": "    judge,\n    longest,\n    look,",
+            "    launch,\n    look,": "    launch,\n    longest,\n    look,",
             '"Go further": (': '"Go further": (longest.longest, ',
         },
     )

@@ -1,0 +1,339 @@
+"""`llmtune launch`: each engine's file is what that engine takes, and does what a user would."""
+
+import base64
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from llmtune.cli import run_command
+from llmtune.config import load_config
+from llmtune.launching.config import ENGINES
+from tests.project import make_project
+
+GIT = "git+https://example.org/team/tuner@v1"
+NEEDED = {
+    "sky": ("--accelerator", "H100", "--store", "s3://bucket/runs"),
+    "slurm": (),
+    "k8s": ("--store", "claim", "model.base=org/small"),
+    "ray": ("--store", "/shared/runs"),
+}
+TASK_SCHEMA = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["name", "num_nodes", "resources", "run"],
+    "properties": {
+        "name": {"type": "string"},
+        "num_nodes": {"type": "integer"},
+        "resources": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "accelerators": {"type": "string", "pattern": r"^[\w-]+:\d+$"},
+                "cpus": {"type": "string"},
+                "infra": {"type": "string"},
+                "use_spot": {"type": "boolean"},
+                "job_recovery": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {"recover_on_exit_codes": {"type": "array"}},
+                },
+            },
+        },
+        "file_mounts": {
+            "type": "object",
+            "additionalProperties": {
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "object", "required": ["source", "mode"], "maxProperties": 2},
+                ]
+            },
+        },
+        "secrets": {"type": "object", "additionalProperties": {"type": "null"}},
+        "setup": {"type": "string"},
+        "run": {"type": "string"},
+    },
+}
+"""What a SkyPilot task may hold, as far as ours do."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a project in `tiny/`."""
+    directory = tmp_path_factory.mktemp("my jobs")
+    make_project(directory / "tiny")
+    return directory
+
+
+@pytest.fixture
+def launch(place, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_TOKEN", "the-secret-value")
+
+    def run(engine, *arguments, package=GIT, code=0):
+        found = run_command(
+            ["launch", "tiny/config.yaml", "--on", engine, *NEEDED[engine], *arguments]
+            + ["--out", str(tmp_path / "job"), "--json"]
+            + ([] if package is None else ["--package", package])
+        )
+        printed = capsys.readouterr()
+        assert found == code, printed.err
+        return json.loads(printed.out) if code == 0 else printed.err
+
+    run.folder = tmp_path / "job"
+    return run
+
+
+def stub(folder, name, body):
+    """Put a program on the path of a script, in place of an engine's."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def files_of(folder):
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("engine", [engine.name for engine in ENGINES])
+def test_a_dry_run_writes_a_config_that_loads_and_no_secret(launch, engine):
+    result = launch(engine, "--env", "HF_TOKEN", "--dry-run")
+    assert not result["submitted"]
+    texts = files_of(launch.folder)
+    assert all("the-secret-value" not in text for text in texts.values())
+    assert "the-secret-value" not in json.dumps(result)
+    there = load_config(launch.folder / "config.yaml")
+    assert there.train == load_config("tiny/config.yaml").train
+    for name, text in texts.items():
+        if name.endswith(("sh", "sbatch")):
+            subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    # the same folder is written again, and no folder of someone else
+    launch(engine, "--dry-run")
+    (launch.folder / "config.yaml").unlink()
+    assert "choose another --out" in launch(engine, "--dry-run", code=2)
+
+
+@pytest.mark.parametrize(
+    ("engine", "package", "arguments", "message"),
+    [
+        ("slurm", None, (), "--package: say where"),
+        ("slurm", "llmtune", (), "belongs to somebody else"),
+        ("slurm", "llmtune==0.1.0", (), "belongs to somebody else"),
+        ("slurm", "git+https://example.org/team/tuner", (), "no commit or tag"),
+        ("slurm", "git+https://me:token@example.org/team/tuner@v1", (), "a user or a password"),
+        ("slurm", "llmtune-9-py3-none-any.whl", (), "no such file"),
+        ("slurm", GIT, ("--env", "HF_TOKEN=abc"), "the name of an environment variable alone"),
+        ("slurm", GIT, ("--store", "x"), "keeps the run where the config says"),
+        ("slurm", GIT, ("--image", "x"), "has no use for it"),
+        ("slurm", GIT, ("--partition", "a b"), "expected one word"),
+        ("sky", GIT, ("--store", "/here"), "expected s3://"),
+        ("k8s", GIT, ("--store", "Not A Name"), "PersistentVolumeClaim"),
+        ("ray", GIT, ("--store", "here"), "every node sees"),
+        ("slurm", GIT, ("model.base=models/gone.gguf",), "no such file here"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(
+    launch, engine, package, arguments, message
+):
+    error = launch(engine, "--dry-run", *arguments, package=package, code=2)
+    assert message in error and "abc" not in error and "me:token" not in error
+    assert not launch.folder.exists()
+
+
+def test_the_engines_command_is_called_or_the_file_is_kept(launch, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    error = launch("slurm", code=2)
+    assert "sbatch is not installed here" in error and (launch.folder / "job.sbatch").is_file()
+    stub(tmp_path / "bin", "sbatch", f'printf "%s" "$1" > {tmp_path}/seen')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert launch("slurm")["submitted"]
+    assert (tmp_path / "seen").read_text() == str(launch.folder / "job.sbatch")
+    assert "GONE: not set in this shell" in launch("slurm", "--env", "GONE", code=2)
+    stub(tmp_path / "bin", "sbatch", "exit 7")
+    assert "exit code 7" in launch("slurm", code=2)
+
+
+def directives(text):
+    """Return what sbatch reads of a script: the lines before the first command."""
+    found = {}
+    for line in text.splitlines()[1:]:
+        if not line.startswith("#SBATCH "):
+            break
+        name, _, value = line.removeprefix("#SBATCH --").partition("=")
+        found[name] = value.strip('"')
+    return found
+
+
+def test_slurm_starts_torchrun_on_each_node_and_queues_again_before_its_time_is_over(
+    launch, tmp_path, place
+):
+    launch("slurm", "--nodes", "2", "--gpus", "4", "--time", "8:00:00", "--dry-run")
+    text = (launch.folder / "job.sbatch").read_text()
+    given = directives(text)
+    assert given["nodes"] == "2" and given["gpus-per-node"] == "4" and given["time"] == "8:00:00"
+    assert given["ntasks-per-node"] == "1" and "requeue" in given
+    assert given["signal"].startswith("B:USR1@")
+    assert GIT in text and "--nnodes 2" in text and "--nproc-per-node 4" in text
+
+    launch("slurm", "--dry-run", package="installed")
+    text = (launch.folder / "job.sbatch").read_text()
+    assert f"exec {sys.executable} -m llmtune run {launch.folder}/config.yaml" in text
+    log, bin_dir = tmp_path / "log", tmp_path / "bin"
+    stub(bin_dir, "scontrol", f'echo "scontrol $*" >> {log}; echo node1')
+    stub(bin_dir, "scancel", f'echo "scancel $*" >> {log}; kill "$(cat {tmp_path}/running)"')
+    stub(
+        bin_dir,
+        "srun",
+        f"""trap 'kill %1; exit 3' TERM
+        echo "srun in $PWD: $4" >> {log}; sleep 60 & echo $$ > {tmp_path}/running; wait""",
+    )
+    process = subprocess.Popen(
+        ["bash", str(launch.folder / "job.sbatch")],
+        env={**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}"}
+        | {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node1"},
+    )
+    while not (tmp_path / "running").exists() or not (tmp_path / "running").read_text():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=20) == 3
+    lines = log.read_text().splitlines()
+    assert lines[0] == "scontrol show hostnames node1"
+    assert lines[1].startswith(f"srun in {place}: exec ")
+    assert lines[2:] == ["scancel --signal=TERM 77", "scontrol requeue 77"]
+
+
+def check_sky(text):
+    """Check a task against our schema, and against SkyPilot's own if it is installed."""
+    task = yaml.safe_load(text)
+    jsonschema.validate(task, TASK_SCHEMA)
+    if importlib.util.find_spec("sky") is not None:
+        from sky.utils import schemas
+
+        resources = task.get("resources", {})
+        jsonschema.validate({**task}, schemas.get_task_schema())
+        jsonschema.validate(resources, schemas.get_resources_schema())
+    return task
+
+
+def test_sky_brings_the_files_and_a_lost_machine_continues_from_the_bucket(launch, tmp_path, place):
+    spot = ("--spot", "--env", "HF_TOKEN", "--infra", "aws/us-east-1")
+    command = launch("sky", "--gpus", "8", "--nodes", "2", *spot, "--dry-run")["command"]
+    assert command[:3] == ["sky", "jobs", "launch"] and "--secret" in command
+    task = check_sky((launch.folder / "task.yaml").read_text())
+    assert task["secrets"] == {"HF_TOKEN": None}
+    assert task["resources"]["accelerators"] == "H100:8" and task["resources"]["use_spot"]
+    mounts = task["file_mounts"]
+    assert mounts["~/llmtune/tiny/base"] == str(place / "tiny" / "base")
+    assert mounts["~/llmtune/tiny/items.jsonl"], "the items of a suite come along"
+    assert mounts["~/llmtune-store"] == {"source": "s3://bucket/runs", "mode": "MOUNT"}
+    assert "--nnodes 2" in task["run"] and GIT in task["setup"]
+
+    launch("sky", "--dry-run", package="installed")
+    text = check_sky((launch.folder / "task.yaml").read_text())["run"]
+    home, bin_dir = tmp_path / "home", tmp_path / "bin"
+    stub(bin_dir, "python", 'mkdir -p runs/run; echo "$*" >> runs/run/calls; exit "$CODE"')
+
+    def machine(code):
+        """Run the task on a new machine, of which only the bucket is left afterwards."""
+        subprocess.run(["rm", "-rf", str(home / "llmtune")], check=True)
+        (home / "llmtune").mkdir(parents=True)
+        environment = {**os.environ, "HOME": str(home), "CODE": str(code)}
+        environment |= {"PATH": f"{bin_dir}:{os.environ['PATH']}", "SKYPILOT_NODE_RANK": "0"}
+        environment |= {"SKYPILOT_NODE_IPS": "10.0.0.1"}
+        return subprocess.run(["bash", "-c", text], env=environment, check=False).returncode
+
+    kept = home / "llmtune-store" / "llmtune-run"
+    assert machine(3) == 3 and not (kept / "run").exists()
+    assert machine(0) == 0
+    assert (kept / "run" / "calls").read_text() == "-m llmtune run config.yaml\n" * 2
+    assert len(list(kept.glob("state-*.tar"))) == 1
+
+
+def test_without_a_bucket_sky_takes_a_cluster_and_the_run_is_copied_from_it(launch, monkeypatch):
+    monkeypatch.setitem(NEEDED, "sky", ("--accelerator", "H100"))
+    result = launch("sky", "--dry-run")
+    assert result["command"][:2] == ["sky", "launch"]
+    assert "rsync -a llmtune-run:llmtune/runs/run/ " in files_of(launch.folder)["fetch.sh"]
+    assert "what is saved needs a place" in launch("sky", "--spot", "--dry-run", code=2)
+    monkeypatch.setitem(NEEDED, "sky", ())
+    launch("sky", "--gpus", "0", "--dry-run")
+    assert "accelerators" not in check_sky(files_of(launch.folder)["task.yaml"])["resources"]
+    assert "--accelerator" in launch("sky", "--dry-run", code=2)
+
+
+def test_kubernetes_gets_a_job_and_on_several_nodes_a_pytorchjob(launch, monkeypatch):
+    launch("k8s", "--gpus", "2", "--env", "HF_TOKEN", "--namespace", "team", "--dry-run")
+    inputs, job = yaml.safe_load_all((launch.folder / "job.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    assert job["metadata"]["name"] == "llmtune-run" and job["metadata"]["namespace"] == "team"
+    pod = job["spec"]["template"]["spec"]
+    assert pod["restartPolicy"] == "Never", "a pod failure policy needs it"
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 2}
+    assert container["env"][0]["valueFrom"]["secretKeyRef"]["name"] == "llmtune-run-env"
+    assert {each["name"] for each in container["volumeMounts"]} == {
+        each["name"] for each in pod["volumes"]
+    }
+    text = container["command"][2]
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert "--standalone" in text and GIT in text
+    packed = base64.b64decode(inputs["binaryData"]["files.tar.gz"])
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        names = archive.getnames()
+        there = yaml.safe_load(archive.extractfile("config.yaml").read())
+    assert {"tiny/train.jsonl", "tiny/items.jsonl"} <= set(names)
+    assert there["run_dir"] == "/llmtune-volume/run"
+
+    launch("k8s", "--gpus", "8", "--nodes", "3", "--dry-run")
+    _, job = yaml.safe_load_all((launch.folder / "job.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert replicas["Master"]["replicas"] == 1 and replicas["Worker"]["replicas"] == 2
+    for part in replicas.values():
+        assert part["template"]["spec"]["containers"][0]["name"] == "pytorch"
+    assert there["model"]["base"] == "org/small"
+    monkeypatch.setattr("llmtune.launching.k8s.MAX_MAP_BYTES", 1000)
+    assert "of files here are more than" in launch("k8s", "--dry-run", code=2)
+
+
+def test_files_from_outside_get_a_place_in_the_job(launch, place, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = str(place / "tiny" / "config.yaml")
+    command = ["launch", config, "--on", "ray", *NEEDED["ray"], "--package", GIT, "--dry-run"]
+    pattern = f"data.train=[{{path: {place}/tiny/tr*.jsonl}}]"
+    assert run_command([*command, "data.evaluation=[{path: /gone/rows.jsonl}]", pattern]) == 0
+    folder = tmp_path / "launch" / "llmtune-run-ray"
+    monkeypatch.chdir(folder)
+    there = load_config("config.yaml")
+    assert Path(there.model.base, "config.json").is_file() and "inputs/" in there.model.base
+    assert list(Path.cwd().glob(there.data.train[0].path))
+    assert there.data.evaluation[0].path == "/gone/rows.jsonl"
+    suite = Path(there.evaluate.suites[0])
+    assert (suite.parent / yaml.safe_load(suite.read_text())["items"]).is_file()
+
+
+def test_ray_gets_a_runtime_environment_with_the_wheel_in_it(launch, tmp_path):
+    wheel = tmp_path / "llmtune-0.1.0-py3-none-any.whl"
+    wheel.write_bytes(b"")
+    result = launch("ray", "--nodes", "2", "--gpus", "0", "--dry-run", package=str(wheel))
+    environment = yaml.safe_load((launch.folder / "runtime_env.yaml").read_text())
+    assert environment == {"pip": ["${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/" + wheel.name]}
+    assert (launch.folder / wheel.name).resolve() == wheel
+    driver = result["command"][result["command"].index("--") + 1 :]
+    assert driver[:3] == ["python", "-m", "llmtune.launching.ray_driver"]
+    assert driver[3:] == ["config.yaml", "--nodes", "2", "--gpus", "0"]
+    if importlib.util.find_spec("ray") is not None:
+        from ray.runtime_env import RuntimeEnv
+
+        RuntimeEnv(**environment, working_dir="https://example.org/job.zip")
