@@ -67,13 +67,13 @@ class K8sEngine(Engine):
     def files(self, job: LaunchJob) -> dict[str, str]:
         """Return the manifest, a pod that shows the volume, and the script that copies from it."""
         packed = base64.b64encode(_pack(job)).decode()
-        inputs = {
+        inputs: Value = {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": self._metadata(job, f"{job.name}-files"),
             "binaryData": {PACKED: packed},
         }
-        fetch = {
+        fetch: Value = {
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": self._metadata(job, f"{job.name}-fetch"),

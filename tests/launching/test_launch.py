@@ -75,23 +75,29 @@ def place(tmp_path_factory):
     return directory
 
 
+class Launch:
+    """Calls the command; returns its JSON result, or its message."""
+
+    def __init__(self, folder, capsys):
+        self.folder, self.capsys = folder, capsys
+
+    def __call__(self, engine, *arguments, package=GIT, code=0):
+        found = run_command(
+            ["launch", "tiny/config.yaml", "--on", engine, *NEEDED[engine], *arguments]
+            + ["--out", str(self.folder), "--json"]
+            + ([] if package is None else ["--package", package])
+        )
+        printed = self.capsys.readouterr()
+        assert found == code, printed.err
+        return json.loads(printed.out) if code == 0 else printed.err
+
+
 @pytest.fixture
 def launch(place, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_TOKEN", "the-secret-value")
 
-    def run(engine, *arguments, package=GIT, code=0):
-        found = run_command(
-            ["launch", "tiny/config.yaml", "--on", engine, *NEEDED[engine], *arguments]
-            + ["--out", str(tmp_path / "job"), "--json"]
-            + ([] if package is None else ["--package", package])
-        )
-        printed = capsys.readouterr()
-        assert found == code, printed.err
-        return json.loads(printed.out) if code == 0 else printed.err
-
-    run.folder = tmp_path / "job"
-    return run
+    return Launch(tmp_path / "job", capsys)
 
 
 def stub(folder, name, body):
