@@ -15,16 +15,24 @@ from llmtune.commands.options import (
     print_result,
     with_output_options,
 )
+from llmtune.errors import LlmtuneError
 from llmtune.io.sizes import format_apart, format_in, format_size
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
+    from llmtune.planning.scaling import Spread
+
+POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command()
 @CONFIG_ARGUMENT
 @OVERRIDES_ARGUMENT
 @click.option("--gpu", help="Plan for another device: 24GB, or a name such as rtx4090 or h100.")
+@click.option("--gpus", type=click.IntRange(1), help="GPUs of a machine that share each step.")
+@click.option("--nodes", type=click.IntRange(1), help="Machines with as many GPUs each.")
+@click.option("--link", type=POSITIVE, help="GB/s between the GPUs, of the slowest link.")
+@click.option("--step-seconds", type=POSITIVE, help="A step on one such GPU, as you measured it.")
 @click.option("--measure", is_flag=True, help="Time this CPU's matrix products for the estimate.")
 @click.option("--merge", is_flag=True, help="Also plan the merge, as a run does before it trains.")
 @with_output_options
@@ -32,6 +40,10 @@ def plan(  # noqa: PLR0913 - one argument for each option
     config: Path,
     overrides: tuple[str, ...],
     gpu: str | None,
+    gpus: int | None,
+    nodes: int | None,
+    link: float | None,
+    step_seconds: float | None,
     measure: bool,
     merge: bool,
     quiet: bool,
@@ -45,6 +57,7 @@ def plan(  # noqa: PLR0913 - one argument for each option
     \b
       llmtune plan configs/quickstart.yaml
       llmtune plan my.yaml --gpu 24GB
+      llmtune plan my.yaml --gpu 80GB --gpus 8 --nodes 2
       llmtune plan my.yaml --merge
       llmtune plan my.yaml model.quantization=null data.max_length=4096 --gpu rtx4090 --json
     """
@@ -52,13 +65,26 @@ def plan(  # noqa: PLR0913 - one argument for each option
     from llmtune.runs.targets import require_run
 
     run = require_run(str(config), overrides)
-    found = pipeline.plan(run, gpu=gpu, measure=measure)
+    spread = _read_spread(gpus, nodes, link, step_seconds)
+    found = pipeline.plan(run, gpu=gpu, measure=measure, spread=spread)
     merged = pipeline.plan_merge(run) if merge else None
     num_merged = None if merged is None else merged.num_changed
     values = {**found.as_json(), **({"merge": merged.to_dict()} if merged else {})}
     print_result(values, as_json, lambda: _render(found, quiet, num_merged))
     if not found.fits:
         raise click.exceptions.Exit(1)
+
+
+def _read_spread(
+    gpus: int | None, nodes: int | None, link: float | None, step_seconds: float | None
+) -> "Spread | None":
+    if gpus is None and nodes is None:
+        if link is not None or step_seconds is not None:
+            raise LlmtuneError("--link, --step-seconds: are for several GPUs; give --gpus as well")
+        return None
+    from llmtune.planning.scaling import Spread
+
+    return Spread(gpus or 1, nodes or 1, link, step_seconds)
 
 
 def _render(found: "Plan", quiet: bool, num_merged: int | None) -> RenderableType:
@@ -112,7 +138,7 @@ def _lines(found: "Plan") -> list[str]:
         )
     else:
         lines.append("time         not known: the rows were not counted, and there is no max_steps")
-    return lines
+    return lines if found.scaling is None else [*lines, *found.scaling.lines()]
 
 
 def _active(found: "Plan") -> str:

@@ -16,6 +16,7 @@ from llmtune.planning.base import BaseNumbers, read_base
 from llmtune.planning.devices import Device
 from llmtune.planning.estimate import DiskEstimate, MemoryEstimate, Workload, estimate_disk
 from llmtune.planning.rows import RowFacts, read_rows
+from llmtune.planning.scaling import Scaling, Spread, plan_card, plan_scaling
 from llmtune.planning.shape import ModelShape, read_shape
 from llmtune.planning.workload import PlanRequest, build_workload, count_steps, plan_memory_of
 
@@ -68,6 +69,8 @@ class Plan:
     """What makes it fit; nothing if it does."""
     notices: tuple[str, ...]
     """What the user should know before starting."""
+    scaling: Scaling | None = None
+    """What several cards bring, if they were asked for; `memory` is then that of one of them."""
 
     @property
     def fits(self) -> bool:
@@ -111,11 +114,15 @@ class Plan:
             },
             "advice": list(self.advice),
             "notices": list(self.notices),
+            **({} if self.scaling is None else {"scaling": self.scaling.as_json()}),
         }
 
 
-def make_plan(request: PlanRequest) -> Plan:
+def make_plan(request: PlanRequest, spread: Spread | None = None) -> Plan:
     """Plan a run from numbers alone; no weight is read and torch is not imported.
+
+    Args:
+        spread: the cards that share its steps; None is one.
 
     Raises:
         LlmtuneError: the base or its architecture is not known, or the data is wrong.
@@ -129,8 +136,9 @@ def make_plan(request: PlanRequest) -> Plan:
         seed=request.seed,
         template=request.model.template,
     )
-    memory = plan_memory_of(request, shape, rows)
     work = build_workload(request, shape, rows)
+    cards = 1 if spread is None else spread.cards
+    memory = plan_card(request, shape, rows, cards, parameters=work.adapter_parameters)
     disk = estimate_disk(
         request.train,
         adapter_parameters=work.adapter_parameters,
@@ -144,8 +152,21 @@ def make_plan(request: PlanRequest) -> Plan:
         runs_dir=request.run_dir.parent,
         measure=request.measure,
     )
-    flops = flops_a_token(work, mean_length=rows.mean, recomputed_layers=memory.recomputed_layers)
+    alone = memory if cards == 1 else plan_memory_of(request, shape, rows)
+    flops = flops_a_token(work, mean_length=rows.mean, recomputed_layers=alone.recomputed_layers)
     speed = rate.tokens_per_second or rate.flops / flops
+    scaling = None
+    if spread is not None:
+        step_seconds = request.train.batch_size * rows.mean / speed
+        scaling = plan_scaling(
+            request,
+            shape,
+            rows,
+            spread,
+            parameters=work.adapter_parameters,
+            estimated=(step_seconds, rate.source),
+        )
+        speed *= scaling.speedup
     return Plan(
         device=request.device,
         base=base,
@@ -163,6 +184,7 @@ def make_plan(request: PlanRequest) -> Plan:
             *([] if disk.fits else [advise_disk(request, disk)]),
         ),
         notices=tuple(_notices(base, rows, memory)),
+        scaling=scaling,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config import RunConfig
-from llmtune.errors import MergeRefused
+from llmtune.errors import LlmtuneError, MergeRefused
 from llmtune.evaluation.diagnosis.base import Extent
 from llmtune.evaluation.suite import load_suites
 from llmtune.io.fingerprint import JsonObject
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llmtune.evaluation.scores import Scores
     from llmtune.merging.planned import PlannedMerges
     from llmtune.planning.plan import Plan
+    from llmtune.planning.scaling import Spread
     from llmtune.reporting.report import Report
 
 log = logging.getLogger("llmtune")
@@ -111,18 +112,33 @@ def plan_merge(config: RunConfig) -> "PlannedMerges | None":
     return MergeStage(config).plan_before_training()
 
 
-def plan(config: RunConfig, *, gpu: str | None = None, measure: bool = False) -> "Plan":
+def plan(
+    config: RunConfig,
+    *,
+    gpu: str | None = None,
+    measure: bool = False,
+    spread: "Spread | None" = None,
+) -> "Plan":
     """Say what a run needs and whether it fits; nothing is loaded and torch is not imported.
 
     Args:
         gpu: a device to plan for, as `--gpu` takes it; None is this machine's.
         measure: time this CPU's matrix products for the time estimate.
+        spread: the GPUs that share its steps; None is one.
+
+    Raises:
+        LlmtuneError: several GPUs are asked for, and the device is a CPU.
     """
     from llmtune.planning.devices import find_device, given_gpu
     from llmtune.planning.plan import make_plan
 
     device = find_device(config.model.device) if gpu is None else given_gpu(gpu)
-    return make_plan(plan_request(config, device, measure=measure))
+    if spread is not None and device.kind == "cpu":
+        raise LlmtuneError(
+            "--gpus, --nodes: plan several GPUs, and the device is this machine's CPU; say which "
+            "GPU with --gpu 80GB"
+        )
+    return make_plan(plan_request(config, device, measure=measure), spread)
 
 
 def merge(

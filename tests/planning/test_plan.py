@@ -142,6 +142,58 @@ def test_the_command_ends_with_1_where_it_does_not_fit(tmp_path, capsys):
     assert shown["advice"]
 
 
+def scaling_8b(directory, capsys, *arguments, code=0):
+    path = str(write_config(directory, base=str(EIGHT_B)))
+    assert run_command(["plan", path, "train.batch_size=16", "--json", *arguments]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_several_cards_hold_the_whole_base_each_and_add_up_one_adapter_a_step(tmp_path, capsys):
+    one = scaling_8b(tmp_path, capsys, "--gpu", "80GB")
+    assert "scaling" not in one
+    found = scaling_8b(tmp_path, capsys, "--gpu", "80GB", "--gpus", "4", "--nodes", "2")
+    there, here = found["memory"]["components"], one["memory"]["components"]
+    assert there["base"] == here["base"]
+    assert there["activations"] < here["activations"], "a card has 2 of the 16 rows"
+    assert found["memory"]["total_bytes"] == sum(there.values())
+    scaling = found["scaling"]
+    assert scaling["cards"] == 8 and scaling["rows_a_card"] == 2 and scaling["smallest_cards"] == 1
+    assert scaling["reduced_bytes"] == 4 * found["adapter_parameters"] == there["reduction buffer"]
+    assert scaling["sent_bytes"] == round(2 * 7 / 8 * scaling["reduced_bytes"])
+    assert "between machines" in scaling["link_source"]
+    assert scaling["step_source"].startswith("assumed")
+
+
+def test_the_scaling_is_computed_from_the_step_and_the_link_that_are_given(tmp_path, capsys):
+    given = ("--gpu", "80GB", "--link", "2", "--step-seconds", "8")
+    scaling = scaling_8b(tmp_path, capsys, *given, "--gpus", "16")["scaling"]
+    assert scaling["link_source"] == scaling["step_source"] == "given"
+    expected = 8 / 16 + scaling["sent_bytes"] / 2e9
+    assert scaling["step_seconds"] == pytest.approx(expected)
+    assert scaling["speedup"] == pytest.approx(8 / expected)
+    # of 16 rows the busiest of five cards gets four; 20 cards are no faster than 16
+    assert scaling_8b(tmp_path, capsys, *given, "--gpus", "5")["scaling"]["rows_a_card"] == 4
+    more = scaling_8b(tmp_path, capsys, *given, "--gpus", "20")["scaling"]
+    assert more["speedup"] < scaling["speedup"] and more["efficiency"] < scaling["efficiency"]
+
+
+def test_where_the_base_is_larger_than_a_card_no_number_of_cards_is_enough(tmp_path, capsys):
+    found = scaling_8b(tmp_path, capsys, "--gpu", "12GB", "--gpus", "8", code=1)["scaling"]
+    assert found["smallest_cards"] is None
+    assert "each card holds all of it" in found["way"]
+    assert "model.quantization='{method: nf4}' one card is enough" in found["way"]
+    nf4 = "model.quantization={method: nf4}"
+    found = scaling_8b(tmp_path, capsys, nf4, "--gpu", "6GB", "--gpus", "8", code=1)["scaling"]
+    assert "would have to be sharded, over" in found["way"]
+    path = str(write_config(tmp_path, base=str(EIGHT_B)))
+    assert run_command(["plan", path, "--gpu", "24GB", "--gpus", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "fits on 1 card\n" in printed and "computed, not measured" in printed
+    assert run_command(["plan", path, "--gpu", "24GB", "--link", "3"]) == 2
+    assert run_command(["plan", path, "model.device=cpu", "--gpus", "2"]) == 2
+    assert "say which GPU with --gpu 80GB" in capsys.readouterr().err
+
+
 @without_torch
 def test_a_plan_imports_no_torch(tmp_path):
     path = write_config(tmp_path, base=str(EIGHT_B))
