@@ -15,12 +15,10 @@ from llmtune.commands.options import (
     print_result,
     with_output_options,
 )
-from llmtune.errors import LlmtuneError
 from llmtune.io.sizes import format_apart, format_in, format_size
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
-    from llmtune.planning.scaling import Spread
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
@@ -65,7 +63,7 @@ def plan(  # noqa: PLR0913 - one argument for each option
     from llmtune.runs.targets import require_run
 
     run = require_run(str(config), overrides)
-    spread = _read_spread(gpus, nodes, link, step_seconds)
+    spread = pipeline.read_spread(gpus, nodes, link, step_seconds)
     found = pipeline.plan(run, gpu=gpu, measure=measure, spread=spread)
     merged = pipeline.plan_merge(run) if merge else None
     num_merged = None if merged is None else merged.num_changed
@@ -73,18 +71,6 @@ def plan(  # noqa: PLR0913 - one argument for each option
     print_result(values, as_json, lambda: _render(found, quiet, num_merged))
     if not found.fits:
         raise click.exceptions.Exit(1)
-
-
-def _read_spread(
-    gpus: int | None, nodes: int | None, link: float | None, step_seconds: float | None
-) -> "Spread | None":
-    if gpus is None and nodes is None:
-        if link is not None or step_seconds is not None:
-            raise LlmtuneError("--link, --step-seconds: are for several GPUs; give --gpus as well")
-        return None
-    from llmtune.planning.scaling import Spread
-
-    return Spread(gpus or 1, nodes or 1, link, step_seconds)
 
 
 def _render(found: "Plan", quiet: bool, num_merged: int | None) -> RenderableType:

@@ -141,6 +141,27 @@ def plan(
     return make_plan(plan_request(config, device, measure=measure), spread)
 
 
+def read_spread(
+    gpus: int | None, nodes: int | None, link: float | None, step_seconds: float | None
+) -> "Spread | None":
+    """Return the GPUs that a plan is asked for; None is one.
+
+    Args:
+        link: GB/s of the slowest link between them.
+        step_seconds: a step on one of them, measured.
+
+    Raises:
+        LlmtuneError: what is known of several is given, and not how many there are.
+    """
+    if gpus is None and nodes is None:
+        if link is not None or step_seconds is not None:
+            raise LlmtuneError("--link, --step-seconds: are for several GPUs; give --gpus as well")
+        return None
+    from llmtune.planning.scaling import Spread
+
+    return Spread(gpus or 1, nodes or 1, link, step_seconds)
+
+
 def merge(
     config: RunConfig, *, force: bool = False, settings: MergeSettings = NO_SETTINGS
 ) -> MergeRecord:
