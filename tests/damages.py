@@ -71,7 +71,7 @@ WRONG: dict[str, dict[str, list[object]]] = {
         "padding_side": ["up"],
     },
     "adapter/adapter_config.json": {
-        "peft_type": [None, 5, "IA3", "nope"],
+        "peft_type": [None, 5, "IA3", "POLY", "nope"],
         "r": ["x", 0, -1, 10**9, None, [4], True],
         "lora_alpha": ["x", None, 1e300, [8]],
         "lora_dropout": ["x", 5],

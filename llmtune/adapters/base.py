@@ -16,7 +16,7 @@ from llmtune.schema import Section
 if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from torch import Tensor
+    from torch import Tensor, nn
 
 SavedConfig = Mapping[str, Any]
 """The content of an `adapter_config.json`."""
@@ -42,6 +42,8 @@ class Adapter(Section):
     """Settings with which no single set of weights equals the adapter, and why."""
     SHAPE_KNOBS: ClassVar[Mapping[str, str]] = {}
     """What must be equal for a saved adapter to be a start: {peft's name: the config's}."""
+    ZERO_SETTINGS: ClassVar[frozenset[str]] = frozenset()
+    """Settings that are 0 where other methods have a size."""
     KEPT_OUTPUTS: ClassVar[int] = 0
     """Results as wide as the layer's output that its forward pass keeps for the backward pass."""
     DENSE_COPIES: ClassVar[int] = 0
@@ -77,6 +79,10 @@ class Adapter(Section):
     def why_no_experts(self) -> str | None:
         """Say why fused expert weights cannot be adapted with these knobs; None if they can."""
         return f"adapter.method={self.method} cannot adapt them"
+
+    def why_no_layer(self, layer: "nn.Module") -> str | None:
+        """Say why this module of the base cannot be adapted; None if it can."""
+        return None
 
     def why_no_decay(self) -> str | None:
         """Say why weight decay would spoil the adapter with these knobs; None if it would not."""
@@ -221,6 +227,11 @@ class Adapter(Section):
         Raises:
             ValueError: the name has the method's form, and no tensor of it has that name.
         """
+
+    @classmethod
+    def shared_part(cls, name: str) -> str | None:
+        """Return the part that a tensor of the whole adapter is for every module; None if none."""
+        return None
 
     @classmethod
     def missing_part(cls, tensors: ModuleTensors) -> str | None:

@@ -1,5 +1,6 @@
 """The `adapter` section: which method, with which knobs. A new method is one entry here."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field
@@ -7,26 +8,69 @@ from pydantic import BeforeValidator, Field
 from llmtune.adapters.base import Adapter, SavedConfig
 from llmtune.adapters.dora import DoraAdapter
 from llmtune.adapters.lora import LoraAdapter
+from llmtune.adapters.other_bases import FourierAdapter, OftAdapter
+from llmtune.adapters.products import LoHaAdapter, LoKrAdapter, MissAdapter
 from llmtune.adapters.rslora import RsLoraAdapter
+from llmtune.adapters.vectors import Ia3Adapter, VeraAdapter
 from llmtune.errors import LlmtuneError
 
 DEFAULT_ADAPTER = LoraAdapter()
+
+
+VIRTUAL_TOKENS = (
+    "it puts virtual tokens before every text, which no merged model and no GGUF file can hold; "
+    "adapter.method: ia3 and lora with rank: 1 are about as small"
+)
+STARTS = "it is a start of LoRA: write adapter.method: lora and adapter.init: {}"
+NO_DATA_PASS = (
+    "llmtune has no pass over the data before training; adapter.init: pissa starts from the "
+    "weights alone"
+)
+UNOFFERED: Mapping[str, str] = {
+    "qlora": "QLoRA is LoRA over a base that is kept in 4 bits: write adapter.method: lora, and "
+    "choose the 4 bits with model.quantization.method",
+    "pissa": STARTS.format("pissa"),
+    "olora": STARTS.format("olora"),
+    "loraplus": "LoRA+ is LoRA with a learning rate of its own for B: write adapter.method: lora "
+    "and train.learning_rates: {lora_B: ...}",
+    "eva": NO_DATA_PASS,
+    "corda": NO_DATA_PASS,
+    "loftq": "it corrects what quantization lost, which llmtune measures; adapter.init: pissa "
+    "also starts from the weights, over 4 bits too",
+    "adalora": "its ranks are cut while it trains, which llmtune's steps do not do; use "
+    "adapter.method: lora with adapter.rank_pattern",
+    "boft": "it needs a CUDA extension that is compiled on first use; adapter.method: oft is the "
+    "same idea without one",
+    "shira": "peft cannot lay it out without the weights, so that its merge could not be planned "
+    "before training; use adapter.method: lora",
+    "prompt_tuning": VIRTUAL_TOKENS,
+    "prefix_tuning": VIRTUAL_TOKENS,
+    "p_tuning": VIRTUAL_TOKENS,
+}
+"""Methods that people look for, and what to use in their place."""
 
 
 def _with_method(section: Any) -> Any:
     """Read a section that names no method as one of the default method."""
     if not isinstance(section, dict):
         return section
-    if section.get("method") == "qlora":
-        raise ValueError(
-            "QLoRA is LoRA over a base that is kept in 4 bits: write adapter.method: "
-            f"{DEFAULT_ADAPTER.method}, and choose the 4 bits with model.quantization.method"
-        )
+    advice = UNOFFERED.get(str(section.get("method")).lower())
+    if advice is not None:
+        raise ValueError(f"method={section['method']}: {advice}")
     return {"method": DEFAULT_ADAPTER.method, **section}
 
 
 AdapterConfig = Annotated[
-    LoraAdapter | RsLoraAdapter | DoraAdapter,
+    LoraAdapter
+    | RsLoraAdapter
+    | DoraAdapter
+    | Ia3Adapter
+    | LoHaAdapter
+    | LoKrAdapter
+    | VeraAdapter
+    | OftAdapter
+    | MissAdapter
+    | FourierAdapter,
     Field(discriminator="method"),
     BeforeValidator(_with_method),
 ]

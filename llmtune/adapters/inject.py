@@ -107,6 +107,7 @@ def inject_adapter(
     names = list_modules(model, config)
     chosen = choose_targets(config, names)
     _check_tokens(model, config)
+    _check_kinds(model, config, chosen)
     total_parameters = sum(logical_size(parameter) for parameter in model.parameters())
     try:
         adapted = attach(model, _peft_config(model, config, names, chosen))
@@ -180,6 +181,17 @@ def _check_tokens(model: PreTrainedModel, config: Adapter) -> None:
             f"adapter.trainable_tokens: {beyond[0]} is not a token of this model, whose embedding "
             f"has the rows 0 to {num_rows - 1}"
         )
+
+
+def _check_kinds(model: PreTrainedModel, config: Adapter, chosen: list[str]) -> None:
+    modules = dict(model.named_modules())
+    for name in chosen:
+        reason = config.why_no_layer(modules[name]) if name in modules else None
+        if reason is not None:
+            raise LlmtuneError(
+                f"adapter.method={config.method} cannot adapt {name}: {reason}; or choose "
+                "adapter.method=lora"
+            )
 
 
 def _check_trainable(model: PeftModel, config: Adapter) -> None:

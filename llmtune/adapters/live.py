@@ -29,6 +29,7 @@ OWN_PARAMETERS = "llmtune_own_parameters"
 UNWANTED = (
     (r".is_gradient_checkpointing. is deprecated", FutureWarning),
     (r"fan_in_fan_out is set to", UserWarning),
+    (r"Invalid .oft_block_size.", UserWarning),
     (r".lora_bias=True. was passed", UserWarning),  # merging refuses it itself, before training
 )
 

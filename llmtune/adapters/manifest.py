@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmtune.adapters.config import method_of
+from llmtune.adapters.config import METHODS, method_of
 from llmtune.adapters.module_selection import ALL_LINEAR
 from llmtune.adapters.patterns import require_quick_patterns
 from llmtune.errors import LlmtuneError
@@ -91,11 +91,14 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
 
 def _check_settings(config: Mapping[str, Any], path: Path) -> None:
     """Check the values that peft and merging take as they are; `null` mostly counts as not set."""
+    owner = next((method for method in METHODS if method.owns(config)), None)
+    zeros = owner.ZERO_SETTINGS if owner is not None else frozenset()
     for expected, (is_right, settings) in SETTINGS.items():
         for name in settings:
             value = config.get(name)
             is_set = value is not None or (name in config and name in NEEDED_SETTINGS)
-            if is_set and not is_right(value):
+            is_zero = name in zeros and value == 0 and not isinstance(value, bool)
+            if is_set and not is_zero and not is_right(value):
                 raise LlmtuneError(
                     f"{path}: {name} is {str(value)!r:.80}; expected {expected}. {COPY_AGAIN}"
                 )

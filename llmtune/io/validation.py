@@ -175,6 +175,8 @@ def _nearest(section: type[Section], path: KeyPath) -> str:
     if ours := our_name(unknown):
         return ours
     siblings = keys.get(parent, set())
+    if unknown in siblings:
+        return f"other kinds of {'.'.join(map(str, path[:-1]))} have it, the chosen one does not"
     if near := difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.6):
         return f"did you mean {'.'.join(map(str, (*path[:-1], near[0])))}?"
     everywhere = {name: where for where, names in sorted(keys.items()) for name in names}

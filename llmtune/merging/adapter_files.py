@@ -65,7 +65,9 @@ class AdapterFiles:
         files = cls(directory, method, config, tensors)
         for name, entry in tensors.items():
             files._sort_in(name, entry)
+        shared = {method.shared_part(name): entry for name, entry in tensors.items()}
         for group in files.modules.values():
+            group.parts.update({part: entry for part, entry in shared.items() if part is not None})
             missing = method.missing_part(group)
             if missing is not None:
                 raise LlmtuneError(f"{directory}: module {group.module!r} has no {missing} tensor")
@@ -91,6 +93,8 @@ class AdapterFiles:
         return self.method.factors(self.modules[module], self.config)
 
     def _sort_in(self, name: str, entry: TensorEntry) -> None:
+        if self.method.shared_part(name) is not None:
+            return
         if not name.startswith(ADAPTER_PREFIX):
             raise LlmtuneError(
                 f"{self.directory}: tensor {name!r} does not begin with {ADAPTER_PREFIX!r}; "

@@ -14,6 +14,11 @@ from llmtune.adapters.offered import list_modules
 from tests.tiny import make_model
 
 METHODS = [member.model_fields["method"].default for member in get_args(get_args(AdapterConfig)[0])]
+LOW_RANK = [
+    member.model_fields["method"].default
+    for member in get_args(get_args(AdapterConfig)[0])
+    if "rank_pattern" in member.model_fields
+]
 PATTERNS = {
     "rank_pattern": {"q_proj": 8, r"layers\.1\..*": 2},
     "alpha_pattern": {"mlp.up_proj": 3, "v_proj": 40},
@@ -24,7 +29,7 @@ def parse(**knobs):
     return TypeAdapter(AdapterConfig).validate_python(knobs)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOW_RANK)
 def test_rank_alpha_and_scaling_are_what_peft_applies(method):
     config = parse(method=method, rank=4, alpha=16, **PATTERNS)
     layers = adapted_layers(inject_adapter(make_model("llama"), config).model)
@@ -37,7 +42,7 @@ def test_rank_alpha_and_scaling_are_what_peft_applies(method):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOW_RANK)
 def test_parameters_are_counted_without_a_model(method, family):
     config = parse(method=method, rank=4, rank_pattern={r".*\.0\..*": 2})
     model = make_model(family)
@@ -76,7 +81,7 @@ def test_dropout_reaches_every_layer():
     "knobs",
     [
         {"method": "lora", "r": 8},
-        {"method": "ia3"},
+        {"method": "nothing"},
         {"method": "lora", "rank": 0},
         {"method": "lora", "dropout": 1.0},
         {"method": "lora", "layers": "first-3"},
@@ -100,6 +105,20 @@ def test_config_and_targets_load_nothing_heavy():
 
 def test_a_section_without_a_method_is_lora():
     assert parse(rank=3).method == "lora"
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [
+        ("pissa", "adapter.init: pissa"),
+        ("boft", "adapter.method: oft"),
+        ("AdaLoRA", "rank_pattern"),
+        ("prompt_tuning", "no merged model"),
+    ],
+)
+def test_a_method_that_is_not_offered_is_answered_with_what_to_use(method, advice):
+    with pytest.raises(ValidationError, match=advice):
+        parse(method=method)
 
 
 def test_qlora_is_explained():

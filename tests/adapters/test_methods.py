@@ -5,20 +5,27 @@ import torch
 from safetensors.torch import load_file
 
 from llmtune.adapters.config import METHODS, method_of
-from llmtune.adapters.inject import inject_adapter
+from llmtune.adapters.inject import adapted_layers, inject_adapter
 from llmtune.adapters.live import adapter_strength
 from llmtune.adapters.manifest import has_effect, read_adapter_config
+from llmtune.adapters.products import MissAdapter
 from llmtune.adapters.saved import save_adapter
 from llmtune.errors import LlmtuneError
 from llmtune.merging.merge import merge_adapter
 from tests.adapters.conftest import load, logits, manifest_of
+
+SMALL = {MissAdapter: {"rank": 24}}
 
 
 @pytest.fixture(params=METHODS, ids=lambda method: method.name())
 def trained(request, checkpoint, tmp_path):
     """An adapter whose every tensor has moved: (method, base, live model, directory)."""
     loaded = load(checkpoint())
-    model, _ = inject_adapter(loaded.model, request.param())
+    model, table = inject_adapter(loaded.model, request.param(**SMALL.get(request.param, {})))
+    shapes = {name: (m.out_features, m.in_features) for name, m in adapted_layers(model).items()}
+    assert request.param(**SMALL.get(request.param, {})).num_parameters(shapes) == (
+        table.trainable_parameters
+    )
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,5 +65,5 @@ def test_a_weakened_layer_is_between_base_and_tuned_and_is_put_back(trained):
 
 
 def test_a_type_that_no_method_owns_is_refused_with_those_that_are():
-    with pytest.raises(LlmtuneError, match="type LOHA; llmtune reads LORA.*lora, rslora, dora"):
-        method_of({"peft_type": "LOHA"})
+    with pytest.raises(LlmtuneError, match="type POLY; llmtune reads LORA.*lora, rslora, dora"):
+        method_of({"peft_type": "POLY"})

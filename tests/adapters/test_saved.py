@@ -335,7 +335,7 @@ def test_directory_with_other_files_is_not_overwritten(saved, tmp_path):
     [
         ({}, "no adapter here"),
         ({"adapter_config.json": "{"}, "is not JSON"),
-        ({"adapter_config.json": '{"peft_type": "IA3"}'}, "of type IA3"),
+        ({"adapter_config.json": '{"peft_type": "POLY"}'}, "of type POLY"),
         ({"adapter_config.json": '{"peft_type": "LORA"}'}, "no adapter_model.safetensors"),
         (
             {"adapter_config.json": '{"peft_type": "LORA"}', "adapter_model.bin": ""},
