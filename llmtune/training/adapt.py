@@ -158,6 +158,7 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
         seed: decides the adapter's start, the order of the rows, and dropout.
         identity: hashes of base, data and config: in every checkpoint, and compared on resume.
     """
+    _require_seen(adapter.token_rows, rows.train.examples)
     loaded = load_model(model, source)
     _log_lines(_describe_loaded(loaded))
     waiting = why_threads_wait(loaded.device)
@@ -215,6 +216,20 @@ def _switched_off(
     for path, reason in found.items():
         log.warning("%s is %s", path, reason)
     return found
+
+
+def _require_seen(token_rows: Sequence[int], examples: Sequence[Example]) -> None:
+    """Refuse rows of the embedding that nothing would train."""
+    unseen = set(token_rows)
+    for example in examples if unseen else ():
+        unseen.difference_update(example.input_ids)
+        if not unseen:
+            return
+    if unseen:
+        raise LlmtuneError(
+            f"adapter.trainable_tokens: no training row holds the token {min(unseen)}, so its row "
+            "of the embedding would stay as it is; leave it out"
+        )
 
 
 def _log_lines(lines: Iterator[str]) -> None:

@@ -24,6 +24,8 @@ MAX_NAMES = 8
 LARGEST_LIKELY_RATE = 0.1
 """AdamW moves every weight by about the learning rate; beyond this one step saturates a model."""
 
+TOKEN_ROWS = ".trainable_tokens_delta."
+
 
 class NoGradientStop(TrainerCallback):
     """Stops by step 2 if a trained tensor got no gradient.
@@ -48,7 +50,12 @@ class NoGradientStop(TrainerCallback):
         if args.fp16 or self._steps == CHECKED_STEPS:
             return
         self._steps += 1
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            # a token may be in later rows only; that it is in some is known
+            if parameter.requires_grad and TOKEN_ROWS not in name
+        }
         if self._waiting is None:
             self._waiting = set(trained)
         graded = [name for name in sorted(self._waiting) if trained[name].grad is not None]

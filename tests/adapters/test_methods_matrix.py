@@ -36,12 +36,12 @@ FAMILIES = {
     "gpt2": {},
 }
 QUANTIZED = {"dense": None, "nf4": {"method": "nf4"}}
-KNOBS = {
+KNOBS: dict[str, dict] = {
     "vera": {"rank": 16},
     "miss": {"rank": 24},
     "fourierft": {"num_frequencies": 100},
 }
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, dict]] = {
     "lora from the weight": ("lora", {"init": "pissa", "rank": 4}),
     "dora from the weight": ("dora", {"init": "olora", "rank": 4}),
     "ia3 of inputs": ("ia3", {"feedforward_modules": ["down_proj"]}),
