@@ -142,7 +142,7 @@ def test_rank_that_contradicts_the_config_is_refused(place):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"peft_type": "LOHA"},
+        {"peft_type": "POLY"},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "pissa_niter_4"},
         {"init_lora_weights": "olora"},
