@@ -138,8 +138,9 @@ def test_chat_lets_each_model_have_its_own_history(config, capsys, monkeypatch, 
     capsys.readouterr()
     rows = tmp_path / "said.jsonl"
     lines = [f"/save {rows}", "The film is warm.", "/base", "And<|im_end|>", "And the plot?",
-             "/system Be brief.", "/compare A slow one", "/compare And the cast?", f"/save {rows}",
-             f"/save {rows}", "/merged", "/help", "/nonsense", "/clear", "/quit"]  # fmt: skip
+             "/system Be brief.", "/compare A slow one", "/compare And the cast?", "/system",
+             f"/save {tmp_path}/no/x", f"/save {rows}", f"/save {rows}", "/merged", "/help",
+             "/nonsense", "/clear", "/quit"]  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     command = ["chat", str(config), "--max-new-tokens", "4", "--json", "--quiet"]
     assert run_command(command) == 0
@@ -153,6 +154,7 @@ def test_chat_lets_each_model_have_its_own_history(config, capsys, monkeypatch, 
         "/save: nothing was answered yet",
         f"2 rows in {rows}",
         f"/save {rows}: exists already",
+        f"/save {tmp_path}/no/x: its directory does not exist",
         "/compare [TEXT]",
         "/nonsense: unknown",
         "(stopped)",
@@ -165,6 +167,9 @@ def test_chat_lets_each_model_have_its_own_history(config, capsys, monkeypatch, 
         ["And the plot?", "And the cast?"],
     ]
     assert all(row[0] == {"role": "system", "content": "Be brief."} for row in saved)
+    marks = [[m.get("train") for m in row if m["role"] == "assistant"] for row in saved]
+    assert marks == [[False, None, None], [False, None]]  # answered before there was a system
+    assert not (tmp_path / "no").exists()
     own = [f"data.train=[{{path: {rows}}}]", "data.evaluation=[]"]
     assert run_command(["data", "check", str(config), *own, "--quiet"]) == 0
 

@@ -103,7 +103,9 @@ def config_import(file: Path, out: Path | None, force: bool, quiet: bool, as_jso
     found = import_config(file)
     out = out or file.with_name(f"{file.stem}_llmtune.yaml")
     if out.exists() and not force:
-        raise LlmtuneError(f"{out}: exists already; choose another --out, or give --force")
+        raise LlmtuneError(f"{out}: exists already; choose a different --out, or give --force")
+    if not out.absolute().parent.is_dir():
+        raise LlmtuneError(f"{out}: its directory does not exist; make it first")
     atomic_write_text(out, found.render(file.name))
     result = {
         "config": str(out),

@@ -2,6 +2,7 @@
 
 import html
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from llmtune.evaluation.scores import SuiteScores
     from llmtune.reporting.report import Report
+
+log = logging.getLogger("llmtune")
 
 SHOWN_ROWS = 20
 CUT = 200
@@ -171,6 +174,12 @@ def tune(  # noqa: PLR0913 (one argument a choice)
     folder = cache_dir() / "python" / hash_text(given)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     draft = draft_config(path, folder / "task.yaml", base=base, asked=asked, force=True)
+    if draft.found.bad_rows:
+        log.warning(
+            "%d of %d rows cannot be used and are left out; the first: %s. "
+            'settings={"data.on_bad_row": "error"} refuses them',
+            *(draft.found.bad_rows, draft.found.num_rows, draft.found.first_bad_row),
+        )
     if metric is not None:
         _set_metric(draft.suite, metric)
     config = load_config(draft.config, [*_overrides(settings or {}), f"run_dir={run_dir}"])

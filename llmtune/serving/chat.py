@@ -65,6 +65,8 @@ class Chat:
     def clear(self) -> None:
         """Start over with every model; the system prompt stays."""
         self.turns = {arm: [] for arm in self.live.arms}
+        self._systems: dict[str, list[str | None]] = {arm: [] for arm in self.live.arms}
+        """The system prompt under which each answer was given."""
 
     def switch(self, arm: str) -> None:
         """Let `arm` answer from now on, with its own history."""
@@ -129,26 +131,41 @@ class Chat:
             click.echo("(stopped)", err=True)
         if text.strip():
             self.turns[arm] += [asked, {"role": "assistant", "content": text}]
+            self._systems[arm].append(self.system)
         return not is_stopped
 
     def save(self, path: Path) -> int:
         """Write every history as a row that can be trained on; return how many there are.
 
+        A row has the system prompt of its last answer; answers that were given under a different
+        one are marked `train: false`.
+
         Raises:
-            LlmtuneError: nothing was said, the file exists, or it cannot be written.
+            LlmtuneError: nothing was said, the file exists or its directory does not, or it cannot
+                be written.
         """
         tools = {"tools": self._tools} if self._tools else {}
-        rows = [{"messages": self.messages(arm), **tools} for arm in self.turns if self.turns[arm]]
+        rows = [{"messages": self._said(arm), **tools} for arm in self.turns if self.turns[arm]]
         if not rows:
             raise LlmtuneError("/save: nothing was answered yet")
         if path.exists():
             raise LlmtuneError(f"/save {path}: exists already; choose a different file")
+        if not path.absolute().parent.is_dir():
+            raise LlmtuneError(f"/save {path}: its directory does not exist; make it first")
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         try:
             atomic_write_text(path, "\n".join(lines) + "\n")
         except (OSError, UnicodeError) as error:
             raise LlmtuneError(f"/save {path}: cannot be written: {error}") from None
         return len(rows)
+
+    def _said(self, arm: str) -> list[Message]:
+        *earlier, last = self._systems[arm]
+        turns = [dict(turn) for turn in self.turns[arm]]
+        for answer, system in zip(turns[1::2], earlier, strict=False):
+            if system != last:
+                answer["train"] = False
+        return [{"role": "system", "content": last}, *turns] if last else turns
 
 
 def run_chat(target: Loadable, settings: ChatSettings) -> None:

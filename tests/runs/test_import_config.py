@@ -37,6 +37,8 @@ def test_a_whole_qlora_file_is_imported_planned_and_every_key_is_accounted_for(
     folder, monkeypatch, capsys, name
 ):
     monkeypatch.chdir(folder)
+    assert run_command(["config", "import", name, "--out", "no/mine.yaml"]) == 2
+    assert not Path("no").exists()
     assert run_command(["config", "import", name, "--out", "mine.yaml", "--force", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     config = load_config("mine.yaml")

@@ -51,6 +51,13 @@ def test_rows_become_a_judged_run_and_each_step_is_heard(tuned):
     assert tuned.found.verdict and (tuned.found.run_dir / "report.html").is_file()
 
 
+def test_rows_that_are_left_out_are_said(base, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("llmtune.runs.pipeline.run", lambda *_, **__: None)
+    rows = [*ROWS, {"text": "The last one", "label": None}]
+    llmtune.tune(model=base, rows=rows, run_dir=tmp_path / "run", settings=SHORT)
+    assert "1 of 111 rows cannot be used and are left out; the first: " in caplog.text
+
+
 def test_scores_and_answers_are_tables(tuned, base):
     scores = tuned.found.scores()
     assert scores["task"]["task"] == "choice"
