@@ -18,6 +18,7 @@ from llmtune.evaluation.tasks.config import TASKS
 from llmtune.exporting.config import EXPORTERS
 from llmtune.launching.config import ENGINES
 from llmtune.models.quantization.config import members
+from llmtune.models.stored.formats import FORMATS as STORED_FORMATS
 from llmtune.training.objectives import DEFAULT_OBJECTIVE
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +123,14 @@ KINDS: dict[str, Kind] = {
         names=QUANTIZATIONS,
         fields=("quantization", "quantized", "unquantized", "method"),
         words=frozenset({"none"}),
+    ),
+    "stored format": Kind(
+        folder="models/stored",
+        members=STORED_FORMATS,
+        names=frozenset(name for kind in STORED_FORMATS for name in (kind.method, *kind.aliases)),
+        fields=("stored", "format", "method"),
+        # a package, and formats of compute and of GGUF files
+        words=frozenset({"bitsandbytes", "fp8", "mxfp4"}),
     ),
     "suite task": Kind(
         folder="evaluation/tasks",

@@ -100,6 +100,13 @@ PLANTED = {
         "from llmtune.models.quantization.config import Nf4Quantization",
         "from ..models.quantization import four_bit",
     ),
+    "stored format": (
+        'if knobs["quant_method"] == "gptq": pass',
+        'if format.method == "fp8": pass',
+        'message = "an awq checkpoint"',
+        "from llmtune.models.stored.formats import GptqFormat",
+        "import llmtune.models.stored.compressed_tensors",
+    ),
     "suite task": (
         'is_choice = any(suite.task == "choice" for suite in suites)',
         'draft(task="choice" if labels else "exact")',
@@ -140,6 +147,7 @@ ALLOWED = {
         "from llmtune.experiments import learning_curve\nlearning_curve.run()",
     ),
     "quantization": ('loss(x, reduction="none")', 'table.change != "none"'),
+    "stored format": ("import bitsandbytes as bnb", 'path.suffix == ".gguf"'),
     "suite task": ('choice = response["choice"]', 'ABILITY_WORDS = {"chat": "open chat"}'),
 }
 """By kind: lines in which a name means something else."""

@@ -118,6 +118,9 @@ class BaseRecord(TypedDict, total=False):
     origin: str
     revision: str | None
     gguf_sha256: str | None
+    stored: str
+    """How the base was stored, and what its weights became, if it was quantized."""
+    stored_fingerprint: str
     fingerprint: str
     dtype: str
     quantization: str

@@ -38,6 +38,16 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 
 
+EIGHT_BIT_FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E8M0": torch.float8_e8m0fnu,
+    }
+)
+"""What only a quantized checkpoint has; transformers is not given them one by one."""
+
+
 class StoredTensor:
     """A tensor in a safetensors file that is read when it is asked for with `[...]`.
 
@@ -65,7 +75,8 @@ class StoredTensor:
         """
         assert index is ..., "a weight is read whole"
         entry = self._entry
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        dtype = DTYPES.get(entry.dtype) or EIGHT_BIT_FLOATS[entry.dtype]
+        tensor = torch.empty(entry.shape, dtype=dtype)
         buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
         with entry.path.open("rb", buffering=0) as file:
             read = 0

@@ -27,6 +27,22 @@ PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
+class StoredForm:
+    """How the checkpoint that a dense one was made from is quantized."""
+
+    title: str
+    """The format, such as `gptq 4-bit`."""
+    dtype: str
+    """What its weights became."""
+    fingerprint: str
+    """Of its weights."""
+
+    def describe(self) -> str:
+        """Say what was done."""
+        return f"{self.title}, dequantized to {self.dtype}"
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint directory, opened once and passed on.
 
@@ -41,6 +57,8 @@ class Checkpoint:
     """The hub commit, 40 hex digits; null for local files."""
     gguf_sha256: str | None = None
     """SHA-256 of the GGUF file that the checkpoint was made from."""
+    stored: StoredForm | None = None
+    """How the base was stored, if this is the dense checkpoint made from it."""
     template: TemplateChoice = OWN_TEMPLATE
     """What replaces the checkpoint's own chat template, if anything."""
     template_date: str | None = None
@@ -58,13 +76,17 @@ class Checkpoint:
 
     def as_record(self) -> "BaseRecord":
         """Return where the checkpoint came from and its fingerprint, as manifests record it."""
-        return {
+        record: BaseRecord = {
             "path": str(self.directory),
             "origin": self.origin,
             "revision": self.revision,
             "gguf_sha256": self.gguf_sha256,
             "fingerprint": self.fingerprint,
         }
+        if self.stored is not None:
+            record["stored"] = self.stored.describe()
+            record["stored_fingerprint"] = self.stored.fingerprint
+        return record
 
     @cached_property
     def config(self) -> Mapping[str, Any]:

@@ -42,11 +42,13 @@ def dense_checkpoint(gguf_path: Path) -> tuple[Path, str]:
         remove_all_leftovers(target.parent)
     if not (target / CONFIG_NAME).is_file():
         logger.info("%s: making a dense checkpoint from it, once, in %s", gguf_path, target)
-        _make_once(target, lambda directory: _convert(gguf_path, sha256, directory))
+        make_once(target, lambda directory: _convert(gguf_path, sha256, directory))
     return target, sha256
 
 
-def _make_once(target: Path, write: Callable[[Path], None]) -> None:
+def make_once(
+    target: Path, write: Callable[[Path], None], *, source: str = "the GGUF file"
+) -> None:
     """Let `write` fill a directory beside `target`, then rename it into place.
 
     What a killed conversion left is removed; what another process is writing is kept.
@@ -66,7 +68,7 @@ def _make_once(target: Path, write: Callable[[Path], None]) -> None:
                 # another process was faster; its checkpoint is the same
         except OSError as error:
             raise LlmtuneError(
-                f"{target}: the checkpoint made from the GGUF file could not be written: {error}. "
+                f"{target}: the checkpoint made from {source} could not be written: {error}. "
                 "Set LLMTUNE_CACHE to a directory with room."
             ) from error
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.stopping import call_within, first_line
-from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
+from llmtune.models.stored.formats import read_format
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -63,7 +64,26 @@ def fetch_snapshot(
         raise
     if cached is not None and cached[1] == commit:
         return cached
+    _require_readable(repo, commit)
     return _download(repo, commit, allow_pickle=allow_pickle, allow_code=allow_code), commit
+
+
+def _require_readable(repo: str, commit: str) -> None:
+    """Refuse a base that is quantized in a way that is not read before its weights are fetched.
+
+    Raises:
+        LlmtuneError: it is.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+
+    try:
+        config = hf_hub_download(repo, CONFIG_NAME, revision=commit)
+    except EntryNotFoundError:
+        return  # what is there instead is said when it is opened
+    except (HTTPError, OSError) as error:
+        raise _broke_off(repo, error) from error
+    read_format(Checkpoint.open(Path(config).parent).config, f"model.base={repo}")
 
 
 def fetch_adapter(repo: str) -> Path | None:
@@ -106,7 +126,7 @@ def _cached_snapshot(
     # .../models--org--name/snapshots/<commit>/config.json
     snapshot = Path(config).parent
     try:
-        Checkpoint.open(snapshot).require_whole(allow_pickle=allow_pickle)
+        Checkpoint.open(snapshot).require_whole(allow_pickle=allow_pickle, allow_quantized=True)
     except LlmtuneError:
         return None  # an unfinished download; the hub is asked for the rest
     return snapshot, snapshot.name
@@ -157,7 +177,11 @@ def _download(repo: str, commit: str, *, allow_pickle: bool, allow_code: bool) -
     try:
         return Path(snapshot_download(repo, revision=commit, allow_patterns=patterns))
     except (HTTPError, OSError) as error:
-        raise LlmtuneError(
-            f"model.base={repo}: the download broke off: {first_line(error)}. "
-            "The same command continues it."
-        ) from error
+        raise _broke_off(repo, error) from error
+
+
+def _broke_off(repo: str, error: Exception) -> LlmtuneError:
+    return LlmtuneError(
+        f"model.base={repo}: the download broke off: {first_line(error)}. "
+        "The same command continues it."
+    )

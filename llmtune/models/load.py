@@ -104,6 +104,7 @@ def load_model(config: ModelConfig, source: Checkpoint) -> LiveModel:
         quantized=quantized,
         stop_token_ids=stops,
         notices=(
+            *(() if source.stored is None else (f"base: {source.stored.describe()}",)),
             *notices,
             *_device_notices(config, device),
             *_quantization_notices(model, quantized, config.storage),

@@ -5,8 +5,9 @@ from functools import cached_property
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
-from llmtune.models.checkpoint import Checkpoint, refuse_quantized
+from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
+from llmtune.models.dequantized import dequantize, plan_dequantization
 from llmtune.models.gguf import dense_checkpoint
 from llmtune.models.hub import HubUnreachable, fetch_snapshot, no_such_base, reads_as_hub_id
 
@@ -29,6 +30,9 @@ class Loadable:
     """The date (YYYY-MM-DD) that the base's chat template prints; null is the day's."""
     opened: Checkpoint | None = None
     """The base, if it is open already."""
+    keeps_quantized: bool = True
+    """Whether a base that transformers loads quantized stays so; false for what was trained on the
+    dense checkpoint made from it."""
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -42,18 +46,19 @@ class Loadable:
         """The base, which may be stored quantized; raises as `resolve_base` does."""
         if self.opened is not None:
             return self.opened
-        source = resolve_base(self.model, allow_quantized=True)
+        source = resolve_base(self.model, allow_quantized=self.keeps_quantized)
         return replace(source, template_date=self.template_date)
 
     @cached_property
     def dense_base(self) -> Checkpoint:
-        """The same, for what a quantized checkpoint cannot be used for.
+        """The same, for what a quantized checkpoint cannot be used for: the dense one made of it.
 
         Raises:
-            LlmtuneError: it is stored quantized, or as `resolve_base`.
+            LlmtuneError: as `resolve_base`.
         """
-        refuse_quantized(self.base.config, str(self.base.directory))
-        return self.base
+        if not self.base.is_quantized:
+            return self.base
+        return replace(resolve_base(self.model), template_date=self.template_date)
 
     @cached_property
     def merged(self) -> Checkpoint:
@@ -77,12 +82,16 @@ class Loadable:
 def resolve_base(config: ModelConfig, *, allow_quantized: bool = False) -> Checkpoint:
     """Open the checkpoint that `config.base` names: a path if it exists, else a hub id.
 
-    A GGUF file is turned into a dense checkpoint once and kept in the cache directory. Loads no
-    torch unless a GGUF file is met for the first time.
+    A GGUF file or a quantized checkpoint is turned into a dense one once, which is kept in the
+    cache directory. Loads no torch unless one is met for the first time.
+
+    Args:
+        allow_quantized: leave a checkpoint as it is if transformers loads it quantized.
 
     Raises:
         LlmtuneError: there is no such path and no such model, the hub cannot be reached (within
-            5 s), or what is there is not a whole checkpoint.
+            5 s), or what is there is not a whole checkpoint, or is quantized in a way that is not
+            read.
     """
     path = Path(config.base).expanduser()
     allow_pickle = config.weights == "any"
@@ -96,6 +105,9 @@ def resolve_base(config: ModelConfig, *, allow_quantized: bool = False) -> Check
     else:
         source = _hub_source(config, allow_pickle=allow_pickle)
     source = replace(source, template=config.template)
+    plan = plan_dequantization(source, keeps_loadable=allow_quantized)
+    if plan is not None:
+        return dequantize(plan)
     source.require_whole(allow_pickle=allow_pickle, allow_quantized=allow_quantized)
     return source
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,11 +12,14 @@ from llmtune.io.gguf_head import read_gguf_head
 from llmtune.io.json_files import read_json_object
 from llmtune.io.quiet import quieted
 from llmtune.io.stopping import call_within, first_line
-from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint, refuse_quantized
+from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
+from llmtune.models.dequantized import plan_dequantization
 from llmtune.models.gguf import cache_dir
 from llmtune.models.hub import LOOKUP_SECONDS, no_such_base, reads_as_hub_id
 from llmtune.models.plausible import check_config
+from llmtune.models.stored.dense import dense_config, dense_dtype
+from llmtune.models.stored.formats import read_format
 
 TOKENIZER_NAME = "tokenizer.json"
 RECORD_NAME = "llmtune_base.json"
@@ -61,6 +64,8 @@ class BaseNumbers:
     """Of the checkpoint's weights; None if only config.json is there."""
     tokenizer_dir: Path | None
     """Where its tokenizer can be loaded from; None if there is none."""
+    notice: str | None = None
+    """What happens to a base that is stored quantized."""
 
     @property
     def stored_element_bytes(self) -> int:
@@ -77,18 +82,11 @@ def read_base(model: ModelConfig, opened: Checkpoint | None = None) -> BaseNumbe
 
     Raises:
         LlmtuneError: there is no such path and no such model, the hub cannot be reached, or the
-            base is quantized already, which training refuses too.
+            base is quantized in a way that is not read, which training refuses too.
     """
     path = Path(model.base).expanduser() if opened is None else opened.directory
     if path.is_dir():
-        base = opened or Checkpoint.open(path)
-        config = base.config
-        refuse_quantized(config, str(path))
-        stored = None
-        if base.has_safetensors:
-            stored = sum(entry.num_bytes for entry in base.index.tensors.values())
-        has_tokenizer = (path / TOKENIZER_NAME).is_file()
-        return BaseNumbers(config, str(path / CONFIG_NAME), stored, path if has_tokenizer else None)
+        return _read_directory(opened or Checkpoint.open(path))
     if path.suffix == ".gguf" and path.is_file():
         return BaseNumbers(read_gguf_config(path), str(path), None, _converted_before(path))
     if path.exists():
@@ -99,6 +97,31 @@ def read_base(model: ModelConfig, opened: Checkpoint | None = None) -> BaseNumbe
     if not reads_as_hub_id(model.base):
         raise no_such_base(model.base)
     return _read_hub(model.base, model.revision)
+
+
+def _read_directory(base: Checkpoint) -> BaseNumbers:
+    path, config = base.directory, base.config
+    place = str(path / CONFIG_NAME)
+    tokenizer_dir = path if (path / TOKENIZER_NAME).is_file() else None
+    if read_format(config, str(path)) is not None and not base.has_safetensors:
+        return replace(_dense_numbers(config, place), tokenizer_dir=tokenizer_dir)
+    plan = plan_dequantization(base)
+    if plan is not None:
+        return BaseNumbers(plan.config, place, plan.dense_bytes, tokenizer_dir, plan.describe())
+    stored = None
+    if base.has_safetensors:
+        stored = sum(entry.num_bytes for entry in base.index.tensors.values())
+    notice = None if base.stored is None else f"base: {base.stored.describe()}"
+    return BaseNumbers(config, place, stored, tokenizer_dir, notice)
+
+
+def _dense_numbers(config: Mapping[str, Any], place: str) -> BaseNumbers:
+    """Return what config.json alone says of a base, as the dense checkpoint if it is quantized."""
+    format = read_format(config, place)
+    if format is None:
+        return BaseNumbers(config, place, None, None)
+    notice = f"base: {format.title}, dequantized to {dense_dtype(config)} on first use"
+    return BaseNumbers(dense_config(config), place, None, None, notice)
 
 
 def _converted_before(gguf_path: Path) -> Path | None:
@@ -147,14 +170,11 @@ def _read_hub(repo: str, revision: str | None) -> BaseNumbers:
         stored = int(call_within(LOOKUP_SECONDS, measure))
     except (HTTPError, OSError, NotASafetensorsRepoError):
         stored = None
-    config = Checkpoint.open(directory).config
-    refuse_quantized(config, repo)
-    has_tokenizer = (directory / TOKENIZER_NAME).is_file()
-    return BaseNumbers(
-        config,
-        f"{repo} on the hub",
-        stored,
-        directory if has_tokenizer else None,
+    known = _dense_numbers(Checkpoint.open(directory).config, f"{repo} on the hub")
+    return replace(
+        known,
+        stored_bytes=stored if known.notice is None else None,
+        tokenizer_dir=directory if (directory / TOKENIZER_NAME).is_file() else None,
     )
 
 

@@ -189,6 +189,8 @@ def make_plan(request: PlanRequest, spread: Spread | None = None) -> Plan:
 
 
 def _notices(base: BaseNumbers, rows: RowFacts, memory: MemoryEstimate) -> Iterator[str]:
+    if base.notice:
+        yield base.notice
     if memory.notice:
         yield memory.notice
     positions = base.config.get("max_position_embeddings")

@@ -144,6 +144,7 @@ class EvaluateStage(Stage[EvaluateRecord]):
             run.merged_dir,
             template_date=self.source.template_date,
             opened=self.source,
+            keeps_quantized=False,
         )
         return EvaluationRequest(
             knobs=self._knobs(inputs),

@@ -100,7 +100,12 @@ def resolve_target(name: str, overrides: Sequence[str] = ()) -> Target:
             return _judged_target(name, manifest, overrides)
         return run_target(name, load_run_config(path, overrides))
     if (path / "adapter_config.json").is_file():
-        return Target(name, _model(adapter_base(path), overrides), adapter_dir=path)
+        return Target(
+            name,
+            _model(adapter_base(path), overrides),
+            adapter_dir=path,
+            keeps_quantized=not (path / MANIFEST_NAME).is_file(),
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise LlmtuneError(
             f"{name}: neither a run (manifest.json), nor an adapter (adapter_config.json), "
@@ -249,6 +254,7 @@ def run_target(name: str, config: RunConfig, *, opened: Checkpoint | None = None
         merged_problem=problem,
         template_date=manifest.base.get("template_date"),
         opened=opened,
+        keeps_quantized=False,
         config=config,
     )
 

@@ -219,7 +219,7 @@ def test_conversion_by_another_process_meanwhile_is_accepted(tmp_path):
         target.mkdir()
         (target / "config.json").write_text("theirs")
 
-    gguf_room._make_once(target, write_while_another_finishes)
+    gguf_room.make_once(target, write_while_another_finishes)
 
     assert (target / "config.json").read_text() == "theirs"
     assert list(target.parent.iterdir()) == [target]

@@ -177,11 +177,11 @@ def test_missing_shard_is_named(editable):
         resolve_base(ModelConfig(base=str(editable)))
 
 
-def test_quantized_base_is_refused_before_training(editable):
+def test_base_that_is_quantized_in_an_unknown_way_is_refused_before_training(editable):
     config = json.loads((editable / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq"}
+    config["quantization_config"] = {"quant_method": "aqlm"}
     (editable / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LlmtuneError, match="gptq"):
+    with pytest.raises(LlmtuneError, match=r"'aqlm', which is not read .* give the 16-bit"):
         resolve_base(ModelConfig(base=str(editable)))
 
 

@@ -69,9 +69,9 @@ def test_a_hub_that_is_not_reached_is_an_error_that_names_both_readings():
         read_base(ModelConfig(base="org/absent"))
 
 
-def test_a_base_that_is_quantized_already_is_refused_as_training_refuses_it(tmp_path):
-    base = make_base(tmp_path / "base", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(LlmtuneError, match=r"already quantized \(gptq\)"):
+def test_a_base_that_is_quantized_in_an_unknown_way_is_refused_as_training_refuses_it(tmp_path):
+    base = make_base(tmp_path / "base", quantization_config={"quant_method": "aqlm"})
+    with pytest.raises(LlmtuneError, match="stored quantized by 'aqlm', which is not read"):
         read_base(ModelConfig(base=base))
 
 

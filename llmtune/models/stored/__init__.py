@@ -1,0 +1,1 @@
+"""How other people's checkpoints are quantized: one file for each format."""
