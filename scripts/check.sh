@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The one gate: format, lint, types, import contracts, tests. `--slow` runs the real-model tests too,
 # `--lint` everything but the tests.
-# Where there are two cores, two processes share the fast tests, a file at a time.
+# Where there are two cores, two processes share the tests, a file at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=.venv/bin
@@ -22,5 +22,7 @@ fi
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
     "$bin/python" -m pytest -m "not slow" --numprocesses "$workers" --dist loadfile
 if [ "${1:-}" = "--slow" ]; then
-    "$bin/python" -m pytest -m slow
+    # The quickstart takes one process, all the others together the second one.
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
+        "$bin/python" -m pytest -m slow --numprocesses "$workers" --dist loadfile
 fi

@@ -10,9 +10,11 @@ extras="${1:-}"
 constraints="${LLMTUNE_CONSTRAINTS:-constraints.txt}"
 stamp=".venv/.installed-${extras:-run}"
 wanted="$(cat pyproject.toml "$constraints" | cksum)"
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
-    exit 0
-fi
+for done in "$stamp" .venv/.installed-dev; do # dev has all that the others have
+    if [ -f "$done" ] && [ "$(cat "$done")" = "$wanted" ]; then
+        exit 0
+    fi
+done
 
 fail() {
     echo "error: $1" >&2

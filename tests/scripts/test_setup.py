@@ -21,8 +21,8 @@ def clone(tmp_path):
     return tmp_path
 
 
-def setup(clone: Path, path: str) -> subprocess.CompletedProcess[str]:
-    command = [str(shutil.which("bash")), str(clone / "scripts" / "setup.sh")]
+def setup(clone: Path, path: str, *extras: str) -> subprocess.CompletedProcess[str]:
+    command = [str(shutil.which("bash")), str(clone / "scripts" / "setup.sh"), *extras]
     environment = {"PATH": path, "HOME": str(clone)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -66,6 +66,15 @@ def test_a_second_call_after_a_good_one_does_nothing(clone):
     assert setup(clone, os.environ["PATH"]).returncode == 0
     assert setup(clone, os.environ["PATH"]).stderr == ""
     assert (clone / ".venv" / "bin" / "installs").read_text() == "called\n"
+
+
+def test_what_development_needs_has_what_a_run_needs(clone):
+    write_python(clone / ".venv" / "bin" / "python", has_pip=True, installs=True)
+    assert setup(clone, os.environ["PATH"], "dev").returncode == 0
+    assert setup(clone, os.environ["PATH"]).stderr == ""
+    assert (clone / ".venv" / "bin" / "installs").read_text() == "called\n"
+    (clone / "constraints.txt").write_text("torch==2.13.0\n")
+    assert "Installing llmtune by" in setup(clone, os.environ["PATH"]).stderr
 
 
 def test_an_environment_whose_making_was_interrupted_is_made_again(clone, tmp_path):
