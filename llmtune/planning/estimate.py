@@ -68,6 +68,8 @@ class Workload:
     """That all steps train on together; None if they are not known."""
     num_lengths: int | None = None
     """Different lengths among the rows; None if they are not known."""
+    kept_state_bytes: int = 0
+    """Hidden states of the base that `protect.kl_to_base` keeps."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ def _fixed_components(work: Workload, base: Mapping[str, int], device_type: str)
         "merged experts": merged_expert_bytes(shape, work.adapted, b),
         "LM head chunk": _head_chunk_bytes(shape, b, device_type),
         "dequantization": _dequantization_bytes(work),
+        "the base's states": work.kept_state_bytes,
     }
     return {name: size for name, size in components.items() if size}
 

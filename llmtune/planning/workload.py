@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
@@ -20,6 +20,7 @@ from llmtune.planning.estimate import MemoryEstimate, Workload, estimate_memory
 from llmtune.planning.rows import RowFacts, measure_rows
 from llmtune.planning.shape import ModelShape, read_shape
 from llmtune.training.config import TrainConfig
+from llmtune.training.protect.config import ProtectConfig
 
 MASK_BYTES = {"cpu": 4, "cuda": 1}
 """Of a dropped feature: a CPU keeps the mask in float32."""
@@ -39,6 +40,7 @@ class PlanRequest:
     run_dir: Path
     seed: int
     device: Device
+    protect: ProtectConfig = field(default_factory=ProtectConfig)
     measure: bool = False
     """Time a matrix product now for the time estimate."""
     opened: Checkpoint | None = None
@@ -60,10 +62,15 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
     adaptable: Mapping[str, tuple[int, ...]] = {**shape.linear, **shape.fused_experts}
     packed = request.data.packing != "off"
     steps, num_tokens = count_steps(train, rows)
+    element_bytes = 4 if model.dtype == "float32" else 2
+    penalty = request.protect.kl_to_base
     return Workload(
         shape=shape,
         quantization=model.storage,
-        element_bytes=4 if model.dtype == "float32" else 2,
+        element_bytes=element_bytes,
+        kept_state_bytes=0
+        if penalty is None
+        else penalty.kept_bytes(width=shape.width, element_bytes=element_bytes, steps=steps),
         adapted=Adapted(
             ranks={name: adapter.thin_width(name) for name in chosen},
             is_fused=adapter.is_fusable and model.storage.fusable_layer is not None,

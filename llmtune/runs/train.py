@@ -210,6 +210,7 @@ def plan_request(config: RunConfig, device: "Device", *, measure: bool = False) 
         run_dir=config.run_dir,
         seed=config.seed,
         device=device,
+        protect=config.protect,
         measure=measure,
     )
 

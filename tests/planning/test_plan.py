@@ -58,6 +58,16 @@ def test_the_bytes_of_a_base_are_those_of_the_loaded_one(tmp_path, quantization)
     assert sum(base_bytes(shape, quantization or DENSE, 2).values()) == loaded.quantized.bytes
 
 
+def test_the_bases_states_that_protection_keeps_are_counted(tmp_path):
+    settings = ["train.max_steps=16", "train.micro_batch_size=1"]
+    kept = 64 * 127 * 4096 * 2  # rows, compared tokens, width, bytes
+    with_states = plan_8b(tmp_path, *settings, "protect.kl_to_base={rows: 4}", gpu="80GB").memory
+    assert with_states.components["the base's states"] == kept
+    without = plan_8b(tmp_path, *settings, gpu="80GB").memory
+    assert "the base's states" not in without.components
+    assert with_states.total_bytes >= without.total_bytes + kept
+
+
 def test_a_base_added_up_by_hand():
     shape = read_shape({**small_config("llama"), "model_type": "llama"}, "here")
     linear = 2 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 128)

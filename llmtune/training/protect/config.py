@@ -1,5 +1,6 @@
 """The `protect` section: what keeps a tuned model near its base (light: knobs only)."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -10,6 +11,10 @@ from llmtune.schema import Section
 
 OWN_TEXT = "self"
 """The source that is not a file: text that the base itself writes before training."""
+KEPT_ROWS = 64
+"""Rows that the base writes for the KL penalty."""
+KEPT_BYTES = 256 << 20
+"""What the base's hidden states of the rows to be held on may take; beyond it they run again."""
 
 
 def _path_as_source(value: Any) -> Any:
@@ -47,6 +52,22 @@ class KlToBaseConfig(Section):
     as strong as if it ran in every step."""
     max_length: int = Field(default=128, ge=2)
     """Tokens of a row that are compared."""
+
+    def kept_bytes(self, *, width: int, element_bytes: int, steps: int | None) -> int:
+        """Return what the base's hidden states of rows that came together take, at most.
+
+        Args:
+            width: of a hidden state.
+            element_bytes: of a number in it.
+            steps: of the whole run; None if they are not known.
+        """
+        if steps is None:
+            return KEPT_BYTES
+        num_rows = steps // self.every * self.rows
+        if self.source == OWN_TEXT:
+            # Then the rows come together as they did before.
+            num_rows = min(num_rows, math.lcm(KEPT_ROWS, self.rows))
+        return min(num_rows * (self.max_length - 1) * width * element_bytes, KEPT_BYTES)
 
 
 class ProtectConfig(Section):

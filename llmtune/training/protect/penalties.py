@@ -19,15 +19,12 @@ from llmtune.scoring.batches import adapter_disabled
 from llmtune.training.batch import move_to
 from llmtune.training.loss import LossPath, decoder_hidden
 from llmtune.training.objectives.base import MicroBatch, OpenSums
-from llmtune.training.protect.config import KlToBaseConfig, ProtectConfig
+from llmtune.training.protect.config import KEPT_BYTES, KlToBaseConfig, ProtectConfig
 
 BASE_TOLERANCE = 5e-2
 """Largest ratio |h' - h| / |h| of the base's last hidden states (Frobenius norm) after and before
 the adapter was attached. On a 16-bit base of 30 layers, fused and stock kernels differ by 0.016;
 taking the first singular vector out of one late query weight makes 0.095."""
-
-KEPT_BYTES = 256 << 20
-"""What the base's hidden states of the rows to be held on may take; beyond it they run again."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,12 @@ from llmtune.models.live import LiveModel
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.generate import Decoding, generate_texts
 from llmtune.scoring.live import facts_of, runs_own_code
-from llmtune.training.protect.config import OWN_TEXT, KlToBaseConfig, ProtectConfig
+from llmtune.training.protect.config import (
+    KEPT_ROWS,
+    OWN_TEXT,
+    KlToBaseConfig,
+    ProtectConfig,
+)
 from llmtune.training.protect.penalties import ProtectionRequest, probe_base
 
 log = logging.getLogger("llmtune")
@@ -30,8 +35,6 @@ log = logging.getLogger("llmtune")
 OWN_TEXT_SOURCE = "the base's own text"
 TEMPERATURE = 1.0
 WRITING_ROOMS = ("training/protect", "scoring", "data", "adapters", "models", "ops")
-KEPT_ROWS = 64
-"""Rows that the base writes for the KL penalty."""
 REPLAY_TOKENS = 128
 """Tokens of a row that the base writes to be trained on."""
 

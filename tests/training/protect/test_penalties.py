@@ -15,7 +15,13 @@ from llmtune.training.fused.packing import packed_attention
 from llmtune.training.loss import choose_loss_path, decoder_hidden
 from llmtune.training.memory.arithmetic import UNLIMITED
 from llmtune.training.protect import penalties
-from llmtune.training.protect.config import ProtectConfig, add_replay
+from llmtune.training.protect.config import (
+    KEPT_BYTES,
+    KEPT_ROWS,
+    KlToBaseConfig,
+    ProtectConfig,
+    add_replay,
+)
 from llmtune.training.protect.penalties import (
     BaseProbe,
     Protection,
@@ -155,18 +161,33 @@ def test_the_base_runs_once_for_rows_that_come_together_again(monkeypatch):
 
     monkeypatch.setattr(penalties, "decoder_hidden", count)
     found = []
-    for kept_bytes in (penalties.KEPT_BYTES, 0):
+    for kept_bytes in (KEPT_BYTES, 0):
         monkeypatch.setattr(penalties, "KEPT_BYTES", kept_bytes)
         protection = make_protection(model, KL)
         model.zero_grad(set_to_none=True)
         for step in range(4):  # six rows, three in a step
             protection.add_gradients(step, nullcontext)
         found.append((protection.take(), gradients(model)))
+        kept_states = sum(each.nbytes for each in protection._references.values())
+        assert kept_states <= kept_bytes
     assert runs.count(True) == 8
     assert runs.count(False) == 2 + 4
     (kl, kept), (same_kl, anew) = found
     assert kl == same_kl
     assert all(torch.equal(kept[name], anew[name]) for name in anew)
+
+
+def test_what_is_kept_of_the_base_is_what_the_planner_counts():
+    model = shake(make_adapter()).train()
+    rows = [as_example(range(5, 37), "general", line) for line in range(1, KEPT_ROWS + 1)]
+    penalty = KlToBaseConfig(rows=24, max_length=32)
+    protection = make_protection(model, {"kl_to_base": penalty}, rows)
+    for steps in (1, 3, 8, 9):  # 64 rows, 24 at a time, come together as before after 8 steps
+        for step in range(steps):
+            protection.add_gradients(step, nullcontext)
+        kept = sum(each.nbytes for each in protection._references.values())
+        assert kept == penalty.kept_bytes(width=64, element_bytes=4, steps=steps)
+    assert penalty.kept_bytes(width=64, element_bytes=4, steps=None) == KEPT_BYTES
 
 
 @pytest.mark.parametrize("packing", ["on", "off"])
