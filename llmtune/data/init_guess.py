@@ -224,11 +224,18 @@ def _by_content(
 
 
 def _hold_texts(values: Sequence[Any]) -> bool:
-    texts = [value for value in values if isinstance(value, str) and value.strip()]
+    texts = [value for value in values if isinstance(value, str) and _is_prose(value)]
     if len(texts) < 0.9 * len(values):
         return False
     mean = sum(map(len, texts)) / len(texts)
     return mean >= SHORTEST_TEXT and len(set(texts)) > len(texts) / 2 and not _hold_json(values)
+
+
+def _is_prose(value: str) -> bool:
+    """Whether a value may be a text to read: no date, number, address or name of a record."""
+    letters = sum(map(str.isalpha, value))
+    is_one_word = value.isascii() and len(value.split()) == 1
+    return 2 * letters > len("".join(value.split())) and not is_one_word
 
 
 def _hold_labels(values: Sequence[Any]) -> bool:

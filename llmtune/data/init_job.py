@@ -28,7 +28,7 @@ MOST_TURNS = 0.2
 """The share of rows with several answers from which on the rows are chats."""
 LISTED_CHARACTERS = 800
 """Labels that take more are not written into every prompt: about 250 tokens."""
-SHOWN_LABELS = 4
+SHOWN_LABELS = 8
 
 
 @dataclass(frozen=True)

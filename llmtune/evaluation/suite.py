@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,14 +108,15 @@ def render_suite(
     """
     drafts = ((task, config.draft(draft)) for task, config in TASKS.items())
     task, knobs = next((task, knobs) for task, knobs in drafts if knobs is not None)
+    quoted = partial(json.dumps, ensure_ascii=False)
     lines = [
-        f"# Written by llmtune init: {len(draft.items)} rows of {json.dumps(source)}"
+        f"# Written by llmtune init: {len(draft.items)} rows of {quoted(source)}"
         f"{' that the run holds out' if is_held_out else ''}.",
-        f"name: {json.dumps(name)}",
+        f"name: {quoted(name)}",
         f"task: {task}",
         "role: target   # what was trained; a verdict needs such a suite",
-        f"description: {json.dumps(f'Rows of {source} that are not trained on.')}",
-        f"items: {json.dumps(items_name)}",
+        f"description: {quoted(f'Rows of {source} that are not trained on.')}",
+        f"items: {quoted(items_name)}",
         *knobs,
     ]
     return "\n".join(lines) + "\n"

@@ -144,6 +144,10 @@ def read_chat(body: Any, temperature: float) -> AnswerRequest:
         RefusedRequest: it is not one, or asks for what would be dropped.
     """
     read = _validate(_ChatBody, body)
+    if not read.messages:
+        raise RefusedRequest(
+            400, "messages is empty; expected at least one of the user", param="messages"
+        )
     try:
         question = ask(read.messages)
     except RowError as error:

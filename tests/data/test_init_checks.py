@@ -155,6 +155,21 @@ def test_a_labeled_csv_is_trained_on_its_labels(tmp_path, monkeypatch, capsys, b
     assert suite["task"] == "choice" and suite["choices"] == ["negative", "positive"]
 
 
+def test_dates_and_numbers_of_records_beside_the_text_are_no_texts(
+    tmp_path, monkeypatch, capsys, base
+):
+    topics = ("Lieferung", "Konto", "Rechnung", "Defekt", "Anderes")
+    lines = [
+        f"2025-01-{1 + i % 28:02}T10:{i % 60:02};ORD-2025-{i:04};u{i}@mail.example.org;"
+        f"Größe {i} passt nicht;{topics[i % 5]}"
+        for i in range(100)
+    ]
+    text = "Datum;Nummer;Von;Betreff;Kategorie\n" + "\n".join(lines) + "\n"
+    data = init(tmp_path, monkeypatch, capsys, base, "März.csv", text)
+    assert data["train"][0]["columns"] == {"prompt": "Betreff", "completion": "Kategorie"}
+    assert "März.csv" in (tmp_path / "my_suite.yaml").read_text(encoding="utf-8")
+
+
 def test_format_and_columns_say_what_names_do_not(tmp_path, monkeypatch, capsys, base):
     alpaca = [
         {"instruction": f"Say {i}.", "input": "", "output": "one", "text": "### ..."}

@@ -190,7 +190,7 @@ def test_sampling_follows_the_request(client):
         ({"stop": [""]}, "stop", "none empty"),
         ({"seed": "x"}, "seed", "seed is"),
         ({"messages": None}, "messages", "messages is missing"),
-        ({"messages": []}, "messages", "messages is empty"),
+        ({"messages": []}, "messages", "is empty; expected at least one of the user"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages", 'role "robot"'),
         ({"stream_options": {}}, "stream_options", "stream: true"),
     ],
