@@ -119,6 +119,10 @@ class Adapter(Section):
             for name, shape in shapes.items()
         )
 
+    def why_not_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Return what is wrong with the knobs for adapted weights {name: shape}; [] if nothing."""
+        return []
+
     @abstractmethod
     def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
         """Return the trainable parameters of one adapted weight [out, in]."""

@@ -146,6 +146,19 @@ class LowRankAdapter(SavedLowRank):
             "scaling": layer.scaling["default"],
         }
 
+    def why_not_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """A rank that no layer has is a slip: a full one already is any update there can be."""
+        fullest: dict[int, int] = {}
+        for name, shape in shapes.items():
+            rank = self.rank_of(name)
+            fullest[rank] = max(fullest.get(rank, 0), min(shape[-2:]))
+        return [
+            f"adapter: rank {rank:,} is more than any layer that it is for can use, which is at "
+            f"most {full:,}; common ranks are 8 to 64"
+            for rank, full in fullest.items()
+            if rank > full
+        ]
+
     def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
         """Return the numbers in A and B, and in a bias."""
         bias = num_out if self.lora_bias else 0

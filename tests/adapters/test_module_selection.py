@@ -149,3 +149,9 @@ def test_targets_are_shortened_only_where_that_means_the_same():
     assert shorten_targets(linear, linear) == ["down_proj", "q_proj", "up_proj", "v_proj"]
     assert shorten_targets(linear[:5], linear) == sorted(linear[:5])
     assert shorten_targets(["a.0.gate"], ["a.0.gate", "b.gate"]) == ["a.0.gate"]
+
+
+def test_a_rank_that_no_layer_can_use_is_refused_and_a_full_one_is_not():
+    assert choose(rank=64)
+    assert "rank 65 is more than any layer that it is for can use" in problem(rank=65)
+    assert "which is at most 32" in problem(rank_pattern={"v_proj": 33})
