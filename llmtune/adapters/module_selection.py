@@ -64,8 +64,9 @@ def choose_targets(config: Adapter, names: ModuleNames) -> list[str]:
     for name in config.modules_to_save:
         if not any(_ends_with(module, name) for module in names.modules):
             problems.append(f"adapter.modules_to_save: {name!r} {_nearest(name, names.modules)}")
-    shapes = names.adaptable
-    problems += config.why_not_shapes({name: shapes[name] for name in chosen})
+    if not problems:
+        shapes = names.adaptable
+        problems += config.why_not_shapes({name: shapes[name] for name in chosen})
     if not chosen and not problems:
         problems.append("adapter.target_modules: this model has no linear layer to adapt.")
     if problems:
