@@ -19,6 +19,7 @@ RENDERING_ERRORS = (
     LookupError,
     MemoryError,
     RecursionError,
+    TemplateTooLarge,
     TypeError,
     ValueError,
 )

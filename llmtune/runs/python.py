@@ -76,14 +76,26 @@ class Predictions(tuple[Prediction, ...]):
         """The answers alone."""
         return [each.answer for each in self]
 
-    def to_pandas(self) -> "pandas.DataFrame":
-        """Return the rows with `answer` and `stopped` as a DataFrame."""
+    def to_pandas(self, answer_column: str = "answer") -> "pandas.DataFrame":
+        """Return the rows with `answer` and `stopped` as a DataFrame.
+
+        Raises:
+            LlmtuneError: the rows have a column of that name, which would be replaced.
+        """
+        stopped = "stopped" if answer_column == "answer" else f"{answer_column}_stopped"
+        for name in (answer_column, stopped):
+            if any(name in each.row for each in self):
+                raise LlmtuneError(
+                    f"the rows have a column {name!r} already; name the answers' column: "
+                    'to_pandas(answer_column="...")'
+                )
         return _frame(
-            [{**each.row, "answer": each.answer, "stopped": each.stopped} for each in self]
+            [{**each.row, answer_column: each.answer, stopped: each.stopped} for each in self]
         )
 
     def _repr_html_(self) -> str:
-        return _table([{**each.row, "answer": each.answer} for each in self])
+        name = "model's answer" if any("answer" in each.row for each in self) else "answer"
+        return _table([{**each.row, name: each.answer} for each in self])
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,15 @@ def test_an_item_that_is_not_utf8_is_named_with_its_line(tmp_path):
 
 @pytest.mark.parametrize(
     "expression",
-    ["question + 1", "1 / 0", "options[9].x", "range(10 ** 9)", "'%d' % question", "question()"],
+    [
+        "question + 1",
+        "1 / 0",
+        "options[9].x",
+        "range(10 ** 9)",
+        "'%d' % question",
+        "question()",
+        "'a' * 10 ** 9",
+    ],
 )
 def test_a_prompt_that_fails_on_an_item_is_named_with_its_line(tmp_path, expression):
     path = write_suite(tmp_path, CHOICE.replace("question", expression, 1))

@@ -7,6 +7,8 @@ import pandas
 import pytest
 
 import llmtune
+from llmtune.errors import LlmtuneError
+from llmtune.runs.python import Prediction, Predictions
 from tests.tiny import make_model
 
 THINGS = ("card", "transfer", "account", "payment", "refund", "pin")
@@ -49,6 +51,15 @@ def test_rows_become_a_judged_run_and_each_step_is_heard(tuned):
     assert all(line["loss"] > 0 for line in tuned.steps)
     assert tuned.evals and tuned.evals[-1]["eval_loss"] > 0
     assert tuned.found.verdict and (tuned.found.run_dir / "report.html").is_file()
+
+
+def test_an_answer_in_the_rows_is_not_replaced():
+    said = Predictions([Prediction({"prompt": "Hi", "answer": "mine"}, "the model's", True)])
+    with pytest.raises(LlmtuneError, match="have a column 'answer' already"):
+        said.to_pandas()
+    frame = said.to_pandas("new")
+    assert list(frame.columns) == ["prompt", "answer", "new", "new_stopped"]
+    assert "mine" in said._repr_html_() and "the model" in said._repr_html_()
 
 
 def test_rows_that_are_left_out_are_said(base, tmp_path, monkeypatch, caplog):
