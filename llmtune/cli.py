@@ -30,6 +30,7 @@ from llmtune.commands import (
 )
 from llmtune.commands.options import Chapters
 from llmtune.errors import INTERRUPTED, LlmtuneError, RunInterrupted
+from llmtune.io.processes import join_processes, joined_processes
 from llmtune.version import __version__
 
 EXIT_BUG = 70
@@ -49,7 +50,13 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 def main() -> None:
     """Run the command line and end the process with its exit code; SIGTERM is like Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(run_command(sys.argv[1:]))
+    code = run_command(sys.argv[1:])
+    if code and joined_processes().are_many:
+        # what a GPU still has to send to a process that is gone would hold up an orderly exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -59,34 +66,54 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         # A command that asks click to exit makes this call return its exit code.
         with _interruptions_seen():
-            code = cli(list(arguments), prog_name="llmtune", standalone_mode=False)
+            code = _run_with_others(list(arguments))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return LlmtuneError.exit_code
     except click.ClickException as error:
-        _print_error(_plain_usage(error))
-        return LlmtuneError.exit_code
+        return _fail(_plain_usage(error), LlmtuneError.exit_code)
     except LlmtuneError as error:
-        _print_error(str(error))
-        return error.exit_code
+        return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
         if isinstance(error.__cause__, EOFError):  # click makes an Abort of it, like of a Ctrl-C
             traceback.print_exception(error.__cause__)
-            _print_error("a file ended too early; if none is damaged, this is a bug: report it")
-            return EXIT_BUG
-        _print_error(INTERRUPTED)
-        return RunInterrupted.exit_code
+            return _fail(
+                "a file ended too early; if none is damaged, this is a bug: report it", EXIT_BUG
+            )
+        return _fail(INTERRUPTED, RunInterrupted.exit_code)
     except (Exception, SystemExit) as error:  # noqa: BLE001 (the last place before the user)
         if _has_left(error, output):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (the reader left: silence)
             return 0
         if isinstance(error, OSError):
-            _print_error(_plain_failure(error))
-            return LlmtuneError.exit_code
+            return _fail(_plain_failure(error), LlmtuneError.exit_code)
         traceback.print_exc()
-        _print_error("this is a bug in llmtune; please report it with the lines above")
-        return EXIT_BUG
+        return _fail("this is a bug in llmtune; please report it with the lines above", EXIT_BUG)
     return code if isinstance(code, int) else 0
+
+
+def _run_with_others(arguments: list[str]) -> object:
+    """Run the command; of several processes the first one does, and the others follow its orders.
+
+    Raises:
+        LlmtuneError: several processes were started for a command that trains nothing.
+    """
+    processes = join_processes()
+    if not processes.is_first:
+        from llmtune.runs.train import follow_orders
+
+        logging.getLogger("llmtune").setLevel(logging.ERROR)
+        follow_orders(processes)
+        return 0
+    name = arguments[0] if arguments else ""
+    if processes.are_many and name in cli.commands and name not in TRAINING:
+        raise LlmtuneError(
+            f"llmtune {name} works in one process, and {processes.world_size} were started: start "
+            f"it without torchrun or accelerate launch (several can {', '.join(TRAINING)})"
+        )
+    code = cli(arguments, prog_name="llmtune", standalone_mode=False)
+    processes.end()
+    return code
 
 
 @click.group(cls=Chapters, context_settings=CONTEXT)
@@ -128,6 +155,8 @@ COMMANDS = {
     ),
     "Use the model": (answer.chat, answer.predict, serve.serve, export.export, export.verify),
 }
+TRAINING = ("run", "train", "sweep", "learning-curve", "sequence")
+"""Commands that several processes can share."""
 for commands in COMMANDS.values():
     for command in commands:
         cli.add_command(command)
@@ -172,6 +201,14 @@ def _plain_failure(error: OSError) -> str:
     place = f"{error.filename}: " if error.filename else ""
     advice = OS_ADVICE.get(error.errno or 0, "")
     return f"{place}{error.strerror or error}{advice}"
+
+
+def _fail(message: str, code: int) -> int:
+    """Print why the command fails and return its exit code; one of several processes prints."""
+    shown, code = joined_processes().report_failure(message, code)
+    if shown is not None:
+        _print_error(shown)
+    return code
 
 
 def _print_error(message: str) -> None:

@@ -21,5 +21,13 @@ class RunInterrupted(LlmtuneError):
     exit_code = 3
 
 
+class ProcessLost(RunInterrupted):
+    """One of the processes of a run ended, so that all of them do, with its message and code."""
+
+    def __init__(self, message: str, exit_code: int = RunInterrupted.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class MergeRefused(LlmtuneError):
     """What would be trained could not be merged afterwards."""

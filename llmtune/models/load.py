@@ -224,7 +224,10 @@ def _device_notices(config: ModelConfig, device: torch.device) -> tuple[str, ...
         return ("no GPU was found: the CPU is used",)
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         idle = torch.cuda.device_count() - 1
-        return (f"one process uses one GPU: {device}; {idle} more stay idle",)
+        return (
+            f"one process uses one GPU: {device}; {idle} more stay idle (torchrun --nproc-per-node "
+            f"{idle + 1} -m llmtune run CONFIG would use them, see docs/scale.md)",
+        )
     return ()
 
 

@@ -1,11 +1,13 @@
 """The train stage: rows and base in, adapter out."""
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from socket import gethostname
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from llmtune.adapters.manifest import adapter_fingerprint
 from llmtune.config import RunConfig
@@ -15,8 +17,12 @@ from llmtune.data.prepare import PreparedData, prepare_examples
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import JsonObject, hash_json
 from llmtune.io.manifest import BaseRecord, Manifest, StageRecord, TrainRecord
+from llmtune.io.processes import Processes, joined_processes, refuse_unjoined
+from llmtune.io.validation import validate_section
+from llmtune.io.yaml_source import SourcedTree
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
+from llmtune.models.resolve import resolve_base
 from llmtune.models.template_date import template_date_of
 from llmtune.runs.ledger import Ledger, has_training, refuse_unusable
 from llmtune.runs.stage import Stage, deciding_knobs, deciding_knobs_of
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
     from llmtune.evaluation.price import QuantizationPrice
     from llmtune.planning.devices import Device
     from llmtune.planning.workload import PlanRequest
+    from llmtune.training.adapt import AdaptedBase
 
 log = logging.getLogger("llmtune")
 
@@ -47,6 +54,7 @@ class TrainStage(Stage[TrainRecord]):
         from llmtune.training.config import check_reporters
 
         config = self.config
+        refuse_unjoined()
         check_reporters(config.train.report_to)
         values = config.model_dump(mode="json")
         refuse_unusable(config.run, values, deciding_knobs_of, force=self.force)
@@ -91,25 +99,17 @@ class TrainStage(Stage[TrainRecord]):
     def run(self, inputs: JsonObject) -> TrainRecord:
         """Train, and return what the manifest records: steps, tokens, losses, choices and more."""
         from llmtune.planning.workload import estimate_training
-        from llmtune.training.adapt import TrainRows, adapt_base
         from llmtune.training.metrics import count_rows
         from llmtune.training.train import train_adapter
 
-        config, rows = self.config, self.data
+        config, rows, processes = self.config, self.data, joined_processes()
+        identity = {name: str(value) for name, value in inputs.items()}
         price = self._measure_price()
         estimate = estimate_training(self._plan_request(), rows["train"], rows["evaluation"])
-        adapted = adapt_base(
-            self.source,
-            self._model,
-            config.adapter,
-            config.protect,
-            TrainRows(rows["train"], rows["evaluation"], rows.get("protect")),
-            packing=config.data.packing,
-            run=config.run,
-            seed=config.seed,
-            identity={name: str(value) for name, value in inputs.items()},
-        )
-        result = train_adapter(config.train, adapted.request)
+        with processes.ordering(self._order(identity)):
+            adapted = self._adapt(identity, processes)
+            processes.share(lambda: {"own text": adapted.own_text_hash()})
+            result = train_adapter(config.train, adapted.request)
         record = adapted.save(result, config.model_dump(mode="json"), config.train.batch_size)
         recorded = {**dataclasses.asdict(result), "estimate": estimate, **record}
         seen = result.steps * config.train.batch_size
@@ -118,6 +118,58 @@ class TrainStage(Stage[TrainRecord]):
         recorded["quantization_price"] = None if price is None else dataclasses.asdict(price)
         self._interrupted_by = recorded.pop("interrupted_by")
         return cast(TrainRecord, recorded)
+
+    def _order(self, identity: Mapping[str, str]) -> "TrainOrder":
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "dtype": self._dtype,
+            "date": self.source.template_date,
+            "identity": dict(identity),
+        }
+
+    def follow(self, order: "TrainOrder", processes: Processes) -> None:
+        """Do this process's share of a training that the first process has ordered.
+
+        Raises:
+            LlmtuneError: this process finds a different base or other rows than the first one.
+        """
+        from llmtune.training.train import train_adapter
+
+        self._dtype = order["dtype"]
+        found, wanted = self._content, order["identity"]
+        other = [name for name in found if name != "config" and found[name] != wanted[name]]
+        if other:
+            raise LlmtuneError(
+                f"on {gethostname()} the {' and the '.join(other)} differ from what the first "
+                "process has (compared by content): all machines need the same files, and the same "
+                "versions of the libraries"
+            )
+        written = processes.share(dict)  # by now what the first one quantized and wrote is cached
+        adapted = self._adapt(wanted, processes)
+        if written["own text"] != adapted.own_text_hash():
+            raise LlmtuneError(
+                f"on {gethostname()} the base writes different text of its own than in the first "
+                "process: let all machines have one cache directory (LLMTUNE_CACHE), or take the "
+                "text that `protect` needs from a file"
+            )
+        train_adapter(self.config.train, adapted.request)
+
+    def _adapt(self, identity: Mapping[str, str], processes: Processes) -> "AdaptedBase":
+        from llmtune.training.adapt import TrainRows, adapt_base
+
+        config, rows = self.config, self.data
+        return adapt_base(
+            self.source,
+            self._model,
+            config.adapter,
+            config.protect,
+            TrainRows(rows["train"], rows["evaluation"], rows.get("protect")),
+            packing=config.data.packing,
+            run=config.run,
+            seed=config.seed,
+            identity=identity,
+            processes=processes,
+        )
 
     def _measure_price(self) -> "QuantizationPrice | None":
         """Say what the quantization costs on general text, before the base is loaded to train."""
@@ -196,6 +248,26 @@ class TrainStage(Stage[TrainRecord]):
                 f"{' and '.join(other)} (compared by content); choose another run_dir, or redo "
                 "this one with --force"
             )
+
+
+class TrainOrder(TypedDict):
+    """What the first process tells the others of a training, as JSON values."""
+
+    config: JsonObject
+    dtype: str
+    date: str | None
+    identity: dict[str, str]
+
+
+def follow_orders(processes: Processes) -> None:
+    """Do this process's share of every training that the first process orders, until it ends."""
+    for each in processes.orders():
+        order = cast(TrainOrder, each)
+        tree = SourcedTree(dict(order["config"]), {(): "the first process"})
+        config = validate_section(RunConfig, tree)
+        opened = dataclasses.replace(resolve_base(config.model), template_date=order["date"])
+        TrainStage(config, opened=opened).follow(order, processes)
+        gc.collect()  # the model is held in circles, and the first process needs the memory
 
 
 def plan_request(config: RunConfig, device: "Device", *, measure: bool = False) -> "PlanRequest":

@@ -19,6 +19,7 @@ from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
 from llmtune.io.environment import versions
 from llmtune.io.fingerprint import JsonObject, hash_json
+from llmtune.io.processes import ALONE, Processes
 from llmtune.io.run_dir import RunDir
 from llmtune.io.sizes import format_in
 from llmtune.models.checkpoint import Checkpoint
@@ -126,6 +127,12 @@ class AdaptedBase:
             "attention": loaded.attention,
         }
 
+    def own_text_hash(self) -> str:
+        """Return the hash of the rows that protection added or holds the model to."""
+        request = self.protection.request
+        rows = [*self.protection.replay, *(() if request is None else request.rows)]
+        return hash_json([row.input_ids for row in rows])
+
     def _order_hash(self, steps: int, batch_size: int) -> str:
         num_rows = len(self.request.train)
         num_epochs = math.ceil(steps / math.ceil(num_rows / batch_size))
@@ -144,6 +151,7 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
     run: RunDir,
     seed: int,
     identity: Mapping[str, str],
+    processes: Processes = ALONE,
 ) -> AdaptedBase:
     """Load and quantize the base, let it write its own text if asked, and inject the adapter.
 
@@ -157,6 +165,7 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
         run: the run's directory.
         seed: decides the adapter's start, the order of the rows, and dropout.
         identity: hashes of base, data and config: in every checkpoint, and compared on resume.
+        processes: those that train it together.
     """
     _require_seen(adapter.token_rows, rows.train.examples)
     loaded = load_model(model, source)
@@ -190,6 +199,7 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
         protection=protection.request,
         without=frozenset(off),
         reasons=off,
+        processes=processes,
     )
     return AdaptedBase(request, loaded, rows, injected.table, protection)
 

@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from llmtune.data.example import IGNORE_INDEX, Example
+from llmtune.io.processes import ALONE
 from llmtune.training.grouping import (
     MIN_BEGINNING,
+    deal_rows,
     plan_micro_batches,
     plan_shared,
     shared_beginning,
 )
 from llmtune.training.memory.arithmetic import BatchLimits
+from llmtune.training.noise import name_rows
 from llmtune.training.objectives import DEFAULT_OBJECTIVE
 from llmtune.training.objectives.base import MicroBatch, Objective
 from llmtune.training.rows import Examples
@@ -22,12 +25,16 @@ SMALLEST_WEIGHT = 1e-30
 
 
 class StepRows(TypedDict):
-    """The rows of one optimizer step."""
+    """The rows of one optimizer step, of which several processes have a share each.
+
+    The numbers are those of the whole step.
+    """
 
     micro_batches: list[MicroBatch]
-    """See `pack_rows` and `pad_rows`; their `target_weights` are divided by `target_weight`."""
+    """Those of this process: see `pack_rows` and `pad_rows`; their `target_weights` are divided by
+    `target_weight`."""
     rows: list[list[int]]
-    """Indices of the examples, one list a micro-batch."""
+    """Indices of the examples, one list a micro-batch; a last list holds the other processes'."""
     tokens: int
     """Without padding."""
     trained_tokens: int
@@ -59,14 +66,33 @@ class StepCollator:
         self.objective = objective
         self.shares_beginnings = False
         """Whether what rows of a packed micro-batch begin with is computed once."""
+        self.names_rows = False
+        """Whether micro-batches say which rows they hold, for noise of their own."""
         self.switch = switch
+        self.processes = ALONE
+        """Those that share the rows of each step."""
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> StepRows:
-        """Return the rows of one step, from the numbers that the data loader draws."""
-        return self.collate([row["row"] for row in rows])
+        """Return this process's share of one step, from the numbers that the data loader draws."""
+        indices = [row["row"] for row in rows]
+        if not self.processes.are_many:
+            return self.collate(indices)
+        examples = [self.examples[index] for index in indices]
+        dealt = deal_rows(examples, self.processes.world_size, by_beginning=self.shares_beginnings)
+        step = self._build_step([indices[place] for place in dealt[self.processes.rank]])
+        numbers = (step["target_weight"], step["tokens"], step["trained_tokens"])
+        weight, tokens, trained_tokens = self.processes.total(numbers)
+        step["target_weight"] = weight
+        step["tokens"], step["trained_tokens"] = int(tokens), int(trained_tokens)
+        own = {row for rows in step["rows"] for row in rows}
+        step["rows"].append([index for index in indices if index not in own])
+        return _divide_weights(step)
 
     def collate(self, indices: Sequence[int]) -> StepRows:
-        """Build the step that holds the examples `indices`."""
+        """Build the step that holds the examples `indices`, all of them here."""
+        return _divide_weights(self._build_step(indices))
+
+    def _build_step(self, indices: Sequence[int]) -> StepRows:
         examples = [self.examples[index] for index in indices]
         lengths = [len(example.input_ids) for example in examples]
         shared = self.plan_shared(examples)
@@ -76,8 +102,6 @@ class StepCollator:
             self.objective.collate([examples[position] for position in one], lay) for one in plan
         ]
         target_weight = sum(float(one["target_weights"].sum()) for one in micro_batches)
-        for micro_batch in micro_batches:
-            micro_batch["target_weights"] /= max(target_weight, SMALLEST_WEIGHT)
         return {
             "micro_batches": micro_batches,
             "rows": [[indices[position] for position in one] for one in plan],
@@ -107,7 +131,16 @@ class StepCollator:
 
     def lay(self, examples: Sequence[Example]) -> MicroBatch:
         """Pack or pad rows, with their next tokens as targets."""
-        return pack_rows(examples) if self.packed else pad_rows(examples, self.pad_token_id)
+        laid = pack_rows(examples) if self.packed else pad_rows(examples, self.pad_token_id)
+        if self.names_rows:
+            laid["row_lengths_and_keys"] = name_rows(examples)
+        return laid
+
+
+def _divide_weights(step: StepRows) -> StepRows:
+    for micro_batch in step["micro_batches"]:
+        micro_batch["target_weights"] /= max(step["target_weight"], SMALLEST_WEIGHT)
+    return step
 
 
 def pack_rows(examples: Sequence[Example]) -> MicroBatch:

@@ -12,6 +12,33 @@ PASS_TOKENS = 128
 """What one more micro-batch costs beside its tokens, in tokens."""
 
 
+def deal_rows(rows: Sequence[Example], shares: int, *, by_beginning: bool) -> list[list[int]]:
+    """Deal the rows of a step out to `shares` processes, by their tokens.
+
+    The longest row first, each to the share that has the fewest tokens; `by_beginning` deals out
+    neighbors in the order of their tokens, so that rows that begin alike stay together.
+
+    Returns:
+        `shares` lists of indices into `rows`; a share is empty if there are fewer rows.
+    """
+    lengths = [len(row.input_ids) for row in rows]
+    dealt: list[list[int]] = [[] for _ in range(shares)]
+    if by_beginning:
+        order = sorted(range(len(rows)), key=lambda index: (rows[index].input_ids, index))
+        done, total = 0, max(sum(lengths), 1)
+        for index in order:
+            middle = done + lengths[index] / 2
+            dealt[min(int(middle * shares / total), shares - 1)].append(index)
+            done += lengths[index]
+        return dealt
+    tokens = [0] * shares
+    for index in sorted(range(len(rows)), key=lambda index: (-lengths[index], index)):
+        share = tokens.index(min(tokens))
+        dealt[share].append(index)
+        tokens[share] += lengths[index]
+    return [sorted(share) for share in dealt]
+
+
 def plan_micro_batches(
     lengths: Sequence[int], limits: BatchLimits, *, packed: bool, switch: int | None = None
 ) -> list[list[int]]:

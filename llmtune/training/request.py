@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.example import Example
+from llmtune.io.processes import ALONE, Processes
 from llmtune.io.run_dir import RunDir
 from llmtune.training.protect.penalties import ProtectionRequest
 
@@ -38,6 +39,8 @@ class TrainRequest:
     """Why they are left out; "as asked" if nothing is said."""
     protection: ProtectionRequest | None = None
     """What holds the adapter near its base."""
+    processes: Processes = ALONE
+    """Those that share each step's rows; the first one writes."""
 
     def why_without(self, technique: Technique) -> str | None:
         """Return why a technique is left out, or None if it is not."""

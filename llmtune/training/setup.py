@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from llmtune.adapters.fused import fused_lora
 from llmtune.errors import LlmtuneError
 from llmtune.io.sizes import format_size
-from llmtune.models.decoder import decoder_of, rotary_switch
+from llmtune.models.decoder import rotary_switch
 from llmtune.training.batch import StepCollator
 from llmtune.training.config import TrainConfig
 from llmtune.training.fused.blocks import fused_blocks
 from llmtune.training.fused.packing import PackingChoice, choose_packing, packed_attention
-from llmtune.training.fused.sharing import find_sharing_obstacle
+from llmtune.training.fused.sharing import draws_random_numbers, find_sharing_obstacle
 from llmtune.training.grouping import computed_tokens
 from llmtune.training.loss import LossPath, choose_loss_path, decoder_hidden
 from llmtune.training.memory.arithmetic import UNLIMITED, MemoryPlan
 from llmtune.training.memory.dry_run import Trial, find_plan, recomputable_layers, recomputing
+from llmtune.training.noise import RowNoise, noisy_embeddings
 from llmtune.training.objectives.base import MicroBatch, Objective
 from llmtune.training.protect.penalties import Protection
 from llmtune.training.request import Technique, TrainRequest
@@ -47,6 +48,7 @@ class Setup:
     autocast_dtype: torch.dtype | None
     choices: dict[str, str]
     protection: Protection | None = None
+    noise: RowNoise | None = None
 
     def autocast(self) -> torch.autocast:
         """Run forward passes inside in the base's 16-bit dtype; adapters stay float32."""
@@ -54,6 +56,8 @@ class Setup:
 
     def loss(self, micro_batch: MicroBatch) -> Tensor:
         """Return a micro-batch's share of the step's loss; its tensors are on `device`."""
+        if self.noise is not None:
+            self.noise.rows = micro_batch["row_lengths_and_keys"]
         with self.autocast():
             return self.objective.loss(self.model, micro_batch, self.loss_path)
 
@@ -92,7 +96,10 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
         else:
             loss_path = LossPath(False, f"left out: {unfrozen}")
     stack.enter_context(packed_attention(model) if packing.packed else nullcontext())
-    stack.enter_context(noisy_embeddings(model, config.neftune_alpha))
+    noise = None
+    if config.neftune_alpha is not None:
+        noise = RowNoise(config.neftune_alpha, request.seed)
+        stack.enter_context(noisy_embeddings(model, noise))
 
     collator = StepCollator(
         rows,
@@ -102,6 +109,11 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
         objective=config.objective,
         switch=rotary_switch(model.get_base_model().config.get_text_config()),
     )
+    collator.processes = request.processes
+    collator.names_rows = noise is not None
+    if request.processes.are_many:
+        with _autocast(device, autocast_dtype):
+            _refuse_random_numbers(model, collator)
     setup = Setup(
         model=model,
         objective=config.objective,
@@ -116,9 +128,15 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
             "rows": f"{'packed' if packing.packed else 'padded'}: {packing.reason}",
             "LM head": ("" if loss_path.is_frozen else "the library's path: ") + loss_path.reason,
         },
+        noise=noise,
     )
+    if request.processes.are_many:
+        setup.choices["processes"] = (
+            f"{request.processes.world_size} share the rows of each step and add up its gradients"
+        )
     longest_first = np.argsort(-rows.lengths, kind="stable")[: config.batch_size].tolist()
-    plan = find_plan(config, Trial(model, collator, setup.loss), longest_first)
+    trial = Trial(model, collator, setup.loss, num_here=request.processes.num_here)
+    plan = find_plan(config, trial, longest_first)
     stack.enter_context(recomputing(model, plan.recomputed_layers))
     setup.choices["micro-batch"] = _describe_limits(plan)
     if not packing.packed:
@@ -130,6 +148,17 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
     return setup
 
 
+def _refuse_random_numbers(model: PeftModel, collator: StepCollator) -> None:
+    """Refuse dropout: which numbers a row draws would depend on the number of processes."""
+    row = collator.lay([collator.examples[0]])
+    if draws_random_numbers(model, row, model.get_input_embeddings().weight.device):
+        raise LlmtuneError(
+            "dropout draws different numbers in each process, so the result would depend on how "
+            "many there are: set adapter.dropout=0 (and any dropout in the base's own config), or "
+            "train in one process"
+        )
+
+
 def _share_beginnings(
     setup: Setup, config: TrainConfig, request: TrainRequest, longest: int
 ) -> str:
@@ -138,10 +167,10 @@ def _share_beginnings(
     A micro-batch of as many tokens then has more trained ones. The frozen head holds the logits of
     a few at a time; the library's path holds all, and their memory was not tried.
     """
-    if (unshared := request.why_without("shared_beginnings")) is not None:
-        return f"not computed once: {unshared}"
-    collator, obstacle = setup.collator, None
-    if not collator.packed:
+    collator, obstacle = setup.collator, request.why_without("shared_beginnings")
+    if obstacle is not None:
+        pass  # what the machine or the user leaves out
+    elif not collator.packed:
         obstacle = "rows are padded"
     elif config.neftune_alpha is not None:
         obstacle = "NEFTune's noise is different in every row"
@@ -149,6 +178,9 @@ def _share_beginnings(
         obstacle = "the LM head would hold more logits at once than were tried"
     else:
         obstacle = find_sharing_obstacle(request.model, request.train, longest=longest)
+    # which rows are whose must not depend on a probe that came out differently elsewhere
+    if request.processes.largest([obstacle is not None])[0] and obstacle is None:
+        obstacle = "one of the processes cannot"
     if obstacle is not None:
         return f"not computed once: {obstacle}"
     collator.shares_beginnings = True
@@ -171,7 +203,12 @@ def add_protection(setup: Setup, request: TrainRequest) -> Setup:
         return setup
     build = setup.collator.lay
     protection = Protection(
-        setup.model, request.protection, setup.loss_path, build, seed=request.seed
+        setup.model,
+        request.protection,
+        setup.loss_path,
+        build,
+        seed=request.seed,
+        processes=request.processes,
     )
     protection.dry_run(setup.autocast)
     return replace(setup, protection=protection)
@@ -245,48 +282,3 @@ def check_float32(model: PeftModel) -> None:
     """Assert that everything that is trained is in float32."""
     wrong = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     assert not wrong, f"trained in 16 bits: {wrong[0]}"
-
-
-@contextmanager
-def noisy_embeddings(model: PeftModel, alpha: float | None) -> Iterator[None]:
-    """Add NEFTune's noise to embeddings while training (arXiv 2310.05914).
-
-    It is uniform, of size alpha / sqrt(row length * width).
-
-    The length is that of each row, not of the batch, so packing and padding change nothing.
-    """
-    if alpha is None:
-        yield
-        return
-    lengths: list[Tensor] = []
-
-    def note_lengths(_decoder: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        lengths[:] = [_row_lengths(kwargs)]
-
-    def add_noise(module: nn.Module, _inputs: tuple[Any, ...], embedded: Tensor) -> Tensor:
-        if not module.training:
-            return embedded
-        size = alpha / torch.sqrt(lengths[0] * embedded.shape[-1])
-        noise = torch.empty_like(embedded).uniform_(-1, 1)
-        return embedded + noise * size[..., None].to(embedded.dtype)
-
-    decoder = decoder_of(model.get_base_model())
-    handles = [
-        decoder.register_forward_pre_hook(note_lengths, with_kwargs=True),
-        model.get_input_embeddings().register_forward_hook(add_noise),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _row_lengths(inputs: dict[str, Any]) -> Tensor:
-    """Return the length of the row that each token belongs to, [rows, T] as float32."""
-    if inputs.get("attention_mask") is not None:
-        lengths = inputs["attention_mask"].sum(dim=1, keepdim=True)
-        return lengths.float().expand(inputs["input_ids"].shape)
-    per_row = inputs["cu_seq_lens_q"].diff()
-    total = inputs["input_ids"].shape[1]
-    return per_row.float().repeat_interleave(per_row, output_size=total)[None]

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmtune.io.processes import ALONE, Processes
 from llmtune.training.batch import SMALLEST_WEIGHT, StepRows, move_to
 from llmtune.training.objectives.base import OpenSums
+from llmtune.training.reduction import Reduction
 from llmtune.training.setup import Setup
 
 REMEMBERED_STEPS = 4
@@ -24,7 +26,10 @@ EVALUATION_ROWS = 64
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A step that was just done: its rows and losses, one entry a micro-batch."""
+    """A step that was just done: its rows and losses, one entry a micro-batch.
+
+    With several processes `rows` has one entry more: the others' rows.
+    """
 
     step: int
     rows: list[list[int]]
@@ -35,11 +40,21 @@ class TrainingStep:
     """Runs rows through the model: forward and backward to train, forward alone to evaluate.
 
     The collator splits a step into micro-batches and divides by the step's trained tokens, so the
-    result does not depend on how it was split (see `StepCollator`).
+    result does not depend on how it was split (see `StepCollator`), nor on how many processes have
+    a share of it.
     """
 
-    def __init__(self, setup: Setup, sources: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        sources: Mapping[int, str],
+        processes: Processes = ALONE,
+        reduction: Reduction | None = None,
+    ) -> None:
+        """Take the setup and the names of the sources; several processes need a reduction."""
         self.setup = setup
+        self._processes = processes
+        self._reduction = reduction
         self.recent: deque[StepRecord] = deque(maxlen=REMEMBERED_STEPS)
         self._tally = setup.objective.metrics(sources, setup.device)
 
@@ -60,6 +75,8 @@ class TrainingStep:
             loss_scale: factor that `backward` puts on a loss.
         """
         setup = self.setup
+        if setup.noise is not None:
+            setup.noise.step = steps_done + 1
         losses = []
         for micro_batch in inputs["micro_batches"]:
             micro_batch = move_to(micro_batch, setup.device)
@@ -71,20 +88,26 @@ class TrainingStep:
         if setup.protection is not None:
             setup.protection.add_gradients(steps_done, setup.autocast, scale=loss_scale)
         self.recent.append(StepRecord(steps_done + 1, inputs["rows"], losses))
-        return torch.stack(losses).sum()
+        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=setup.device)
+        return loss if self._reduction is None else self._reduction.add_up(loss)
 
     def take_metrics(self) -> dict[str, float]:
         """Return what objective and penalties measured since the last call; this waits."""
         protection = self.setup.protection
+        if self._processes.are_many:
+            self.restore(self.open_metrics())
         return self._tally.take() | ({} if protection is None else protection.take())
 
     def open_metrics(self) -> dict[str, OpenSums]:
         """Return what `take_metrics` would be made of, as JSON values; this waits."""
         protection = self.setup.protection
-        return {
+        sums = {
             "objective": self._tally.open_sums(),
             "protection": [] if protection is None else protection.open_sums(),
         }
+        if self._reduction is None:
+            return sums
+        return {name: self._reduction.add_up_sums(each) for name, each in sums.items()}
 
     def restore(self, metrics: Mapping[str, OpenSums]) -> None:
         """Continue from what `open_metrics` returned."""
@@ -102,17 +125,21 @@ class TrainingStep:
             is_interrupted: whether to stop after the current rows.
         """
         self.setup.model.eval()
-        losses: list[float] = []
-        weights: list[float] = []
-        tokens = 0
+        rank, world_size = self._processes.rank, self._processes.world_size
+        results: list[_Evaluated | None] = []
         with torch.no_grad():
             for rows in groups.values():
-                result = self._evaluate_rows(rows, is_interrupted)
-                if result is None:
-                    return None
-                losses.append(result.loss / result.weight)
-                weights.append(result.weight)
-                tokens += result.tokens
+                is_stopped = None in results
+                own = rows[rank::world_size]
+                results.append(None if is_stopped else self._evaluate_rows(own, is_interrupted))
+        stopped, *numbers = self._processes.total(
+            [None in results, *(number for result in results for number in result or NOTHING)]
+        )
+        if stopped:
+            return None
+        weights = [max(weight, SMALLEST_WEIGHT) for weight in numbers[1::3]]
+        losses = [loss / weight for loss, weight in zip(numbers[::3], weights, strict=True)]
+        tokens = int(sum(numbers[2::3]))
         metrics = {
             "eval_loss": sum(map(operator.mul, losses, weights)) / sum(weights),
             "eval_tokens": tokens,
@@ -136,7 +163,7 @@ class TrainingStep:
                 summed += loss.double() * inputs["target_weight"]
             weight += inputs["target_weight"]
             tokens += inputs["trained_tokens"]
-        return _Evaluated(summed.item(), max(weight, SMALLEST_WEIGHT), tokens)
+        return _Evaluated(summed.item(), weight, tokens)
 
 
 class _Evaluated(NamedTuple):
@@ -145,3 +172,6 @@ class _Evaluated(NamedTuple):
     loss: float
     weight: float
     tokens: int
+
+
+NOTHING = _Evaluated(0.0, 0.0, 0)

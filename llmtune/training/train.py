@@ -1,13 +1,17 @@
 """Train an adapter: try, choose, run, and give the model back."""
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from socket import gethostname
+from typing import Any, cast
+
+from peft import PeftModel
 
 from llmtune.errors import LlmtuneError, RunInterrupted
-from llmtune.io.fingerprint import hash_json
+from llmtune.io.fingerprint import JsonObject, hash_json
+from llmtune.io.processes import refuse_unjoined
 from llmtune.io.stopping import Interruption, catch_interruption
 from llmtune.models.probing import is_out_of_memory
 from llmtune.training.checkpoint import (
@@ -18,12 +22,14 @@ from llmtune.training.checkpoint import (
     load_weights,
     read_progress,
     remove_all_checkpoints,
+    step_of,
 )
 from llmtune.training.config import TrainConfig, check_reporters
 from llmtune.training.memory.dry_run import dry_run_save
 from llmtune.training.memory.measure import peak_bytes
 from llmtune.training.metrics import MetricsLog, ProgressLine
-from llmtune.training.request import Start, TrainRequest, TrainResult
+from llmtune.training.reduction import Stopping
+from llmtune.training.request import RunTotals, Start, TrainRequest, TrainResult
 from llmtune.training.rows import find_untrained
 from llmtune.training.setup import add_protection, float32_weights, set_up
 from llmtune.training.trainer import build_trainer, restored_model
@@ -42,31 +48,39 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
     """
     check_reporters(config.report_to)
     _check_request(config, request)
+    processes = request.processes
     progress = ProgressLine(quiet=request.quiet)
     with ExitStack() as stack:
         stack.callback(progress.stop)
-        interruption = stack.enter_context(catch_interruption())
+        heard = stack.enter_context(catch_interruption())
+        stopping = Stopping(processes, heard)
+        interruption = stopping.agreed
         stack.enter_context(restored_model(request.model))
         stack.enter_context(float32_weights(request.model))
-        dry_run_save(request.model, request.tokenizer, request.run)
+        if processes.is_first:
+            dry_run_save(request.model, request.tokenizer, request.run)
         start = _find_start(config, request, progress)
         if start.checkpoint and start.is_done:
             choices = read_progress(start.checkpoint)["choices"]
             return _finish(request, start, start.steps, choices, progress)
+        stack.enter_context(processes.connected(_device_type(request.model)))
         setup = set_up(config, request, stack)
         for name, choice in setup.choices.items():
             progress.note(f"{name}: {choice}")
+        stopping.agree()
         _stop_if_asked(interruption, start)
         setup = add_protection(setup, request)
-        metrics = MetricsLog(
-            request.run.metrics_path,
-            resumed_step=start.steps,
-            without_evaluation=start.totals.owes_evaluation,
-            screen=progress,
-            total_steps=start.total_steps,
-        )
-        stack.callback(metrics.close)
-        trainer = build_trainer(config, request, setup, start, metrics, interruption)
+        metrics = None
+        if processes.is_first:
+            metrics = MetricsLog(
+                request.run.metrics_path,
+                resumed_step=start.steps,
+                without_evaluation=start.totals.owes_evaluation,
+                screen=progress,
+                total_steps=start.total_steps,
+            )
+            stack.callback(metrics.close)
+        trainer = build_trainer(config, request, setup, start, metrics, stopping)
         if start.checkpoint and start.totals.owes_evaluation:
             trainer.make_up_evaluation(start.checkpoint)
             if start.is_done:
@@ -87,7 +101,11 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
                 f"{checkpoint_dir(request.run.checkpoints_dir, steps)}. The same command continues."
             )
         result = _finish(request, start, steps, setup.choices, progress)
-        return replace(result, interrupted_by=interruption.signal_name)
+        return replace(result, interrupted_by=interruption.signal_name or heard.signal_name)
+
+
+def _device_type(model: PeftModel) -> str:
+    return str(model.get_input_embeddings().weight.device.type)
 
 
 def _stop_if_asked(interruption: Interruption, start: Start) -> None:
@@ -99,11 +117,7 @@ def _stop_if_asked(interruption: Interruption, start: Start) -> None:
 
 
 def _check_request(config: TrainConfig, request: TrainRequest) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LlmtuneError(
-            f"started as one of {os.environ['WORLD_SIZE']} processes, but training runs in one: "
-            "start llmtune without torchrun or accelerate launch"
-        )
+    refuse_unjoined()
     if not len(request.train):
         raise LlmtuneError("there are no training rows: every source under data.train is empty")
     if config.early_stopping and not len(request.evaluation):
@@ -119,16 +133,35 @@ def _check_request(config: TrainConfig, request: TrainRequest) -> None:
 
 
 def _find_start(config: TrainConfig, request: TrainRequest, progress: ProgressLine) -> Start:
+    """Find what an earlier call left; the first process looks, and the others begin there, too."""
     own = hash_json({**config.deciding_knobs(), "seed": request.seed})
-    if config.resume == "never":
-        remove_all_checkpoints(request.run.checkpoints_dir)
-    return find_start(
-        request.run.checkpoints_dir,
-        {**request.identity, "training section or seed": own},
-        request.model,
-        total_steps=config.total_steps(len(request.train)),
-        say=progress.note,
-    )
+    identity = {**request.identity, "training section or seed": own}
+    total_steps = config.total_steps(len(request.train))
+
+    def find() -> JsonObject:
+        if config.resume == "never":
+            remove_all_checkpoints(request.run.checkpoints_dir)
+        start = find_start(
+            request.run.checkpoints_dir,
+            identity,
+            request.model,
+            total_steps=total_steps,
+            say=progress.note,
+        )
+        checkpoint = "" if start.checkpoint is None else str(start.checkpoint.absolute())
+        return {"checkpoint": checkpoint, "totals": vars(start.totals)}
+
+    found = request.processes.share(find)
+    checkpoint = Path(str(found["checkpoint"])) if found["checkpoint"] else None
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise LlmtuneError(
+            f"{checkpoint}: the process that runs the command continues from it, and this one on "
+            f"{gethostname()} does not see it. All machines need one run_dir: put it on a disk "
+            "that they share"
+        )
+    totals = RunTotals(**cast(dict[str, Any], found["totals"]))
+    steps = 0 if checkpoint is None else step_of(checkpoint)
+    return Start(checkpoint, steps, total_steps, totals, identity)
 
 
 def _out_of_memory(step: int, start: Start) -> LlmtuneError:

@@ -3,7 +3,7 @@
 import copy
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from trl import SFTConfig, SFTTrainer
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.run_dir import RunDir, atomic_write_json
-from llmtune.io.stopping import Interruption
 from llmtune.training.batch import StepRows
 from llmtune.training.callbacks import (
     BestCheckpoint,
@@ -47,7 +46,9 @@ from llmtune.training.checkpoint import (
 )
 from llmtune.training.config import TrainConfig
 from llmtune.training.metrics import Clock, MetricsLog
+from llmtune.training.objectives.base import OpenSums
 from llmtune.training.optimizers import OPTIMIZERS, group_parameters, learning_rate_factor
+from llmtune.training.reduction import Reduction, Stopping
 from llmtune.training.request import Start, TrainRequest
 from llmtune.training.rows import EpochSampler, group_by_source, name_sources
 from llmtune.training.setup import Setup, check_float32
@@ -61,10 +62,13 @@ def build_trainer(
     request: TrainRequest,
     setup: Setup,
     start: Start,
-    metrics: MetricsLog,
-    interruption: Interruption,
+    metrics: MetricsLog | None,
+    stopping: Stopping,
 ) -> "AdapterTrainer":
-    """Return the trainer with its callbacks; those that read what others decided come last."""
+    """Return the trainer with its callbacks; those that read what others decided come last.
+
+    `metrics` is None in all processes but the first.
+    """
     num_rows = (len(request.train), len(request.evaluation))
     with _kept_precision(request.model):
         trainer = AdapterTrainer(
@@ -73,9 +77,17 @@ def build_trainer(
             setup,
             start,
             metrics,
-            interruption,
+            stopping,
             model=request.model,
-            args=build_arguments(config, request.run, setup, num_rows=num_rows, seed=request.seed),
+            args=build_arguments(
+                config
+                if request.processes.is_first
+                else config.model_copy(update={"report_to": ()}),
+                request.run,
+                setup,
+                num_rows=num_rows,
+                seed=request.seed,
+            ),
             data_collator=setup.collator,
             train_dataset=Dataset.from_dict({"row": list(range(num_rows[0]))}),
             # Only says that there is one: `AdapterTrainer.evaluation_loop` has rows of its own.
@@ -87,13 +99,13 @@ def build_trainer(
     for tracker in trainer.callback_handler.callbacks:
         if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:
             tracker.logging_dir = str(request.run.path / "tensorboard")
-    stopping = config.early_stopping
+    early = config.early_stopping
     for callback in (
         NoGradientStop(),
-        *([BestCheckpoint(start.totals, stopping)] if stopping else []),
+        *([BestCheckpoint(start.totals, early)] if early else []),
         Pacing(trainer.clock, trainer.reopen_window),
         # after Pacing: a step has the line of metrics that it has without an interruption
-        InterruptionStop(interruption, start.totals),
+        InterruptionStop(stopping.agreed, start.totals),
         NotFiniteStop(trainer.step.recent, setup.collator.examples),
     ):
         trainer.add_callback(callback)
@@ -109,17 +121,22 @@ class AdapterTrainer(SFTTrainer):
         request: TrainRequest,
         setup: Setup,
         start: Start,
-        metrics: MetricsLog,
-        interruption: Interruption,
+        metrics: MetricsLog | None,
+        stopping: Stopping,
         **trl_arguments: Any,
     ) -> None:
         self._config = config
         self._request = request
         self._start = start
         self._metrics_log = metrics
-        self._interruption = interruption
+        self._stopping = stopping
         self._choices = setup.choices
-        self.step = TrainingStep(setup, name_sources(request.train))
+        self._reduction: Reduction | None = None
+        if request.processes.are_many:
+            self._reduction = Reduction(request.model, stopping)
+            self._reduction.start_equal()
+        sources = name_sources(request.train)
+        self.step = TrainingStep(setup, sources, request.processes, self._reduction)
         self.clock = Clock(start.totals)
         super().__init__(**trl_arguments)
         self._evaluation_rows = group_by_source(request.evaluation, len(request.train))
@@ -136,6 +153,8 @@ class AdapterTrainer(SFTTrainer):
         totals.tokens += inputs["tokens"]
         totals.trained_tokens += inputs["trained_tokens"]
         scaler = self.accelerator.scaler  # of float16 training
+        if scaler is not None and not inputs["micro_batches"]:
+            scaler.scale(torch.zeros((), device=self.args.device))  # it begins with its first loss
         return self.step.run(
             inputs,
             self.state.global_step,
@@ -147,10 +166,9 @@ class AdapterTrainer(SFTTrainer):
         """Return the mean loss of a trained token, over all evaluation rows and by source."""
         started = time.perf_counter()
         with self.clock.aside():
-            metrics = self.step.evaluate(
-                self._evaluation_rows, lambda: self._interruption.signal_name is not None
-            )
+            metrics = self.step.evaluate(self._evaluation_rows, lambda: self._stopping.is_heard)
         if metrics is None:
+            self._stopping.agree()
             self._start.totals.owes_evaluation = True
             self.control.should_save = self.control.should_training_stop = True
             return EvalLoopOutput(None, None, {}, 0)
@@ -174,6 +192,8 @@ class AdapterTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _write(self, line: dict[str, Any]) -> None:
+        if self._metrics_log is None:
+            return
         steps_left = self.state.max_steps - self.state.global_step
         self._metrics_log.write(line, seconds_left=steps_left * self.clock.seconds_a_step)
 
@@ -193,6 +213,11 @@ class AdapterTrainer(SFTTrainer):
         if self._start.totals.owes_evaluation:
             return
 
+        processes = self._request.processes
+        if not processes.is_first:
+            processes.meet()  # the others are about to read what the first one replaces
+            return
+
         def copy_with_new_totals(directory: Path) -> None:
             for path in checkpoint.iterdir():
                 if path.name not in (CHECKSUMS_NAME, PROGRESS_NAME):
@@ -202,6 +227,7 @@ class AdapterTrainer(SFTTrainer):
             atomic_write_json(directory / PROGRESS_NAME, progress)
 
         write_checkpoint(checkpoint, copy_with_new_totals)
+        processes.meet()
 
     def reopen_window(self) -> None:
         """Restore the sums over the steps since the last line of metrics."""
@@ -211,7 +237,8 @@ class AdapterTrainer(SFTTrainer):
         if window is not None:  # an older version logged every step that it saved
             self._tr_loss.fill_(window["loss"])
             self._globalstep_last_logged = window["logged_step"]
-            self.step.restore(window["metrics"])
+            if self._request.processes.is_first:  # the sums of all processes together
+                self.step.restore(window["metrics"])
 
     # Order of the rows, optimizer, learning rate
 
@@ -271,14 +298,19 @@ class AdapterTrainer(SFTTrainer):
             self.clock.stop(self.state.global_step)  # no line of metrics has counted this time
         with self.clock.aside():
             check_finite(self._request.model, self.state.global_step)
-            write_checkpoint(target, self._write_files)
+            if self._reduction is not None:
+                self._reduction.require_equal(self.state.global_step)
+            sums = self.step.open_metrics()
+            if not self._request.processes.is_first:
+                return
+            write_checkpoint(target, lambda directory: self._write_files(directory, sums))
             remove_old_checkpoints(
                 target,
                 keep=self._config.keep_checkpoints,
                 best_step=self._start.totals.best_step,
             )
 
-    def _write_files(self, directory: Path) -> None:
+    def _write_files(self, directory: Path, sums: Mapping[str, OpenSums]) -> None:
         save_weights(self._request.model, directory)
         self._save_optimizer_and_scheduler(str(directory))
         self._save_scaler(str(directory))
@@ -291,7 +323,7 @@ class AdapterTrainer(SFTTrainer):
             "window": {
                 "loss": self._tr_loss.item(),
                 "logged_step": self._globalstep_last_logged,
-                "metrics": self.step.open_metrics(),
+                "metrics": sums,
             },
         }
         atomic_write_json(directory / PROGRESS_NAME, progress)

@@ -61,7 +61,7 @@ def _probe_sharing(model: PeftModel, examples: Sequence[Example]) -> str | None:
     base = model.get_base_model()
     left, right, other = (row.input_ids for row in make_probe_rows(examples, PROBE_TOKENS))
     rows = [make_probe_row(left + end) for end in (right, other)]
-    if _draws_random_numbers(model, pack_rows(rows), device):
+    if draws_random_numbers(model, pack_rows(rows), device):
         return "random numbers in training, such as dropout, are different in every row"
     calls: list[nn.Module] = []
     shared = move_to(pack_sharing(rows), device)
@@ -84,7 +84,7 @@ def _probe_sharing(model: PeftModel, examples: Sequence[Example]) -> str | None:
     return None
 
 
-def _draws_random_numbers(model: PeftModel, micro_batch: MicroBatch, device: torch.device) -> bool:
+def draws_random_numbers(model: PeftModel, micro_batch: MicroBatch, device: torch.device) -> bool:
     """Whether a pass in training takes random numbers; the run's own ones stay as they are."""
     is_cuda = device.type == "cuda"
 

@@ -61,7 +61,7 @@ def find_plan(config: TrainConfig, trial: "Trial", longest_first: Sequence[int])
     device_type = trial.device.type
     plan = plan_memory(
         cost,
-        available_bytes(trial.device),
+        available_bytes(trial.device, trial.num_here),
         RowSizes(lengths[0], sum(lengths) if trial.collator.packed else lengths[0] * len(lengths)),
         useful_tokens=USEFUL_TOKENS.get(device_type, USEFUL_TOKENS["cuda"]),
         micro_batch_size=config.micro_batch_size,
@@ -90,8 +90,14 @@ class Trial:
         model: PeftModel,
         collator: StepCollator,
         loss: Callable[[MicroBatch], Tensor],
+        *,
+        num_here: int = 1,
     ) -> None:
-        """Take the model, what batches its rows, and a micro-batch's loss as training has it."""
+        """Take the model, what batches its rows, and a micro-batch's loss as training has it.
+
+        `num_here` processes share this computer's memory.
+        """
+        self.num_here = num_here
         self.model = model
         self.collator = collator
         self.loss = loss

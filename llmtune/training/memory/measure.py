@@ -79,13 +79,17 @@ class _SavedBytes:
                 handle.remove()
 
 
-def available_bytes(device: torch.device) -> float:
-    """Return the bytes that activations may take on a device now."""
+def available_bytes(device: torch.device, num_here: int = 1) -> float:
+    """Return the bytes that activations may take on a device now.
+
+    The computer's memory is shared by `num_here` processes; each has a GPU of its own.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return USABLE_SHARE * float(free + cached)
-    return USABLE_SHARE * min(float(psutil.virtual_memory().available), _container_bytes())
+    free = min(float(psutil.virtual_memory().available), _container_bytes())
+    return USABLE_SHARE * free / num_here
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -10,8 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from llmtune.adapters.live import live_method
-from llmtune.data.example import Example
+from llmtune.data.example import IGNORE_INDEX, Example
 from llmtune.errors import LlmtuneError
+from llmtune.io.processes import ALONE, Processes
 from llmtune.models.probing import is_out_of_memory
 from llmtune.ops.linear_cross_entropy import FrozenHead
 from llmtune.ops.linear_kl import linear_kl_divergence
@@ -69,6 +70,7 @@ class Protection:
         build: Callable[[Sequence[Example]], MicroBatch],
         *,
         seed: int,
+        processes: Processes = ALONE,
     ) -> None:
         """Check that what is asked for can be done.
 
@@ -82,6 +84,7 @@ class Protection:
         self._build = build
         self._device = model.get_input_embeddings().weight.device
         self._updates = _find_updates(model) if request.config.l2 else []
+        self._processes = processes
         self._rows = list(request.rows)
         order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))
         self._order = order.tolist()
@@ -101,6 +104,8 @@ class Protection:
     ) -> None:
         """Run the penalties of a step (counted from 0) forward and backward.
 
+        Several processes share the rows of the KL; the first one alone knows the update's norm.
+
         Args:
             autocast: enters the precision that the forward pass runs in.
             scale: factor on the loss before backward (a gradient scaler's).
@@ -112,12 +117,13 @@ class Protection:
         if penalty is not None and has_kl:
             with autocast():
                 kl = self._mean_kl(penalty, step // penalty.every)
-            (kl * (penalty.weight * penalty.every * scale)).backward()
+            if kl.requires_grad:
+                (kl * (penalty.weight * penalty.every * scale)).backward()
         norm = torch.zeros((), device=self._device)
-        if self._updates:
+        if self._updates and self._processes.is_first:
             norm = squared_update_norm(self._updates)
             (norm * (self._config.l2 * scale)).backward()
-        one = torch.ones_like(norm)
+        one = torch.full_like(norm, float(self._processes.is_first))
         self._sums += torch.stack([kl.detach().float(), norm.detach(), one, one * has_kl])
 
     def dry_run(self, autocast: Callable[[], AbstractContextManager[object]]) -> None:
@@ -168,7 +174,10 @@ class Protection:
 
     def _mean_kl(self, config: KlToBaseConfig, turn: int) -> Tensor:
         places = range(turn * config.rows, (turn + 1) * config.rows)
-        numbers = tuple(self._order[place % len(self._order)] for place in places)
+        step_rows = [self._order[place % len(self._order)] for place in places]
+        numbers = tuple(step_rows[self._processes.rank :: self._processes.world_size])
+        if not numbers:
+            return torch.zeros((), device=self._device)
         micro_batch = move_to(self._build([self._rows[row] for row in numbers]), self._device)
         # Dropout would be divergence of its own; this way the KL of an unused adapter is 0.
         is_training = self._model.training
@@ -184,7 +193,10 @@ class Protection:
             layer.weight, layer.bias, self._loss_path.softcap, self._loss_path.scale
         )
         summed = linear_kl_divergence(hidden.flatten(0, 1)[positions], reference, frozen)
-        return summed / max(len(positions), 1)
+        compared = len(positions)
+        if self._processes.are_many:
+            compared = sum(self._count_targets(row) for row in step_rows)
+        return summed / max(compared, 1)
 
     @torch.no_grad()
     def _reference(self, rows: tuple[int, ...], micro_batch: MicroBatch) -> Tensor:
@@ -202,6 +214,9 @@ class Protection:
         if kept + reference.nbytes <= KEPT_BYTES:
             self._references[rows] = reference
         return reference
+
+    def _count_targets(self, row: int) -> int:
+        return sum(label != IGNORE_INDEX for label in self._rows[row].labels[1:])
 
     def _longest_first(self) -> list[int]:
         lengths = [len(row.input_ids) for row in self._rows]

@@ -1,0 +1,112 @@
+"""`torchrun -m llmtune train`: one run in several processes, killed, stopped and continued."""
+
+import json
+import os
+import signal
+
+import pytest
+from safetensors.torch import load_file
+
+from llmtune.config import load_config
+from llmtune.errors import LlmtuneError
+from llmtune.runs import pipeline
+from tests.processes import run_command
+from tests.project import make_project
+
+STEPS = {"learning_rate": 5e-3, "max_steps": 16, "batch_size": 6, "save_every": 4}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("project")
+    model = {"base": str(directory / "base"), "dtype": "float32"}
+    return make_project(directory, model=model, train=STEPS)
+
+
+def train(project, count, run, before_step=None):
+    arguments = ["train", str(project), f"run_dir={project.parent / run}"]
+    return run_command(project.parent / f"{run}-out", count, arguments, before_step=before_step)
+
+
+def send(number, *, to, after):
+    """Return what sends a signal to one process before a step."""
+
+    def before_step(rank, steps_done):
+        if rank == to and steps_done == after:
+            os.kill(os.getpid(), number)
+
+    return before_step
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("loss", line.get("eval_loss"))) for line in lines]
+
+
+def test_a_run_that_is_killed_and_stopped_continues_on_any_number_of_processes(project):
+    folder = project.parent
+    assert train(project, 1, "whole").wait() == [0]
+
+    killed = train(project, 2, "parts", send(signal.SIGKILL, to=1, after=6))
+    assert killed.wait() == [3, -9]
+    assert "ended without a message" in killed.output(0)
+    assert killed.output(0).count("error:") == 1
+
+    stopped = train(project, 1, "parts", send(signal.SIGTERM, to=0, after=8))
+    assert stopped.wait() == [3]
+    assert "continuing after step 4 of 16" in stopped.output(0)
+    assert "stopped by SIGTERM after step 9 of 16" in stopped.output(0)
+
+    # one process hears the signal in the last step, and both leave its evaluation to the next call
+    stopped = train(project, 2, "parts", send(signal.SIGTERM, to=1, after=15))
+    assert stopped.wait() == [3, 3]
+    outputs = stopped.output(0) + stopped.output(1)
+    assert outputs.count("stopped by SIGTERM after step 16 of 16") == 1
+    ended = train(project, 2, "parts")
+    assert ended.wait() == [0, 0]
+    assert "2 share the rows of each step" in ended.output(0)
+    assert "train data" not in ended.output(1)
+
+    name = "adapter/adapter_model.safetensors"
+    whole, parts = (load_file(folder / run / name) for run in ("whole", "parts"))
+    assert max((whole[key] - parts[key]).abs().max().item() for key in whole) < 1e-5
+    for one, other in zip(losses(folder / "whole"), losses(folder / "parts"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    manifests = [
+        json.loads((folder / run / "manifest.json").read_text())["stages"]["train"]
+        for run in ("whole", "parts")
+    ]
+    for key in ("steps", "tokens", "trained_tokens", "order_hash"):
+        assert manifests[0]["result"][key] == manifests[1]["result"][key]
+
+
+def test_an_error_in_one_process_ends_all_with_its_message_and_code(project):
+    def fail(rank, steps_done):
+        if rank == 1:
+            raise LlmtuneError("no room here")
+
+    failed = train(project, 2, "failed", fail)
+    assert failed.wait() == [2, 2]
+    assert "error: process 1 of 2: no room here" in failed.output(1)
+    assert "error:" not in failed.output(0)
+
+
+def test_a_call_from_python_in_several_processes_is_refused(project, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LlmtuneError, match="torchrun --nproc-per-node 2 -m llmtune run"):
+        pipeline.train(load_config(project, [f"run_dir={project.parent / 'refused'}"]))
+    assert not (project.parent / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["eval", "runs/mine"], "works in one process, and 2 were started"),
+    ],
+)
+def test_what_is_wrong_with_the_command_is_said_once(tmp_path, arguments, message):
+    started = run_command(tmp_path, 2, arguments)
+    assert started.wait() == [2, 2]
+    assert message in started.output(0)
+    assert not started.output(1)
