@@ -27,6 +27,9 @@ from llmtune.evaluation.lm_eval import LmEvalSettings, harness_model, run_tasks
 
 WORDS = ["dog", "fox", "film", "plot", "quick", "lazy", "warm", "funny", "ending", "sentence"]
 NUM_ITEMS = 200
+BATCH_NOISE = 5e-5
+"""By how much a choice's log-likelihood in float32 may depend on its batch (2e-5 was seen, as
+docs/evaluation.md says); choices that are closer than twice that may be decided either way."""
 
 
 def write_task(directory, num_items=NUM_ITEMS):
@@ -81,6 +84,15 @@ def tokenizer_with_bos():
     return tokenizer
 
 
+def assert_equal_but_for_noise(ours, theirs):
+    """Require the same likelihoods up to the noise of batches, and scores that only it may turn."""
+    for mine, other in zip(ours.items, theirs.items, strict=True):
+        values = mine.details["log_likelihoods"]
+        assert values == pytest.approx(other.details["log_likelihoods"], abs=BATCH_NOISE, rel=0)
+        first, second = sorted(values)[:-3:-1]
+        assert mine.score == other.score or first - second <= 2 * BATCH_NOISE
+
+
 @pytest.mark.parametrize("make", [make_tokenizer, tokenizer_with_bos])
 def test_choice_accuracy_equals_the_harness_item_by_item(model, make, tmp_path):
     suite = write_task(tmp_path)
@@ -91,11 +103,7 @@ def test_choice_accuracy_equals_the_harness_item_by_item(model, make, tmp_path):
     ours = evaluate_suite(scored, suite, arm="tuned")
 
     assert theirs.n == ours.n == NUM_ITEMS
-    for mine, other in zip(ours.items, theirs.items, strict=True):
-        assert mine.score == other.score
-        assert mine.details["log_likelihoods"] == pytest.approx(
-            other.details["log_likelihoods"], rel=1e-4
-        )
+    assert_equal_but_for_noise(ours, theirs)
     assert ours.mean == theirs.mean == run.summary["local_words"]["acc,none"]
     assert 0 < ours.mean < 1
 
@@ -214,5 +222,5 @@ def test_the_real_model_scores_movies_as_the_harness_does(monkeypatch, tmp_path)
     (tmp_path / "suite.yaml").write_text(json.dumps(suite))
     ours = evaluate_suite(scored, load_suite(tmp_path / "suite.yaml"), arm="base")
     assert theirs.n == ours.n == 80
-    assert [item.score for item in ours.items] == [item.score for item in theirs.items]
+    assert_equal_but_for_noise(ours, theirs)
     assert 0.4 < ours.mean < 0.9
