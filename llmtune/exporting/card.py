@@ -74,6 +74,8 @@ class CardReport:
     method: str
     rank: int | None
     base_in: str
+    base_stored: str | None
+    """How the base was stored, and what its weights became, if it was quantized."""
     steps: int | None
     tokens: int | None
 
@@ -98,6 +100,7 @@ class CardReport:
             method=str(adapter.get("method")),
             rank=adapter.get("rank"),
             base_in=quantization.get("method", "16 or 32 bits"),
+            base_stored=base.get("stored"),
             steps=cost.get("steps"),
             tokens=cost.get("tokens"),
         )
@@ -175,6 +178,8 @@ def _results(report: CardReport) -> Iterator[str]:
     rank = "" if report.rank is None else f", rank {report.rank}"
     yield f"- method: {report.method}{rank}"
     yield f"- base in: {report.base_in}"
+    if report.base_stored:
+        yield f"- base was stored: {report.base_stored}, into which the adapter is merged"
     yield f"- steps: {report.steps}, tokens read: {report.tokens}"
     yield ""
 

@@ -86,4 +86,8 @@ def dequantize_mxfp4(bytes_GP: Tensor, scales_G: Tensor, dtype: torch.dtype) -> 
 
 def dequantize_expert_stack(bytes_EOGP: Tensor, scales_EOG: Tensor, dtype: torch.dtype) -> Tensor:
     """Return gpt-oss' fused experts [E, I, O] from blocks in MXFP4, which are stored [E, O, I]."""
-    return dequantize_mxfp4(bytes_EOGP, scales_EOG, dtype).transpose(1, 2).contiguous()
+    experts, outputs, groups, width = bytes_EOGP.shape
+    out = torch.empty(experts, groups * width * 2, outputs, dtype=dtype, device=bytes_EOGP.device)
+    for expert in range(experts):  # turned one by one: the whole stack is not there twice
+        out[expert] = dequantize_mxfp4(bytes_EOGP[expert], scales_EOG[expert], dtype).t()
+    return out

@@ -104,6 +104,7 @@ def _headline(report: Report) -> list[str]:
     origin = str(base.get("origin") or (config.get("model") or {}).get("base") or "")
     parts = [
         origin if base.get("revision") else Path(origin).name,
+        base.get("stored") or "",
         f"quantization {base['quantization']}" if base.get("quantization") else "",
         f"{method} rank {adapter['rank']}" if method and "rank" in adapter else method or "",
         manifest.created.partition("T")[0],

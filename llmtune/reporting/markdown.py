@@ -162,6 +162,7 @@ def _training(report: Report) -> Iterator[str]:
         ("method", adapter.get("method")),
         ("rank", adapter.get("rank")),
         ("base in", report.manifest.base.get("quantization")),
+        ("base was stored", report.manifest.base.get("stored")),
         ("learning rate", train.get("learning_rate")),
         ("optimizer steps", cost.steps),
         ("tokens read", format_count(cost.tokens) if cost.tokens else None),

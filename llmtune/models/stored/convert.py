@@ -24,6 +24,7 @@ from llmtune.models.stored.dense import DenseTensor, small_files
 
 SHARD_BYTES = 4 << 30
 COPY_BYTES = 16 << 20
+CHECKED_ELEMENTS = 1 << 24
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -88,10 +89,13 @@ def _dequantize(weight: StoredWeight, dtype: torch.dtype) -> Tensor:
         raise LlmtuneError(
             f"{first.path}: {weight.name} cannot be dequantized ({reason}); {FETCH_AGAIN}"
         ) from error
-    if tuple(dense.shape) != weight.shape or not bool(dense.isfinite().all()):
+    flat = dense.contiguous().view(-1)
+    if tuple(dense.shape) != weight.shape or not all(
+        bool(part.isfinite().all()) for part in flat.split(CHECKED_ELEMENTS)
+    ):
         state = "is not finite" if tuple(dense.shape) == weight.shape else "has a wrong shape"
         raise LlmtuneError(f"{first.path}: {weight.name} {state} in {dtype}; {FETCH_AGAIN}")
-    return dense.contiguous().view(-1)
+    return flat
 
 
 def _copy(entry: TensorEntry, file: BinaryIO) -> None:
