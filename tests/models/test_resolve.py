@@ -15,6 +15,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.models import hub
 from llmtune.models.config import ModelConfig
 from llmtune.models.resolve import resolve_base
+from tests.quantized import store_quantized
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -115,6 +116,30 @@ def test_cached_commit_needs_no_look_up(monkeypatch, hub_cache):
 def test_unfinished_download_is_not_taken_for_a_model(no_network, hub_cache):
     (hub_cache / "model.safetensors").unlink()
     with pytest.raises(LlmtuneError, match="hub could not be reached"):
+        resolve_base(ModelConfig(base="org/tiny"))
+
+
+def test_quantized_model_of_the_hub_is_its_dense_checkpoint_at_that_commit(
+    hub_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "cache"))
+    store_quantized(hub_cache, "gptq")
+    source = resolve_base(ModelConfig(base="org/tiny", revision=COMMIT))
+
+    assert source.directory.parent == tmp_path / "cache" / "bases"
+    assert (source.adapter_base, source.revision) == ("org/tiny", COMMIT)
+    assert source.as_record()["stored"].startswith("gptq 4-bit, dequantized")
+
+
+def test_unknown_quantization_is_refused_before_the_weights_are_fetched(hub_cache, monkeypatch):
+    config = json.loads((hub_cache / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "vptq"}
+    (hub_cache / "config.json").write_text(json.dumps(config))
+    (hub_cache / "model.safetensors").unlink()
+    monkeypatch.setattr(hub, "_look_up_commit", lambda *args: COMMIT)
+    monkeypatch.setattr(hub, "_download", lambda *args, **more: pytest.fail("fetched"))
+
+    with pytest.raises(LlmtuneError, match=r"model.base=org/tiny: .* by 'vptq', which is not"):
         resolve_base(ModelConfig(base="org/tiny"))
 
 
