@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from llmtune.adapters.base import SavedConfig
 from llmtune.adapters.low_rank import LowRankAdapter
@@ -26,6 +28,12 @@ class DoraAdapter(LowRankAdapter):
     """The weight, its update, their sum, and an identity."""
 
     method: Literal["dora"] = "dora"
+
+    @model_validator(mode="after")
+    def _check_bias(self) -> Self:
+        if self.lora_bias:
+            raise ValueError("peft's DoRA has no bias of its own: set adapter.lora_bias=false")
+        return self
 
     @classmethod
     def owns(cls, config: SavedConfig) -> bool:

@@ -90,6 +90,7 @@ PARTS = {
     "longer_dropped": "data.max_length",
     "longer_cut": "data.max_length",
     "method": "adapter.method",
+    "start": "adapter.init",
     "modules": "adapter.target_modules",
     "dtype": "model.dtype",
     "loss": "data.loss_on",

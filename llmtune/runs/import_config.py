@@ -1,5 +1,6 @@
 """From the config of a different tool to ours, with what became of every key."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmtune.adapters.base import Adapter
 from llmtune.adapters.config import METHODS
 from llmtune.config import RunConfig
 from llmtune.data.problems import shorten
@@ -187,6 +189,14 @@ def _reporters(value: Any) -> list[str]:
     return [name for name in _list(value) if name in REPORTERS]
 
 
+def _start(value: Any) -> str | None:
+    """Return a start of the default method, if it has that one."""
+    name = "default" if value is True else str(value)
+    with contextlib.suppress(ValueError):
+        return str(METHODS[0].model_validate({"init": name}).model_dump()["init"])
+    return None
+
+
 READINGS: dict[str, Callable[[Any], Any]] = {
     "number": _number,
     "count": int,
@@ -196,6 +206,7 @@ READINGS: dict[str, Callable[[Any], Any]] = {
     "share": _share,
     "reporters": _reporters,
     "text": str,
+    "start": _start,
     "on_off": lambda value: "on" if value else "off",
     "loss_on": lambda value: "all" if value else "assistant",
     "schedule": lambda value: SCHEDULES.get(str(value)),
@@ -208,13 +219,25 @@ def _adapter(found: Imported, given: dict[str, Any], path: Path) -> None:
     [(key, value)] = given.items() or {"adapter": None}.items()
     default, quantized = METHODS[0].name(), f"q{METHODS[0].name()}"
     is_default = value is None and found.tool.name in ADAPTER_BY_DEFAULT
-    if not is_default and value not in (default, quantized, True):
+    other = next((method for method in METHODS[1:] if method.name() == value), None)
+    if other is not None:
+        _take_method(found, other, f"{key}: {value}")
+    elif not is_default and value not in (default, quantized, True):
         raise LlmtuneError(
             f"{path}: {key}: {value}: trains all weights, or by a method that llmtune does not "
             "have; it trains adapters"
         )
     if value == quantized:
         found.put("model.quantization", {"method": SMALLEST.method}, f"{key}: {value}")
+
+
+def _take_method(found: Imported, method: type[Adapter], origin: str) -> None:
+    """Set a method, and leave out what a file says of others beside it."""
+    found.put("adapter.method", method.name(), origin)
+    for key in [key for key in found.values if key.startswith("adapter.")]:
+        if key.removeprefix("adapter.") not in method.model_fields:
+            found.missing.append(f"{found.origins[key]}: {method.name()} has no such knob")
+            del found.values[key]
 
 
 def _objective(found: Imported, given: dict[str, Any], path: Path) -> None:
@@ -253,6 +276,15 @@ def _method(found: Imported, given: dict[str, Any], path: Path) -> None:
         name = key.rpartition("use_")[2]
         if value and name in names:
             found.put("adapter.method", name, key)
+
+
+def _weight_start(found: Imported, given: dict[str, Any], path: Path) -> None:
+    if not given.get("pissa_init"):
+        found.skipped.append(f"{', '.join(given)}: not switched on")
+        return
+    iterations = int(given.get("pissa_iter", 16))
+    start = f"pissa_niter_{iterations}" if iterations > 0 else "pissa"
+    found.put("adapter.init", start, ", ".join(given))
 
 
 def _target_linear(found: Imported, given: dict[str, Any], path: Path) -> None:
@@ -433,6 +465,7 @@ PARTS: dict[str, Callable[[Imported, dict[str, Any], Path], None]] = {
     "quantization": _quantization,
     "method": _method,
     "modules": _target_linear,
+    "start": _weight_start,
     "datasets": _datasets,
     "longer_dropped": _longer_dropped,
     "longer_cut": _longer_cut,

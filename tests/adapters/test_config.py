@@ -82,6 +82,7 @@ def test_dropout_reaches_every_layer():
     [
         {"method": "lora", "r": 8},
         {"method": "nothing"},
+        {"method": "dora", "lora_bias": True},
         {"method": "lora", "rank": 0},
         {"method": "lora", "dropout": 1.0},
         {"method": "lora", "layers": "first-3"},

@@ -109,3 +109,21 @@ def test_a_foreign_config_and_foreign_names_are_recognized(folder, tmp_path, cap
     said = capsys.readouterr().err
     for words in ("lora_r is adapter.rank", "data.max_length", "chat template", "train.batch_size"):
         assert words in said
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("finetuning_type: oft\noft_block_size: 16\nlora_rank: 8\n",
+         {"adapter.method": "oft", "adapter.block_size": 16}),
+        ("finetuning_type: lora\npissa_init: true\nlora_rank: 8\n",
+         {"adapter.init": "pissa_niter_16", "adapter.rank": 8}),
+        ("finetuning_type: lora\npissa_init: true\npissa_iter: -1\n", {"adapter.init": "pissa"}),
+    ],
+)  # fmt: skip
+def test_methods_and_starts_are_taken(tmp_path, text, values):
+    path = tmp_path / "factory.yaml"
+    path.write_text(f"model_name_or_path: b\nstage: sft\ntemplate: x\ndataset: d\n{text}")
+    found = import_config(path).values
+
+    assert {key: found[key] for key in found if key.startswith("adapter.")} == values
