@@ -30,7 +30,7 @@ class DoraAdapter(LowRankAdapter):
     method: Literal["dora"] = "dora"
 
     @model_validator(mode="after")
-    def _check_bias(self) -> Self:
+    def _check_dora_bias(self) -> Self:
         if self.lora_bias:
             raise ValueError("peft's DoRA has no bias of its own: set adapter.lora_bias=false")
         return self

@@ -1,9 +1,9 @@
 """What LoRA and its variants share: the knobs, what they cost, and peft's layers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmtune.adapters.base import Adapter, SavedConfig
 from llmtune.adapters.low_rank_saved import SavedLowRank, first_match
@@ -47,6 +47,12 @@ class LowRankAdapter(SavedLowRank):
     """Train a bias with every adapted layer too; merging needs layers that have a bias."""
     trainable_tokens: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     """Ids of tokens whose rows of the embedding are trained too, such as new special tokens."""
+
+    @model_validator(mode="after")
+    def _check_bias(self) -> Self:
+        if self.lora_bias and self.init in ("gaussian", "orthogonal"):
+            raise ValueError(f"peft has no lora_bias with adapter.init={self.init}: leave one out")
+        return self
 
     def rank_of(self, module: str) -> int:
         """Return the rank for the module of this full name."""
