@@ -106,7 +106,7 @@ KINDS: dict[str, Kind] = {
         | {"LORA", "use_rslora", "use_dora", "lora_alpha"},
         fields=("adapter", "method", "methods"),
         # llama.cpp calls its own adapters lora too
-        words=frozenset({"lora"}),
+        words=frozenset({"lora", "layers"}),
     ),
     "diagnosis": Kind(
         folder="evaluation/diagnosis",

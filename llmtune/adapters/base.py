@@ -44,6 +44,8 @@ class Adapter(Section):
     """What must be equal for a saved adapter to be a start: {peft's name: the config's}."""
     ZERO_SETTINGS: ClassVar[frozenset[str]] = frozenset()
     """Settings that are 0 where other methods have a size."""
+    IS_WHOLE: ClassVar[bool] = False
+    """Whether the targets' own weights are trained, beside no layer of peft's."""
     KEPT_OUTPUTS: ClassVar[int] = 0
     """Results as wide as the layer's output that its forward pass keeps for the backward pass."""
     DENSE_COPIES: ClassVar[int] = 0

@@ -12,6 +12,7 @@ from llmtune.adapters.other_bases import FourierAdapter, OftAdapter
 from llmtune.adapters.products import LoHaAdapter, LoKrAdapter, MissAdapter
 from llmtune.adapters.rslora import RsLoraAdapter
 from llmtune.adapters.vectors import Ia3Adapter, VeraAdapter
+from llmtune.adapters.whole_layers import LayersAdapter
 from llmtune.errors import LlmtuneError
 
 DEFAULT_ADAPTER = LoraAdapter()
@@ -70,7 +71,8 @@ AdapterConfig = Annotated[
     | VeraAdapter
     | OftAdapter
     | MissAdapter
-    | FourierAdapter,
+    | FourierAdapter
+    | LayersAdapter,
     Field(discriminator="method"),
     BeforeValidator(_with_method),
 ]

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.lora import ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -120,7 +122,7 @@ def inject_adapter(
         start_from_adapter(adapted, config.init_from, base_fingerprint=base_fingerprint)
     table = InjectionTable(
         method=config.method,
-        rows=_group_rows(adapted, config),
+        rows=_group_rows(_changed_layers(adapted, config, chosen), config),
         saved_modules=tuple(config.modules_to_save),
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         total_parameters=total_parameters,
@@ -148,7 +150,8 @@ def _peft_config(
     modules = [name for name in chosen if name in names.linear]
     experts = [name for name in chosen if name in names.experts]
     return config.to_peft(
-        shorten_targets(modules, names.modules),
+        # peft compares the ends of the names of whole modules, also inside a word
+        modules if config.IS_WHOLE else shorten_targets(modules, names.modules),
         shorten_targets(experts, [name for name, _ in model.named_parameters()], num_parts=2),
         fan_in_fan_out=bool(modules) and isinstance(model.get_submodule(modules[0]), Conv1D),
     )
@@ -159,7 +162,7 @@ def _check_layers(model: PeftModel, config: Adapter, chosen: list[str]) -> None:
 
     Some mixture-of-experts families make peft reinterpret names.
     """
-    layers = adapted_layers(model)
+    layers = _changed_layers(model, config, chosen)
     wrong = set(layers) ^ set(chosen)
     if wrong:
         endings = {name.rpartition(".")[2] for name in wrong}
@@ -170,7 +173,19 @@ def _check_layers(model: PeftModel, config: Adapter, chosen: list[str]) -> None:
             f"target_modules=[{', '.join(others)}]"
         )
     for name, layer in layers.items():
-        config.check_layer(name, layer)
+        if isinstance(layer, BaseTunerLayer):
+            config.check_layer(name, layer)
+
+
+def _changed_layers(
+    model: PeftModel, config: Adapter, chosen: Sequence[str]
+) -> Mapping[str, nn.Module]:
+    """Return the adapted layers, or the chosen ones among those that are trained whole."""
+    if not config.IS_WHOLE:
+        return adapted_layers(model)
+    base = model.get_base_model()
+    whole = ((name, base.get_submodule(name)) for name in chosen)
+    return {name: layer for name, layer in whole if isinstance(layer, ModulesToSaveWrapper)}
 
 
 def _check_tokens(model: PreTrainedModel, config: Adapter) -> None:
@@ -202,10 +217,11 @@ def _check_trainable(model: PeftModel, config: Adapter) -> None:
         assert not is_own or parameter.dtype == torch.float32, name
 
 
-def _group_rows(model: PeftModel, config: Adapter) -> tuple[InjectionRow, ...]:
+def _group_rows(layers: Mapping[str, nn.Module], config: Adapter) -> tuple[InjectionRow, ...]:
     groups: dict[tuple[str, tuple[tuple[str, float], ...]], list[int]] = defaultdict(list)
-    for name, layer in adapted_layers(model).items():
-        settings = tuple(config.layer_settings(layer).items())
+    for name, layer in layers.items():
+        described = config.layer_settings(layer) if isinstance(layer, BaseTunerLayer) else {}
+        settings = tuple(described.items())
         groups[LAYER_NUMBER.sub("*", name), settings].append(_own_parameters(layer))
     return tuple(
         InjectionRow(pattern, len(sizes), dict(settings), sum(sizes))
@@ -213,7 +229,7 @@ def _group_rows(model: PeftModel, config: Adapter) -> tuple[InjectionRow, ...]:
     )
 
 
-def _own_parameters(layer: BaseTunerLayer) -> int:
+def _own_parameters(layer: nn.Module) -> int:
     """Count a layer's adapter weights, without those of a wrapper nested in it."""
     return sum(
         parameter.numel()

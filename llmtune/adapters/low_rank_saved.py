@@ -16,6 +16,9 @@ Number = TypeVar("Number", int, float)
 DEFAULT_RANK = 8  # peft's, if a saved config names none
 DEFAULT_ALPHA = 8
 
+NO_TARGETS = "dummy-target-modules"
+"""What peft calls the targets of an adapter that only has `modules_to_save`."""
+
 # Initializations that leave the base as it is on disk, so that W + B A means what was trained.
 KEPT_BASE_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 KEY = re.compile(
@@ -77,6 +80,11 @@ class SavedLowRank(Adapter):
         "use_rslora": "method",
         "use_dora": "method",
     }
+
+    @classmethod
+    def owns(cls, config: SavedConfig) -> bool:
+        """Whether it is a LoRA on some module."""
+        return super().owns(config) and config.get("target_modules") != NO_TARGETS
 
     @classmethod
     def scaling(cls, rank: int, alpha: float) -> float:

@@ -48,7 +48,7 @@ def list_modules(model: PreTrainedModel, config: Adapter | None = None) -> Modul
         elif name:
             others[name] = type(module).__name__
     excluded = dict(_excluded(model, linear))
-    if config is not None:
+    if config is not None and not config.IS_WHOLE:
         kept = [name for name in linear if name not in excluded]
         excluded |= dict.fromkeys(_renamed_by_peft(model, config, kept), RENAMED)
     return ModuleNames(

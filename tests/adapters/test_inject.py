@@ -13,6 +13,7 @@ from llmtune.adapters.dora import DoraAdapter
 from llmtune.adapters.inject import adapted_layers, inject_adapter
 from llmtune.adapters.lora import LoraAdapter
 from llmtune.adapters.saved import load_adapter, save_adapter
+from llmtune.adapters.whole_layers import LayersAdapter
 from llmtune.errors import LlmtuneError
 from tests.adapters.conftest import IDS, load, logits, manifest_of, train_a_little
 from tests.tiny import FAMILIES, make_model
@@ -105,6 +106,16 @@ def test_saved_module_is_trained_whole():
     assert any("lm_head.modules_to_save" in name for name in trained)
     assert table.saved_modules == ("lm_head",)
     assert table.trainable_parameters == 2 * 16 * (64 + 64) + 512 * 64
+
+
+def test_chosen_layers_alone_are_trained_whole():
+    model, table = inject_adapter(make_model("llama"), LayersAdapter(layers="last-1"))
+    model(IDS, labels=IDS).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+
+    assert trained and all(".layers.1." in name for name in trained)
+    assert table.trainable_parameters == 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128
+    assert sum(row.num_parameters for row in table.rows) == table.trainable_parameters
 
 
 def test_experts_are_adapted_or_the_table_says_why_not():

@@ -22,10 +22,11 @@ def trained(request, checkpoint, tmp_path):
     """An adapter whose every tensor has moved: (method, base, live model, directory)."""
     loaded = load(checkpoint())
     model, table = inject_adapter(loaded.model, request.param(**SMALL.get(request.param, {})))
-    shapes = {name: (m.out_features, m.in_features) for name, m in adapted_layers(model).items()}
-    assert request.param(**SMALL.get(request.param, {})).num_parameters(shapes) == (
-        table.trainable_parameters
-    )
+    layers = adapted_layers(model)
+    if layers:
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        knobs = SMALL.get(request.param, {})
+        assert request.param(**knobs).num_parameters(shapes) == table.trainable_parameters
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -46,7 +46,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "dora from the weight": ("dora", {"init": "olora", "rank": 4}),
     "ia3 of inputs": ("ia3", {"feedforward_modules": ["down_proj"]}),
 }
-ON_TRANSPOSED = {"lora", "rslora", "dora", "ia3", "vera", "fourierft"}
+ON_TRANSPOSED = {"layers", "lora", "rslora", "dora", "ia3", "vera", "fourierft"}
 ON_QUANTIZED = {"lora", "rslora", "dora", "vera", "oft", "miss", "fourierft"}
 NAMES = [method.name() for method in METHODS]
 SHORT = {("llama", "nf4"), ("gpt2", "dense"), ("qwen3_moe", "dense")}
@@ -88,7 +88,7 @@ def random_adapter(directory: Path, base: str, name: str, knobs: dict, place: Pa
         for name, layer in adapted_layers(model).items()
         if hasattr(layer.get_base_layer(), "weight")
     }
-    if len(shapes) == len(adapted_layers(model)):
+    if shapes and len(shapes) == len(adapted_layers(model)):
         assert adapter.num_parameters(shapes) == table.trainable_parameters
     torch.manual_seed(1)
     with torch.no_grad():

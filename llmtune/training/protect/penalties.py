@@ -267,4 +267,9 @@ def _find_updates(model: PeftModel) -> list[tuple[Tensor, Tensor, float]]:
                     "different kind; leave protect.l2 at 0"
                 )
             found.append(factors)
+    if not found:
+        raise LlmtuneError(
+            "protect.l2 knows the norm of plain LoRA, and this adapter trains whole weights; leave "
+            "protect.l2 at 0"
+        )
     return found
