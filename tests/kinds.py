@@ -102,11 +102,12 @@ KINDS: dict[str, Kind] = {
     "adapter method": Kind(
         folder="adapters",
         members=METHODS,
-        names=frozenset(method.name() for method in METHODS)
+        # "layers" is what a model has, in every room
+        names=frozenset(method.name() for method in METHODS) - {"layers"}
         | {"LORA", "use_rslora", "use_dora", "lora_alpha"},
         fields=("adapter", "method", "methods"),
         # llama.cpp calls its own adapters lora too
-        words=frozenset({"lora", "layers"}),
+        words=frozenset({"lora"}),
     ),
     "diagnosis": Kind(
         folder="evaluation/diagnosis",
