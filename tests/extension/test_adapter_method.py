@@ -83,7 +83,7 @@ def house(tmp_path_factory) -> House:
         {
             "from llmtune.adapters.rslora": "from llmtune.adapters.road import RoadAdapter\n"
             "from llmtune.adapters.rslora",
-            "    | FourierAdapter,": "    | FourierAdapter\n    | RoadAdapter,",
+            "    | RsLoraAdapter\n": "    | RsLoraAdapter\n    | RoadAdapter\n",
         },
     )
     return house
