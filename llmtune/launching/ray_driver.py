@@ -1,6 +1,7 @@
 """The driver of a Ray job: one task a node, each running the command that a user types there."""
 
 import argparse
+import ctypes
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ RETRIES = 5
 WAIT_SECONDS = 600
 ENDING_SECONDS = 60
 WRONG_INPUT = 2
+PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,18 +66,25 @@ def run_once(config: str, nodes: int, gpus: int, env: Sequence[str]) -> int:
             )
             for place in range(nodes)
         ]
-        left = tasks
+        return wait_for(tasks)
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def wait_for(tasks: Sequence[Any]) -> int:
+    """Return the first exit code that is not 0, else 0; the others have ended, too, by then."""
+    left = list(tasks)
+    try:
         while left:
             done, left = ray.wait(left)
             if code := ray.get(done[0]):
-                for task in left:
-                    ray.cancel(task)
-                if left:
-                    ray.wait(left, num_returns=len(left), timeout=ENDING_SECONDS)
                 return int(code)
         return 0
     finally:
-        ray.util.remove_placement_group(group)
+        for task in left:
+            ray.cancel(task)
+        if left:
+            ray.wait(left, num_returns=len(left), timeout=ENDING_SECONDS)
 
 
 def find_address() -> tuple[str, int]:
@@ -105,13 +114,20 @@ def run_node(
         command += ["-m", "torch.distributed.run", "--nnodes", str(nodes)]
         command += ["--nproc-per-node", str(processes), "--node-rank", str(place)]
         command += ["--master-addr", first[0], "--master-port", str(first[1])]
-    process = subprocess.Popen([*command, "-m", "llmtune", "run", config])
+    process = subprocess.Popen(
+        [*command, "-m", "llmtune", "run", config], preexec_fn=_end_with_parent
+    )
     try:
         return process.wait()
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait()
+
+
+def _end_with_parent() -> None:
+    """Let the kernel send SIGTERM when Ray's worker dies: else it runs on, and holds the run."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _say(text: str) -> None:
