@@ -78,6 +78,9 @@ def wait_for(tasks: Sequence[Any]) -> int:
         while left:
             done, left = ray.wait(left)
             if code := ray.get(done[0]):
+                if left:
+                    done, left = ray.wait(left, num_returns=len(left), timeout=ENDING_SECONDS)
+                    ray.get(done)  # raises if one was lost: that is why this one failed
                 return int(code)
         return 0
     finally:
