@@ -44,6 +44,9 @@ OS_ADVICE = {
     errno.EROFS: "; choose a place that can be written to",
 }
 
+HELP_ERROR = "NoArgsIsHelpError"
+"""The class of click's error that is a command's help; click 8.1 has none."""
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -67,10 +70,10 @@ def run_command(arguments: Sequence[str]) -> int:
         # A command that asks click to exit makes this call return its exit code.
         with _interruptions_seen():
             code = _run_with_others(list(arguments))
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        return LlmtuneError.exit_code
     except click.ClickException as error:
+        if type(error).__name__ == HELP_ERROR:
+            click.echo(error.format_message(), err=True)
+            return LlmtuneError.exit_code
         return _fail(_plain_usage(error), LlmtuneError.exit_code)
     except LlmtuneError as error:
         return _fail(str(error), error.exit_code)

@@ -316,6 +316,14 @@ def test_an_unknown_key_names_file_line_and_nearest(config, capsys):
     assert f"{config}:{line}: adapter.rnk: unknown key; did you mean adapter.rank?" in said
 
 
+def test_mistakes_and_missing_words_are_clear_with_an_older_click_too(monkeypatch, capsys):
+    monkeypatch.delattr("click.exceptions.NoArgsIsHelpError", raising=False)
+    assert "no such file" in refused(capsys, "plan", "gone.yaml")
+    assert "No such command" in refused(capsys, "gone")
+    assert run_command(["data"]) == 2
+    assert "Usage: llmtune data" in capsys.readouterr().err
+
+
 def test_a_wrong_type_names_what_was_expected(config, capsys):
     said = refused(capsys, "run", str(config), "train.max_steps=many")
     assert "train.max_steps: expected a valid integer, found 'many'" in said
