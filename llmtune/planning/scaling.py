@@ -13,7 +13,7 @@ from llmtune.models.quantization.config import SMALLEST
 from llmtune.planning.estimate import FLOAT32, MemoryEstimate
 from llmtune.planning.rows import RowFacts
 from llmtune.planning.shape import ModelShape
-from llmtune.planning.workload import PlanRequest, plan_memory_of
+from llmtune.planning.workload import PlanRequest, count_steps, plan_memory_of
 
 GIGA = 1e9
 ASSUMED_LINKS = {False: (20.0, "PCIe 4.0"), True: (10.0, "100 Gbit/s between machines")}
@@ -135,7 +135,8 @@ def plan_card(
     if cards == 1:
         return plan_memory_of(request, shape, rows)
     share = math.ceil(request.train.batch_size / cards)
-    train = request.train.model_copy(update={"batch_size": share})
+    steps, _ = count_steps(request.train, rows)  # those of all cards, with the whole batch
+    train = request.train.model_copy(update={"batch_size": share, "max_steps": steps})
     step = max(math.ceil(rows.largest_step / cards), rows.longest)
     buffer = FLOAT32 * parameters
     device = replace(request.device, memory_bytes=max(request.device.memory_bytes - buffer, 0))
