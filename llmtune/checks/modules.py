@@ -98,10 +98,13 @@ def compare_modules(
     counterparts = dict(merged.named_modules())
     found = []
     with inference(live), inference(merged):
+        # Switching an adapter off walks the whole model: once, not for every module.
+        with switched_off(live):
+            effects = {name: _effect(*call) for name, call in calls.items() if name in counterparts}
         for name, (module, made) in calls.items():
             other = counterparts.get(name)
             if other is not None:
-                compared = _compare(name, live, module, other, made, stored_dtype)
+                compared = _compare(name, effects[name], other, made, stored_dtype)
                 wrong = _count_wrong_weights(module, other, stored_dtype)
                 found.append(replace(compared, num_wrong_weights=wrong))
     return ComparedModules(
@@ -172,27 +175,28 @@ def _compared(live: PeftModel) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def _effect(module: nn.Module, made: Sequence[_Call]) -> float:
+    """Return how far the outputs are from those without the adapter, which is switched off now."""
+    squares = 0.0
+    for call in made:
+        before = module(*call.args, **call.keywords).float()
+        squares += float((before - call.output.float()).square().sum())
+    return float(squares**0.5)
+
+
 def _compare(
-    name: str,
-    live: PeftModel,
-    module: nn.Module,
-    other: nn.Module,
-    made: Sequence[_Call],
-    stored_dtype: torch.dtype,
+    name: str, effect: float, other: nn.Module, made: Sequence[_Call], stored_dtype: torch.dtype
 ) -> ModuleDifference:
-    difference = effect = rounding = 0.0
+    difference = rounding = 0.0
     for call in made:
         expected = call.output.float()
         device = model_device(other)
-        with switched_off(live):
-            before = module(*call.args, **call.keywords).float()
         args = [_to(value, device) for value in call.args]
         keywords = {key: _to(value, device) for key, value in call.keywords.items()}
         found = other(*args, **keywords).float().to(expected.device)
         difference += float((found - expected).square().sum())
-        effect += float((before - expected).square().sum())
         rounding += _rounding(other, args, call.output, stored_dtype) ** 2
-    return ModuleDifference(name, difference**0.5, effect**0.5, rounding**0.5)
+    return ModuleDifference(name, difference**0.5, effect, rounding**0.5)
 
 
 def _rounding(

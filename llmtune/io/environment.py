@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import sys
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,7 @@ PACKAGES = (
 )
 
 
+@cache
 def package_version(name: str) -> str | None:
     """Return an installed distribution's version, or None if it is not installed."""
     try:

@@ -1,12 +1,38 @@
 """A copy of the package in which a test adds one more of a kind, as a contributor would."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+IN_TURN = """
+import contextlib, io, json, sys
+from llmtune.cli import run_command
+
+printed = []
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run_command(arguments)
+    if code:
+        sys.exit(f"{arguments}\\n{out.getvalue()}\\n{err.getvalue()}")
+    printed.append((out.getvalue(), err.getvalue()))
+print(json.dumps(printed))
+"""
+
+
+class Printed(NamedTuple):
+    """What a command printed."""
+
+    stdout: str
+    stderr: str
 
 
 class House:
@@ -36,6 +62,11 @@ class House:
     def run(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         """Run `llmtune ARGUMENTS` of the copy and require that it succeeds."""
         return self._call([sys.executable, "-m", "llmtune", *arguments], cwd)
+
+    def run_in_turn(self, *commands: Sequence[str], cwd: Path) -> list[Printed]:
+        """Run several commands in one process, which imports the libraries once; all succeed."""
+        answer = self._call([sys.executable, "-c", IN_TURN, json.dumps(commands)], cwd).stdout
+        return [Printed(*each) for each in json.loads(answer.splitlines()[-1])]
 
     def execute(self, program: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         """Run a Python program that imports the copy and require that it succeeds."""

@@ -96,13 +96,9 @@ def test_a_new_objective_trains_logs_its_metric_and_resumes(tmp_path):
     smoothed = "train.objective={method: smoothed, smoothing: 0.3}"
 
     def train(name, *overrides):
-        house.run(
-            "train", str(config), f"run_dir={runs[name]}", "train.save_every=1", *overrides,
-            cwd=tmp_path,
-        )  # fmt: skip
+        return ["train", str(config), f"run_dir={runs[name]}", "train.save_every=1", *overrides]
 
-    train("plain")
-    train("smoothed", smoothed)
+    house.run_in_turn(train("plain"), train("smoothed", smoothed), cwd=tmp_path)
     logged = metrics_of(runs["smoothed"])
     assert all(line["uniform_loss"] > 0 for line in logged)
     assert not any("uniform_loss" in line for line in metrics_of(runs["plain"]))
@@ -127,7 +123,7 @@ def test_a_new_objective_trains_logs_its_metric_and_resumes(tmp_path):
     )
     house.execute(program, cwd=tmp_path)
     assert not (runs["resumed"] / "adapter").exists()
-    train("resumed", smoothed)
+    house.run(*train("resumed", smoothed), cwd=tmp_path)
     assert adapter_hash(runs["resumed"]) == adapter_hash(runs["smoothed"])
     assert [line["uniform_loss"] for line in metrics_of(runs["resumed"])] == [
         line["uniform_loss"] for line in logged
