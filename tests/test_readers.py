@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "llmtune"
 JSON = {
     "io/json_files.py": "the reader",
     "data/row_values.py": "the reader of rows, which refuses doubled keys",
-    "evaluation/suite.py": "items, which refuse NaN",
+    "evaluation/items.py": "items, which refuse NaN",
     "ops/nf4.py": "a tensor's bytes, and no file",
     "io/partial_lines.py": "what was just written",
     "checks/runtime_worker.py": "a process of our own, which imports nothing of ours",

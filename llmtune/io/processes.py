@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from llmtune.errors import LlmtuneError, ProcessLost
 from llmtune.io.fingerprint import JsonObject
+from llmtune.io.json_files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +76,7 @@ class Processes:
             return make()
         key = self._next_key("shared")
         if not self.is_first:
-            shared: JsonObject = json.loads(self._wait(key))
+            shared: JsonObject = parse_json(self._wait(key))
             return shared
         value = make()
         self._put(key, value)
@@ -103,7 +104,7 @@ class Processes:
     def orders(self) -> Iterator[JsonObject]:
         """Yield the orders of the first process until it ends."""
         while True:
-            order = json.loads(self._wait(self._next_key("order")))
+            order = parse_json(self._wait(self._next_key("order")))
             if not order:
                 self._leave()
                 return
@@ -133,7 +134,7 @@ class Processes:
             self._see_off(FAILURE_SECONDS)
         else:
             self._leave()
-        failure = json.loads(text)
+        failure = parse_json(text)
         here = "" if self.is_first else f"process {self.rank} of {self.world_size}: "
         if failure["rank"] == self.rank:
             return here + message, code
@@ -188,7 +189,7 @@ class Processes:
             waited = time.monotonic() + FAILURE_SECONDS
             while time.monotonic() < waited:
                 if self._store.check(["failure"]):
-                    failure = json.loads(self._store.get("failure"))
+                    failure = parse_json(self._store.get("failure"))
                     return ProcessLost(failure["message"], int(failure["code"]))
                 time.sleep(POLL_SECONDS)
         except RuntimeError:

@@ -11,6 +11,7 @@ from typing import Literal, TypedDict
 
 from llmtune.io.environment import machine, processor_name, versions
 from llmtune.io.fingerprint import code_fingerprint, hash_json
+from llmtune.io.json_files import parse_json
 from llmtune.io.kept_json import read_kept
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.models.gguf import cache_dir
@@ -103,7 +104,7 @@ def keep_record(
     record = MachineRecord(
         machine=machine(), device=device, versions=versions(), off=off, results=results
     )
-    kept = json.loads(json.dumps(record))
+    kept = parse_json(json.dumps(record))
     atomic_write_json(path, {"seal": hash_json(kept), "kept": kept})
     for older in _of_this_machine(path):
         older.unlink(missing_ok=True)
