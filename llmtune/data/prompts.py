@@ -134,6 +134,18 @@ def read_prompt_rows(path: Path, choice: PromptChoice) -> list[PromptRow]:
     return rows
 
 
+def prompt_like_training(row: Mapping[str, Any], like: SourceConfig | None) -> str | None:
+    """Return what a row asks, if it has the columns of training rows and no `prompt` of its own.
+
+    Raises:
+        RowError: it has the columns, and they cannot be asked.
+    """
+    question = None if "prompt" in row else _read_like(row, like)
+    if question is None:
+        return None
+    return str(question.messages[-1]["content"]) if question.kind == "chat" else question.prompt
+
+
 def iter_prompt_file(path: Path) -> Iterator[Parsed]:
     """Yield the rows of a file with their lines, or why one cannot be read.
 

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from llmtune.data.conversation import Conversation
 from llmtune.data.files import json_line
-from llmtune.data.problems import RowProblem
+from llmtune.data.problems import RowError, RowProblem
 from llmtune.data.prompts import (
     PromptChoice,
     PromptRow,
     iter_prompt_file,
+    prompt_like_training,
     prompts_error,
     read_prompt_rows,
 )
@@ -134,7 +135,16 @@ def _read(settings: PredictSettings) -> tuple[list[PromptRow], Suite | None]:
     pairs = [each for each in found if not isinstance(each, RowProblem)]
     if not pairs:
         raise LlmtuneError(f"{path}: holds no rows; expected at least one")
-    suite = label_rows(settings.suite, pairs, path)
+    asked = []
+    for line, row in pairs:
+        try:
+            prompt = prompt_like_training(row, settings.choice.like)
+            asked.append((line, row if prompt is None else {**row, "prompt": prompt}))
+        except RowError as error:
+            problems.append(RowProblem(str(path), line, str(error), error.kind))
+    if problems:
+        raise prompts_error(problems)
+    suite = label_rows(settings.suite, asked, path)
     return [PromptRow(line, row, Conversation("chat")) for line, row in pairs], suite
 
 

@@ -62,6 +62,7 @@ def run_dir(tmp_path_factory):
     (directory / "written.yaml").write_text(json.dumps(written))
     values = json.loads(config.read_text())
     values["evaluate"]["suites"].append(str(directory / "written.yaml"))
+    values["data"]["train"][0]["format"] = "messages"
     config.write_text(json.dumps(values))
     exact = ["model.dtype=float32", "evaluate.extent=none", "evaluate.limit=6"]
     assert run_command(["run", str(config), *exact, "--quiet"]) == 0
@@ -458,6 +459,16 @@ def test_predict_labels_rows_as_the_report_scores_them(run_dir, tmp_path, capsys
         assert row["probabilities"]["positive"] == pytest.approx(
             float(rows[row["id"]]["label_probabilities: positive"]), abs=1e-6
         )
+    # `init` writes suites over `prompt`: rows as they were trained on are asked by them, too
+    own = {"task": "choice", "prompt": "{{ prompt }}", "choices": ["positive", "negative"]}
+    write_jsonl(tmp_path / "one.jsonl", [{"prompt": "?", "answer": "positive"}])
+    (tmp_path / "own.yaml").write_text(json.dumps({**own, "items": "one.jsonl"}))
+    chats = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in asked]
+    trained, same = write_jsonl(tmp_path / "chats.jsonl", chats), tmp_path / "same.jsonl"
+    again = ["predict", str(run_dir), "--input", str(trained), "--output", str(same), "--quiet"]
+    assert run_command([*again, "--suite", str(tmp_path / "own.yaml")]) == 0
+    answers = [json.loads(path.read_text().splitlines()[3])["answer"] for path in (same, labels)]
+    assert answers[0] == answers[1]
     capsys.readouterr()
     elsewhere = [*command[:-1], str(tmp_path / "more.jsonl")]
     for more, words in [
