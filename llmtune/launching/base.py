@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import hash_file, hash_json
 
 CONFIG_FILE = "config.yaml"
 """The config as the job runs it, beside the engine's file."""
@@ -42,6 +43,11 @@ class Package:
         """Whether the machines have it already."""
         return self.text == INSTALLED
 
+    @property
+    def key(self) -> str:
+        """What tells its content from that of others; a wheel may change under its name."""
+        return (hash_json(self.text) if self.wheel is None else hash_file(self.wheel))[:12]
+
     def requirement(self, *, is_shared: bool = False) -> str:
         """Return what pip is given in the job's folder, or where this machine's files are seen."""
         if self.wheel is None:
@@ -65,7 +71,10 @@ def read_package(text: str | None) -> Package:
             raise LlmtuneError(f"--package {text}: no such file; expected {PACKAGES}")
         return Package(text, path.absolute())
     if text.startswith("git+"):
-        place = urlsplit(text)
+        try:
+            place = urlsplit(text)
+        except ValueError as error:
+            raise LlmtuneError(f"--package: cannot be read as an address ({error})") from None
         if place.password is not None or (place.username and place.scheme != "git+ssh"):
             raise LlmtuneError(
                 "--package: the address holds a user or a password, which would be written to the "

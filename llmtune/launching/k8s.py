@@ -197,7 +197,7 @@ class K8sEngine(Engine):
         ]
 
     def _fetch_lines(self, job: LaunchJob) -> list[str]:
-        kubectl = " ".join(self._kubectl(job))
+        kubectl = shlex.join(self._kubectl(job))
         pod = f"{job.name}-fetch"
         here = shlex.quote(str(job.local_run_dir.absolute()))
         manifest = shlex.quote(str(job.folder.absolute() / "fetch.yaml"))
@@ -206,12 +206,12 @@ class K8sEngine(Engine):
             f"trap '{kubectl} delete --wait=false pod {pod}' EXIT",
             f"{kubectl} wait --for=condition=Ready --timeout=600s pod/{pod}",
             f"mkdir -p {here}",
-            f"{kubectl} cp {pod}:{job.run_dir.lstrip('/')} {here}",
+            f"{kubectl} cp {shlex.quote(f'{pod}:{job.run_dir}')} {here}",
         ]
 
     def _kubectl(self, job: LaunchJob) -> list[str]:
         namespace = job.option("namespace")
-        return [self.program, *(["--namespace", shlex.quote(namespace)] if namespace else [])]
+        return [self.program, *(["--namespace", namespace] if namespace else [])]
 
     def _metadata(self, job: LaunchJob, name: str) -> Value:
         namespace = job.option("namespace")
@@ -230,7 +230,7 @@ class K8sEngine(Engine):
         lines = [f"the claim {job.store} must be there; the run is kept on it in {job.run_dir}"]
         if job.env:
             values = " ".join(f'--from-literal={name}="${name}"' for name in job.env)
-            create = " ".join(self._kubectl(job))
+            create = shlex.join(self._kubectl(job))
             lines.append(f"once: {create} create secret generic {_secret(job)} {values}")
         if job.nodes > 1:
             lines.append("needs Kubeflow's training operator, and a claim that is ReadWriteMany")

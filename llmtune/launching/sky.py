@@ -18,6 +18,7 @@ HOME = "~/llmtune"
 VENV = "~/llmtune-venv"
 STORE = "~/llmtune-store"
 SAVE_SECONDS = 300
+NOT_SAVED = "the run could not be saved in the bucket; it is tried again"
 INTERRUPTED = 3
 COPYING = {
     "s3": "aws s3 cp --recursive {place} {here}",
@@ -94,20 +95,21 @@ class SkyEngine(Engine):
             "save() {",
             f"  [ -d {run_dir} ] || return 0",
             "  state=state-$(date +%s).tar",
-            f'  tar -cf "$store/$state" {run_dir} || [ $? -eq 1 ]  # 1: a file grew meanwhile',
+            "  # 1: a file grew meanwhile",
+            f'  tar -cf "$store/$state" {run_dir} || [ $? -eq 1 ] || return 1',
             '  old="$(cat "$store/latest" 2>/dev/null || true)"',
-            '  printf %s "$state" > "$store/latest"',
+            '  printf %s "$state" > "$store/latest" || return 1',
             '  if [ -n "$old" ] && [ "$old" != "$state" ]; then rm -f "$store/$old"; fi',
             "}",
             'if [ "$SKYPILOT_NODE_RANK" != 0 ]; then',
             f"  exec {command}",
             "fi",
-            f"(while sleep {SAVE_SECONDS}; do save; done) &",
+            f"(while sleep {SAVE_SECONDS}; do save || echo '{NOT_SAVED}' >&2; done) &",
             "saving=$! code=0",
             f"{command} || code=$?",
             'kill "$saving" 2>/dev/null || true',
             'wait "$saving" 2>/dev/null || true',
-            "save",
+            'save || [ "$code" -ne 0 ] || code=1',
             'if [ "$code" -eq 0 ]; then',
             f'  mkdir -p "$store/run" && cp -r {run_dir}/. "$store/run/"',
             "fi",

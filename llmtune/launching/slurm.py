@@ -39,7 +39,7 @@ class SlurmEngine(Engine):
     def files(self, job: LaunchJob) -> dict[str, str]:
         """Return the batch script."""
         folder = job.folder.absolute()
-        venv = shlex.quote(str(folder / "venv"))
+        venv = shlex.quote(str(folder / f"venv-{job.package.key}"))
         lines = ["#!/usr/bin/env bash", *(f"#SBATCH {each}" for each in self._directives(job))]
         lines += ["set -euo pipefail", *([setup] if (setup := job.option("setup")) else [])]
         lines += job.require_lines()

@@ -212,14 +212,42 @@ def _write(engine: Engine, job: LaunchJob) -> tuple[Path, ...]:
     known = {CONFIG_FILE, engine.file}
     there = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or (there and not known <= there):
-        raise LlmtuneError(f"{folder}: holds something else than a job; choose another --out")
+        raise LlmtuneError(f"{folder}: holds something other than a job; choose another --out")
+    if engine.gathers_inputs and _whole(folder) == Path.cwd():
+        raise LlmtuneError(f"--out {folder}: holds the inputs themselves; choose another --out")
     texts = {job.config_path: job.config_text}
     texts |= {folder / name: text for name, text in engine.files(job).items()}
     atomic_write_texts(texts)
     if engine.gathers_inputs:
         for name, path in job.inputs.items():
-            link = folder / name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to(path)
+            if not any(str(parent) in job.inputs for parent in Path(name).parents):
+                _link(folder, name, path)
     return tuple(texts)
+
+
+def _link(folder: Path, name: str, path: Path) -> None:
+    """Link an input into the job's folder, in place of what an earlier launch linked there.
+
+    Raises:
+        LlmtuneError: something other than links is there.
+    """
+    link = folder / name
+    for parent in reversed(link.relative_to(folder).parents):
+        if parent.name and (folder / parent).is_symlink():  # what is in it is the user's
+            (folder / parent).unlink()
+    _remove_links(link)
+    if link.exists():
+        raise LlmtuneError(f"{link}: is in the way of a link to {path}; choose another --out")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(path)
+
+
+def _remove_links(path: Path) -> None:
+    """Remove a link, or a directory that holds nothing but links."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        for each in path.iterdir():
+            _remove_links(each)
+        if not any(path.iterdir()):
+            path.rmdir()

@@ -139,6 +139,7 @@ def test_a_dry_run_writes_a_config_that_loads_and_no_secret(launch, engine):
         ("slurm", "git+https://example.org/team/tuner", (), "no commit or tag"),
         ("slurm", "git+https://me:token@example.org/team/tuner@v1", (), "a user or a password"),
         ("slurm", "llmtune-9-py3-none-any.whl", (), "no such file"),
+        ("slurm", "git+https://me:token@[abc/tuner@v1", (), "cannot be read as an address"),
         ("slurm", GIT, ("--env", "HF_TOKEN=abc"), "the name of an environment variable alone"),
         ("slurm", GIT, ("--store", "x"), "keeps the run where the config says"),
         ("slurm", GIT, ("--image", "x"), "has no use for it"),
@@ -170,6 +171,26 @@ def test_the_engines_command_is_called_or_the_file_is_kept(launch, monkeypatch, 
     assert "exit code 7" in launch("slurm", code=2)
 
 
+def test_links_of_an_earlier_launch_lead_nowhere(launch, place, monkeypatch):
+    rows = place / "rows"
+    rows.mkdir()
+    (rows / "a.jsonl").write_text("{}")
+    for sources in ("[{path: rows}]", "[{path: rows/a.jsonl}]", "[{path: rows}]"):
+        launch("ray", "--dry-run", f"data.train={sources}", "data.evaluation=[]")
+        launch(
+            "ray", "--dry-run", f"data.train={sources}", "data.evaluation=[{path: rows/a.jsonl}]"
+        )
+        assert (launch.folder / "rows" / "a.jsonl").read_text() == "{}"
+    (launch.folder / "rows").unlink()
+    (launch.folder / "rows").write_text("mine")
+    assert "in the way" in launch("ray", "--dry-run", "data.train=[{path: rows}]", code=2)
+    assert (launch.folder / "rows").read_text() == "mine" and not (rows / "a.jsonl").is_symlink()
+    monkeypatch.chdir(launch.folder)
+    command = ["launch", f"{place}/tiny/config.yaml", "--on", "ray", *NEEDED["ray"], "--out", "."]
+    assert run_command([*command, "--package", GIT, "--dry-run"]) == 2
+    assert "holds the inputs themselves" in launch.capsys.readouterr().err
+
+
 def directives(text):
     """Return what sbatch reads of a script: the lines before the first command."""
     found = {}
@@ -191,6 +212,15 @@ def test_slurm_starts_torchrun_on_each_node_and_queues_again_before_its_time_is_
     assert given["ntasks-per-node"] == "1" and "requeue" in given
     assert given["signal"].startswith("B:USR1@")
     assert GIT in text and "--nnodes 2" in text and "--nproc-per-node 4" in text
+
+    wheel = tmp_path / "llmtune-0.1.0-py3-none-any.whl"
+    ready = []
+    for content in (b"first", b"made again"):
+        wheel.write_bytes(content)
+        launch("slurm", "--dry-run", package=str(wheel))
+        text = (launch.folder / "job.sbatch").read_text()
+        ready += [line for line in text.splitlines() if line.startswith("if [ ! -e ")]
+    assert len(set(ready)) == 2, "an environment that has a different wheel is not taken"
 
     launch("slurm", "--dry-run", package="installed")
     text = (launch.folder / "job.sbatch").read_text()
@@ -263,7 +293,10 @@ def test_sky_brings_the_files_and_a_lost_machine_continues_from_the_bucket(launc
     assert machine(3) == 3 and not (kept / "run").exists()
     assert machine(0) == 0
     assert (kept / "run" / "calls").read_text() == "-m llmtune run config.yaml\n" * 2
-    assert len(list(kept.glob("state-*.tar"))) == 1
+    (state,) = kept.glob("state-*.tar")
+    stub(bin_dir, "tar", '[ "$1" != -cf ] || exit 2; exec /bin/tar "$@"')
+    assert machine(3) == 3 and machine(0) == 1, "what could not be saved is no success"
+    assert (kept / "latest").read_text() == state.name and state.is_file()
 
 
 def test_without_a_bucket_sky_takes_a_cluster_and_the_run_is_copied_from_it(launch, monkeypatch):
@@ -309,6 +342,9 @@ def test_kubernetes_gets_a_job_and_on_several_nodes_a_pytorchjob(launch, monkeyp
     for part in replicas.values():
         assert part["template"]["spec"]["containers"][0]["name"] == "pytorch"
     assert there["model"]["base"] == "org/small"
+    launch("k8s", "run_dir=runs/my $(run)", "--dry-run")
+    fetch = (launch.folder / "fetch.sh").read_text()
+    assert "cp 'llmtune-my-run-fetch:/llmtune-volume/my $(run)' " in fetch
     monkeypatch.setattr("llmtune.launching.k8s.MAX_MAP_BYTES", 1000)
     assert "of files here are more than" in launch("k8s", "--dry-run", code=2)
 
