@@ -174,7 +174,8 @@ class SavedLowRank(Adapter):
             if not place.has_bias:
                 raise ValueError(
                     f"{bias.name!r} is a bias (lora_bias) for module {tensors.module!r}, which has "
-                    "none in the base; it cannot be merged"
+                    "none in the base; it cannot be merged. Train without lora_bias, or only "
+                    "layers that have a bias (target_modules)"
                 )
             updates["bias"] = BiasUpdate(bias, scaling * strength)
         return updates

@@ -178,7 +178,8 @@ def plan_original(evaluation: Evaluation) -> list[Work]:
         return _plan_alone(evaluation, "original", evaluation.request.base, identity)
     if "base" not in evaluation.knobs.arms:
         return evaluation.work_on(ArmPlan("original", s, evaluation.settings) for s in suites)
-    left = evaluation.missing(ArmPlan("original", s, evaluation.settings) for s in suites)
+    same = {SAME_AS: "base"}  # also in what an earlier run measured
+    left = evaluation.missing(ArmPlan("original", s, evaluation.settings, same) for s in suites)
     return [Work(0, partial(_take_from_base, evaluation, plan.suite)) for plan in left]
 
 

@@ -1,8 +1,12 @@
 """Starts from the base's weight train as peft's own do, and leave the base as it is."""
 
+import os
+import signal
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from llmtune.adapters.inject import inject_adapter
 from llmtune.adapters.lora import LoraAdapter
@@ -10,9 +14,12 @@ from llmtune.adapters.manifest import read_adapter_config
 from llmtune.adapters.rslora import RsLoraAdapter
 from llmtune.adapters.saved import save_adapter
 from llmtune.adapters.starts import factors_of_weight
+from llmtune.cli import run_command
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
+from llmtune.training.trainer import AdapterTrainer
 from tests.adapters.conftest import IDS, load, logits, manifest_of, stock
+from tests.project import make_project
 
 KNOBS = {"rank": 4, "alpha": 6, "target_modules": ["q_proj", "down_proj"]}
 
@@ -104,3 +111,41 @@ def test_token_rows_and_biases_are_trained_beside(checkpoint):
     assert any("lora_B.default.bias" in name for name in trained)
     with pytest.raises(LlmtuneError, match="trainable_tokens: 99999 is not a token"):
         inject_adapter(load(checkpoint()).model, LoraAdapter(trainable_tokens=[99999]))
+
+
+def test_token_rows_and_biases_go_through_a_stopped_run(tmp_path, monkeypatch, capsys):
+    """On a base whose head is the embedding, and whose linear layers all have biases."""
+    adapter = {"trainable_tokens": [2, 3], "lora_bias": True, "rank": 4}
+    config = str(make_project(tmp_path, "gpt2", adapter=adapter))
+    run = ["run", config, "--quiet"]
+    assert run_command(["train", config, f"run_dir={tmp_path / 'straight'}", "--quiet"]) == 0
+    step, begun = AdapterTrainer.training_step, []
+
+    def interrupted(self, *inputs):
+        begun.append(self)
+        if len(begun) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *inputs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AdapterTrainer, "training_step", interrupted)
+        assert run_command(run) == 3
+    assert run_command(run) == 0, capsys.readouterr().err
+    straight, continued = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("straight", "run")
+    )
+    assert continued.keys() == straight.keys()
+    assert all(torch.equal(tensor, straight[name]) for name, tensor in continued.items())
+
+    base, merged = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("base", "run/merged")
+    )
+    table = "transformer.wte.weight"
+    changed = {name for name, weight in base.items() if not torch.equal(weight, merged[name])}
+    assert changed == {table, *(name for name in base if ".c_" in name)}
+    assert (base[table] != merged[table]).any(dim=1).nonzero().flatten().tolist() == [2, 3]
+    live = PeftModel.from_pretrained(stock(tmp_path / "base"), tmp_path / "run" / "adapter")
+    plain = logits(stock(tmp_path / "run" / "merged"))
+    torch.testing.assert_close(plain, logits(live), rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "run" / "report.html").is_file()

@@ -77,6 +77,8 @@ def test_what_was_deleted_is_made_again(config):
     run(load(config))
     assert (run_dir / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     assert (run_dir / "evaluations" / "sentiment.tuned.json").is_file()
+    suites = json.loads((run_dir / "report.json").read_text())["suites"]
+    assert [list(suite["chain"]) for suite in suites.values()] == [["training", "merging"]] * 2
 
 
 def test_evaluation_without_a_merged_model_says_how_to_make_it(config):
