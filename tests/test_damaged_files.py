@@ -3,11 +3,12 @@
 import json
 
 import pytest
+from peft import FourierFTConfig, IA3Config, OFTConfig, get_peft_model
 
 from llmtune import cli
 from llmtune.adapters import patterns
 from tests.damages import damages_of
-from tests.merging.adapters import make_adapter
+from tests.merging.adapters import load_base, make_adapter
 from tests.project import make_project
 
 COMMANDS = {
@@ -76,3 +77,26 @@ def test_damaged_files_are_said_in_one_line(project, name, capsys, monkeypatch):
         path.unlink()
         moved.with_suffix(".away").rename(moved)
     assert wrong == {}
+
+
+def test_what_peft_does_not_take_of_its_own_methods_is_said_in_one_line(project, tmp_path, capsys):
+    targets = ["q_proj", "down_proj"]
+    damaged: dict[type, list[dict]] = {
+        IA3Config: [{"feedforward_modules": "("}, {"feedforward_modules": 5}],
+        OFTConfig: [{"oft_block_size": "x"}],
+        FourierFTConfig: [{"scaling": "x"}, {"n_frequency_pattern": {"(": 1}}],
+    }
+    knobs = {IA3Config: {"feedforward_modules": ["down_proj"]}}
+    for kind, damages in damaged.items():
+        place = tmp_path / kind.__name__
+        config = kind(target_modules=targets, **knobs.get(kind, {}))
+        get_peft_model(load_base(project / "base"), config).save_pretrained(place)
+        path = place / "adapter_config.json"
+        saved = json.loads(path.read_text())
+        for damage in damages:
+            path.write_text(json.dumps({**saved, **damage}))
+            command = ["merge", str(place), f"model.base={project / 'base'}", "--quiet"]
+            code = cli.run_command([*command, "--out", str(tmp_path / "merged")])
+            said = capsys.readouterr().err
+            assert code == 2 and f"error: {place}" in said and "Traceback" not in said, damage
+    assert not (tmp_path / "merged").exists()

@@ -102,8 +102,8 @@ def _check_settings(config: Mapping[str, Any], path: Path) -> None:
                 raise LlmtuneError(
                     f"{path}: {name} is {str(value)!r:.80}; expected {expected}. {COPY_AGAIN}"
                 )
-    patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
-    named = [config.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    patterns = [key for name in PATTERN_SETTINGS for key in config.get(name) or ()]
+    named = [config.get(name) for name in NAME_SETTINGS]
     patterns += [value for value in named if isinstance(value, str) and value != ALL_LINEAR]
     if patterns:
         require_quick_patterns(patterns, (), place=str(path))
@@ -121,6 +121,8 @@ def _are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+NAME_SETTINGS = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
+PATTERN_SETTINGS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")
 SETTINGS: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a whole number above 0": (_is_whole, ("r",)),
     "a number": (_is_number, ("lora_alpha", "lora_dropout")),
@@ -135,11 +137,11 @@ SETTINGS: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a list of names": (_are_names, ("modules_to_save", "target_parameters")),
     "a list of names, or one regex": (
         lambda value: isinstance(value, str) or _are_names(value),
-        ("target_modules", "exclude_modules", "layers_pattern"),
+        NAME_SETTINGS,
     ),
     "whole numbers above 0 by pattern": (
         lambda value: isinstance(value, dict) and all(map(_is_whole, value.values())),
-        ("rank_pattern",),
+        ("rank_pattern", "n_frequency_pattern"),
     ),
     "numbers by pattern": (
         lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),

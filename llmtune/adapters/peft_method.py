@@ -11,6 +11,7 @@ from llmtune.adapters.base import Adapter, SavedConfig
 from llmtune.adapters.update import ModuleTensors, Part, Place, WeightUpdate, Widths, Workspace
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import JsonObject
+from llmtune.io.json_files import blamed_on
 from llmtune.io.safetensors import TensorEntry
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pa
 ELSEWHERE = ("modules_to_save", "base_model_name_or_path", "revision", "auto_mapping")
 """Settings that have nothing to do with one module."""
 ADAPTER = "default"
+COPY_AGAIN = "copy the adapter again, or make it again"
 
 
 class SavedPart(NamedTuple):
@@ -204,11 +206,12 @@ class PeftUpdate(WeightUpdate):
         import torch
 
         rows = torch.cat([tile.clone() for tile in tiles])
-        layer = self._layer(rows)
-        for name, entry in self.parts:
-            _set_part(layer, name, work.load(entry), entry, self.method)
-        _require_all_set(layer, [name for name, _ in self.parts], self.parts[0][1])
-        with torch.no_grad():
+        first = self.parts[0][1]
+        with blamed_on(first.path.parent, "peft", advice=COPY_AGAIN), torch.no_grad():
+            layer = self._layer(rows)
+            for name, entry in self.parts:
+                _set_part(layer, name, work.load(entry), entry, self.method)
+            _require_all_set(layer, [name for name, _ in self.parts], first)
             layer.merge()
         merged: Tensor = getattr(layer.get_base_layer(), self.leaf).detach().float()
         merged = merged.T if self.leaf == "weight" and self._is_turned else merged
@@ -308,5 +311,5 @@ def _require_all_set(layer: "BaseTunerLayer", names: Sequence[str], first: Tenso
         if name.replace(f".{ADAPTER}", "") not in names:
             raise LlmtuneError(
                 f"{first.path.parent}: beside {first.name!r} there is no {name.split('.')[0]!r}; "
-                "copy the adapter again, or make it again"
+                f"{COPY_AGAIN}"
             )
