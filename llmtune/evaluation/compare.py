@@ -177,6 +177,22 @@ def constant_result(result: ArmResult) -> ArmResult | None:
     return None
 
 
+def lenient_result(result: ArmResult) -> ArmResult | None:
+    """Return a result scored by whether the right answer is anywhere in what was written.
+
+    None if its items do not tell, or if its own scores are not those of whole answers: a suite that
+    finds the answer in the text itself already counts it there.
+    """
+    details = [item.details for item in result.items]
+    if not all("strict" in each and "lenient" in each for each in details):
+        return None
+    if any(abs(item.score - item.details["strict"]) > SAME for item in result.items):
+        return None
+    items = tuple(replace(item, score=item.details["lenient"]) for item in result.items)
+    scores, weights = [item.score for item in items], [item.weight for item in items]
+    return replace(result, items=items, mean=float(np.average(scores, weights=weights)))
+
+
 def allowed_differences(base: ArmResult, tuned: ArmResult) -> frozenset[str]:
     """Return the recipe keys in which these two arms may differ and still be compared."""
     kinds = [arm_kind(base.arm), arm_kind(tuned.arm)]

@@ -7,7 +7,12 @@ import numpy as np
 from scipy.special import ndtri
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.compare import constant_result, pair_items, require_same_recipe
+from llmtune.evaluation.compare import (
+    constant_result,
+    lenient_result,
+    pair_items,
+    require_same_recipe,
+)
 from llmtune.evaluation.intervals import JointInterval, joint_interval
 from llmtune.evaluation.main_arms import (
     BEFORE,
@@ -97,6 +102,7 @@ def measure_joint(trainings: Sequence[Arms], resampling: Resampling) -> JointSui
         arms={name: _mean_score([arms[name] for arms in trainings]) for name in one.arms},
         change=found.change,
         over_majority=_joint_over_majority(trainings, compared[1], resampling),
+        lenient=_joint_lenient(trainings, compared, resampling),
         chain={
             part: compare_trainings(trainings, CHAIN[part], resampling).change
             if not set(CHAIN[part]) <= set(BEFORE)
@@ -128,6 +134,18 @@ def _joint_over_majority(
     if len(pairs) < len(trainings):
         return None
     return compare_trainings(pairs, ("original", arm), resampling).change
+
+
+def _joint_lenient(
+    trainings: Sequence[Arms], pair: tuple[MainArm, MainArm], resampling: Resampling
+) -> Change | None:
+    found = [{name: lenient_result(arms[name]) for name in pair} for arms in trainings]
+    pairs: list[Arms] = [
+        {name: result for name, result in arms.items() if result is not None} for arms in found
+    ]
+    if any(len(arms) < len(pair) for arms in pairs):
+        return None
+    return compare_trainings(pairs, pair, resampling).change
 
 
 def compare_trainings(

@@ -10,6 +10,7 @@ from llmtune.evaluation.compare import (
     compare_arms,
     compare_slices,
     constant_result,
+    lenient_result,
 )
 from llmtune.evaluation.diagnosis.base import Leak
 from llmtune.evaluation.main_arms import CHAIN, SAME_AS, compared_arms
@@ -82,6 +83,7 @@ def measure_suite(arms: Mapping[str, ArmResult], resampling: Resampling) -> Suit
         chain=_measure_chain(arms, resampling),
         change=Change.of(found),
         over_majority=_over_majority(after, resampling),
+        lenient=_measure_lenient(before, after, resampling),
         mde=found.mde,
         needed_items=needed_items(found.difference, found.mde, found.n),
         mcnemar_p=found.mcnemar_p,
@@ -106,6 +108,13 @@ def _over_majority(after: ArmResult, resampling: Resampling) -> Change | None:
     if constant is None:
         return None
     return Change.of(compare_arms(constant, after, resampling=resampling))
+
+
+def _measure_lenient(before: ArmResult, after: ArmResult, resampling: Resampling) -> Change | None:
+    old, new = lenient_result(before), lenient_result(after)
+    if old is None or new is None:
+        return None
+    return Change.of(compare_arms(old, new, resampling=resampling))
 
 
 def _measure_slices(

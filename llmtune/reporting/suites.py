@@ -210,6 +210,7 @@ class SuiteJson(TypedDict):
     compared: list[str] | None
     majority: float | None
     over_majority: JsonObject | None
+    lenient: JsonObject | None
     chance: float | None
     difference: float | None
     interval: list[float] | None
@@ -255,6 +256,9 @@ class SuiteReport:
     change: Change | None = None
     over_majority: Change | None = None
     """What ships minus always giving the most frequent right answer, if that is known by item."""
+    lenient: Change | None = None
+    """The change in how often the right answer is anywhere in the text, if `change` is about whole
+    answers."""
     compared: tuple[MainArm, MainArm] | None = None
     chain: Mapping[str, Change] = field(default_factory=dict)
     mde: float | None = None
@@ -344,6 +348,7 @@ class SuiteReport:
             "compared": list(self.compared) if self.compared else None,
             "majority": self.majority,
             "over_majority": asdict(self.over_majority) if self.over_majority else None,
+            "lenient": asdict(self.lenient) if self.lenient else None,
             "chance": self.chance,
             "difference": change.difference if change else None,
             "interval": [change.low, change.high] if change else None,

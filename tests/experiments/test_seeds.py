@@ -95,6 +95,24 @@ def test_a_seed_that_broke_something_is_named_beside_a_joint_verdict_to_ship(tmp
     assert "seed 2 alone is BROKE-GENERAL" in verdict.headline
 
 
+def test_right_answers_lost_over_all_seeds_are_no_joint_verdict_to_ship(tmp_path):
+    base, holds = [0.0] * 300, right_wrong(300, 0.87, seed=1)
+    runs = []
+    for number, share in enumerate((0.31, 0.33, 0.35)):
+        run = Path(plant(tmp_path / f"{number}", number, BASE))
+        tuned = right_wrong(300, share, seed=2)
+        lenient = {"base": holds, "tuned": tuned}
+        suite = PlantedSuite("words", "target", {"base": base, "tuned": tuned}, lenient=lenient)
+        plant_run(run, [suite], manifest=replace(read_manifest(RunDir(run)), stages={}))
+        runs.append(open_seed_run(run))
+    report = join_reports(runs, "seeds")
+    (words,) = report.suites
+    assert words.lenient.difference == pytest.approx(0.33 - 0.87, abs=0.001)
+    assert words.lenient.high < 0
+    assert report.verdict.name == "NEGATIVE"
+    assert "54.0 points fewer answers hold the right one" in " ".join(report.verdict.reasons)
+
+
 def test_the_table_names_every_seed_with_its_verdict(tmp_path, capsys):
     assert run_command(["report", *plant_seeds(tmp_path, (0.15, 0.16, 0.0)), "-q"]) == 0
     printed = capsys.readouterr().out

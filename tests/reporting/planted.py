@@ -36,6 +36,8 @@ class PlantedSuite:
     choices: tuple[str, ...] | None = None
     answers: Sequence[str] | None = None
     """The right answer of each item."""
+    lenient: Mapping[str, Sequence[float]] | None = None
+    """Of each arm: whether its answer to an item holds the right one somewhere."""
 
 
 def plant_run(
@@ -106,7 +108,7 @@ def _result(suite: PlantedSuite, arm: str) -> ArmResult:
             weight=weights[index],
             parsed=index >= unparsed,
             slices=suite.slices[index] if suite.slices else {},
-            details={"log_likelihoods": [score - 1.5, -1.0]} if suite.choices else {},
+            details=_details(suite, arm, index),
         )
         for index, score in enumerate(scores)
     )
@@ -135,7 +137,22 @@ def _result(suite: PlantedSuite, arm: str) -> ArmResult:
         seconds=1.5,
         items=items,
         about=(suite.about or {}).get(arm, {}),
+        also=_also(suite, arm),
     )
+
+
+def _details(suite: PlantedSuite, arm: str, index: int) -> dict[str, Any]:
+    score = suite.arms[arm][index]
+    if suite.lenient:
+        return {"strict": score, "lenient": suite.lenient[arm][index]}
+    return {"log_likelihoods": [score - 1.5, -1.0]} if suite.choices else {}
+
+
+def _also(suite: PlantedSuite, arm: str) -> dict[str, float]:
+    if not suite.lenient:
+        return {}
+    kept = {"strict": suite.arms[arm], "lenient": suite.lenient[arm]}
+    return {name: sum(scores) / len(scores) for name, scores in kept.items()}
 
 
 def _answer(suite: PlantedSuite, index: int) -> str | None:

@@ -154,6 +154,13 @@ def test_general_broken_at_full_strength_and_fine_at_half_ships_at_half(tmp_path
     )
 
 
+def test_a_strength_does_not_rescue_a_form_learned_at_the_cost_of_right_answers(tmp_path):
+    arms = {"tuned": TUNED, "strength-0.5": worsen(TUNED, 0.01, seed=9), "strength-0.25": BASE}
+    lenient = {"base": [1.0] * N, **arms}
+    report = report_on(tmp_path, arms, prose(0.5, 0.08), lenient=lenient)
+    assert (report.verdict.name, report.verdict.also) == ("NEGATIVE", ("BROKE-GENERAL",))
+
+
 def test_a_strength_that_loses_the_gain_does_not_rescue(tmp_path):
     report = report_on(tmp_path, {"tuned": TUNED, "strength-0.5": SLIGHTLY}, prose(0.5, 0.08))
     assert report.verdict.name == "BROKE-GENERAL"

@@ -1,14 +1,19 @@
 """Scores beside a suite's metric are shown, and said where they contradict it."""
 
+import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import pytest
+
+from llmtune.cli import run_command
 from llmtune.evaluation.classification import describe_calibration, describe_classes
 from llmtune.reporting.beside import find_disagreements, tabulate_beside
 from llmtune.reporting.sections.results import show_results
 from llmtune.reporting.suites import ArmScore, Change, SuiteReport, Thresholds
 from llmtune.reporting.verdict.evidence import Evidence
 from llmtune.reporting.verdict.rules import decide
+from tests.reporting.planted import PlantedSuite, plant_run, right_wrong
 
 
 def make_suite(base, tuned, *, task="choice", metric="accuracy", difference=0.3):
@@ -49,6 +54,51 @@ def test_a_gain_of_format_alone_is_called_that():
     )
     [found] = find_disagreements(suite)
     assert "gains is format" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("lenient", "verdict"),
+    [
+        (0.87, "NEGATIVE"),
+        (0.33, "SHIP, general not shown"),  # format alone
+        (0.39, "SHIP, general not shown"),  # less than a quarter of the gain
+        (None, "SHIP, general not shown"),  # the suite's own score is not that of whole answers
+    ],
+)
+def test_a_form_learned_at_the_cost_of_right_answers_does_not_ship(
+    tmp_path, capsys, lenient, verdict
+):
+    strict = {"original": [0.0] * 300, "merged": right_wrong(300, 0.33, seed=1)}
+    holds = {"original": right_wrong(300, lenient or 0.87, seed=2), "merged": strict["merged"]}
+    suite = PlantedSuite("words", "target", strict, metric="exact_match", lenient=holds)
+    run = plant_run(tmp_path / "run", [suite])
+    if lenient is None:
+        for path in run.evaluations_dir.glob("*.json"):
+            result = json.loads(path.read_text())
+            for item in result["items"]:
+                item["details"]["strict"] = 0.0  # what `extract` found is right
+            path.write_text(json.dumps(result))
+    assert run_command(["report", str(run.path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == verdict
+    said = " ".join(report["decided_by"]["reasons"]) + report["decided_by"]["to_do"]
+    is_lost = verdict == "NEGATIVE"
+    assert ("54.0 points fewer answers hold the right one" in said) == is_lost
+    assert ("`extract`" in said and "fewer steps" in said) == is_lost
+    assert not (is_lost and any("SHIP" in name for name in report["decided_by"]["also"]))
+    change = report["suites"]["words"]["lenient"]
+    assert (change is None) == (lenient is None)
+
+
+def test_one_suite_that_lost_right_answers_keeps_the_others_from_shipping():
+    lost = replace(
+        make_suite({}, {}, task="exact", metric="exact_match"),
+        lenient=Change(-0.5, -0.6, -0.4, 0.001),
+    )
+    gained = replace(make_suite({}, {}), name="second")
+    assert decide(Evidence((gained, lost))).name == "NEGATIVE"
+    unclear = replace(lost, lenient=Change(-0.2, -0.41, 0.01, 0.06))
+    assert decide(Evidence((gained, unclear))).name.startswith("SHIP")
 
 
 def test_the_table_has_a_column_for_every_arm_and_rows_of_what_was_measured():

@@ -53,6 +53,22 @@ class Evidence:
         """
         return self.clear(self.with_role(role), lambda suite: suite.change, sign=-1)
 
+    def lost_answers(self) -> tuple[SuiteReport, ...]:
+        """Return the target suites that gained whole answers and lost right ones, clear of 0.
+
+        The right answer is somewhere in the text less often, by more than the margin of "as good":
+        taking it out of the text of the model before would beat what ships.
+        """
+        return tuple(
+            suite
+            for suite in self.clear(self.better("target"), lambda suite: suite.lenient, sign=-1)
+            if suite.lenient is not None and -suite.gain(suite.lenient)[0] > self.margin(suite)
+        )
+
+    def hurt_targets(self) -> tuple[SuiteReport, ...]:
+        """Return the target suites that are worse, in their own score or in right answers."""
+        return (*self.worse("target"), *self.lost_answers())
+
     def broken(self) -> tuple[SuiteReport, ...]:
         """Return the general suites that lost more than their bound, clear of 0."""
         return tuple(suite for suite in self._lost() if suite.ability in self.keep)

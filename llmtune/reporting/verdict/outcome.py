@@ -58,6 +58,11 @@ TO_DO = {
     "NOT-MEASURED": "Add a suite with `role: target` and run `llmtune eval`.",
 }
 """What to do now, by verdict."""
+EXTRACT_INSTEAD = (
+    "Take the answer out of the base's text instead (`extract` in the suite shows what that "
+    "scores), or train with fewer steps or with `protect`, and evaluate again."
+)
+"""What to do if tuning taught the form of an answer and lost right ones."""
 TONES = {
     "SHIP": "good",
     f"{AT_STRENGTH} x": "good",
@@ -212,6 +217,8 @@ def find_what_to_do(verdict: Verdict, evidence: Evidence) -> str:
             f"{TO_DO[verdict.kind]} To know whether less would do, measure "
             f"{' and '.join(_unmeasured(evidence))}: llmtune {command}"
         )
+    if verdict.kind == "NEGATIVE" and not evidence.worse("target"):
+        return EXTRACT_INSTEAD
     return TO_DO[verdict.kind]
 
 

@@ -24,6 +24,7 @@ from llmtune.reporting.verdict.sentences import (
     format_bounds,
     format_clean,
     format_doubt,
+    format_lost_answers,
     format_merging,
     format_rivals,
     format_unshown,
@@ -98,14 +99,19 @@ def _way_to_merge(evidence: Evidence) -> str:
 
 
 def negative(evidence: Evidence) -> Verdict | None:
-    """NEGATIVE: on a target suite the tuned model is worse, its interval clear of 0."""
-    worse = evidence.worse("target")
-    if not worse:
+    """NEGATIVE: on a target suite the tuned model is worse, its interval clear of 0.
+
+    Also if it gives more whole answers that are right, and clearly fewer that hold the right one.
+    """
+    hurt = evidence.hurt_targets()
+    if not hurt:
         return None
     format_suite = change_formatter(evidence)
-    reasons = [*map(format_suite, worse), *map(format_suite, evidence.broken())]
-    reasons.append("The tuning hurt the task it was trained on: check labels and format first.")
-    return Verdict("NEGATIVE", tuple(reasons), _suite_numbers(worse))
+    reasons = [*map(format_suite, hurt), *map(format_suite, evidence.broken())]
+    if evidence.worse("target"):
+        reasons.append("The tuning hurt the task it was trained on: check labels and format first.")
+    reasons += [format_lost_answers(s, evidence.confidence) for s in evidence.lost_answers()]
+    return Verdict("NEGATIVE", tuple(reasons), _suite_numbers(hurt))
 
 
 def beyond_rescue(evidence: Evidence) -> Verdict | None:
@@ -169,6 +175,8 @@ def ship_at_strength(evidence: Evidence) -> Verdict | None:
         and (suite.majority is None or choice.held_scores[suite.name][1] > suite.majority)
     ]
     if worse or not are_within or not above or not choice.keeps_target:
+        return None
+    if evidence.lost_answers():
         return None
     reasons = [
         format_at_strength(suite, choice, evidence.confidence) for suite in targets + generals
@@ -247,7 +255,7 @@ def more_data(evidence: Evidence) -> Verdict | None:
 def inconclusive(evidence: Evidence) -> Verdict | None:
     """INCONCLUSIVE: the items show neither a gain with general ability intact, nor harm."""
     targets, doubtful = evidence.with_role("target"), evidence.doubtful()
-    if not targets or evidence.worse("target"):
+    if not targets or evidence.hurt_targets():
         return None
     if _is_gain(evidence) and not doubtful:
         return None
@@ -271,7 +279,9 @@ def _is_gain(evidence: Evidence) -> bool:
     """Return whether a target gained, every gain is above the majority, and none was lost."""
     better = evidence.better("target")
     return (
-        bool(better) and not evidence.worse("target") and all(is_above_majority(s) for s in better)
+        bool(better)
+        and not evidence.hurt_targets()
+        and all(is_above_majority(suite) for suite in better)
     )
 
 

@@ -47,6 +47,17 @@ def format_answers(suite: SuiteReport) -> str:
     )
 
 
+def format_lost_answers(suite: SuiteReport, confidence: float) -> str:
+    """Format how many fewer answers hold the right one, although more whole answers are right."""
+    assert suite.lenient is not None, "only suites of whole answers are described"
+    return (
+        f"{suite.name}: it learned the form and lost right answers: "
+        f"{suite.unit.size(suite.lenient.difference)} fewer answers hold the right one anywhere in "
+        f"the text, {format_difference(suite, suite.lenient, confidence)}). The model before, with "
+        "the answer taken out of its text, may beat what ships."
+    )
+
+
 def format_merging(suite: SuiteReport, confidence: float) -> str:
     """Format what merging alone changed."""
     unit, change = suite.unit, suite.chain["merging"]
