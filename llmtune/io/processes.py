@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from llmtune.errors import LlmtuneError, ProcessLost
 from llmtune.io.fingerprint import JsonObject
-from llmtune.io.json_files import parse_json
+from llmtune.io.json_files import parse_json, plain_reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,7 @@ FAILURE_SECONDS = 3.0
 LEAVE_SECONDS = 60.0
 """How long the first process waits at its end for the others to notice."""
 LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MASTER_KEYS = ("MASTER_ADDR", "MASTER_PORT")
 OTHER_ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -160,8 +161,9 @@ class Processes:
         if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
         until = time.monotonic() + seconds
-        while time.monotonic() < until and self._store.add("left", 0) < self.world_size - 1:
-            time.sleep(POLL_SECONDS)
+        with contextlib.suppress(RuntimeError):  # the store has ended: there is nobody to wait for
+            while time.monotonic() < until and self._store.add("left", 0) < self.world_size - 1:
+                time.sleep(POLL_SECONDS)
 
     def _next_key(self, kind: str) -> str:
         return f"{kind}/{next(self._numbers.setdefault(kind, itertools.count()))}"
@@ -182,8 +184,8 @@ class Processes:
         except RuntimeError as error:
             raise self._lost() from error
 
-    def _lost(self) -> ProcessLost:
-        """Return the failure that another process reported, or that it ended without a word."""
+    def _lost(self, reason: str | None = None) -> ProcessLost:
+        """Return the failure that another process reported; if none did, the reason given."""
         assert self._store is not None
         try:
             waited = time.monotonic() + FAILURE_SECONDS
@@ -194,10 +196,13 @@ class Processes:
                 time.sleep(POLL_SECONDS)
         except RuntimeError:
             pass  # the store has ended with the process that kept it
-        return ProcessLost(
-            f"one of the {self.world_size} processes of this run ended without a message (killed, "
-            "or out of memory?), so the others end; the same command continues from what is saved"
-        )
+        found = f"the {self.world_size} processes of this run {reason}"
+        if reason is None:
+            found = (
+                f"one of the {self.world_size} processes of this run ended without a message "
+                "(killed, or out of memory?), so the others end"
+            )
+        return ProcessLost(f"{found}; the same command continues from what is saved")
 
     # Connected: inside a training
 
@@ -271,9 +276,13 @@ class Processes:
 
     @contextlib.contextmanager
     def _heeding(self) -> Iterator[None]:
-        """Make one clear failure of a connection that broke off."""
+        """Make one clear failure of a connection that broke off, or could not be made."""
+        import torch.distributed as dist
+
         try:
             yield
+        except dist.DistBackendError as error:
+            raise self._lost(f"could not work together ({plain_reason(error)})") from error
         except RuntimeError as error:
             raise self._lost() from error
 
@@ -315,12 +324,16 @@ def join_processes() -> Processes:
     world_size = _read_number("WORLD_SIZE", 1)
     if world_size <= 1:
         return _joined
-    missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
+    missing = [key for key in (*LAUNCHER_KEYS, *MASTER_KEYS) if not os.environ.get(key)]
     if missing:
         raise LlmtuneError(
-            f"WORLD_SIZE is {world_size}, but {' and '.join(missing)} is not set: start the "
-            "command by torchrun or accelerate launch, or unset WORLD_SIZE to run in one process"
+            f"WORLD_SIZE is {world_size}, but {' and '.join(missing)} "
+            f"{'are' if missing[1:] else 'is'} not set: start the command by torchrun or "
+            "accelerate launch, or unset WORLD_SIZE to run in one process"
         )
+    local_rank, num_here = _read_place("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    _read_place("RANK", "WORLD_SIZE")
+    _read_number("MASTER_PORT", 0)
     for key, engine in OTHER_ENGINES.items():
         if os.environ.get(key, "false").lower() in ("1", "true"):
             raise LlmtuneError(
@@ -328,8 +341,7 @@ def join_processes() -> Processes:
                 "it by `accelerate launch --multi_gpu`, or by torchrun"
             )
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what a lost connection means we say
-    num_here = _read_number("LOCAL_WORLD_SIZE", world_size)
-    _take_card(_read_number("LOCAL_RANK", 0), num_here)
+    _take_card(local_rank, num_here)
     if num_here == world_size and sys.platform == "linux":
         # All are on this machine: its loopback needs no name and lets nobody else in.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -338,11 +350,10 @@ def join_processes() -> Processes:
 
     try:
         store, rank, world_size = next(iter(rendezvous("env://", timeout=JOIN_TIMEOUT)))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise LlmtuneError(
             f"the {world_size} processes of this run could not meet at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
-            f"{str(error).splitlines()[0]}"
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {plain_reason(error)}"
         ) from error
     for key in list(os.environ):
         if key in LAUNCHER_KEYS or key.startswith(("ACCELERATE_", "TORCHELASTIC_")):
@@ -357,6 +368,14 @@ def _read_number(key: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise LlmtuneError(f"the environment variable {key} is {text!r}, not a number") from None
+
+
+def _read_place(key: str, size_key: str) -> tuple[int, int]:
+    """Return which one of how many this process is."""
+    place, size = _read_number(key, 0), _read_number(size_key, 1)
+    if not 0 <= place < size:
+        raise LlmtuneError(f"{key} is {place} and {size_key} is {size}; expected 0 to {size - 1}")
+    return place, size
 
 
 def _take_card(local_rank: int, num_here: int) -> None:

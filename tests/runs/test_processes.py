@@ -5,10 +5,13 @@ import os
 import signal
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from llmtune import cli
 from llmtune.config import load_config
-from llmtune.errors import LlmtuneError
+from llmtune.errors import LlmtuneError, ProcessLost
+from llmtune.io import processes
 from llmtune.runs import pipeline
 from tests.processes import run_command
 from tests.project import make_project
@@ -96,6 +99,36 @@ def test_a_call_from_python_in_several_processes_is_refused(project, monkeypatch
     with pytest.raises(LlmtuneError, match="torchrun --nproc-per-node 2 -m llmtune run"):
         pipeline.train(load_config(project, [f"run_dir={project.parent / 'refused'}"]))
     assert not (project.parent / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE is not set: start the command by torchrun"),
+        ({"RANK": "2"}, "RANK is 2 and WORLD_SIZE is 2; expected 0 to 1"),
+        ({"RANK": "x"}, "RANK is 'x', not a number"),
+        ({"MASTER_PORT": "99999"}, "could not meet at 127.0.0.1:99999"),
+    ],
+)
+def test_launcher_variables_that_cannot_be_are_said_at_once(monkeypatch, capsys, changed, message):
+    keys = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    keys |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29411"}
+    keys |= {"GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # not left behind
+    for key, value in (keys | changed).items():
+        monkeypatch.setenv(key, value)
+    assert cli.run_command(["train", "nowhere.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
+def test_what_the_cards_refuse_is_not_taken_for_a_killed_process(monkeypatch):
+    monkeypatch.setattr(processes, "FAILURE_SECONDS", 0.1)
+    one = processes.Processes(dist.HashStore(), rank=0, world_size=2, num_here=2)
+    with (
+        pytest.raises(ProcessLost, match="could not work together .*Duplicate GPU detected"),
+        one._heeding(),
+    ):
+        raise dist.DistBackendError("NCCL error:\nDuplicate GPU detected")
 
 
 @pytest.mark.parametrize(
