@@ -52,6 +52,11 @@ HISTORY = (
     'check refuses" may now be refused before training.'
 )
 """Of the results that the page was made of; to be taken out when a new file of them tries all."""
+NOTES = {
+    ("youtu", "both ends"): "They are its padding row, which transformers sets to zero whenever it "
+    "loads such a model; training leaves that row alone, and only this adapter's noise does not"
+}
+"""What explains a refusal beyond its message."""
 AGAIN = (
     "To try a few again, or all of them from the start (about an hour; a results file that is "
     "already there is continued, not repeated):"
@@ -98,11 +103,12 @@ def page_lines(cells: Sequence[Cell], columns: Sequence[str]) -> list[str]:
         f"{peft.__version__}).",
         "",
         "`yes`: the merged model's logits are those of the live one to a thousandth of the "
-        "adapter's effect. `refused`: one line says why, and nothing is written. `check`: the "
-        "merged model was written, compared with the live one, found to differ, and removed. `-`: "
-        "the architecture has no such part, or peft cannot put such an adapter on it. Empty: not "
-        "tried yet. Whether it can be trained is a different question: Gemma 3n reads one weight "
-        "past its adapter only while it trains, so training refuses what merges (families.md).",
+        "adapter's effect, or to float32's rounding if the effect is that small. `refused`: one "
+        "line says why, and nothing is written. `check`: the merged model was written, compared "
+        "with the live one, found to differ, and removed. `-`: the architecture has no such part, "
+        "or peft cannot put such an adapter on it. Empty: not tried yet. Whether it can be trained "
+        "is a different question: Gemma 3n reads one weight past its adapter only while it trains, "
+        "so training refuses what merges (families.md).",
         "",
         f"{HISTORY} {_coverage(rows, columns)}{AGAIN}",
         "",
@@ -146,7 +152,9 @@ def _details(title: str, cells: Iterable[Cell]) -> list[str]:
     """Return a section with one line for each reason: of which architectures and adapters."""
     grouped: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
-        grouped[PLACE.sub("DIRECTORY", LEFT.sub("", cell.detail))].append(cell)
+        reason = PLACE.sub("DIRECTORY", LEFT.sub("", cell.detail))
+        note = NOTES.get((cell.architecture, cell.adapter))
+        grouped[f"{reason}. {note}" if note else reason].append(cell)
     listed = []
     for reason, found in grouped.items():
         names = list(dict.fromkeys(one.architecture for one in found))

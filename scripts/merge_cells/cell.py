@@ -30,6 +30,8 @@ FEW_PROMPTS = compared_prompts.OPEN_PROMPTS[:3]  # type: ignore[attr-defined]
 
 MAX_SHARE = 1e-3
 """Of what the adapter does to the logits, how far a right merge in float32 may be off."""
+ROUNDING = 5e-7
+"""Of the logits, how far float32's rounding may be off: more than a thousandth of a tiny effect."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def _judge(name: str, adapter: str, live: torch.Tensor, base: torch.Tensor, out:
     if effect < 1e-5 * float(base.norm()):
         return Cell(name, adapter, ABSENT, "no effect on the logits")
     share = difference / effect
-    return Cell(name, adapter, RIGHT if share <= MAX_SHARE else WRONG, f"{share:.1e}")
+    is_right = share <= MAX_SHARE or difference <= ROUNDING * float(base.norm())
+    return Cell(name, adapter, RIGHT if is_right else WRONG, f"{share:.1e}")
 
 
 def load(directory: Path) -> PreTrainedModel:
