@@ -26,7 +26,7 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.command()
 @CONFIG_ARGUMENT
 @OVERRIDES_ARGUMENT
-@click.option("--gpu", help="Plan for another device: 24GB, or a name such as rtx4090 or h100.")
+@click.option("--gpu", help="Plan for a different device: 24GB, or a name such as rtx4090 or h100.")
 @click.option("--gpus", type=click.IntRange(1), help="GPUs of a machine that share each step.")
 @click.option("--nodes", type=click.IntRange(1), help="Machines with as many GPUs each.")
 @click.option("--link", type=POSITIVE, help="GB/s between the GPUs, of the slowest link.")

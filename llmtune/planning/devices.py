@@ -104,8 +104,10 @@ def _list_gpus() -> list[Device]:
         return []
     found: dict[str, Device] = {}
     for line in answer.stdout.splitlines():
-        uuid, free, total, name = line.split(", ", 3)
-        found[uuid] = Device(name, "cuda", _gpu_bytes(free, total))
+        fields = line.split(", ", 3)
+        if len(fields) == 4:  # without a GPU it says so in a sentence
+            uuid, free, total, name = fields
+            found[uuid] = Device(name, "cuda", _gpu_bytes(free, total))
     return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 

@@ -161,6 +161,7 @@ def test_damaged_checkpoint_is_one_line_and_leaves_nothing(base, cache, method):
     [
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "marlin"),
         ({"quant_method": "gptq"}, "bits 'None', expected 2 or 3 or 4 or 8"),
+        ({"quant_method": "gptq", "bits": 4.0}, "bits '4.0', expected 2 or 3 or 4 or 8"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv'"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "marlin-24"),
         ({"quant_method": "fp8", "weight_block_size": [0, 1]}, "weight_block_size"),

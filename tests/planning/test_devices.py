@@ -50,3 +50,9 @@ def test_a_gpu_without_memory_of_its_own_has_the_machines(listed):
     assert find_device("cuda:0").memory_bytes == 20000 * MIB
     shared = find_device("cuda:2")
     assert shared.kind == "cuda" and shared.memory_bytes > 100 * MIB
+
+
+def test_a_driver_without_a_gpu_leaves_the_cpu(monkeypatch):
+    answer = subprocess.CompletedProcess([], 0, stdout="No devices were found\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_args, **_options: answer)
+    assert find_device("auto").kind == "cpu"

@@ -145,7 +145,7 @@ class StoredFormat(ABC):
             LlmtuneError: it is not one of `allowed`.
         """
         value = self.knobs.get(key, default)
-        if value not in allowed:
+        if value not in allowed or isinstance(value, float):  # 4.0 equals 4 and is no size
             raise self.refuse(
                 f"{key} {str(value)!r:.40}, expected {' or '.join(map(str, allowed))}"
             )
