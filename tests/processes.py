@@ -3,6 +3,7 @@
 They are forked from the test's own process and meet on the loopback.
 """
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -17,6 +18,9 @@ from typing import Any
 import torch
 
 BeforeStep = Callable[[int, int], None]
+
+SECONDS = 120
+"""A process that takes longer has hung; where, its output says."""
 
 
 class Started:
@@ -36,7 +40,7 @@ class Started:
     def output(self, rank: int) -> str:
         return (self.directory / f"out-{rank}.txt").read_text()
 
-    def wait(self, seconds: float = 60) -> list[int]:
+    def wait(self, seconds: float = SECONDS) -> list[int]:
         """Return the exit codes; -9 of one that was killed, here after so many seconds."""
         codes = {}
         until = time.monotonic() + seconds
@@ -50,7 +54,7 @@ class Started:
                 for pid in self.pids:
                     if pid not in codes:
                         os.kill(pid, signal.SIGKILL)
-                until += 60
+                until += SECONDS
             time.sleep(0.01)
         return [codes[pid] for pid in self.pids]
 
@@ -121,7 +125,9 @@ def _fork(output: Path, work: Callable[[], int], keys: dict[str, str]) -> int:
         os.dup2(descriptor, 2)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        os.environ.update(keys)
+        # the threads that tokenizers share the work among are not there after a fork
+        os.environ.update(keys | {"TOKENIZERS_PARALLELISM": "false"})
+        faulthandler.dump_traceback_later(SECONDS - 5, exit=False)
         code = work()
     except BaseException:  # noqa: BLE001 (nothing may get back into the test's own code)
         traceback.print_exc()
