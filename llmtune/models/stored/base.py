@@ -145,7 +145,8 @@ class StoredFormat(ABC):
             LlmtuneError: it is not one of `allowed`.
         """
         value = self.knobs.get(key, default)
-        if value not in allowed or isinstance(value, float):  # 4.0 equals 4 and is no size
+        # 4.0 and True equal 4 and 1, and are not numbers of bits
+        if not any(value == one and type(value) is type(one) for one in allowed):
             raise self.refuse(
                 f"{key} {str(value)!r:.40}, expected {' or '.join(map(str, allowed))}"
             )
