@@ -15,14 +15,13 @@ from llmtune.io.stopping import call_within, first_line
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.dequantized import plan_dequantization
-from llmtune.models.gguf import cache_dir
+from llmtune.models.gguf import RECORD_NAME, cache_dir
 from llmtune.models.hub import LOOKUP_SECONDS, no_such_base, reads_as_hub_id
 from llmtune.models.plausible import check_config
 from llmtune.models.stored.dense import dense_config, dense_dtype
 from llmtune.models.stored.formats import read_format
 
 TOKENIZER_NAME = "tokenizer.json"
-RECORD_NAME = "llmtune_base.json"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # llama.cpp calls several of transformers' families by one name; they have the same parts.
