@@ -19,7 +19,7 @@ FOLDER_BYTES = 512 << 20
 
 
 def read_kept(path: Path) -> Any | None:
-    """Return what `write_kept` wrote, and count the file as used; None if it is gone or damaged."""
+    """Return what was kept or sealed, and count the file as used; None if it is gone or damaged."""
     try:
         found = read_json(path)
         if not isinstance(found, dict) or found.get("seal") != hash_json(found.get("kept")):
@@ -45,10 +45,20 @@ def write_kept(path: Path, value: JsonValue | Mapping[str, object], what: str) -
         ValueError: the value holds a NaN or an infinity.
     """
     try:
-        atomic_write_json(path, {"seal": hash_json(value), "kept": value})
+        write_sealed(path, value)
         _drop_unused(path)
     except OSError as error:
         log.warning("%s not kept in %s: %s", what, path.parent, error)
+
+
+def write_sealed(path: Path, value: JsonValue | Mapping[str, object]) -> None:
+    """Write a value for `read_kept`, and remove nothing.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: the value holds a NaN or an infinity.
+    """
+    atomic_write_json(path, {"seal": hash_json(value), "kept": value})
 
 
 def _drop_unused(newest: Path) -> None:

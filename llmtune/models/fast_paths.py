@@ -1,6 +1,5 @@
 """Which fast paths `llmtune doctor --test` found wrong or slow on this machine (light)."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,9 +10,7 @@ from typing import Literal, TypedDict
 
 from llmtune.io.environment import machine, processor_name, versions
 from llmtune.io.fingerprint import code_fingerprint, hash_json
-from llmtune.io.json_files import parse_json
-from llmtune.io.kept_json import read_kept
-from llmtune.io.run_dir import atomic_write_json
+from llmtune.io.kept_json import read_kept, write_sealed
 from llmtune.models.gguf import cache_dir
 
 log = logging.getLogger("llmtune")
@@ -104,8 +101,7 @@ def keep_record(
     record = MachineRecord(
         machine=machine(), device=device, versions=versions(), off=off, results=results
     )
-    kept = parse_json(json.dumps(record))
-    atomic_write_json(path, {"seal": hash_json(kept), "kept": kept})
+    write_sealed(path, record)
     for older in _of_this_machine(path):
         older.unlink(missing_ok=True)
     return path
