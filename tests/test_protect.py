@@ -6,7 +6,7 @@ import pytest
 
 from llmtune import load_config
 from llmtune.errors import LlmtuneError
-from llmtune.models.gguf import cache_dir
+from llmtune.io.cached import cache_dir
 from llmtune.runs import pipeline
 from llmtune.runs.evaluate import trained_steps
 from tests.conftest import write_jsonl

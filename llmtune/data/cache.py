@@ -23,10 +23,10 @@ from llmtune.data.hub import is_hub_id
 from llmtune.data.report import DataReport
 from llmtune.data.rows import find_files
 from llmtune.data.stored import read_stored
+from llmtune.io.cached import cache_dir
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
 from llmtune.io.json_files import parse_json
 from llmtune.io.unfinished import new_entry, replace_entry
-from llmtune.models.gguf import cache_dir
 from llmtune.models.template_date import template_date_of
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ from llmtune.evaluation.measures import ARM_MEASURES, LAST_MEASURES, Plan
 from llmtune.evaluation.results import arm_result_path, read_arm_result
 from llmtune.evaluation.session import NEEDS_ROWS, Evaluation, EvaluationRequest, Work
 from llmtune.evaluation.tasks.base import Suite
+from llmtune.io.cached import cache_dir
 from llmtune.io.environment import versions
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.kept_json import read_kept, write_kept
 from llmtune.io.manifest import EvaluateRecord
 from llmtune.models.checkpoint import Checkpoint
-from llmtune.models.gguf import cache_dir
 from llmtune.models.hardware import release_memory
 from llmtune.models.live import LiveModel
 from llmtune.models.probing import is_out_of_memory

@@ -13,9 +13,9 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.main_arms import WITHOUT_ADAPTER, kind_among
 from llmtune.evaluation.results import REUSED, ArmResult, read_items
 from llmtune.evaluation.run import ArmPlan, build_recipe, summarize_items
+from llmtune.io.cached import cache_dir
 from llmtune.io.fingerprint import JsonObject, code_fingerprint, hash_json
 from llmtune.io.kept_json import read_kept, write_kept
-from llmtune.models.gguf import cache_dir
 from llmtune.models.live import LiveModel
 from llmtune.scoring.live import facts_of
 

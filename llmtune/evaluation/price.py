@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmtune.data.open_prompts import GENERAL_PASSAGES
 from llmtune.errors import LlmtuneError
+from llmtune.io.cached import cache_dir
 from llmtune.io.environment import versions
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.json_files import read_json_object
@@ -14,7 +15,6 @@ from llmtune.io.run_dir import atomic_write_json
 from llmtune.io.sizes import format_size
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
-from llmtune.models.gguf import cache_dir
 from llmtune.models.hardware import release_memory
 from llmtune.models.load import load_model
 from llmtune.models.probing import is_out_of_memory

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.cached import cache_dir, make_once
 from llmtune.io.fingerprint import hash_file, hash_json
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.io.sizes import format_size
 from llmtune.io.unfinished import remove_all_leftovers, require_space
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint, StoredForm
-from llmtune.models.gguf import RECORD_NAME, cache_dir, make_once
+from llmtune.models.gguf import RECORD_NAME
 from llmtune.models.stored.dense import (
     DenseTensor,
     dense_config,
@@ -122,7 +123,12 @@ def dequantize(plan: Dequantization) -> Checkpoint:
             target,
             format_size(plan.dense_bytes),
         )
-        make_once(target, lambda directory: _write(plan, directory), source=str(source.directory))
+        make_once(
+            target,
+            lambda directory: _write(plan, directory),
+            marker=CONFIG_NAME,
+            source=str(source.directory),
+        )
     return replace(source, directory=target, stored=plan.form)
 
 

@@ -8,10 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, TypedDict
 
+from llmtune.io.cached import cache_dir
 from llmtune.io.environment import machine, processor_name, versions
 from llmtune.io.fingerprint import code_fingerprint, hash_json
 from llmtune.io.kept_json import read_kept, write_sealed
-from llmtune.models.gguf import cache_dir
 
 log = logging.getLogger("llmtune")
 

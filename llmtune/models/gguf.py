@@ -1,28 +1,19 @@
 """A GGUF file turned into a dense checkpoint, once, in the cache directory."""
 
 import logging
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.cached import cache_dir, make_once
 from llmtune.io.fingerprint import hash_file
 from llmtune.io.gguf_head import is_gguf
 from llmtune.io.run_dir import atomic_write_json
-from llmtune.io.unfinished import remove_all_leftovers, unfinished_dir
+from llmtune.io.unfinished import remove_all_leftovers
 from llmtune.models.checkpoint import CONFIG_NAME
 
 RECORD_NAME = "llmtune_base.json"
 
 logger = logging.getLogger(__name__)
-
-
-def cache_dir() -> Path:
-    """Return $LLMTUNE_CACHE, else $XDG_CACHE_HOME/llmtune, else ~/.cache/llmtune."""
-    if given := os.environ.get("LLMTUNE_CACHE"):
-        return Path(given).expanduser().absolute()
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser().absolute() / "llmtune"
 
 
 def dense_checkpoint(gguf_path: Path) -> tuple[Path, str]:
@@ -42,35 +33,13 @@ def dense_checkpoint(gguf_path: Path) -> tuple[Path, str]:
         remove_all_leftovers(target.parent)
     if not (target / CONFIG_NAME).is_file():
         logger.info("%s: making a dense checkpoint from it, once, in %s", gguf_path, target)
-        make_once(target, lambda directory: _convert(gguf_path, sha256, directory))
+        make_once(
+            target,
+            lambda directory: _convert(gguf_path, sha256, directory),
+            marker=CONFIG_NAME,
+            source="the GGUF file",
+        )
     return target, sha256
-
-
-def make_once(
-    target: Path, write: Callable[[Path], None], *, source: str = "the GGUF file"
-) -> None:
-    """Let `write` fill a directory beside `target`, then rename it into place.
-
-    What a killed conversion left is removed; what another process is writing is kept.
-    """
-    with unfinished_dir(target) as scratch:
-        made = scratch / target.name
-        made.mkdir()
-        try:
-            write(made)
-            for path in made.iterdir():  # some writers leave files that only their owner can read
-                path.chmod(0o644)
-            try:
-                made.rename(target)
-            except OSError:
-                if not (target / CONFIG_NAME).is_file():
-                    raise
-                # another process was faster; its checkpoint is the same
-        except OSError as error:
-            raise LlmtuneError(
-                f"{target}: the checkpoint made from {source} could not be written: {error}. "
-                "Set LLMTUNE_CACHE to a directory with room."
-            ) from error
 
 
 def _convert(gguf_path: Path, sha256: str, directory: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from llmtune.io.cached import cache_dir
 from llmtune.io.environment import package_version
 from llmtune.io.fingerprint import hash_file, hash_json, hash_text
 from llmtune.io.json_files import parse_json, read_json_object
@@ -20,7 +21,6 @@ from llmtune.io.sizes import format_size
 from llmtune.io.unfinished import new_entry, replace_entry
 from llmtune.models.checkpoint import CONFIG_NAME, GENERATION_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
-from llmtune.models.gguf import cache_dir
 from llmtune.models.quiet import quiet_loading
 
 logger = logging.getLogger(__name__)

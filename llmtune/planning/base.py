@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.cached import cache_dir
 from llmtune.io.gguf_head import read_gguf_head
 from llmtune.io.json_files import read_json_object
 from llmtune.io.quiet import quieted
@@ -15,7 +16,7 @@ from llmtune.io.stopping import call_within, first_line
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.dequantized import plan_dequantization
-from llmtune.models.gguf import RECORD_NAME, cache_dir
+from llmtune.models.gguf import RECORD_NAME
 from llmtune.models.hub import LOOKUP_SECONDS, no_such_base, reads_as_hub_id
 from llmtune.models.plausible import check_config
 from llmtune.models.stored.dense import dense_config, dense_dtype

@@ -15,11 +15,11 @@ import psutil
 from packaging.requirements import Requirement
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.cached import cache_dir
 from llmtune.io.environment import machine, package_version
 from llmtune.io.native_libraries import threads_sleep
 from llmtune.io.sizes import GIB, format_in
 from llmtune.models.config import DtypeName
-from llmtune.models.gguf import cache_dir
 
 if TYPE_CHECKING:
     from llmtune.checks.fast_paths import PathResult

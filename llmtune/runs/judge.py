@@ -14,6 +14,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
 from llmtune.evaluation.main_arms import MAIN_ARMS, MainArm
 from llmtune.evaluation.suite import load_suites
+from llmtune.io.cached import cache_dir
 from llmtune.io.fingerprint import hash_json
 from llmtune.io.json_files import read_json_object
 from llmtune.io.manifest import EvaluateRecord, Manifest, MergeRecord, is_judgment, read_manifest
@@ -23,7 +24,6 @@ from llmtune.io.yaml_source import SourcedTree, apply_overrides
 from llmtune.merging.config import MergeConfig
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
-from llmtune.models.gguf import cache_dir
 from llmtune.models.hub import fetch_adapter, reads_as_hub_id
 from llmtune.models.resolve import resolve_base
 from llmtune.models.template_date import template_date_of

@@ -16,11 +16,11 @@ from llmtune.data.files import json_line
 from llmtune.data.formats.base import LABELS, Row
 from llmtune.data.init_job import JobName
 from llmtune.errors import LlmtuneError
+from llmtune.io.cached import cache_dir
 from llmtune.io.fingerprint import hash_text
 from llmtune.io.json_files import parse_json
 from llmtune.io.listening import Heard, hearing
 from llmtune.io.run_dir import atomic_write_text
-from llmtune.models.gguf import cache_dir
 from llmtune.runs import pipeline
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from llmtune.data import cache
 from llmtune.data.config import DataConfig
 from llmtune.data.prepare import prepare_examples
 from llmtune.errors import LlmtuneError
-from llmtune.models.gguf import cache_dir
+from llmtune.io.cached import cache_dir
 from tests.data.shapes import CHATML, SHAPES, make_shape, make_shape_tokenizer, turns, write_jsonl
 
 

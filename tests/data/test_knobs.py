@@ -8,7 +8,7 @@ from llmtune.data.collect import Split
 from llmtune.data.config import DataConfig, MixtureConfig, SourceConfig
 from llmtune.data.prepare import prepare_examples
 from llmtune.errors import LlmtuneError
-from llmtune.models.gguf import cache_dir
+from llmtune.io.cached import cache_dir
 from tests.data.shapes import make_shape, turns, write_jsonl
 from tests.data.test_hub import HUB_KNOBS
 

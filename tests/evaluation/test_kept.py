@@ -10,7 +10,7 @@ from llmtune.evaluation.results import REUSED
 from llmtune.evaluation.run import ArmPlan, score_plan
 from llmtune.evaluation.suite import load_suite
 from llmtune.io import kept_json
-from llmtune.models.gguf import cache_dir
+from llmtune.io.cached import cache_dir
 from llmtune.models.template_date import fix_template_date
 from tests.evaluation.live import IDENTITY, make_live
 from tests.tiny import CHATML, make_model, make_tokenizer

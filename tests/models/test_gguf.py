@@ -211,20 +211,6 @@ def test_sizes_that_the_tensors_do_not_have_are_refused(tmp_path):
         _check_sizes(GgufHead(values, {}, tensors), tmp_path / "a.gguf")
 
 
-def test_conversion_by_another_process_meanwhile_is_accepted(tmp_path):
-    target = tmp_path / "bases" / "abc"
-
-    def write_while_another_finishes(directory: Path) -> None:
-        (directory / "config.json").write_text("ours")
-        target.mkdir()
-        (target / "config.json").write_text("theirs")
-
-    gguf_room.make_once(target, write_while_another_finishes)
-
-    assert (target / "config.json").read_text() == "theirs"
-    assert list(target.parent.iterdir()) == [target]
-
-
 def test_file_without_the_gguf_magic_is_refused(tmp_path, cache):
     (tmp_path / "model.gguf").write_bytes(b"no magic")
     with pytest.raises(LlmtuneError, match="not a GGUF file"):
@@ -237,10 +223,3 @@ def test_conversion_shows_no_progress_bars(tiny_gguf, cache, capfd, caplog):
 
     assert capfd.readouterr().err == ""
     assert "making a dense checkpoint" in caplog.text
-
-
-def test_cache_directory_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.delenv("LLMTUNE_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-    assert gguf_room.cache_dir() == tmp_path / "llmtune"

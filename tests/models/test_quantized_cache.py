@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmtune.io.cached import cache_dir
 from llmtune.models import quantized_cache
 from llmtune.models.config import ModelConfig
-from llmtune.models.gguf import cache_dir
 from llmtune.models.load import load_model
 from llmtune.models.quantized_cache import keep_quantized
 from llmtune.models.resolve import resolve_base

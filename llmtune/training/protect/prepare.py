@@ -13,11 +13,11 @@ from llmtune.data.example import Example
 from llmtune.data.open_prompts import OPEN_PROMPTS, OPENERS
 from llmtune.data.render import render_messages
 from llmtune.errors import LlmtuneError
+from llmtune.io.cached import cache_dir
 from llmtune.io.fingerprint import code_fingerprint, hash_json
 from llmtune.io.kept_json import read_kept, write_kept
 from llmtune.io.progress import progress_bar
 from llmtune.io.run_dir import atomic_write_json
-from llmtune.models.gguf import cache_dir
 from llmtune.models.live import LiveModel
 from llmtune.scoring.batches import choose_token_budget
 from llmtune.scoring.generate import Decoding, generate_texts
