@@ -124,7 +124,7 @@ def _are_names(value: object) -> bool:
 NAME_SETTINGS = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
 PATTERN_SETTINGS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")
 SETTINGS: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "a whole number above 0": (_is_whole, ("r",)),
+    f"a whole number from 1 to {MOST_RANK:,}": (_is_whole, ("r",)),
     "a number": (_is_number, ("lora_alpha", "lora_dropout")),
     "true or false": (
         lambda value: isinstance(value, bool),

@@ -43,14 +43,19 @@ class Reading:
     """Which list of a JSON object of several lists."""
 
 
-def iter_file(path: Path, shown: str, reading: Reading | None = None) -> Iterator[Parsed]:
+def iter_file(
+    path: Path, shown: str, reading: Reading | None = None, *, kind: str | None = None
+) -> Iterator[Parsed]:
     """Yield `(line, row)` or a `RowProblem` for every row of `path`; `shown` names it in messages.
+
+    Args:
+        kind: the suffix that says how to read it, if its name does not.
 
     Raises:
         LlmtuneError: the file as a whole cannot be read (not this kind, cut off, not UTF-8).
     """
     reading = reading or Reading()
-    kind = file_kind(path)
+    kind = kind or file_kind(path)
     if kind is None:
         raise LlmtuneError(
             f"{shown}: unknown kind of file; expected one of {', '.join(READERS)} "

@@ -1,7 +1,5 @@
 """Reading a suite's items: JSONL, JSON, CSV, Parquet, or a folder of files."""
 
-import codecs
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +11,7 @@ from llmtune.data.rows import find_files
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.tasks.base import BadItem, SuiteConfig, SuiteItem, read_field
 
-JSON_LINES = ("", ".jsonl", ".ndjson")
+JSON_LINES = ("", ".ndjson", ".jsonl")
 TEXTS = (".txt", ".md")
 DOCUMENT = "document"
 """The field that a row of a folder gets beside its own: its file, as seen from the folder."""
@@ -74,35 +72,9 @@ def _iter_rows(path: Path) -> Iterator[Row]:
 
 
 def _iter_one(path: Path) -> Iterator[Row]:
-    suffix = path.suffix.lower()
-    if suffix in JSON_LINES:
-        return _iter_json_lines(path)
+    if path.suffix.lower() in JSON_LINES:
+        return iter_file(path, str(path), kind=JSON_LINES[-1])
     return iter_file(path, str(path), sniff_reading(path))
-
-
-def _iter_json_lines(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for line, content in enumerate(file, start=1):
-            if line == 1:
-                content = content.removeprefix(codecs.BOM_UTF8)
-            if not content.strip():
-                continue
-            try:
-                fields = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
-            except UnicodeDecodeError as error:
-                what = f"not UTF-8 text: {error}; save the file as UTF-8"
-            except (ValueError, RecursionError) as error:
-                what = f"not JSON: {error}"
-            else:
-                if isinstance(fields, dict):
-                    yield line, fields
-                    continue
-                what = f"expected a JSON object, found {type(fields).__name__}"
-            yield RowProblem(str(path), line, what)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a value; quote it if it is a text: {json.dumps(name)}")
 
 
 def _read_item(

@@ -63,6 +63,7 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@cache
 def processor_name() -> str:
     """Return the processor as the system names it."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,21 +1,17 @@
 """A base whose files hold linear weights in 4 bits already, as bitsandbytes saves them."""
 
-import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
-from llmtune.io.json_files import parse_json
-from llmtune.io.safetensors import CheckpointIndex, TensorEntry
+from llmtune.io.json_files import FETCH_AGAIN
+from llmtune.io.safetensors import CheckpointIndex
 from llmtune.merging.changes import PackedFourBit, PlannedTensor
 from llmtune.models.quantization.config import packed_markers
+from llmtune.models.stored.bitsandbytes import read_four_bit_header
 
-DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-MOST_HEADER_BYTES = 1 << 16
 STATE_PREFIX = "quant_state.bitsandbytes__"
 STATE_SUFFIXES = (
     "absmax",
@@ -49,11 +45,11 @@ def find_packed_weights(base: CheckpointIndex, config: Mapping[str, Any]) -> Pac
     for name, state in group_four_bit_names(base.tensors).items():
         entries = {suffix: base.tensors[other] for suffix, other in state.items()}
         headers = [entry for suffix, entry in entries.items() if suffix.startswith(STATE_PREFIX)]
-        dtype, shape = _read_header(headers[0], base.tensors[name])
+        header = read_four_bit_header(headers[0], base.tensors[name])
         tensors[name] = PlannedTensor(
             name,
-            dtype,
-            shape,
+            header.dtype,
+            header.shape,
             base.tensors[name],
             dequantized=PackedFourBit(tuple(entries.items())),
         )
@@ -61,7 +57,7 @@ def find_packed_weights(base: CheckpointIndex, config: Mapping[str, Any]) -> Pac
     if not tensors:
         raise LlmtuneError(
             f"{base.directory}: config.json says that bitsandbytes quantized it to 4 bits, yet no "
-            "tensor is; download it again"
+            f"tensor is; {FETCH_AGAIN}"
         )
     return PackedWeights(tensors, frozenset(state_names))
 
@@ -76,25 +72,6 @@ def _require_four_bit(directory: Path, quantization: Mapping[str, Any]) -> None:
         f"{directory}: this base is already quantized ({method}), and only 4-bit bitsandbytes "
         "checkpoints can be read back; give the 16-bit model with model.base=..."
     )
-
-
-def _read_header(entry: TensorEntry, packed: TensorEntry) -> tuple[str, tuple[int, ...]]:
-    """Return the dtype and the shape of a weight, which must be that of the packed numbers."""
-    with entry.path.open("rb") as file:
-        raw = os.pread(file.fileno(), min(entry.num_bytes, MOST_HEADER_BYTES), entry.start)
-    try:
-        header = parse_json(raw)
-        dtype, shape = DTYPE_NAMES[header["dtype"]], tuple(header["shape"])
-        if not all(type(size) is int and size > 0 for size in shape):
-            raise ValueError(f"its shape is {header['shape']!s:.80}")
-        if (math.prod(shape) + 1) // 2 != packed.num_bytes:
-            raise ValueError(f"{packed.num_bytes:,} bytes are not {list(shape)} numbers of 4 bits")
-    except (ValueError, KeyError, TypeError) as error:
-        raise LlmtuneError(
-            f"{entry.path}: {entry.name!r} does not describe a 4-bit weight ({error}); download "
-            "it again"
-        ) from None
-    return dtype, shape
 
 
 def group_four_bit_names(names: Iterable[str]) -> dict[str, dict[str, str]]:

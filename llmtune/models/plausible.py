@@ -38,11 +38,12 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
     Raises:
         LlmtuneError: names the key, its value and what was expected.
     """
-    for section in SECTION_KEYS:
-        if config.get(section) is not None and not isinstance(config[section], dict):
-            raise LlmtuneError(
-                f"{place}: {section} is {str(config[section])!r:.80}; expected an object"
-            )
+    for part in _parts(config):
+        for section in SECTION_KEYS:
+            if part.get(section) is not None and not isinstance(part[section], dict):
+                raise LlmtuneError(
+                    f"{place}: {section} is {str(part[section])!r:.80}; expected an object"
+                )
     for part in _parts(config):
         for keys, limit in (
             (LAYER_KEYS, MOST_LAYERS),

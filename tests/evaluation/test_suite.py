@@ -142,7 +142,7 @@ def test_nan_is_a_text_if_it_is_quoted(tmp_path):
     suite = load_suite(write_suite(tmp_path, text, items))
     assert [item.references for item in suite.items] == [("nan",), ("NA",), ("None",), ("null",)]
     path = write_suite(tmp_path, text, ['{"question": "which?", "answer": NaN}'])
-    assert "items.jsonl:1: not JSON: NaN is not a value; quote it" in message_of(path)
+    assert "items.jsonl:1: not JSON (NaN is not a JSON value; quote it" in message_of(path)
 
 
 def test_number_match_needs_a_number_that_can_be_read(tmp_path):
@@ -267,7 +267,11 @@ def test_a_file_whose_stem_cannot_name_results_needs_a_name(tmp_path):
         ({"id": "b", "question": "x", "options": ["3", "4"]}, "field 'answer' is missing"),
         ({**ITEMS[1], "id": "a"}, "id 'a' is not unique"),
         ("{not json}", "Expecting"),
-        ("[1, 2]", "expected a JSON object"),
+        ("[1, 2]", "expected an object"),
+        (
+            '{"id": "b", "question": "x", "options": ["3", "4"], "answer": "3", "answer": "4"}',
+            "the key 'answer' is there twice in one object",
+        ),
     ],
 )
 def test_a_wrong_item_is_named_with_its_line(tmp_path, item, expected):

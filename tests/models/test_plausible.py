@@ -39,6 +39,7 @@ def test_numbers_as_published_configs_write_them_are_taken():
         ("hidden_size", True, "expected a whole number"),
         ("pad_token_id", "x", "expected a token's id"),
         ("rope_parameters", [1], "expected an object"),
+        ("text_config", {"quantization_config": "nf4"}, "quantization_config is 'nf4'; expected"),
     ],
 )
 def test_what_the_files_cannot_hold_is_refused(tmp_path, key, value, words):
