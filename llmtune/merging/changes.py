@@ -61,7 +61,7 @@ class Requantized:
 class PackedFourBit:
     """The base's tensor is stored in 4 bits by bitsandbytes; these tensors belong to it."""
 
-    state: tuple[tuple[str, TensorEntry], ...]  # suffix (`packed.STATE_SUFFIXES`), tensor
+    state: tuple[tuple[str, TensorEntry], ...]  # suffix (`stored.four_bits.STATE_SUFFIXES`), tensor
 
 
 @dataclass(frozen=True)

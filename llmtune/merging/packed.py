@@ -1,6 +1,6 @@
 """A base whose files hold linear weights in 4 bits already, as bitsandbytes saves them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,10 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import FETCH_AGAIN
 from llmtune.io.safetensors import CheckpointIndex
 from llmtune.merging.changes import PackedFourBit, PlannedTensor
-from llmtune.models.quantization.config import packed_markers
-from llmtune.models.stored.bitsandbytes import read_four_bit_header
-
-STATE_PREFIX = "quant_state.bitsandbytes__"
-STATE_SUFFIXES = (
-    "absmax",
-    "quant_map",
-    "nested_absmax",
-    "nested_quant_map",
-    *packed_markers(),
+from llmtune.models.stored.four_bits import (
+    STATE_PREFIX,
+    group_four_bit_names,
+    read_four_bit_header,
 )
 
 
@@ -72,24 +66,3 @@ def _require_four_bit(directory: Path, quantization: Mapping[str, Any]) -> None:
         f"{directory}: this base is already quantized ({method}), and only 4-bit bitsandbytes "
         "checkpoints can be read back; give the 16-bit model with model.base=..."
     )
-
-
-def group_four_bit_names(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Find the 4-bit weights of a checkpoint by the names of its tensors.
-
-    Returns:
-        Weight name -> {suffix in `STATE_SUFFIXES`: name of that tensor}, in the order given.
-        Weights without a `quant_state` are not 4-bit and are left out.
-    """
-    known = list(names)
-    states: dict[str, dict[str, str]] = {name: {} for name in known}
-    for name in known:
-        for suffix in STATE_SUFFIXES:
-            weight_name = name.removesuffix(f".{suffix}")
-            if weight_name != name and weight_name in states:
-                states[weight_name][suffix] = name
-    return {
-        name: state
-        for name, state in states.items()
-        if any(suffix.startswith(STATE_PREFIX) for suffix in state)
-    }

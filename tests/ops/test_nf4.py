@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmtune.merging.packed import group_four_bit_names
+from llmtune.models.stored.four_bits import group_four_bit_names
 from llmtune.ops.nf4 import (
     dequantize,
     dequantize_rows,

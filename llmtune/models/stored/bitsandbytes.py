@@ -1,15 +1,12 @@
 """Checkpoints that bitsandbytes quantized, in 4 bits (QLoRA) or 8 (LLM.int8)."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from llmtune.errors import LlmtuneError
-from llmtune.io.json_files import FETCH_AGAIN, parse_json
-from llmtune.io.safetensors import CheckpointIndex, TensorEntry
+from llmtune.io.safetensors import CheckpointIndex
 from llmtune.models.quantization.config import packed_markers
-from llmtune.models.stored.base import Parts, StoredFormat, StoredPlan, StoredWeight, read_bytes
+from llmtune.models.stored.base import Parts, StoredFormat, StoredPlan, StoredWeight
+from llmtune.models.stored.four_bits import read_four_bit_header
 
 if TYPE_CHECKING:
     import torch
@@ -17,22 +14,7 @@ if TYPE_CHECKING:
 
 SCALES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 EIGHT_BITS = (".weight", ".SCB", ".weight_format")
-MOST_HEADER_BYTES = 1 << 16
 LARGEST_CODE = 127
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-
-@dataclass(frozen=True)
-class FourBitHeader:
-    """What bitsandbytes writes of a weight beside its 4-bit codes.
-
-    Attributes:
-        dtype: of the weight before it was quantized, as safetensors spells it.
-        shape: of that weight.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class BitsAndBytesFormat(StoredFormat):
@@ -75,32 +57,6 @@ class BitsAndBytesFormat(StoredFormat):
             parts.expect(end, ("U8", "F32"))
         shape = read_four_bit_header(header, packed).shape
         return StoredWeight(parts.stem, shape, parts.entries, _dequantize_four_bits)
-
-
-def read_four_bit_header(header: TensorEntry, packed: TensorEntry) -> FourBitHeader:
-    """Read how bitsandbytes describes one weight, which must fit the packed numbers.
-
-    Args:
-        header: the tensor whose bytes are the JSON text of the weight's state.
-        packed: the tensor of codes, two to a byte.
-
-    Raises:
-        LlmtuneError: the text cannot be read, or its shape is not that of the packed numbers.
-    """
-    raw = read_bytes(header.path, header.start, min(header.num_bytes, MOST_HEADER_BYTES))
-    try:
-        state = parse_json(raw)
-        dtype, shape = DTYPES[state["dtype"]], tuple(state["shape"])
-        if not all(type(size) is int and size > 0 for size in shape):
-            raise ValueError(f"its shape is {shape!s:.80}")
-        if (math.prod(shape) + 1) // 2 != packed.num_bytes:
-            raise ValueError(f"{packed.num_bytes:,} bytes are not {list(shape)} numbers of 4 bits")
-    except (ValueError, KeyError, TypeError) as error:
-        raise LlmtuneError(
-            f"{header.path}: {header.name!r} does not describe a 4-bit weight ({error}); "
-            f"{FETCH_AGAIN}"
-        ) from None
-    return FourBitHeader(dtype, shape)
 
 
 def _eight_bit_weight(parts: Parts) -> StoredWeight:
