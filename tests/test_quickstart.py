@@ -67,6 +67,22 @@ def test_the_merged_model_keeps_the_gain(report):
     assert abs(movies["merged"] - movies["tuned"]) <= 0.05
 
 
+def test_the_verdict_rests_on_what_stock_transformers_find(run_dir, report, monkeypatch):
+    """A short form of scripts/recompute_verdict.py: few items, one by one, of every suite."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from recompute_verdict import recompute
+
+    found = list(recompute(run_dir, None, limit=10))
+    assert {each.name for each in found} == report["suites"].keys()
+    for each in found:
+        is_choice = each.ours["metric"] == "accuracy"
+        # bfloat16 may turn a choice that is as good as open, and rounds losses.
+        assert each.share_same >= (0.85 if is_choice else 0.9), (each.name, each.same)
+        bound = 0.2 if is_choice else 0.05
+        assert abs(each.found["mean"] - each.kept_mean) <= bound, each.as_row()
+
+
 def test_peak_memory_stays_under_eight_gigabytes(report):
     assert 0.5e9 < report["peak_bytes"] < 8e9
 

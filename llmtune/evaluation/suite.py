@@ -146,7 +146,7 @@ def _name_of(path: Path, config: SuiteConfig) -> str:
 def _item_content(item: SuiteItem) -> JsonObject:
     content = asdict(item)
     del content["line"], content["number"], content["source"]
-    for key in ("messages", "tools"):  # older results have no such keys
+    for key in ("messages", "tools", "labels"):  # older results have no such keys
         if not content[key]:
             del content[key]
     return content

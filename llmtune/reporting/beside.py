@@ -31,17 +31,14 @@ class Disagreement:
     """Two scores of one suite whose changes between the compared arms differ clearly.
 
     `main` and `beside` are the changes as fractions; `name` is the key of the second score.
+    `carried` is what a verdict to ship says of it in its headline.
     """
 
     name: str
     main: float
     beside: float
     sentence: str
-
-    @property
-    def is_about_writing(self) -> bool:
-        """Whether the second score is of what the model writes, the first of the choices given."""
-        return self.name == WRITTEN
+    carried: str
 
 
 @dataclass(frozen=True)
@@ -69,26 +66,89 @@ def secondary_change(suite: SuiteReport, name: str) -> float | None:
 
 def find_disagreements(suite: SuiteReport) -> tuple[Disagreement, ...]:
     """Return where a suite's scores say clearly different things about the same change."""
-    found = []
-    if suite.change is not None:
-        main, written = suite.change.difference, secondary_change(suite, WRITTEN)
-        if suite.metric == "accuracy" and written is not None and abs(main - written) > CLEARLY:
-            holds = "scoring the choices" if main > written else "reading the written answer"
-            sentence = (
-                f"The two scores of {suite.name} disagree: the likeliest choice changes by "
-                f"{format_points(main)}, the written answer by {format_points(written)}. What is "
-                f"said about this suite holds for use by likelihood; the larger gain is in {holds}."
-            )
-            found.append(Disagreement(WRITTEN, main, written, sentence))
+    return tuple(filter(None, (_compare_with_written(suite), _compare_with_lenient(suite))))
+
+
+def _compare_with_written(suite: SuiteReport) -> Disagreement | None:
+    """Compare the likeliest choice with the one that the model writes."""
+    written = secondary_change(suite, WRITTEN)
+    if suite.change is None or suite.metric != "accuracy" or written is None:
+        return None
+    main = suite.change.difference
+    if abs(main - written) <= CLEARLY:
+        return None
+    holds = "scoring the choices" if main > written else "reading the written answer"
+    sentence = (
+        f"The two scores of {suite.name} disagree: the likeliest choice changes by "
+        f"{format_points(main)}, the written answer by {format_points(written)}. What is "
+        f"said about this suite holds for use by likelihood; the larger gain is in {holds}."
+    )
+    carried = (
+        f"on {suite.name} it holds for ranking the choices ({format_points(main)}); written "
+        f"answers change by {format_points(written)}"
+    )
+    return Disagreement(WRITTEN, main, written, sentence, carried)
+
+
+def _compare_with_lenient(suite: SuiteReport) -> Disagreement | None:
+    """Compare whole answers with right answers anywhere in the text: what is gained is a form."""
     strict, lenient = secondary_change(suite, "strict"), secondary_change(suite, "lenient")
-    if strict is not None and lenient is not None and strict - lenient > CLEARLY:
+    if strict is None or lenient is None:
+        return None
+    whole = f"whole answers {format_points(strict)}"
+    anywhere = f"right answers anywhere in the text {format_points(lenient)}"
+    if suite.lenient is not None:
+        anywhere += f" {suite.unit.interval(suite.lenient.low, suite.lenient.high)}"
+    if has_fewer_answers(suite):
+        sentence = (
+            f"What {suite.name} gains holds for whole answers as they are written, and right "
+            f"answers are lost ({whole}, {anywhere}). If you can take the answer out of the text, "
+            "the model before is the better one."
+        )
+        carried = (
+            f"on {suite.name} it holds for whole answers as they are written only ({whole}, "
+            f"{anywhere}): with the answer taken out of its text the model before is better"
+        )
+    elif is_format_only(suite):
+        sentence = (
+            f"{suite.name} has a format-only gain: the whole answer is right in "
+            f"{format_points(strict)}, and more right answers are not shown ({anywhere}). The "
+            "model before knew as much and wrote more around it."
+        )
+        carried = (
+            f"the gain on {suite.name} is one of format only ({whole}, {anywhere}): with the "
+            "answer taken out of its text the model before may be as good"
+        )
+    elif strict - lenient > CLEARLY:
         sentence = (
             f"Much of what {suite.name} gains is format: the whole answer is right in "
             f"{format_points(strict)}, the right answer is somewhere in the text in "
             f"{format_points(lenient)}. The base often knew the answer and wrote more around it."
         )
-        found.append(Disagreement("lenient", strict, lenient, sentence))
-    return tuple(found)
+        carried = f"much of the gain on {suite.name} is format ({whole}, {anywhere})"
+    else:
+        return None
+    return Disagreement("lenient", strict, lenient, sentence, carried)
+
+
+def has_fewer_answers(suite: SuiteReport) -> bool:
+    """Return whether whole answers gained and right ones were lost, both clear of 0."""
+    if suite.lenient is None or suite.change is None:
+        return False
+    return suite.gain(suite.change)[1] > 0 and suite.gain(suite.lenient)[2] < 0
+
+
+def is_format_only(suite: SuiteReport) -> bool:
+    """Return whether whole answers gained clear of 0 and right answers in the text did not.
+
+    They were also measured to gain less than half as much, so that a gain of both that few items
+    cannot show is not called one of format.
+    """
+    if suite.lenient is None or suite.change is None:
+        return False
+    gain, low, _ = suite.gain(suite.change)
+    more, from_, _ = suite.gain(suite.lenient)
+    return low > 0 and from_ <= 0 and more < gain / 2
 
 
 def tabulate_beside(suite: SuiteReport) -> BesideTable | None:

@@ -17,7 +17,7 @@ from llmtune.evaluation.run import (
 )
 from llmtune.evaluation.stats import Resampling
 from llmtune.evaluation.suite import load_suite
-from llmtune.evaluation.tasks.base import Demonstration
+from llmtune.evaluation.tasks.base import Demonstration, PromptedSuite
 from llmtune.scoring.generate import Decoding, generate_texts
 from tests.evaluation.live import IDENTITY, make_live
 from tests.tiny import CHATML, make_model, make_tokenizer
@@ -219,6 +219,26 @@ def test_an_exact_answer_has_a_strict_and_a_lenient_score(suites):
     assert score.score == 0.0
     assert (score.details["strict"], score.details["lenient"]) == (0.0, 1.0)
     assert suite.config.describe([score]) == {"strict": 0.0, "lenient": 1.0}
+
+
+def test_an_answer_that_names_two_labels_or_denies_one_holds_none(tmp_path):
+    """Else a base that names them all would have every right answer, and tuning would lose some."""
+    rows = [{"q": f"{n}?", "answer": ("positive", "negative")[n % 2]} for n in range(6)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    declared = {"task": "exact", "items": "items.jsonl", "prompt": "{{ q }}"}
+    (tmp_path / "suite.yaml").write_text(json.dumps(declared))
+    suite = load_suite(tmp_path / "suite.yaml")
+
+    assert isinstance(suite.config, PromptedSuite)
+    score_text = suite.config.score_text
+
+    def lenient(text, item=suite.items[0]):
+        return score_text(item, text).details["lenient"]
+
+    assert lenient("It is Positive, I think.") == 1.0
+    assert lenient("Positive or negative?") == lenient("It is not positive.") == 0.0
+    free = replace(suite.items[0], labels=())
+    assert lenient("Positive or negative?", free) == 1.0
 
 
 def test_the_share_of_answers_that_the_length_cut_off_is_said_beside_the_score(scored, suites):

@@ -1,5 +1,6 @@
 """Planted runs in which something else than tuning was as good, or a strength saves it."""
 
+import re
 from dataclasses import replace
 from statistics import mean
 
@@ -261,6 +262,12 @@ def test_the_full_report_says_everything_and_repeats_itself(tmp_path):
     ):
         assert title in first[0], title
     assert "| movies | Few-shot, mean of the draws | 69.0 % |" in first[2]
+    for term in ("Interval", "p", "nats/token"):
+        assert f"<i>{term}</i>: " in first[0], term
+    # For those who hear the page: what a table is about, and what a head is the head of.
+    tables, captions = (len(re.findall(tag, first[0])) for tag in ("<table", r"<caption>[^<]+<"))
+    assert tables == captions > 10
+    assert not re.search(r"<th(?![a-z])(?![^>]*scope=)", first[0])
     write_report(build_report(run), run)
     assert first == [
         p.read_text() for p in (run.report_html_path, run.report_json_path, run.report_md_path)

@@ -61,7 +61,7 @@ def test_a_gain_of_format_alone_is_called_that():
     [
         (0.87, "NEGATIVE"),
         (0.33, "SHIP, general not shown"),  # format alone
-        (0.39, "SHIP, general not shown"),  # less than a quarter of the gain
+        (0.36, "SHIP, general not shown"),  # not clear of chance
         (None, "SHIP, general not shown"),  # the suite's own score is not that of whole answers
     ],
 )
@@ -88,6 +88,32 @@ def test_a_form_learned_at_the_cost_of_right_answers_does_not_ship(
     assert not (is_lost and any("SHIP" in name for name in report["decided_by"]["also"]))
     change = report["suites"]["words"]["lenient"]
     assert (change is None) == (lenient is None)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "carried"),
+    [
+        (Change(-0.10, -0.13, -0.07, 0.001), "NEGATIVE", None),
+        (Change(-0.03, -0.045, -0.015, 0.001), "SHIP", "whole answers as they are written only"),
+        (Change(-0.01, -0.04, 0.02, 0.5), "SHIP", "one of format only"),
+        (Change(0.2, 0.15, 0.25, 0.001), "SHIP", "much of the gain on labels is format"),
+        (Change(0.6, 0.5, 0.7, 0.001), "SHIP", None),
+    ],
+)
+def test_a_headline_to_ship_says_for_which_use_a_gain_of_whole_answers_holds(
+    change, verdict, carried
+):
+    """How much the form gained excuses no loss of right answers beyond a general suite's bound."""
+    arms = ({"strict": 0.0, "lenient": 0.3}, {"strict": 0.6, "lenient": 0.3 + change.difference})
+    suite = make_suite(*arms, task="exact", metric="exact_match", difference=0.6)
+    found = decide(Evidence((replace(suite, lenient=change),)))
+    assert found.name.split(",")[0] == verdict
+    said = [each for each in found.carries if "labels" in each]
+    assert len(said) == (carried is not None) and (carried or "") in "".join(said)
+    is_for_form = carried is not None and not carried.startswith("much")
+    assert ("first see what that scores without tuning" in found.to_do) == is_for_form
+    if said:
+        assert suite.unit.interval(change.low, change.high) in found.headline
 
 
 def test_one_suite_that_lost_right_answers_keeps_the_others_from_shipping():

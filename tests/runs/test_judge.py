@@ -111,6 +111,54 @@ def test_a_whole_model_is_compared_with_its_base(project, tmp_path):
     assert read(out)["suites"]["prose"]["merged"] == prose["merged"]
 
 
+TOOLS = {
+    "axolotl": {
+        "README.md": "---\nlibrary_name: peft\n---\n",
+        "checkpoint-8/adapter_config.json": "{}",
+        "checkpoint-8/trainer_state.json": "{}",
+    },
+    "llama-factory": {
+        "all_results.json": "{}",
+        "trainer_log.jsonl": "{}\n",
+        "training_args.bin": "not read",
+        "Modelfile": "FROM .\n",
+    },
+    "unsloth": {},
+}
+"""What these tools leave beside the two files of an adapter."""
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_an_adapter_as_each_tool_leaves_it_scores_what_the_stock_one_does(
+    project, judged, tmp_path, tool
+):
+    adapter, out = tmp_path / tool, tmp_path / "out"
+    shutil.copytree(project / "stock" / "adapter", adapter)
+    for name, text in TOOLS[tool].items():
+        (adapter / name).parent.mkdir(exist_ok=True)
+        (adapter / name).write_text(text)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    if tool == "unsloth":  # its bases are quantized copies, and its class is patched
+        config["base_model_name_or_path"] = "unsloth/tiny-bnb-4bit"
+        config["auto_mapping"] = {
+            "base_model_class": "LlamaForCausalLM",
+            "parent_library": "transformers.models.llama.modeling_llama",
+            "unsloth_fixed": True,
+        }
+        config["target_modules"] = (
+            r"(?:.*?(?:language|text|model).*?(?:self_attn|mlp).*?"
+            r"(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)"
+        )
+    else:
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(project / "base" / file, adapter / file)
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"a_later_key": None}))
+    given = ["--base", str(project / "base"), "--no-merge", "evaluate.extent=none"]
+    assert judge(project, adapter, "--out", str(out), *given) == 0
+    here, there = (read(each)["suites"]["prose"] for each in (judged, out))
+    assert there["tuned"] == pytest.approx(here["tuned"], abs=1e-4)
+
+
 def test_rows_that_are_named_are_looked_for_in_the_suites(project, tmp_path):
     out = tmp_path / "out"
     rows = f"data.train=[{{path: {project / 'train.jsonl'}}}]"

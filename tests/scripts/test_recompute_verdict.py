@@ -35,6 +35,6 @@ def test_what_is_not_recomputed_is_said():
     ours = {"metric": "accuracy", "compared": ["original", "merged"]}
     suite = {"task": "choice", "items": "items.jsonl"}
     assert why_not(suite, ours) is None
-    assert "not recomputed" in why_not(suite | {"task": "chat"}, ours)
+    assert "not recomputed" in why_not(suite | {"task": "exact"}, ours)
     assert "JSON lines" in why_not(suite | {"items": "items.csv"}, ours)
     assert "not compared" in why_not(suite, ours | {"compared": None})

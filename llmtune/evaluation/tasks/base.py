@@ -38,8 +38,8 @@ class BadItem(ValueError):
 class SuiteItem:
     """One question, rendered. What a task does not use is empty.
 
-    `answer` is the index of the right choice (-1: none); `references` are the accepted texts;
-    `line` is a line of the file `source`.
+    `answer` is the index of the right choice (-1: none); `references` are the accepted texts,
+    `labels` those of all items if they are few; `line` is a line of the file `source`.
     """
 
     id: str
@@ -49,6 +49,7 @@ class SuiteItem:
     choices: tuple[str, ...] = ()
     answer: int = -1
     references: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
     text: str = ""
     cluster: str | None = None
     slices: tuple[tuple[str, str], ...] = ()
@@ -294,9 +295,7 @@ class PromptedSuite(SuiteConfig):
         if self.system is not None and not self.chat:
             raise ValueError("system needs chat: true; with chat: false write it into the prompt")
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError(
-                'give either prompt: "{{ question }}" or messages: <field with a chat>'
-            )
+            raise ValueError('give either prompt: "{{ question }}" or messages: <field of a chat>')
         if self.messages is not None and not self.chat:
             raise ValueError("messages needs chat: true; raw text has a prompt")
         return self

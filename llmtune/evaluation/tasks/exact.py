@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from llmtune.evaluation.answers import find_last_number
+from llmtune.evaluation.answers import find_choice, find_last_number
 from llmtune.evaluation.results import ItemScore, KeptAnswer, commonest_share
 from llmtune.evaluation.tasks.base import (
     BadItem,
@@ -72,6 +72,8 @@ LONGEST_ANSWER_TOKENS = 256
 TOKENS_AROUND = 24
 """What the untuned model may write around a short answer."""
 END_TOKENS = 8
+ITEMS_A_LABEL = 2
+"""Answers are labels if there are at least so many items for each of them."""
 JSON_LONGER = 1.5
 """Tokens of JSON, which is full of signs, for those guessed from its characters."""
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -198,6 +200,20 @@ class ExactSuite(PromptedSuite):
                 if find_last_number(reference) is None:
                     raise BadItem(f"the answer {reference!r} holds no number that can be read")
         return replace(item, references=tuple(str(reference) for reference in references))
+
+    def settle_items(self, items: Sequence[SuiteItem]) -> tuple[SuiteItem, ...]:
+        """Return the items, each with the labels that all of them have, if their answers are such.
+
+        An answer that names two labels ("positive or negative") holds none of them.
+        """
+        labels = {
+            normalize_text(each, self.normalize): each for one in items for each in one.references
+        }
+        are_single = all(len(item.references) == 1 for item in items)
+        are_few = 1 < len(labels) <= len(items) / ITEMS_A_LABEL
+        if self.metric != "exact_match" or not are_single or not are_few:
+            return tuple(items)
+        return tuple(replace(item, labels=tuple(labels.values())) for item in items)
 
     def score(self, scored: "LiveModel", suite: Suite, scoring: Scoring) -> list[ItemScore]:
         """Write an answer to every item and score it."""
@@ -329,7 +345,12 @@ class ExactSuite(PromptedSuite):
         written = normalize_text(text, self.normalize)
         references = [normalize_text(each, self.normalize) for each in item.references]
         strict = max(exact_match(written, each) for each in references)
-        lenient = max(contains(written, each) for each in references)
+        if item.labels:
+            named = find_choice(text, item.labels)
+            answer = None if named is None else normalize_text(item.labels[named], self.normalize)
+            lenient = float(answer in references)
+        else:
+            lenient = max(contains(written, each) for each in references)
         if self.metric == "number_match":
             lenient = max(lenient, *(number_match(written, each) for each in references))
         return {"strict": strict, "lenient": max(strict, lenient)}

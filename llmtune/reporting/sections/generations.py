@@ -11,6 +11,12 @@ from llmtune.io.json_files import read_json
 from llmtune.io.run_dir import RunDir
 
 PIECES = re.compile(r"\s+|\w+|[^\w\s]")
+REAL_ANSWER = 5
+"""From so many words of the base on, an answer of one word or none has collapsed."""
+LONG_ANSWER = 20
+"""Only an answer of so many words can be called one that repeats itself."""
+FEW_DISTINCT = 0.5
+"""Share of distinct words, of the base's share, below which an answer repeats itself."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,24 @@ class Generation:
     reference: str | None = None
     base_stopped: bool | None = None
     tuned_stopped: bool | None = None
+
+    @property
+    def collapse(self) -> str:
+        """How the tuned model's answer has collapsed beside the base's; empty if it has not.
+
+        An answer as short as its reference has not.
+        """
+        before, after = self.base.split(), self.tuned.split()
+        expected = len(self.reference.split()) if self.reference else REAL_ANSWER
+        if len(after) <= 1 < min(expected, len(before)) and len(before) >= REAL_ANSWER:
+            return "one word" if after else "empty"
+        if len(after) >= LONG_ANSWER and before:
+            shares = [
+                len({word.casefold() for word in each}) / len(each) for each in (before, after)
+            ]
+            if shares[1] < FEW_DISTINCT * shares[0]:
+                return "repeats itself"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +64,7 @@ class GenerationsSection(TypedDict):
     """What the template shows: each example with the base's and the tuned model's passages."""
 
     generations: list[tuple[Generation, Passages, Passages]]
+    num_collapsed: int
 
 
 def read_generations(run: RunDir) -> tuple[Generation, ...]:
@@ -66,7 +91,10 @@ def show_generations(generations: Sequence[Generation]) -> GenerationsSection | 
     """Return the example prompts answered by both models, changed words marked."""
     if not generations:
         return None
-    return {"generations": [(each, *mark_changes(each.base, each.tuned)) for each in generations]}
+    return {
+        "generations": [(each, *mark_changes(each.base, each.tuned)) for each in generations],
+        "num_collapsed": sum(bool(each.collapse) for each in generations),
+    }
 
 
 def mark_changes(before: str, after: str) -> tuple[Passages, Passages]:

@@ -8,6 +8,7 @@ from scipy.special import ndtri
 from llmtune.evaluation.diagnosis.base import Leak
 from llmtune.evaluation.stats import holm
 from llmtune.evaluation.tasks.base import ABILITIES, Ability
+from llmtune.reporting.beside import has_fewer_answers
 from llmtune.reporting.diagnostics import Diagnostics
 from llmtune.reporting.sections.arms import FEW_SHOT, PROMPTING, split_name
 from llmtune.reporting.sections.strengths import StrengthSweep
@@ -54,15 +55,16 @@ class Evidence:
         return self.clear(self.with_role(role), lambda suite: suite.change, sign=-1)
 
     def lost_answers(self) -> tuple[SuiteReport, ...]:
-        """Return the target suites that gained whole answers and lost right ones, clear of 0.
+        """Return the target suites that gained whole answers and lost right ones beyond the bound.
 
-        The right answer is somewhere in the text less often, by more than the margin of "as good":
-        taking it out of the text of the model before would beat what ships.
+        The right answer is somewhere in the text less often, clear of 0 and by more than a general
+        suite may lose: taking it out of the text of the model before would beat what ships. How
+        much the form gained does not excuse it. A smaller loss is in the headline.
         """
         return tuple(
             suite
-            for suite in self.clear(self.better("target"), lambda suite: suite.lenient, sign=-1)
-            if suite.lenient is not None and -suite.gain(suite.lenient)[0] > self.margin(suite)
+            for suite in self.better("target")
+            if has_fewer_answers(suite) and self.used_bound(suite, suite.lenient) > 1
         )
 
     def hurt_targets(self) -> tuple[SuiteReport, ...]:
@@ -139,7 +141,7 @@ class Evidence:
         return tuple(s for s in self.unshown() if self.used_bound(s, s.change) > 1)
 
     def used_bound(self, suite: SuiteReport, change: Change | None) -> float:
-        """Return the loss of a general suite as a share of its bound; negative for a gain."""
+        """Return a loss as a share of what a general suite may lose; negative for a gain."""
         assert change is not None, "only compared suites use up a bound"
         return -suite.gain(change)[0] / self.thresholds.general_bound(suite.unit)
 

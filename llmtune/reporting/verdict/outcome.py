@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from llmtune.evaluation.diagnosis.config import ALTERNATIVES
-from llmtune.reporting.beside import find_disagreements, format_points
+from llmtune.reporting.beside import find_disagreements, has_fewer_answers, is_format_only
 from llmtune.reporting.verdict.evidence import Evidence, gain_of
 from llmtune.reporting.verdict.sentences import format_unshown
 
@@ -63,6 +63,11 @@ EXTRACT_INSTEAD = (
     "scores), or train with fewer steps or with `protect`, and evaluate again."
 )
 """What to do if tuning taught the form of an answer and lost right ones."""
+EXTRACT_FIRST = (
+    "If what reads the answers can take them out of a text, first see what that scores without "
+    "tuning (`extract` in the suite)."
+)
+"""What to do before shipping a gain of form."""
 TONES = {
     "SHIP": "good",
     f"{AT_STRENGTH} x": "good",
@@ -155,7 +160,7 @@ def find_carried(verdict: Verdict, evidence: Evidence) -> Iterator[str]:
     if verdict.kind == UNSHOWN:
         for suite in evidence.unshown():
             yield f"general ability not shown: {format_unshown(suite, evidence)}"
-    yield from _only_for_ranking(evidence)
+    yield from _only_for_one_use(evidence)
     yield from evidence.diagnostics.unguarded()
     missing = _unmeasured(evidence)
     if missing:
@@ -191,35 +196,28 @@ def _join(words: Sequence[str]) -> str:
     return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
 
 
-def _only_for_ranking(evidence: Evidence) -> Iterator[str]:
-    """Yield the target suites on which the verdict holds for one use, or for format alone."""
+def _only_for_one_use(evidence: Evidence) -> Iterator[str]:
+    """Yield the target suites on which the verdict holds for one use, or for the form alone."""
     for suite in evidence.with_role("target"):
         for found in find_disagreements(suite):
-            if found.is_about_writing:
-                yield (
-                    f"on {suite.name} it holds for ranking the choices "
-                    f"({format_points(found.main)}); written answers change by "
-                    f"{format_points(found.beside)}"
-                )
-            else:
-                yield (
-                    f"much of the gain on {suite.name} is format (whole answers "
-                    f"{format_points(found.main)}, right answers anywhere in the text "
-                    f"{format_points(found.beside)})"
-                )
+            yield found.carried
 
 
 def find_what_to_do(verdict: Verdict, evidence: Evidence) -> str:
     """Return what to do now."""
+    to_do = TO_DO[verdict.kind]
+    targets = evidence.with_role("target")
+    if verdict.kind in SHIPPING and any(is_format_only(s) or has_fewer_answers(s) for s in targets):
+        to_do = f"{EXTRACT_FIRST} {to_do}"
     if verdict.kind in SHIPPING and _unmeasured(evidence):
         command = "judge RUN evaluate.extent=full" if evidence.is_judged else "report RUN --full"
         return (
-            f"{TO_DO[verdict.kind]} To know whether less would do, measure "
+            f"{to_do} To know whether less would do, measure "
             f"{' and '.join(_unmeasured(evidence))}: llmtune {command}"
         )
     if verdict.kind == "NEGATIVE" and not evidence.worse("target"):
         return EXTRACT_INSTEAD
-    return TO_DO[verdict.kind]
+    return to_do
 
 
 def _unmeasured(evidence: Evidence) -> list[str]:

@@ -3,7 +3,12 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune.reporting.sections.generations import Passage, mark_changes
+from llmtune.reporting.sections.generations import (
+    Generation,
+    Passage,
+    mark_changes,
+    show_generations,
+)
 
 TEXTS = st.text(alphabet="ab .,\n", max_size=40)
 
@@ -27,3 +32,20 @@ def test_a_changed_phrase_is_one_mark():
     left, right = mark_changes("a very long day", "a rather short day")
     assert left == (Passage("a ", False), Passage("very long", True), Passage(" day", False))
     assert right == (Passage("a ", False), Passage("rather short", True), Passage(" day", False))
+
+
+def test_an_answer_that_collapsed_is_flagged():
+    talk = "Mix flour, milk and eggs, and fry thin cakes of it."
+    found = [
+        Generation("A recipe for pancakes?", talk, ""),
+        Generation("A recipe for pancakes?", talk, "panic"),
+        Generation("A recipe for pancakes?", talk, "cake " * 30),
+        Generation("A recipe for pancakes?", talk, talk.upper()),
+        Generation(
+            "Is it positive or negative?", "I think that it is positive.", "positive", "positive"
+        ),
+        Generation("Say yes.", "Yes.", ""),
+    ]
+    flags = [each.collapse for each in found]
+    assert flags == ["empty", "one word", "repeats itself", "", "", ""]
+    assert show_generations(found)["num_collapsed"] == 3
