@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,20 @@ def clone(tmp_path_factory):
 
 def test_the_readme_holds_commands_a_script_and_the_two_commands():
     assert len(COMMANDS) >= 15
+    assert README.index("source .venv/bin/activate") < README.index("llmtune init")
     assert SCRIPTS == ["scripts/quickstart.sh", "scripts/test.sh"]
     assert len(SCRIPT.strip().splitlines()) <= 12
+
+
+def test_what_the_docs_install_by_an_extra_is_one_of_ours():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for listed in re.findall(
+            r"pip install -e '?\.\[([^\]]*)\]", page.read_text(encoding="utf-8")
+        ):
+            assert set(listed.split(",")) <= set(extras), f"{page}: {listed}"
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "scripts/check.sh", "scripts/setup.sh", ".ci/run"])

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapters.bypassed import find_bypassed
 from llmtune.adapters.live import switched_off
+from llmtune.io.progress import iter_with_bar
 from llmtune.scoring.batches import inference, model_device, pad_rows, run_forward
 
 NUM_SEQUENCES = 2
@@ -101,7 +102,8 @@ def compare_modules(
         # Switching an adapter off walks the whole model: once, not for every module.
         with switched_off(live):
             effects = {name: _effect(*call) for name, call in calls.items() if name in counterparts}
-        for name, (module, made) in calls.items():
+        for name in iter_with_bar(list(calls), "check", unit="modules"):
+            module, made = calls[name]
             other = counterparts.get(name)
             if other is not None:
                 compared = _compare(name, effects[name], other, made, stored_dtype)

@@ -115,6 +115,7 @@ def ask_runtime(path: Path, request: RuntimeRequest) -> RuntimeAnswers:
         LlmtuneError: llama.cpp is not installed, cannot load the file, or gives up on a question.
     """
     require_runtime()
+    log.info("%s: asked in llama.cpp, on the CPU", path.name)
     with tempfile.TemporaryDirectory() as directory:
         question, answer = Path(directory, "question.json"), Path(directory, "answer.json")
         question.write_text(json.dumps({"path": str(path), **asdict(request)}), encoding="utf-8")

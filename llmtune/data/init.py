@@ -22,6 +22,7 @@ from llmtune.data.overlap import conversation_key
 from llmtune.data.problems import RowProblem, name_first
 from llmtune.data.rows import LoadedRow, open_source
 from llmtune.errors import LlmtuneError
+from llmtune.io.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -332,8 +333,10 @@ def _read_beside(
 def _read(source: SourceConfig, most_rows: int | None, *, holds_all: bool = False) -> _Survey:
     opened = open_source(source)
     survey = _Survey(SuiteRows(holds_all=holds_all), reason=opened.format.reason)
-    for row in itertools.islice(opened.rows, most_rows):
-        survey.add(row)
+    with progress_bar(source.path, unit="rows") as bar:
+        for row in itertools.islice(opened.rows, most_rows):
+            survey.add(row)
+            bar.advance()
     if not survey.longest:
         raise LlmtuneError(f"{source.path}: no row can be used; the first: {survey.first_bad}")
     return survey

@@ -11,7 +11,7 @@ from llmtune.data.config import SourceConfig
 from llmtune.data.context import ContextGuard
 from llmtune.data.conversation import Conversation
 from llmtune.data.files import file_kind, iter_file, sniff_reading
-from llmtune.data.formats import FORMATS, rename_columns
+from llmtune.data.formats import FORMATS, name_columns, rename_columns
 from llmtune.data.masks import refuse_control_text
 from llmtune.data.problems import Parsed, RowError, RowProblem, did_you_mean, list_first
 from llmtune.data.render import encode_plain, render_text
@@ -195,7 +195,10 @@ def _read_like(given: Mapping[str, Any], like: SourceConfig | None) -> Conversat
     row, member = rename_columns(given, like.columns), FORMATS[like.format]
     if not all(row.get(key) is not None for key in member.asked):
         return None
-    return member.of(like).to_prompt(row)
+    try:
+        return member.of(like).to_prompt(row)
+    except RowError as error:
+        raise name_columns(error, like.columns) from None
 
 
 def _read_question(
@@ -222,4 +225,7 @@ def _read_question(
     fault = watches[name].fault(row)
     if fault is not None:
         raise RowError(fault, "column")
-    return FORMATS[name].of(source).to_prompt(row)
+    try:
+        return FORMATS[name].of(source).to_prompt(row)
+    except RowError as error:
+        raise name_columns(error, source.columns) from None

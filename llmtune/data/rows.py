@@ -17,6 +17,7 @@ from llmtune.data.formats import (
     check_columns,
     choose_format,
     missing_column,
+    name_columns,
     rename_columns,
     unread_columns,
 )
@@ -163,7 +164,8 @@ def _convert(
         try:
             yield LoadedRow(choice.format.to_conversation(row), file, line)
         except RowError as error:
-            yield RowProblem(file, line, str(error), error.kind)
+            named = name_columns(error, source.columns)
+            yield RowProblem(file, line, str(named), named.kind)
 
 
 def _missing(path: str, here: Path) -> str:

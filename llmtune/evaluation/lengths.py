@@ -2,14 +2,18 @@
 
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmtune.data.init_suite import FEWEST_ITEMS, NoSuite, SuiteDraft, render_items
 from llmtune.data.masks import refuse_control_text
 from llmtune.data.problems import RowError, RowProblem
 from llmtune.data.prompts import prompts_error
 from llmtune.evaluation.question import question_of
+from llmtune.evaluation.suite import load_suite, render_suite
 from llmtune.evaluation.tasks.base import PromptedSuite, Suite, SuiteItem
 from llmtune.models.turns import control_pattern
 
@@ -31,6 +35,29 @@ def refuse_unfit_items(
     problems = find_unfit_items(tokenizer, suites, positions)
     if problems:
         raise prompts_error(problems)
+
+
+def without_unfit_items(
+    draft: SuiteDraft, tokenizer: "PreTrainedTokenizerFast", positions: int | None
+) -> tuple[SuiteDraft | NoSuite, str | None]:
+    """Return a drafted suite without what the model cannot be asked, and what to say of it."""
+    with tempfile.TemporaryDirectory(prefix="llmtune-") as folder:
+        path, items = Path(folder, "draft.yaml"), Path(folder, "items.jsonl")
+        items.write_text(render_items(draft), encoding="utf-8")
+        text = render_suite(draft, name="draft", items_name=items.name, source=items.name)
+        path.write_text(text, encoding="utf-8")
+        problems = find_unfit_items(tokenizer, [load_suite(path)], positions)
+    if not problems:
+        return draft, None
+    lines = {problem.line for problem in problems}
+    kept = tuple(item for line, item in enumerate(draft.items, 1) if line not in lines)
+    note = (
+        f"{len(lines)} of {len(draft.items)} drafted items cannot be asked and are left out; the "
+        f"first {problems[0].message.partition(';')[0]}"
+    )
+    if len(kept) < FEWEST_ITEMS:
+        return NoSuite(f"{note}; {len(kept)} are left, and {FEWEST_ITEMS} are needed"), note
+    return replace(draft, items=kept), note
 
 
 def find_unfit_items(

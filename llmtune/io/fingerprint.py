@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
+from llmtune.io.progress import progress_bar
+
 READ_BYTES = 1 << 20
 
 JsonObject: TypeAlias = Mapping[str, "JsonValue"]
@@ -32,9 +34,11 @@ def hash_json(value: JsonValue | Mapping[str, object]) -> str:
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    size = path.stat().st_size // READ_BYTES
+    with path.open("rb") as file, progress_bar(path.name, size, unit="MiB read") as bar:
         while piece := file.read(READ_BYTES):
             digest.update(piece)
+            bar.advance()
     return digest.hexdigest()
 
 

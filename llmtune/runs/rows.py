@@ -17,7 +17,7 @@ from llmtune.data.init_job import Job
 from llmtune.data.init_suite import NoSuite, SuiteDraft, render_items
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.config import EvaluateConfig
-from llmtune.evaluation.lengths import find_unfit_items
+from llmtune.evaluation.lengths import find_unfit_items, without_unfit_items
 from llmtune.evaluation.results import is_suite_name
 from llmtune.evaluation.suite import load_suite, load_suites, render_suite
 from llmtune.io.fingerprint import JsonObject
@@ -99,6 +99,10 @@ def draft_config(
         positions=model.num_positions if model else None,
         asked=asked,
     )
+    if model is not None and isinstance(found.suite, SuiteDraft):
+        fitting, note = without_unfit_items(found.suite, model.tokenizer, model.num_positions)
+        notes = (*found.notes, note) if note else found.notes
+        found = replace(found, suite=fitting, notes=notes)
     files: dict[Path, str] = {}
     suite = None
     if isinstance(found.suite, SuiteDraft):
@@ -158,6 +162,8 @@ class EvalDraft:
     task: str
     num_items: int
     job: Job
+    note: str | None = None
+    """What was left out of it."""
 
     @property
     def suites(self) -> list[str]:
@@ -176,8 +182,9 @@ class EvalDraft:
     def describe(self) -> str:
         """Return what was written, and what to do with it."""
         names = " ".join(map(shlex.quote, self.suites))
+        note = f"{self.note}\n" if self.note else ""
         return (
-            f"understood as {self.job.describe()}\n"
+            f"understood as {self.job.describe()}\n{note}"
             f"{self.suite}: {self.num_items} items, task {self.task}\n"
             f"next: llmtune judge ADAPTER_OR_MODEL --base MODEL --suites {names}"
         )
@@ -199,8 +206,11 @@ def draft_eval_suite(
     Raises:
         LlmtuneError: no suite can be made of these rows, or a file exists already.
     """
-    tokenizer = resolve_base(ModelConfig(base=base)).tokenizer if base else None
-    suite, job = draft_suite(data, asked or Asked(), tokenizer)
+    model = resolve_base(ModelConfig(base=base)) if base else None
+    suite, job = draft_suite(data, asked or Asked(), model.tokenizer if model else None)
+    note = None
+    if model is not None and isinstance(suite, SuiteDraft):
+        suite, note = without_unfit_items(suite, model.tokenizer, model.num_positions)
     if isinstance(suite, NoSuite):
         raise LlmtuneError(
             f"{data}: no suite can be made of it: {suite.reason}; a suite is a short YAML file, "
@@ -211,7 +221,7 @@ def draft_eval_suite(
     text = render_suite(suite, name=name, items_name=items.name, source=data, is_held_out=False)
     _refuse_existing([items, out], force=force)
     atomic_write_texts({items: render_items(suite), out: text})
-    return EvalDraft(out, load_suite(out).task, len(suite.items), job)
+    return EvalDraft(out, load_suite(out).task, len(suite.items), job, note)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,25 @@ def test_rows_that_the_base_has_no_positions_for_are_named_and_not_asked(
     assert "word word" not in (tmp_path / "my_items.jsonl").read_text()
 
 
+def test_no_drafted_suite_asks_what_the_base_has_no_positions_for(tmp_path, monkeypatch, capsys):
+    """Only the longest rows are measured one by one, and a suite may hold others."""
+    make_model("llama", tmp_path / "short", max_position_embeddings=128)
+    rows = [
+        {"text": f"{i} {'it is fine ' * (2 if i % 5 > 2 else 40)}", "label": "ab"[i % 2]}
+        for i in range(500)
+    ]
+    init(tmp_path, monkeypatch, capsys, tmp_path / "short", "a.jsonl", rows)
+    assert "drafted items cannot be asked and are left out" in (tmp_path / "my.yaml").read_text()
+    assert "it is fine " * 3 not in (tmp_path / "my_items.jsonl").read_text()
+    assert run_command(["suite", "new", "a.jsonl", "--base", "short"]) == 0
+    assert "left out; the first takes" in capsys.readouterr().out
+    assert run_command(["suite", "check", "a_suite.yaml", "--base", "short"]) == 0
+    write = [{**row, "text": row["text"] * 20} for row in rows]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in write))
+    assert run_command(["suite", "new", "b.jsonl", "--base", "short"]) == 2
+    assert "0 are left, and 20 are needed" in capsys.readouterr().err
+
+
 def test_a_header_cannot_inject_a_key(tmp_path, monkeypatch, capsys, base):
     text = (
         'instruction,output,"Notes\nprotect: {kl_to_base: {weight: 5.0}}\n#"\n'

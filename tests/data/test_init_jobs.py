@@ -4,6 +4,7 @@ import json
 from itertools import count
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 
@@ -144,6 +145,7 @@ def test_the_job_is_understood_and_its_files_pass_their_check(
     assert suite.task == suite_task and suite.role == "target"
     tree = yaml.safe_load((tmp_path / "llmtune.yaml").read_text())
     assert tree["model"]["quantization"] is None and tree["merge"]["base"] == "auto"
+    assert tree["train"]["learning_rate"] == 4.9e-4, "the published rate of a narrow Llama"
     source = tree["data"]["train"][0]
     if case == "banking":
         assert len(knobs.choices) == 77 and "instruction" in source
@@ -160,6 +162,53 @@ def test_the_job_is_understood_and_its_files_pass_their_check(
         assert knobs.metric == "json_fields"
     if suite_task in ("reply", "perplexity") and task != "instruct":
         assert len({item.cluster for item in suite.items}) < len(suite.items)
+
+
+def save_split(name: str):
+    """Return how `datasets` writes one split of labeled texts, in a folder layout of hub sets."""
+    names = ["sadness", "joy", "love"]
+
+    def save(folder) -> None:
+        features = datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        )
+        sets = datasets.DatasetDict(
+            {
+                split: datasets.Dataset.from_dict(
+                    {
+                        "text": [f"{split} {text}" for text in texts(number)],
+                        "label": [i % 3 for i in range(number)],
+                    },
+                    features=features,
+                )
+                for split, number in (("train", 150), ("validation", 40), ("test", 60))
+            }
+        )
+        if name == "arrow":
+            sets.save_to_disk(str(folder / "emotions"))
+            return
+        (folder / "emotions" / "data").mkdir(parents=True)
+        for split, rows in sets.items():
+            rows.to_parquet(folder / "emotions" / "data" / f"{split}-00000-of-00001.parquet")
+
+    return save
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_class_labels_of_a_saved_set_keep_their_names(tmp_path, monkeypatch, capsys, base, kind):
+    monkeypatch.chdir(tmp_path)
+    save_split(kind)(tmp_path)
+    assert run_command(["init", "emotions", "--base", str(base), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["task"] == "classify" and found["labels"] == ["joy", "love", "sadness"]
+    assert run_command(["data", "check", "llmtune.yaml", "--quiet"]) == 0, capsys.readouterr()
+    tree = yaml.safe_load((tmp_path / "llmtune.yaml").read_text())["data"]
+    (train,), (watched,) = tree["train"], tree["evaluation"]
+    assert train["labels"] == watched["labels"] == ["sadness", "joy", "love"]
+    assert "train" in train["path"] and "validation" in watched["path"]
+    items = load_suite(found["suite"]).items
+    assert len(items) == 60 and all("test " in item.prompt for item in items)
+    assert {item.choices[item.answer] for item in items} == {"joy", "love", "sadness"}
 
 
 def test_rows_of_a_second_file_that_are_trained_on_are_left_out(tmp_path, monkeypatch, capsys):

@@ -312,6 +312,13 @@ def test_columns_are_mapped_and_unknown_ones_refused(tmp_path):
         load(path, format="instruction", columns={"outptu": "reply"})
     (problem,) = load(path, format="instruction", columns={"instruction": "question"})
     assert "no column 'output'" in problem.message and "reply, question" in problem.message
+    write_jsonl(tmp_path / "a.jsonl", [{"question": " ", "reply": "b"}])
+    for name, columns in (
+        ("completion", {"prompt": "question", "completion": "reply"}),
+        ("instruction", mapped),
+    ):
+        (problem,) = load(path, format=name, columns=columns)
+        assert problem.message.startswith(f"question (read as {next(iter(columns))}) is empty")
 
 
 def test_sharegpt_variants_become_roles(tmp_path):

@@ -40,6 +40,10 @@ def test_a_command_draws_bars_in_a_terminal_only(tmp_path, at_once, monkeypatch,
     assert "train data: 48 rows, 0:00\n" in piped and "\x1b" not in piped
     assert check(Terminal(), "--quiet") == ""
     assert "\x1b" not in check(Terminal(), "--json")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    rows = str(tmp_path / "train.jsonl")
+    assert run_command(["init", rows, "--out", str(tmp_path / "first.yaml")]) == 0
+    assert f"{rows}: 48 rows, 0:00" in terminal.getvalue()
 
 
 def test_a_bar_says_what_is_left_and_messages_stay_above_it(at_once, monkeypatch):

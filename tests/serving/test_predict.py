@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from llmtune.cli import run_command
 from llmtune.commands.answer import chat, predict
+from llmtune.data.config import SourceConfig
 from llmtune.data.conversation import Conversation
 from llmtune.data.prompts import PromptChoice, PromptEncoder, read_prompt_rows
 from llmtune.errors import LlmtuneError
@@ -69,6 +70,13 @@ def test_other_kinds_of_files_and_columns_are_read_as_for_training(tmp_path):
     assert [m["content"] for m in row.messages] == ["Be short.", "Where?"]
     (row,) = read(table, columns={"prompt": "question"}, ignore=("system_prompt",))
     assert [m["role"] for m in row.messages] == ["user"]
+    table.write_text('question\nWhere?\n" "\n')
+    trained = SourceConfig(
+        path="rows.csv", format="completion", columns={"prompt": "question", "completion": "reply"}
+    )
+    for choice in ({"columns": {"prompt": "question"}}, {"like": trained}):
+        with pytest.raises(LlmtuneError, match=r"csv:3: question \(read as prompt\) is empty"):
+            read(table, **choice)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from llmtune.errors import LlmtuneError
-from llmtune.training.config import TrainConfig, check_reporters
+from llmtune.training.config import TrainConfig, check_reporters, suggest_learning_rate
 
 
 def test_giving_both_lengths_is_refused():
@@ -23,6 +23,23 @@ def test_epochs_count_their_short_last_step():
 
 def test_max_steps_decides_alone():
     assert TrainConfig(max_steps=60).total_steps(10) == 60
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "rate"),
+    [
+        ("llama", 2048, 4.9e-4),  # Llama 3.2 1B
+        ("llama", 4096, 2.9e-4),  # 8B
+        ("llama", 8192, 1.7e-4),  # 70B
+        ("qwen3", 4096, 4.7e-4),  # 8B
+        ("llama", 576, 4.9e-4),  # narrower than what the rule was fitted on
+        ("gemma3", 2560, 2e-4),  # no rule is published
+    ],
+)
+def test_the_suggested_rate_is_the_published_one(family, width, rate):
+    found = suggest_learning_rate(family, width)
+    assert found.learning_rate == rate
+    assert ("published rule for" in found.reason) == (rate != 2e-4)
 
 
 def test_early_stopping_without_evaluations_is_refused():

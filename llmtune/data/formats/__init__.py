@@ -10,7 +10,7 @@ from llmtune.data.formats.instruction import InstructionFormat
 from llmtune.data.formats.messages import MessagesFormat
 from llmtune.data.formats.sharegpt import ShareGptFormat
 from llmtune.data.formats.text import TextFormat
-from llmtune.data.problems import did_you_mean
+from llmtune.data.problems import RowError, did_you_mean
 from llmtune.errors import LlmtuneError
 
 if TYPE_CHECKING:
@@ -82,6 +82,15 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     renamed = {key: value for key, value in row.items() if key not in moved}
     renamed |= {name: row[column] for name, column in columns.items() if column in row}
     return renamed
+
+
+def name_columns(error: RowError, columns: Mapping[str, str]) -> RowError:
+    """Return what is wrong with a row, under the file's own name of the column at its beginning."""
+    name, space, rest = str(error).partition(" ")
+    column = columns.get(name, name)
+    if column == name:
+        return error
+    return RowError(f"{column} (read as {name}){space}{rest}", error.kind)
 
 
 def check_columns(source: "SourceConfig", choice: FormatChoice, rows: Sequence[Row]) -> None:

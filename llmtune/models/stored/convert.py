@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import FETCH_AGAIN
+from llmtune.io.progress import ProgressBar, progress_bar
 from llmtune.io.run_dir import atomic_write_json
 from llmtune.io.safetensors import (
     INDEX_FILE,
@@ -39,11 +40,12 @@ def write_dense(source: Path, tensors: tuple[DenseTensor, ...], directory: Path)
     """
     shards = list(_shards(tensors))
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        name = SINGLE_FILE if len(shards) == 1 else name
-        _write_shard(directory / name, shard)
-        weight_map |= {tensor.name: name for tensor in shard}
+    with progress_bar("dequantize", len(tensors), unit="tensors") as bar:
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            name = SINGLE_FILE if len(shards) == 1 else name
+            _write_shard(directory / name, shard, bar)
+            weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         total = sum(tensor.num_bytes for tensor in tensors)
         found = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -64,7 +66,7 @@ def _shards(tensors: tuple[DenseTensor, ...]) -> Iterator[list[DenseTensor]]:
     yield shard
 
 
-def _write_shard(path: Path, shard: list[DenseTensor]) -> None:
+def _write_shard(path: Path, shard: list[DenseTensor], bar: ProgressBar) -> None:
     header = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
     with path.open("wb") as file:
         file.write(build_preamble(header, {"format": "pt"}))
@@ -74,6 +76,7 @@ def _write_shard(path: Path, shard: list[DenseTensor]) -> None:
             else:
                 dense = _dequantize(tensor.source, DTYPES[tensor.dtype])
                 file.write(memoryview(dense.view(torch.uint8).numpy()))
+            bar.advance()
         file.flush()
         os.fsync(file.fileno())
 
