@@ -52,6 +52,27 @@ class RunConfig(Section):
             raise ValueError(reason)
         return self
 
+    @model_validator(mode="after")
+    def _check_shard(self) -> Self:
+        if self.train.shard == "none":
+            return self
+        if self.model.storage.is_quantized:
+            raise ValueError(
+                "train.shard=full cuts floating-point weights, and "
+                f"{self.model.quantization_method} packs them into bytes. Passed on as bfloat16, "
+                "bytes that read as NaN are changed without a word (bitsandbytes issue 1945); as "
+                "bytes, they are damaged or not cut at all (accelerate issues 3983, 3987). Set "
+                "train.shard=none, so that every process has the whole "
+                f"{self.model.quantization_method} base, or model.quantization=null"
+            )
+        if self.protect.kl_to_base is not None or self.protect.needs_own_text:
+            raise ValueError(
+                "train.shard=full trains without protect.kl_to_base and without the base's own "
+                "text in protect.replay: the base would have to run by itself, whole. Replay rows "
+                "of a file (protect.replay.source), use protect.l2, or set train.shard=none"
+            )
+        return self
+
     @property
     def mixed_data(self) -> DataConfig:
         """The data that is trained on: `data`, with what `protect.replay` adds."""

@@ -24,6 +24,7 @@ from llmtune.adapters.low_rank import has_hooks
 from llmtune.models.decoder import decoder_of
 from llmtune.models.fast_paths import switched_off
 from llmtune.models.hardware import device_name
+from llmtune.models.live import is_sharded
 from llmtune.models.probing import ProbeFailedError, probing
 from llmtune.models.quantization.describe import dense_weight, is_dequantized_product
 from llmtune.ops.lora_linear import AdapterCopies, LoraLinear, lora_linears
@@ -159,6 +160,10 @@ def _find_obstacle(method: type[Adapter], layer: BaseTunerLayer) -> str | None:
         return "hooks are attached"
     if any(parameter.requires_grad for parameter in base.parameters()):
         return "the base layer is trained"
+    if is_sharded(getattr(base, "bias", None)) or (
+        isinstance(base, Conv1D) and is_sharded(base.weight)
+    ):
+        return "its bias is sharded"
     if type(base) not in (nn.Linear, Conv1D) and dense_weight(base) is None:
         return f"{type(base).__name__} bases are not covered"
     return None
@@ -271,4 +276,6 @@ def _read_weight(base: nn.Module) -> Tensor | Callable[[], Tensor]:
     dequantize = dense_weight(base)
     if dequantize is not None:
         return dequantize
+    if is_sharded(base.weight):
+        return lambda: base.weight  # whole while its layer runs, forward or backward
     return base.weight

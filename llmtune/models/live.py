@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from llmtune.models.quantization.describe import QuantizationTable
 
 
+def is_sharded(weight: object) -> bool:
+    """Whether several processes have a part each of a weight, which is whole while it is used."""
+    return hasattr(weight, "device_mesh")  # a DTensor, whose class takes half a second to import
+
+
 @dataclass(frozen=True)
 class ModelIdentity:
     """What a result is of: fingerprints of base and adapter, and precision."""

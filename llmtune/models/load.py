@@ -2,6 +2,7 @@
 
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from transformers import (
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import blamed_on
-from llmtune.models.build import build_model
+from llmtune.io.safetensors import CheckpointIndex
+from llmtune.models.build import DTYPES, build_model
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.hardware import choose_attention, choose_device, choose_dtype
@@ -54,11 +56,15 @@ SAMPLING_KNOBS = (
 LOAD_ADVICE = "if the message is not clear, fetch config.json and the weights again"
 
 
-def load_model(config: ModelConfig, source: Checkpoint) -> LiveModel:
+def load_model(config: ModelConfig, source: Checkpoint, *, stays_mapped: bool = False) -> LiveModel:
     """Load the checkpoint in `source` as `config` says.
 
     The whole model goes onto one device; nothing is offloaded, and no precision is lowered or
     raised unasked.
+
+    Args:
+        stays_mapped: leave the weights in their files, mapped into the computer's memory; the
+            caller moves them to `device` a part at a time.
 
     Raises:
         LlmtuneError: this machine cannot do what was asked, the architecture is unknown, weights
@@ -72,7 +78,10 @@ def load_model(config: ModelConfig, source: Checkpoint) -> LiveModel:
     dtype = choose_dtype(config.dtype, device, source.model_type)
     attention = choose_attention(config, device, model_config)
     tokenizer = source.tokenizer
-    keywords = _loading_keywords(config, source, device=device, dtype=dtype, attention=attention)
+    place = torch.device("cpu") if stays_mapped else device
+    if stays_mapped:
+        _require_mappable(config, source, dtype)
+    keywords = _loading_keywords(config, source, device=place, dtype=dtype, attention=attention)
     entry = quantized_entry(config, source, dtype=dtype, device=device)
     model = None if entry is None else _load_kept(entry, config, source, keywords)
     is_kept = model is not None
@@ -81,7 +90,7 @@ def load_model(config: ModelConfig, source: Checkpoint) -> LiveModel:
         config.storage.finish_loading(model)
     keep_differentiable(model)
     check_quantization(model, config.storage, dtype)
-    _check_placement(model, device)
+    _check_placement(model, place)
     model.config.pad_token_id = tokenizer.pad_token_id
     stops = stop_token_ids(tokenizer, model.generation_config)
     notices = repair_generation_config(model, stops, tokenizer.pad_token_id)
@@ -110,6 +119,27 @@ def load_model(config: ModelConfig, source: Checkpoint) -> LiveModel:
             *_quantization_notices(model, quantized, config.storage),
         ),
     )
+
+
+def _require_mappable(config: ModelConfig, source: Checkpoint, dtype: torch.dtype) -> None:
+    """Refuse what would be copied whole into every process's memory to be cut."""
+    if not source.has_safetensors:
+        raise LlmtuneError(
+            f"{source.origin}: train.shard=full reads safetensors, and this base has none; convert "
+            "it, or set train.shard=none"
+        )
+    stored = Counter[str]()
+    for entry in CheckpointIndex.open(source.directory).tensors.values():
+        stored[entry.dtype] += entry.num_bytes
+    ((most, _),) = stored.most_common(1)
+    if DTYPES.get(most) != dtype:
+        found = str(DTYPES.get(most, most)).removeprefix("torch.")
+        wanted = str(dtype).removeprefix("torch.")
+        raise LlmtuneError(
+            f"{source.origin} is stored in {found} and would be trained in {wanted}: with "
+            "train.shard=full every process would hold a converted copy of all of it. Set "
+            f"model.dtype={found}, or take a base that is stored in {wanted}"
+        )
 
 
 def _loading_keywords(

@@ -40,6 +40,8 @@ ACTIVATIONS = ("activations", "recomputed layers")
 HEAD_CHUNK = 256
 HEAD_TILE_BYTES = 8 * MIB
 FLOAT32 = 4
+GATHERED_LAYERS = 3
+"""Layers of a sharded base that a device holds whole at once; from FSDP2's code, not measured."""
 
 TOKENIZER_BYTES = 8 << 20
 """Tokenizer and small files beside an adapter or a merged model."""
@@ -70,6 +72,8 @@ class Workload:
     """Different lengths among the rows; None if they are not known."""
     kept_state_bytes: int = 0
     """Hidden states of the base that `protect.kl_to_base` keeps."""
+    shards: int = 1
+    """Devices that have a part each of the base's layers."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,10 @@ def estimate_memory(work: Workload, device_type: str, memory_bytes: int) -> Memo
     The choice is training's own (`plan_memory`) on the computed instead of the measured cost.
     """
     base = base_bytes(work.shape, work.quantization, work.element_bytes)
+    if work.shards > 1:
+        layers = work.shape.layer_parameters * work.element_bytes
+        (name,) = base  # a quantized base is not sharded
+        base[name] -= layers - math.ceil(layers / work.shards)
     fixed = _fixed_components(work, base, device_type)
     cost = activation_cost(
         work.shape,
@@ -190,8 +198,17 @@ def _fixed_components(work: Workload, base: Mapping[str, int], device_type: str)
         "LM head chunk": _head_chunk_bytes(shape, b, device_type),
         "dequantization": _dequantization_bytes(work),
         "the base's states": work.kept_state_bytes,
+        "gathered layers": _gathered_bytes(work),
     }
     return {name: size for name, size in components.items() if size}
+
+
+def _gathered_bytes(work: Workload) -> int:
+    """Return what is whole for a moment: the layer that runs, the next one, and its buffer."""
+    if work.shards == 1:
+        return 0
+    layer = work.shape.layer_parameters * work.element_bytes / work.shape.layers
+    return round(GATHERED_LAYERS * layer)
 
 
 def _head_chunk_bytes(shape: ModelShape, element_bytes: int, device_type: str) -> int:

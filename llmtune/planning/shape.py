@@ -88,6 +88,11 @@ class ModelShape:
         )
 
     @property
+    def layer_parameters(self) -> int:
+        """Return the parameters of all layers: what is neither embedding nor LM head."""
+        return self.num_parameters - self.embedding_parameters - self.head_parameters
+
+    @property
     def largest_linear(self) -> int:
         """Weights of the largest linear layer: what is dequantized at once."""
         return max(math.prod(shape) for shape in self.linear.values())

@@ -45,6 +45,8 @@ class PlanRequest:
     """Time a matrix product now for the time estimate."""
     opened: Checkpoint | None = None
     """The base, if it is open already."""
+    cards: int = 1
+    """That share each step, and with `train.shard` the base's layers."""
 
 
 def plan_memory_of(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> MemoryEstimate:
@@ -90,6 +92,7 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
         steps=steps,
         num_tokens=num_tokens,
         num_lengths=rows.num_lengths,
+        shards=request.cards if train.shard == "full" else 1,
     )
 
 

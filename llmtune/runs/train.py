@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from socket import gethostname
@@ -106,9 +107,10 @@ class TrainStage(Stage[TrainRecord]):
         identity = {name: str(value) for name, value in inputs.items()}
         price = self._measure_price()
         estimate = estimate_training(self._plan_request(), rows["train"], rows["evaluation"])
-        with processes.ordering(self._order(identity)):
+        with processes.ordering(self._order(identity)), self._sharing_base(processes) as is_shared:
             adapted = self._adapt(identity, processes)
-            processes.share(lambda: {"own text": adapted.own_text_hash()})
+            if not is_shared:
+                processes.share(lambda: {"own text": adapted.own_text_hash()})
             result = train_adapter(config.train, adapted.request)
         record = adapted.save(result, config.model_dump(mode="json"), config.train.batch_size)
         recorded = {**dataclasses.asdict(result), "estimate": estimate, **record}
@@ -144,15 +146,29 @@ class TrainStage(Stage[TrainRecord]):
                 "process has (compared by content): all machines need the same files, and the same "
                 "versions of the libraries"
             )
-        written = processes.share(dict)  # by now what the first one quantized and wrote is cached
-        adapted = self._adapt(wanted, processes)
-        if written["own text"] != adapted.own_text_hash():
-            raise LlmtuneError(
-                f"on {gethostname()} the base writes different text of its own than in the first "
-                "process: let all machines have one cache directory (LLMTUNE_CACHE), or take the "
-                "text that `protect` needs from a file"
-            )
-        train_adapter(self.config.train, adapted.request)
+        with self._sharing_base(processes) as is_shared:
+            # by now what the first one quantized and wrote is cached
+            written = {} if is_shared else processes.share(dict)
+            adapted = self._adapt(wanted, processes)
+            if not is_shared and written["own text"] != adapted.own_text_hash():
+                raise LlmtuneError(
+                    f"on {gethostname()} the base writes different text of its own than in the "
+                    "first process: let all machines have one cache directory (LLMTUNE_CACHE), or "
+                    "take the text that `protect` needs from a file"
+                )
+            train_adapter(self.config.train, adapted.request)
+
+    @contextmanager
+    def _sharing_base(self, processes: Processes) -> Iterator[bool]:
+        """Connect the processes while each has a part of the base; yield whether it is so."""
+        if self.config.train.shard == "none" or not processes.are_many:
+            yield False
+            return
+        from llmtune.models.hardware import choose_device
+
+        device = choose_device(self.config.model.device)
+        with processes.connected(device.type), processes.watching():
+            yield True
 
     def _adapt(self, identity: Mapping[str, str], processes: Processes) -> "AdaptedBase":
         from llmtune.training.adapt import TrainRows, adapt_base
@@ -169,6 +185,7 @@ class TrainStage(Stage[TrainRecord]):
             seed=config.seed,
             identity=identity,
             processes=processes,
+            shard=config.train.shard == "full",
         )
 
     def _measure_price(self) -> "QuantizationPrice | None":
@@ -192,7 +209,8 @@ class TrainStage(Stage[TrainRecord]):
 
         device = free_device(str(choose_device(self.config.model.device)))
         request = plan_request(self.config, device)
-        return dataclasses.replace(request, model=self._model, opened=self.source)
+        cards = joined_processes().world_size
+        return dataclasses.replace(request, model=self._model, opened=self.source, cards=cards)
 
     @property
     def _model(self) -> ModelConfig:

@@ -37,6 +37,7 @@ from llmtune.training.protect.config import ProtectConfig
 from llmtune.training.protect.prepare import PreparedProtection, prepare_protection
 from llmtune.training.request import Technique, TrainRequest, TrainResult
 from llmtune.training.rows import hash_epochs
+from llmtune.training.sharding import shard_base
 from llmtune.training.trainable import require_trainable
 
 NUM_PROMPTS = 8
@@ -111,12 +112,8 @@ class AdaptedBase:
             "config": dict(config),
         }
         save_adapter(self.request.model, directory, manifest, tokenizer=loaded.tokenizer)
-        train, evaluation = self.rows.train.examples, self.rows.evaluation.examples
-        asked: Sequence[Example] = evaluation if len(evaluation) else train
         return {
-            "stop_check": check_stops(
-                self.request.model, loaded.tokenizer, asked, loaded.stop_token_ids
-            ),
+            "stop_check": self._check_stops(),
             "order_hash": self._order_hash(result.steps, batch_size),
             "protect": self.protection.describe(),
             "adapter_bytes": sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()),
@@ -126,6 +123,16 @@ class AdaptedBase:
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "attention": loaded.attention,
         }
+
+    def _check_stops(self) -> StopCheck | None:
+        if self.request.is_sharded:
+            log.info("stop check: left out, because no process has the whole base")
+            return None
+        train, evaluation = self.rows.train.examples, self.rows.evaluation.examples
+        asked: Sequence[Example] = evaluation if len(evaluation) else train
+        return check_stops(
+            self.request.model, self.loaded.tokenizer, asked, self.loaded.stop_token_ids
+        )
 
     def own_text_hash(self) -> str:
         """Return the hash of the rows that protection added or holds the model to."""
@@ -152,6 +159,7 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
     seed: int,
     identity: Mapping[str, str],
     processes: Processes = ALONE,
+    shard: bool = False,
 ) -> AdaptedBase:
     """Load and quantize the base, let it write its own text if asked, and inject the adapter.
 
@@ -166,9 +174,11 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
         seed: decides the adapter's start, the order of the rows, and dropout.
         identity: hashes of base, data and config: in every checkpoint, and compared on resume.
         processes: those that train it together.
+        shard: cut the base over them, if they are many; they are connected then.
     """
     _require_seen(adapter.token_rows, rows.train.examples)
-    loaded = load_model(model, source)
+    is_sharded = shard and processes.are_many
+    loaded = load_model(model, source, stays_mapped=is_sharded)
     _log_lines(_describe_loaded(loaded))
     waiting = why_threads_wait(loaded.device)
     if waiting is not None:
@@ -184,8 +194,16 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
     torch.manual_seed(seed)
     injected = inject_adapter(loaded.model, adapter, base_fingerprint=loaded.fingerprint)
     _log_lines(_describe_injected(injected.table))
-    require_trainable(injected.model, rows.train.examples[0].input_ids)
-    off = _switched_off(loaded, protect, packing)
+    off = dict(_switched_off(loaded, protect, packing))
+    if is_sharded:
+        if processes.is_first:  # while it sees the weights that a layer reads
+            require_trainable(injected.model, rows.train.examples[0].input_ids)
+        processes.meet()
+        table = shard_base(injected.model, loaded.device, processes)
+        log.info("%s", table.describe(processes.world_size))
+        off["fused_blocks"] = "the base is sharded"
+    else:
+        require_trainable(injected.model, rows.train.examples[0].input_ids)
     request = TrainRequest(
         model=injected.model,
         tokenizer=loaded.tokenizer,
@@ -200,6 +218,7 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
         without=frozenset(off),
         reasons=off,
         processes=processes,
+        is_sharded=is_sharded,
     )
     return AdaptedBase(request, loaded, rows, injected.table, protection)
 

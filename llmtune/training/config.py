@@ -118,6 +118,10 @@ class TrainConfig(Section):
     """Stop when the evaluation loss stops falling; null runs to the end."""
     eval_every: PositiveInt | None = None
     """Steps between evaluations; null evaluates once, at the end."""
+    shard: Literal["none", "full"] = "none"
+    """What several processes (torchrun) keep of the base: none cuts nothing, each has all of it;
+    full cuts every layer over them (FSDP2), for a 16-bit or 32-bit base that is larger than a card.
+    It changes memory and speed, not the result."""
     save_every: PositiveInt = 100
     """Steps between checkpoints; one more is saved at the end or when stopped."""
     keep_checkpoints: PositiveInt = 2

@@ -41,6 +41,8 @@ class TrainRequest:
     """What holds the adapter near its base."""
     processes: Processes = ALONE
     """Those that share each step's rows; the first one writes."""
+    is_sharded: bool = False
+    """Whether they have a part each of the base, so that a forward pass is one of all of them."""
 
     def why_without(self, technique: Technique) -> str | None:
         """Return why a technique is left out, or None if it is not."""

@@ -15,7 +15,7 @@ from llmtune.adapters.fused import fused_lora
 from llmtune.errors import LlmtuneError
 from llmtune.io.sizes import format_size
 from llmtune.models.decoder import rotary_switch
-from llmtune.training.batch import StepCollator
+from llmtune.training.batch import StepCollator, move_to
 from llmtune.training.config import TrainConfig
 from llmtune.training.fused.blocks import fused_blocks
 from llmtune.training.fused.packing import PackingChoice, choose_packing, packed_attention
@@ -29,6 +29,7 @@ from llmtune.training.objectives.base import MicroBatch, Objective
 from llmtune.training.protect.penalties import Protection
 from llmtune.training.request import Technique, TrainRequest
 from llmtune.training.rows import EpochSampler, JoinedExamples, row_lengths
+from llmtune.training.sharding import idle_micro_batch
 
 SAMPLED_ROWS = 64
 """Rows, in the order of training, that show what a shared beginning saves."""
@@ -49,6 +50,8 @@ class Setup:
     choices: dict[str, str]
     protection: Protection | None = None
     noise: RowNoise | None = None
+    idle: MicroBatch | None = None
+    """What a process runs to join a forward pass of others; None if there is no such pass."""
 
     def autocast(self) -> torch.autocast:
         """Run forward passes inside in the base's 16-bit dtype; adapters stay float32."""
@@ -127,15 +130,19 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
             "blocks": blocks.describe() if blocks else _stock(request, "fused_blocks"),
             "rows": f"{'packed' if packing.packed else 'padded'}: {packing.reason}",
             "LM head": ("" if loss_path.is_frozen else "the library's path: ") + loss_path.reason,
+            **_describe_processes(request),
         },
         noise=noise,
+        idle=move_to(idle_micro_batch(collator), device) if request.is_sharded else None,
     )
-    if request.processes.are_many:
-        setup.choices["processes"] = (
-            f"{request.processes.world_size} share the rows of each step and add up its gradients"
-        )
     longest_first = np.argsort(-rows.lengths, kind="stable")[: config.batch_size].tolist()
-    trial = Trial(model, collator, setup.loss, num_here=request.processes.num_here)
+    trial = Trial(
+        model,
+        collator,
+        setup.loss,
+        processes=request.processes,
+        is_joint=request.is_sharded,
+    )
     plan = find_plan(config, trial, longest_first)
     stack.enter_context(recomputing(model, plan.recomputed_layers))
     setup.choices["micro-batch"] = _describe_limits(plan)
@@ -146,6 +153,14 @@ def set_up(config: TrainConfig, request: TrainRequest, stack: ExitStack) -> Setu
     num_layers = len(recomputable_layers(model))
     setup.choices["recomputed layers"] = f"{plan.recomputed_layers} of {num_layers}"
     return setup
+
+
+def _describe_processes(request: TrainRequest) -> dict[str, str]:
+    if not request.processes.are_many:
+        return {}
+    kept = ", and keep a part each of the base" if request.is_sharded else ""
+    count = request.processes.world_size
+    return {"processes": f"{count} share the rows of each step and add up its gradients{kept}"}
 
 
 def _refuse_random_numbers(model: PeftModel, collator: StepCollator) -> None:

@@ -78,6 +78,7 @@ class TrainingStep:
         if setup.noise is not None:
             setup.noise.step = steps_done + 1
         losses = []
+        num_idle = self._num_idle(inputs)
         for micro_batch in inputs["micro_batches"]:
             micro_batch = move_to(micro_batch, setup.device)
             self._tally.prepare(micro_batch)
@@ -85,11 +86,21 @@ class TrainingStep:
             self._tally.add(micro_batch)
             backward(loss)
             losses.append(loss.detach())
+        for _ in range(num_idle):
+            assert setup.idle is not None, "asked of sharded bases only"
+            backward(setup.loss(setup.idle) * 0)
         if setup.protection is not None:
             setup.protection.add_gradients(steps_done, setup.autocast, scale=loss_scale)
         self.recent.append(StepRecord(steps_done + 1, inputs["rows"], losses))
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=setup.device)
         return loss if self._reduction is None else self._reduction.add_up(loss)
+
+    def _num_idle(self, inputs: StepRows) -> int:
+        """Return the forward passes of others that this process must join after its own."""
+        if self.setup.idle is None:
+            return 0
+        own = len(inputs["micro_batches"])
+        return self._processes.largest([own])[0] - own
 
     def take_metrics(self) -> dict[str, float]:
         """Return what objective and penalties measured since the last call; this waits."""
@@ -131,7 +142,10 @@ class TrainingStep:
             for rows in groups.values():
                 is_stopped = None in results
                 own = rows[rank::world_size]
-                results.append(None if is_stopped else self._evaluate_rows(own, is_interrupted))
+                most = len(rows[::world_size])  # what the first process has
+                results.append(
+                    None if is_stopped else self._evaluate_rows(own, most, is_interrupted)
+                )
         stopped, *numbers = self._processes.total(
             [None in results, *(number for result in results for number in result or NOTHING)]
         )
@@ -149,21 +163,32 @@ class TrainingStep:
         return metrics
 
     def _evaluate_rows(
-        self, rows: Sequence[int], is_interrupted: Callable[[], bool]
+        self, rows: Sequence[int], most: int, is_interrupted: Callable[[], bool]
     ) -> "_Evaluated | None":
+        """Evaluate this process's rows; no process has more than `most`."""
         setup = self.setup
         summed = torch.zeros((), device=setup.device, dtype=torch.float64)
         weight, tokens = 0.0, 0
-        for start in range(0, len(rows), EVALUATION_ROWS):
-            if is_interrupted():
+        for start in range(0, len(rows) if setup.idle is None else most, EVALUATION_ROWS):
+            if self._agree(is_interrupted()):
                 return None
             inputs = setup.collator.collate(rows[start : start + EVALUATION_ROWS])
+            num_idle = self._num_idle(inputs)
             for micro_batch in inputs["micro_batches"]:
                 loss = setup.loss(move_to(micro_batch, setup.device))
                 summed += loss.double() * inputs["target_weight"]
+            for _ in range(num_idle):
+                assert setup.idle is not None, "asked of sharded bases only"
+                setup.loss(setup.idle)
             weight += inputs["target_weight"]
             tokens += inputs["trained_tokens"]
         return _Evaluated(summed.item(), weight, tokens)
+
+    def _agree(self, is_interrupted: bool) -> bool:
+        """Say whether to stop: all at the same place if a forward pass is one of all of them."""
+        if self.setup.idle is None:
+            return is_interrupted
+        return bool(self._processes.largest([is_interrupted])[0])
 
 
 class _Evaluated(NamedTuple):

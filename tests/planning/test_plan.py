@@ -187,6 +187,25 @@ def test_the_scaling_is_computed_from_the_step_and_the_link_that_are_given(tmp_p
     assert more["speedup"] < scaling["speedup"] and more["efficiency"] < scaling["efficiency"]
 
 
+def test_a_sharded_base_takes_a_part_of_every_card_and_of_the_link(tmp_path, capsys):
+    whole = scaling_8b(tmp_path, capsys, "--gpu", "80GB", "--gpus", "4")
+    found = scaling_8b(tmp_path, capsys, "train.shard=full", "--gpu", "80GB", "--gpus", "4")
+    parts = found["memory"]["components"]
+    tables = 2 * 2 * 128256 * 4096
+    layers = whole["memory"]["components"]["base"] - tables
+    assert parts["base"] == pytest.approx(tables + layers / 4, abs=4)
+    assert parts["gathered layers"] == pytest.approx(3 * layers / 32, abs=4)
+    assert found["scaling"]["gathered_bytes"] % (2 * round(layers * 3 / 4)) < 8
+    given = ("train.shard=full", "--gpu", "16GB", "--step-seconds", "8", "--link", "1")
+    found = scaling_8b(tmp_path, capsys, *given, "--gpus", "8")["scaling"]
+    assert 1 < found["smallest_cards"] <= 8
+    assert found["step_seconds"] == found["gather_seconds"] + found["reduction_seconds"]
+    path = str(write_config(tmp_path, base=str(EIGHT_B)))
+    assert run_command(["plan", path, "train.shard=full", "--gpu", "16GB", "--gpus", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "each with 1/8 of the base's layers" in printed and "are received by each" in printed
+
+
 def test_where_the_base_is_larger_than_a_card_no_number_of_cards_is_enough(tmp_path, capsys):
     found = scaling_8b(tmp_path, capsys, "--gpu", "12GB", "--gpus", "8", code=1)["scaling"]
     assert found["smallest_cards"] is None
@@ -194,7 +213,7 @@ def test_where_the_base_is_larger_than_a_card_no_number_of_cards_is_enough(tmp_p
     assert "model.quantization='{method: nf4}' one card is enough" in found["way"]
     nf4 = "model.quantization={method: nf4}"
     found = scaling_8b(tmp_path, capsys, nf4, "--gpu", "6GB", "--gpus", "8", code=1)["scaling"]
-    assert "would have to be sharded, over" in found["way"]
+    assert "with train.shard=full model.quantization=null each holds a part" in found["way"]
     path = str(write_config(tmp_path, base=str(EIGHT_B)))
     assert run_command(["plan", path, "--gpu", "24GB", "--gpus", "8"]) == 0
     printed = capsys.readouterr().out

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
+from llmtune.io.processes import ALONE, Processes
 from llmtune.io.run_dir import RunDir
 from llmtune.io.sizes import format_in
 from llmtune.io.unfinished import require_space
@@ -61,7 +62,7 @@ def find_plan(config: TrainConfig, trial: "Trial", longest_first: Sequence[int])
     device_type = trial.device.type
     plan = plan_memory(
         cost,
-        available_bytes(trial.device, trial.num_here),
+        trial.available_bytes(),
         RowSizes(lengths[0], sum(lengths) if trial.collator.packed else lengths[0] * len(lengths)),
         useful_tokens=USEFUL_TOKENS.get(device_type, USEFUL_TOKENS["cuda"]),
         micro_batch_size=config.micro_batch_size,
@@ -77,7 +78,7 @@ def find_plan(config: TrainConfig, trial: "Trial", longest_first: Sequence[int])
                 )
             return plan
         except DoesNotFitError:
-            if smaller is None:
+            if smaller is None or trial.is_joint:
                 raise
         plan = smaller
 
@@ -91,17 +92,25 @@ class Trial:
         collator: StepCollator,
         loss: Callable[[MicroBatch], Tensor],
         *,
-        num_here: int = 1,
+        processes: Processes = ALONE,
+        is_joint: bool = False,
     ) -> None:
         """Take the model, what batches its rows, and a micro-batch's loss as training has it.
 
-        `num_here` processes share this computer's memory.
+        Those of the `processes` that are here share this computer's memory. `is_joint` says that
+        a forward pass is one of all processes: they try the same, and one that fails ends all.
         """
-        self.num_here = num_here
+        self.processes = processes
+        self.is_joint = is_joint
         self.model = model
         self.collator = collator
         self.loss = loss
         self.device = model.get_input_embeddings().weight.device
+
+    def available_bytes(self) -> float:
+        """Return the bytes that activations may take; in a joint trial the least of any process."""
+        own = available_bytes(self.device, self.processes.num_here)
+        return float(-self.processes.largest([-int(own)])[0]) if self.is_joint else own
 
     def measure(self) -> ActivationCost:
         """Measure what a token's activations cost, on the first rows, or on a piece of the first.
@@ -115,6 +124,8 @@ class Trial:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.is_joint:
+                    break  # the others are in the middle of this forward pass
         raise DoesNotFitError(
             f"the model is loaded, but not even {MEASURED_TOKENS[-1]} tokens fit beside it. "
             f"Quantize it (model.quantization.method={SMALLEST.method}), or choose a smaller base."

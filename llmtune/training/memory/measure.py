@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.io.environment import peak_memory_bytes
+from llmtune.models.live import is_sharded
 from llmtune.training.memory.arithmetic import USABLE_SHARE, ActivationCost
 
 
@@ -40,7 +41,7 @@ class _SavedBytes:
 
     def __init__(self, model: nn.Module) -> None:
         tensors = (*model.parameters(), *model.buffers())
-        self._counted = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self._counted = {_storage(tensor) for tensor in tensors if not is_sharded(tensor)}
         # Holding the tensors keeps their addresses from being used twice.
         self._held: list[Tensor] = []
         self._depth = 0
@@ -50,22 +51,24 @@ class _SavedBytes:
     def note(self, tensor: Tensor) -> Tensor:
         # A node that saves its own output would own itself if it got the output back, for good.
         tensor = tensor.detach()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._counted:
-            self._counted.add(storage.data_ptr())
+        storage = _storage(tensor)
+        if storage not in self._counted:
+            self._counted.add(storage)
             self._held.append(tensor)
             if self._depth:
-                self.layer_bytes += storage.nbytes()
+                self.layer_bytes += tensor.untyped_storage().nbytes()
             else:
-                self.other_bytes += storage.nbytes()
+                self.other_bytes += tensor.untyped_storage().nbytes()
         return tensor
 
     @contextmanager
     def inside(self, layers: list[nn.Module]) -> Iterator[None]:
         """Tell what is saved inside a layer from the rest."""
 
-        def enter(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+        def enter(module: nn.Module, _inputs: tuple[Any, ...]) -> None:
             self._depth += 1
+            # a sharded layer has whole weights now; their storage stays theirs when it is emptied
+            self._counted.update(_storage(parameter) for parameter in module.parameters())
 
         def leave(_module: nn.Module, _inputs: tuple[Any, ...], _output: object) -> None:
             self._depth -= 1
@@ -77,6 +80,12 @@ class _SavedBytes:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what tells a tensor's storage from any other, also from one at the same address."""
+    number: int = tensor.untyped_storage()._cdata
+    return number
 
 
 def available_bytes(device: torch.device, num_here: int = 1) -> float:

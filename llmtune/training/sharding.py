@@ -1,0 +1,132 @@
+"""A base that is larger than a card: each process keeps a part of every layer (FSDP2).
+
+Before a layer runs, forward or backward, the processes put its weights together, and drop them
+again after it. So every forward pass is one that all processes do at the same moment: a process
+that has fewer micro-batches than another runs on a few tokens that count for nothing. What is
+outside of the layers (embeddings, LM head, last norm) and the adapter are whole in every process,
+as they are without sharding; the adapter's gradients are added up by `Reduction`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import ParamWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from llmtune.data.example import Example
+from llmtune.errors import LlmtuneError
+from llmtune.io.processes import Processes
+from llmtune.io.sizes import format_size
+from llmtune.models.decoder import decoder_of
+from llmtune.models.live import is_sharded
+from llmtune.training.batch import StepCollator
+from llmtune.training.memory.dry_run import recomputable_layers
+from llmtune.training.objectives.base import MicroBatch
+
+IDLE_TOKENS = 8
+"""Tokens that a process without work runs on."""
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """Bytes of the base by where they are."""
+
+    num_layers: int
+    layer_bytes: int
+    """Of all layers, over all processes."""
+    own_bytes: int
+    """Of all layers, in this process."""
+    whole_bytes: int
+    """Of what every process has."""
+
+    def describe(self, world_size: int) -> str:
+        """Return it in words."""
+        return (
+            f"shard: {format_size(self.own_bytes)} of the {format_size(self.layer_bytes)} in "
+            f"{self.num_layers} layers are in each of {world_size} processes, and "
+            f"{format_size(self.whole_bytes)} of embeddings and the like in every one"
+        )
+
+
+def shard_base(model: PeftModel, device: torch.device, processes: Processes) -> ShardTable:
+    """Cut the layers of the frozen base over the processes, one by one, and move all to `device`.
+
+    Args:
+        model: with its adapter; the base's weights may be mapped from their files.
+        device: where this process computes.
+        processes: connected; all of them call this.
+
+    Raises:
+        LlmtuneError: the architecture or the adapter is one whose layers cannot be cut.
+    """
+    decoder = decoder_of(model.get_base_model())
+    layers = _layers_to_shard(model, decoder)
+    mesh = init_device_mesh(device.type, (processes.world_size,))
+    for layer in layers:
+        # what is outside of the layers' own parameters must not be moved or cut with them
+        trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+    # The root of all layers has no parameters of its own: it lets the next layer be fetched early.
+    fully_shard(decoder, mesh=mesh, ignored_params=set(_whole(decoder)))
+    for tensor in (*_whole(model), *model.buffers()):
+        tensor.data = tensor.data.to(device)
+    cut = [parameter for parameter in model.parameters() if is_sharded(parameter)]
+    frozen = [parameter for parameter in _whole(model) if not parameter.requires_grad]
+    return ShardTable(
+        num_layers=len(layers),
+        layer_bytes=sum(parameter.nbytes for parameter in cut),
+        own_bytes=sum(parameter.to_local().nbytes for parameter in cut),
+        whole_bytes=sum(parameter.nbytes for parameter in frozen),
+    )
+
+
+def _whole(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for parameter in module.parameters() if not is_sharded(parameter))
+
+
+def _layers_to_shard(model: PeftModel, decoder: nn.Module) -> list[nn.Module]:
+    """Return the decoder's layers, none of them inside of another."""
+    inside: set[nn.Module] = set()
+    layers: list[nn.Module] = []
+    within = set(decoder.modules())
+    for layer in recomputable_layers(model):  # outer ones come first
+        if layer in within and layer not in inside:
+            layers.append(layer)
+            inside.update(layer.modules())
+    name = type(model.get_base_model()).__name__
+    if not layers:
+        raise LlmtuneError(
+            f"train.shard=full: {name} does not say what its layers are, so the base cannot be cut "
+            "layer by layer; set train.shard=none"
+        )
+    for layer in layers:
+        for part in layer.modules():
+            if isinstance(part, ParamWrapper | AuxiliaryTrainingWrapper):
+                raise LlmtuneError(
+                    "train.shard=full cuts the layers' linear weights under an adapter, and not "
+                    "fused experts or modules that are trained whole: leave them out of "
+                    "adapter.target_modules and adapter.modules_to_save, or set train.shard=none"
+                )
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    rest = (module for module in model.modules() if module not in inside)
+    outside = {parameter for module in rest for parameter in module.parameters(recurse=False)}
+    shared = len(parameters) != len(set(parameters)) or bool(outside & set(parameters))
+    scalars = any(not parameter.dim() for parameter in parameters)
+    if shared or scalars:
+        reason = "its layers share weights" if shared else "a layer has a weight that is one number"
+        raise LlmtuneError(
+            f"train.shard=full: {name} cannot be cut layer by layer: {reason}; set train.shard=none"
+        )
+    return layers
+
+
+def idle_micro_batch(collator: StepCollator) -> MicroBatch:
+    """Return a few tokens for a process that has no work while others run a forward pass."""
+    row = collator.examples[0]
+    ids = row.input_ids[:IDLE_TOKENS]
+    return collator.build([Example(ids, ids, row.source, row.line)])
