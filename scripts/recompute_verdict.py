@@ -54,11 +54,15 @@ def score_choice(model: Any, tokenizer: Any, suite: Row, row: Row) -> tuple[floa
     space = "" if suite.get("chat", True) else suite.get("delimiter", " ")
     # A chat template writes its own BOS.
     plain = {"add_special_tokens": not suite.get("chat", True)}
-    num_before = len(tokenizer(prompt, **plain)["input_ids"])
-    choices, sums = suite.get("choices") or row[suite["choices_field"]], []
-    for choice in choices:
-        ids = tokenizer(prompt + space + choice, **plain)["input_ids"]
-        sums.append(losses(model, ids)[num_before - 1 :].sum().item())
+    before = tokenizer(prompt, **plain)["input_ids"]
+    choices = suite.get("choices") or row[suite["choices_field"]]
+    whole = [tokenizer(prompt + space + choice, **plain)["input_ids"] for choice in choices]
+    if all(ids[:-1] == before for ids in whole):  # one token each: what comes before runs once
+        with torch.no_grad():
+            following = model(torch.tensor([before])).logits[0, -1].float().log_softmax(-1)
+        sums = [-following[ids[-1]].item() for ids in whole]
+    else:
+        sums = [losses(model, ids)[len(before) - 1 :].sum().item() for ids in whole]
     right = row[suite.get("answer", "answer")]
     right = right if isinstance(right, int) else list(choices).index(right)
     return float(sums.index(min(sums)) == right), 1.0

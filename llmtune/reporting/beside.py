@@ -31,7 +31,7 @@ class Disagreement:
     """Two scores of one suite whose changes between the compared arms differ clearly.
 
     `main` and `beside` are the changes as fractions; `name` is the key of the second score.
-    `carried` is what a verdict to ship says of it in its headline.
+    `carried` is what a verdict to ship says of it in its headline; empty if it holds all the more.
     """
 
     name: str
@@ -87,7 +87,7 @@ def _compare_with_written(suite: SuiteReport) -> Disagreement | None:
         f"on {suite.name} it holds for ranking the choices ({format_points(main)}); written "
         f"answers change by {format_points(written)}"
     )
-    return Disagreement(WRITTEN, main, written, sentence, carried)
+    return Disagreement(WRITTEN, main, written, sentence, carried if main > written else "")
 
 
 def _compare_with_lenient(suite: SuiteReport) -> Disagreement | None:

@@ -200,7 +200,8 @@ def _only_for_one_use(evidence: Evidence) -> Iterator[str]:
     """Yield the target suites on which the verdict holds for one use, or for the form alone."""
     for suite in evidence.with_role("target"):
         for found in find_disagreements(suite):
-            yield found.carried
+            if found.carried:
+                yield found.carried
 
 
 def find_what_to_do(verdict: Verdict, evidence: Evidence) -> str:
