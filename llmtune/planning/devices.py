@@ -15,6 +15,8 @@ from llmtune.io.sizes import GIB
 
 SIZES_GIB = (1, 2048)
 """What is believed to be the memory of a GPU, smallest and largest."""
+MIG_LINE = re.compile(r"\s+MIG (?:\S*\.)?(\d+)gb\S*\s.*\(UUID: (MIG-[^)]+)\)")
+"""A slice of a GPU as `nvidia-smi -L` lists it: its memory is a part of its profile's name."""
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*g(?:i?b)?", re.IGNORECASE)
 
 
@@ -97,18 +99,35 @@ def _list_gpus() -> list[Device]:
     They are asked of nvidia-smi, which lists all of them; without it there are none.
     """
     query = "--query-gpu=uuid,memory.free,memory.total,name"
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
     found: dict[str, Device] = {}
-    for line in answer.stdout.splitlines():
+    for line in _ask_nvidia(query, "--format=csv,noheader,nounits"):
         fields = line.split(", ", 3)
         if len(fields) == 4:  # without a GPU it says so in a sentence
             uuid, free, total, name = fields
             found[uuid] = Device(name, "cuda", _gpu_bytes(free, total))
-    return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if wanted is not None and "MIG-" in wanted:
+        found |= _list_slices()
+    return _visible(found, wanted)
+
+
+def _ask_nvidia(*arguments: str) -> list[str]:
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return answer.stdout.splitlines()
+
+
+def _list_slices() -> dict[str, Device]:
+    """Return the slices of GPUs (MIG) by uuid. What is free on them it does not say: all counts."""
+    found = {}
+    for match in filter(None, map(MIG_LINE.match, _ask_nvidia("-L"))):
+        size, uuid = match.groups()
+        found[uuid] = Device(f"a slice of {size} GB of a GPU", "cuda", int(size) * GIB)
+    return found
 
 
 def _gpu_bytes(free: str, total: str) -> int:
@@ -121,15 +140,18 @@ def _gpu_bytes(free: str, total: str) -> int:
 
 def _visible(gpus: dict[str, Device], wanted: str | None) -> list[Device]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES names, by number or uuid, up to the first wrong."""
-    every = list(gpus.values())
+    every = [gpu for uuid, gpu in gpus.items() if not uuid.startswith("MIG-")]
     if wanted is None:
         return every
     chosen = []
     for name in wanted.split(","):
         name = name.strip()
-        matching = [uuid for uuid in gpus if name.startswith("GPU-") and uuid.startswith(name)]
+        is_uuid = name.startswith(("GPU-", "MIG-"))
+        matching = [uuid for uuid in gpus if is_uuid and uuid.startswith(name)]
         if len(matching) == 1:
             chosen.append(gpus[matching[0]])
+            if name.startswith("MIG-"):
+                break  # CUDA shows one slice, the first
         elif name.isdigit() and int(name) < len(every):
             chosen.append(every[int(name)])
         else:
