@@ -1,7 +1,9 @@
 """One step's gradients, loss and decisions, added up over the processes that shared its rows."""
 
+import hashlib
 import signal
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterable, Iterator
 
 import torch
 from peft import PeftModel
@@ -106,20 +108,23 @@ class Reduction:
         Raises:
             LlmtuneError: they have drifted apart, so that none of them is the run's.
         """
-        bits = [
-            parameter.data.view(torch.int32).sum(dtype=torch.int64) for parameter in self._trained
-        ]
-        found: list[int] = torch.stack(bits).tolist()
-        largest = self._processes.largest([*found, *(-each for each in found)])
-        if any(
-            high != -low
-            for high, low in zip(largest[: len(found)], largest[len(found) :], strict=True)
-        ):
+        found = _hash_words(self._trained)
+        highest = self._processes.largest(found)
+        lowest = self._processes.largest([-word for word in found])
+        if highest != [-word for word in lowest]:
             raise LlmtuneError(
                 f"after step {step} the processes have different weights, so nothing was saved; "
                 "earlier checkpoints are kept. All must run on devices of the same kind, with the "
                 "same versions of the libraries"
             )
+
+
+def _hash_words(tensors: Iterable[Tensor]) -> list[int]:
+    """Return the SHA-256 of the tensors' bytes as numbers of 32 bits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().flatten().view(torch.uint8).cpu().numpy())
+    return list(struct.unpack("<8I", digest.digest()))
 
 
 def _flatten(sums: OpenSums) -> Iterator[float]:

@@ -177,6 +177,19 @@ def test_a_run_ends_with_the_adapter_and_the_metrics_of_one_process(both):
         assert one == pytest.approx(two, rel=1e-4)
 
 
+def test_weights_that_differ_in_their_order_alone_are_noticed(tmp_path):
+    def compare(processes):
+        reduction = Reduction(shaken(make_adapter()), Stopping(processes, Interruption()))
+        with processes.connected("cpu"):
+            reduction.require_equal(3)
+            weight = reduction._trained[1].data
+            weight.copy_(weight.roll(processes.rank))
+            with pytest.raises(LlmtuneError, match="after step 3 the processes have different"):
+                reduction.require_equal(3)
+
+    call_in_processes(tmp_path, 2, compare)
+
+
 def test_rows_are_dealt_out_by_tokens_and_stay_with_those_they_begin_like():
     rows = make_shared_rows(8)
     for by_beginning in (False, True):
