@@ -29,11 +29,9 @@ class Started:
     def __init__(self, directory: Path, world_size: int, work: Callable[[], int]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.pids = [
-            _fork(directory / f"out-{rank}.txt", work, _launcher_keys(rank, world_size, port))
+            fork(directory / f"out-{rank}.txt", work, _launcher_keys(rank, world_size, port))
             for rank in range(world_size)
         ]
 
@@ -57,6 +55,14 @@ class Started:
                 until += SECONDS
             time.sleep(0.01)
         return [codes[pid] for pid in self.pids]
+
+
+def free_port() -> int:
+    """Return a port that nobody has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 def run_command(
@@ -113,7 +119,8 @@ def _launcher_keys(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _fork(output: Path, work: Callable[[], int], keys: dict[str, str]) -> int:
+def fork(output: Path, work: Callable[[], int], keys: dict[str, str]) -> int:
+    """Return the number of a process that does the work with these variables set."""
     pid = os.fork()
     if pid:
         return pid

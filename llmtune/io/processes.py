@@ -208,18 +208,12 @@ class Processes:
 
     @contextlib.contextmanager
     def connected(self, device_type: str) -> Iterator[None]:
-        """Connect the processes inside; all of them enter and leave together.
-
-        Inside of a connection this does nothing more.
-        """
+        """Connect the processes inside; all of them enter and leave together."""
         if not self.are_many:
             yield
             return
         import torch.distributed as dist
 
-        if dist.is_initialized():
-            yield
-            return
         assert self._store is not None
         with self._heeding():
             dist.init_process_group(
@@ -281,20 +275,6 @@ class Processes:
                 dist.broadcast(tensor, src=0)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Make one clear failure of a connection that breaks off in a library's own calls."""
-        import torch.distributed as dist
-
-        try:
-            yield
-        except dist.DistBackendError as error:
-            raise self._lost(f"could not work together ({plain_reason(error)})") from error
-        except RuntimeError as error:
-            if "gloo" not in str(error):
-                raise
-            raise self._lost() from error
-
-    @contextlib.contextmanager
     def _heeding(self) -> Iterator[None]:
         """Make one clear failure of a connection that broke off, or could not be made."""
         import torch.distributed as dist
@@ -342,6 +322,7 @@ def join_processes() -> Processes:
     """
     global _joined  # a process joins once, like torch's own group
     world_size = _read_number("WORLD_SIZE", 1)
+    _take_out_accelerate()
     if world_size <= 1:
         return _joined
     missing = [key for key in (*LAUNCHER_KEYS, *MASTER_KEYS) if not os.environ.get(key)]
@@ -354,12 +335,6 @@ def join_processes() -> Processes:
     local_rank, num_here = _read_place("LOCAL_RANK", "LOCAL_WORLD_SIZE")
     _read_place("RANK", "WORLD_SIZE")
     _read_number("MASTER_PORT", 0)
-    for key, engine in OTHER_ENGINES.items():
-        if os.environ.get(key, "false").lower() in ("1", "true"):
-            raise LlmtuneError(
-                f"accelerate is set to use {engine}, and this run sums the gradients itself: start "
-                "it by `accelerate launch --multi_gpu`, or by torchrun"
-            )
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what a lost connection means we say
     _take_card(local_rank, num_here)
     if num_here == world_size and sys.platform == "linux":
@@ -376,10 +351,25 @@ def join_processes() -> Processes:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {plain_reason(error)}"
         ) from error
     for key in list(os.environ):
-        if key in LAUNCHER_KEYS or key.startswith(("ACCELERATE_", "TORCHELASTIC_")):
+        if key in LAUNCHER_KEYS or key.startswith("TORCHELASTIC_"):
             del os.environ[key]
     _joined = Processes(PrefixStore("llmtune", store), rank, world_size, num_here)
     return _joined
+
+
+def _take_out_accelerate() -> None:
+    """Take out what `accelerate launch` has set, also for one process: trl would obey it.
+
+    Precision and compilation are the config's.
+    """
+    for key, engine in OTHER_ENGINES.items():
+        if os.environ.get(key, "false").lower() in ("1", "true"):
+            raise LlmtuneError(
+                f"accelerate is set to use {engine}, and this run sums the gradients itself: start "
+                "it by `accelerate launch --multi_gpu`, or by torchrun"
+            )
+    for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
+        del os.environ[key]
 
 
 def _read_number(key: str, default: int) -> int:
@@ -402,7 +392,9 @@ def _take_card(local_rank: int, num_here: int) -> None:
     """Hide all GPUs but the one of this process, before any of them is used."""
     import torch
 
-    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    slices = visible.split(",") if visible and visible.startswith("MIG-") else []
+    count = len(slices) or torch.cuda.device_count()  # CUDA shows a process one slice at most
     if count <= 1:  # none, or the launcher has given each process its own
         return
     if count < num_here:
@@ -410,6 +402,5 @@ def _take_card(local_rank: int, num_here: int) -> None:
             f"{num_here} processes were started on {socket.gethostname()}, which has {count} GPUs: "
             f"start {count}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU"
         )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(count)]
     os.environ["CUDA_VISIBLE_DEVICES"] = names[local_rank]

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch.distributed as dist
+from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
 
 from llmtune import cli
@@ -13,7 +14,7 @@ from llmtune.config import load_config
 from llmtune.errors import LlmtuneError, ProcessLost
 from llmtune.io import processes
 from llmtune.runs import pipeline
-from tests.processes import run_command
+from tests.processes import fork, free_port, run_command
 from tests.project import make_project
 
 STEPS = {"learning_rate": 5e-3, "max_steps": 16, "batch_size": 6, "save_every": 4}
@@ -26,19 +27,8 @@ def project(tmp_path_factory):
     return make_project(directory, model=model, train=STEPS)
 
 
-@pytest.fixture(scope="module")
-def whole(project):
-    """The adapter of one process that trains from the first step to the last."""
-    assert train(project, 1, "whole").wait() == [0]
-    return adapter(project, "whole")
-
-
-def adapter(project, run):
-    return load_file(project.parent / run / "adapter/adapter_model.safetensors")
-
-
-def train(project, count, run, before_step=None, *settings):
-    arguments = ["train", str(project), f"run_dir={project.parent / run}", *settings]
+def train(project, count, run, before_step=None, more=()):
+    arguments = ["train", str(project), f"run_dir={project.parent / run}", *more]
     return run_command(project.parent / f"{run}-out", count, arguments, before_step=before_step)
 
 
@@ -57,8 +47,10 @@ def losses(run):
     return [(line["step"], line.get("loss", line.get("eval_loss"))) for line in lines]
 
 
-def test_a_run_that_is_killed_and_stopped_continues_on_any_number_of_processes(project, whole):
+def test_a_run_that_is_killed_and_stopped_continues_on_any_number_of_processes(project):
     folder = project.parent
+    assert train(project, 1, "whole").wait() == [0]
+
     killed = train(project, 2, "parts", send(signal.SIGKILL, to=1, after=6))
     assert killed.wait() == [3, -9]
     assert "ended without a message" in killed.output(0)
@@ -79,7 +71,8 @@ def test_a_run_that_is_killed_and_stopped_continues_on_any_number_of_processes(p
     assert "2 share the rows of each step" in ended.output(0)
     assert "train data" not in ended.output(1)
 
-    parts = adapter(project, "parts")
+    name = "adapter/adapter_model.safetensors"
+    whole, parts = (load_file(folder / run / name) for run in ("whole", "parts"))
     assert max((whole[key] - parts[key]).abs().max().item() for key in whole) < 1e-5
     for one, other in zip(losses(folder / "whole"), losses(folder / "parts"), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
@@ -89,28 +82,6 @@ def test_a_run_that_is_killed_and_stopped_continues_on_any_number_of_processes(p
     ]
     for key in ("steps", "tokens", "trained_tokens", "order_hash"):
         assert manifests[0]["result"][key] == manifests[1]["result"][key]
-
-
-def test_a_sharded_run_that_is_killed_continues_sharded_or_not(project, whole):
-    killed = train(project, 2, "cut", send(signal.SIGKILL, to=1, after=5), "train.shard=full")
-    assert killed.wait() == [3, -9]
-    assert "ended without a message" in killed.output(0)
-    assert killed.output(0).count("error:") == 1 and "Traceback" not in killed.output(0)
-    assert "layers are in each of 2 processes" in killed.output(0)
-
-    stopped = train(project, 1, "cut", send(signal.SIGTERM, to=0, after=8), "train.shard=full")
-    assert stopped.wait() == [3]
-    assert "continuing after step 4 of 16" in stopped.output(0)
-
-    assert train(project, 2, "cut", None, "train.shard=full").wait() == [0, 0]
-    cut = adapter(project, "cut")
-    assert max((whole[key] - cut[key]).abs().max().item() for key in whole) < 1e-5
-    for one, other in zip(
-        losses(project.parent / "whole"), losses(project.parent / "cut"), strict=True
-    ):
-        assert one == pytest.approx(other, rel=1e-4)
-    config = json.loads((project.parent / "cut" / "adapter/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(project.parent / "base")
 
 
 def test_an_error_in_one_process_ends_all_with_its_message_and_code(project):
@@ -173,3 +144,77 @@ def test_what_is_wrong_with_the_command_is_said_once(tmp_path, arguments, messag
     assert started.wait() == [2, 2]
     assert message in started.output(0)
     assert not started.output(1)
+
+
+def ask_accelerate(monkeypatch, *arguments):
+    """Return what accelerate gives to torchrun, with its variables set here."""
+    given = []
+
+    def take(args):
+        given.append(args)
+        for key, value in os.environ.items():
+            if key.startswith("ACCELERATE_"):
+                kept[key] = value
+
+    kept = {}
+    monkeypatch.setattr("torch.distributed.run.run", take)
+    launch = ["--main_process_port", "0", "--mixed_precision", "bf16", *arguments]
+    launch_command(launch_command_parser().parse_args([*launch, "-m", "llmtune", "train", "x"]))
+    for key, value in kept.items():
+        monkeypatch.setenv(key, value)
+    return given[0]
+
+
+def test_accelerate_launch_changes_nothing_but_the_number_of_processes(project, monkeypatch):
+    short = "train.max_steps=2"
+    assert train(project, 1, "plain", more=[short]).wait() == [0]
+    given = ask_accelerate(monkeypatch, "--multi_gpu", "--num_processes", "2")
+    assert given.module and given.training_script == "llmtune"
+    assert given.training_script_args == ["train", "x"] and given.nproc_per_node == "2"
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    # its precision is not taken for ours, in two processes and in one
+    assert train(project, 2, "two", more=[short]).wait() == [0, 0]
+    assert train(project, 1, "one", more=[short]).wait() == [0]
+    plain = losses(project.parent / "plain")
+    for run in ("two", "one"):
+        for found, wanted in zip(losses(project.parent / run), plain, strict=True):
+            assert found == pytest.approx(wanted, rel=1e-5)
+    ask_accelerate(monkeypatch, "--use_fsdp", "--num_processes", "2")
+    refused = train(project, 2, "refused")
+    assert refused.wait() == [2, 2]
+    assert "accelerate is set to use FSDP" in refused.output(0)
+
+
+def start_agent(directory, node, port, arguments):
+    """Start torchrun's agent of one of two machines, forked, as its processes are."""
+
+    def work():
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        launch = LaunchConfig(
+            min_nodes=2,
+            max_nodes=2,
+            nproc_per_node=1,
+            run_id="two",
+            rdzv_backend="c10d",
+            rdzv_endpoint=f"127.0.0.1:{port}",
+            local_addr="127.0.0.1",
+            start_method="fork",
+            monitor_interval=0.1,
+        )
+        elastic_launch(launch, cli.run_command)(arguments)
+        return 0
+
+    return fork(directory / f"node-{node}.txt", work, {"OMP_NUM_THREADS": "1"})
+
+
+def test_two_torchrun_nodes_that_find_each_other_do_one_run(project):
+    folder = project.parent
+    arguments = ["run", str(project), f"run_dir={folder / 'nodes'}", "train.max_steps=4"]
+    port = free_port()
+    pids = [start_agent(folder, node, port, arguments) for node in range(2)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    outputs = [(folder / f"node-{node}.txt").read_text() for node in range(2)]
+    assert codes == [0, 0], "\n".join(outputs)
+    assert sum("2 share the rows of each step" in output for output in outputs) == 1
+    assert (folder / "nodes" / "report.html").is_file()
