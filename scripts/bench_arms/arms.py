@@ -1,6 +1,7 @@
 """The arms: stock trl in its variants, llmtune, and llmtune with one idea left out."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,8 +23,10 @@ from trl import SFTConfig, SFTTrainer
 
 from bench_arms.base import dequantize_base, load_base, make_tokenizer, set_adapter
 from bench_arms.job import ALPHA, RANK, Answer, Job
+from bench_arms.reductions import loopback_bytes, timed_reductions
 from bench_arms.rows import LONGEST, MEAN_LENGTHS, make_rows, read_stream
 from llmtune.data.example import Example
+from llmtune.io.processes import join_processes
 from llmtune.io.run_dir import RunDir
 from llmtune.training.config import TrainConfig
 from llmtune.training.memory.measure import peak_bytes
@@ -67,7 +70,10 @@ OURS: dict[str, dict] = {
 def run_job(job: Job, answer_file: Path) -> None:
     """Run one arm in this process and write what was measured."""
     run = _run_ours if job.arm in OURS else _run_stock
-    run(job).write(answer_file)
+    is_first = os.environ.get("RANK", "0") == "0"
+    answer = run(job)
+    if is_first:
+        answer.write(answer_file)
 
 
 def _run_stock(job: Job) -> Answer:
@@ -92,7 +98,7 @@ def _run_stock(job: Job) -> Answer:
         )
         set_adapter(trainer.model)
         batch_tokens = _count_tokens(trainer)
-        with _watched_steps(job, trainer.model) as step_seconds:
+        with _watched_steps(job, trainer.model) as (step_seconds, moved_bytes):
             trainer.train()
     return Answer(
         step_seconds=step_seconds,
@@ -103,6 +109,7 @@ def _run_stock(job: Job) -> Answer:
         base_bytes=base_bytes,
         peak_bytes=peak_bytes(torch.device(job.device)),
         choices={"arm": name},
+        moved_bytes=moved_bytes,
     )
 
 
@@ -110,6 +117,7 @@ def _stock_arguments(job: Job, changes: dict, directory: str) -> SFTConfig:
     rows = job.batch_size
     if "packing" in changes:  # as many tokens a step as the rows have on average
         rows = max(1, round(rows * MEAN_LENGTHS.get(job.mix, job.full_length) / LONGEST))
+    rows //= int(os.environ.get("WORLD_SIZE", "1"))
     at_once = min(changes.get("per_device_train_batch_size", rows), rows)
     options = {
         "output_dir": directory,
@@ -125,6 +133,8 @@ def _stock_arguments(job: Job, changes: dict, directory: str) -> SFTConfig:
         "seed": SEED,
         "train_sampling_strategy": "sequential",
         "max_length": max(LONGEST, job.full_length),
+        "ddp_backend": "gloo" if job.device == "cpu" else "nccl",
+        "ddp_find_unused_parameters": False,
     }
     fixed = {
         "per_device_train_batch_size": at_once,
@@ -134,6 +144,7 @@ def _stock_arguments(job: Job, changes: dict, directory: str) -> SFTConfig:
 
 
 def _run_ours(job: Job) -> Answer:
+    processes = join_processes()
     model = load_base(job, dtype=torch.bfloat16)
     base_bytes = _used_bytes(job.device)
     rows = _make_rows(job)
@@ -159,10 +170,14 @@ def _run_ours(job: Job) -> Answer:
             seed=SEED,
             identity={},
             quiet=True,
+            processes=processes,
             **OURS[job.arm],
         )
-        with _watched_steps(job, adapted) as step_seconds:
+        watched, reducing = _watched_steps(job, adapted), timed_reductions()
+        with watched as (step_seconds, moved_bytes), reducing as reductions:
             result = train_adapter(config, request)
+        if not processes.is_first:
+            return Answer(step_seconds, [], [], base_bytes, result.peak_bytes)
         lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     totals = [0, *(line["tokens"] for line in lines)]
     return Answer(
@@ -172,6 +187,8 @@ def _run_ours(job: Job) -> Answer:
         base_bytes=base_bytes,
         peak_bytes=result.peak_bytes,
         choices=result.choices,
+        moved_bytes=moved_bytes,
+        reductions=reductions,
     )
 
 
@@ -214,14 +231,17 @@ def _sum_runs(values: list[int], length: int, count: int) -> list[int]:
 
 
 @contextmanager
-def _watched_steps(job: Job, model: PeftModel) -> Iterator[list[float]]:
+def _watched_steps(job: Job, model: PeftModel) -> Iterator[tuple[list[float], list[int]]]:
     """Time the steps, from one optimizer step to the next; keep and save their gradients if asked.
+
+    Beside the seconds of each step are the bytes that the loopback carried in it.
 
     The same clock for every arm; what a step logs is in its time. The first has the start-up in it.
     """
     seconds: list[float] = []
+    moved: list[int] = []
     gradients: dict[str, Tensor] = {}
-    started = time.perf_counter()
+    started, sent = time.perf_counter(), loopback_bytes()
 
     def keep_gradients(*_: object) -> None:
         if job.gradients_file is not None:
@@ -230,19 +250,21 @@ def _watched_steps(job: Job, model: PeftModel) -> Iterator[list[float]]:
                     gradients[f"{len(seconds)} {name}"] = parameter.grad.float().cpu().clone()
 
     def note_time(*_: object) -> None:
-        nonlocal started
+        nonlocal started, sent
         if job.device == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         seconds.append(now - started)
         started = now
+        moved.append(loopback_bytes() - sent)
+        sent += moved[-1]
 
     hooks = (
         register_optimizer_step_pre_hook(keep_gradients),
         register_optimizer_step_post_hook(note_time),
     )
     try:
-        yield seconds
+        yield seconds, moved
     finally:
         for hook in hooks:
             hook.remove()

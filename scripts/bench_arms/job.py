@@ -34,6 +34,17 @@ class Job:
 
 
 @dataclass(frozen=True)
+class StepReduction:
+    """What adding up one step's gradients took the first process."""
+
+    seconds: float
+    """Without the time for which it waited for the others to be done with their rows."""
+    waiting_seconds: float
+    num_bytes: int
+    """Of what was added up."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a process measured; lists have one entry a step, the warm-up included."""
 
@@ -44,10 +55,16 @@ class Answer:
     base_bytes: int
     peak_bytes: int
     choices: dict[str, str] = field(default_factory=dict)
+    moved_bytes: list[int] = field(default_factory=list)
+    """Over the loopback, by all processes and whatever else runs on the machine."""
+    reductions: list["StepReduction"] = field(default_factory=list)
+    """Of llmtune's arms in several processes."""
 
     @staticmethod
     def read(path: Path) -> "Answer":
-        return Answer(**json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        values["reductions"] = [StepReduction(**one) for one in values["reductions"]]
+        return Answer(**values)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
