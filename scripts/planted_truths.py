@@ -26,10 +26,11 @@ from llmtune.reporting.sections.strengths import measure_strengths
 from llmtune.reporting.suites import SuiteReport, Thresholds
 from llmtune.reporting.verdict.caveats import worse_slices
 from llmtune.reporting.verdict.evidence import Evidence
+from llmtune.reporting.verdict.outcome import Verdict
 from llmtune.reporting.verdict.rules import decide
 
 RESAMPLING = Resampling(samples=1000)
-NATS = "nats_per_token"
+NATS, EXACT = "nats_per_token", "exact_match"
 Random = np.random.Generator
 Arms = dict[str, np.ndarray]
 
@@ -77,6 +78,7 @@ def iter_truths() -> Iterator[Truth]:
     yield from _rescues()
     yield from _prompts()
     yield from _slices()
+    yield from _forms()
     yield Truth("flat learning curve, seed noise 0.05", "MORE-DATA", (0, 0.05), _flat_curve)
     yield from _seeds()
 
@@ -215,6 +217,55 @@ def _slices() -> Iterator[Truth]:
     yield Truth("no effect, ten slices of 5 to 100 items", "a slice lost", (0, 0.05), draw)
 
 
+def _forms() -> Iterator[Truth]:
+    """Whole answers gain 60 points; right ones anywhere in the text stay, fall or gain as much."""
+
+    def truth(name: str, effect: float, n: int, counted: str, say: Callable[[Verdict], bool]):
+        def draw(random: Random) -> bool:
+            return say(decide(Evidence(measure([_formed(random, n, effect)]))))
+
+        return Truth(
+            f"whole answers +60 points, right ones {name}, {n} items", counted, (0, 0.05), draw
+        )
+
+    def is_form(verdict: Verdict) -> bool:
+        named = ("format only", "as they are written only")
+        return any(each in said for said in verdict.carries for each in named)
+
+    def is_ship(verdict: Verdict) -> bool:
+        return verdict.name.startswith("SHIP")
+
+    for n in (50, 300):
+        yield truth(
+            "as before",
+            0.0,
+            n,
+            "not SHIP of format only",
+            lambda v: not (is_ship(v) and is_form(v)),
+        )
+        yield truth("+60", 0.6, n, "format only", is_form)
+    yield truth(
+        "-10", -0.1, 50, "SHIP that does not say so", lambda v: is_ship(v) and not is_form(v)
+    )
+    yield truth("-10", -0.1, 300, "any SHIP", is_ship)
+
+
+def _formed(random: Random, n: int, effect: float) -> "Planted":
+    """Return whole answers that gain 60 points; right ones anywhere change by `effect`.
+
+    If both gain as much, the whole answer is what is right before and after.
+    """
+    chance = 0.2 if effect > 0 else 0.8
+    before = (random.random(n) < chance).astype(float)
+    after = _moved(random, before, effect, abs(effect) + 0.1)
+    arms = {"base": before, "tuned": after}
+    holds = dict(arms)
+    if effect <= 0:
+        is_whole = random.random(n) < 0.6 / (chance + effect)
+        arms = {"base": np.zeros(n), "tuned": after * is_whole}
+    return Planted("t", "target", arms, EXACT, lenient=holds)
+
+
 def _flat_curve(random: Random) -> bool:
     items = random.normal(1.0, 0.3, 200)
     points = [
@@ -250,6 +301,8 @@ class Planted:
     weights: np.ndarray | None = None
     clusters: Sequence[str] | None = None
     slices: Sequence[str] | None = None
+    lenient: Arms | None = None
+    """Whether the right answer is anywhere in the text, if the score is that of whole answers."""
 
 
 def measure(suites: Sequence[Planted]) -> tuple[SuiteReport, ...]:
@@ -320,6 +373,9 @@ def _result(suite: Planted, arm: str) -> ArmResult:
             cluster=suite.clusters[place] if suite.clusters else None,
             weight=weight,
             slices={"kind": suite.slices[place]} if suite.slices else {},
+            details={"strict": score, "lenient": float(suite.lenient[arm][place])}
+            if suite.lenient
+            else {},
         )
         for place, (score, weight) in enumerate(zip(scores.tolist(), weights.tolist(), strict=True))
     )
@@ -342,6 +398,12 @@ def _result(suite: Planted, arm: str) -> ArmResult:
         model={},
         seconds=0.0,
         items=items,
+        also={
+            "strict": float(scores.mean()),
+            "lenient": float(suite.lenient[arm].mean()),
+        }
+        if suite.lenient
+        else {},
     )
 
 

@@ -2,10 +2,11 @@
 
     python scripts/recompute_verdict.py runs/quickstart [--suites movies passages] [--limit 50]
 
-Scores the original and the merged model on the choice suites and the passages of a run, one item
-at a time in float32 on the CPU, and prints for each suite the report's difference with its interval
-beside the one found here (mean and 1.96 standard errors of the differences item by item). Exits
-with 1 if a target is not above 0 here, or a general suite not within its bound.
+Scores the original and the merged model on the choice suites, the passages and the open chat of a
+run, one item at a time in float32 on the CPU. Prints for each suite the change in the report with
+its interval beside the one found here (mean and 1.96 standard errors of the differences item by
+item), and how far the scores of single items agree. Exits with 1 if a target is not above 0 here,
+or a general suite not within its bound.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +54,15 @@ def score_choice(model: Any, tokenizer: Any, suite: Row, row: Row) -> tuple[floa
     space = "" if suite.get("chat", True) else suite.get("delimiter", " ")
     # A chat template writes its own BOS.
     plain = {"add_special_tokens": not suite.get("chat", True)}
-    num_before = len(tokenizer(prompt, **plain)["input_ids"])
-    choices, sums = suite.get("choices") or row[suite["choices_field"]], []
-    for choice in choices:
-        ids = tokenizer(prompt + space + choice, **plain)["input_ids"]
-        sums.append(losses(model, ids)[num_before - 1 :].sum().item())
+    before = tokenizer(prompt, **plain)["input_ids"]
+    choices = suite.get("choices") or row[suite["choices_field"]]
+    whole = [tokenizer(prompt + space + choice, **plain)["input_ids"] for choice in choices]
+    if all(ids[:-1] == before for ids in whole):  # one token each: what comes before runs once
+        with torch.no_grad():
+            following = model(torch.tensor([before])).logits[0, -1].float().log_softmax(-1)
+        sums = [-following[ids[-1]].item() for ids in whole]
+    else:
+        sums = [losses(model, ids)[len(before) - 1 :].sum().item() for ids in whole]
     right = row[suite.get("answer", "answer")]
     right = right if isinstance(right, int) else list(choices).index(right)
     return float(sums.index(min(sums)) == right), 1.0
@@ -70,7 +76,40 @@ def score_passage(model: Any, tokenizer: Any, suite: Row, row: Row) -> tuple[flo
     return every.mean().item(), float(len(every))
 
 
-SCORERS = {"choice": score_choice, "perplexity": score_passage}
+def score_chat(model: Any, tokenizer: Any, suite: Row, row: Row) -> tuple[float, float]:
+    """Return the mean loss of what the original answered to an open prompt, and its tokens."""
+    ids, answer = chat_prompt(tokenizer, suite, row), row[REPLY]
+    found = losses(model, [*ids, *answer])[len(ids) - 1 :]
+    return found.mean().item(), float(len(answer))
+
+
+def chat_prompt(tokenizer: Any, suite: Row, row: Row) -> list[int]:
+    """Return an open prompt as the chat template writes it."""
+    said = [{"role": "user", "content": row[suite.get("prompt", "prompt")]}]
+    text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def write_reply(model: Any, tokenizer: Any, suite: Row, row: Row) -> list[int]:
+    """Return the greedy answer to an open prompt, without what ends it (alone if it is empty)."""
+    ids = chat_prompt(tokenizer, suite, row)
+    length = suite.get("max_new_tokens", 64)
+    with torch.no_grad():
+        written = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=length,
+            pad_token_id=tokenizer.eos_token_id,
+        )[0, len(ids) :]
+    text = tokenizer.decode(written, skip_special_tokens=True)
+    answer = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return list(answer) or [tokenizer.eos_token_id]
+
+
+REPLY = "what the original answers"
+"""The key of a chat item's row that holds the token ids."""
+SCORERS = {"choice": score_choice, "perplexity": score_passage, "chat": score_chat}
 
 
 def why_not(suite: Row, ours: Row) -> str | None:
@@ -103,45 +142,93 @@ def holds(ours: Row, found: Row) -> bool | None:
     return worst > 0 if ours["role"] == "target" else None
 
 
+@dataclass(frozen=True)
+class Recomputed:
+    """What a suite scores by hand, beside what the run kept of the same items."""
+
+    name: str
+    ours: Row
+    found: Row
+    n: int
+    kept_mean: float
+    """The run's own change on the same items."""
+    same: str
+    """How far the two scores of an item agree, in words."""
+    share_same: float
+    """Of choices: how many items score the same by hand; of losses: 1 - their mean distance."""
+
+    def as_row(self) -> str:
+        """Return the row of the table."""
+        low, high = self.ours["interval"]
+        shown, unit = (100, " points") if self.ours["metric"] == "accuracy" else (1, " nats/token")
+        digits = 1 if shown == 100 else 3
+        ours, hand = (
+            f"{shown * mean:+.{digits}f}{unit} [{shown * lowest:+.{digits}f}, "
+            f"{shown * highest:+.{digits}f}]"
+            for mean, lowest, highest in (
+                (self.ours["difference"], low, high),
+                (self.found["mean"], self.found["low"], self.found["high"]),
+            )
+        )
+        said = {True: "holds", False: "DOES NOT HOLD", None: "no condition"}
+        outcome = said[holds(self.ours, self.found)]
+        role = self.ours["role"]
+        return f"| {self.name} ({role}) | {self.n} | {ours} | {hand} | {self.same} | {outcome} |"
+
+
+def recompute(run: Path, suites: Sequence[str] | None, limit: int | None) -> Iterator[Recomputed]:
+    """Score original and merged model of a run by hand, suite by suite."""
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(run / "merged")
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (manifest["base"]["path"], run / "merged")
+    ]
+    for suite_file in map(Path, manifest["config"]["evaluate"]["suites"]):
+        suite = yaml.safe_load(suite_file.read_text(encoding="utf-8"))
+        name = suite.get("name", suite_file.stem)
+        ours = report["suites"].get(name)
+        if ours is None or (suites and name not in suites):
+            continue
+        if reason := why_not(suite, ours):
+            print(f"{name}: left out, {reason}", file=sys.stderr)
+            continue
+        kept = [
+            json.loads((run / "evaluations" / f"{name}.{arm}.json").read_text())["items"][:limit]
+            for arm in ours["compared"]
+        ]
+        rows = list(read_items(suite, suite_file, kept[1]))
+        if suite["task"] == "chat":
+            rows = [row | {REPLY: write_reply(models[0], tokenizer, suite, row)} for row in rows]
+        score = SCORERS[suite["task"]]
+        pairs = [[score(model, tokenizer, suite, row) for row in rows] for model in models]
+        before, after = ([each for each, _ in scored] for scored in pairs)
+        weights = [weight for _, weight in pairs[1]]
+        old, new = ([item["score"] for item in items] for items in kept)
+        apart = [abs(a - b) for a, b in zip([*before, *after], [*old, *new], strict=True)]
+        distance = sum(apart) / len(apart)
+        same = f"{distance:.3f} apart on average"
+        if ours["metric"] == "accuracy":
+            same = f"{sum(each == 0 for each in apart)} of {len(apart)} the same"
+        kept_mean = compare(old, new, [item["weight"] for item in kept[1]])["mean"]
+        found = compare(before, after, weights)
+        yield Recomputed(name, ours, found, len(rows), kept_mean, same, 1 - distance)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line for every suite; return 1 if a condition of the verdict does not hold."""
+    """Print a row for every suite; return 1 if a condition of the verdict does not hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--suites", nargs="+", help="only these")
     parser.add_argument("--limit", type=int, help="only the first so many items of a suite")
     given = parser.parse_args(arguments)
-    report = json.loads((given.run / "report.json").read_text(encoding="utf-8"))
-    manifest = json.loads((given.run / "manifest.json").read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(given.run / "merged")
-    models = [
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        for path in (manifest["base"]["path"], given.run / "merged")
-    ]
+    print("| suite | items | report | by hand | items' scores | condition |")
+    print("|---|---|---|---|---|---|")
     outcomes = []
-    for suite_file in map(Path, manifest["config"]["evaluate"]["suites"]):
-        suite = yaml.safe_load(suite_file.read_text(encoding="utf-8"))
-        name = suite.get("name", suite_file.stem)
-        ours = report["suites"].get(name)
-        if ours is None or (given.suites and name not in given.suites):
-            continue
-        if reason := why_not(suite, ours):
-            print(f"{name}: left out, {reason}")
-            continue
-        kept = json.loads((given.run / "evaluations" / f"{name}.merged.json").read_text())["items"]
-        rows = list(read_items(suite, suite_file, kept[: given.limit]))
-        score = SCORERS[suite["task"]]
-        pairs = [[score(model, tokenizer, suite, row) for row in rows] for model in models]
-        before, after = ([each for each, _ in scored] for scored in pairs)
-        found = compare(before, after, [weight for _, weight in pairs[1]])
-        low, high = ours["interval"]
-        outcomes.append(holds(ours, found))
-        said = {True: "holds", False: "DOES NOT HOLD", None: "no condition"}[outcomes[-1]]
-        print(
-            f"{name} ({ours['role']}): report {ours['difference']:+.4f} [{low:+.4f}, {high:+.4f}] "
-            f"on {ours['n']} items; by hand {found['mean']:+.4f} [{found['low']:+.4f}, "
-            f"{found['high']:+.4f}] on {len(rows)}: {said}",
-            flush=True,
-        )
+    for each in recompute(given.run, given.suites, given.limit):
+        print(each.as_row(), flush=True)
+        outcomes.append(holds(each.ours, each.found))
     return 0 if outcomes and False not in outcomes else 1
 
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from llmtune.commands.options import (
     FORCE_OPTION,
+    ON_OPTION,
     OVERRIDES_ARGUMENT,
     TARGET_ARGUMENT,
     print_result,
@@ -59,10 +60,17 @@ def learning_curve(
 @TARGET_ARGUMENT
 @click.argument("grid", nargs=-1, required=True, metavar="KEY=A,B...")
 @click.option("--dry-run", is_flag=True, help="List the runs, and start none.")
+@ON_OPTION
 @FORCE_OPTION
 @with_output_options
-def sweep(
-    target: str, grid: tuple[str, ...], dry_run: bool, force: bool, quiet: bool, as_json: bool
+def sweep(  # noqa: PLR0913 (one argument an option)
+    target: str,
+    grid: tuple[str, ...],
+    dry_run: bool,
+    on: str | None,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Run a grid of settings, and rank the runs with ties.
 
@@ -74,7 +82,9 @@ def sweep(
     \b
       llmtune sweep mine.yaml train.learning_rate=1e-4,3e-4 adapter.rank=8,16
       llmtune sweep mine.yaml adapter.rank=4,64 run_dir=runs/ranks --dry-run
+      llmtune sweep mine.yaml adapter.rank=4,8,16,64 --on ray
     """
+    from llmtune.experiments.fan_out import find_caller
     from llmtune.experiments.sweep import plan_sweep, render_ranking, run_sweep
 
     show_progress(quiet)
@@ -87,7 +97,7 @@ def sweep(
         lines = (f"{each['run_dir']}" for each in listed)
         print_result(listed, as_json, lambda: "\n".join([*lines, f"{len(points)} runs"]))
         return
-    study = run_sweep(points, force=force)
+    study = run_sweep(points, force=force, engine=find_caller(on))
     print_result(study.as_json(), as_json, lambda: render_ranking(study))
     if study.failed:
         raise click.exceptions.Exit(CheckFailed.exit_code)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.progress import MessageHandler
+from llmtune.launching.config import ENGINES
 
 PIPED_WIDTH = 120
 
@@ -22,6 +23,11 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 CONFIG_ARGUMENT = click.argument("config", type=click.Path(path_type=Path))
 TARGET_ARGUMENT = click.argument("target")
 OVERRIDES_ARGUMENT = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+ON_OPTION = click.option(
+    "--on",
+    type=click.Choice([engine.name for engine in ENGINES if engine.calls_functions]),
+    help="Do the runs side by side on this engine, not here one after another.",
+)
 FORCE_OPTION = click.option("--force", is_flag=True, help="Do again what is finished.")
 
 

@@ -11,6 +11,7 @@ import click
 from llmtune.commands.options import (
     CONFIG_ARGUMENT,
     FORCE_OPTION,
+    ON_OPTION,
     OVERRIDES_ARGUMENT,
     TARGET_ARGUMENT,
     print_result,
@@ -86,6 +87,7 @@ def with_lm_eval_options(command: Command) -> Command:
     metavar="N|A,B,C",
     help="Train and judge so many seeds (or these), and give one joint verdict.",
 )
+@ON_OPTION
 @FORCE_OPTION
 @FAIL_IF_OPTION
 @with_output_options
@@ -93,6 +95,7 @@ def run_all(  # noqa: PLR0913 (one argument an option)
     config: Path,
     overrides: tuple[str, ...],
     seeds: str | None,
+    on: str | None,
     force: bool,
     fail_if: tuple[str, ...],
     quiet: bool,
@@ -120,10 +123,14 @@ def run_all(  # noqa: PLR0913 (one argument an option)
     budgets = parse_budgets(fail_if)
     if budgets:
         require_known_names(budgets, suite_names(loaded.evaluate))
+    if on is not None and seeds is None:
+        raise LlmtuneError(f"--on {on}: is for --seeds; one run goes there by: llmtune launch")
     if seeds is not None:
+        from llmtune.experiments.fan_out import find_caller
         from llmtune.experiments.seeds import parse_seeds, run_seeds
 
-        report = run_seeds(loaded, parse_seeds(seeds, loaded.seed), force=force)
+        chosen = parse_seeds(seeds, loaded.seed)
+        report = run_seeds(loaded, chosen, force=force, engine=find_caller(on))
     else:
         report = pipeline.run(loaded, force=force)
     print_result(report.as_json(), as_json, lambda: render_terminal(report))

@@ -13,11 +13,13 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import arm_kind
 from llmtune.evaluation.main_arms import WITHOUT_ADAPTER, compared_arms
 from llmtune.evaluation.results import ArmResult, arm_result_path, read_arm_result, save_arm_result
+from llmtune.experiments.fan_out import Task, do_all
 from llmtune.experiments.versus import tell_apart
 from llmtune.exporting.config import ExportConfig
 from llmtune.io.json_files import read_json_object
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import SEEDS_FILE, RunDir, atomic_write_json, atomic_write_text
+from llmtune.launching.base import Engine
 from llmtune.reporting.build import build_report, gather_evidence, write_report
 from llmtune.reporting.html import make_environment
 from llmtune.reporting.joint import JointChange, JointSuite, measure_joint_suites
@@ -29,7 +31,6 @@ from llmtune.reporting.suites import SuiteReport
 from llmtune.reporting.verdict.caveats import find_caveats, find_training_caveats
 from llmtune.reporting.verdict.outcome import SHIPPING, Verdict
 from llmtune.reporting.verdict.rules import decide
-from llmtune.runs import pipeline
 from llmtune.runs.ledger import differences, refuse_foreign_place
 from llmtune.runs.stage import deciding_knobs_of
 
@@ -68,8 +69,12 @@ def parse_seeds(text: str, first: int) -> tuple[int, ...]:
     return seeds
 
 
-def run_seeds(config: RunConfig, seeds: Sequence[int], *, force: bool = False) -> Report:
+def run_seeds(
+    config: RunConfig, seeds: Sequence[int], *, force: bool = False, engine: Engine | None = None
+) -> Report:
     """Train and judge the config with every seed, in `run_dir/seed-N`, and all of them together.
+
+    On an engine they train side by side, and then are judged side by side.
 
     What is finished is skipped. What does not depend on the training (original and base, few-shot,
     your prompts) is measured with the first seed and taken over by the others. Nothing is exported:
@@ -83,20 +88,30 @@ def run_seeds(config: RunConfig, seeds: Sequence[int], *, force: bool = False) -
     if config.run.manifest_path.is_file():
         raise LlmtuneError(f"{place}: holds a single run; choose another run_dir for several seeds")
     refuse_foreign_place(place, {f"seed-{seed}" for seed in seeds})
-    runs: list[RunDir] = []
-    for number, seed in enumerate(seeds, start=1):
-        one = config.model_copy(
+    first, *others = (
+        config.model_copy(
             update={"run_dir": place / f"seed-{seed}", "seed": seed, "export": ExportConfig()}
         )
-        log.info("seeds: %d of %d, seed %d", number, len(seeds), seed)
-        if runs:
-            pipeline.train(one, force=force)
-            share_base_results(runs[0], one.run)
-        pipeline.run(one, force=force and not runs)
-        runs.append(one.run)
-    names = [run.path.name for run in runs]
+        for seed in seeds
+    )
+    log.info("seeds: %d%s", len(seeds), f" on {engine.name}" if engine else "")
+    trained = [Task(first, force), *(Task(one, force, until="train") for one in others)]
+    _require_all(trained, engine)
+    for one in others:
+        share_base_results(first.run, one.run)
+    _require_all([Task(one) for one in others], engine)
+    names = [one.run_dir.name for one in (first, *others)]
     atomic_write_json(place / SEEDS_FILE, {"format": 1, "runs": names})
     return report_seeds(place)
+
+
+def _require_all(tasks: Sequence[Task], engine: Engine | None) -> None:
+    for number, error in do_all(tasks, engine):
+        if error is not None:
+            raise error
+        task = tasks[number]
+        ended = "trained" if task.until == "train" else "trained and judged"
+        log.info("seeds: seed %d is %s", task.config.seed, ended)
 
 
 def share_base_results(first: RunDir, other: RunDir) -> None:

@@ -17,19 +17,20 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtune.config import RunConfig
-from llmtune.errors import LlmtuneError, RunInterrupted
+from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import compare_arms
 from llmtune.evaluation.halves import in_selection_half
 from llmtune.evaluation.main_arms import AFTER
 from llmtune.evaluation.results import ArmResult
+from llmtune.experiments.fan_out import Task, do_all
 from llmtune.experiments.versus import MAY_DIFFER, tell_apart
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import read_json_object
 from llmtune.io.manifest import read_manifest
 from llmtune.io.run_dir import SWEEP_FILE, RunDir, atomic_write_json
+from llmtune.launching.base import Engine
 from llmtune.reporting.numbers import Unit, unit_of_metric, without_nan
 from llmtune.reporting.run_results import read_current_results, read_resampling, restrict
-from llmtune.runs import pipeline
 from llmtune.runs.ledger import differences, refuse_foreign_place
 from llmtune.runs.listing import summarize_run
 from llmtune.runs.stage import deciding_knobs_of
@@ -151,8 +152,12 @@ def plan_sweep(target: str, arguments: Sequence[str]) -> list[Point]:
     return points
 
 
-def run_sweep(points: Sequence[Point], *, force: bool = False) -> RankStudy:
+def run_sweep(
+    points: Sequence[Point], *, force: bool = False, engine: Engine | None = None
+) -> RankStudy:
     """Run every point and rank them; what is finished is skipped.
+
+    On an engine they run side by side; the ranking is the same.
 
     A point that fails is named and the rest continue. Prepared rows and the scores of the base are
     shared by the points that have the same.
@@ -163,15 +168,15 @@ def run_sweep(points: Sequence[Point], *, force: bool = False) -> RankStudy:
     """
     place = points[0].config.run_dir.parent
     failed: dict[str, str] = {}
-    for number, point in enumerate(points, start=1):
-        log.info("sweep: %d of %d, %s", number, len(points), point.name)
-        try:
-            pipeline.run(point.config, force=force)
-        except RunInterrupted:
-            raise
-        except LlmtuneError as error:
-            log.warning("sweep: %s failed: %s", point.name, error)
-            failed[point.name] = str(error)
+    tasks = [Task(point.config, force) for point in points]
+    log.info("sweep: %d runs%s", len(points), f" on {engine.name}" if engine else "")
+    for count, (number, error) in enumerate(do_all(tasks, engine), start=1):
+        name = points[number].name
+        if error is None:
+            log.info("sweep: %d of %d done, %s", count, len(points), name)
+        else:
+            log.warning("sweep: %s failed: %s", name, error)
+            failed[name] = str(error)
         _write(place, points, failed)
     if len(failed) == len(points):
         raise LlmtuneError(

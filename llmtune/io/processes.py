@@ -208,12 +208,18 @@ class Processes:
 
     @contextlib.contextmanager
     def connected(self, device_type: str) -> Iterator[None]:
-        """Connect the processes inside; all of them enter and leave together."""
+        """Connect the processes inside; all of them enter and leave together.
+
+        Inside of a connection this does nothing more.
+        """
         if not self.are_many:
             yield
             return
         import torch.distributed as dist
 
+        if dist.is_initialized():
+            yield
+            return
         assert self._store is not None
         with self._heeding():
             dist.init_process_group(
@@ -273,6 +279,20 @@ class Processes:
 
             with self._heeding():
                 dist.broadcast(tensor, src=0)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Make one clear failure of a connection that breaks off in a library's own calls."""
+        import torch.distributed as dist
+
+        try:
+            yield
+        except dist.DistBackendError as error:
+            raise self._lost(f"could not work together ({plain_reason(error)})") from error
+        except RuntimeError as error:
+            if "gloo" not in str(error):
+                raise
+            raise self._lost() from error
 
     @contextlib.contextmanager
     def _heeding(self) -> Iterator[None]:

@@ -3,10 +3,10 @@
 import re
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Generic, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -14,18 +14,25 @@ import yaml
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import hash_file, hash_json
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 CONFIG_FILE = "config.yaml"
 """The config as the job runs it, beside the engine's file."""
 FETCH_FILE = "fetch.sh"
 """The script that brings the run directory back."""
+TEMPORARY_OPTION = "--temporary-code"
+"""Of `launching.torchrun`: with which exit code it asks its engine to try again."""
 PORT = 29400
 """Where the processes of several nodes find each other."""
 WHEEL = re.compile(r"llmtune-[^-]+(-\d[^-]*)?-py3-none-any\.whl")
-PINNED = re.compile(r"git\+.+/.+@[^@/]+(#.*)?")
+PIN = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}|refs/tags/.+", re.IGNORECASE)
+"""What does not move: a whole commit, or a tag that is said to be one; a name may be a branch."""
 INSTALLED = "installed"
 PACKAGES = (
     "a wheel (dist/llmtune-VERSION-py3-none-any.whl, made by: python -m pip wheel --no-deps -w "
-    "dist CLONE), a git source with its commit or tag (git+https://HOST/PATH@COMMIT), or "
+    "dist CLONE), a git source with its whole commit or its tag (git+https://HOST/PATH@COMMIT, "
+    "...@refs/tags/TAG), or "
     f"{INSTALLED!r} if the machines have llmtune already"
 )
 
@@ -80,8 +87,15 @@ def read_package(text: str | None) -> Package:
                 "--package: the address holds a user or a password, which would be written to the "
                 "job's file; leave it out, and let git on the machines ask for it"
             )
-        if not PINNED.fullmatch(text):
+        _, at, ref = place.path.rpartition("@")
+        if not (at and ref):
             raise LlmtuneError(f"--package {text}: names no commit or tag; add @COMMIT at its end")
+        if not PIN.fullmatch(ref):
+            raise LlmtuneError(
+                f"--package {text}: {ref!r} may be a branch, which moves between two starts of the "
+                "job; give the whole commit (the 40 digits that `git rev-parse` prints), or a tag "
+                f"as @refs/tags/{ref}"
+            )
         return Package(text)
     raise LlmtuneError(
         f"--package {text}: expected {PACKAGES}. A bare name is never installed: on the public "
@@ -136,20 +150,32 @@ class LaunchJob:
         return self.options.get(name)
 
     def command(
-        self, config: str, *, python: str = "python", node_rank: str = "0", address: str = ""
+        self,
+        config: str,
+        *,
+        python: str = "python",
+        node_rank: str = "0",
+        address: str = "",
+        temporary_code: int | None = None,
     ) -> str:
         """Return the shell command of one node: the one that a user types on one machine.
+
+        With several processes it ends with the run's own exit code, as with one.
 
         Args:
             config: the config's path there.
             python: the interpreter, as the shell reads it.
             node_rank: the node's number, as the shell reads it.
             address: the first node's, as the shell reads it.
+            temporary_code: what several processes end with where trying again may help.
         """
         run = f"-m llmtune run {shlex.quote(config)}"
         if self.nodes == 1 and self.gpus <= 1:
             return f"{python} {run}"
-        start = f"{python} -m torch.distributed.run --nproc-per-node {max(self.gpus, 1)}"
+        start = f"{python} -m llmtune.launching.torchrun"
+        if temporary_code is not None:
+            start += f" {TEMPORARY_OPTION} {temporary_code}"
+        start += f" --nproc-per-node {max(self.gpus, 1)}"
         if self.nodes == 1:
             return f"{start} --standalone {run}"
         return (
@@ -183,6 +209,17 @@ class LaunchJob:
         return [f': "${{{name}:?the job needs {name} in its environment}}"' for name in self.env]
 
 
+@dataclass(frozen=True)
+class Called(Generic[R]):
+    """One call of a function that an engine has made."""
+
+    number: int
+    """Of the value."""
+    value: R | None = None
+    lost: str | None = None
+    """Why it came to no end, if it did not."""
+
+
 class Engine(ABC):
     """One cluster engine; it is listed in `launching.config.ENGINES`."""
 
@@ -199,6 +236,8 @@ class Engine(ABC):
     store_help: ClassVar[str] = ""
     """What `--store` means for it; empty if there is no use for it."""
     options: ClassVar[tuple[EngineOption, ...]] = ()
+    calls_functions: ClassVar[bool] = False
+    """Whether it can call a function for several values at once: `call_each`."""
 
     def check(self, job: LaunchJob) -> None:  # noqa: B027
         """Check what was asked for before anything is written.
@@ -219,6 +258,23 @@ class Engine(ABC):
     @abstractmethod
     def submit_command(self, job: LaunchJob) -> list[str]:
         """Return the command that hands the job in, run in this directory."""
+
+    def call_each(
+        self, function: Callable[[T], R], values: Sequence[T], *, wants_gpu: bool
+    ) -> Iterator["Called[R]"]:
+        """Call a function for every value, several at once on its machines; yield what has ended.
+
+        The machines see this directory under the same path.
+
+        Args:
+            function: of a module, so that a machine finds it by name.
+            values: what it is called with, one each.
+            wants_gpu: whether a call takes a GPU where there are some, or else a whole machine.
+
+        Raises:
+            LlmtuneError: it cannot call functions, or its library is not installed.
+        """
+        raise LlmtuneError(f"--on {self.name}: it starts jobs, and cannot call functions")
 
     @abstractmethod
     def notes(self, job: LaunchJob) -> Sequence[str]:

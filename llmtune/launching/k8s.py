@@ -1,4 +1,4 @@
-"""Kubernetes: a Job on one node, a PyTorchJob on several; a volume keeps the run (light)."""
+"""Kubernetes: a Job, on several nodes one of Kubeflow's kinds; a volume keeps the run (light)."""
 
 import base64
 import gzip
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.sizes import format_size
+from llmtune.launching import kubeflow
 from llmtune.launching.base import (
     CONFIG_FILE,
     FETCH_FILE,
@@ -19,6 +20,7 @@ from llmtune.launching.base import (
     dump_yaml,
     script,
 )
+from llmtune.launching.kubeflow import Value
 
 MAX_MAP_BYTES = 700_000
 """Of the packed inputs: a ConfigMap holds 1 MiB, and base64 makes three bytes four."""
@@ -26,12 +28,8 @@ IMAGE = "python:3.12"
 VOLUME = "/llmtune-volume"
 FILES = "/llmtune-files"
 PACKED = "files.tar.gz"
-RETRIES = 6
 GRACE_SECONDS = 120
-WRONG_INPUT = 2
 NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
-
-Value = dict[str, object]
 
 
 class K8sEngine(Engine):
@@ -44,10 +42,20 @@ class K8sEngine(Engine):
     options = (
         EngineOption("image", f"Container image; {IMAGE} without it."),
         EngineOption("namespace", "Kubernetes namespace."),
+        EngineOption(
+            "kind",
+            f"{', '.join(kubeflow.CONTAINERS)}; without it job, on several nodes pytorchjob.",
+        ),
     )
 
     def check(self, job: LaunchJob) -> None:
-        """Require a volume, and inputs that fit into a ConfigMap."""
+        """Require a volume, a kind that can do it, and inputs that fit into a ConfigMap."""
+        kind = _kind(job)
+        if kind not in kubeflow.CONTAINERS:
+            raise LlmtuneError(f"--kind {kind}: expected one of {', '.join(kubeflow.CONTAINERS)}")
+        if (kind == "job" and job.nodes > 1) or (kind == "pytorchjob" and job.nodes == 1):
+            other = "pytorchjob or trainjob" if job.nodes > 1 else "job or trainjob"
+            raise LlmtuneError(f"--kind {kind}: --nodes is {job.nodes}; expected {other}")
         if job.store is None or not NAME.fullmatch(job.store):
             given = "--on k8s" if job.store is None else f"--store {job.store}"
             raise LlmtuneError(f"{given}: give --store CLAIM, {self.store_help}")
@@ -90,59 +98,26 @@ class K8sEngine(Engine):
                 "volumes": [_claim(job)],
             },
         }
-        parts = [inputs, self._job(job) if job.nodes == 1 else self._pytorch_job(job)]
+        parts = [inputs, *self._jobs(job)]
         return {
             self.file: dump_yaml(*parts),
             "fetch.yaml": dump_yaml(fetch),
             FETCH_FILE: script(self._fetch_lines(job)),
         }
 
-    def _job(self, job: LaunchJob) -> Value:
-        return {
-            "apiVersion": "batch/v1",
-            "kind": "Job",
-            "metadata": self._metadata(job, job.name),
-            "spec": {
-                "backoffLimit": RETRIES,
-                "podFailurePolicy": {
-                    "rules": [
-                        {  # wrong input stays wrong
-                            "action": "FailJob",
-                            "onExitCodes": {
-                                "containerName": "pytorch",
-                                "operator": "In",
-                                "values": [WRONG_INPUT],
-                            },
-                        },
-                        {  # a pod that was taken away is no failure
-                            "action": "Ignore",
-                            "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
-                        },
-                    ]
-                },
-                "template": self._template(job, "Never"),
-            },
+    def _jobs(self, job: LaunchJob) -> list[Value]:
+        metadata, kind = self._metadata(job, job.name), _kind(job)
+        if kind == "pytorchjob":
+            return [kubeflow.pytorch_job(job, metadata, self._template(job, None))]
+        template = self._template(job, "Never")
+        if kind == "trainjob":
+            return kubeflow.train_job(job, metadata, template)
+        spec = {
+            "backoffLimit": kubeflow.RETRIES,
+            "podFailurePolicy": kubeflow.pod_failure_policy(kubeflow.CONTAINERS[kind]),
+            "template": template,
         }
-
-    def _pytorch_job(self, job: LaunchJob) -> Value:
-        template = self._template(job, None)
-        return {
-            "apiVersion": "kubeflow.org/v1",
-            "kind": "PyTorchJob",
-            "metadata": self._metadata(job, job.name),
-            "spec": {
-                "runPolicy": {"backoffLimit": RETRIES, "cleanPodPolicy": "Running"},
-                "nprocPerNode": str(max(job.gpus, 1)),
-                "pytorchReplicaSpecs": {
-                    "Master": {"replicas": 1, "restartPolicy": "OnFailure", "template": template},
-                    "Worker": {
-                        "replicas": job.nodes - 1,
-                        "restartPolicy": "OnFailure",
-                        "template": template,
-                    },
-                },
-            },
-        }
+        return [{"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}]
 
     def _template(self, job: LaunchJob, restart: str | None) -> Value:
         limits: Value = {"nvidia.com/gpu": job.gpus} if job.gpus else {}
@@ -151,7 +126,7 @@ class K8sEngine(Engine):
             for name in job.env
         ]
         container: Value = {
-            "name": "pytorch",
+            "name": kubeflow.CONTAINERS[_kind(job)],
             "image": job.option("image") or IMAGE,
             "command": ["bash", "-c", "\n".join(self._lines(job))],
             **({"env": secrets} if secrets else {}),
@@ -185,6 +160,7 @@ class K8sEngine(Engine):
             python=python,
             node_rank='"${PET_NODE_RANK:-$RANK}"',
             address='"${PET_MASTER_ADDR:-$MASTER_ADDR}"',
+            temporary_code=kubeflow.TEMPORARY if _kind(job) == "pytorchjob" else None,
         )
         return [
             "set -euo pipefail",
@@ -192,7 +168,7 @@ class K8sEngine(Engine):
             "cd /tmp/llmtune",
             f"tar -xzf {FILES}/{PACKED}",
             *job.require_lines(),
-            *install,
+            *([f"trap 'exit {kubeflow.TEMPORARY}' ERR", *install] if install else []),
             f"exec {command}",
         ]
 
@@ -232,9 +208,15 @@ class K8sEngine(Engine):
             values = " ".join(f'--from-literal={name}="${name}"' for name in job.env)
             create = shlex.join(self._kubectl(job))
             lines.append(f"once: {create} create secret generic {_secret(job)} {values}")
+        if operator := kubeflow.OPERATORS.get(_kind(job)):
+            lines.append(f"needs {operator} in the cluster")
         if job.nodes > 1:
-            lines.append("needs Kubeflow's training operator, and a claim that is ReadWriteMany")
+            lines.append(f"the claim {job.store} must be ReadWriteMany")
         return [*lines, f"the run comes back with: bash {job.folder / FETCH_FILE}"]
+
+
+def _kind(job: LaunchJob) -> str:
+    return job.option("kind") or ("job" if job.nodes == 1 else "pytorchjob")
 
 
 def _claim(job: LaunchJob) -> Value:

@@ -1,10 +1,21 @@
 """Ray: a job whose driver starts the same command on each node it was given (light)."""
 
+import importlib.util
 import shlex
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
-from llmtune.launching.base import CONFIG_FILE, Engine, EngineOption, LaunchJob, dump_yaml
+from llmtune.launching.base import (
+    CONFIG_FILE,
+    Called,
+    Engine,
+    EngineOption,
+    LaunchJob,
+    R,
+    T,
+    dump_yaml,
+)
 
 
 class RayEngine(Engine):
@@ -14,6 +25,7 @@ class RayEngine(Engine):
     program = "ray"
     file = "runtime_env.yaml"
     gathers_inputs = True
+    calls_functions = True
     store_help = "a directory that every node sees; on one machine any directory"
     options = (
         EngineOption("address", "Of the cluster's dashboard; http://127.0.0.1:8265 without it."),
@@ -52,6 +64,19 @@ class RayEngine(Engine):
             *("--runtime-env", str(job.folder / self.file)),
             *("--", *driver),
         ]
+
+    def call_each(
+        self, function: Callable[[T], R], values: Sequence[T], *, wants_gpu: bool
+    ) -> Iterator[Called[R]]:
+        """Call it in tasks of the cluster that runs, or of one made here."""
+        if importlib.util.find_spec("ray") is None:
+            raise LlmtuneError(
+                "--on ray: Ray is not installed here (python -m pip install ray); without --on "
+                "everything runs here, one after another"
+            )
+        from llmtune.launching.ray_calls import call_each
+
+        return call_each(function, values, wants_gpu=wants_gpu)
 
     def notes(self, job: LaunchJob) -> list[str]:
         """Return where the run appears, and what Ray needs."""

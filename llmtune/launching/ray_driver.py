@@ -114,7 +114,7 @@ def run_node(
     nodes, place, processes = shape
     command = [sys.executable]
     if nodes * processes > 1:
-        command += ["-m", "torch.distributed.run", "--nnodes", str(nodes)]
+        command += ["-m", "llmtune.launching.torchrun", "--nnodes", str(nodes)]
         command += ["--nproc-per-node", str(processes), "--node-rank", str(place)]
         command += ["--master-addr", first[0], "--master-port", str(first[1])]
     process = subprocess.Popen(

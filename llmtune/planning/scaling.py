@@ -1,7 +1,8 @@
 """What several cards bring: memory on each, bytes between them, and how much faster a step is.
 
 Data parallel training keeps the whole base on every card and adds up the adapter's gradients once a
-step. `batch_size` is that of all cards together, so a card's share of a step shrinks.
+step. `batch_size` is that of all cards together, so a card's share of a step shrinks. With
+`train.shard` each card keeps a part of every layer, and receives the rest twice a micro-batch.
 """
 
 import math
@@ -20,6 +21,8 @@ GIGA = 1e9
 ASSUMED_LINKS = {False: (20.0, "PCIe 4.0"), True: (10.0, "100 Gbit/s between machines")}
 """By whether there are several machines: usable GB/s of a card's slowest link, and what it is."""
 BUFFER = "reduction buffer"
+MOST_SHARDS = 64
+"""Cards that a base is planned to be sharded over at most, if a step has fewer rows."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Scaling:
     """Cards with which it fits; None if no number is enough."""
     way: str | None
     """What would make it fit if no number of cards does."""
+    gathered_bytes: int = 0
+    """Of the other cards' parts of a sharded base: what each card receives in a step."""
 
     @property
     def rows_a_card(self) -> int:
@@ -71,10 +76,15 @@ class Scaling:
         return self.sent_bytes / (self.link * GIGA)
 
     @property
+    def gather_seconds(self) -> float:
+        """Return how long a step's layers take on this link."""
+        return self.gathered_bytes / (self.link * GIGA)
+
+    @property
     def step_seconds(self) -> float:
-        """Return the time of a step on all cards."""
+        """Return the time of a step on all cards: a layer is fetched while the one before runs."""
         share = self.rows_a_card / self.batch_size
-        return self.one_card_seconds * share + self.reduction_seconds
+        return max(self.one_card_seconds * share, self.gather_seconds) + self.reduction_seconds
 
     @property
     def speedup(self) -> float:
@@ -96,6 +106,8 @@ class Scaling:
             "step_source": self.step_source,
             "step_seconds": self.step_seconds,
             "reduction_seconds": self.reduction_seconds,
+            "gathered_bytes": self.gathered_bytes,
+            "gather_seconds": self.gather_seconds,
             "speedup": self.speedup,
             "efficiency": self.speedup / self.spread.cards,
             "smallest_cards": self.smallest,
@@ -106,8 +118,9 @@ class Scaling:
         """Return what is said of it, a line each."""
         cards, rows = self.spread.cards, self.rows_a_card
         machines = f" on {self.spread.nodes} machines" if self.spread.nodes > 1 else ""
+        kept = f"1/{cards} of the base's layers" if self.gathered_bytes else "the whole base"
         said = [
-            f"cards        {cards}{machines}, each with the whole base and {rows} of the "
+            f"cards        {cards}{machines}, each with {kept} and {rows} of the "
             f"{self.batch_size} rows of a step; memory above is one card's",
             f"traffic      {format_size(self.reduced_bytes)} of gradients are added up once a "
             f"step: {format_size(self.sent_bytes)} sent by each card, "
@@ -116,6 +129,12 @@ class Scaling:
             f"({self.speedup / cards:.0%} of {cards}): a step {self.one_card_seconds:.3g} -> "
             f"{self.step_seconds:.3g} s ({self.step_source}); computed, not measured",
         ]
+        if self.gathered_bytes:
+            said.insert(
+                2,
+                f"layers       {format_size(self.gathered_bytes)} of the others' parts are "
+                f"received by each card in a step, {self.gather_seconds:.3g} s, while it computes",
+            )
         if cards > self.batch_size:
             said.append(f"             {cards - self.batch_size} cards have no row in a step")
         if self.smallest is None:
@@ -141,7 +160,7 @@ def plan_card(
     step = max(math.ceil(rows.largest_step / cards), rows.longest)
     buffer = FLOAT32 * parameters
     device = replace(request.device, memory_bytes=max(request.device.memory_bytes - buffer, 0))
-    smaller = replace(request, train=train, device=device)
+    smaller = replace(request, train=train, device=device, cards=cards)
     found = plan_memory_of(smaller, shape, replace(rows, largest_step=step))
     return replace(
         found,
@@ -175,6 +194,14 @@ def plan_scaling(
     if spread.step_seconds is not None:
         seconds, step_source = spread.step_seconds, "given"
     smallest = _smallest(request, shape, rows, parameters)
+    gathered = 0.0
+    if request.train.shard == "full" and spread.cards > 1:
+        rows_a_card = math.ceil(request.train.batch_size / spread.cards)
+        tokens = plan_card(request, shape, rows, spread.cards, parameters=parameters).tokens
+        micro_batches = math.ceil(rows_a_card * rows.mean / tokens)
+        element_bytes = 4 if request.model.dtype == "float32" else 2
+        received = element_bytes * shape.layer_parameters * (spread.cards - 1) / spread.cards
+        gathered = 2 * micro_batches * received
     return Scaling(
         spread=spread,
         batch_size=request.train.batch_size,
@@ -186,6 +213,7 @@ def plan_scaling(
         step_source=step_source,
         smallest=smallest,
         way=None if smallest else _other_way(request, shape, rows, spread.cards, parameters),
+        gathered_bytes=round(gathered),
     )
 
 
@@ -193,13 +221,16 @@ def _smallest(
     request: PlanRequest, shape: ModelShape, rows: RowFacts, parameters: int
 ) -> int | None:
     """Return the fewest cards that fit: from two on, each has less to hold the more there are."""
+    most = request.train.batch_size
+    if request.train.shard == "full":
+        most = max(most, MOST_SHARDS)
 
     def fits(cards: int) -> bool:
         return plan_card(request, shape, rows, cards, parameters=parameters).fits
 
     if fits(1):
         return 1
-    several = range(2, request.train.batch_size + 1)
+    several = range(2, most + 1)
     found = bisect_left(several, True, key=fits)
     return several[found] if found < len(several) else None
 
@@ -209,16 +240,24 @@ def _other_way(
 ) -> str:
     memory = plan_card(request, shape, rows, cards, parameters=parameters)
     base = memory.components["base"]
+    if request.train.shard == "full":
+        return (
+            f"even over {MOST_SHARDS} cards a part of the base and what is computed with it take "
+            f"more than one has; shorten rows, or lower the rank"
+        )
     said = f"the base takes {format_size(base)}, and each card holds all of it"
     quantized = replace(request, model=request.model.model_copy(update={"quantization": SMALLEST}))
     is_larger = request.model.storage.bits > SMALLEST.bits
     if is_larger and plan_card(quantized, shape, rows, 1, parameters=parameters).fits:
         return f"{said}; with model.quantization='{{method: {SMALLEST.method}}}' one card is enough"
-    rest = memory.memory_bytes - (memory.total_bytes - base)
-    if rest <= 0:
-        return f"{said}, and without it there is no room either; shorten rows or lower the rank"
-    needed = math.ceil(base / rest)
-    return (
-        f"{said}; the base would have to be sharded, over {needed} or more such cards, "
-        "which llmtune does not do yet"
+    keys = "train.shard=full" + (
+        " model.quantization=null" if request.model.storage.is_quantized else ""
     )
+    dense = request.model.model_copy(update={"quantization": None})
+    sharded = replace(
+        request, model=dense, train=request.train.model_copy(update={"shard": "full"})
+    )
+    needed = _smallest(sharded, shape, rows, parameters)
+    if needed is None:
+        return f"{said}, and without it there is no room either; shorten rows or lower the rank"
+    return f"{said}; with {keys} each holds a part, which fits on {needed} cards"

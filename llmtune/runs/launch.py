@@ -191,14 +191,22 @@ class _Gathered:
         if self.is_shared:
             return str(_whole(named))
         root = _whole(root)
-        place = f"inputs/{len(self.inputs) + 1}"
         if root.is_relative_to(self.here):
             place = str(root.relative_to(self.here))
+        else:
+            places = (f"inputs/{number}" for number in itertools.count(1))
+            place = next(place for place in places if not self._is_taken(place))
         for path in paths:
             self.inputs[os.path.normpath(f"{place}/{_whole(path).relative_to(root)}")] = _whole(
                 path
             )
         return os.path.normpath(f"{place}/{_whole(named).relative_to(root)}")
+
+    def _is_taken(self, place: str) -> bool:
+        """Whether the job has something there, or may get it: from the directory it is made in."""
+        return (self.here / place).exists() or any(
+            Path(name).is_relative_to(place) for name in self.inputs
+        )
 
 
 def _whole(path: Path) -> Path:

@@ -12,6 +12,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.experiments.seeds import join_reports, open_seed_run, parse_seeds
 from llmtune.io.manifest import Manifest, read_manifest
 from llmtune.io.run_dir import RunDir
+from tests.experiments.engine import call_like_an_engine
 from tests.project import make_project
 from tests.reporting.planted import PlantedSuite, improve, plant_run, right_wrong, worsen
 
@@ -164,7 +165,7 @@ def test_seeds_are_a_number_or_a_list(text, seeds):
         assert parse_seeds(text, 7) == seeds
 
 
-def test_seeds_are_trained_judged_and_reported_as_one(tmp_path, capsys):
+def test_seeds_are_trained_judged_and_reported_as_one(tmp_path, capsys, monkeypatch):
     path = make_project(tmp_path)
     place = tmp_path / "three"
     short = ["train.max_steps=2", "evaluate.limit=4", "evaluate.extent=none", f"run_dir={place}"]
@@ -191,9 +192,13 @@ def test_seeds_are_trained_judged_and_reported_as_one(tmp_path, capsys):
         assert joint["interval"][0] <= joint["difference"] <= joint["interval"][1]
     # The base is scored with the first seed alone.
     assert min(seconds[:2]) > 0 and seconds[2:] == [0.0] * 4
-    # Nothing is done twice, and the directory is what a report is made of.
+    # Nothing is done twice, on an engine neither, and the directory is what a report is made of.
     before = [(place / f"seed-{seed}" / "manifest.json").read_bytes() for seed in range(3)]
-    assert run_command(command) == 0
+    calls = call_like_an_engine(monkeypatch)
+    assert run_command([*command, "--on", "ray"]) == 0
+    assert calls == [2, 1, 0, 1, 0], "all train side by side, and then all but the first are judged"
+    assert json.loads((place / "report.json").read_text())["suites"] == report["suites"]
     assert [(place / f"seed-{seed}" / "manifest.json").read_bytes() for seed in range(3)] == before
+    assert run_command(["run", str(path), "--on", "ray"]) == 2
     assert run_command(["report", str(place), "-q"]) == 0
     assert "between seeds" in capsys.readouterr().out

@@ -1,16 +1,23 @@
 """A grid of settings: each point is a run, one that fails is named, and the rest are ranked."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from llmtune.cli import run_command
 from llmtune.config import RunConfig
-from llmtune.errors import LlmtuneError
+from llmtune.errors import LlmtuneError, RunInterrupted
+from llmtune.experiments.fan_out import Outcome, Task, do_all, find_caller
 from llmtune.experiments.sweep import rank_runs
 from llmtune.io.manifest import Manifest
+from llmtune.launching.base import Called
+from llmtune.launching.ray import RayEngine
 from llmtune.runs import pipeline
+from tests.experiments.engine import call_like_an_engine
 from tests.project import make_project
 from tests.reporting.planted import PlantedSuite, improve, plant_run, right_wrong
 
@@ -56,6 +63,32 @@ def test_the_best_of_many_equal_runs_is_not_flattered(tmp_path):
     assert len(study.ties) == 7
 
 
+@pytest.mark.parametrize(
+    ("outcome", "kind"),
+    [
+        (Outcome(), type(None)),
+        (Outcome("no room", 2), LlmtuneError),
+        (Outcome("stopped", 3), RunInterrupted),
+    ],
+)
+def test_what_ended_on_a_machine_is_what_it_would_be_here(monkeypatch, outcome, kind):
+    def call_each(self, function, values, *, wants_gpu):
+        yield Called(1, lost="its process was lost")
+        yield Called(0, outcome)
+
+    monkeypatch.setattr(RayEngine, "call_each", call_each)
+    task = Task(cast(Any, SimpleNamespace(model=SimpleNamespace(device="auto"))))
+    found = do_all([task, task], find_caller("ray"))
+    number, error = next(found)
+    assert number == 1 and "was lost" in str(error) and error.exit_code == 2
+    if kind is RunInterrupted:
+        with pytest.raises(RunInterrupted, match="stopped"):
+            next(found)
+    else:
+        number, error = next(found)
+        assert number == 0 and type(error) is kind
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     return make_project(tmp_path_factory.mktemp("sweep"))
@@ -80,8 +113,13 @@ def test_a_grid_is_run_ranked_and_continued(project, capsys, monkeypatch):
     assert run_command([*command, *settings, "--json", "--quiet"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert len(found["runs"]) == 1 and list(found["failed"].values()) == ["out of memory"]
-    assert run_command([*command, *settings, "--json", "--quiet"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["runs"]) == 2
+    # on an engine the rest is done, in any order
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run_command([*command, *settings, "--on", "ray"]) == 2
+    assert "Ray is not installed here" in capsys.readouterr().err
+    calls = call_like_an_engine(monkeypatch)
+    assert run_command([*command, *settings, "--json", "--quiet", "--on", "ray"]) == 0
+    assert calls == [1, 0] and len(json.loads(capsys.readouterr().out)["runs"]) == 2
     assert run_command(["report", str(project.parent / "run")]) == 0
     assert "minus winner" in capsys.readouterr().out
 

@@ -52,4 +52,4 @@ def test_a_new_engine_writes_its_file_and_is_handed_in(tmp_path):
     done = house.run("launch", "config.yaml", *options, cwd=tmp_path)
     lines = done.stdout.splitlines()
     assert lines[0] == "hello"
-    assert "torch.distributed.run --nproc-per-node 2 --standalone -m llmtune run" in lines[1]
+    assert "llmtune.launching.torchrun --nproc-per-node 2 --standalone -m llmtune run" in lines[1]

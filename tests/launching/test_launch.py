@@ -1,16 +1,22 @@
 """`llmtune launch`: each engine's file is what that engine takes, and does what a user would."""
 
 import base64
+import functools
+import importlib
 import importlib.util
 import io
 import json
+import logging
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import jsonschema
 import pytest
@@ -18,10 +24,13 @@ import yaml
 
 from llmtune.cli import run_command
 from llmtune.config import load_config
+from llmtune.launching import torchrun
+from llmtune.launching.base import Called
 from llmtune.launching.config import ENGINES
+from tests.processes import free_port
 from tests.project import make_project
 
-GIT = "git+https://example.org/team/tuner@v1"
+GIT = f"git+https://example.org/team/tuner@{'0123456789' * 4}"
 NEEDED = {
     "sky": ("--accelerator", "H100", "--store", "s3://bucket/runs"),
     "slurm": (),
@@ -137,6 +146,9 @@ def test_a_dry_run_writes_a_config_that_loads_and_no_secret(launch, engine):
         ("slurm", "llmtune", (), "belongs to somebody else"),
         ("slurm", "llmtune==0.1.0", (), "belongs to somebody else"),
         ("slurm", "git+https://example.org/team/tuner", (), "no commit or tag"),
+        ("slurm", "git+https://example.org/team/tuner@main", (), "'main' may be a branch"),
+        ("slurm", "git+ssh://git@example.org/team/tuner@a/b", (), "or a tag as @refs/tags/a/b"),
+        ("slurm", "git+ssh://git@example.org/team/tuner", (), "no commit or tag"),
         ("slurm", "git+https://me:token@example.org/team/tuner@v1", (), "a user or a password"),
         ("slurm", "llmtune-9-py3-none-any.whl", (), "no such file"),
         ("slurm", "git+https://me:token@[abc/tuner@v1", (), "cannot be read as an address"),
@@ -146,6 +158,9 @@ def test_a_dry_run_writes_a_config_that_loads_and_no_secret(launch, engine):
         ("slurm", GIT, ("--partition", "a b"), "expected one word"),
         ("sky", GIT, ("--store", "/here"), "expected s3://"),
         ("k8s", GIT, ("--store", "Not A Name"), "PersistentVolumeClaim"),
+        ("k8s", GIT, ("--kind", "pod"), "expected one of job, pytorchjob, trainjob"),
+        ("k8s", GIT, ("--kind", "job", "--nodes", "2"), "expected pytorchjob or trainjob"),
+        ("k8s", GIT, ("--kind", "pytorchjob"), "expected job or trainjob"),
         ("ray", GIT, ("--store", "here"), "every node sees"),
         ("slurm", GIT, ("model.base=models/gone.gguf",), "no such file here"),
     ],
@@ -191,24 +206,50 @@ def test_links_of_an_earlier_launch_lead_nowhere(launch, place, monkeypatch):
     assert "holds the inputs themselves" in launch.capsys.readouterr().err
 
 
+SBATCH = {
+    "job-name": r"[a-z0-9-]+",
+    "nodes": r"\d+",
+    "ntasks-per-node": r"\d+",
+    "gpus-per-node": r"(\w+:)?\d+",
+    "cpus-per-task": r"\d+",
+    "requeue": "",
+    "signal": r"(B:)?[A-Z0-9]+@\d+",
+    "open-mode": "append|truncate",
+    "output": r"/.+%x-%j\.log",
+    "partition": r"[\w.,-]+",
+    "account": r"[\w.-]+",
+    "time": r"(\d+-)?\d+(:\d+){0,2}",
+}
+"""Options that sbatch documents: those of ours, with the form of their values."""
+
+
 def directives(text):
-    """Return what sbatch reads of a script: the lines before the first command."""
+    """Return what sbatch reads of a script: an option a line, before the first command."""
     found = {}
-    for line in text.splitlines()[1:]:
+    lines = text.splitlines()
+    assert lines[0].startswith("#!/"), "sbatch takes no script without an interpreter"
+    for number, line in enumerate(lines[1:], start=1):
         if not line.startswith("#SBATCH "):
+            assert not any(line.startswith("#SBATCH") for line in lines[number:])
             break
-        name, _, value = line.removeprefix("#SBATCH --").partition("=")
-        found[name] = value.strip('"')
+        (word,) = shlex.split(line.removeprefix("#SBATCH "))
+        name, _, value = word.removeprefix("--").partition("=")
+        assert word.startswith("--") and name not in found
+        assert re.fullmatch(SBATCH[name], value), line
+        found[name] = value
     return found
 
 
 def test_slurm_starts_torchrun_on_each_node_and_queues_again_before_its_time_is_over(
     launch, tmp_path, place
 ):
-    launch("slurm", "--nodes", "2", "--gpus", "4", "--time", "8:00:00", "--dry-run")
+    queue = ("--partition", "long", "--account", "team-1", "--accelerator", "H100")
+    launch("slurm", "--nodes", "2", "--gpus", "4", "--time", "8:00:00", *queue, "--dry-run")
     text = (launch.folder / "job.sbatch").read_text()
     given = directives(text)
-    assert given["nodes"] == "2" and given["gpus-per-node"] == "4" and given["time"] == "8:00:00"
+    assert (
+        given["nodes"] == "2" and given["gpus-per-node"] == "H100:4" and given["time"] == "8:00:00"
+    )
     assert given["ntasks-per-node"] == "1" and "requeue" in given
     assert given["signal"].startswith("B:USR1@")
     assert GIT in text and "--nnodes 2" in text and "--nproc-per-node 4" in text
@@ -311,7 +352,85 @@ def test_without_a_bucket_sky_takes_a_cluster_and_the_run_is_copied_from_it(laun
     assert "--accelerator" in launch("sky", "--dry-run", code=2)
 
 
-def test_kubernetes_gets_a_job_and_on_several_nodes_a_pytorchjob(launch, monkeypatch):
+def wrong_input_of(policy):
+    """Return which exit codes of which container end a job at once."""
+    rules = [rule for rule in policy["rules"] if rule["action"] == "FailJob"]
+    return {rule["onExitCodes"]["containerName"]: rule["onExitCodes"]["values"] for rule in rules}
+
+
+def check_trainer(document):
+    """Check a document against the models that Kubeflow Trainer publishes, if they are here."""
+    if importlib.util.find_spec("kubeflow_trainer_api") is not None:
+        from kubeflow_trainer_api import models
+
+        read = getattr(models, f"TrainerV1alpha1{document['kind']}").from_dict(document)
+        assert read.to_dict() == document, "a field that it does not know is left out"
+
+
+def test_kubernetes_gets_kubeflows_kinds_on_several_nodes(launch):
+    def documents(*arguments):
+        result = launch("k8s", "--gpus", "8", "--dry-run", *arguments)
+        _, *found = yaml.safe_load_all((launch.folder / "job.yaml").read_text())
+        return " ".join(result["notes"]), found
+
+    notes, (job,) = documents("--nodes", "3")
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    assert "Training Operator" in notes and "ReadWriteMany" in notes
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert replicas["Master"]["replicas"] == 1 and replicas["Worker"]["replicas"] == 2
+    for part in replicas.values():
+        assert part["restartPolicy"] == "ExitCode", "below 128 it is not started again"
+        (container,) = part["template"]["spec"]["containers"]
+        assert container["name"] == "pytorch"
+        text = container["command"][2]
+        assert "--temporary-code 143 --nproc-per-node 8 --nnodes 3" in text
+        assert text.index("trap 'exit 143' ERR") < text.index("pip install")
+
+    notes, (runtime, job) = documents("--nodes", "3", "--kind", "trainjob", "--env", "HF_TOKEN")
+    assert "Trainer 2" in notes
+    for document in (runtime, job):
+        assert document["apiVersion"] == "trainer.kubeflow.org/v1alpha1"
+        check_trainer(document)
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    assert job["spec"]["runtimeRef"]["kind"] == runtime["kind"] == "TrainingRuntime"
+    assert job["spec"]["trainer"]["numNodes"] == runtime["spec"]["mlPolicy"]["numNodes"] == 3
+    jobs = runtime["spec"]["template"]["spec"]
+    assert jobs["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+    (node,) = jobs["replicatedJobs"]
+    assert wrong_input_of(node["template"]["spec"]["podFailurePolicy"]) == {"node": [2]}
+    (container,) = node["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["name"] == node["name"] == "node", "so the operator finds it"
+    assert '--node-rank "${PET_NODE_RANK:-$RANK}"' in container["command"][2]
+
+    _, (runtime, job) = documents("--kind", "trainjob")
+    assert job["spec"]["trainer"]["numNodes"] == 1
+
+
+@pytest.fixture
+def handlers():
+    """Give signals back to whom they belonged: torchrun keeps them."""
+    kept = {number: signal.getsignal(number) for number in (1, 2, 3, 15)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("given", "ends", "code"),
+    [
+        (("--temporary-code", "143"), "exit 2", 2),
+        (("--temporary-code", "143"), "[ $RANK = 0 ] && kill -9 $BASHPID; sleep 0.2; exit 3", 143),
+        ((), "kill -9 $BASHPID", 137),
+    ],
+)
+def test_torchrun_ends_with_the_exit_code_of_the_run(handlers, monkeypatch, given, ends, code):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shape = ("--nproc-per-node", "2", "--master-port", str(free_port()))
+    quick = ("--monitor-interval", "0.05", "--no-python")
+    assert torchrun.main([*given, *shape, *quick, "bash", "-c", ends]) == code
+
+
+def test_kubernetes_gets_a_job_with_the_files_in_it(launch, monkeypatch):
     launch("k8s", "--gpus", "2", "--env", "HF_TOKEN", "--namespace", "team", "--dry-run")
     inputs, job = yaml.safe_load_all((launch.folder / "job.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
@@ -319,6 +438,7 @@ def test_kubernetes_gets_a_job_and_on_several_nodes_a_pytorchjob(launch, monkeyp
     pod = job["spec"]["template"]["spec"]
     assert pod["restartPolicy"] == "Never", "a pod failure policy needs it"
     (container,) = pod["containers"]
+    assert wrong_input_of(job["spec"]["podFailurePolicy"]) == {container["name"]: [2]}
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 2}
     assert container["env"][0]["valueFrom"]["secretKeyRef"]["name"] == "llmtune-run-env"
     assert {each["name"] for each in container["volumeMounts"]} == {
@@ -333,15 +453,8 @@ def test_kubernetes_gets_a_job_and_on_several_nodes_a_pytorchjob(launch, monkeyp
         there = yaml.safe_load(archive.extractfile("config.yaml").read())
     assert {"tiny/train.jsonl", "tiny/items.jsonl"} <= set(names)
     assert there["run_dir"] == "/llmtune-volume/run"
-
-    launch("k8s", "--gpus", "8", "--nodes", "3", "--dry-run")
-    _, job = yaml.safe_load_all((launch.folder / "job.yaml").read_text())
-    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
-    replicas = job["spec"]["pytorchReplicaSpecs"]
-    assert replicas["Master"]["replicas"] == 1 and replicas["Worker"]["replicas"] == 2
-    for part in replicas.values():
-        assert part["template"]["spec"]["containers"][0]["name"] == "pytorch"
     assert there["model"]["base"] == "org/small"
+
     launch("k8s", "run_dir=runs/my $(run)", "--dry-run")
     fetch = (launch.folder / "fetch.sh").read_text()
     assert "cp 'llmtune-my-run-fetch:/llmtune-volume/my $(run)' " in fetch
@@ -351,15 +464,18 @@ def test_kubernetes_gets_a_job_and_on_several_nodes_a_pytorchjob(launch, monkeyp
 
 def test_files_from_outside_get_a_place_in_the_job(launch, place, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "inputs" / "1").mkdir(parents=True)
+    (tmp_path / "inputs" / "1" / "train.jsonl").write_text("mine")
     config = str(place / "tiny" / "config.yaml")
     command = ["launch", config, "--on", "ray", *NEEDED["ray"], "--package", GIT, "--dry-run"]
-    pattern = f"data.train=[{{path: {place}/tiny/tr*.jsonl}}]"
+    pattern = f"data.train=[{{path: {place}/tiny/tr*.jsonl}}, {{path: inputs/1/train.jsonl}}]"
     assert run_command([*command, "data.evaluation=[{path: /gone/rows.jsonl}]", pattern]) == 0
     folder = tmp_path / "launch" / "llmtune-run-ray"
     monkeypatch.chdir(folder)
     there = load_config("config.yaml")
     assert Path(there.model.base, "config.json").is_file() and "inputs/" in there.model.base
     assert list(Path.cwd().glob(there.data.train[0].path))
+    assert Path(there.data.train[1].path).read_text() == "mine", "its place is not taken"
     assert there.data.evaluation[0].path == "/gone/rows.jsonl"
     suite = Path(there.evaluate.suites[0])
     assert (suite.parent / yaml.safe_load(suite.read_text())["items"]).is_file()
@@ -379,3 +495,74 @@ def test_ray_gets_a_runtime_environment_with_the_wheel_in_it(launch, tmp_path):
         from ray.runtime_env import RuntimeEnv
 
         RuntimeEnv(**environment, working_dir="https://example.org/job.zip")
+
+
+class StandIn(ModuleType):
+    """Ray as far as calls of a function need it: the last task ends first."""
+
+    def __init__(self, nodes):
+        super().__init__("ray")
+        self.exceptions = SimpleNamespace(RayError=OSError)
+        self.is_running, self.cancelled, self.taken = False, [], {}
+        self.nodes = lambda: nodes
+
+    def is_initialized(self):
+        return self.is_running
+
+    def init(self, **_options):
+        self.is_running = True
+
+    def shutdown(self):
+        self.is_running = False
+
+    def remote(self, **options):
+        self.taken = options
+        return lambda function: SimpleNamespace(
+            remote=lambda *arguments: functools.partial(function, *arguments)
+        )
+
+    def wait(self, tasks, num_returns, timeout=None):
+        return tasks[-num_returns:], tasks[:-num_returns]
+
+    def get(self, task):
+        return task()
+
+    def cancel(self, task):
+        self.cancelled.append(task)
+
+
+def node(cpus, gpus=0, *, is_alive=True):
+    return {"Alive": is_alive, "Resources": {"CPU": cpus, "GPU": gpus}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wants_gpu", "taken"),
+    [
+        ([node(16, 4), node(64)], True, (4, 1)),
+        ([node(16, 4), node(8, 0, is_alive=False)], False, (16, 0)),
+        ([node(0), node(3), node(2)], True, (2, 0)),
+    ],
+)
+def test_ray_calls_a_function_on_a_gpu_or_a_whole_node_each(monkeypatch, nodes, wants_gpu, taken):
+    ray = StandIn(nodes)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "llmtune.launching.ray_calls", None)
+    del sys.modules["llmtune.launching.ray_calls"]
+    ray_calls = importlib.import_module("llmtune.launching.ray_calls")
+
+    def halve(value):
+        if value % 2:
+            raise OSError("noise\nthe worker died")
+        return value // 2
+
+    logger = logging.getLogger("llmtune")
+    kept = logger.handlers, logger.level
+    try:
+        calls = ray_calls.call_each(halve, [2, 3, 4], wants_gpu=wants_gpu)
+        assert next(calls) == Called(2, 2)
+        assert next(calls) == Called(1, lost="its process on Ray was lost: the worker died")
+        calls.close()
+    finally:
+        logger.handlers, logger.level = kept
+    assert (ray.taken["num_cpus"], ray.taken["num_gpus"]) == taken
+    assert len(ray.cancelled) == 1 and not ray.is_running

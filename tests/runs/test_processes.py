@@ -27,8 +27,19 @@ def project(tmp_path_factory):
     return make_project(directory, model=model, train=STEPS)
 
 
-def train(project, count, run, before_step=None, more=()):
-    arguments = ["train", str(project), f"run_dir={project.parent / run}", *more]
+@pytest.fixture(scope="module")
+def whole(project):
+    """The adapter of one process that trains from the first step to the last."""
+    assert train(project, 1, "whole").wait() == [0]
+    return adapter(project, "whole")
+
+
+def adapter(project, run):
+    return load_file(project.parent / run / "adapter/adapter_model.safetensors")
+
+
+def train(project, count, run, before_step=None, *settings):
+    arguments = ["train", str(project), f"run_dir={project.parent / run}", *settings]
     return run_command(project.parent / f"{run}-out", count, arguments, before_step=before_step)
 
 
@@ -47,10 +58,8 @@ def losses(run):
     return [(line["step"], line.get("loss", line.get("eval_loss"))) for line in lines]
 
 
-def test_a_run_that_is_killed_and_stopped_continues_on_any_number_of_processes(project):
+def test_a_run_that_is_killed_and_stopped_continues_on_any_number_of_processes(project, whole):
     folder = project.parent
-    assert train(project, 1, "whole").wait() == [0]
-
     killed = train(project, 2, "parts", send(signal.SIGKILL, to=1, after=6))
     assert killed.wait() == [3, -9]
     assert "ended without a message" in killed.output(0)
@@ -71,8 +80,7 @@ def test_a_run_that_is_killed_and_stopped_continues_on_any_number_of_processes(p
     assert "2 share the rows of each step" in ended.output(0)
     assert "train data" not in ended.output(1)
 
-    name = "adapter/adapter_model.safetensors"
-    whole, parts = (load_file(folder / run / name) for run in ("whole", "parts"))
+    parts = adapter(project, "parts")
     assert max((whole[key] - parts[key]).abs().max().item() for key in whole) < 1e-5
     for one, other in zip(losses(folder / "whole"), losses(folder / "parts"), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
@@ -82,6 +90,28 @@ def test_a_run_that_is_killed_and_stopped_continues_on_any_number_of_processes(p
     ]
     for key in ("steps", "tokens", "trained_tokens", "order_hash"):
         assert manifests[0]["result"][key] == manifests[1]["result"][key]
+
+
+def test_a_sharded_run_that_is_killed_continues_sharded_or_not(project, whole):
+    killed = train(project, 2, "cut", send(signal.SIGKILL, to=1, after=5), "train.shard=full")
+    assert killed.wait() == [3, -9]
+    assert "ended without a message" in killed.output(0)
+    assert killed.output(0).count("error:") == 1 and "Traceback" not in killed.output(0)
+    assert "layers are in each of 2 processes" in killed.output(0)
+
+    stopped = train(project, 1, "cut", send(signal.SIGTERM, to=0, after=8), "train.shard=full")
+    assert stopped.wait() == [3]
+    assert "continuing after step 4 of 16" in stopped.output(0)
+
+    assert train(project, 2, "cut", None, "train.shard=full").wait() == [0, 0]
+    cut = adapter(project, "cut")
+    assert max((whole[key] - cut[key]).abs().max().item() for key in whole) < 1e-5
+    for one, other in zip(
+        losses(project.parent / "whole"), losses(project.parent / "cut"), strict=True
+    ):
+        assert one == pytest.approx(other, rel=1e-4)
+    config = json.loads((project.parent / "cut" / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(project.parent / "base")
 
 
 def test_an_error_in_one_process_ends_all_with_its_message_and_code(project):
@@ -167,14 +197,14 @@ def ask_accelerate(monkeypatch, *arguments):
 
 def test_accelerate_launch_changes_nothing_but_the_number_of_processes(project, monkeypatch):
     short = "train.max_steps=2"
-    assert train(project, 1, "plain", more=[short]).wait() == [0]
+    assert train(project, 1, "plain", None, short).wait() == [0]
     given = ask_accelerate(monkeypatch, "--multi_gpu", "--num_processes", "2")
     assert given.module and given.training_script == "llmtune"
     assert given.training_script_args == ["train", "x"] and given.nproc_per_node == "2"
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
     # its precision is not taken for ours, in two processes and in one
-    assert train(project, 2, "two", more=[short]).wait() == [0, 0]
-    assert train(project, 1, "one", more=[short]).wait() == [0]
+    assert train(project, 2, "two", None, short).wait() == [0, 0]
+    assert train(project, 1, "one", None, short).wait() == [0]
     plain = losses(project.parent / "plain")
     for run in ("two", "one"):
         for found, wanted in zip(losses(project.parent / run), plain, strict=True):
