@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.fingerprint import hash_text
 from llmtune.io.json_files import parse_json
 from llmtune.io.stopping import limited_work
 
@@ -161,10 +163,21 @@ def load_own_metric(name: str) -> TextMetric:
 
 
 def fingerprint_own_metric(name: str) -> str:
-    """Return a hash of the file that the user's function is in, so that changes are noticed."""
+    """Return a hash of the file that the user's function is in, so that changes are noticed.
+
+    A notebook's functions are in no file: the hash is of the function alone.
+    """
     load_own_metric(name)
-    file = sys.modules[name.partition(":")[0]].__file__
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    module, _, attribute = name.partition(":")
+    file = getattr(sys.modules[module], "__file__", None)
+    if file and module != "__main__":
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    function = getattr(sys.modules[module], attribute)
+    try:
+        return hash_text(inspect.getsource(function))
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        return hash_text(repr((code.co_code, code.co_consts, code.co_names)) if code else name)
 
 
 class _Words:

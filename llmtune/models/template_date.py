@@ -44,7 +44,12 @@ def template_date_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
 def dated_source(tokenizer: PreTrainedTokenizerFast, source: str, date: Date | None = None) -> str:
     """Return the template's text, with `date`, else the fixed one, in the clock's place."""
     day = getattr(tokenizer, _ATTRIBUTE, None) if date is None else date.isoformat()
-    return source if day is None or CLOCK not in source else _clock_macro(day) + source
+    return source if day is None else fix_clock(source, day)
+
+
+def fix_clock(source: str, date: str) -> str:
+    """Return a template that prints `date` (YYYY-MM-DD) if it reads the clock."""
+    return _clock_macro(date) + source if CLOCK in source else source
 
 
 @dataclass
@@ -60,8 +65,8 @@ class DatedTemplate:
         """Render as transformers does, with the clock replaced by a macro before the template."""
         tokenizer = self.tokenizer
         text = tokenizer.get_chat_template(chat_template, tools)
-        if isinstance(text, str) and CLOCK in text:
-            text = _clock_macro(self.date) + text
+        if isinstance(text, str):
+            text = fix_clock(text, self.date)
         render = type(tokenizer).apply_chat_template
         return render(tokenizer, *chats, tools=tools, chat_template=text, **options)
 

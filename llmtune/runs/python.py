@@ -129,10 +129,11 @@ class Tuned:
 
 
 def tune(  # noqa: PLR0913 (one argument a choice)
-    model: str | Path,
+    model: Any,
     rows: Any,
     *,
     run_dir: str | Path = "runs/python",
+    tokenizer: Any = None,
     test: Any = None,
     task: JobName | None = None,
     format: str | None = None,
@@ -147,9 +148,11 @@ def tune(  # noqa: PLR0913 (one argument a choice)
     """Fine-tune a model on rows as `llmtune init` and `llmtune run` would, and judge it.
 
     Args:
-        model: a checkpoint directory, a .gguf file or a hub id.
+        model: a checkpoint directory, a .gguf file, a hub id, or a loaded model of transformers,
+            which is saved to the cache as it is now.
         rows: a path, a list of dicts, a pandas DataFrame or a datasets Dataset.
         run_dir: where the run is kept; the same call continues it.
+        tokenizer: of a loaded model; None takes that of the checkpoint that it came from.
         test: rows for the suite, in place of held-out ones.
         task: what is learned, as `--task` of `llmtune init`.
         format: what the rows are, as `--format`.
@@ -168,11 +171,11 @@ def tune(  # noqa: PLR0913 (one argument a choice)
     from llmtune.data.init import Asked
     from llmtune.runs.rows import draft_config
 
-    base = _require_name(model)
     _require("run_dir", run_dir, isinstance(run_dir, str | Path), "a path")
     _require("settings", settings, isinstance(settings or {}, Mapping), "a dict of config keys")
     for name, hearer in (("on_step", on_step), ("on_eval", on_eval)):
         _require(name, hearer, hearer is None or callable(hearer), "a function")
+    base = _as_base(model, tokenizer)
     path = _as_file(rows)
     names = tuple(labels) or _class_names(rows, columns)
     asked = Asked(
@@ -289,16 +292,15 @@ ANSWER = "llmtune_answer"
 """Such a column no row has."""
 
 
-def _require_name(model: Any) -> str:
-    """Return the base's name; a loaded model has no checkpoint that it could be compared with."""
+def _as_base(model: Any, tokenizer: Any) -> str:
+    """Return the base's name; a loaded model is saved, since merge and checks read files."""
     if isinstance(model, str | Path):
+        if tokenizer is not None:
+            raise LlmtuneError("tokenizer: a path or a hub id has its own; take it out")
         return str(model)
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or "its directory"
-    raise LlmtuneError(
-        f"model is a {type(model).__name__} that is loaded already; expected a path or a hub id. "
-        "What is merged and checked is the checkpoint on disk, which a loaded model may "
-        f"differ from: give {name!r}, or save it with save_pretrained and give that directory"
-    )
+    from llmtune.models.loaded import save_loaded
+
+    return str(save_loaded(model, tokenizer))
 
 
 def _require(name: str, value: Any, is_right: bool, expected: str) -> None:

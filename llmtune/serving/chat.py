@@ -1,5 +1,6 @@
 """A conversation in the terminal with base or tuned model, streamed as it is written."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ HELP = """\
 /save FILE          write the histories as rows to train on
 /clear              start over
 /quit               leave; Ctrl-C stops an answer, and leaves where you type"""
+
+PROMPT = "you> "
 
 
 @dataclass(frozen=True)
@@ -181,19 +184,39 @@ def run_chat(target: Loadable, settings: ChatSettings) -> None:
     if is_terminal:
         click.echo(f"{chat.arm} model; /help says what you can do.", err=True)
     while True:
-        if is_terminal:
-            click.echo("you> ", nl=False, err=True)
         try:
-            line = sys.stdin.readline()
-        except KeyboardInterrupt:
-            click.echo(err=True)
+            line = _read_line(is_terminal)
+        except (KeyboardInterrupt, EOFError):
+            if is_terminal:
+                click.echo(err=True)
             return
-        if not line or line.strip() in {"/quit", "/exit"}:
+        except UnicodeDecodeError as error:
+            click.echo(f"error: not UTF-8 text: {error}", err=True)
+            continue
+        if line in {"/quit", "/exit"}:
             return
         try:
-            _take(chat, line.strip())
+            _take(chat, line)
         except LlmtuneError as error:
             click.echo(f"error: {error}", err=True)
+
+
+def _read_line(is_terminal: bool) -> str:
+    """Return what the user types, with the terminal's editing and history if there is one.
+
+    Raises:
+        EOFError: the input has ended.
+    """
+    if is_terminal and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):  # not on every platform
+            import readline  # noqa: F401 (input() uses it once it is imported)
+        return input(PROMPT).strip()
+    if is_terminal:
+        click.echo(PROMPT, nl=False, err=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.strip()
 
 
 def _read_tools(path: Path) -> list[dict[str, Any]] | None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import subprocess
 import tempfile
 import time
@@ -16,17 +17,19 @@ from typing import IO
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import parse_json
 from llmtune.io.stopping import last_lines
+from llmtune.serving.engine_requests import Follows
 from llmtune.serving.listening import (
     ServeSettings,
-    address_url,
     announce,
     bind_socket,
     read_api_key,
+    require_packages,
 )
 from llmtune.serving.start_check import Asked, Known, KnownQuestion, check_answers
 
 log = logging.getLogger("llmtune")
 
+ENGINE_HOST = "127.0.0.1"
 START_SECONDS = 1800
 POLL_SECONDS = 0.2
 ASK_SECONDS = 600
@@ -44,6 +47,7 @@ class EnginePlan:
     names: tuple[str, ...]
     arm: str
     """Whose results the answers of the first name are compared with."""
+    follows: Follows
     key_variable: str
     """The environment variable in which the engine reads its key."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -52,55 +56,74 @@ class EnginePlan:
 
 
 def run_engine(plan: EnginePlan, known: Known, settings: ServeSettings) -> None:
-    """Start the engine, compare a few answers, and wait for Ctrl-C, which ends it.
+    """Start the engine, compare a few answers, and pass requests on until Ctrl-C, which ends it.
+
+    The engine listens on this machine alone, with a key of its own; who may ask, and what, is
+    decided before a request is passed on.
 
     Raises:
-        LlmtuneError: the address is taken, or the engine ended by itself.
+        LlmtuneError: a package is missing, the address is taken, or the engine ended by itself.
     """
     if settings.max_waiting is not None:
         raise LlmtuneError(f"--max-waiting: {plan.engine} has a queue of its own; leave it out")
+    require_packages()
+    from llmtune.serving.http_api import HttpSettings
+    from llmtune.serving.relay import RelayServer, Upstream
+
     key = read_api_key(settings)
-    taken = bind_socket(settings.host, settings.port)
-    port = taken.getsockname()[1]
-    taken.close()  # the engine takes it itself
-    environment = {**os.environ, **plan.environment}
-    environment.pop(plan.key_variable, None)
-    if key is not None:
-        environment[plan.key_variable] = key
-    with _started(plan, port, environment) as process:
-        url = _local_url(settings.host, port)
-        with contextlib.suppress(KeyboardInterrupt):  # a server that was stopped did its job
-            _wait_until_ready(process, url)
+    with (
+        contextlib.closing(bind_socket(settings.host, settings.port)) as taken,
+        _started(plan) as process,
+        contextlib.suppress(KeyboardInterrupt),
+    ):  # a server that was stopped did its job
+        _wait_until_ready(process)
 
-            def ask(question: KnownQuestion) -> str:
-                return _ask(url, key, plan.names[0], question)
+        def ask(question: KnownQuestion) -> str:
+            return _ask(process, plan.names[0], question)
 
-            asked = Asked(plan.names[0], plan.arm)
-            checked = check_answers(asked, known, settings.num_checked, ask)
-            announce(settings, port, plan.engine, plan.names, checked)
-            process.process.wait()
+        asked = Asked(plan.names[0], plan.arm)
+        checked = check_answers(asked, known, settings.num_checked, ask)
+        announce(settings, taken.getsockname()[1], plan.engine, plan.names, checked)
+        upstream = Upstream(plan.engine, process.port, process.key, plan.names, plan.follows)
+        http = HttpSettings(settings.host, key, settings.temperature)
+        server = RelayServer(upstream, http, process.process)
+        server.take_requests(taken)
+        if not server.was_asked_to_stop:
             raise process.ended()
 
 
+@dataclass(frozen=True)
 class _Process:
-    """The engine while it runs."""
+    """The engine while it runs, the port that it listens on, and the key that it asks for."""
 
-    def __init__(self, plan: EnginePlan, process: "subprocess.Popen[bytes]", output: IO[bytes]):
-        self.process = process
-        self._plan, self._output = plan, output
+    engine: str
+    process: "subprocess.Popen[bytes]"
+    output: IO[bytes]
+    port: int
+    key: str
+
+    @property
+    def url(self) -> str:
+        """Where this process reaches it."""
+        return f"http://{ENGINE_HOST}:{self.port}"
 
     def ended(self) -> LlmtuneError:
         """Return the error that it ended by itself."""
-        self._output.seek(0)
-        printed = self._output.read().decode("utf-8", "replace")
+        self.process.wait()
+        self.output.seek(0)
+        printed = self.output.read().decode("utf-8", "replace")
         last = last_lines(printed, LAST_LINES) or "its messages are above"
         return LlmtuneError(
-            f"{self._plan.engine} ended by itself (exit {self.process.returncode}): {last}"
+            f"{self.engine} ended by itself (exit {self.process.returncode}): {last}"
         )
 
 
 @contextlib.contextmanager
-def _started(plan: EnginePlan, port: int, environment: Mapping[str, str]) -> Iterator[_Process]:
+def _started(plan: EnginePlan) -> Iterator[_Process]:
+    with contextlib.closing(bind_socket(ENGINE_HOST, 0)) as free:
+        port = free.getsockname()[1]  # the engine takes it itself
+    key = secrets.token_urlsafe(32)
+    environment = {**os.environ, **plan.environment, plan.key_variable: key}
     command = [part.replace("{port}", str(port)) for part in plan.command]
     log.info("serve: %s starts", plan.engine)
     with tempfile.TemporaryFile() as output:
@@ -110,11 +133,11 @@ def _started(plan: EnginePlan, port: int, environment: Mapping[str, str]) -> Ite
             stdin=subprocess.PIPE,
             stdout=output if plan.log_file else 2,
             stderr=output if plan.log_file else 2,
-            env=dict(environment),
+            env=environment,
             start_new_session=True,
         )
         try:
-            yield _Process(plan, process, output)
+            yield _Process(plan.engine, process, output, port, key)
         finally:
             process.terminate()
             try:
@@ -124,18 +147,18 @@ def _started(plan: EnginePlan, port: int, environment: Mapping[str, str]) -> Ite
                 process.wait()
 
 
-def _wait_until_ready(process: _Process, url: str) -> None:
+def _wait_until_ready(process: _Process) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.process.poll() is not None:
             raise process.ended()
-        with contextlib.suppress(OSError), _open(f"{url}/health", None, None):
+        with contextlib.suppress(OSError), _open(f"{process.url}/health", None, None):
             return
         time.sleep(POLL_SECONDS)
-    raise LlmtuneError(f"{url}: no answer within {START_SECONDS} s")
+    raise LlmtuneError(f"{process.engine}: no answer within {START_SECONDS} s")
 
 
-def _ask(url: str, key: str | None, name: str, question: KnownQuestion) -> str:
+def _ask(process: _Process, name: str, question: KnownQuestion) -> str:
     body = {
         "model": name,
         "messages": list(question.messages),
@@ -144,11 +167,14 @@ def _ask(url: str, key: str | None, name: str, question: KnownQuestion) -> str:
         "stop": list(question.kept.stops),
     }
     try:
-        with _open(f"{url}/v1/chat/completions", key, json.dumps(body).encode()) as answer:
+        url = f"{process.url}/v1/chat/completions"
+        with _open(url, process.key, json.dumps(body).encode()) as answer:
             found = parse_json(answer.read())
             return str(found["choices"][0]["message"]["content"] or "")
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise LlmtuneError(f"{url}: the first question was not answered: {error}") from None
+        raise LlmtuneError(
+            f"{process.engine}: the first question was not answered: {error}"
+        ) from None
 
 
 def _open(url: str, key: str | None, body: bytes | None) -> "IO[bytes]":
@@ -158,8 +184,3 @@ def _open(url: str, key: str | None, body: bytes | None) -> "IO[bytes]":
     # straight to this machine, whatever proxy the environment names
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     return opener.open(urllib.request.Request(url, body, headers), timeout=ASK_SECONDS)  # type: ignore[no-any-return]
-
-
-def _local_url(host: str, port: int) -> str:
-    """Return where this machine itself reaches the address."""
-    return address_url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)

@@ -1,5 +1,6 @@
 """Where a server listens and who may ask it: settings, address, key, and what the user is told."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from llmtune.serving.start_check import StartCheck
 
 log = logging.getLogger("llmtune")
 
+PACKAGES = ("starlette", "uvicorn")
 MAX_WAITING = 16
 """Requests that may wait if nothing is said."""
 
@@ -33,6 +35,21 @@ class ServeSettings:
     max_waiting: int | None = None
     num_checked: int = 3
     as_json: bool = False
+
+
+def require_packages() -> None:
+    """Check that what takes requests is installed.
+
+    Raises:
+        LlmtuneError: it is not.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LlmtuneError(
+            f"serving needs {' and '.join(missing)}, which "
+            f"{'is' if len(missing) == 1 else 'are'} not installed: "
+            f"pip install {' '.join(missing)}"
+        )
 
 
 def read_api_key(settings: ServeSettings) -> str | None:

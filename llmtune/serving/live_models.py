@@ -16,7 +16,7 @@ from llmtune.models.turns import require_chat_template
 from llmtune.scoring.batches import position_limit
 from llmtune.scoring.generate import Decoding, Piece, stream_pieces
 from llmtune.scoring.live import as_arm, load_target
-from llmtune.serving.openai_api import AnswerRequest, RefusedRequest, StopTexts
+from llmtune.serving.openai_api import AnswerRequest, RefusedRequest, StopTexts, require_name
 
 log = logging.getLogger("llmtune")
 
@@ -88,16 +88,7 @@ class LiveModels:
         Raises:
             RefusedRequest: there is none of this name.
         """
-        if name is None:
-            return next(iter(self._models.values()))
-        if name not in self._models:
-            raise RefusedRequest(
-                404,
-                f"no model {name!r} here; there is: {', '.join(self.names)}",
-                param="model",
-                code="model_not_found",
-            )
-        return self._models[name]
+        return self._models[require_name(name, self.names)]
 
     def load(self, name: str | None = None) -> LiveModel:
         """Return the model of this name, loaded.

@@ -8,30 +8,57 @@ from pathlib import Path
 from llmtune.checks.runtime import require_runtime
 from llmtune.errors import LlmtuneError
 from llmtune.io.gguf_head import GGUF_SUFFIX, read_gguf_head
-from llmtune.serving.engine_process import EnginePlan
+from llmtune.models.resolve import Loadable
+from llmtune.models.template_date import fix_clock
+from llmtune.serving.engine_process import ENGINE_HOST, EnginePlan
+from llmtune.serving.engine_requests import Follows
 from llmtune.serving.listening import ServeSettings
 
 KEY_VARIABLE = "LLMTUNE_SERVE_KEY"
 KIND = "general.type"
 WHOLE = "model"
+TEMPLATE = "tokenizer.chat_template"
+SAMPLING = frozenset(
+    {
+        "frequency_penalty",
+        "grammar",
+        "ignore_eos",
+        "logit_bias",
+        "logprobs",
+        "min_p",
+        "presence_penalty",
+        "repeat_last_n",
+        "repeat_penalty",
+        "top_k",
+        "typical_p",
+    }
+)
+FOLLOWS = Follows(
+    chat=SAMPLING
+    | {"parallel_tool_calls", "response_format", "tool_choice", "tools", "top_logprobs"},
+    completion=SAMPLING,
+)
 
 
-def plan_llama_cpp(name: str, files: Mapping[str, Path], settings: ServeSettings) -> EnginePlan:
+def plan_llama_cpp(
+    target: Loadable, files: Mapping[str, Path], settings: ServeSettings
+) -> EnginePlan:
     """Return how llama.cpp serves a GGUF file, or a run's exported one.
 
     Args:
-        name: the target as the user gave it.
+        target: the file, or the run.
         files: the GGUF files of a run, by name.
 
     Raises:
         LlmtuneError: llama.cpp is not installed, or there is no such file, or no whole model in it.
     """
     require_runtime("serving")
-    path = Path(name)
+    path = Path(target.name)
     if path.suffix == GGUF_SUFFIX and path.is_file():
         files = {path.stem: path}
-    shown, file = _choose(name, files, settings.names)
-    kind = read_gguf_head(file).values.get(KIND, WHOLE)
+    shown, file = _choose(target.name, files, settings.names)
+    values = read_gguf_head(file).values
+    kind = values.get(KIND, WHOLE)
     if kind != WHOLE:
         raise LlmtuneError(
             f"{file}: holds an {kind}, not a whole model; export the merged one "
@@ -40,11 +67,20 @@ def plan_llama_cpp(name: str, files: Mapping[str, Path], settings: ServeSettings
     question = {
         "path": str(file),
         "name": shown,
-        "host": settings.host,
+        "host": ENGINE_HOST,
         "temperature": settings.temperature,
+        "template": _dated_template(values.get(TEMPLATE), target.template_date),
     }
     command = [sys.executable, "-m", "llmtune.serving.llama_cpp_worker", json.dumps(question)]
-    return EnginePlan("llama.cpp", [*command, "{port}"], (shown,), "merged", KEY_VARIABLE)
+    return EnginePlan("llama.cpp", [*command, "{port}"], (shown,), "merged", FOLLOWS, KEY_VARIABLE)
+
+
+def _dated_template(template: object, date: str | None) -> str | None:
+    """Return the file's template with the run's date in the clock's place; None without a clock."""
+    if date is None or not isinstance(template, str):
+        return None
+    dated = fix_clock(template, date)
+    return None if dated == template else dated
 
 
 def _choose(name: str, files: Mapping[str, Path], wanted: tuple[str, ...]) -> tuple[str, Path]:

@@ -20,6 +20,8 @@ def start_server(question: dict[str, Any], port: int, key: str | None) -> xllama
     """
     params = xllamacpp.CommonParams()
     params.model.path = question["path"]
+    if question["template"] is not None:
+        params.chat_template = question["template"]
     params.model_alias = {question["name"]}
     params.hostnames = [question["host"]]
     params.port = port

@@ -110,7 +110,7 @@ class _StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class _Shared(BaseModel):
+class SharedBody(BaseModel):
     """What chats and bare prompts are asked with; null is the same as left out."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -125,12 +125,16 @@ class _Shared(BaseModel):
     stream_options: _StreamOptions | None = None
 
 
-class _ChatBody(_Shared):
+class ChatBody(SharedBody):
+    """What a chat is asked with."""
+
     messages: list[Any]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
-class _CompletionBody(_Shared):
+class CompletionBody(SharedBody):
+    """What a bare prompt is continued with."""
+
     prompt: str | list[str] | list[int] | list[list[int]]
 
 
@@ -143,21 +147,30 @@ def read_chat(body: Any, temperature: float) -> AnswerRequest:
     Raises:
         RefusedRequest: it is not one, or asks for what would be dropped.
     """
-    read = _validate(_ChatBody, body)
-    if not read.messages:
-        raise RefusedRequest(
-            400, "messages is empty; expected at least one of the user", param="messages"
-        )
+    read = validate_body(ChatBody, body)
+    limit = chat_limit(read)
     try:
         question = ask(read.messages)
     except RowError as error:
         raise RefusedRequest(400, str(error), param="messages") from None
+    return replace(_shared(read, limit, temperature), question=question)
+
+
+def chat_limit(read: ChatBody) -> int | None:
+    """Return the longest answer that a chat asks for, in tokens.
+
+    Raises:
+        RefusedRequest: it says two lengths, or nothing.
+    """
+    if not read.messages:
+        raise RefusedRequest(
+            400, "messages is empty; expected at least one of the user", param="messages"
+        )
     if read.max_tokens is not None and read.max_completion_tokens not in (None, read.max_tokens):
         raise RefusedRequest(
             400, "max_tokens and max_completion_tokens differ; give one", param="max_tokens"
         )
-    limit = read.max_completion_tokens or read.max_tokens
-    return replace(_shared(read, limit, temperature), question=question)
+    return read.max_completion_tokens or read.max_tokens
 
 
 def read_completion(body: Any, temperature: float) -> AnswerRequest:
@@ -166,7 +179,7 @@ def read_completion(body: Any, temperature: float) -> AnswerRequest:
     Raises:
         RefusedRequest: it is not one, or asks for what would be dropped.
     """
-    read = _validate(_CompletionBody, body)
+    read = validate_body(CompletionBody, body)
     prompt: Any = read.prompt
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         if len(prompt) > 1:
@@ -181,10 +194,15 @@ def read_completion(body: Any, temperature: float) -> AnswerRequest:
     return replace(_shared(read, limit, temperature), prompt=prompt)
 
 
-Body = TypeVar("Body", bound=_Shared)
+Body = TypeVar("Body", bound=SharedBody)
 
 
-def _validate(kind: type[Body], body: Any) -> Body:
+def validate_body(kind: type[Body], body: Any) -> Body:
+    """Return the body as `kind`, whose fields are the parameters that are followed.
+
+    Raises:
+        RefusedRequest: a parameter is missing, is not what it must be, or is not followed.
+    """
     if not isinstance(body, dict):
         raise RefusedRequest(400, "the body must be a JSON object")
     given = {name: value for name, value in body.items() if value is not None}
@@ -219,22 +237,32 @@ def _check_extra(name: str, value: Any, known: set[str]) -> None:
     raise RefusedRequest(400, f"{what}; take it out", param=name, code="unsupported_parameter")
 
 
-def _shared(read: _Shared, limit: int | None, temperature: float) -> AnswerRequest:
-    stops = [read.stop] if isinstance(read.stop, str) else list(read.stop or ())
+def check_shared(read: SharedBody) -> tuple[str, ...]:
+    """Return the texts that end the answer.
+
+    Raises:
+        RefusedRequest: the request contradicts itself.
+    """
+    stops = (read.stop,) if isinstance(read.stop, str) else tuple(read.stop or ())
     if len(stops) > MAX_STOPS or not all(stops):
         raise RefusedRequest(
             400, f"stop: expected at most {MAX_STOPS} texts, none empty", param="stop"
         )
-    options = read.stream_options
-    if options is not None and not read.stream:
+    if read.stream_options is not None and not read.stream:
         raise RefusedRequest(400, "stream_options needs stream: true", param="stream_options")
+    return stops
+
+
+def _shared(read: SharedBody, limit: int | None, temperature: float) -> AnswerRequest:
+    stops = check_shared(read)
+    options = read.stream_options
     return AnswerRequest(
         model=read.model,
         max_tokens=limit,
         temperature=temperature if read.temperature is None else read.temperature,
         top_p=1.0 if read.top_p is None else read.top_p,
         seed=read.seed,
-        stop=tuple(stops),
+        stop=stops,
         stream=bool(read.stream),
         with_usage=options is not None and options.include_usage,
     )
@@ -327,6 +355,24 @@ class Shape:
 def finish_reason(stopped: bool) -> Literal["stop", "length"]:
     """Return why an answer ended, in the protocol's words."""
     return "stop" if stopped else "length"
+
+
+def require_name(name: str | None, names: Sequence[str]) -> str:
+    """Return the model that a request names; the first if it names none.
+
+    Raises:
+        RefusedRequest: there is none of this name.
+    """
+    if name is None:
+        return names[0]
+    if name not in names:
+        raise RefusedRequest(
+            404,
+            f"no model {name!r} here; there is: {', '.join(names)}",
+            param="model",
+            code="model_not_found",
+        )
+    return name
 
 
 def list_models(names: Sequence[str], created: int) -> JsonObject:

@@ -1,13 +1,11 @@
 """Start an OpenAI-compatible endpoint on what a target names, with the engine that suits it."""
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.data.conversation import Conversation
-from llmtune.errors import LlmtuneError
 from llmtune.io.gguf_head import GGUF_SUFFIX
 from llmtune.models.resolve import Loadable
 from llmtune.serving.engine_process import run_engine
@@ -17,6 +15,7 @@ from llmtune.serving.listening import (
     announce,
     bind_socket,
     read_api_key,
+    require_packages,
 )
 from llmtune.serving.llama_cpp import plan_llama_cpp
 from llmtune.serving.start_check import Asked, Known, KnownQuestion, StartCheck, check_answers
@@ -24,8 +23,6 @@ from llmtune.serving.vllm import plan_vllm
 
 if TYPE_CHECKING:
     from llmtune.serving.live_models import LiveModels
-
-PACKAGES = ("starlette", "uvicorn")
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def serve(served: Servable, settings: ServeSettings) -> None:
         is_file = Path(served.target.name).suffix == GGUF_SUFFIX
         engine = "llama.cpp" if is_file else "transformers"
     if engine == "llama.cpp":
-        plan = plan_llama_cpp(served.target.name, served.files, settings)
+        plan = plan_llama_cpp(served.target, served.files, settings)
         run_engine(plan, served.known, settings)
     elif engine == "vllm":
         run_engine(plan_vllm(served.target, settings), served.known, settings)
@@ -67,15 +64,10 @@ def serve_live(served: Servable, settings: ServeSettings) -> None:
         LlmtuneError: a package is missing, the address is taken, there is no such model, or it
             cannot be loaded.
     """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise LlmtuneError(
-            f"serving needs {' and '.join(missing)}, which "
-            f"{'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install {' '.join(missing)}"
-        )
+    require_packages()
     key = read_api_key(settings)
-    from llmtune.serving.http_server import HttpSettings, Server
+    from llmtune.serving.http_api import HttpSettings
+    from llmtune.serving.http_server import Server
     from llmtune.serving.live_models import LiveModels, find_models
 
     models = LiveModels(find_models(served.target, served.exports, settings.names))
@@ -83,13 +75,9 @@ def serve_live(served: Servable, settings: ServeSettings) -> None:
     try:
         models.load()
         checked = _check_live(models, served, settings)
-        http = HttpSettings(
-            settings.host,
-            key,
-            settings.temperature,
-            MAX_WAITING if settings.max_waiting is None else settings.max_waiting,
-        )
-        server = Server(models, http)
+        most = MAX_WAITING if settings.max_waiting is None else settings.max_waiting
+        http = HttpSettings(settings.host, key, settings.temperature)
+        server = Server(models, http, most)
         announce(settings, taken.getsockname()[1], "transformers", models.names, checked)
         server.take_requests(taken)
     finally:

@@ -16,13 +16,36 @@ from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.resolve import Loadable
 from llmtune.models.template_date import dated_source
 from llmtune.models.turns import as_ids, stop_token_ids
-from llmtune.serving.engine_process import EnginePlan
+from llmtune.serving.engine_process import ENGINE_HOST, EnginePlan
+from llmtune.serving.engine_requests import Follows
 from llmtune.serving.listening import ServeSettings
 
 PROGRAM = "vllm"
 KEY_VARIABLE = "VLLM_API_KEY"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that --max-lora-rank takes."""
+
+SAMPLING = frozenset(
+    {
+        "bad_words",
+        "frequency_penalty",
+        "ignore_eos",
+        "logit_bias",
+        "logprobs",
+        "min_p",
+        "min_tokens",
+        "n",
+        "presence_penalty",
+        "repetition_penalty",
+        "response_format",
+        "stop_token_ids",
+        "top_k",
+    }
+)
+FOLLOWS = Follows(
+    chat=SAMPLING | {"parallel_tool_calls", "tool_choice", "tools", "top_logprobs"},
+    completion=SAMPLING,
+)
 
 
 def plan_vllm(target: Loadable, settings: ServeSettings) -> EnginePlan:
@@ -50,7 +73,7 @@ def plan_command(program: str, target: Loadable, settings: ServeSettings) -> Eng
         known = ", ".join(("tuned", "base", "merged", "original"))
         raise LlmtuneError(f"--model {whole[0]}: vLLM serves {known}")
     source = target.merged if names == ("merged",) else target.dense_base
-    command = [program, "serve", str(source.directory), "--host", settings.host]
+    command = [program, "serve", str(source.directory), "--host", ENGINE_HOST]
     command += ["--port", "{port}", "--dtype", _dtype(target)]
     # What the checkpoint proposes for sampling would apply to requests that do not say it.
     command += ["--generation-config", "vllm"]
@@ -73,7 +96,7 @@ def plan_command(program: str, target: Loadable, settings: ServeSettings) -> Eng
     template = _template_file(source)
     if template is not None:
         command += ["--chat-template", str(template)]
-    return EnginePlan("vllm", command, tuple(names), first, KEY_VARIABLE, log_file=False)
+    return EnginePlan("vllm", command, tuple(names), first, FOLLOWS, KEY_VARIABLE, log_file=False)
 
 
 def _live_names(target: Loadable) -> tuple[str, ...]:

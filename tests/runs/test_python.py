@@ -1,16 +1,23 @@
 """llmtune as a program uses it: rows and results are Python values, and what happens is heard."""
 
+import json
+import sys
 import types
+from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import llmtune
 from llmtune.errors import LlmtuneError
 from llmtune.runs.python import Prediction, Predictions
-from tests.tiny import make_model
+from tests.tiny import make_model, make_tokenizer
 
+ROOT = Path(__file__).parents[2]
 THINGS = ("card", "transfer", "account", "payment", "refund", "pin")
 ROWS = [
     {"text": f"{THINGS[i % 6]} {i}: where is it, {i % 7}", "label": ("ask", "tell")[i % 2]}
@@ -142,7 +149,8 @@ def test_a_metric_is_a_function_that_has_a_name(base, tmp_path, monkeypatch):
         ({"rows": {"train": ROWS}}, "one split"),
         ({"rows": [1]}, "row 1 is a int"),
         ({"rows": []}, "no rows"),
-        ({"model": types.SimpleNamespace(), "rows": ROWS}, "loaded already"),
+        ({"model": types.SimpleNamespace(), "rows": ROWS}, "a path, a hub id or a loaded model of"),
+        ({"rows": ROWS, "tokenizer": 3}, "tokenizer: a path or a hub id has its own; take it out"),
         ({"rows": ROWS, "task": "foo"}, "task 'foo' is not known; expected one of classify"),
         ({"rows": ROWS, "settings": ["adapter.rank=4"]}, "settings are a list; expected a dict"),
         ({"rows": ROWS, "run_dir": None}, "run_dir is a NoneType; expected a path"),
@@ -152,6 +160,49 @@ def test_a_metric_is_a_function_that_has_a_name(base, tmp_path, monkeypatch):
 def test_what_cannot_be_taken_is_named(given, words, base):
     with pytest.raises(llmtune.LlmtuneError, match=words):
         llmtune.tune(**{"model": base, **given})
+
+
+def test_a_loaded_model_is_saved_as_it_is_now(base, tmp_path, monkeypatch, shared_cache):
+    from llmtune.models.checkpoint import Checkpoint
+    from llmtune.runs import pipeline, python
+
+    monkeypatch.setattr(pipeline, "run", lambda config, **_: None)
+    model = make_model("llama", seed=3)
+    asked: dict[str, Any] = {"rows": ROWS, "run_dir": tmp_path / "r", "settings": SHORT}
+    with pytest.raises(llmtune.LlmtuneError, match="no tokenizer in its checkpoint; give the"):
+        python.tune(model, **asked)
+    tokenizer = make_tokenizer()
+    found = [python.tune(model, tokenizer=tokenizer, **asked).config.model.base for _ in "ab"]
+    with torch.no_grad():
+        model.lm_head.weight[0] += 1
+    found.append(python.tune(model, tokenizer=tokenizer, **asked).config.model.base)
+    assert found[0] == found[1] != found[2]
+    made = Checkpoint.open(Path(found[2]))
+    assert made.tokenizer.chat_template == tokenizer.chat_template
+    kept = AutoModelForCausalLM.from_pretrained(found[2])
+    assert torch.equal(kept.lm_head.weight, model.lm_head.weight)
+    with torch.device("meta"):
+        absent = AutoModelForCausalLM.from_config(model.config)
+    with pytest.raises(llmtune.LlmtuneError, match="not all in memory; give the directory"):
+        python.tune(absent, tokenizer=tokenizer, **asked)
+
+
+def test_the_notebook_runs_cell_by_cell(base, tmp_path, monkeypatch, shared_cache):
+    notebook = json.loads((ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    # like a kernel's: a module in which the functions of the notebook are, and which is no file
+    kernel = types.ModuleType("cells")
+    del kernel.__dict__["__loader__"], kernel.__dict__["__spec__"]
+    monkeypatch.setitem(sys.modules, "cells", kernel)
+    exec(cells[0], kernel.__dict__)
+    kernel.__dict__.update(MODEL=str(base), RUN_DIR=str(tmp_path / "run"))
+    for cell in cells[1:]:
+        cell = cell.replace('"train.max_steps": 24', '"train.max_steps": 2')
+        exec(cell, kernel.__dict__)
+    assert len(kernel.losses) == 2 and len(kernel.answers.answers) == 3
+    assert "<table>" in kernel.tuned._repr_html_() and "<td>" in kernel.answers._repr_html_()
+    scores = kernel.second.scores()["task"]
+    assert scores["metric"] == "cells:names_the_desk"
 
 
 def test_the_public_names_are_listed():

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,12 @@ from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.serve import find_servable
 from llmtune.runs.targets import resolve_target
-from llmtune.serving.http_server import HttpSettings, Server
+from llmtune.serving.engine_process import _open, _started, _wait_until_ready
+from llmtune.serving.http_api import HttpSettings
+from llmtune.serving.http_server import Server
 from llmtune.serving.listening import ServeSettings, bind_socket
 from llmtune.serving.live_models import LiveModels, find_models
+from llmtune.serving.llama_cpp import plan_llama_cpp
 from llmtune.serving.openai_api import (
     RefusedRequest,
     StopTexts,
@@ -76,13 +81,13 @@ def run_dir(tmp_path_factory):
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, run_dir, **settings):
+    def __init__(self, run_dir, *, max_waiting=16, api_key=None):
         served = find_servable(str(run_dir))
         self.models = LiveModels(find_models(served.target, served.exports))
         self.taken = bind_socket("127.0.0.1", 0)
         self.port = self.taken.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
-        self.server = Server(self.models, HttpSettings("127.0.0.1", **settings))
+        self.server = Server(self.models, HttpSettings("127.0.0.1", api_key), max_waiting)
         self.thread = threading.Thread(target=self.server.take_requests, args=(self.taken,))
         self.thread.start()
 
@@ -353,22 +358,87 @@ def serving(*arguments, env=None):
 
 
 @pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")
-def test_llama_cpp_serves_an_exported_file_with_its_own_server(run_dir):
+def test_llama_cpp_serves_an_exported_file_with_its_own_server(run_dir, running):
     arguments = [run_dir, "--engine", "llama.cpp", "--api-key-env", "KEY_HERE"]
     with serving(*arguments, env={"KEY_HERE": "secret"}) as (facts, ended):
         client = openai.OpenAI(base_url=facts["url"], api_key="secret", max_retries=0)
         assert [one.id for one in client.models.list()] == ["tiny-f32"] == facts["models"]
-        answer = client.chat.completions.create(model="tiny-f32", messages=ASKED, **GREEDY)
-        chunks = client.chat.completions.create(
-            model="tiny-f32", messages=ASKED, stream=True, **GREEDY
+
+        def ask(**more):
+            how: dict[str, Any] = {"model": "tiny-f32", "messages": ASKED, **GREEDY, **more}
+            return client.chat.completions.create(**how)
+
+        answer = ask()
+        merged = running.client().chat.completions.create(model="merged", messages=ASKED, **GREEDY)
+        assert answer.usage == merged.usage or answer.usage.prompt_tokens == (
+            merged.usage.prompt_tokens
         )
+        chunks = list(ask(stream=True, stream_options={"include_usage": True}))
         said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
         assert said == answer.choices[0].message.content
+        assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
+        _check_parameters(client, ask)
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=facts["url"], api_key="x").models.list()
+        endless = ask(stream=True, temperature=2, max_tokens=4000, logit_bias={"2": -100})
+        next(iter(endless))
     assert ended["code"] == 0, ended["err"]
     assert facts["check"]["asked"] == 3
     assert "secret" not in ended["err"] and "Traceback" not in ended["err"]
+
+
+def _check_parameters(client: openai.OpenAI, ask: Any) -> None:
+    """What is asked of llama.cpp is done, or refused in the protocol's shape."""
+    assert ask(temperature=2, seed=1).choices[0].message.content == (
+        ask(temperature=2, seed=1).choices[0].message.content
+    )
+    shares = ask(logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert len(shares[0].top_logprobs) == 3
+    text = ask().choices[0].message.content
+    stop = re.findall("[a-z]", text[1:])[0]
+    assert ask(stop=stop).choices[0].message.content == text[: text.index(stop)]
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["x", "y"]}}}
+    assert json.loads(ask(response_format=form).choices[0].message.content) in ("x", "y")
+    assert ask(max_tokens=openai.omit, max_completion_tokens=2).usage.completion_tokens == 2
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"extra_body": {"temprature": 1}}, 'unknown parameter temprature .did you mean "temp'),
+        ({"extra_body": {"seed": "x"}}, 'seed is "x"'),
+        ({"model": "gpt-4"}, "there is: tiny-f32"),
+        ({"n": 2}, "n is not supported here"),
+        ({"functions": [{"name": "f"}]}, "functions is not supported here"),
+        ({"reasoning_effort": "low"}, "unknown parameter reasoning_effort"),
+        ({"response_format": {"type": "tea"}}, "llama.cpp: "),
+        ({"messages": [{"role": "user", "content": "word " * 5000}]}, "llama.cpp: "),
+    ]
+    for change, words in changes:
+        with pytest.raises(openai.APIStatusError, match=words) as caught:
+            ask(**change)
+        assert caught.value.status_code in (400, 404), change
+        assert caught.value.body["type"] == "invalid_request_error"
+    whole = client.completions.create(model="tiny-f32", prompt="The film", temperature=0)
+    assert whole.usage.completion_tokens <= 16
+    with pytest.raises(openai.BadRequestError, match="echo is not supported"):
+        client.completions.create(model="tiny-f32", prompt="The film", echo=True)
+
+
+@pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")
+def test_llama_cpp_prints_the_date_of_the_run(run_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(run_dir / "merged", base)
+    dated = "\n{{ strftime_now('%d %B %Y') }}|{% for m in messages %}{{ m.content }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(dated)
+    path = tmp_path / "tiny.gguf"
+    write_gguf(GgufRequest(Checkpoint.open(base), path, "f32", "tiny"))
+    target = replace(resolve_target(str(run_dir)), name=str(path), template_date="2024-02-29")
+    plan = plan_llama_cpp(target, {}, ServeSettings())
+    with _started(plan) as process:
+        _wait_until_ready(process)
+        body = json.dumps({"messages": ASKED}).encode()
+        with _open(f"{process.url}/apply-template", process.key, body) as answer:
+            prompt = json.load(answer)["prompt"]
+    checkpoint = replace(Checkpoint.open(base), template_date="2024-02-29")
+    assert prompt == checkpoint.tokenizer.apply_chat_template(ASKED, tokenize=False)
+    assert prompt.lstrip().startswith("29 February 2024|The film")
 
 
 @pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")
