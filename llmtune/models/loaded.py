@@ -9,8 +9,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.errors import LlmtuneError
+from llmtune.io.cached import cache_dir, make_once
 from llmtune.models.checkpoint import CONFIG_NAME
-from llmtune.models.gguf import cache_dir, make_once
 
 SET_BY_SAVING = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
 """Keys of a model's config that are different once it was saved."""
@@ -44,7 +44,7 @@ def save_loaded(model: Any, tokenizer: Any = None) -> Path:
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
 
-        make_once(target, write, source="the loaded model")
+        make_once(target, write, marker=CONFIG_NAME, source="the loaded model")
     return target
 
 
