@@ -52,8 +52,8 @@ def _require_base(model: PreTrainedModel) -> None:
     advice = "give the directory or the hub id that it was loaded from"
     if getattr(model, "is_quantized", False):
         raise LlmtuneError(
-            f"model is a {type(model).__name__} whose weights are quantized; {advice}, and "
-            'settings={"model.quantization.method": "nf4"}'
+            f"model is a {type(model).__name__} whose weights are quantized; {advice}, and set "
+            "model.quantization"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise LlmtuneError(

@@ -19,6 +19,7 @@ from llmtune.io.json_files import parse_json
 from llmtune.io.stopping import last_lines
 from llmtune.serving.engine_requests import Follows
 from llmtune.serving.listening import (
+    ENGINE_HOST,
     ServeSettings,
     announce,
     bind_socket,
@@ -29,7 +30,6 @@ from llmtune.serving.start_check import Asked, Known, KnownQuestion, check_answe
 
 log = logging.getLogger("llmtune")
 
-ENGINE_HOST = "127.0.0.1"
 START_SECONDS = 1800
 POLL_SECONDS = 0.2
 ASK_SECONDS = 600

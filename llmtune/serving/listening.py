@@ -15,6 +15,8 @@ from llmtune.serving.start_check import StartCheck
 
 log = logging.getLogger("llmtune")
 
+ENGINE_HOST = "127.0.0.1"
+"""Where an engine with a server of its own listens."""
 PACKAGES = ("starlette", "uvicorn")
 MAX_WAITING = 16
 """Requests that may wait if nothing is said."""

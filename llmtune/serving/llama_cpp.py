@@ -10,9 +10,9 @@ from llmtune.errors import LlmtuneError
 from llmtune.io.gguf_head import GGUF_SUFFIX, read_gguf_head
 from llmtune.models.resolve import Loadable
 from llmtune.models.template_date import fix_clock
-from llmtune.serving.engine_process import ENGINE_HOST, EnginePlan
+from llmtune.serving.engine_process import EnginePlan
 from llmtune.serving.engine_requests import Follows
-from llmtune.serving.listening import ServeSettings
+from llmtune.serving.listening import ENGINE_HOST, ServeSettings
 
 KEY_VARIABLE = "LLMTUNE_SERVE_KEY"
 KIND = "general.type"

@@ -15,9 +15,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from llmtune.io.json_files import parse_json
-from llmtune.serving.engine_process import ENGINE_HOST
 from llmtune.serving.engine_requests import Follows, PassedOn, read_for_engine
 from llmtune.serving.http_api import LOOK_SECONDS, Api, HttpServer, HttpSettings, render_event
+from llmtune.serving.listening import ENGINE_HOST
 from llmtune.serving.openai_api import BEARER, RefusedRequest
 
 PIECE_BYTES = 1 << 16

@@ -16,9 +16,9 @@ from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.resolve import Loadable
 from llmtune.models.template_date import dated_source
 from llmtune.models.turns import as_ids, stop_token_ids
-from llmtune.serving.engine_process import ENGINE_HOST, EnginePlan
+from llmtune.serving.engine_process import EnginePlan
 from llmtune.serving.engine_requests import Follows
-from llmtune.serving.listening import ServeSettings
+from llmtune.serving.listening import ENGINE_HOST, ServeSettings
 
 PROGRAM = "vllm"
 KEY_VARIABLE = "VLLM_API_KEY"
