@@ -1,7 +1,6 @@
 """One forward pass for every scorer: padding, positions, batches by length, two switches."""
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from llmtune.adapters.live import refuse_rewritten_base, switched_off
 from llmtune.errors import LlmtuneError
@@ -20,11 +19,11 @@ GPU_TOKEN_BUDGET = 16384
 LOGITS_BYTES = 256 * 2**20
 """A batch that needs logits at every position is cut so that they take about this many bytes."""
 
-PASS_SHARE = 16
+PASS_SHARE = 32
 """A forward pass costs about as much beside its tokens as one part in so many of the budget."""
 
-HEAD_ROWS = 8192
-"""Rows of the LM head that are cast to float32 at once."""
+HEAD_ROWS, CPU_HEAD_ROWS = 8192, 1024
+"""Rows of the LM head that are cast to float32 at once; on a CPU what its cache holds."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class PaddedBatch:
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    starts_at_once: bool = False
+    """Whether every row's first token is at the first place, so that padding is behind the rows."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def float32_head(model: nn.Module) -> Iterator[None]:
     def compute(hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1]).float()
         logits = rows.new_empty(len(rows), head.out_features)
-        for start in range(0, head.out_features, HEAD_ROWS):
-            part = slice(start, start + HEAD_ROWS)
+        step = CPU_HEAD_ROWS if rows.device.type == "cpu" else HEAD_ROWS
+        for start in range(0, head.out_features, step):
+            part = slice(start, start + step)
             logits[:, part] = rows @ head.weight[part].float().T
         if head.bias is not None:
             logits += head.bias.float()
@@ -143,7 +145,7 @@ def batch_by_length(
     """Group indices into batches, longest first, with rows x longest <= `token_budget`.
 
     Of all such groups of neighbors in length the ones with the least padding, each pass counted as
-    a sixteenth of the budget: more and smaller batches are not worth it.
+    `PASS_SHARE` says: still more and smaller batches are not worth it.
 
     A single row longer than the budget is a batch of its own. `max_rows` bounds what grows with
     the rows, whatever their length: the logits of the last positions, a shared prefix's cache.
@@ -187,7 +189,7 @@ def pad_rows(
         place = slice(width - len(row), width) if left else slice(0, len(row))
         ids[index, place] = torch.tensor(row, dtype=torch.long)
         mask[index, known:][place] = 1
-    return PaddedBatch(ids.to(device), mask.to(device))
+    return PaddedBatch(ids.to(device), mask.to(device), starts_at_once=not left and not known)
 
 
 def run_forward(
@@ -211,16 +213,15 @@ def run_forward(
         LlmtuneError: the model computes NaN.
     """
     accepted = inspect.signature(_base_model(model).forward).parameters
-    positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
-    arguments = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "use_cache": keep_cache or cache is not None,
-    }
+    arguments = {"input_ids": batch.input_ids, "use_cache": keep_cache or cache is not None}
     if cache is not None:
         arguments["past_key_values"] = cache
-    if "position_ids" in accepted:
-        arguments["position_ids"] = positions[:, -batch.input_ids.shape[1] :]
+    # No token sees the padding behind it, and causal attention without a mask is half the work.
+    if not (batch.starts_at_once and cache is None and not keep_cache and _is_causal(model)):
+        arguments["attention_mask"] = batch.attention_mask
+        if "position_ids" in accepted:
+            positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+            arguments["position_ids"] = positions[:, -batch.input_ids.shape[1] :]
     if "logits_to_keep" in accepted:
         arguments["logits_to_keep"] = logits_to_keep
     with _whole_head_input(model):
@@ -236,6 +237,23 @@ def run_forward(
         )
     # State-space models return their state under a different name: it is not reused.
     return ForwardResult(kept, outputs.get("past_key_values") if keep_cache else None)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether the model masks later tokens without being asked: all layers say so, and use sdpa.
+
+    Recurrent layers are left out: the mask keeps padding out of their state.
+    """
+    base = _base_model(model)
+    config = text_config(model)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    says = [module.is_causal for module in base.modules() if hasattr(module, "is_causal")]
+    return (
+        getattr(config, "_attn_implementation", None) == "sdpa"
+        and len(says) == config.num_hidden_layers
+        and all(says)
+        and all(str(kind).endswith("attention") for kind in kinds)
+    )
 
 
 @contextlib.contextmanager
@@ -254,41 +272,6 @@ def _whole_head_input(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def select_rows(cache: Cache, rows: torch.Tensor) -> Cache:
-    """Return a cache of the given rows (an index may repeat); the original stays as it was."""
-    selected = copy.copy(cache)
-    selected.layers = [copy.copy(layer) for layer in cache.layers]
-    selected.batch_select_indices(rows)
-    return selected
-
-
-def can_narrow(cache: Cache | None) -> bool:
-    """Return whether `select_rows` keeps all of a row's state.
-
-    Recurrent and convolution states have no way to select rows, so their rows stay together.
-    """
-    return cache is None or is_plain_cache(cache)
-
-
-def is_plain_cache(cache: Cache | None) -> bool:
-    """Return whether every layer caches keys and values only, so that its rows can be reused."""
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    if not isinstance(cache, Cache) or not all(type(layer) in plain for layer in cache.layers):
-        return False
-    # Where a model adds layers of its own kind, their places among these stay empty (MiniMax).
-    return len({layer.is_initialized for layer in cache.layers}) == 1
-
-
-def attention_window(cache: Cache) -> int | None:
-    """Return the smallest sliding window in tokens; None if every layer sees everything."""
-    windows = [
-        layer.sliding_window
-        for layer in cache.layers
-        if isinstance(layer, DynamicSlidingWindowLayer)
-    ]
-    return min(windows, default=None)
 
 
 def require_positions(model: nn.Module, num_tokens: int) -> None:

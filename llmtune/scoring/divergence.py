@@ -24,6 +24,8 @@ from llmtune.scoring.batches import (
 
 CHUNK_POSITIONS = 128
 """Positions whose float32 distributions over the whole vocabulary are held at once."""
+CPU_CHUNK_POSITIONS = 32
+"""The same on a CPU: what its cache holds."""
 
 Variant = Callable[[], contextlib.AbstractContextManager[object]]
 """Makes a block in which the model is one of its variants: the adapter at half its strength."""
@@ -116,9 +118,8 @@ def compare_distributions(
         base_logits, tuned_logits: [P, V].
     """
     kl, flipped = [], []
-    for base, tuned in zip(
-        base_logits.split(CHUNK_POSITIONS), tuned_logits.split(CHUNK_POSITIONS), strict=True
-    ):
+    rows = CPU_CHUNK_POSITIONS if base_logits.device.type == "cpu" else CHUNK_POSITIONS
+    for base, tuned in zip(base_logits.split(rows), tuned_logits.split(rows), strict=True):
         log_base, log_tuned = base.float().log_softmax(-1), tuned.float().log_softmax(-1)
         terms = nn.functional.kl_div(log_tuned, log_base, reduction="none", log_target=True)
         kl.append(terms.sum(-1))

@@ -14,14 +14,13 @@ from llmtune.scoring.batches import (
     batch_by_length,
     float32_head,
     inference,
-    is_plain_cache,
     length_switch,
     model_device,
     pad_rows,
     require_positions,
     run_forward,
-    select_rows,
 )
+from llmtune.scoring.caches import is_plain_cache, select_rows
 from llmtune.scoring.generate import Decoding, Generation, Texts, find_rooms, generate_texts
 from llmtune.scoring.prefix import SharedPrefix, count_prompt_tokens, rows_at_once, share_prefix
 from llmtune.scoring.requests import ContinuationRequest, ContinuationScore

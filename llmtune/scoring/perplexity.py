@@ -20,6 +20,9 @@ from llmtune.scoring.batches import (
 )
 from llmtune.scoring.requests import cut_windows, encode_passage
 
+TILE_POSITIONS = 32
+"""Positions whose float32 logits exist at once on a CPU: what its cache holds."""
+
 
 @dataclass(frozen=True)
 class TextScore:
@@ -85,6 +88,12 @@ def _window_losses(model: nn.Module, windows: Sequence[tuple[int, ...]]) -> list
     losses = []
     for row, ids in enumerate(windows):
         targets = torch.tensor(ids[1:], device=logits.device)
-        row_logits = logits[row, : len(targets)].float()
-        losses.append(nn.functional.cross_entropy(row_logits, targets, reduction="sum").item())
+        rows = TILE_POSITIONS if logits.device.type == "cpu" else max(1, len(targets))
+        tiles = zip(logits[row, : len(targets)].split(rows), targets.split(rows), strict=True)
+        losses.append(
+            sum(
+                nn.functional.cross_entropy(tile.float(), wanted, reduction="sum").item()
+                for tile, wanted in tiles
+            )
+        )
     return losses

@@ -10,16 +10,14 @@ from transformers.cache_utils import Cache
 
 from llmtune.models.decoder import config_number
 from llmtune.scoring.batches import (
-    attention_window,
-    is_plain_cache,
     length_switch,
     logits_positions,
     model_device,
     pad_rows,
     run_forward,
-    select_rows,
     text_config,
 )
+from llmtune.scoring.caches import attention_window, is_plain_cache, select_rows
 
 logger = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from llmtune.scoring.batches import (
-    PaddedBatch,
+from llmtune.scoring.batches import PaddedBatch, model_device, pad_rows, run_forward
+from llmtune.scoring.caches import (
     attention_window,
+    can_drop,
     can_narrow,
+    drop_rows,
+    give_room,
     is_plain_cache,
-    model_device,
-    pad_rows,
-    run_forward,
     select_rows,
 )
 from llmtune.scoring.prefix import SharedPrefix
@@ -55,6 +55,19 @@ class OpenRows:
             self.logits[index],
             None if self.cache is None else select_rows(self.cache, index),
         )
+
+    def keep(self, rows: Sequence[int]) -> tuple["OpenRows", Sequence[int]]:
+        """Return only these rows, and their order; those that are dropped are gone for good.
+
+        The last rows take the places of the dropped ones if the cache allows it, so that the other
+        rows' keys and values are not copied.
+        """
+        if len(rows) == len(self.places) or not can_drop(self.cache):
+            return self.select(rows), rows
+        cache = self.cache
+        assert cache is not None, "what can be dropped is in a cache"
+        order = drop_rows(cache, rows)
+        return replace(replace(self, cache=None).select(order), cache=cache), order
 
 
 def can_join(cache: Cache | None, slots: int) -> bool:
@@ -136,7 +149,7 @@ def write_rows(
     """
     generators: dict[int, torch.Generator] = {}
     written: Counter[int] = Counter()
-    left: OpenRows | None = rows
+    left: OpenRows | None = replace(rows, cache=give_room(rows.cache))
     while left is not None:
         for place in left.places:
             if place not in generators:
@@ -154,12 +167,13 @@ def write_rows(
                 going.append(row)
         if going:
             if can_narrow(left.cache):
-                left, tokens = left.select(going), [tokens[row] for row in going]
+                left, order = left.keep(going)
+                tokens = [tokens[row] for row in order]
             left = _step(model, left, tokens)
         else:
             left = None
-        if refill is not None:
-            left = refill(left)
+        if refill is not None and (left := refill(left)) is not None:
+            left = replace(left, cache=give_room(left.cache))
 
 
 def _step(model: nn.Module, rows: OpenRows, tokens: Sequence[int]) -> OpenRows:
