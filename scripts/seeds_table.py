@@ -1,4 +1,4 @@
-"""Print the table of docs/diagnosis.md: several seeds of one recipe, by a point rule and by ours.
+"""Print the table of docs/report.md: several seeds of one recipe, by a point rule and by ours.
 
     python scripts/seeds_table.py runs/edge/seed-0 runs/edge/seed-1 ...
 
