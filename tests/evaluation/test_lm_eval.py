@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.compare import compare_arms
+from llmtune.evaluation.lm_eval import LmEvalSettings, harness_model, run_tasks
 from llmtune.evaluation.run import evaluate_suite
 from llmtune.evaluation.stats import Resampling
 from llmtune.evaluation.suite import load_suite
@@ -20,10 +21,6 @@ from llmtune.models.load import load_model
 from llmtune.models.resolve import resolve_base
 from tests.evaluation.live import make_live
 from tests.tiny import make_model, make_tokenizer
-
-pytest.importorskip("lm_eval", reason="needs lm-eval")
-
-from llmtune.evaluation.lm_eval import LmEvalSettings, harness_model, run_tasks
 
 WORDS = ["dog", "fox", "film", "plot", "quick", "lazy", "warm", "funny", "ending", "sentence"]
 NUM_ITEMS = 200

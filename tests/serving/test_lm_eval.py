@@ -13,8 +13,6 @@ from llmtune.runs import pipeline
 from tests.evaluation.test_lm_eval import write_task
 from tests.project import make_project
 
-pytest.importorskip("lm_eval", reason="needs lm-eval")
-
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
