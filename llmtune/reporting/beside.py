@@ -21,6 +21,7 @@ LABELS = {
 }
 """The secondary scores that are shown, each a share from 0 to 1 (Brier: to 2)."""
 
+SAME = 1e-6
 CLEARLY = 0.1
 """Two changes of one suite that differ by more than this disagree."""
 SHOWN_CLASSES = 12
@@ -97,8 +98,9 @@ def _compare_with_lenient(suite: SuiteReport) -> Disagreement | None:
         return None
     whole = f"whole answers {format_points(strict)}"
     anywhere = f"right answers anywhere in the text {format_points(lenient)}"
-    if suite.lenient is not None:
-        anywhere += f" {suite.unit.interval(suite.lenient.low, suite.lenient.high)}"
+    found = suite.lenient or suite.change  # the suite's own score may be that of the text
+    if found is not None and abs(found.difference - lenient) <= SAME:
+        anywhere += f" {suite.unit.interval(found.low, found.high)}"
     if has_fewer_answers(suite):
         sentence = (
             f"What {suite.name} gains holds for whole answers as they are written, and right "
@@ -142,13 +144,18 @@ def is_format_only(suite: SuiteReport) -> bool:
     """Return whether whole answers gained clear of 0 and right answers in the text did not.
 
     They were also measured to gain less than half as much, so that a gain of both that few items
-    cannot show is not called one of format.
+    cannot show is not called one of format. A suite that finds answers in the text itself (by
+    `contains` or `extract`) has no interval of whole answers: they must have gained clearly.
     """
-    if suite.lenient is None or suite.change is None:
+    if suite.change is None:
         return False
-    gain, low, _ = suite.gain(suite.change)
-    more, from_, _ = suite.gain(suite.lenient)
-    return low > 0 and from_ <= 0 and more < gain / 2
+    if suite.lenient is not None:
+        gain, low, _ = suite.gain(suite.change)
+        more, from_, _ = suite.gain(suite.lenient)
+        return low > 0 and from_ <= 0 and more < gain / 2
+    strict = secondary_change(suite, "strict") or 0.0
+    more, from_, _ = suite.gain(suite.change)
+    return strict - more > CLEARLY and from_ <= 0 and more < strict / 2
 
 
 def tabulate_beside(suite: SuiteReport) -> BesideTable | None:

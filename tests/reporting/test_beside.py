@@ -54,6 +54,12 @@ def test_a_gain_of_format_alone_is_called_that():
     )
     [found] = find_disagreements(suite)
     assert "gains is format" in found.sentence
+    # The suite's own score finds answers in the text: no more of them are right.
+    found_there = replace(suite, metric="contains", change=Change(0.02, -0.04, 0.08, 0.5))
+    [found] = find_disagreements(found_there)
+    assert "format-only gain: the whole answer is right in +70.0 points" in found.sentence
+    assert "+2.0 points [−4.0, +8.0]" in found.sentence
+    assert decide(Evidence((found_there,))).name == "INCONCLUSIVE"
 
 
 @pytest.mark.parametrize(
