@@ -94,7 +94,7 @@ def test_every_command_of_the_readme_works(clone, monkeypatch, capsys):
             arguments.append("train.max_steps=8")  # init asks for enough steps to learn
         code = run_command(arguments)
         assert code == 0, f"{command}\n{capsys.readouterr().err}"
-    mine = json.loads((clone / "runs" / "train" / "report.json").read_text())
+    mine = json.loads((clone / "runs" / "mine" / "report.json").read_text())
     assert mine["suites"]["mine"]["n"] >= 20, "init's suite asks the task of held-out rows"
 
 

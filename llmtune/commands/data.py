@@ -20,11 +20,14 @@ from llmtune.commands.options import (
 )
 from llmtune.data.init_job import JOBS, JobName
 from llmtune.data.init_suite import NoSuite
+from llmtune.data.problems import name_first
 from llmtune.errors import CheckFailed, LlmtuneError
 from llmtune.io.run_dir import atomic_write_text
 
 if TYPE_CHECKING:
     from llmtune.runs.rows import Draft
+
+SHOWN_LEFT_OUT = 5
 
 
 @click.command()
@@ -75,7 +78,7 @@ def init(  # noqa: PLR0913 (one argument an option)
       llmtune init test.jsonl --eval
     """
     from llmtune.data.init import Asked
-    from llmtune.runs.rows import draft_config, draft_eval_suite
+    from llmtune.runs.rows import DEFAULT_OUT, draft_config, draft_eval_suite
 
     show_progress(quiet)
     asked = Asked(
@@ -93,7 +96,7 @@ def init(  # noqa: PLR0913 (one argument an option)
         written = draft_eval_suite(data, out, base=base, asked=asked, force=force)
         print_result(written.as_json(), as_json, written.describe)
         return
-    out = out or Path("llmtune.yaml")
+    out = out or Path(DEFAULT_OUT)
     draft = draft_config(data, out, base=base, asked=asked, quantize=quantize, force=force)
     found, suite = draft.found, draft.suite
     result = {
@@ -113,26 +116,28 @@ def _init_lines(draft: "Draft") -> Iterator[str]:
     from llmtune.data.init_config import first_length
 
     found, out, suite = draft.found, draft.config, draft.suite
-    yield f"{out}: {found.num_rows:,} rows, {found.reason}"
+    yield f"{out}: {found.count_rows()}, {found.reason}"
     yield f"understood as {found.job.describe()} (--task {'|'.join(JOBS)} if it is not)"
     if found.source.instruction is not None:
         yield f"each text is asked with: {found.source.instruction}"
     if found.job.labels and all(label.isdecimal() for label in found.job.labels):
         yield "the labels are numbers: name them with --labels NAME,NAME,... if they mean something"
     yield from found.notes
+    if found.left_out:
+        yield f"left out: {name_first(found.left_out, SHOWN_LEFT_OUT)}"
     if found.bad_rows:
         yield f"{found.bad_rows} rows cannot be used: left out; llmtune data check names them"
     epochs, batch_size = first_length(found)
     rate, reason = draft.training.learning_rate, draft.training.rate_reason
-    times = "once" if epochs == 1 else f"{epochs} times"
-    yield f"each row is seen {times}, {batch_size} a step; learning rate {rate:.1e} ({reason})"
+    seen = f"each {found.unit} is seen {'once' if epochs == 1 else f'{epochs} times'}"
+    yield f"{seen}, {batch_size} a step; learning rate {rate:.1e} ({reason})"
     if draft.training.is_quantized:
         yield f"the base is trained in 4 bits: {draft.training.quantized_reason}"
     if suite is None:
         reason = found.suite.reason if isinstance(found.suite, NoSuite) else ""
         yield f"no suite asks about your task ({reason}): add one, or there is no verdict"
     else:
-        asked = found.test.path if found.test is not None else "rows that are not trained on"
+        asked = found.test.name if found.test is not None else "rows that are not trained on"
         yield f"{suite}: asks your task on {asked}"
     name = shlex.quote(str(out))
     yield f"next: llmtune data check {name}, then llmtune run {name}"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from llmtune.data.files import UTF8, Reading
+from llmtune.data.files import FIRST_SPLIT, UTF8, Reading
 from llmtune.data.formats import FORMATS
 from llmtune.schema import Section
 
@@ -65,6 +65,11 @@ class SourceConfig(Section):
         except LookupError:
             raise ValueError(f"{value!r} is not an encoding; for example utf-8, cp1252") from None
         return value
+
+    @property
+    def name(self) -> str:
+        """The path, with the list or split if it is not the first."""
+        return self.path if self.split == FIRST_SPLIT else f"{self.path}, {self.split}"
 
     @property
     def reading(self) -> Reading:

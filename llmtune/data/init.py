@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llmtune.data.config import SourceConfig
-from llmtune.data.files import FIRST_SPLIT
 from llmtune.data.formats import FORMATS
 from llmtune.data.hub import is_hub_id
 from llmtune.data.init_guess import explain, find_label_names, guess_source, open_file
@@ -83,6 +82,15 @@ class DataDescription:
     def has_answers(self) -> bool:
         """Whether the rows hold answers; others are documents."""
         return FORMATS[self.source.format].has_answers
+
+    @property
+    def unit(self) -> str:
+        """What one row is called."""
+        return "row" if self.has_answers else "document"
+
+    def count_rows(self) -> str:
+        """Say how many there are."""
+        return f"{self.num_rows:,} {self.unit}{'s' if self.num_rows != 1 else ''}"
 
     @property
     def is_split(self) -> bool:
@@ -202,17 +210,17 @@ def describe_data(
     test = places.test if asked.test is None else open_file(asked.test)
     evaluation, watched = _read_beside(source, places.evaluation, most_rows)
     test, tested = _read_beside(source, test, most_rows)
-    notes = []
+    notes = list(places.notes)
     if watched is not None and (num_shared := len(watched.keys & survey.keys)):
         assert evaluation is not None
         notes.append(
-            f"{num_shared} rows of {_name(evaluation)} are in the training rows too, so it is left "
+            f"{num_shared} rows of {evaluation.name} are in the training rows too, so it is left "
             "out and rows are held out instead"
         )
         evaluation = watched = None
     if tested is not None and (num_shared := len(tested.keys & survey.keys)):
         assert test is not None
-        notes.append(f"{num_shared} rows of {_name(test)} are trained on, so they are not asked")
+        notes.append(f"{num_shared} rows of {test.name} are trained on, so they are not asked")
     share = None if evaluation is not None else survey.suite.share_of(survey.num_rows)
     held_out = tested or watched
     lengths = [pair for each in (survey, watched) if each for pair in each.lengths(tokenizer)]
@@ -234,7 +242,7 @@ def describe_data(
         test=test,
         left_out=places.left_out,
         job=job,
-        reason=explain(source, survey.reason),
+        reason=explain(source, survey.reason, asked.format),
         num_rows=survey.num_rows,
         characters=survey.characters,
         bad_rows=survey.num_bad,
@@ -314,10 +322,6 @@ def _like(source: SourceConfig, other: SourceConfig) -> SourceConfig:
     """Return a second file of the same rows: read as it is, understood as the first."""
     update = {"path": other.path, "encoding": other.encoding, "delimiter": other.delimiter}
     return source.model_copy(update=update | {"split": other.split})
-
-
-def _name(source: SourceConfig) -> str:
-    return source.path if source.split == FIRST_SPLIT else f"{source.path}, {source.split}"
 
 
 def _read_beside(

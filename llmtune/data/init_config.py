@@ -63,18 +63,21 @@ def render_config(
     base: str | None = None,
     suite: str | None = None,
     training: FirstTraining | None = None,
+    name: str | None = None,
 ) -> str:
     """Return a commented YAML config for the data, ready for `llmtune run`.
 
-    `suite` is where the drafted suite is written; None if there is none.
+    `suite` is where the drafted suite is written; None if there is none. `name` is that of the run;
+    None takes the file's.
     """
     training = training or FirstTraining()
-    name = re.sub(r"[^\w-]+", "-", Path(found.train_path).name.split(".")[0]).strip("-") or "run"
+    name = name or Path(found.train_path).name.split(".")[0]
+    name = re.sub(r"[^\w-]+", "-", name).strip("-") or "run"
     knobs = DEFAULT_ADAPTER.model_dump(mode="json")
     adapter = {name: knobs[name] for name in SHOWN_KNOBS if name in knobs}
     lines = [
         _comment(
-            f"Written by llmtune init from {found.train_path}: {found.num_rows:,} rows, "
+            f"Written by llmtune init from {found.train_path}: {found.count_rows()}, "
             f"{found.reason}."
         ),
         _comment(f"The job: {found.job.describe()}."),
@@ -160,7 +163,7 @@ def _train_lines(found: DataDescription, training: FirstTraining) -> list[str]:
     return [
         "train:",
         f"  learning_rate: {training.learning_rate:.1e}   # {training.rate_reason}",
-        f"  num_epochs: {epochs}   # each row is seen {times}: about {steps:,} steps",
+        f"  num_epochs: {epochs}   # each {found.unit} is seen {times}: about {steps:,} steps",
         f"  batch_size: {batch_size}",
     ]
 

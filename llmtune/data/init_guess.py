@@ -101,10 +101,12 @@ def guess_source(
     return _with_render(_renamed(given, best, found), tokenizer)
 
 
-def explain(source: SourceConfig, reason: str) -> str:
-    """Say how the columns were recognized, if not by the format's own names."""
+def explain(source: SourceConfig, reason: str, asked: str | None = None) -> str:
+    """Say how the format was recognized; `asked` is what the user says it is."""
     if not source.columns:
-        return reason
+        return reason.replace(
+            "set in the config", "as --format says" if asked else "found in the rows"
+        )
     names = ", ".join(f"{column} as {name}" for name, column in source.columns.items())
     return reason.replace("set in the config", f"guessed from the columns: {names}")
 

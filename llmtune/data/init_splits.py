@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.data.config import SourceConfig
-from llmtune.data.files import list_splits
+from llmtune.data.files import file_kind, list_splits
 from llmtune.data.hub import is_hub_id
 from llmtune.data.init_guess import open_file
-from llmtune.data.rows import find_files
+from llmtune.data.rows import find_files, walk_files
 from llmtune.errors import LlmtuneError
 
 EVALUATION_NAME = re.compile(
@@ -29,6 +29,8 @@ class Places:
     evaluation: SourceConfig | None = None
     test: SourceConfig | None = None
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What else is in a directory."""
 
 
 def find_splits(path: str) -> Places:
@@ -40,6 +42,7 @@ def find_splits(path: str) -> Places:
         names = list_splits(here) if here.is_file() else ()
         return _choose_lists(path, names) if len(names) > 1 else Places(open_file(path))
     files = [file for file in find_files(path) if not _is_about_a_set(file)]
+    notes = tuple(_note_unread(here))
     roles = {file: _role(file.relative_to(here)) for file in files}
     train = [file for file in files if roles[file] == "train"] or [
         file for file in files if roles[file] is None
@@ -47,7 +50,7 @@ def find_splits(path: str) -> Places:
     evaluation = [file for file in files if roles[file] == "evaluation"]
     tests = [file for file in files if roles[file] == "test"]
     if not evaluation and not tests and len(train) == len(files):
-        return Places(open_file(path))
+        return Places(open_file(path), notes=notes)
     if not train:
         raise LlmtuneError(f"{path}: holds no file to train on ({', '.join(map(str, files))})")
     used = [_pattern(group) for group in (train, evaluation, tests)]
@@ -61,7 +64,16 @@ def find_splits(path: str) -> Places:
         left_out += [str(file) for file in group if pattern is None]
     first, second, third = (None if name is None else open_file(name) for name in used)
     assert first is not None, "there are files to train on"
-    return Places(first, second, third, tuple(left_out))
+    return Places(first, second, third, tuple(left_out), notes)
+
+
+def _note_unread(folder: Path) -> Iterator[str]:
+    """Say which kinds of files of a directory are not read, such as PDF."""
+    unread = [file for file in walk_files(folder) if file.suffix and not file_kind(file)]
+    kinds = sorted({file.suffix.lower() for file in unread})
+    if kinds:
+        are = "file is" if len(unread) == 1 else "files are"
+        yield f"{folder}: {len(unread)} {are} of a kind that is not read ({', '.join(kinds)})"
 
 
 def _role(file: Path) -> str | None:

@@ -91,7 +91,7 @@ def find_files(path: str) -> list[Path]:
     if stat.S_ISREG(mode):
         return [here]
     if stat.S_ISDIR(mode):
-        files = sorted(file for file in _walk(here) if file_kind(file))
+        files = sorted(file for file in walk_files(here) if file_kind(file))
         if not files:
             raise LlmtuneError(f"{path}: the directory holds no data file (.jsonl, .csv, ...)")
         return files
@@ -113,7 +113,7 @@ def _mode(path: Path) -> int:
         return 0
 
 
-def _walk(directory: Path) -> Iterator[Path]:
+def walk_files(directory: Path) -> Iterator[Path]:
     """Yield the files below a directory, through links, without hidden ones (copies, mostly)."""
 
     def refuse(error: OSError) -> None:

@@ -29,6 +29,8 @@ from llmtune.runs.targets import require_run, run_target
 from llmtune.training.config import suggest_learning_rate
 
 SHIPPED_BESIDE = ("general", "chat")
+DEFAULT_OUT = "llmtune.yaml"
+"""A config of this name says nothing of the run, which is then named after the rows."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def draft_config(
     _refuse_existing([*files, out], force=force)
     written = str(suite) if suite else None
     training = _first_training(found, model, quantize=quantize)
-    files[out] = render_config(found, base=base, suite=written, training=training)
+    run = None if out.name == DEFAULT_OUT else out.stem
+    files[out] = render_config(found, base=base, suite=written, training=training, name=run)
     atomic_write_texts(files)
     return Draft(found, out, suite, training)
 

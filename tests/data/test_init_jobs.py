@@ -224,6 +224,24 @@ def test_rows_of_a_second_file_that_are_trained_on_are_left_out(tmp_path, monkey
     assert yaml.safe_load((tmp_path / "a.yaml").read_text())["data"]["evaluation_share"] == 0.2
 
 
+def test_what_was_found_is_said_with_what_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, *FILES["clinc"][:2])
+    write(tmp_path, *FILES["documents"][:2])
+    for name in ("cover.png", "scan.PDF", "b/old.docx", ".hidden.png"):
+        (tmp_path / "a" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "a" / name).write_bytes(b"\0")
+    assert run_command(["init", "a.json", "--out", "intents.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert "asks your task on a.json, test" in said and "left out: a.json: oos_test" in said
+    assert yaml.safe_load((tmp_path / "intents.yaml").read_text())["run_dir"] == "runs/intents"
+    assert run_command(["init", "a"]) == 0
+    said = capsys.readouterr().out
+    assert "40 documents, text (found in the rows)" in said and "each document is seen" in said
+    assert "a: 3 files are of a kind that is not read (.docx, .pdf, .png)" in said
+    assert yaml.safe_load((tmp_path / "llmtune.yaml").read_text())["run_dir"] == "runs/a"
+
+
 def test_what_the_user_says_wins(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [{"utterance": text, "intent": i % 2, "id": i} for i, text in enumerate(texts(120))]
