@@ -119,6 +119,7 @@ def test_a_foreign_config_and_foreign_names_are_recognized(folder, tmp_path, cap
         ("finetuning_type: lora\npissa_init: true\nlora_rank: 8\n",
          {"adapter.init": "pissa_niter_16", "adapter.rank": 8}),
         ("finetuning_type: lora\npissa_init: true\npissa_iter: -1\n", {"adapter.init": "pissa"}),
+        ("finetuning_type: lora\ndefault_system: Be kind.\n", {"data.system": "Be kind."}),
     ],
 )  # fmt: skip
 def test_methods_and_starts_are_taken(tmp_path, text, values):
@@ -126,4 +127,5 @@ def test_methods_and_starts_are_taken(tmp_path, text, values):
     path.write_text(f"model_name_or_path: b\nstage: sft\ntemplate: x\ndataset: d\n{text}")
     found = import_config(path).values
 
-    assert {key: found[key] for key in found if key.startswith("adapter.")} == values
+    taken = {key: found[key] for key in found if key.startswith(("adapter.", "data.system"))}
+    assert taken == values
