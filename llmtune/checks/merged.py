@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -36,6 +38,7 @@ from llmtune.scoring.causal import sees_later_tokens
 from llmtune.scoring.divergence import compare_distributions
 from llmtune.scoring.generate import Decoding, Generation, generate_texts
 from llmtune.scoring.likelihood import score_continuations
+from llmtune.scoring.prefix import NO_PREFIX, SharedPrefix, common_prefix, share_prefix
 from llmtune.scoring.requests import ContinuationRequest
 
 MERGE_AGAIN = "merge again"
@@ -162,6 +165,14 @@ def load_merged(
     return model.to(device).eval()
 
 
+class _Logits(NamedTuple):
+    """Logits [P, V] of the same positions, in the models' dtype; `base` if there is an adapter."""
+
+    live: torch.Tensor
+    merged: torch.Tensor
+    base: torch.Tensor | None = None
+
+
 @dataclass
 class _Compared:
     """Sums over every position of the sequences; losses are in nats, over all but the first."""
@@ -178,6 +189,62 @@ class _Compared:
     def perplexity(self, loss: float) -> float:
         return math.exp(min(loss / max(1, self.num_predicted), MAX_MEAN_LOSS))
 
+    def add_positions(self, logits: _Logits, times: int = 1) -> None:
+        """Add positions that `times` of the sequences have."""
+        live, merged, base = logits
+        if live.shape != merged.shape:
+            raise LlmtuneError(
+                f"the merged model has {merged.shape[-1]} tokens in its vocabulary and "
+                f"the adapter model {live.shape[-1]}; their bases differ"
+            )
+        self.largest = max(self.largest, (live.float() - merged.float()).abs().max().item())
+        kl, flipped = compare_distributions(live, merged)
+        self.kl += times * float(kl.sum())
+        self.num_agreeing += times * (len(live) - int(flipped.sum()))
+        self.num_tokens += times * len(live)
+        if base is not None:
+            self.base_kl += times * float(compare_distributions(live, base)[0].sum())
+
+    def add_losses(self, logits: _Logits, targets: Sequence[int], times: int = 1) -> None:
+        """Add the loss of each position's next token; IGNORE_INDEX where there is none."""
+        self.live_loss += times * _loss(logits.live, targets)
+        self.merged_loss += times * _loss(logits.merged, targets)
+        self.num_predicted += times * sum(token != IGNORE_INDEX for token in targets)
+
+
+@dataclass
+class _Reader:
+    """One of the models, and what it has run of the beginning that all sequences share."""
+
+    model: nn.Module
+    is_base: bool = False
+    """Whether its adapter is switched off."""
+    prefix: SharedPrefix = NO_PREFIX
+
+    def share(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Run the shared beginning, where that is exact."""
+        prompts = [tuple(ids) for ids in sequences]
+        with self._switched():
+            self.prefix = share_prefix(self.model, prompts, longest_answer=0, keep_logits=True)
+
+    @property
+    def shared_logits(self) -> torch.Tensor:
+        """The logits of the shared beginning, [P, V]."""
+        assert self.prefix.logits is not None, "asked for when it was run"
+        return self.prefix.logits
+
+    def read(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the logits of every position of rows that follow the shared beginning, [P, V]."""
+        known, device = self.prefix.length, model_device(self.model)
+        batch = pad_rows(rows, device, left=False, known=known)
+        cache = self.prefix.for_rows(len(rows), device)
+        with self._switched():
+            logits = run_forward(self.model, batch, cache=cache).logits
+        return logits[batch.attention_mask[:, known:].bool()]
+
+    def _switched(self) -> AbstractContextManager[None]:
+        return adapter_disabled(self.model) if self.is_base else nullcontext()
+
 
 def _compare_sequences(
     live: nn.Module, merged: nn.Module, sequences: Sequence[Sequence[int]]
@@ -185,38 +252,45 @@ def _compare_sequences(
     total = _Compared()
     place = model_device(merged)
     budget = max(1, rows_budget(merged, choose_token_budget(merged)) // HELD_AT_ONCE)
-    shown = progress_bar("check", len(sequences), unit="texts")
+    readers = [_Reader(live), _Reader(merged)]
+    if has_adapter(live):
+        readers.append(_Reader(live, is_base=True))
+    num, shown = len(sequences), progress_bar("check", len(sequences), unit="texts")
     with inference(live), inference(merged), shown as bar:
-        for batch in batch_by_length([len(ids) for ids in sequences], budget):
-            rows = [sequences[index] for index in batch]
-            live_logits = _logits(live, rows).to(place)
-            merged_logits = _logits(merged, rows)
-            if live_logits.shape != merged_logits.shape:
-                raise LlmtuneError(
-                    f"the merged model has {merged_logits.shape[-1]} tokens in its vocabulary and "
-                    f"the adapter model {live_logits.shape[-1]}; their bases differ"
-                )
-            difference = (live_logits.float() - merged_logits.float()).abs().max().item()
-            kl, flipped = compare_distributions(live_logits, merged_logits)
-            if has_adapter(live):
-                with adapter_disabled(live):
-                    base_logits = _logits(live, rows).to(place)
-                total.base_kl += float(compare_distributions(live_logits, base_logits)[0].sum())
-            num_tokens = sum(map(len, rows))
-            total.largest = max(total.largest, difference)
-            total.kl += float(kl.sum())
-            total.num_agreeing += num_tokens - int(flipped.sum())
-            total.num_tokens += num_tokens
-            total.live_loss += _loss(live_logits, rows)
-            total.merged_loss += _loss(merged_logits, rows)
-            total.num_predicted += num_tokens - len(rows)
+        known = _share(readers, sequences, budget)
+        if known:
+            first, targets = sequences[0], [ids[known] for ids in sequences]
+            start = _Logits(*(each.shared_logits.to(place) for each in readers))
+            last = _Logits(*(each[-1:].expand(num, -1) for each in start[:2]))
+            total.add_positions(start, num)
+            total.add_losses(start, [*first[1:known], IGNORE_INDEX], num)
+            total.add_losses(last, targets)
+        for batch in batch_by_length([len(ids) - known for ids in sequences], budget):
+            rows = [sequences[index][known:] for index in batch]
+            logits = _Logits(*(each.read(rows).to(place) for each in readers))
+            total.add_positions(logits)
+            total.add_losses(logits, [id for ids in rows for id in (*ids[1:], IGNORE_INDEX)])
             bar.advance(len(rows))
     return total
 
 
-def _loss(logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> float:
-    """Return the summed negative log-likelihood of each row's tokens after its first, in nats."""
-    targets = [token for ids in rows for token in (*ids[1:], IGNORE_INDEX)]
+def _share(readers: Sequence[_Reader], sequences: Sequence[Sequence[int]], most: int) -> int:
+    """Run what all sequences begin with once a model, and return how many tokens that is.
+
+    Nothing if the logits of its positions are more than are held at once.
+    """
+    if not sequences or common_prefix([tuple(ids) for ids in sequences]) > most:
+        return 0
+    for each in readers:
+        each.share(sequences)
+    if len({each.prefix.length for each in readers}) > 1:
+        for each in readers:
+            each.prefix = NO_PREFIX
+    return readers[0].prefix.length
+
+
+def _loss(logits: torch.Tensor, targets: Sequence[int]) -> float:
+    """Return the summed negative log-likelihood of the targets, in nats."""
     loss = nn.functional.cross_entropy(
         logits.float(),
         torch.tensor(targets, device=logits.device),
@@ -297,9 +371,3 @@ def _margin(model: nn.Module, ids: Sequence[int]) -> float:
         logits = run_forward(model, batch, logits_to_keep=1).logits[0, -1]
     first, second = logits.float().topk(2).values.tolist()
     return float(first - second)
-
-
-def _logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return the logits of every position of the rows, end to end, [P, V], in the model's dtype."""
-    batch = pad_rows(rows, model_device(model), left=False)
-    return run_forward(model, batch).logits[batch.attention_mask.bool()]

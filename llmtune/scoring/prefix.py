@@ -38,6 +38,8 @@ class SharedPrefix:
 
     length: int
     cache: Cache | None
+    logits: torch.Tensor | None = None
+    """Of all its positions [length, V], if they were asked for."""
 
     def for_rows(self, num_rows: int, device: torch.device) -> Cache | None:
         """Return the prefix's cache for a batch; the prefix itself stays one row."""
@@ -55,6 +57,7 @@ def share_prefix(
     *,
     longest_answer: int,
     min_tokens: int = MIN_SHARED_TOKENS,
+    keep_logits: bool = False,
 ) -> SharedPrefix:
     """Run what all prompts begin with; nothing is shared where it would not be exact or pay.
 
@@ -66,8 +69,9 @@ def share_prefix(
     Args:
         longest_answer: tokens that follow a prompt at most.
         min_tokens: a shorter prefix is not worth its own pass.
+        keep_logits: also keep the logits of the prefix's positions.
     """
-    length = common_prefix(prompts)
+    length = common_prefix(prompts) if prompts else 0
     if len(prompts) < 2 or length < min_tokens:
         return NO_PREFIX
     switch, longest = length_switch(model), max(map(len, prompts)) + longest_answer
@@ -76,7 +80,9 @@ def share_prefix(
         _say_not_shared(length, len(prompts), reason)
         return NO_PREFIX
     shared = pad_rows([prompts[0][:length]], model_device(model), left=True)
-    cache = run_forward(model, shared, logits_to_keep=1, keep_cache=True).cache
+    logits_to_keep = 0 if keep_logits else 1
+    ran = run_forward(model, shared, logits_to_keep=logits_to_keep, keep_cache=True)
+    cache = ran.cache
     if not is_plain_cache(cache):
         _say_not_shared(length, len(prompts), "this model's state cannot be copied between items")
         return NO_PREFIX
@@ -85,7 +91,7 @@ def share_prefix(
     if window is not None and longest > window:
         _say_not_shared(length, len(prompts), f"its attention sees only {window} tokens back")
         return NO_PREFIX
-    return SharedPrefix(length, cache)
+    return SharedPrefix(length, cache, ran.logits[0] if keep_logits else None)
 
 
 def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:

@@ -57,6 +57,33 @@ def test_merged_model_is_close_to_the_adapter_model(merged, dtype):
     assert json.loads(json.dumps(asdict(result)))["dtype"] == result.dtype
 
 
+def test_what_all_rows_begin_with_runs_once_and_counts_for_each(merged, monkeypatch):
+    rows = tuple((*range(20, 31), *prompt) for prompt in PROMPTS)
+    live = load_adapter(merged / "base", merged / "adapter", torch.float32)
+    num_run = []
+    embedding = live.get_input_embeddings()
+    embedding.register_forward_hook(lambda _, given, __: num_run.append(given[0].numel()))
+
+    def numbers():
+        num_run.clear()
+        only_rows = ComparedPrompts(sequences=rows)
+        found = verify_merge(
+            live, merged / "merged", only_rows, decoding=DECODING, dtype=torch.float32
+        )
+        return asdict(found), sum(num_run)
+
+    shared, tokens_shared = numbers()
+    monkeypatch.setattr("llmtune.checks.merged._share", lambda *_: 0)
+    whole, tokens_whole = numbers()
+    names = ("kl", "base_kl", "live_perplexity", "merged_perplexity", "max_logit_difference")
+    assert [shared[name] for name in names] == pytest.approx(
+        [whole[name] for name in names], rel=0.01
+    )
+    assert shared["num_tokens"] == whole["num_tokens"] == sum(map(len, rows))
+    assert shared["top1_agreement"] == whole["top1_agreement"]
+    assert tokens_shared < tokens_whole
+
+
 def test_corrupted_tensor_shows_in_every_number(merged):
     before = verify(merged)
     change_merged(merged, "model.layers.1.mlp.down_proj.weight", -3.0)
