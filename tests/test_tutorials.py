@@ -1,5 +1,6 @@
 """Every command of docs/tutorials.md works in a folder that has the files it speaks of."""
 
+import csv
 import json
 import re
 import shlex
@@ -65,3 +66,21 @@ def test_every_command_works(folder, monkeypatch, capsys, title):
             arguments += SHORT if TRAINED in arguments else []
             arguments[0] = "run" if TRAINED in arguments else "plan"
         assert run_command([*arguments, "--quiet"]) == 0, f"{command}\n{capsys.readouterr().err}"
+    if title == "Classify texts":
+        _assert_the_reports_accuracy_is_that_of_predict(COMMANDS[title][-1])
+
+
+def _assert_the_reports_accuracy_is_that_of_predict(command):
+    """Count by hand, over the test rows that the run was scored on."""
+    asked = command.replace("new_tickets.csv", "tickets_test.csv").replace("labels", "tested")
+    assert run_command([*shlex.split(asked)[1:], "--quiet"]) == 0
+    items = [json.loads(line) for line in Path("tickets_items.jsonl").read_text().splitlines()]
+    prompts = {str(number): item["prompt"] for number, item in enumerate(items, 1)}
+    with Path("tested.csv").open() as file:
+        said = {row["text"]: (row["answer"], row["label"]) for row in csv.DictReader(file)}
+    report = json.loads(Path("runs/tickets/report.json").read_text())["suites"]["tickets"]
+    scored = json.loads(Path("runs/tickets/evaluations/tickets.merged.json").read_text())["items"]
+    pairs = [said[prompts[item["id"]].partition("\n\n")[2]] for item in scored]
+    assert [answer for answer, _ in pairs] == [item["prediction"] for item in scored]
+    right = sum(answer == label for answer, label in pairs)
+    assert report["merged"] == right / len(pairs) and len(pairs) == 4

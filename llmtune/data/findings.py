@@ -231,8 +231,8 @@ class Notebook:
             )
             for length, place in count.longest
         ]
-        if not places:
-            return
+        if not places or (self.config.length_policy == "split" and not count.trained_tokens_lost):
+            return  # pieces lose nothing
         is_error = self.config.length_policy != "drop" and lost > MAX_LOST_RATIO
         is_error = is_error or count.trained_tokens_lost == count.trained_tokens
         message = (

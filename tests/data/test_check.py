@@ -206,6 +206,13 @@ def test_dropped_rows_are_warnings(tmp_path):
     assert any("rows.jsonl:11" in line for line in report.lines())
 
 
+def test_long_documents_that_are_split_are_no_finding(tmp_path):
+    rows = [{"text": f"{i} " + f"word{i} " * 300} for i in range(10)]
+    report = run_check(tmp_path, rows, max_length=64, length_policy="split", loss_on="all")
+    assert not [one for one in report.findings if one.kind == "too-long"] and report.is_ok
+    assert any("10 split; 0 trained tokens lost" in line for line in report.lines())
+
+
 def test_a_bad_row_of_a_file_that_both_splits_share_is_one_finding(tmp_path):
     rows = clean_rows(20)
     rows[4]["messages"][0]["role"] = "usr"
