@@ -3,7 +3,7 @@
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import Tensor, nn
+
+    from llmtune.adapters.starts import Sample
 
 SavedConfig = Mapping[str, Any]
 """The content of an `adapter_config.json`."""
@@ -44,8 +46,6 @@ class Adapter(Section):
     """What must be equal for a saved adapter to be a start: {peft's name: the config's}."""
     ZERO_SETTINGS: ClassVar[frozenset[str]] = frozenset()
     """Settings that are 0 where other methods have a size."""
-    IS_WHOLE: ClassVar[bool] = False
-    """Whether the targets' own weights are trained, beside no layer of peft's."""
     KEPT_OUTPUTS: ClassVar[int] = 0
     """Results as wide as the layer's output that its forward pass keeps for the backward pass."""
     DENSE_COPIES: ClassVar[int] = 0
@@ -91,6 +91,16 @@ class Adapter(Section):
         return None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the targets' own weights are trained, beside no layer of peft's."""
+        return False
+
+    @property
+    def trained_parts(self) -> frozenset[str]:
+        """What of the base is changed: `weights` of linear layers, their `biases`, or `norms`."""
+        return frozenset({"weights"})
+
+    @property
     def token_rows(self) -> Sequence[int]:
         """The ids of tokens whose rows of the embedding are trained."""
         return ()
@@ -100,21 +110,40 @@ class Adapter(Section):
         """The knobs that name modules by patterns: {knob: {pattern: value}}."""
         return {}
 
+    @classmethod
+    def fit_quantized(cls, layer: "BaseTunerLayer") -> None:
+        """Put right what peft's fresh layer lacks over a quantized weight."""
+
     def check_layer(self, name: str, layer: "BaseTunerLayer") -> None:
         """Assert that peft adapted the module of this full name as the knobs say."""
 
-    def begin(self, layers: "Mapping[str, BaseTunerLayer]") -> None:
-        """Give freshly adapted layers {full name: layer} the start that peft does not give."""
+    @property
+    def num_sampled(self) -> int:
+        """How many training rows `begin` is shown."""
+        return 0
+
+    def begin(self, layers: "Mapping[str, BaseTunerLayer]", sample: "Sample | None") -> None:
+        """Give freshly adapted layers {full name: layer} the start that peft does not give.
+
+        `sample` is the training rows that were asked for, and the model; None without rows.
+        """
 
     @classmethod
     def layer_settings(cls, layer: "BaseTunerLayer") -> dict[str, float]:
         """Return what a table should say of an adapted layer, by name; empty if nothing."""
         return {}
 
-    def num_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def trains(self, name: str) -> bool:
+        """Whether a live parameter of this name is one that the method trains."""
+        return self.TENSOR_MARK in name
+
+    def num_parameters(
+        self, shapes: Mapping[str, tuple[int, ...]], *, biased: Collection[str] = ()
+    ) -> int:
         """Return the trainable parameters for adapted weights {name: shape}.
 
-        A shape is (out, in), or (experts, out, in) for fused experts.
+        A shape is (out, in), (experts, out, in) for fused experts, or for a norm the number of its
+        parameters alone; `biased` are the names of linear layers with a bias.
         """
         return sum(
             math.prod(shape[:-2]) * self.parameters_of(name, *shape[-2:])
@@ -224,6 +253,11 @@ class Adapter(Section):
         None: the tensor alone says nothing.
         """
         return None
+
+    @classmethod
+    def counts(cls, name: str) -> bool:
+        """Whether a saved tensor of this name holds whole numbers: places of others."""
+        return False
 
     @classmethod
     @abstractmethod

@@ -11,7 +11,7 @@ from llmtune.adapters.lora import LoraAdapter
 from llmtune.adapters.other_bases import FourierAdapter, OftAdapter
 from llmtune.adapters.products import LoHaAdapter, LoKrAdapter, MissAdapter
 from llmtune.adapters.rslora import RsLoraAdapter
-from llmtune.adapters.vectors import Ia3Adapter, VeraAdapter
+from llmtune.adapters.vectors import Ia3Adapter, ShiraAdapter, VeraAdapter
 from llmtune.adapters.whole_layers import LayersAdapter
 from llmtune.errors import LlmtuneError
 
@@ -23,10 +23,6 @@ VIRTUAL_TOKENS = (
     "adapter.method: ia3 and lora with rank: 1 are about as small"
 )
 STARTS = "it is a start of LoRA: write adapter.method: lora and adapter.init: {}"
-NO_DATA_PASS = (
-    "llmtune has no pass over the data before training; adapter.init: pissa starts from the "
-    "weights alone"
-)
 UNOFFERED: Mapping[str, str] = {
     "qlora": "QLoRA is LoRA over a base that is kept in 4 bits: write adapter.method: lora, and "
     "choose the 4 bits with model.quantization.method",
@@ -34,16 +30,14 @@ UNOFFERED: Mapping[str, str] = {
     "olora": STARTS.format("olora"),
     "loraplus": "LoRA+ is LoRA with a learning rate of its own for B: write adapter.method: lora "
     "and train.learning_rates: {lora_B: ...}",
-    "eva": NO_DATA_PASS,
-    "corda": NO_DATA_PASS,
+    "eva": STARTS.format("eva"),
+    "corda": STARTS.format("corda"),
     "loftq": "it corrects what quantization lost, which llmtune measures; adapter.init: pissa "
     "also starts from the weights, over 4 bits too",
     "adalora": "its ranks are cut while it trains, which llmtune's steps do not do; use "
     "adapter.method: lora with adapter.rank_pattern",
     "boft": "it needs a CUDA extension that is compiled on first use; adapter.method: oft is the "
     "same idea without one",
-    "shira": "peft cannot lay it out without the weights, so that its merge could not be planned "
-    "before training; use adapter.method: lora",
     "prompt_tuning": VIRTUAL_TOKENS,
     "prefix_tuning": VIRTUAL_TOKENS,
     "p_tuning": VIRTUAL_TOKENS,
@@ -72,6 +66,7 @@ AdapterConfig = Annotated[
     | OftAdapter
     | MissAdapter
     | FourierAdapter
+    | ShiraAdapter
     | LayersAdapter,
     Field(discriminator="method"),
     BeforeValidator(_with_method),

@@ -26,6 +26,7 @@ from llmtune.adapters.module_selection import (
 )
 from llmtune.adapters.offered import list_modules
 from llmtune.adapters.saved import start_from_adapter
+from llmtune.adapters.starts import Sample, SampleRow
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import JsonObject
 from llmtune.models.quantization.describe import LAYER_NUMBER, logical_size
@@ -90,7 +91,11 @@ class Injected(NamedTuple):
 
 
 def inject_adapter(
-    model: PreTrainedModel, config: Adapter, *, base_fingerprint: str | None = None
+    model: PreTrainedModel,
+    config: Adapter,
+    *,
+    base_fingerprint: str | None = None,
+    rows: Sequence[SampleRow] = (),
 ) -> Injected:
     """Attach the adapter that `config` describes; the base is frozen, the adapter is float32.
 
@@ -101,6 +106,7 @@ def inject_adapter(
         model: a base as `models.load` returns it, quantized or not.
         config: a member of the adapter union.
         base_fingerprint: of the base; the adapter in `init_from` must be one of this base.
+        rows: training rows, as many as the config asks for (`Adapter.num_sampled`).
 
     Raises:
         LlmtuneError: a name, layer or pattern matches nothing (with the nearest names), the LM
@@ -116,8 +122,8 @@ def inject_adapter(
     except ValueError as error:
         raise LlmtuneError(f"adapter: peft cannot adapt this model as asked: {error}") from error
     _check_layers(adapted, config, chosen)
+    config.begin(adapted_layers(adapted), Sample(adapted, rows) if rows else None)
     _check_trainable(adapted, config)
-    config.begin(adapted_layers(adapted))
     if config.init_from is not None:
         start_from_adapter(adapted, config.init_from, base_fingerprint=base_fingerprint)
     table = InjectionTable(
@@ -126,7 +132,7 @@ def inject_adapter(
         saved_modules=tuple(config.modules_to_save),
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         total_parameters=total_parameters,
-        adapted_ratio=_num_weights(names, chosen) / _num_weights(names, names.adaptable),
+        adapted_ratio=_adapted_ratio(names, config, chosen),
         notices=_notices(names, config, chosen),
     )
     return Injected(adapted, table)
@@ -149,9 +155,11 @@ def _peft_config(
 ) -> PeftConfig:
     modules = [name for name in chosen if name in names.linear]
     experts = [name for name in chosen if name in names.experts]
+    norms = [name for name in chosen if name in names.norms]
+    config = config.model_copy(update={"modules_to_save": [*norms, *config.modules_to_save]})
     return config.to_peft(
         # peft compares the ends of the names of whole modules, also inside a word
-        modules if config.IS_WHOLE else shorten_targets(modules, names.modules),
+        modules if config.is_whole else shorten_targets(modules, names.modules),
         shorten_targets(experts, [name for name, _ in model.named_parameters()], num_parts=2),
         fan_in_fan_out=bool(modules) and isinstance(model.get_submodule(modules[0]), Conv1D),
     )
@@ -181,11 +189,14 @@ def _changed_layers(
     model: PeftModel, config: Adapter, chosen: Sequence[str]
 ) -> Mapping[str, nn.Module]:
     """Return the adapted layers, or the chosen ones among those that are trained whole."""
-    if not config.IS_WHOLE:
-        return adapted_layers(model)
+    layers = adapted_layers(model)
     base = model.get_base_model()
-    whole = ((name, base.get_submodule(name)) for name in chosen)
-    return {name: layer for name, layer in whole if isinstance(layer, ModulesToSaveWrapper)}
+    whole = {
+        name: module
+        for name, module in base.named_modules()
+        if name in set(chosen) and isinstance(module, ModulesToSaveWrapper)
+    }
+    return {**layers, **whole}
 
 
 def _check_tokens(model: PreTrainedModel, config: Adapter) -> None:
@@ -211,7 +222,7 @@ def _check_kinds(model: PreTrainedModel, config: Adapter, chosen: list[str]) -> 
 
 def _check_trainable(model: PeftModel, config: Adapter) -> None:
     for name, parameter in model.named_parameters():
-        is_own = config.TENSOR_MARK in name
+        is_own = config.trains(name)
         is_trained = is_own or any(mark in name for mark in TRAINED_BESIDE)
         assert parameter.requires_grad == is_trained, name
         assert not is_own or parameter.dtype == torch.float32, name
@@ -236,6 +247,13 @@ def _own_parameters(layer: nn.Module) -> int:
         for name, parameter in layer.named_parameters()
         if parameter.requires_grad and not name.startswith("base_layer.")
     )
+
+
+def _adapted_ratio(names: ModuleNames, config: Adapter, chosen: Iterable[str]) -> float:
+    if "weights" not in config.trained_parts:
+        return 0.0
+    adapted = _num_weights(names, (name for name in chosen if name in names.adaptable))
+    return adapted / _num_weights(names, names.adaptable)
 
 
 def _num_weights(names: ModuleNames, chosen: Iterable[str]) -> int:

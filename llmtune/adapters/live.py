@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.config import method_of
+from llmtune.adapters.over_quantized import is_over_quantized
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import blamed_on
 
@@ -43,7 +44,12 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     with warnings.catch_warnings():
         for message, category in UNWANTED:
             warnings.filterwarnings("ignore", message=message, category=category)
-        return PeftModelForCausalLM(model, config, autocast_adapter_dtype=True)
+        adapted = PeftModelForCausalLM(model, config, autocast_adapter_dtype=True)
+    method = method_of(config.to_dict())
+    for layer in adapted.modules():
+        if isinstance(layer, BaseTunerLayer) and is_over_quantized(layer):
+            method.fit_quantized(layer)
+    return adapted
 
 
 def live_method(model: PeftModel) -> type[Adapter]:
@@ -116,6 +122,7 @@ def switched_off(model: PeftModel) -> Iterator[None]:
         if kept:
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+        stack.enter_context(_gradients_kept(model))
         stack.enter_context(model.disable_adapter())
         try:
             for parameter, own in kept.items():
@@ -124,6 +131,17 @@ def switched_off(model: PeftModel) -> Iterator[None]:
         finally:
             for parameter, values in loaded.items():
                 parameter.data = values
+
+
+@contextlib.contextmanager
+def _gradients_kept(model: PeftModel) -> Iterator[None]:
+    """Put back which parameters have gradients: PEFT gives one to all of an adapter's."""
+    frozen = [one for one in model.parameters() if not one.requires_grad]
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def add_adapters(

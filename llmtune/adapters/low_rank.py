@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import Tensor
 
+    from llmtune.adapters.starts import Sample
+
 Number = TypeVar("Number", int, float)
 
 LOW_RANK = 8
@@ -22,8 +24,10 @@ LOW_RANK = 8
 REWRITING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Initializations that take their start from the base's weight; see adapters/starts.py.
-TWIN_STARTS = ("pissa", "olora")
-STARTS = r"^(default|gaussian|orthogonal|olora|pissa(_niter_[1-9]\d?)?)$"
+TWIN_STARTS = ("pissa", "olora", "corda")
+# Initializations that look at training rows.
+SAMPLED_STARTS = ("eva", "corda")
+STARTS = r"^(default|gaussian|orthogonal|olora|pissa(_niter_[1-9]\d?)?|eva|corda(_kpm)?)$"
 
 
 class LowRankAdapter(SavedLowRank):
@@ -40,9 +44,11 @@ class LowRankAdapter(SavedLowRank):
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """A different alpha for some modules: {name or regex: alpha}; the first match counts."""
     init: Annotated[str, Field(pattern=STARTS)] = "default"
-    """default (no effect at first), gaussian, orthogonal, or from the base's own weight: pissa,
-    pissa_niter_16 (the same, faster), olora; these two are saved as a plain LoRA of twice the
-    rank."""
+    """default (no effect at first), gaussian, orthogonal; from the base's own weight: pissa,
+    pissa_niter_16 (the same, faster), olora; from training rows: eva; from both: corda, corda_kpm
+    (keeps what the rows use). pissa, olora and corda are saved as a LoRA of twice the rank."""
+    init_rows: Annotated[int, Field(gt=0)] = 128
+    """Training rows that init=eva or corda runs before training."""
     lora_bias: bool = False
     """Train a bias with every adapted layer too; merging needs layers that have a bias."""
     trainable_tokens: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
@@ -104,7 +110,7 @@ class LowRankAdapter(SavedLowRank):
 
     def why_no_experts(self) -> str | None:
         """Say why fused expert weights cannot be adapted with these knobs; None if they can."""
-        if self.num_twins > 1 or self.init == "orthogonal":
+        if self.num_twins > 1 or self.init in ("orthogonal", "eva"):
             return f"adapter.init={self.init} has no form for them (adapter.init=default has)"
         if self.lora_bias:
             return "they cannot have a bias of their own (adapter.lora_bias=false)"
@@ -119,11 +125,18 @@ class LowRankAdapter(SavedLowRank):
             "train.weight_decay=0"
         )
 
-    def begin(self, layers: "Mapping[str, BaseTunerLayer]") -> None:
-        """Start from the base's weights if that is asked for."""
-        if self.num_twins > 1:
-            from llmtune.adapters.starts import start_from_weight
+    @property
+    def num_sampled(self) -> int:
+        """The knob's, if the start is from rows."""
+        return self.init_rows if self.init.startswith(SAMPLED_STARTS) else 0
 
+    def begin(self, layers: "Mapping[str, BaseTunerLayer]", sample: "Sample | None") -> None:
+        """Start from the base's weights or from training rows if that is asked for."""
+        from llmtune.adapters.starts import start_from_rows, start_from_weight
+
+        if self.num_sampled:
+            start_from_rows(layers, self.init, sample)
+        elif self.num_twins > 1:
             for layer in layers.values():
                 start_from_weight(layer, self.init)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
@@ -31,11 +31,25 @@ class ModuleNames:
     """Every other module, {name: type}."""
     excluded: Mapping[str, str] = field(default_factory=dict)
     """Linear layers that cannot be adapted, {name: why}."""
+    biased: Collection[str] = ()
+    """Linear layers that have a bias."""
+    norms: Mapping[str, int] = field(default_factory=dict)
+    """The decoder's norms, {name: number of parameters}; they are among `others` too."""
 
     @property
     def adaptable(self) -> dict[str, tuple[int, ...]]:
-        """Everything that can be adapted, {name: shape}."""
+        """Every weight that can be adapted, {name: shape}."""
         return {**self.linear, **self.experts}
+
+    def offered_to(self, config: Adapter) -> dict[str, tuple[int, ...]]:
+        """Return what the targets of a config choose from, {name: shape}."""
+        parts = config.trained_parts
+        chosen = dict(self.adaptable) if "weights" in parts else {}
+        if "biases" in parts:
+            chosen |= {name: shape for name, shape in self.linear.items() if name in self.biased}
+        if "norms" in parts:
+            chosen |= {name: (size,) for name, size in self.norms.items()}
+        return chosen
 
     @property
     def modules(self) -> list[str]:
@@ -65,10 +79,15 @@ def choose_targets(config: Adapter, names: ModuleNames) -> list[str]:
         if not any(_ends_with(module, name) for module in names.modules):
             problems.append(f"adapter.modules_to_save: {name!r} {_nearest(name, names.modules)}")
     if not problems:
-        shapes = names.adaptable
+        shapes = names.offered_to(config)
         problems += config.why_not_shapes({name: shapes[name] for name in chosen})
     if not chosen and not problems:
-        problems.append("adapter.target_modules: this model has no linear layer to adapt.")
+        parts = " or ".join(sorted(config.trained_parts))
+        problems.append(
+            "adapter.target_modules: this model has no linear layer to adapt."
+            if config.trained_parts == {"weights"}
+            else f"adapter.parameters: this model has no {parts} in what was chosen."
+        )
     if problems:
         raise LlmtuneError("\n".join(problems))
     return chosen
@@ -116,12 +135,13 @@ def _regexes(config: Adapter) -> Iterator[str]:
 def _by_name(config: Adapter, names: ModuleNames, problems: list[str]) -> list[str]:
     wanted = config.target_modules
     refusal = config.why_no_experts()
+    offered = names.offered_to(config)
     if wanted == ALL_LINEAR:
-        return list(names.linear if refusal else names.adaptable)
+        return [name for name in offered if refusal is None or name not in names.experts]
     if isinstance(wanted, str):
-        chosen = _by_regex(wanted, names, problems)
+        chosen = _by_regex(wanted, names, offered, problems)
     else:
-        chosen = _by_list(wanted, names, problems)
+        chosen = _by_list(wanted, names, offered, problems)
     if refusal is not None:
         problems += [
             f"adapter.target_modules: {name} is a fused expert weight: {refusal}."
@@ -131,27 +151,31 @@ def _by_name(config: Adapter, names: ModuleNames, problems: list[str]) -> list[s
     return chosen
 
 
-def _by_list(wanted: Sequence[str], names: ModuleNames, problems: list[str]) -> list[str]:
+def _by_list(
+    wanted: Sequence[str], names: ModuleNames, offered: Collection[str], problems: list[str]
+) -> list[str]:
     if not wanted:
         problems.append("adapter.target_modules: the list is empty; give names, or all-linear.")
     found: set[str] = set()
     for name in wanted:
-        matching = _matching(name, names.adaptable)
+        matching = _matching(name, offered)
         if not matching:
-            problems.append(_why_not(name, names))
+            problems.append(_why_not(name, names, offered))
         found.update(matching)
-    return [name for name in names.adaptable if name in found]
+    return [name for name in offered if name in found]
 
 
-def _by_regex(pattern: str, names: ModuleNames, problems: list[str]) -> list[str]:
+def _by_regex(
+    pattern: str, names: ModuleNames, offered: Collection[str], problems: list[str]
+) -> list[str]:
     try:
         regex = re.compile(pattern)
     except re.error as error:
         problems.append(f"adapter.target_modules: {pattern!r} is not a regex: {error}")
         return []
     if names.head is not None and regex.fullmatch(names.head):
-        problems.append(_why_not(names.head, names))
-    found = [name for name in names.adaptable if regex.fullmatch(name)]
+        problems.append(_why_not(names.head, names, offered))
+    found = [name for name in offered if regex.fullmatch(name)]
     reasons = {why for name, why in names.excluded.items() if regex.fullmatch(name)}
     if not found and reasons:
         problems.append(
@@ -159,7 +183,7 @@ def _by_regex(pattern: str, names: ModuleNames, problems: list[str]) -> list[str
             f"{'; '.join(sorted(reasons))}."
         )
     elif not found:
-        example = next(iter(names.linear), "none")
+        example = next(iter(offered), "none")
         problems.append(
             f"adapter.target_modules: no linear layer's whole name matches the regex {pattern!r} "
             f"(a name is {example}); for names write a list: [{pattern}]"
@@ -209,7 +233,7 @@ def _unmatched_patterns(
             yield f"{key}: {pattern!r} {_nearest(pattern, chosen, of='adapted module')}"
 
 
-def _why_not(name: str, names: ModuleNames) -> str:
+def _why_not(name: str, names: ModuleNames, offered: Collection[str]) -> str:
     """Say why a named target cannot be adapted."""
     start = f"adapter.target_modules: {name!r}"
     if names.head is not None and _ends_with(names.head, name):
@@ -226,10 +250,12 @@ def _why_not(name: str, names: ModuleNames) -> str:
     reasons = {why for module, why in names.excluded.items() if _ends_with(module, name)}
     if reasons:
         return f"{start} cannot be adapted: {'; '.join(sorted(reasons))}. Leave it out."
+    if _matching(name, [*names.adaptable, *names.norms]) and offered != set(names.adaptable):
+        return f"{start} has none of what adapter.parameters names. Leave it out."
     kinds = {kind for module, kind in names.others.items() if _ends_with(module, name)}
     if kinds:
         return f"{start} is {', '.join(sorted(kinds))}; only linear layers are adapted."
-    return f"{start} {_nearest(name, names.adaptable, of='linear layer')}"
+    return f"{start} {_nearest(name, offered, of='linear layer')}"
 
 
 def _nearest(name: str, known: Iterable[str], *, of: str = "module") -> str:

@@ -48,9 +48,10 @@ def list_modules(model: PreTrainedModel, config: Adapter | None = None) -> Modul
         elif name:
             others[name] = type(module).__name__
     excluded = dict(_excluded(model, linear))
-    if config is not None and not config.IS_WHOLE:
+    if config is not None and not config.is_whole:
         kept = [name for name in linear if name not in excluded]
         excluded |= dict.fromkeys(_renamed_by_peft(model, config, kept), RENAMED)
+    inside = set(decoder_of(model).modules())
     return ModuleNames(
         linear={name: shape for name, shape in linear.items() if name not in excluded},
         experts=dict(_experts(model)),
@@ -58,7 +59,21 @@ def list_modules(model: PreTrainedModel, config: Adapter | None = None) -> Modul
         is_head_tied=head is not None and head.weight is model.get_input_embeddings().weight,
         others=others,
         excluded=excluded,
+        biased=frozenset(
+            name for name in linear if getattr(model.get_submodule(name), "bias", None) is not None
+        ),
+        norms={
+            name: sum(parameter.numel() for parameter in module.parameters())
+            for name, module in model.named_modules()
+            if module in inside and _is_norm(module)
+        },
     )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm whose parameters all have the names under which peft saves them."""
+    names = {name for name, _ in module.named_parameters()}
+    return "norm" in type(module).__name__.lower() and "weight" in names <= {"weight", "bias"}
 
 
 def _experts(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, int, int]]]:

@@ -36,6 +36,8 @@ class SavedPart(NamedTuple):
     """What all of it is while the adapter has no effect; it then learns from the first step."""
     is_optional: bool = False
     """Whether some modules have no such tensor."""
+    is_late: bool = False
+    """Whether peft only lays it out with the base's weights, so that a plan does not see it."""
 
 
 class PeftMethod(Adapter):
@@ -53,8 +55,6 @@ class PeftMethod(Adapter):
     """Tensors that all modules have in common, {their whole saved name: part}."""
     TAKES_TRANSPOSED: ClassVar[bool] = False
     """Whether peft also adapts layers that store their weight as [in, out] (GPT-2's Conv1D)."""
-    WHY_NOT_QUANTIZED: ClassVar[str | None] = None
-    """Why peft's layer does not work over a quantized weight; None if it does."""
 
     @abstractmethod
     def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
@@ -86,10 +86,7 @@ class PeftMethod(Adapter):
 
         if isinstance(layer, Conv1D) and not self.TAKES_TRANSPOSED:
             return "it stores its weight transposed, and peft has no layer of this method for that"
-        reason = self.WHY_NOT_QUANTIZED
-        if reason is None or layer.get_parameter("weight").is_floating_point():
-            return None
-        return f"its weight is quantized, and {reason}; set model.quantization=null"
+        return None
 
     @classmethod
     def learns_at_once(cls, name: str) -> bool:
@@ -141,7 +138,8 @@ class PeftMethod(Adapter):
         """Name a part of which no alternative is there."""
         for part in cls.PARTS:
             names = part.name.split("|")
-            if not part.is_optional and not any(name in tensors.parts for name in names):
+            is_needed = not (part.is_optional or part.is_late)
+            if is_needed and not any(name in tensors.parts for name in names):
                 return " or ".join(names)
         return None
 
@@ -211,7 +209,7 @@ class PeftUpdate(WeightUpdate):
             layer = self._layer(rows)
             for name, entry in self.parts:
                 _set_part(layer, name, work.load(entry), entry, self.method)
-            _require_all_set(layer, [name for name, _ in self.parts], first)
+            _require_all_set(layer, [name for name, _ in self.parts], first, self.method)
             layer.merge()
         merged: Tensor = getattr(layer.get_base_layer(), self.leaf).detach().float()
         merged = merged.T if self.leaf == "weight" and self._is_turned else merged
@@ -302,11 +300,17 @@ def _set_part(
             f"{entry.path.parent}: {entry.name!r} is {list(values.shape)}, and the layer that its "
             f"config and the base describe has {shape}; is this the adapter's base?"
         )
-    found.data = values.to(found.device)
+    found.data = values.to(found.device, found.dtype)
 
 
-def _require_all_set(layer: "BaseTunerLayer", names: Sequence[str], first: TensorEntry) -> None:
+def _require_all_set(
+    layer: "BaseTunerLayer",
+    names: Sequence[str],
+    first: TensorEntry,
+    method: type[PeftMethod],
+) -> None:
     own = [name for name, _ in layer.named_parameters() if not name.startswith("base_layer.")]
+    own += [part.name for part in method.PARTS if part.is_late]
     for name in own:
         if name.replace(f".{ADAPTER}", "") not in names:
             raise LlmtuneError(

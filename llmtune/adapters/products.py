@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from llmtune.adapters.peft_method import PeftMethod, SavedPart
 from llmtune.io.fingerprint import JsonObject
 
-NEEDS_SHAPE = "peft takes the update's shape from the stored weight"
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 class LoHaAdapter(PeftMethod):
@@ -25,7 +26,6 @@ class LoHaAdapter(PeftMethod):
         SavedPart("hada_w2_b", 0.0),
     )
     SHAPE_KNOBS: ClassVar[Mapping[str, str]] = {"r": "rank", "alpha": "alpha"}
-    WHY_NOT_QUANTIZED: ClassVar[str | None] = NEEDS_SHAPE
     KEPT_OUTPUTS: ClassVar[int] = 1
     DENSE_COPIES: ClassVar[int] = 3
     """The update and its two factors."""
@@ -35,6 +35,13 @@ class LoHaAdapter(PeftMethod):
     """Rank of each of the two products; that of the update is up to its square."""
     alpha: Annotated[float, Field(gt=0)] = 16
     """Strength of the update before it is divided by the rank."""
+
+    @classmethod
+    def fit_quantized(cls, layer: "BaseTunerLayer") -> None:
+        """Give the update its own shape, not that of the packed weight."""
+        from llmtune.adapters.over_quantized import shape_update
+
+        shape_update(layer)
 
     def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
         """Return rank and alpha."""
@@ -58,7 +65,6 @@ class LoKrAdapter(PeftMethod):
         SavedPart("lokr_w2_b", is_optional=True),
     )
     SHAPE_KNOBS: ClassVar[Mapping[str, str]] = {"r": "rank", "alpha": "alpha"}
-    WHY_NOT_QUANTIZED: ClassVar[str | None] = NEEDS_SHAPE
     KEPT_OUTPUTS: ClassVar[int] = 1
     DENSE_COPIES: ClassVar[int] = 2
     """The update, and the update scaled."""
@@ -68,6 +74,13 @@ class LoKrAdapter(PeftMethod):
     """Rank of the larger of the two matrices."""
     alpha: Annotated[float, Field(gt=0)] = 16
     """Strength of the update before it is divided by the rank."""
+
+    @classmethod
+    def fit_quantized(cls, layer: "BaseTunerLayer") -> None:
+        """Give the update its own shape, not that of the packed weight."""
+        from llmtune.adapters.over_quantized import shape_update
+
+        shape_update(layer)
 
     def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
         """Return rank and alpha."""

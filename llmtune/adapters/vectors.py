@@ -1,7 +1,7 @@
-"""Methods that train vectors alone: IA3 scales what a layer gives, VeRA scales fixed factors."""
+"""Methods that train single numbers: IA3 and VeRA scale something fixed, SHiRA picks weights."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -9,6 +9,11 @@ from llmtune.adapters.base import SavedConfig
 from llmtune.adapters.peft_method import PeftMethod, SavedPart
 from llmtune.adapters.update import ModuleTensors
 from llmtune.io.fingerprint import JsonObject
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import Tensor, nn
 
 
 class Ia3Adapter(PeftMethod):
@@ -19,14 +24,18 @@ class Ia3Adapter(PeftMethod):
     TENSOR_MARK: ClassVar[str] = ".ia3_"
     PARTS: ClassVar[tuple[SavedPart, ...]] = (SavedPart("ia3_l", 1.0),)
     TAKES_TRANSPOSED: ClassVar[bool] = True
-    WHY_NOT_QUANTIZED: ClassVar[str | None] = (
-        "peft's layer then gives float32 to a model that computes in 16 bits"
-    )
     KEPT_OUTPUTS: ClassVar[int] = 1
 
     method: Literal["ia3"] = "ia3"
     feedforward_modules: list[str] = Field(default_factory=list)
     """Target modules whose inputs are scaled, not their outputs; the paper's is down_proj."""
+
+    @classmethod
+    def fit_quantized(cls, layer: "BaseTunerLayer") -> None:
+        """Keep peft's layer from giving float32 to a model that computes in 16 bits."""
+        from llmtune.adapters.over_quantized import keep_dtype
+
+        keep_dtype(layer)
 
     def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
         """Return which of the targets are scaled by inputs."""
@@ -64,6 +73,68 @@ class Ia3Adapter(PeftMethod):
         else:
             is_named = any(module.endswith(name) for name in named)
         return {"feedforward_modules": [module] if is_named else []}
+
+
+class ShiraAdapter(PeftMethod):
+    """SHiRA (arXiv:2406.13175): single numbers of a weight, as many as a LoRA of the rank has."""
+
+    PEFT_TYPE: ClassVar[str] = "SHIRA"
+    PEFT_CONFIG: ClassVar[str] = "ShiraConfig"
+    TENSOR_MARK: ClassVar[str] = ".shira_"
+    PARTS: ClassVar[tuple[SavedPart, ...]] = (
+        SavedPart("shira_weight", 0.0),
+        SavedPart("shira_indices", is_late=True),
+    )
+    SHAPE_KNOBS: ClassVar[Mapping[str, str]] = {"r": "rank"}
+    DENSE_COPIES: ClassVar[int] = 2
+    """The weight and what is added to it."""
+
+    method: Literal["shira"] = "shira"
+    rank: Annotated[int, Field(gt=0)] = 16
+    """Trained numbers of a layer, in parts of the sum of its widths."""
+
+    def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
+        """Return the rank and a seed; which numbers they are is saved too."""
+        return {"r": self.rank, "random_seed": 0}
+
+    def to_peft(
+        self,
+        target_modules: Sequence[str],
+        target_parameters: Sequence[str] = (),
+        *,
+        fan_in_fan_out: bool = False,
+    ) -> "PeftConfig":
+        """Return peft's config, with its own choice of numbers where there are weights."""
+        from peft import ShiraConfig
+        from peft.tuners.shira.mask_functions import random_mask
+
+        config = super().to_peft(target_modules, target_parameters, fan_in_fan_out=fan_in_fan_out)
+        assert isinstance(config, ShiraConfig)
+
+        def choose(layer: "nn.Module", r: int, **kwargs: Any) -> "Tensor | None":
+            is_skeleton = layer.get_parameter("weight").is_meta
+            return None if is_skeleton else random_mask(layer, r, **kwargs)
+
+        config.mask_fn = choose
+        return config
+
+    @classmethod
+    def counts(cls, name: str) -> bool:
+        """The chosen numbers' rows and columns do."""
+        return name.endswith(".shira_indices")
+
+    def why_not_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """A layer must have as many numbers."""
+        return [
+            f"adapter.rank: rank {self.rank} picks more numbers than {name} has ({num_out} x "
+            f"{num_in}); it must be below {num_out * num_in // (num_out + num_in) + 1}"
+            for name, (num_out, num_in) in shapes.items()
+            if self.parameters_of(name, num_out, num_in) > num_out * num_in
+        ][:1]
+
+    def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
+        """Return the rank times the widths."""
+        return self.rank * (num_out + num_in)
 
 
 class VeraAdapter(PeftMethod):

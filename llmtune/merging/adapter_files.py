@@ -57,7 +57,7 @@ class AdapterFiles:
         method.check_settings(directory, config)
         tensors = {entry.name: entry for entry in read_header(directory / WEIGHTS_NAME).tensors}
         for name, entry in tensors.items():
-            if entry.dtype not in FLOATS:
+            if entry.dtype not in FLOATS and not (entry.dtype == "I32" and method.counts(name)):
                 raise LlmtuneError(
                     f"{directory / WEIGHTS_NAME}: tensor {name!r} is of type {entry.dtype}; "
                     f"expected one of {', '.join(FLOATS)}"

@@ -13,6 +13,7 @@ TORCH_DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "I32": torch.int32,
     "U8": torch.uint8,
 }
 

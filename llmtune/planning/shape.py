@@ -35,6 +35,10 @@ class ModelShape:
     fused_experts: Mapping[str, tuple[int, int, int]]
     """Fused expert weights, {parameter's full name: (experts, out, in)}."""
     linear_biases: int
+    biased: frozenset[str]
+    """Linear layers that have a bias."""
+    norms: Mapping[str, int]
+    """Norms, {full name: parameters}; those of a layer are one here, called `norms`."""
     other_parameters: int
     """Norms and routers."""
 
@@ -175,6 +179,9 @@ def _build(config: Config, model_type: str, family: Family) -> ModelShape:
     linear: dict[str, tuple[int, int]] = {}
     fused: dict[str, tuple[int, int, int]] = {}
     biases = others = 0
+    biased: set[str] = set()
+    norms: dict[str, int] = {}
+    norm = (2 if family.has_layer_norm else 1) * width
     for index in range(layers):
         prefix = f"{family.layers}.{index}"
         is_dense = not experts or _is_dense_layer(config, index)
@@ -183,13 +190,17 @@ def _build(config: Config, model_type: str, family: Family) -> ModelShape:
             *(_feed_forward(config, family, experts) if is_dense else ()),
         ):
             linear[f"{prefix}.{name}"] = shape
-            biases += shape[0] if has_bias else 0
+            if has_bias:
+                biases += shape[0]
+                biased.add(f"{prefix}.{name}")
         if not is_dense:
             fused[f"{prefix}.{family.experts}.gate_up_proj"] = (experts, 2 * feed_forward, width)
             fused[f"{prefix}.{family.experts}.down_proj"] = (experts, width, feed_forward)
             others += experts * width
-        norm = (2 if family.has_layer_norm else 1) * width
-        others += family.norms * norm + _head_norms(family, (heads, kv_heads, head_dim))
+        norms[f"{prefix}.norms"] = family.norms * norm + _head_norms(
+            family, (heads, kv_heads, head_dim)
+        )
+    norms["norm"] = norm
     return ModelShape(
         model_type=model_type,
         family=family,
@@ -207,7 +218,9 @@ def _build(config: Config, model_type: str, family: Family) -> ModelShape:
         linear=linear,
         fused_experts=fused,
         linear_biases=biases,
-        other_parameters=others + (2 if family.has_layer_norm else 1) * width,
+        biased=frozenset(biased),
+        norms=norms,
+        other_parameters=others + sum(norms.values()),
     )
 
 

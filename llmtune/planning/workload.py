@@ -1,13 +1,18 @@
 """From the sections of a config to the planner's numbers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
 from llmtune.adapters.base import Adapter
-from llmtune.adapters.module_selection import ModuleNames, choose_targets
+from llmtune.adapters.module_selection import (
+    ALL_LINEAR,
+    ModuleNames,
+    choose_targets,
+    means,
+)
 from llmtune.data.config import DataConfig
 from llmtune.data.example import PreparedData
 from llmtune.errors import LlmtuneError
@@ -58,10 +63,9 @@ def plan_memory_of(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> M
 def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> Workload:
     """Turn a config's sections into the planner's numbers."""
     model, adapter, train = request.model, request.adapter, request.train
-    # Only a loaded model knows the names of its other modules, and training checks them there.
-    named = adapter.model_copy(update={"modules_to_save": []})
-    chosen = choose_targets(named, _module_names(shape))
-    adaptable: Mapping[str, tuple[int, ...]] = {**shape.linear, **shape.fused_experts}
+    names = _module_names(shape)
+    chosen = choose_targets(_with_known_names(adapter, names), names)
+    offered = names.offered_to(adapter)
     packed = request.data.packing != "off"
     steps, num_tokens = count_steps(train, rows)
     element_bytes = 4 if model.dtype == "float32" else 2
@@ -74,13 +78,15 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
         if penalty is None
         else penalty.kept_bytes(width=shape.width, element_bytes=element_bytes, steps=steps),
         adapted=Adapted(
-            ranks={name: adapter.thin_width(name) for name in chosen},
+            ranks={name: adapter.thin_width(name) for name in chosen if name in names.adaptable},
             is_fused=adapter.is_fusable and model.storage.fusable_layer is not None,
             dropout_mask_bytes=MASK_BYTES[request.device.kind] if adapter.drops_inputs else 0,
             kept_outputs=adapter.KEPT_OUTPUTS,
             dense_copies=adapter.DENSE_COPIES,
         ),
-        adapter_parameters=adapter.num_parameters({name: adaptable[name] for name in chosen})
+        adapter_parameters=adapter.num_parameters(
+            {name: offered[name] for name in chosen}, biased=names.biased
+        )
         + _whole_parameters(adapter.modules_to_save, shape)
         + len(adapter.token_rows) * shape.width,
         optimizer=train.optimizer,
@@ -94,6 +100,23 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
         num_lengths=rows.num_lengths,
         shards=request.cards if train.shard == "full" else 1,
     )
+
+
+def _with_known_names(adapter: Adapter, names: ModuleNames) -> Adapter:
+    """Return the section without names that only a loaded model knows; training checks them there.
+
+    A norm that is named counts as all of its layer.
+    """
+    wanted = adapter.target_modules
+    if "norms" in adapter.trained_parts and wanted != ALL_LINEAR:
+        if isinstance(wanted, str):
+            wanted = wanted if any(means(wanted, name) for name in names.linear) else ["norms"]
+        else:
+            known = (any(means([one], name) for name in names.linear) for one in wanted)
+            wanted = [
+                one if is_linear else "norms" for one, is_linear in zip(wanted, known, strict=True)
+            ]
+    return adapter.model_copy(update={"modules_to_save": [], "target_modules": wanted})
 
 
 def _whole_parameters(modules: Sequence[str], shape: ModelShape) -> int:
@@ -113,6 +136,8 @@ def _module_names(shape: ModelShape) -> ModuleNames:
         experts=shape.fused_experts,
         head="lm_head",
         is_head_tied=shape.is_tied,
+        biased=shape.biased,
+        norms=shape.norms,
         others={**parents, **norms, "model.embed_tokens": "Embedding"},
     )
 

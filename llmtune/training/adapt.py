@@ -9,11 +9,12 @@ from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.inject import InjectionTable, inject_adapter
 from llmtune.adapters.saved import save_adapter
+from llmtune.adapters.starts import SampleRow
 from llmtune.data.example import IGNORE_INDEX, Example, PreparedData
 from llmtune.data.template import template_fingerprint
 from llmtune.errors import LlmtuneError
@@ -179,6 +180,8 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
     _require_seen(adapter.token_rows, rows.train.examples)
     is_sharded = shard and processes.are_many
     loaded = load_model(model, source, stays_mapped=is_sharded)
+    if adapter.token_rows and not _is_tied(loaded.model):
+        _require_graded(adapter.token_rows, rows.train.examples)
     _log_lines(_describe_loaded(loaded))
     waiting = why_threads_wait(loaded.device)
     if waiting is not None:
@@ -192,7 +195,12 @@ def adapt_base(  # noqa: PLR0913 - a section of the config each
         own_text_path=run.own_text_path,
     )
     torch.manual_seed(seed)
-    injected = inject_adapter(loaded.model, adapter, base_fingerprint=loaded.fingerprint)
+    injected = inject_adapter(
+        loaded.model,
+        adapter,
+        base_fingerprint=loaded.fingerprint,
+        rows=_sample(rows.train.examples, adapter.num_sampled),
+    )
     _log_lines(_describe_injected(injected.table))
     off = dict(_switched_off(loaded, protect, packing))
     if is_sharded:
@@ -247,6 +255,15 @@ def _switched_off(
     return found
 
 
+def _sample(examples: Sequence[Example], wanted: int) -> list[SampleRow]:
+    """Return rows at equal distances, so that every source has its share."""
+    wanted = min(wanted, len(examples))
+    chosen = (examples[index * len(examples) // wanted] for index in range(wanted))
+    return [
+        SampleRow(row.input_ids, [label != IGNORE_INDEX for label in row.labels]) for row in chosen
+    ]
+
+
 def _require_seen(token_rows: Sequence[int], examples: Sequence[Example]) -> None:
     """Refuse rows of the embedding that nothing would train."""
     unseen = set(token_rows)
@@ -259,6 +276,32 @@ def _require_seen(token_rows: Sequence[int], examples: Sequence[Example]) -> Non
             f"adapter.trainable_tokens: no training row holds the token {min(unseen)}, so its row "
             "of the embedding would stay as it is; leave it out"
         )
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _require_graded(token_rows: Sequence[int], examples: Sequence[Example]) -> None:
+    """Refuse rows of the embedding that no trained token comes after.
+
+    A row that is the head's too learns wherever the token could have been written; else only what
+    follows the token says how it should be read.
+    """
+    unread = set(token_rows)
+    for example in examples:
+        labels = example.labels
+        last = max((i for i, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
+        unread.difference_update(example.input_ids[:last])
+        if not unread:
+            return
+    raise LlmtuneError(
+        f"adapter.trainable_tokens: no trained token comes after the token {min(unread)} in any "
+        "training row, and this base's head is not its embedding, so its row of the embedding "
+        "would stay as it is. To train the model to write it, train the head: "
+        "adapter.modules_to_save=[lm_head]"
+    )
 
 
 def _log_lines(lines: Iterator[str]) -> None:

@@ -11,7 +11,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from llmtune.adapters.dora import DoraAdapter
 from llmtune.adapters.inject import adapted_layers, inject_adapter
+from llmtune.adapters.live import switched_off
 from llmtune.adapters.lora import LoraAdapter
+from llmtune.adapters.module_selection import choose_targets
+from llmtune.adapters.offered import list_modules
 from llmtune.adapters.saved import load_adapter, save_adapter
 from llmtune.adapters.whole_layers import LayersAdapter
 from llmtune.errors import LlmtuneError
@@ -116,6 +119,45 @@ def test_chosen_layers_alone_are_trained_whole():
     assert trained and all(".layers.1." in name for name in trained)
     assert table.trainable_parameters == 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128
     assert sum(row.num_parameters for row in table.rows) == table.trainable_parameters
+
+
+@pytest.mark.parametrize(
+    ("family", "parameters", "trained"),
+    [
+        ("llama", ["norms"], 2 * 64),
+        ("gpt2", ["norms"], 4 * 64),
+        ("gpt2", ["biases"], 192 + 64 + 128 + 64),
+        ("gpt2", ["weights"], 192 + 64 + 128 + 64 + 64 * (192 + 64 + 2 * 128)),
+    ],
+)
+def test_norms_or_biases_alone_are_trained_and_counted(family, parameters, trained):
+    config = LayersAdapter(parameters=parameters, layers="last-1")
+    base = make_model(family)
+    names = list_modules(base, config)
+    chosen = {name: names.offered_to(config)[name] for name in choose_targets(config, names)}
+    model, table = inject_adapter(base, config)
+    with switched_off(model):
+        pass
+    model(IDS, labels=IDS).loss.backward()
+    graded = {name for name, p in model.named_parameters() if p.grad is not None}
+
+    assert (
+        table.trainable_parameters
+        == trained
+        == sum(p.numel() for p in model.parameters() if p.grad is not None)
+    )
+    assert config.num_parameters(chosen, biased=names.biased) == trained
+    assert sum(row.num_parameters for row in table.rows) == trained
+    assert graded and all(".1." in name for name in graded)
+    assert (table.adapted_ratio > 0) == (parameters == ["weights"])
+
+
+def test_a_layer_without_biases_cannot_have_them_trained():
+    asked = {"parameters": ["biases"]}
+    with pytest.raises(LlmtuneError, match=r"adapter\.parameters: this model has no biases"):
+        inject_adapter(make_model("llama"), LayersAdapter(**asked))
+    with pytest.raises(LlmtuneError, match="'q_proj' has none of what adapter.parameters names"):
+        inject_adapter(make_model("llama"), LayersAdapter(target_modules=["q_proj"], **asked))
 
 
 def test_experts_are_adapted_or_the_table_says_why_not():

@@ -5,7 +5,15 @@ import signal
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    EvaConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 
 from llmtune.adapters.inject import inject_adapter
@@ -13,12 +21,13 @@ from llmtune.adapters.lora import LoraAdapter
 from llmtune.adapters.manifest import read_adapter_config
 from llmtune.adapters.rslora import RsLoraAdapter
 from llmtune.adapters.saved import save_adapter
-from llmtune.adapters.starts import factors_of_weight
+from llmtune.adapters.starts import SampleRow, factors_of_weight
 from llmtune.cli import run_command
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
 from llmtune.training.trainer import AdapterTrainer
 from tests.adapters.conftest import IDS, load, logits, manifest_of, stock
+from tests.conftest import write_jsonl
 from tests.project import make_project
 
 KNOBS = {"rank": 4, "alpha": 6, "target_modules": ["q_proj", "down_proj"]}
@@ -63,6 +72,67 @@ def test_training_from_the_weight_is_pefts_own(checkpoint, tmp_path, method, ini
     assert (saved["r"], saved["init_lora_weights"]) == (8, True)
     with ours.disable_adapter():
         assert torch.equal(logits(ours), before)
+
+
+ROWS = [SampleRow(row, [False] * 3 + [True] * 9) for row in IDS.tolist()]
+
+
+@pytest.mark.parametrize(("init", "mode"), [("corda", "ipm"), ("corda_kpm", "kpm")])
+def test_training_from_what_rows_use_of_the_weight_is_pefts_own(checkpoint, init, mode):
+    loaded = load(checkpoint())
+    before = logits(loaded.model)
+    ids = torch.randint(4, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+    rows = [SampleRow(row, [True] * 64) for row in ids.tolist()]
+    ours, _ = inject_adapter(loaded.model, LoraAdapter(**KNOBS, init=init), rows=rows)
+    torch.testing.assert_close(logits(ours), before, rtol=1e-4, atol=1e-5)
+    base = stock(checkpoint())
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=KNOBS["target_modules"],
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method=mode),
+    )
+    preprocess_corda(base, config, run_model=lambda: [base(row[None]) for row in ids])
+    theirs = get_peft_model(base, config)
+    descend(ours)
+    descend(theirs)
+
+    assert not torch.allclose(logits(ours), before, atol=1e-2)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-3, atol=1e-3)
+
+
+def test_a_start_from_rows_is_the_principal_components_that_peft_finds(checkpoint):
+    ours, _ = inject_adapter(load(checkpoint()).model, LoraAdapter(**KNOBS, init="eva"), rows=ROWS)
+    theirs = get_peft_model(
+        stock(checkpoint()),
+        LoraConfig(
+            r=4,
+            target_modules=KNOBS["target_modules"],
+            init_lora_weights="eva",
+            eva_config=EvaConfig(rho=1.0),
+        ),
+    )
+    labels = torch.tensor([[-100] * 3 + [1] * 9] * 2)
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": labels}
+    initialize_lora_eva_weights(theirs, [batch], show_progress_bar=False)
+    found, expected = (
+        {n: p for n, p in model.named_parameters() if "lora_A" in n} for model in (ours, theirs)
+    )
+
+    assert found.keys() == expected.keys()
+    for name, a in found.items():
+        torch.testing.assert_close(a @ a.T, torch.eye(4), rtol=0, atol=1e-4)
+        overlap = torch.linalg.svdvals(a @ torch.nn.functional.normalize(expected[name]).T)
+        assert overlap[2] > 0.98, name  # peft finds the last component roughly
+
+
+def test_a_start_from_rows_needs_rows_enough(checkpoint):
+    eva = LoraAdapter(**{**KNOBS, "rank": 30}, init="eva")
+    with pytest.raises(LlmtuneError, match="train 18 tokens, and rank 30 needs more"):
+        inject_adapter(load(checkpoint()).model, eva, rows=ROWS)
+    with pytest.raises(LlmtuneError, match="init=eva starts from training rows, and there are no"):
+        inject_adapter(load(checkpoint()).model, eva)
 
 
 def test_fast_decomposition_is_nearly_the_best():
@@ -113,9 +183,21 @@ def test_token_rows_and_biases_are_trained_beside(checkpoint):
         inject_adapter(load(checkpoint()).model, LoraAdapter(trainable_tokens=[99999]))
 
 
-def test_token_rows_and_biases_go_through_a_stopped_run(tmp_path, monkeypatch, capsys):
+TABLE = "transformer.wte.weight"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "others"),
+    [
+        ({"trainable_tokens": [2, 3], "lora_bias": True, "rank": 4}, (TABLE,)),
+        ({"method": "layers", "parameters": ["norms", "biases"]}, (".ln_",)),
+        ({"init": "corda", "init_rows": 9, "rank": 4}, ()),
+    ],
+)
+def test_what_is_no_weight_of_a_layer_goes_through_a_stopped_run(
+    adapter, others, tmp_path, monkeypatch, capsys
+):
     """On a base whose head is the embedding, and whose linear layers all have biases."""
-    adapter = {"trainable_tokens": [2, 3], "lora_bias": True, "rank": 4}
     config = str(make_project(tmp_path, "gpt2", adapter=adapter))
     run = ["run", config, "--quiet"]
     assert run_command(["train", config, f"run_dir={tmp_path / 'straight'}", "--quiet"]) == 0
@@ -141,11 +223,23 @@ def test_token_rows_and_biases_go_through_a_stopped_run(tmp_path, monkeypatch, c
     base, merged = (
         load_file(tmp_path / name / "model.safetensors") for name in ("base", "run/merged")
     )
-    table = "transformer.wte.weight"
     changed = {name for name, weight in base.items() if not torch.equal(weight, merged[name])}
-    assert changed == {table, *(name for name in base if ".c_" in name)}
-    assert (base[table] != merged[table]).any(dim=1).nonzero().flatten().tolist() == [2, 3]
+    wanted = {name for name in base if any(mark in name for mark in (".c_", *others))}
+    if "method" in adapter:
+        wanted = {name for name in wanted if ".ln_" in name or name.endswith(".bias")}
+    if "init" in adapter:
+        wanted = {name for name in wanted if name.endswith(".weight")}
+    assert changed == wanted
+    rows = (base[TABLE] != merged[TABLE]).any(dim=1).nonzero().flatten().tolist()
+    assert rows == adapter.get("trainable_tokens", [])
     live = PeftModel.from_pretrained(stock(tmp_path / "base"), tmp_path / "run" / "adapter")
     plain = logits(stock(tmp_path / "run" / "merged"))
     torch.testing.assert_close(plain, logits(live), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_token_that_only_ends_rows_is_refused_if_its_row_would_learn_nothing(tmp_path, capsys):
+    config = make_project(tmp_path, "llama", adapter={"trainable_tokens": [3]})
+    write_jsonl(tmp_path / "train.jsonl", [{"text": f"The plot goes {i}."} for i in range(8)])
+    assert run_command(["train", str(config), "--quiet"]) == 2
+    assert "no trained token comes after the token 3" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """A model's shape is computed from config.json alone, and it is the shape transformers builds."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from llmtune.adapters.module_selection import layer_number
 from llmtune.adapters.offered import list_modules
 from llmtune.errors import LlmtuneError
 from llmtune.planning.families import FAMILIES
@@ -23,6 +25,15 @@ def test_the_shape_is_the_one_transformers_builds(family):
     assert dict(shape.linear) == dict(names.linear)
     assert dict(shape.fused_experts) == dict(names.experts)
     assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.biased == names.biased & names.linear.keys()
+    assert norms_by_layer(shape.norms) == norms_by_layer(names.norms)
+
+
+def norms_by_layer(norms) -> Counter:
+    found: Counter = Counter()
+    for name, size in norms.items():
+        found[layer_number(name)] += size
+    return found
 
 
 def test_a_tiny_llama_counted_by_hand():
