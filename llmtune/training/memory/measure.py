@@ -51,6 +51,10 @@ class _SavedBytes:
     def note(self, tensor: Tensor) -> Tensor:
         # A node that saves its own output would own itself if it got the output back, for good.
         tensor = tensor.detach()
+        if tensor.is_sparse:  # it has no storage of its own
+            for part in (tensor._indices(), tensor._values()):
+                self.note(part)
+            return tensor
         storage = _storage(tensor)
         if storage not in self._counted:
             self._counted.add(storage)

@@ -261,7 +261,7 @@ def _find_updates(model: PeftModel) -> list[tuple[Tensor, Tensor, float]]:
             continue
         for adapter in module.active_adapters:
             factors = method.factors_of(module, adapter)
-            if factors is None:
+            if factors is None or not factors[1].requires_grad:
                 raise LlmtuneError(
                     f"protect.l2 knows the norm of plain LoRA on linear layers, and {name} is of a "
                     "different kind; leave protect.l2 at 0"
