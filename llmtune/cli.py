@@ -103,7 +103,7 @@ def _run_with_others(arguments: list[str]) -> object:
     """
     processes = join_processes()
     if not processes.is_first:
-        from llmtune.runs.train import follow_orders
+        from llmtune.runs.pipeline import follow_orders
 
         logging.getLogger("llmtune").setLevel(logging.ERROR)
         follow_orders(processes)

@@ -204,18 +204,28 @@ def evaluate_suite(
         if settings.on_progress is not None:
             settings.on_progress(Progress(suite.name, arm, done, total))
 
-    budget = settings.token_budget or choose_token_budget(scored.model)
-    asked = suite if settings.prompt is None else settings.prompt.ask(suite)
-    items = asked.config.score(scored, asked, Scoring(budget, settings.demonstrations, report))
     return summarize_items(
         suite,
         arm,
-        items,
+        score_items(scored, suite, settings, report),
         recipe=build_recipe(scored, suite, settings),
         model=scored.identity.as_dict(),
         seconds=time.perf_counter() - started,
         about=about,
     )
+
+
+def score_items(
+    scored: LiveModel, suite: Suite, settings: ScoringSettings, report: Callable[[int], None]
+) -> list[ItemScore]:
+    """Return the score of each item, asked of the model as it is.
+
+    Args:
+        report: called with the number of items that are done.
+    """
+    budget = settings.token_budget or choose_token_budget(scored.model)
+    asked = suite if settings.prompt is None else settings.prompt.ask(suite)
+    return asked.config.score(scored, asked, Scoring(budget, settings.demonstrations, report))
 
 
 def summarize_items(  # noqa: PLR0913 (the parts of one result)

@@ -25,6 +25,7 @@ from llmtune.evaluation.run import (
     score_plan,
     scoring_settings,
 )
+from llmtune.evaluation.sharing import ItemSharing
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.run_dir import RunDir
 from llmtune.io.sizes import format_size
@@ -38,6 +39,8 @@ from llmtune.scoring.batches import model_device
 
 log = logging.getLogger("llmtune")
 
+TUNED = "tuned"
+"""The model that answers as most arms."""
 NEEDS_ROWS = "needs the rows that were trained on; give them: data.train='[{path: FILE}]'"
 DENSE_SHARE = 0.5
 """Of the free memory, what the dequantized weights of a quantized base may take."""
@@ -76,6 +79,8 @@ class EvaluationRequest:
     """Why the adapter cannot be weakened; None if it can."""
     keeps_base: bool = False
     """Whether scores of the base alone are taken over from earlier runs, and kept for later."""
+    sharing: ItemSharing | None = None
+    """Other processes that take a share of the items of every arm; None is this one alone."""
 
 
 class Evaluation:
@@ -114,8 +119,8 @@ class Evaluation:
     def scored(self) -> LiveModel:
         """The base with the adapter on it, loaded once."""
         if self._scored is None:
-            self._scored = self.request.load("tuned")
-            _dequantize_once(self._scored)
+            self._scored = self.request.load(TUNED)
+            dequantize_once(self._scored)
         return self._scored
 
     @property
@@ -182,7 +187,12 @@ class Evaluation:
     def score(self, plan: ArmPlan, alone: LiveModel | None = None) -> None:
         """Score an arm of the loaded base and adapter, or of a model that was loaded alone."""
         scored = alone or self.scored
-        result = score_plan(scored, plan)
+        sharing = self.request.sharing
+        if sharing is None:
+            result = score_plan(scored, plan)
+        else:
+            model = TUNED if alone is None else alone.arms[0]
+            result = sharing.score_plan(scored, plan, model)
         self.keep(result)
         if self.request.keeps_base:
             keep_scores(scored, plan, result)
@@ -236,7 +246,7 @@ class Evaluation:
         ]
 
 
-def _dequantize_once(live: LiveModel) -> None:
+def dequantize_once(live: LiveModel) -> None:
     """Keep the quantized weights dequantized for this evaluation if the free memory allows it."""
     dense = find_dense_weights(live.model)
     if not dense.bytes:

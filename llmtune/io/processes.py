@@ -19,6 +19,14 @@ from typing import TYPE_CHECKING
 from llmtune.errors import LlmtuneError, ProcessLost
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import parse_json, plain_reason
+from llmtune.io.launcher import (
+    LAUNCHER_KEYS,
+    read_number,
+    read_place_here,
+    take_card,
+    take_out_accelerate,
+)
+from llmtune.io.lifelines import Lifelines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,14 +41,8 @@ FAILURE_SECONDS = 3.0
 """How long a process that lost another one waits for that one's message."""
 LEAVE_SECONDS = 60.0
 """How long the first process waits at its end for the others to notice."""
-LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-MASTER_KEYS = ("MASTER_ADDR", "MASTER_PORT")
-OTHER_ENGINES = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
+PIECE = 2**20
+"""Characters of a message in one value of the store, which takes up to 8 MB."""
 
 
 class Processes:
@@ -58,6 +60,7 @@ class Processes:
         self._store = store
         self._host = socket.gethostname()
         self._numbers: dict[str, Iterator[int]] = {}
+        self._lines = Lifelines()
 
     @property
     def is_first(self) -> bool:
@@ -116,6 +119,53 @@ class Processes:
         if self.are_many and self.is_first:
             self._put(self._next_key("order"), {})
             self._see_off(LEAVE_SECONDS)
+
+    def send(self, to: int, value: Mapping[str, object]) -> None:
+        """Leave a message for one of the others."""
+        assert self._store is not None
+        key, text = self._next_key(f"mail/{self.rank}-{to}"), json.dumps(value)
+        pieces = range(0, len(text), PIECE)
+        for number, start in enumerate(pieces):
+            self._store.set(f"{key}/{number}", text[start : start + PIECE])
+        self._put(key, {"pieces": len(pieces)})
+
+    def receive(self, sender: int) -> JsonObject:
+        """Return the next message of one of the others; this waits without a limit."""
+        assert self._store is not None
+        key = self._next_key(f"mail/{sender}-{self.rank}")
+        count = parse_json(self._wait(key))["pieces"]
+        pieces = [self._wait(f"{key}/{number}") for number in range(count)]
+        for number in range(count):
+            self._store.delete_key(f"{key}/{number}")
+        message: JsonObject = parse_json(b"".join(pieces))
+        return message
+
+    @contextlib.contextmanager
+    def linked(self) -> Iterator[None]:
+        """Notice inside if one of the others is killed; all of them enter and leave together."""
+        if self.is_first:
+            self._lines.accept(
+                self.world_size - 1,
+                lambda address: self._put(self._next_key("lines"), address),
+                "127.0.0.1" if self.num_here == self.world_size else self._host,
+            )
+        else:
+            self._lines.connect(**parse_json(self._wait(self._next_key("lines"))))
+        yield  # after an error the process ends, and the others are to see that
+        self._lines.close()
+
+    def heed(self) -> None:
+        """Look whether all are still there, in the middle of long work of this process alone.
+
+        Raises:
+            ProcessLost: one of the others has failed, or ended.
+        """
+        assert self._store is not None
+        try:
+            if self._lines.is_cut or self._store.check(["failure"]):
+                raise self._lost()
+        except RuntimeError as error:
+            raise self._lost() from error
 
     def report_failure(self, message: str, code: int) -> tuple[str | None, int]:
         """Tell the others why this process ends.
@@ -176,8 +226,7 @@ class Processes:
         assert self._store is not None
         try:
             while not self._store.check([key]):
-                if self._store.check(["failure"]):
-                    raise self._lost()
+                self.heed()
                 time.sleep(POLL_SECONDS)
             value: bytes = self._store.get(key)
             return value
@@ -280,23 +329,16 @@ class Processes:
             with self._heeding():
                 dist.broadcast(tensor, src=0)
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> contextlib.AbstractContextManager[None]:
         """Make one clear failure of a connection that breaks off in a library's own calls."""
-        import torch.distributed as dist
-
-        try:
-            yield
-        except dist.DistBackendError as error:
-            raise self._lost(f"could not work together ({plain_reason(error)})") from error
-        except RuntimeError as error:
-            if "gloo" not in str(error):
-                raise
-            raise self._lost() from error
+        return self._heeding("gloo")
 
     @contextlib.contextmanager
-    def _heeding(self) -> Iterator[None]:
-        """Make one clear failure of a connection that broke off, or could not be made."""
+    def _heeding(self, mark: str = "") -> Iterator[None]:
+        """Make one clear failure of a connection that broke off, or could not be made.
+
+        `mark` is in the message of every error that is meant.
+        """
         import torch.distributed as dist
 
         try:
@@ -304,6 +346,8 @@ class Processes:
         except dist.DistBackendError as error:
             raise self._lost(f"could not work together ({plain_reason(error)})") from error
         except RuntimeError as error:
+            if mark not in str(error):
+                raise
             raise self._lost() from error
 
 
@@ -322,7 +366,7 @@ def refuse_unjoined() -> None:
     Raises:
         LlmtuneError: a launcher has started several, and they call from Python.
     """
-    if _read_number("WORLD_SIZE", 1) > 1:  # `join_processes` takes it out
+    if read_number("WORLD_SIZE", 1) > 1:  # `join_processes` takes it out
         raise LlmtuneError(
             f"started as one of {os.environ['WORLD_SIZE']} processes, but a call from Python works "
             "in one: to train in several, start the command, as in `torchrun --nproc-per-node 2 -m "
@@ -341,22 +385,13 @@ def join_processes() -> Processes:
             are fewer GPUs than processes.
     """
     global _joined  # a process joins once, like torch's own group
-    world_size = _read_number("WORLD_SIZE", 1)
-    _take_out_accelerate()
+    world_size = read_number("WORLD_SIZE", 1)
+    take_out_accelerate()
     if world_size <= 1:
         return _joined
-    missing = [key for key in (*LAUNCHER_KEYS, *MASTER_KEYS) if not os.environ.get(key)]
-    if missing:
-        raise LlmtuneError(
-            f"WORLD_SIZE is {world_size}, but {' and '.join(missing)} "
-            f"{'are' if missing[1:] else 'is'} not set: start the command by torchrun or "
-            "accelerate launch, or unset WORLD_SIZE to run in one process"
-        )
-    local_rank, num_here = _read_place("LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    _read_place("RANK", "WORLD_SIZE")
-    _read_number("MASTER_PORT", 0)
+    local_rank, num_here = read_place_here(world_size)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what a lost connection means we say
-    _take_card(local_rank, num_here)
+    take_card(local_rank, num_here)
     if num_here == world_size and sys.platform == "linux":
         # All are on this machine: its loopback needs no name and lets nobody else in.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -375,52 +410,3 @@ def join_processes() -> Processes:
             del os.environ[key]
     _joined = Processes(PrefixStore("llmtune", store), rank, world_size, num_here)
     return _joined
-
-
-def _take_out_accelerate() -> None:
-    """Take out what `accelerate launch` has set, also for one process: trl would obey it.
-
-    Precision and compilation are the config's.
-    """
-    for key, engine in OTHER_ENGINES.items():
-        if os.environ.get(key, "false").lower() in ("1", "true"):
-            raise LlmtuneError(
-                f"accelerate is set to use {engine}, and this run sums the gradients itself: start "
-                "it by `accelerate launch --multi_gpu`, or by torchrun"
-            )
-    for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
-        del os.environ[key]
-
-
-def _read_number(key: str, default: int) -> int:
-    text = os.environ.get(key) or str(default)
-    try:
-        return int(text)
-    except ValueError:
-        raise LlmtuneError(f"the environment variable {key} is {text!r}, not a number") from None
-
-
-def _read_place(key: str, size_key: str) -> tuple[int, int]:
-    """Return which one of how many this process is."""
-    place, size = _read_number(key, 0), _read_number(size_key, 1)
-    if not 0 <= place < size:
-        raise LlmtuneError(f"{key} is {place} and {size_key} is {size}; expected 0 to {size - 1}")
-    return place, size
-
-
-def _take_card(local_rank: int, num_here: int) -> None:
-    """Hide all GPUs but the one of this process, before any of them is used."""
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    slices = visible.split(",") if visible and visible.startswith("MIG-") else []
-    count = len(slices) or torch.cuda.device_count()  # CUDA shows a process one slice at most
-    if count <= 1:  # none, or the launcher has given each process its own
-        return
-    if count < num_here:
-        raise LlmtuneError(
-            f"{num_here} processes were started on {socket.gethostname()}, which has {count} GPUs: "
-            f"start {count}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU"
-        )
-    names = visible.split(",") if visible else [str(number) for number in range(count)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = names[local_rank]

@@ -3,11 +3,13 @@
 Beside it, the scores of any target on suites or on tasks of lm-evaluation-harness.
 """
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from socket import gethostname
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from pydantic import ValidationError
 
@@ -23,6 +25,8 @@ from llmtune.evaluation.suite import load_suites
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import JsonObject, JsonValue, hash_file
 from llmtune.io.manifest import EvaluateRecord, Manifest, StageRecord, read_manifest
+from llmtune.io.processes import Processes, joined_processes
+from llmtune.models.config import ModelConfig
 from llmtune.models.resolve import Loadable
 from llmtune.runs.merge import MergeStage
 from llmtune.runs.stage import Stage
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from llmtune.evaluation.scores import Scores
     from llmtune.evaluation.session import EvaluationRequest
     from llmtune.models.checkpoint import Checkpoint
+    from llmtune.models.live import LiveModel
 
 log = logging.getLogger("llmtune")
 
@@ -125,9 +130,56 @@ class EvaluateStage(Stage[EvaluateRecord]):
     def run(self, inputs: JsonObject) -> EvaluateRecord:
         """Measure what is missing; what is finished for the same model and recipe is read."""
         from llmtune.evaluation.evaluate import evaluate_run
+        from llmtune.evaluation.sharing import ItemSharing
 
-        trained = read_manifest(self.config.run).trained
-        return evaluate_run(self.request(inputs), trained.get("seconds"))
+        seconds = read_manifest(self.config.run).trained.get("seconds")
+        request, processes = self.request(inputs), joined_processes()
+        if not processes.are_many:
+            return evaluate_run(request, seconds)
+        with processes.ordering(self._order()), processes.linked():
+            sharing = ItemSharing(processes)
+            record = evaluate_run(dataclasses.replace(request, sharing=sharing), seconds)
+            sharing.end()
+        return record
+
+    def _order(self) -> "EvaluateOrder":
+        return {
+            "stage": self.name,
+            "config": self.config.model_dump(mode="json"),
+            "date": self.source.template_date,
+            "suites": {suite.name: suite.fingerprint for suite in self.suites},
+        }
+
+    def follow(self, order: "EvaluateOrder", processes: Processes) -> None:
+        """Score this process's share of the items of every arm.
+
+        Raises:
+            LlmtuneError: this process reads other items than the first one.
+        """
+        from llmtune.evaluation.prompt_file import read_prompt_file
+        from llmtune.evaluation.session import TUNED, dequantize_once
+        from llmtune.evaluation.sharing import help_scoring
+        from llmtune.scoring.live import load_target
+
+        config = self.config
+        if {suite.name: suite.fingerprint for suite in self.suites} != order["suites"]:
+            raise LlmtuneError(
+                f"on {gethostname()} the suites differ from what the first process has (compared "
+                "by content): all machines need the same files"
+            )
+
+        def load(name: str, dtype: str) -> "LiveModel":
+            model = config.model.model_copy(update={"dtype": dtype})
+            live = load_target(self._target(model), name)
+            if name == TUNED:
+                dequantize_once(live)
+            return live
+
+        prompts = {
+            name: read_prompt_file(name, path) for name, path in config.evaluate.prompts.items()
+        }
+        with processes.linked():
+            help_scoring(processes, self.suites, prompts, load)
 
     def request(self, inputs: Mapping[str, Any]) -> "EvaluationRequest":
         """Return what is evaluated."""
@@ -136,16 +188,7 @@ class EvaluateStage(Stage[EvaluateRecord]):
 
         config = self.config
         run = config.run
-        adapter_dir = run.adapter_dir if run.adapter_dir.is_dir() else None
-        target = Loadable(
-            str(run.path),
-            config.model,
-            adapter_dir,
-            run.merged_dir,
-            template_date=self.source.template_date,
-            opened=self.source,
-            keeps_quantized=False,
-        )
+        target = self._target(config.model)
         return EvaluationRequest(
             knobs=self._knobs(inputs),
             run=run,
@@ -156,8 +199,20 @@ class EvaluateStage(Stage[EvaluateRecord]):
             trained=trained_steps(config),
             load=lambda arm: load_target(target, arm),
             force=self.force,
-            why_no_strength=_why_no_strength(adapter_dir),
+            why_no_strength=_why_no_strength(target.adapter_dir),
             keeps_base=config.evaluate.reuse_base and not config.model.trust_remote_code,
+        )
+
+    def _target(self, model: ModelConfig) -> Loadable:
+        run = self.config.run
+        return Loadable(
+            str(run.path),
+            model,
+            run.adapter_dir if run.adapter_dir.is_dir() else None,
+            run.merged_dir,
+            template_date=self.source.template_date,
+            opened=self.source,
+            keeps_quantized=False,
         )
 
     def _knobs(self, inputs: Mapping[str, Any]) -> EvaluateConfig:
@@ -177,6 +232,15 @@ class EvaluateStage(Stage[EvaluateRecord]):
             Resampling(knobs.confidence, knobs.bootstrap_samples, knobs.seed),
             arms=knobs.arms,
         )
+
+
+class EvaluateOrder(TypedDict):
+    """What the first process tells the others of an evaluation, as JSON values."""
+
+    stage: str
+    config: JsonObject
+    date: str | None
+    suites: dict[str, str]
 
 
 def _why_no_strength(adapter_dir: Path | None) -> str | None:

@@ -1,9 +1,11 @@
 """The stages of a run in order; each leaves an artifact on disk and can be rerun alone."""
 
+import gc
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError, MergeRefused
@@ -11,10 +13,15 @@ from llmtune.evaluation.diagnosis.base import Extent
 from llmtune.evaluation.suite import load_suites
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.manifest import ExportRecord, MergeRecord, TrainRecord
+from llmtune.io.processes import Processes
 from llmtune.io.run_dir import RunDir
+from llmtune.io.validation import validate_section
+from llmtune.io.yaml_source import SourcedTree
 from llmtune.merging.config import NO_SETTINGS, MergeSettings
 from llmtune.models.checkpoint import Checkpoint
+from llmtune.models.resolve import resolve_base
 from llmtune.runs.evaluate import (
+    EvaluateOrder,
     EvaluateStage,
     check_evaluation_files,
     check_item_lengths,
@@ -23,7 +30,7 @@ from llmtune.runs.evaluate import (
 from llmtune.runs.export import ExportStage
 from llmtune.runs.merge import MergeStage
 from llmtune.runs.stage import Stage
-from llmtune.runs.train import TrainStage, plan_request
+from llmtune.runs.train import TrainOrder, TrainStage, plan_request
 
 if TYPE_CHECKING:
     from llmtune.evaluation.scores import Scores
@@ -200,6 +207,20 @@ def measure(run_dir: str | Path, extent: Extent) -> "Scores":
     from llmtune.runs.targets import load_run_config
 
     return evaluate(load_run_config(Path(run_dir), [f"evaluate.extent={extent}"]))
+
+
+def follow_orders(processes: Processes) -> None:
+    """Do this process's share of each stage that the first process orders, until it ends."""
+    for each in processes.orders():
+        order = cast(EvaluateOrder | TrainOrder, each)
+        tree = SourcedTree(dict(order["config"]), {(): "the first process"})
+        config = validate_section(RunConfig, tree)
+        opened = replace(resolve_base(config.model), template_date=order["date"])
+        if order["stage"] == EvaluateStage.name:
+            EvaluateStage(config, opened=opened).follow(cast(EvaluateOrder, order), processes)
+        else:
+            TrainStage(config, opened=opened).follow(cast(TrainOrder, order), processes)
+        gc.collect()  # the model is held in circles, and the first process needs the memory
 
 
 def report(run_dir: str | Path) -> "Report":

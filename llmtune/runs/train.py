@@ -1,7 +1,6 @@
 """The train stage: rows and base in, adapter out."""
 
 import dataclasses
-import gc
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +18,8 @@ from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.fingerprint import JsonObject, hash_json
 from llmtune.io.manifest import BaseRecord, Manifest, StageRecord, TrainRecord
 from llmtune.io.processes import Processes, joined_processes, refuse_unjoined
-from llmtune.io.validation import validate_section
-from llmtune.io.yaml_source import SourcedTree
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
-from llmtune.models.resolve import resolve_base
 from llmtune.models.template_date import template_date_of
 from llmtune.runs.ledger import Ledger, has_training, refuse_unusable
 from llmtune.runs.stage import Stage, deciding_knobs, deciding_knobs_of
@@ -123,6 +119,7 @@ class TrainStage(Stage[TrainRecord]):
 
     def _order(self, identity: Mapping[str, str]) -> "TrainOrder":
         return {
+            "stage": self.name,
             "config": self.config.model_dump(mode="json"),
             "dtype": self._dtype,
             "date": self.source.template_date,
@@ -271,21 +268,11 @@ class TrainStage(Stage[TrainRecord]):
 class TrainOrder(TypedDict):
     """What the first process tells the others of a training, as JSON values."""
 
+    stage: str
     config: JsonObject
     dtype: str
     date: str | None
     identity: dict[str, str]
-
-
-def follow_orders(processes: Processes) -> None:
-    """Do this process's share of every training that the first process orders, until it ends."""
-    for each in processes.orders():
-        order = cast(TrainOrder, each)
-        tree = SourcedTree(dict(order["config"]), {(): "the first process"})
-        config = validate_section(RunConfig, tree)
-        opened = dataclasses.replace(resolve_base(config.model), template_date=order["date"])
-        TrainStage(config, opened=opened).follow(order, processes)
-        gc.collect()  # the model is held in circles, and the first process needs the memory
 
 
 def plan_request(config: RunConfig, device: "Device", *, measure: bool = False) -> "PlanRequest":

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from llmtune import cli
 from llmtune.config import load_config
 from llmtune.errors import LlmtuneError, ProcessLost
+from llmtune.evaluation import sharing
+from llmtune.evaluation.run import score_items
 from llmtune.io import processes
 from llmtune.runs import pipeline
 from tests.processes import fork, free_port, run_command
@@ -51,6 +53,13 @@ def send(number, *, to, after):
             os.kill(os.getpid(), number)
 
     return before_step
+
+
+def killed_after_some_items(*asked):
+    """Score as ever in the first process; in the second one the machine ends it."""
+    if processes.joined_processes().rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return score_items(*asked)
 
 
 def losses(run):
@@ -248,3 +257,44 @@ def test_two_torchrun_nodes_that_find_each_other_do_one_run(project):
     assert codes == [0, 0], "\n".join(outputs)
     assert sum("2 share the rows of each step" in output for output in outputs) == 1
     assert (folder / "nodes" / "report.html").is_file()
+
+
+def test_the_items_of_all_arms_are_shared_and_scored_as_in_one_process(project, monkeypatch):
+    """Choices, written answers, documents, demonstrations and a prompt of the user's own."""
+    run, prompt = project.parent / "shared", project.parent / "mine.jinja"
+    prompt.write_text("Decide. {{ prompt }}")
+    settings = [
+        f"run_dir={run}",
+        "train.max_steps=1",
+        "evaluate.extent=none",
+        "evaluate.strengths=[0.5]",
+        "evaluate.few_shot.measure=true",
+        f"evaluate.prompts={{mine: {prompt}}}",
+        "evaluate.reuse_base=false",
+    ]
+    shared = run_command(project.parent / "shared-out", 2, ["run", str(project), *settings])
+    assert shared.wait() == [0, 0], shared.output(0) + shared.output(1)
+    assert "evaluate: sentiment, tuned: 12 of 12 items" in shared.output(0)
+    found = {path.name: json.loads(path.read_text()) for path in run.glob("evaluations/*.json")}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharing, "score_items", killed_after_some_items)
+        more = ["run", str(project), *settings, "evaluate.strengths=[0.25]"]
+        killed = run_command(project.parent / "shared-out", 2, more)
+        assert killed.wait() == [3, -9]
+        assert "ended without a message" in killed.output(0)
+
+    pipeline.evaluate(load_config(project, settings), force=True)
+    arms = {name.split(".", 1)[1].removesuffix(".json") for name in found}
+    assert arms >= {"base", "tuned", "merged", "few-shot-1", "prompt-mine", "strength-0.5"}
+    for name, result in found.items():
+        alone = json.loads((run / "evaluations" / name).read_text())
+        assert [item["id"] for item in result["items"]] == [item["id"] for item in alone["items"]]
+        for item, wanted in zip(result["items"], alone["items"], strict=True):
+            score, expected = item.pop("score"), wanted.pop("score")
+            assert score == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            assert item.pop("details").keys() == wanted.pop("details").keys()
+            assert item == wanted
+        for changing in ("items", "seconds", "mean", "standard_error", "also"):
+            del result[changing], alone[changing]
+        assert result == alone
