@@ -206,6 +206,34 @@ def test_a_sharded_base_takes_a_part_of_every_card_and_of_the_link(tmp_path, cap
     assert "each with 1/8 of the base's layers" in printed and "are received by each" in printed
 
 
+def test_traffic_scaling_and_fewest_cards_are_those_worked_out_by_hand(tmp_path, capsys):
+    # rank 16 on q, o (4096 x 4096), k, v (1024 x 4096), gate, up, down (14336 x 4096), 32 times
+    parameters = 16 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert parameters == 41_943_040
+    given = ("--gpu", "80GB", "--link", "10", "--step-seconds", "8", "--gpus", "4", "--nodes", "2")
+    found = scaling_8b(tmp_path, capsys, *given)["scaling"]
+    assert found["reduced_bytes"] == 160 << 20, "4 bytes each"
+    assert found["sent_bytes"] == 280 << 20, "in a ring of 8, twice 7/8 of it"
+    assert found["reduction_seconds"] == pytest.approx(0.029360, abs=1e-6), (
+        "at 10^10 bytes a second"
+    )
+    assert found["step_seconds"] == pytest.approx(1.029360, abs=1e-6), "2 of the 16 rows are 1 s"
+    assert found["speedup"] == pytest.approx(7.7718, abs=1e-4)
+
+    def plan_rows(cards, gpu):
+        rows = ("train.batch_size=12", "train.micro_batch_size=12")
+        cards = ("--gpu", gpu, "--gpus", cards)
+        return scaling_8b(tmp_path, capsys, *rows, *cards, code=int(cards[-1] != "12"))
+
+    # Every layer is recomputed, so what is left grows by the row: two on 6 cards, one on 12.
+    plans = {cards: plan_rows(cards, "18GB") for cards in ("6", "12")}
+    two, one = (plan["memory"]["total_bytes"] / 2**30 for plan in plans.values())
+    row = two - one
+    assert one < 18 < two < 19 < two + row
+    assert plans["6"]["scaling"]["smallest_cards"] == 12
+    assert plan_rows("2", "19GB")["scaling"]["smallest_cards"] == 6
+
+
 def test_where_the_base_is_larger_than_a_card_no_number_of_cards_is_enough(tmp_path, capsys):
     found = scaling_8b(tmp_path, capsys, "--gpu", "12GB", "--gpus", "8", code=1)["scaling"]
     assert found["smallest_cards"] is None
