@@ -133,9 +133,10 @@ def _stock_arguments(job: Job, changes: dict, directory: str) -> SFTConfig:
         "seed": SEED,
         "train_sampling_strategy": "sequential",
         "max_length": max(LONGEST, job.full_length),
-        "ddp_backend": "gloo" if job.device == "cpu" else "nccl",
-        "ddp_find_unused_parameters": False,
     }
+    if "WORLD_SIZE" in os.environ:
+        options["ddp_backend"] = "gloo" if job.device == "cpu" else "nccl"
+        options["ddp_find_unused_parameters"] = False
     fixed = {
         "per_device_train_batch_size": at_once,
         "gradient_accumulation_steps": rows // at_once,
