@@ -140,7 +140,7 @@ def test_chat_lets_each_model_have_its_own_history(config, capsys, monkeypatch, 
     lines = [f"/save {rows}", "The film is warm.", "/base", "And<|im_end|>", "And the plot?",
              "/system Be brief.", "/compare A slow one", "/compare And the cast?", "/system",
              f"/save {tmp_path}/no/x", f"/save {rows}", f"/save {rows}", "/merged", "/help",
-             "/nonsense", "/clear", "/quit"]  # fmt: skip
+             "/nonsense", "/base now", "\udcff", "/clear", "/quit"]  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     command = ["chat", str(config), "--max-new-tokens", "4", "--json", "--quiet"]
     assert run_command(command) == 0
@@ -157,6 +157,9 @@ def test_chat_lets_each_model_have_its_own_history(config, capsys, monkeypatch, 
         f"/save {tmp_path}/no/x: its directory does not exist",
         "/compare [TEXT]",
         "/nonsense: unknown",
+        "/base: takes nothing behind it",
+        "what you typed is not UTF-8 text",
+        "no system prompt",
         "(stopped)",
     ):
         assert words in captured.err, words
@@ -205,6 +208,12 @@ def test_the_system_prompt_of_the_data_is_printed_wherever_the_model_is_used(con
     template.write_text("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
     said = refused(capsys, "data", "check", str(config), given)
     assert "data.system: the chat template does not print a system prompt" in said
+
+
+def test_an_answer_does_nothing_to_the_terminal():
+    from llmtune.serving.chat import _visible
+
+    assert _visible("\x1b[2J\ta\x9b\r\n") == "\u241b[2J\ta\u241b\u240d\n"
 
 
 def test_ctrl_c_where_the_user_types_leaves_the_chat(config, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -38,8 +39,12 @@ def export_target(name: str, overrides: Sequence[str], settings: ExportSettings)
     """
     from llmtune.exporting.export import run_export
 
-    find_exporter(settings.to).choose_type(settings.type)
-    return run_export(export_source(resolve_target(name, overrides)), settings)
+    exporter = find_exporter(settings.to)
+    target = resolve_target(name, overrides)
+    if settings.type is None and target.config is not None and exporter.has_type_of_run:
+        settings = replace(settings, type=target.config.export.type)
+    exporter.choose_type(settings.type)
+    return run_export(export_source(target), settings)
 
 
 class ExportStage(Stage[ExportRecord]):

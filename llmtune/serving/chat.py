@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ from typing import Any
 import click
 
 from llmtune.data.conversation import Conversation, Message, ask
-from llmtune.data.problems import RowError
+from llmtune.data.problems import RowError, shorten
 from llmtune.data.prompts import PromptEncoder
 from llmtune.data.tools import read_tools
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.main_arms import MAIN_ARMS
 from llmtune.io.run_dir import atomic_write_text
+from llmtune.models.chat_template import default_system
 from llmtune.models.live import LiveModel
 from llmtune.models.resolve import Loadable
 from llmtune.models.turns import require_chat_template
@@ -26,12 +28,17 @@ from llmtune.scoring.live import as_arm, load_target
 HELP = """\
 /base, /tuned ...   that model answers from now on; each keeps a history of its own
 /compare [TEXT]     all models answer: TEXT, or everything from now on
-/system [TEXT]      set the system prompt, or take it out
+/system [TEXT]      set the system prompt, or take yours out
 /save FILE          write the histories as rows to train on
 /clear              start over
 /quit               leave; Ctrl-C stops an answer, and leaves where you type"""
 
 PROMPT = "you> "
+SHOWN_CHARACTERS = 120
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x80-\x9f]")
+"""Characters that move the cursor or worse; a line break and a tab are none of them."""
+PICTURES = 0x2400
+"""Where Unicode has a picture for each of the first 32."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,13 @@ class Chat:
         self.turns = {arm: [] for arm in self.live.arms}
         self._systems: dict[str, list[str | None]] = {arm: [] for arm in self.live.arms}
         """The system prompt under which each answer was given."""
+
+    def describe_default(self) -> str:
+        """Say which system prompt there is if the user gives none."""
+        default = default_system(self.live.tokenizer)
+        if default is None:
+            return "no system prompt"
+        return f"the template's own system prompt: {shorten(default, SHOWN_CHARACTERS)}"
 
     def switch(self, arm: str) -> None:
         """Let `arm` answer from now on, with its own history."""
@@ -119,7 +133,7 @@ class Chat:
                 for piece in stream:
                     pieces.append(piece)
                     if not self.settings.as_json:
-                        click.echo(piece, nl=False)
+                        click.echo(_visible(piece), nl=False)
                         sys.stdout.flush()
             except KeyboardInterrupt:
                 is_stopped = True
@@ -183,6 +197,8 @@ def run_chat(target: Loadable, settings: ChatSettings) -> None:
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         click.echo(f"{chat.arm} model; /help says what you can do.", err=True)
+        if chat.system is None and default_system(live.tokenizer) is not None:
+            click.echo(chat.describe_default(), err=True)
     while True:
         try:
             line = _read_line(is_terminal)
@@ -230,20 +246,33 @@ def _read_tools(path: Path) -> list[dict[str, Any]] | None:
         raise LlmtuneError(f"{path}: {error}") from None
 
 
+def _visible(text: str) -> str:
+    """Return text whose control characters do nothing to the terminal: pictures stand for them."""
+    return CONTROL.sub(lambda found: chr(PICTURES + ord(found[0]) % 0x80), text)
+
+
 def _take(chat: Chat, line: str) -> None:
-    """Do what a line says: a command, or a question."""
+    """Do what a line says: a command, or a question.
+
+    Raises:
+        LlmtuneError: it cannot be done.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in line):
+        raise LlmtuneError("what you typed is not UTF-8 text; set the terminal to UTF-8")
     if not line.startswith("/"):
         if line:
             chat.ask(line)
         return
     command, _, rest = line[1:].partition(" ")
     rest = rest.strip()
+    if rest and command in ("clear", "help", "quit", "exit", *MAIN_ARMS):
+        raise LlmtuneError(f"/{command}: takes nothing behind it; ask in a line of its own")
     said = None
     if command == "clear":
         chat.clear()
     elif command == "system":
         chat.system = rest or None
-        said = "system prompt set" if rest else "no system prompt"
+        said = "system prompt set" if rest else chat.describe_default()
     elif command == "compare":
         if rest:
             chat.ask(rest, chat.live.arms)

@@ -79,7 +79,7 @@ def run_engine(plan: EnginePlan, known: Known, settings: ServeSettings) -> None:
         _wait_until_ready(process)
 
         def ask(question: KnownQuestion) -> str:
-            return _ask(process, plan.names[0], question)
+            return _ask(process, plan, question)
 
         asked = Asked(plan.names[0], plan.arm)
         checked = check_answers(asked, known, settings.num_checked, ask)
@@ -158,13 +158,14 @@ def _wait_until_ready(process: _Process) -> None:
     raise LlmtuneError(f"{process.engine}: no answer within {START_SECONDS} s")
 
 
-def _ask(process: _Process, name: str, question: KnownQuestion) -> str:
+def _ask(process: _Process, plan: EnginePlan, question: KnownQuestion) -> str:
     body = {
-        "model": name,
+        "model": plan.names[0],
         "messages": list(question.messages),
         "max_tokens": question.kept.max_tokens,
         "temperature": 0,
         "stop": list(question.kept.stops),
+        **plan.follows.if_repeatable,
     }
     try:
         url = f"{process.url}/v1/chat/completions"

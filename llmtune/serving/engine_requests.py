@@ -4,9 +4,10 @@ llama.cpp's server takes an unknown name, a wrong type, or any model's name with
 vLLM's writes a line into its log. Here each parameter is known to be followed, or it is refused.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, create_model
 
@@ -15,6 +16,8 @@ from llmtune.serving.openai_api import (
     COMPLETION_TOKENS,
     ChatBody,
     CompletionBody,
+    RefusedRequest,
+    SharedBody,
     chat_limit,
     check_shared,
     require_name,
@@ -52,6 +55,8 @@ TYPES: Mapping[str, Any] = {
 IN_COMPLETIONS: Mapping[str, Any] = {"logprobs": Count}
 """What is different in a request that continues a text."""
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
 
 @dataclass(frozen=True)
 class Follows:
@@ -59,6 +64,19 @@ class Follows:
 
     chat: frozenset[str]
     completion: frozenset[str]
+    if_repeatable: JsonObject = field(default_factory=dict)
+    """Keys of its own that make it repeat an answer: sent with a seed, and at temperature 0."""
+    why_not: Mapping[str, str] = field(default_factory=dict)
+    """Reasons why this model does not follow a parameter that the engine follows otherwise."""
+
+    def without(self, names: Collection[str], reason: str) -> "Follows":
+        """Return what is followed by a model that has no use for these parameters."""
+        return replace(
+            self,
+            chat=self.chat - set(names),
+            completion=self.completion - set(names),
+            why_not={**self.why_not, **dict.fromkeys(names, reason)},
+        )
 
 
 @dataclass(frozen=True)
@@ -84,14 +102,69 @@ def read_for_engine(
     types = TYPES if is_chat else {**TYPES, **IN_COMPLETIONS}
     base = ChatBody if is_chat else CompletionBody
     fields: dict[str, Any] = {name: (types[name] | None, None) for name in sorted(more)}
-    read = validate_body(create_model("Body", __base__=base, **fields), body)
+    kind = cast("type[SharedBody]", create_model("Body", __base__=base, **fields))
+    read = validate_body(kind, body, follows.why_not)
     check_shared(read)
     if isinstance(read, ChatBody):
         chat_limit(read)
+        _check_messages(read.messages)
+    _check_choice(body)
+    _check_form(body.get("response_format"))
     model = require_name(read.model, names)
     given = {name: value for name, value in body.items() if value is not None}
     filled = {"temperature": temperature, **given, "model": model}
     if not is_chat:
         filled = {"max_tokens": COMPLETION_TOKENS, **filled}
+    if filled.get("seed") is not None or not filled["temperature"]:
+        filled = {**filled, **follows.if_repeatable}
     path = "/v1/chat/completions" if is_chat else "/v1/completions"
     return PassedOn(path, filled, model, bool(read.stream))
+
+
+def _check_messages(messages: Sequence[Any]) -> None:
+    """Refuse what a template would leave out without a word."""
+    for number, message in enumerate(messages, 1):
+        where = f"messages: message {number}"
+        if not isinstance(message, Mapping):
+            raise RefusedRequest(400, f"{where} is not an object", param="messages")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise RefusedRequest(
+                400,
+                f"{where} has the role {json.dumps(role)}; expected one of {', '.join(ROLES)}",
+                param="messages",
+            )
+        parts = content if isinstance(content, list) else []
+        kinds = {part.get("type") if isinstance(part, Mapping) else None for part in parts}
+        if not isinstance(content, str | list | None) or kinds - {"text"}:
+            raise RefusedRequest(
+                400, f"{where}: content is not text, which is all that is read here",
+                param="messages",
+            )  # fmt: skip
+
+
+def _check_choice(body: Mapping[str, Any]) -> None:
+    """Refuse a choice among tools if there are none."""
+    if body.get("tool_choice") not in (None, "none", "auto") and not body.get("tools"):
+        raise RefusedRequest(400, "tool_choice needs tools", param="tool_choice")
+
+
+def _check_form(form: Any) -> None:
+    """Refuse a form of the answer that is named and not described."""
+    if form is None:
+        return
+    if form.get("type") not in ("text", "json_object", "json_schema"):
+        shown = json.dumps(form.get("type"))
+        raise RefusedRequest(
+            400,
+            f"response_format: type is {shown}; expected text, json_object or json_schema",
+            param="response_format",
+        )
+    described = form.get("json_schema")
+    has_schema = isinstance(described, Mapping) and isinstance(described.get("schema"), Mapping)
+    if form["type"] == "json_schema" and not has_schema:
+        raise RefusedRequest(
+            400,
+            'response_format: json_schema holds no schema; expected {"name": ..., "schema": {...}}',
+            param="response_format",
+        )

@@ -36,8 +36,12 @@ SAMPLING = frozenset(
 FOLLOWS = Follows(
     chat=SAMPLING
     | {"parallel_tool_calls", "response_format", "tool_choice", "tools", "top_logprobs"},
-    completion=SAMPLING,
+    # its log-probabilities of a completion do not have the protocol's shape
+    completion=SAMPLING - {"logprobs"},
+    # what it keeps of earlier prompts changes the rounding, and with it what is drawn
+    if_repeatable={"cache_prompt": False},
 )
+TOOLS = ("parallel_tool_calls", "tool_choice", "tools")
 
 
 def plan_llama_cpp(
@@ -64,15 +68,20 @@ def plan_llama_cpp(
             f"{file}: holds an {kind}, not a whole model; export the merged one "
             "(llmtune export --help says how)"
         )
+    template = values.get(TEMPLATE)
+    follows = FOLLOWS
+    if "tools" not in str(template):
+        why = f"the template of {file.name} has no place for them"
+        follows = FOLLOWS.without(TOOLS, why)
     question = {
         "path": str(file),
         "name": shown,
         "host": ENGINE_HOST,
         "temperature": settings.temperature,
-        "template": _dated_template(values.get(TEMPLATE), target.template_date),
+        "template": _dated_template(template, target.template_date),
     }
     command = [sys.executable, "-m", "llmtune.serving.llama_cpp_worker", json.dumps(question)]
-    return EnginePlan("llama.cpp", [*command, "{port}"], (shown,), "merged", FOLLOWS, KEY_VARIABLE)
+    return EnginePlan("llama.cpp", [*command, "{port}"], (shown,), "merged", follows, KEY_VARIABLE)
 
 
 def _dated_template(template: object, date: str | None) -> str | None:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -197,8 +198,13 @@ def read_completion(body: Any, temperature: float) -> AnswerRequest:
 Body = TypeVar("Body", bound=SharedBody)
 
 
-def validate_body(kind: type[Body], body: Any) -> Body:
+def validate_body(
+    kind: type[Body], body: Any, why_not: Mapping[str, str] = MappingProxyType({})
+) -> Body:
     """Return the body as `kind`, whose fields are the parameters that are followed.
+
+    Args:
+        why_not: reasons for what is not followed, beside `HINTS`.
 
     Raises:
         RefusedRequest: a parameter is missing, is not what it must be, or is not followed.
@@ -209,7 +215,7 @@ def validate_body(kind: type[Body], body: Any) -> Body:
     known = set(kind.model_fields)
     for name, value in given.items():
         if name not in known:
-            _check_extra(name, value, known)
+            _check_extra(name, value, known, {**HINTS, **why_not})
     try:
         return kind.model_validate({name: given[name] for name in given if name in known})
     except ValidationError as error:
@@ -221,14 +227,14 @@ def validate_body(kind: type[Body], body: Any) -> Body:
         raise RefusedRequest(400, f"{name} is {shown}: {first['msg']}", param=name) from None
 
 
-def _check_extra(name: str, value: Any, known: set[str]) -> None:
+def _check_extra(name: str, value: Any, known: set[str], hints: Mapping[str, str]) -> None:
     """Refuse a parameter that would change the answer and is not followed."""
     if name in NO_EFFECT:
         return
     neutral = NEUTRAL.get(name, ())
     if any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral):
         return
-    hint = f": {HINTS[name]}" if name in HINTS else ""
+    hint = f": {hints[name]}" if name in hints else ""
     if name in NEUTRAL or hint:
         what = f"{name} is not supported here{hint}"
     else:

@@ -32,12 +32,13 @@ from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.serve import find_servable
 from llmtune.runs.targets import resolve_target
+from llmtune.serving import llama_cpp
 from llmtune.serving.engine_process import _open, _started, _wait_until_ready
+from llmtune.serving.engine_requests import read_for_engine
 from llmtune.serving.http_api import HttpSettings
 from llmtune.serving.http_server import Server
 from llmtune.serving.listening import ServeSettings, bind_socket
 from llmtune.serving.live_models import LiveModels, find_models
-from llmtune.serving.llama_cpp import plan_llama_cpp
 from llmtune.serving.openai_api import (
     RefusedRequest,
     StopTexts,
@@ -392,6 +393,9 @@ def _check_parameters(client: openai.OpenAI, ask: Any) -> None:
     assert ask(temperature=2, seed=1).choices[0].message.content == (
         ask(temperature=2, seed=1).choices[0].message.content
     )
+    assert ask(temperature=2, top_p=1e-6, seed=3).choices[0].message.content == (
+        ask().choices[0].message.content
+    )
     shares = ask(logprobs=True, top_logprobs=3).choices[0].logprobs.content
     assert len(shares[0].top_logprobs) == 3
     text = ask().choices[0].message.content
@@ -407,7 +411,12 @@ def _check_parameters(client: openai.OpenAI, ask: Any) -> None:
         ({"n": 2}, "n is not supported here"),
         ({"functions": [{"name": "f"}]}, "functions is not supported here"),
         ({"reasoning_effort": "low"}, "unknown parameter reasoning_effort"),
-        ({"response_format": {"type": "tea"}}, "llama.cpp: "),
+        ({"response_format": {"type": "tea"}}, 'type is "tea"; expected text, json_object'),
+        ({"response_format": {"type": "json_schema"}}, "holds no schema"),
+        ({"tools": [{"type": "function"}]}, "the template of tiny-f32.gguf has no place for them"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, 'the role "robot"; expected one of'),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "is not text"),
+        ({"tool_choice": "required"}, "tool_choice is not supported here"),
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, "llama.cpp: "),
     ]
     for change, words in changes:
@@ -417,8 +426,23 @@ def _check_parameters(client: openai.OpenAI, ask: Any) -> None:
         assert caught.value.body["type"] == "invalid_request_error"
     whole = client.completions.create(model="tiny-f32", prompt="The film", temperature=0)
     assert whole.usage.completion_tokens <= 16
+    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
+        client.completions.create(model="tiny-f32", prompt="The film", logprobs=1)
     with pytest.raises(openai.BadRequestError, match="echo is not supported"):
         client.completions.create(model="tiny-f32", prompt="The film", echo=True)
+
+
+def test_a_choice_among_tools_needs_tools():
+    body = {"messages": ASKED, "tool_choice": "required"}
+    follows = llama_cpp.FOLLOWS
+    with pytest.raises(RefusedRequest, match="tool_choice needs tools"):
+        read_for_engine(body, follows, ("a", "b"), 0.5, is_chat=True)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    asked = read_for_engine({**body, "tools": tools}, follows, ("a", "b"), 0.5, is_chat=True)
+    assert asked.body["temperature"] == 0.5 and asked.model == "a"
+    assert "cache_prompt" not in asked.body
+    seeded = read_for_engine({**body, "tools": tools, "seed": 1}, follows, ("a",), 1, is_chat=True)
+    assert seeded.body["cache_prompt"] is False
 
 
 @pytest.mark.skipif(not is_runtime_installed(), reason="needs llmtune[runtime]")
@@ -430,7 +454,7 @@ def test_llama_cpp_prints_the_date_of_the_run(run_dir, tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(GgufRequest(Checkpoint.open(base), path, "f32", "tiny"))
     target = replace(resolve_target(str(run_dir)), name=str(path), template_date="2024-02-29")
-    plan = plan_llama_cpp(target, {}, ServeSettings())
+    plan = llama_cpp.plan_llama_cpp(target, {}, ServeSettings())
     with _started(plan) as process:
         _wait_until_ready(process)
         body = json.dumps({"messages": ASKED}).encode()
