@@ -59,7 +59,6 @@ METHODS: Mapping[str, Measured] = {
 }
 SETTINGS = (
     "protect.kl_to_base=null",
-    "train.save_every=null",
     "evaluate.limit=100",
     "evaluate.arms=[base,tuned]",
     "evaluate.extent=none",
@@ -102,7 +101,7 @@ def commands(name: str, asked: argparse.Namespace) -> Iterator[list[str]]:
     def command(verb: str, rate: str) -> list[str]:
         own = [f"adapter={json.dumps(method.adapter)}", f"run_dir={place / rate}"]
         own += [f"train.learning_rate={rate}", f"seed={asked.seed}"]
-        own += [f"train.max_steps={asked.steps}", f"train.eval_every={asked.steps}"]
+        own += [f"train.{knob}={asked.steps}" for knob in ("max_steps", "eval_every", "save_every")]
         start = [sys.executable, "-m", "llmtune", verb, str(asked.config)]
         return [*start, *own, *SETTINGS]
 
