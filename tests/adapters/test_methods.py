@@ -8,13 +8,15 @@ from llmtune.adapters.config import METHODS, method_of
 from llmtune.adapters.inject import adapted_layers, inject_adapter
 from llmtune.adapters.live import adapter_strength
 from llmtune.adapters.manifest import has_effect, read_adapter_config
-from llmtune.adapters.products import MissAdapter
-from llmtune.adapters.saved import save_adapter
+from llmtune.adapters.products import LoHaAdapter, LoKrAdapter, MissAdapter
+from llmtune.adapters.saved import load_adapter, save_adapter
+from llmtune.adapters.vectors import Ia3Adapter, ShiraAdapter
 from llmtune.errors import LlmtuneError
 from llmtune.merging.merge import merge_adapter
-from tests.adapters.conftest import load, logits, manifest_of
+from llmtune.models.quantization.describe import compute_densely
+from tests.adapters.conftest import IDS, load, logits, manifest_of
 
-SMALL = {MissAdapter: {"rank": 24}}
+SMALL: dict = {MissAdapter: {"rank": 24}, ShiraAdapter: {"rank": 4}}
 
 
 @pytest.fixture(params=METHODS, ids=lambda method: method.name())
@@ -53,6 +55,32 @@ def test_merged_weights_are_pefts_own(trained, tmp_path):
 
     for name, weight in merged.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", [Ia3Adapter, LoHaAdapter, LoKrAdapter, ShiraAdapter])
+def test_over_a_quantized_base_it_computes_what_peft_does_over_the_same_weights(
+    checkpoint, tmp_path, method
+):
+    nf4 = {"quantization": {"method": "nf4"}}
+    model, _ = inject_adapter(
+        load(checkpoint(), dtype="bfloat16", **nf4).model, method(**SMALL.get(method, {}))
+    )
+    torch.manual_seed(2)
+    model(IDS, labels=IDS).loss.backward()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.dtype == torch.float32
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    assert logits(model).dtype == torch.bfloat16
+    loaded, dense = load(checkpoint(), **nf4), load(checkpoint(), **nf4)
+    saved = save_adapter(model, tmp_path / "adapter", manifest_of(loaded))
+    compute_densely(dense.model, torch.float32)
+    ours, theirs = (
+        logits(load_adapter(one.model, saved, base_fingerprint=one.fingerprint))
+        for one in (loaded, dense)
+    )
+
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_weakened_layer_is_between_base_and_tuned_and_is_put_back(trained):
