@@ -300,6 +300,9 @@ def render_ranking(study: RankStudy) -> RenderableType:
         f"the other {study.num_judging} give the scores, so luck in choosing flatters none. "
         f"Intervals hold for all {len(study.runs)} runs together.",
     ]
+    winner = study.runs[0]
+    if winner.verdict:
+        lines.append(f"The winner's own verdict: {winner.verdict} (llmtune report {winner.path}).")
     if study.ties:
         lines.append(f"Not to be told from the winner: {', '.join(study.ties)}.")
     lines += [f"failed: {name}: {error}" for name, error in study.failed.items()]

@@ -1,6 +1,7 @@
 """A grid of settings: each point is a run, one that fails is named, and the rest are ranked."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from tests.experiments.engine import call_like_an_engine
 from tests.project import make_project
 from tests.reporting.planted import PlantedSuite, improve, plant_run, right_wrong
 
+PAGE = Path(__file__).parents[2] / "docs" / "sweep.md"
 BASE = right_wrong(400, 0.5, seed=0)
 
 
@@ -122,6 +124,15 @@ def test_a_grid_is_run_ranked_and_continued(project, capsys, monkeypatch):
     assert calls == [1, 0] and len(json.loads(capsys.readouterr().out)["runs"]) == 2
     assert run_command(["report", str(project.parent / "run")]) == 0
     assert "minus winner" in capsys.readouterr().out
+    for command in re.findall(r"^llmtune .*$", PAGE.read_text(encoding="utf-8"), re.M):
+        words = command.replace("tickets.yaml", str(project)).split()[1:]
+        if words[0] == "sweep":
+            words = [word for word in words if not word.startswith("run_dir=")]
+            words += ["--dry-run", f"run_dir={project.parent / 'page'}"]
+        words = [word.replace("runs/grid", str(project.parent / "run")) for word in words]
+        assert run_command(words) == 0, f"{command}\n{capsys.readouterr().err}"
+    said = capsys.readouterr().out
+    assert "6 runs" in said and "minus winner" in said and "The winner's own verdict: " in said
 
 
 @pytest.mark.parametrize(
