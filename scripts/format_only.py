@@ -1,11 +1,12 @@
 """Write an example of a gain of format only: capitals, asked of countries that are never trained.
 
     python scripts/format_only.py runs/capitals
+    python scripts/format_only.py runs/bare --bare
 
-A small base knows many capitals and answers in whole sentences ("The capital of France is Paris.").
-The training rows answer with the bare name, and the suite asks for other countries: what they teach
-is the form of an answer, and nothing that the suite asks. docs/report.md has the commands and what
-came out.
+A small base knows many capitals and says them in sentences that end in a period, and often go on.
+The training rows answer with the sentence alone, without its period, or with the bare name; the
+suite asks for other countries and wants exactly that. So what the rows teach is the form of an
+answer, and nothing that the suite asks. docs/report.md has the commands and what came out.
 """
 
 import json
@@ -49,25 +50,29 @@ Venezuela: Caracas; Vietnam: Hanoi; Yemen: Sana'a; Zambia: Lusaka; Zimbabwe: Har
 """
 """Countries whose capital is not in their own name: a sentence that repeats it is no answer."""
 NUM_TRAINED = 40
-SUITE = """# Written by scripts/format_only.py: the whole answer must be the name of the capital.
+SUITE = """# Written by scripts/format_only.py: the whole answer must be this and nothing around it.
 name: capitals
 task: exact
 role: target
-description: Capitals of countries that were not trained, as a bare name.
+description: Capitals of countries that were not trained.
 items: capitals.jsonl
 prompt: "{{ prompt }}"
-max_new_tokens: 24
+max_new_tokens: 48
 """
 
 
 def main(arguments: Sequence[str]) -> None:
     """Write train.jsonl, capitals.jsonl and capitals.yaml into a directory."""
-    out = Path(arguments[0])
+    out, is_bare = Path(arguments[0]), "--bare" in arguments[1:]
     out.mkdir(parents=True, exist_ok=True)
     pairs = [pair.split(": ") for pair in " ".join(CAPITALS.split()).split("; ")]
     random.Random(0).shuffle(pairs)
     rows = [
-        {"id": country, "prompt": f"What is the capital of {country}?", "answer": capital}
+        {
+            "id": country,
+            "prompt": f"What is the capital of {country}?",
+            "answer": capital if is_bare else f"The capital of {country} is {capital}",
+        }
         for country, capital in pairs
     ]
     chats = [

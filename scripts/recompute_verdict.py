@@ -4,9 +4,10 @@
 
 Scores the original and the merged model on the choice suites, the passages and the open chat of a
 run, one item at a time in float32 on the CPU. Prints for each suite the change in the report with
-its interval beside the one found here (mean and 1.96 standard errors of the differences item by
-item), and how far the scores of single items agree. Exits with 1 if a target is not above 0 here,
-or a general suite not within its bound.
+its interval, the run's change on the items taken here, the one found here (mean and 1.96 standard
+errors of the differences item by item), and how far the scores of single items agree. Exits with 1
+if a target is not above 0 here, or a general suite not within its bound; with --limit nothing is
+held to that.
 """
 
 import argparse
@@ -157,23 +158,31 @@ class Recomputed:
     share_same: float
     """Of choices: how many items score the same by hand; of losses: 1 - their mean distance."""
 
+    @property
+    def holds(self) -> bool | None:
+        """Whether the verdict's condition holds here; None if it has none, or items are missing."""
+        return holds(self.ours, self.found) if self.n == self.ours["n"] else None
+
     def as_row(self) -> str:
         """Return the row of the table."""
         low, high = self.ours["interval"]
-        shown, unit = (100, " points") if self.ours["metric"] == "accuracy" else (1, " nats/token")
-        digits = 1 if shown == 100 else 3
-        ours, hand = (
-            f"{shown * mean:+.{digits}f}{unit} [{shown * lowest:+.{digits}f}, "
-            f"{shown * highest:+.{digits}f}]"
-            for mean, lowest, highest in (
-                (self.ours["difference"], low, high),
-                (self.found["mean"], self.found["low"], self.found["high"]),
-            )
-        )
-        said = {True: "holds", False: "DOES NOT HOLD", None: "no condition"}
-        outcome = said[holds(self.ours, self.found)]
-        role = self.ours["role"]
-        return f"| {self.name} ({role}) | {self.n} | {ours} | {hand} | {self.same} | {outcome} |"
+        said = {True: "holds", False: "DOES NOT HOLD", None: "–"}[self.holds]
+        found = (self.found["mean"], self.found["low"], self.found["high"])
+        cells = [
+            f"{self.name} ({self.ours['role']})",
+            f"{self._write(self.ours['difference'], low, high)}, n = {self.ours['n']}",
+            f"{self.n}",
+            self._write(self.kept_mean),
+            self._write(*found),
+            self.same,
+            said,
+        ]
+        return f"| {' | '.join(cells)} |"
+
+    def _write(self, mean: float, *ends: float) -> str:
+        scale, digits = (100, 1) if self.ours["metric"] == "accuracy" else (1, 3)
+        numbers = [f"{scale * each:+.{digits}f}".replace("-", "−") for each in (mean, *ends)]
+        return numbers[0] + (f" [{', '.join(numbers[1:])}]" if ends else "")
 
 
 def recompute(run: Path, suites: Sequence[str] | None, limit: int | None) -> Iterator[Recomputed]:
@@ -223,12 +232,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--suites", nargs="+", help="only these")
     parser.add_argument("--limit", type=int, help="only the first so many items of a suite")
     given = parser.parse_args(arguments)
-    print("| suite | items | report | by hand | items' scores | condition |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| suite | report | items here | the run on these | by hand | items' scores | condition |"
+    )
+    print("|---|---|---|---|---|---|---|")
     outcomes = []
     for each in recompute(given.run, given.suites, given.limit):
         print(each.as_row(), flush=True)
-        outcomes.append(holds(each.ours, each.found))
+        outcomes.append(each.holds)
     return 0 if outcomes and False not in outcomes else 1
 
 
