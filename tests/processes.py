@@ -40,21 +40,26 @@ class Started:
 
     def wait(self, seconds: float = SECONDS) -> list[int]:
         """Return the exit codes; -9 of one that was killed, here after so many seconds."""
-        codes = {}
-        until = time.monotonic() + seconds
-        while len(codes) < len(self.pids):
-            for pid in self.pids:
+        return wait_for(self.pids, seconds)
+
+
+def wait_for(pids: list[int], seconds: float = SECONDS) -> list[int]:
+    """Return the exit codes of processes; -9 of one that was killed, here after so many seconds."""
+    codes: dict[int, int] = {}
+    until = time.monotonic() + seconds
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            for pid in pids:
                 if pid not in codes:
-                    ended, status = os.waitpid(pid, os.WNOHANG)
-                    if ended:
-                        codes[pid] = os.waitstatus_to_exitcode(status)
-            if time.monotonic() > until:
-                for pid in self.pids:
-                    if pid not in codes:
-                        os.kill(pid, signal.SIGKILL)
-                until += SECONDS
-            time.sleep(0.01)
-        return [codes[pid] for pid in self.pids]
+                    os.kill(pid, signal.SIGKILL)
+            until += SECONDS
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
 
 
 def free_port() -> int:

@@ -16,7 +16,7 @@ from llmtune.evaluation import sharing
 from llmtune.evaluation.run import score_items
 from llmtune.io import processes
 from llmtune.runs import pipeline
-from tests.processes import fork, free_port, run_command
+from tests.processes import fork, free_port, run_command, wait_for
 from tests.project import make_project
 
 STEPS = {"learning_rate": 5e-3, "max_steps": 16, "batch_size": 6, "save_every": 4}
@@ -251,8 +251,7 @@ def test_two_torchrun_nodes_that_find_each_other_do_one_run(project):
     folder = project.parent
     arguments = ["run", str(project), f"run_dir={folder / 'nodes'}", "train.max_steps=4"]
     port = free_port()
-    pids = [start_agent(folder, node, port, arguments) for node in range(2)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    codes = wait_for([start_agent(folder, node, port, arguments) for node in range(2)])
     outputs = [(folder / f"node-{node}.txt").read_text() for node in range(2)]
     assert codes == [0, 0], "\n".join(outputs)
     assert sum("2 share the rows of each step" in output for output in outputs) == 1

@@ -1,39 +1,44 @@
 """The benchmark of several processes: what it counts, and what it says of it."""
 
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from llmtune.io.processes import ALONE, Processes
 from llmtune.io.stopping import Interruption
 from llmtune.training.reduction import Reduction, Stopping
-from tests.processes import call_in_processes
 from tests.training.tiny_runs import make_adapter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
+from bench_arms import reductions
 from bench_arms.job import Answer, Job, StepReduction
-from bench_arms.reductions import timed_reductions
 from bench_scale import show, summarize
 
 
-def test_a_reduction_is_timed_without_the_wait_for_the_slower_process(tmp_path):
-    def reduce_once(processes):
-        model = make_adapter()
-        reduction = Reduction(model, Stopping(processes, Interruption()))
-        with processes.connected("cpu"), timed_reductions() as found:
-            processes.meet()
-            time.sleep(0.5 * processes.rank)
-            reduction.add_up(torch.zeros(()))
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return trained, found
+def test_a_reduction_is_timed_without_the_wait_for_the_slower_process(monkeypatch):
+    clock = [0.0]
 
-    (trained, (first,)), (_, (second,)) = call_in_processes(tmp_path, 2, reduce_once)
-    assert first.num_bytes == second.num_bytes == 4 * (trained + 1)
-    assert first.waiting_seconds > 0.4 > first.seconds
-    assert Reduction.add_up.__qualname__ == "Reduction.add_up"
+    def wait(self, values):
+        clock[0] += 5
+        return list(values)
+
+    def send(self, tensor):
+        clock[0] += 1
+
+    monkeypatch.setattr(reductions.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Processes, "largest", wait)
+    monkeypatch.setattr(Processes, "add_up", send)
+    model = make_adapter()
+    reduction = Reduction(model, Stopping(ALONE, Interruption()))
+    with reductions.timed_reductions() as found:
+        reduction.add_up(torch.zeros(()))
+        reduction.add_up(torch.zeros(()))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found == [StepReduction(1.0, 5.0, 4 * (trained + 1))] * 2
+    assert Processes.largest is wait and Processes.add_up is send
 
 
 def test_the_table_has_the_share_of_a_step_that_the_reduction_takes(capsys):
