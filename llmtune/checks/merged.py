@@ -29,6 +29,7 @@ from llmtune.scoring.batches import (
     choose_token_budget,
     has_adapter,
     inference,
+    length_switch,
     model_device,
     pad_rows,
     rows_budget,
@@ -332,25 +333,27 @@ def _compare_answers(
     for model in (live, merged):
         budget = choose_token_budget(model)
         answers.append(generate_texts(model, tokenizer, prompts, decoding, token_budget=budget))
-    divergences = []
-    for place, (prompt, one, other) in enumerate(zip(prompts, *answers, strict=True)):
-        position = _first_difference(one, other)
-        if position is None:
-            continue
-        shared = [*prompt, *one.token_ids[:position]]
-        divergences.append(
-            GreedyDivergence(
-                prompt=place,
-                position=position,
-                live_token=_token_at(one, position),
-                merged_token=_token_at(other, position),
-                live_margin=_margin(live, shared),
-                merged_margin=_margin(merged, shared),
-                live_text=one.text,
-                merged_text=other.text,
-            )
+    parted = [
+        (place, position, one, other)
+        for place, (one, other) in enumerate(zip(*answers, strict=True))
+        if (position := _first_difference(one, other)) is not None
+    ]
+    shared = [[*prompts[place], *one.token_ids[:position]] for place, position, one, _ in parted]
+    return [
+        GreedyDivergence(
+            prompt=place,
+            position=position,
+            live_token=_token_at(one, position),
+            merged_token=_token_at(other, position),
+            live_margin=live_margin,
+            merged_margin=merged_margin,
+            live_text=one.text,
+            merged_text=other.text,
         )
-    return divergences
+        for (place, position, one, other), live_margin, merged_margin in zip(
+            parted, _margins(live, shared), _margins(merged, shared), strict=True
+        )
+    ]
 
 
 def _first_difference(one: Generation, other: Generation) -> int | None:
@@ -365,9 +368,14 @@ def _token_at(answer: Generation, position: int) -> int | None:
     return answer.token_ids[position] if position < len(answer.token_ids) else None
 
 
-def _margin(model: nn.Module, ids: Sequence[int]) -> float:
+def _margins(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[float]:
+    """Return by how much the likeliest token after each row leads, as logits."""
+    margins = [0.0] * len(rows)
+    lengths, budget = [len(ids) for ids in rows], choose_token_budget(model)
     with inference(model):
-        batch = pad_rows([ids], model_device(model), left=False)
-        logits = run_forward(model, batch, logits_to_keep=1).logits[0, -1]
-    first, second = logits.float().topk(2).values.tolist()
-    return float(first - second)
+        for batch in batch_by_length(lengths, budget, switch=length_switch(model)):
+            padded = pad_rows([rows[place] for place in batch], model_device(model), left=True)
+            logits = run_forward(model, padded, logits_to_keep=1).logits[:, -1].float()
+            for place, (first, second) in zip(batch, logits.topk(2).values.tolist(), strict=True):
+                margins[place] = first - second
+    return margins
