@@ -59,7 +59,7 @@ def test_the_general_suites_are_in_the_report_and_the_base_is_above_chance(repor
     general = report["suites"]["general"]
     assert general["n"] >= 200
     assert general["base"] > 2 * general["chance"]
-    assert report["suites"]["passages"]["n"] == 100
+    assert report["suites"]["passages"]["n"] == 50
 
 
 def test_the_merged_model_keeps_the_gain(report):

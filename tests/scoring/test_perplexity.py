@@ -8,6 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from llmtune.data.render import leading_special_ids
 from llmtune.errors import LlmtuneError
+from llmtune.scoring.batches import pad_rows, run_forward
 from llmtune.scoring.perplexity import score_texts
 from llmtune.scoring.requests import cut_windows, encode_passage
 from tests.tiny import make_tokenizer
@@ -85,3 +86,22 @@ def test_only_ids_before_the_text_count_as_leading(tokenizer, tokenizer_with_bos
 def test_a_window_longer_than_the_model_is_refused(llama, tokenizer):
     with pytest.raises(LlmtuneError, match="positions"):
         score_texts(llama, tokenizer, ["dog " * 2000], max_length=600, token_budget=1000)
+
+
+def test_padding_behind_rows_needs_no_mask_where_attention_is_causal_by_itself(llama):
+    given: list[bool] = []
+    llama.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(kwargs.get("attention_mask") is not None),
+        with_kwargs=True,
+    )
+    rows = [[5, 6, 7, 8, 9], [10, 11]]
+    with torch.no_grad():
+        for left in (False, True):
+            logits = run_forward(llama, pad_rows(rows, torch.device("cpu"), left=left)).logits
+            alone = [llama(torch.tensor([ids])).logits[0] for ids in rows]
+            for row, ids in enumerate(rows):
+                place = slice(5 - len(ids), 5) if left else slice(0, len(ids))
+                torch.testing.assert_close(logits[row, place], alone[row], atol=1e-5, rtol=1e-4)
+        llama.set_attn_implementation("eager")
+        run_forward(llama, pad_rows(rows, torch.device("cpu"), left=False))
+    assert [given[0], given[3], given[6]] == [False, True, True]
