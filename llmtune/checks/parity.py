@@ -286,7 +286,8 @@ def _compare_distributions(
         found = found.log_softmax(-1)  # the server's numbers are rounded
         kl += (expected.exp() * (expected - found)).sum().item()
         likely = expected.exp() >= LIKELY
-        largest = max(largest, (expected - found)[likely].abs().max().item())
+        if likely.any():  # of a flat distribution none is
+            largest = max(largest, (expected - found)[likely].abs().max().item())
         agreements += int(expected.argmax() == found.argmax())
     return kl, largest, agreements
 

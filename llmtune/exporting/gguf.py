@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmtune.errors import LlmtuneError
 from llmtune.exporting.base import ExportOption, FileExporter, WritingExporter, Written
 from llmtune.exporting.gguf_writer.types import (
     DEFAULT_TYPE,
@@ -34,6 +35,11 @@ class GgufModelExporter(WritingExporter):
             "switch",
         ),
         ExportOption("max_kl", "Largest KL that passes, in nats per token.", "limit"),
+        ExportOption(
+            "converter",
+            "llama.cpp's convert_hf_to_gguf.py or its directory: writes families llmtune does not.",
+            "text",
+        ),
     )
 
     def choose_type(self, type: str | None) -> str | None:
@@ -58,11 +64,28 @@ class GgufModelExporter(WritingExporter):
         from llmtune.exporting.gguf_writer.write import GgufRequest, write_model
 
         assert job.type is not None
+        converter = job.option("converter")
+        if converter is not None:
+            return {**self._convert(job, path, converter), "path": str(out)}
         result = write_model(
             GgufRequest(job.model, path, job.type, job.name, job.provenance(job.model))
         )
         log.info("export: %s, %d bytes, %.1f s", job.type, result.num_bytes, result.seconds)
         return {**result.to_dict(), "path": str(out)}
+
+    def _convert(self, job: "ExportJob", path: Path, converter: str) -> JsonObject:
+        """Let llama.cpp's converter write the file, if llama.cpp is here to check it."""
+        from llmtune.checks.runtime import is_runtime_installed
+        from llmtune.exporting.gguf_writer.converter import convert
+
+        assert job.type is not None
+        if job.option("runtime") is None and not is_runtime_installed():
+            raise LlmtuneError(
+                "--converter: what it writes is only known to be right once llama.cpp has answered "
+                "from it, and llama.cpp is not installed (pip install xllamacpp); or take the file "
+                "unchecked with --no-runtime"
+            )
+        return convert(job.model, path, job.type, converter)
 
     def check_model(self, job: "ExportJob", path: Path, written: Written) -> JsonObject:
         """Compare the file with the model in llama.cpp, if asked for or if it is installed."""

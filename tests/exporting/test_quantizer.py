@@ -1,10 +1,11 @@
-"""K-quants are made by llama.cpp's own quantizer where it is found, and by nothing else."""
+"""llama.cpp's own quantizer and converter make what is theirs to make, and nothing else does."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
+from llmtune.cli import run_command
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.config import check_exportable
 from llmtune.exporting.gguf_writer.types import read_file_type
@@ -54,6 +55,44 @@ def test_it_reads_a_file_that_holds_the_models_numbers_exactly(llama_dir, tmp_pa
         "m.gguf",
         "seen.gguf",
     ]
+
+
+CONVERTER = """
+import shutil, sys
+model, _, out, _, type = sys.argv[1:]
+print("reading", model, file=sys.stderr)
+if type == "bf16":
+    sys.exit("KeyError: 'rotary_pct'")
+shutil.copy({made!r}, out)
+"""
+
+
+def convert(source: Path, out: Path, *options: str) -> int:
+    return run_command(
+        ["export", str(source), "--to", "gguf", "--out", str(out), "--quiet", *options]
+    )
+
+
+def test_a_family_of_llama_cpps_own_is_left_to_its_converter(llama_dir, tmp_path, capsys):
+    """It is the script that is named, or in the directory that is; its words are passed on."""
+    export_model(llama_dir, "gguf", tmp_path / "made.gguf", "f32", runtime=False)
+    script = tmp_path / "checkout" / "convert_hf_to_gguf.py"
+    script.parent.mkdir()
+    script.write_text(CONVERTER.format(made=str(tmp_path / "made.gguf")))
+    make_model("gpt_neox", tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / "m.gguf"
+    checkout = ["--converter", str(script.parent), "--no-runtime", "--type"]
+
+    assert convert(tmp_path / "base", out) == 2
+    assert "llmtune export RUN --to gguf --converter" in capsys.readouterr().err
+    assert convert(tmp_path / "base", out, "--converter", str(tmp_path)) == 2
+    assert "there is no convert_hf_to_gguf.py" in capsys.readouterr().err
+    assert convert(tmp_path / "base", out, *checkout, "bf16") == 2
+    assert "KeyError: 'rotary_pct'" in capsys.readouterr().err
+    assert list(out.parent.iterdir()) == []
+    assert convert(tmp_path / "base", out, *checkout, "f32") == 0, capsys.readouterr().err
+    assert out.read_bytes() == (tmp_path / "made.gguf").read_bytes()
 
 
 @needs_quantizer
