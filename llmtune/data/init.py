@@ -283,7 +283,13 @@ def _understand(
     They are read again if the first pass shows that they need an instruction or names of labels.
     """
     given = given.model_copy(update={"ignore": asked.ignore})
-    guessed = guess_source(given, tokenizer, format=asked.format, columns=asked.columns)
+    guessed = guess_source(
+        given,
+        tokenizer,
+        format=asked.format,
+        columns=asked.columns,
+        is_text=asked.task == "text",
+    )
     survey = _read(guessed, most_rows, holds_all=holds_all)
     source = _settle(guessed, survey, asked)
     if source != guessed:

@@ -32,6 +32,16 @@ SHORTEST_TEXT = 10
 """Characters, on average."""
 NAME_ENDS = ("_text", "_name", "_str")
 """What is behind a label's column in the column of its name: `label_text` beside `label`."""
+SHORT_TEXT = 1000
+"""Characters, on average; longer ones are documents, whatever is beside them."""
+METADATA = frozenset(
+    {
+        *("source", "lang", "language", "split", "subset", "dataset", "domain", "license"),
+        *("id", "url", "file", "filename", "author", "date", "time", "timestamp"),
+        *("meta", "metadata", "version"),
+    }
+)
+"""What is written beside a document, of which many have the same."""
 HINT = (
     "With init: say which column is which, as in --columns text=COLUMN,label=COLUMN (labels), "
     "--columns prompt=COLUMN,completion=COLUMN (questions and answers) or --columns text=COLUMN "
@@ -64,6 +74,7 @@ def guess_source(
     *,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
+    is_text: bool = False,
 ) -> SourceConfig:
     """Return a source with its format named, and its columns mapped if they have other names.
 
@@ -72,6 +83,7 @@ def guess_source(
         format: what the user says it is; None guesses.
         columns: what the user says is where, as `format's name: file's name`; `text` and `label`
             are a text and what it is an example of.
+        is_text: the user says that they are documents.
 
     Raises:
         LlmtuneError: no format fits, or more than one does; the message names the options.
@@ -92,7 +104,11 @@ def guess_source(
         if (found := _match_columns(rows[0], name, member.aliases)) is not None
     }
     if _fits_as_it_is(rows):
-        return _named(given, rows, tokenizer)
+        named = _named(given, rows, tokenizer)
+        is_document = named.format in FORMATS and not FORMATS[named.format].has_answers
+        if is_document and not is_text and any(len(row) > 1 for row in rows):
+            _refuse_unread_labels(given)
+        return named
     if not candidates:
         return _with_render(_by_content(given, rows, tokenizer), tokenizer)
     # The format that reads most of the columns; of equals, the likeliest.
@@ -223,6 +239,27 @@ def _by_content(
             f"--columns text={texts[0]},label={answers[0]}"
         )
     return _named(source, first, tokenizer)
+
+
+def _refuse_unread_labels(source: SourceConfig) -> None:
+    """Ask what short texts are for if a column beside them seems to hold their labels.
+
+    Raises:
+        LlmtuneError: it names the columns, and the options that decide.
+    """
+    rows = _first_rows(source, CONTENT_ROWS)
+    texts = [row["text"] for row in rows if isinstance(row.get("text"), str)]
+    if len(rows) < FEWEST_ROWS or sum(map(len, texts)) > SHORT_TEXT * len(texts):
+        return
+    columns = dict.fromkeys(str(key) for row in rows for key in row)
+    beside = [name for name in columns if name != "text" and name.lower() not in METADATA]
+    labels = [name for name in beside if _hold_labels([row.get(name) for row in rows])]
+    if labels:
+        raise LlmtuneError(
+            f"{source.path}: {' or '.join(labels)} beside text could be labels to learn; say so "
+            f"with --columns text=text,label={labels[0]}, or --task text to train on the texts "
+            "alone"
+        )
 
 
 def _hold_texts(values: Sequence[Any]) -> bool:

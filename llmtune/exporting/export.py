@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -75,6 +76,7 @@ class ExportJob:
             LlmtuneError: it has not been merged.
         """
         source = self.source
+        self._refuse_an_adapter_alone()
         if source.merged_dir is None and source.run_dir is None and source.adapter_dir is None:
             return self.base
         if source.adapter_dir is not None:
@@ -153,6 +155,8 @@ class ExportJob:
         if out is None:
             run_dir = self.source.run_dir
             if run_dir is None:
+                if exporter.made_from == "merged":
+                    self._refuse_an_adapter_alone()
                 raise LlmtuneError(
                     f"{self.source.name}: is not a run; say where the export goes with --out"
                 )
@@ -164,6 +168,24 @@ class ExportJob:
             force=self.settings.force,
         )
         return replace(self, settings=replace(self.settings, out=out))
+
+    def _refuse_an_adapter_alone(self) -> None:
+        """Say how an adapter becomes a model that can be exported.
+
+        Raises:
+            LlmtuneError: it is an adapter, without a run that has merged it.
+        """
+        source = self.source
+        if (
+            source.adapter_dir is None
+            or source.merged_dir is not None
+            or source.run_dir is not None
+        ):
+            return
+        raise LlmtuneError(
+            f"{source.name}: an adapter is merged first: llmtune merge {shlex.quote(source.name)} "
+            f"--out merged, then: llmtune export merged --to {self.settings.to} --out NAME"
+        )
 
     def _facts(self, made_from: Checkpoint) -> dict[str, str]:
         """Return what the export was made from, without any path of this machine."""

@@ -269,6 +269,8 @@ def test_what_the_user_says_wins(tmp_path, monkeypatch, capsys):
         ("a.csv", table(labeled(60, 3), "what is it? 1,label_1"), "first line seems to be a row"),
         ("a.csv", table([(i % 2, f'"{t}"', f'"{t} b"') for i, t in zip(count(), texts(60))],
                         "label,title,body_of_it"), "--columns text=body_of_it,label=label"),
+        ("a.csv", table([(f'"{t}"', "abc"[i % 3], "lh"[i % 2]) for i, t in zip(count(), texts(60))],
+                        "text,topic,urgency"), "--columns text=text,label=topic"),
         ("a.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}], "no DPO"),
         ("a.json", '{"first": [["a", "b"]], "second": [["a", "b"]]}', "none is called train"),
     ],
@@ -280,3 +282,6 @@ def test_what_is_not_clear_is_asked_in_one_message(
     write(tmp_path, name, content)
     assert run_command(["init", name]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "llmtune.yaml").exists()
+    if "topic" in words:
+        assert run_command(["init", name, "--task", "text"]) == 0
+        assert "60 documents" in capsys.readouterr().out

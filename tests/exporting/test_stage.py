@@ -53,8 +53,11 @@ def test_an_ollama_directory_holds_model_template_and_card(tuned, tmp_path):
 
 
 def test_an_adapter_must_be_merged_before_its_model_is_exported(tuned, tmp_path):
-    with pytest.raises(LlmtuneError, match="llmtune merge"):
-        export_model(tuned / "adapter", "gguf", tmp_path / "m.gguf")
+    for out in (tmp_path / "m.gguf", None):
+        with pytest.raises(
+            LlmtuneError, match="llmtune merge .* --out merged, then: llmtune export"
+        ):
+            export_model(tuned / "adapter", "gguf", out)
 
 
 def test_an_adapter_is_exported_alone(tuned, tmp_path):
