@@ -27,6 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 BOUNDS = {"accuracy": 0.05, "nats_per_token": 0.2}
 """How much a general suite may lose, by metric (docs/report.md)."""
 
+SAME = 0.05
+"""Nats/token; losses that differ by less are the same."""
+
 Row = dict[str, Any]
 
 
@@ -45,8 +48,17 @@ def losses(model: Any, ids: Sequence[int]) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
 
 
-def score_choice(model: Any, tokenizer: Any, suite: Row, row: Row) -> tuple[float, float]:
-    """Return whether the likeliest choice is the right one, and what the item counts."""
+@dataclass(frozen=True)
+class Scored:
+    """An item's score, what it counts, and the losses that it was made of (summed by choice)."""
+
+    score: float
+    weight: float
+    losses: Sequence[float]
+
+
+def score_choice(model: Any, tokenizer: Any, suite: Row, row: Row) -> Scored:
+    """Score whether the likeliest choice is the right one."""
     prompt = ImmutableSandboxedEnvironment().from_string(suite["prompt"]).render(**row)
     if suite.get("chat", True):
         said = [{"role": "system", "content": suite["system"]}] if suite.get("system") else []
@@ -66,50 +78,29 @@ def score_choice(model: Any, tokenizer: Any, suite: Row, row: Row) -> tuple[floa
         sums = [losses(model, ids)[len(before) - 1 :].sum().item() for ids in whole]
     right = row[suite.get("answer", "answer")]
     right = right if isinstance(right, int) else list(choices).index(right)
-    return float(sums.index(min(sums)) == right), 1.0
+    return Scored(float(sums.index(min(sums)) == right), 1.0, sums)
 
 
-def score_passage(model: Any, tokenizer: Any, suite: Row, row: Row) -> tuple[float, float]:
-    """Return the mean loss of a passage, in windows that overlap by a token, and its tokens."""
+def score_passage(model: Any, tokenizer: Any, suite: Row, row: Row) -> Scored:
+    """Score the mean loss of a passage, in windows that overlap by a token."""
     ids, size = tokenizer(row[suite.get("text", "text")])["input_ids"], suite.get("max_length", 512)
     found = [losses(model, ids[at : at + size]) for at in range(0, len(ids) - 1, size - 1)]
     every = torch.cat(found)
-    return every.mean().item(), float(len(every))
+    return Scored(every.mean().item(), float(len(every)), [every.mean().item()])
 
 
-def score_chat(model: Any, tokenizer: Any, suite: Row, row: Row) -> tuple[float, float]:
-    """Return the mean loss of what the original answered to an open prompt, and its tokens."""
-    ids, answer = chat_prompt(tokenizer, suite, row), row[REPLY]
-    found = losses(model, [*ids, *answer])[len(ids) - 1 :]
-    return found.mean().item(), float(len(answer))
-
-
-def chat_prompt(tokenizer: Any, suite: Row, row: Row) -> list[int]:
-    """Return an open prompt as the chat template writes it."""
+def score_chat(model: Any, tokenizer: Any, suite: Row, row: Row) -> Scored:
+    """Score the mean loss of what the original answered to an open prompt, as the run kept it."""
     said = [{"role": "user", "content": row[suite.get("prompt", "prompt")]}]
     text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def write_reply(model: Any, tokenizer: Any, suite: Row, row: Row) -> list[int]:
-    """Return the greedy answer to an open prompt, without what ends it (alone if it is empty)."""
-    ids = chat_prompt(tokenizer, suite, row)
-    length = suite.get("max_new_tokens", 64)
-    with torch.no_grad():
-        written = model.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=length,
-            pad_token_id=tokenizer.eos_token_id,
-        )[0, len(ids) :]
-    text = tokenizer.decode(written, skip_special_tokens=True)
-    answer = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return list(answer) or [tokenizer.eos_token_id]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(row[REPLY], add_special_tokens=False)["input_ids"]
+    found = losses(model, [*ids, *(answer or [tokenizer.eos_token_id])])[len(ids) - 1 :]
+    return Scored(found.mean().item(), float(len(found)), [found.mean().item()])
 
 
 REPLY = "what the original answers"
-"""The key of a chat item's row that holds the token ids."""
+"""The key of a chat item's row that holds the text."""
 SCORERS = {"choice": score_choice, "perplexity": score_passage, "chat": score_chat}
 
 
@@ -153,10 +144,10 @@ class Recomputed:
     n: int
     kept_mean: float
     """The run's own change on the same items."""
-    same: str
-    """How far the two scores of an item agree, in words."""
-    share_same: float
-    """Of choices: how many items score the same by hand; of losses: 1 - their mean distance."""
+    num_same: int
+    """Scores, of both models, that are the same by hand (of losses: to 0.05 nats/token)."""
+    distance: float
+    """Mean distance of the losses (of each choice, or per token) from the run's, nats."""
 
     @property
     def holds(self) -> bool | None:
@@ -174,7 +165,7 @@ class Recomputed:
             f"{self.n}",
             self._write(self.kept_mean),
             self._write(*found),
-            self.same,
+            f"{self.num_same} of {2 * self.n} the same; losses {self.distance:.3f} nats apart",
             said,
         ]
         return f"| {' | '.join(cells)} |"
@@ -209,20 +200,28 @@ def recompute(run: Path, suites: Sequence[str] | None, limit: int | None) -> Ite
         ]
         rows = list(read_items(suite, suite_file, kept[1]))
         if suite["task"] == "chat":
-            rows = [row | {REPLY: write_reply(models[0], tokenizer, suite, row)} for row in rows]
+            rows = [row | {REPLY: item["answer"]} for row, item in zip(rows, kept[0], strict=True)]
         score = SCORERS[suite["task"]]
-        pairs = [[score(model, tokenizer, suite, row) for row in rows] for model in models]
-        before, after = ([each for each, _ in scored] for scored in pairs)
-        weights = [weight for _, weight in pairs[1]]
+        before, after = ([score(model, tokenizer, suite, row) for row in rows] for model in models)
+        both = list(zip([*before, *after], [*kept[0], *kept[1]], strict=True))
+        weights = [each.weight for each in after]
         old, new = ([item["score"] for item in items] for items in kept)
-        apart = [abs(a - b) for a, b in zip([*before, *after], [*old, *new], strict=True)]
-        distance = sum(apart) / len(apart)
-        same = f"{distance:.3f} apart on average"
-        if ours["metric"] == "accuracy":
-            same = f"{sum(each == 0 for each in apart)} of {len(apart)} the same"
-        kept_mean = compare(old, new, [item["weight"] for item in kept[1]])["mean"]
-        found = compare(before, after, weights)
-        yield Recomputed(name, ours, found, len(rows), kept_mean, same, 1 - distance)
+        yield Recomputed(
+            name,
+            ours,
+            compare([each.score for each in before], [each.score for each in after], weights),
+            len(rows),
+            compare(old, new, [item["weight"] for item in kept[1]])["mean"],
+            sum(abs(mine.score - item["score"]) <= SAME for mine, item in both),
+            sum(map(distance, *zip(*both, strict=True))) / len(both),
+        )
+
+
+def distance(found: Scored, item: Row) -> float:
+    """Return how far the losses of an item are from those that the run kept, on average."""
+    kept = [-each for each in item["details"].get("log_likelihoods", ())] or [item["score"]]
+    apart = [abs(mine - theirs) for mine, theirs in zip(found.losses, kept, strict=True)]
+    return sum(apart) / len(apart)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -73,14 +73,14 @@ def test_the_verdict_rests_on_what_stock_transformers_find(run_dir, report, monk
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from recompute_verdict import recompute
 
-    found = list(recompute(run_dir, None, limit=10))
+    found = list(recompute(run_dir, None, limit=20))
     assert {each.name for each in found} == report["suites"].keys()
     for each in found:
+        # The run scores in bfloat16, which rounds losses and may turn a choice as good as open.
         is_choice = each.ours["metric"] == "accuracy"
-        # bfloat16 may turn a choice that is as good as open, and rounds losses.
-        assert each.share_same >= (0.85 if is_choice else 0.9), (each.name, each.same)
-        bound = 0.2 if is_choice else 0.05
-        assert abs(each.found["mean"] - each.kept_mean) <= bound, each.as_row()
+        assert each.distance <= (0.3 if is_choice else 0.05), each.as_row()
+        assert each.num_same >= 0.75 * 2 * each.n, each.as_row()
+        assert abs(each.found["mean"] - each.kept_mean) <= (0.2 if is_choice else 0.03)
 
 
 def test_peak_memory_stays_under_eight_gigabytes(report):
