@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
@@ -19,6 +21,10 @@ from llmtune.planning.devices import Device
 from llmtune.runs.judge import RUNS_DIR, Asked, prepare_judgment
 from llmtune.runs.targets import resolve_target
 from tests.project import make_project
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from recompute_verdict import recompute
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +110,14 @@ def test_a_whole_model_is_compared_with_its_base(project, tmp_path):
     assert prose["compared"] == ["original", "merged"]
     assert prose["base"] is prose["tuned"] is None
     assert prose["merged"] != prose["original"]
+    # What it says is what plain loops and stock transformers find.
+    found = list(recompute(out, None, None))
+    assert {each.name for each in found} == {"sentiment", "prose"}
+    for each in found:
+        assert each.num_same == 2 * each.n and each.distance < 0.05, each.as_row()
+        assert each.found["mean"] == pytest.approx(each.ours["difference"], abs=0.02)
+    [limited] = recompute(out, ["prose"], 2)
+    assert limited.n == 2 and limited.holds is None
     assert not any("adapter" in name or "tuned" in name for name in report["missing"])
     # doing it again from the start removes the link and leaves the model alone
     assert judge(project, *given, "--force") == 0
