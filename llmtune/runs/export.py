@@ -41,7 +41,8 @@ def export_target(name: str, overrides: Sequence[str], settings: ExportSettings)
 
     exporter = find_exporter(settings.to)
     target = resolve_target(name, overrides)
-    if settings.type is None and target.config is not None and exporter.has_type_of_run:
+    is_given = any(each.partition("=")[0].strip() == "export.type" for each in overrides)
+    if is_given and settings.type is None and target.config is not None:
         settings = replace(settings, type=target.config.export.type)
     exporter.choose_type(settings.type)
     return run_export(export_source(target), settings)

@@ -145,6 +145,7 @@ def test_what_a_failed_merge_left_is_not_used(copied, tmp_path, capsys):
             use(require_run(run_dir))
     for command in (
         ["export", run_dir, "--to", "gguf", "--type", "f16"],
+        ["export", run_dir, "--to", "gguf", "export.type=f16"],
         ["predict", run_dir, "--arm", "merged", "--input", str(rows), "--output", f"{rows}.out"],
     ):
         assert run_command([*command, "--quiet"]) == 2, command
