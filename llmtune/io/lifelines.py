@@ -1,12 +1,14 @@
 """Connections that break when the process at their other end is killed.
 
-While the processes of a run compute together, gloo notices; these are for long work of each alone.
+While the processes of a run compute together, gloo notices; these are for work of each alone, and
+for those that wait for one.
 """
 
 import contextlib
 import hmac
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable
 
@@ -14,12 +16,17 @@ TOKEN_BYTES = 16
 OPEN_SECONDS = 600.0
 """How long the first process waits for the others' connections, and they for its address."""
 
+WATCH_SECONDS = 0.5
+NOTICED_SECONDS = 6.0
+"""How long the work of a process may go on that has lost another one."""
+
 
 class Lifelines:
     """One connection between the first process and each of the others; nothing is sent."""
 
     def __init__(self) -> None:
         self._lines: list[socket.socket] = []
+        self._is_watching = False
 
     def accept(self, count: int, publish: Callable[[dict[str, object]], None], host: str) -> None:
         """Wait for so many others, and tell them where by `publish`.
@@ -55,10 +62,22 @@ class Lifelines:
         """Whether a process at the other end of a line has ended."""
         return any(map(_is_at_end, self._lines))
 
-    def close(self) -> None:
-        """Let go."""
-        while self._lines:
-            self._lines.pop().close()
+    def watch(self, end: Callable[[], None]) -> None:
+        """Call `end` some seconds after a line was cut if nobody has noticed it until then."""
+        self._is_watching = True
+        threading.Thread(target=self._watch, args=(end,), daemon=True).start()
+
+    def rest(self) -> None:
+        """Watch no more: from here on the others may end."""
+        self._is_watching = False
+
+    def _watch(self, end: Callable[[], None]) -> None:
+        cut_for = 0.0
+        while self._is_watching and cut_for < NOTICED_SECONDS:
+            time.sleep(WATCH_SECONDS)
+            cut_for = cut_for + WATCH_SECONDS if self.is_cut else 0.0
+        if self._is_watching:
+            end()
 
 
 def _is_at_end(line: socket.socket) -> bool:

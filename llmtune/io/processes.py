@@ -110,6 +110,7 @@ class Processes:
         while True:
             order = parse_json(self._wait(self._next_key("order")))
             if not order:
+                self._lines.rest()
                 self._leave()
                 return
             yield order
@@ -117,6 +118,7 @@ class Processes:
     def end(self) -> None:
         """Let the others end: there are no more orders."""
         if self.are_many and self.is_first:
+            self._lines.rest()
             self._put(self._next_key("order"), {})
             self._see_off(LEAVE_SECONDS)
 
@@ -140,19 +142,28 @@ class Processes:
         message: JsonObject = parse_json(b"".join(pieces))
         return message
 
-    @contextlib.contextmanager
-    def linked(self) -> Iterator[None]:
-        """Notice inside if one of the others is killed; all of them enter and leave together."""
+    def link(self) -> None:
+        """Hold on to the first process, or the first one to all others, until this one ends.
+
+        Raises:
+            OSError: they cannot reach each other.
+        """
         if self.is_first:
             self._lines.accept(
                 self.world_size - 1,
-                lambda address: self._put(self._next_key("lines"), address),
+                lambda address: self._put("lines", address),
                 "127.0.0.1" if self.num_here == self.world_size else self._host,
             )
         else:
-            self._lines.connect(**parse_json(self._wait(self._next_key("lines"))))
-        yield  # after an error the process ends, and the others are to see that
-        self._lines.close()
+            self._lines.connect(**parse_json(self._wait("lines")))
+        self._lines.watch(self._end_at_once)
+
+    def _end_at_once(self) -> None:
+        """End this process in the middle of work of its own: another one has ended."""
+        lost = self._lost()
+        sys.stderr.write(f"error: {lost}\n")
+        sys.stderr.flush()
+        os._exit(lost.exit_code)
 
     def heed(self) -> None:
         """Look whether all are still there, in the middle of long work of this process alone.
@@ -176,6 +187,7 @@ class Processes:
         """
         if self._store is None:
             return message, code
+        self._lines.rest()
         mine = {"rank": self.rank, "host": self._host, "message": message, "code": code}
         try:
             text = self._store.compare_set("failure", "", json.dumps(mine))
@@ -270,6 +282,7 @@ class Processes:
             yield
             return
         assert self._store is not None
+        self._come_together()
         with self._heeding():
             dist.init_process_group(
                 "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl",
@@ -282,6 +295,14 @@ class Processes:
         with self._heeding():
             self.meet()
             dist.destroy_process_group()
+
+    def _come_together(self) -> None:
+        """Wait for the others, who may have much to do yet, and may be killed at it."""
+        assert self._store is not None
+        key = self._next_key("here")
+        self._store.set(f"{key}/{self.rank}", "")
+        for rank in range(self.world_size):
+            self._wait(f"{key}/{rank}")
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Return the sums of all processes' values, in float64."""
@@ -400,7 +421,9 @@ def join_processes() -> Processes:
 
     try:
         store, rank, world_size = next(iter(rendezvous("env://", timeout=JOIN_TIMEOUT)))
-    except (RuntimeError, ValueError) as error:
+        met = Processes(PrefixStore("llmtune", store), rank, world_size, num_here)
+        met.link()
+    except (RuntimeError, ValueError, OSError) as error:
         raise LlmtuneError(
             f"the {world_size} processes of this run could not meet at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {plain_reason(error)}"
@@ -408,5 +431,5 @@ def join_processes() -> Processes:
     for key in list(os.environ):
         if key in LAUNCHER_KEYS or key.startswith("TORCHELASTIC_"):
             del os.environ[key]
-    _joined = Processes(PrefixStore("llmtune", store), rank, world_size, num_here)
+    _joined = met
     return _joined

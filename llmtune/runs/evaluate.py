@@ -136,7 +136,7 @@ class EvaluateStage(Stage[EvaluateRecord]):
         request, processes = self.request(inputs), joined_processes()
         if not processes.are_many:
             return evaluate_run(request, seconds)
-        with processes.ordering(self._order()), processes.linked():
+        with processes.ordering(self._order()):
             sharing = ItemSharing(processes)
             record = evaluate_run(dataclasses.replace(request, sharing=sharing), seconds)
             sharing.end()
@@ -178,8 +178,7 @@ class EvaluateStage(Stage[EvaluateRecord]):
         prompts = {
             name: read_prompt_file(name, path) for name, path in config.evaluate.prompts.items()
         }
-        with processes.linked():
-            help_scoring(processes, self.suites, prompts, load)
+        help_scoring(processes, self.suites, prompts, load)
 
     def request(self, inputs: Mapping[str, Any]) -> "EvaluationRequest":
         """Return what is evaluated."""

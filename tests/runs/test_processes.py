@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
 import signal
+import time
 
 import pytest
+import torch
 import torch.distributed as dist
 from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
@@ -26,7 +29,8 @@ STEPS = {"learning_rate": 5e-3, "max_steps": 16, "batch_size": 6, "save_every": 
 def project(tmp_path_factory):
     directory = tmp_path_factory.mktemp("project")
     model = {"base": str(directory / "base"), "dtype": "float32"}
-    return make_project(directory, model=model, train=STEPS)
+    replayed = {"replay": {"source": str(directory / "prose.jsonl"), "share": 0.1}}
+    return make_project(directory, model=model, train=STEPS, protect=replayed)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +136,36 @@ def test_an_error_in_one_process_ends_all_with_its_message_and_code(project):
     assert failed.wait() == [2, 2]
     assert "error: process 1 of 2: no room here" in failed.output(1)
     assert "error:" not in failed.output(0)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_end_all_in_time_and_lose_nothing(project):
+    seed = random.randrange(1000)
+    chance = random.Random(seed)
+    began = time.monotonic()
+    assert train(project, 2, "twin").wait() == [0, 0]
+    length, wanted = time.monotonic() - began, adapter(project, "twin")
+    run = kills = 0
+    while kills < 10:
+        started = train(project, 2, f"killed-{run}")
+        time.sleep(chance.uniform(0.05, 0.95) * length)
+        victim = chance.randrange(2)
+        os.kill(started.pids[victim], signal.SIGKILL)  # not reaped yet: the number is still its own
+        killed = time.monotonic()
+        codes = started.wait(seconds=30)
+        said = f"seed {seed}, kill {kills}: {codes}\n{started.output(0)}\n{started.output(1)}"
+        assert time.monotonic() - killed < 15, said
+        if codes[victim] == 0:  # it had ended before
+            assert codes == [0, 0], said
+            run += 1
+            continue
+        assert codes[victim] == -9 and codes[1 - victim] == 3, said
+        assert "Traceback" not in said
+        kills += 1
+    assert train(project, 2, f"killed-{run}").wait() == [0, 0]
+    for number in range(run + 1):  # the very same bits, on as many processes
+        found = adapter(project, f"killed-{number}")
+        assert all(torch.equal(wanted[key], found[key]) for key in wanted)
 
 
 def test_a_call_from_python_in_several_processes_is_refused(project, monkeypatch):
