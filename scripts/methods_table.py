@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=ROOT / "configs/quickstart.yaml")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/methods")
     asked = parser.parse_args(arguments)
+    asked.runs, asked.config = asked.runs.resolve(), asked.config.resolve()
     unknown = [name for name in asked.methods if name not in METHODS]
     if unknown or (asked.action == "run") != bool(asked.methods):
         parser.error(f"expected `table`, or `run` with some of {', '.join(METHODS)}")
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def commands(name: str, asked: argparse.Namespace) -> Iterator[list[str]]:
     """Yield what is left to do for a method, one command at a time."""
     method = METHODS[name]
-    place = asked.runs / name / f"seed-{asked.seed}"
+    place = asked.runs / name / f"seed-{asked.seed}-steps-{asked.steps}"
 
     def command(verb: str, rate: str) -> list[str]:
         own = [f"adapter={json.dumps(method.adapter)}", f"run_dir={place / rate}"]

@@ -157,7 +157,7 @@ def test_chat_lets_each_model_have_its_own_history(config, capsys, monkeypatch, 
         f"/save {tmp_path}/no/x: its directory does not exist",
         "/compare [TEXT]",
         "/nonsense: unknown",
-        "/base: takes nothing behind it",
+        "/base: takes nothing after it",
         "what you typed is not UTF-8 text",
         "no system prompt",
         "(stopped)",
@@ -214,6 +214,16 @@ def test_an_answer_does_nothing_to_the_terminal():
     from llmtune.serving.chat import _visible
 
     assert _visible("\x1b[2J\ta\x9b\r\n") == "\u241b[2J\ta\u241b\u240d\n"
+
+
+def test_a_line_that_is_not_utf8_is_refused_and_the_next_one_read(config, capfd, monkeypatch):
+    import io
+
+    typed = io.TextIOWrapper(io.BytesIO(b"\xe2\n/nonsense\n\xff"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    assert run_command(["chat", str(config.parent / "base"), "--quiet"]) == 0
+    said = capfd.readouterr().err
+    assert said.count("not UTF-8 text") == 2 and "/nonsense: unknown" in said
 
 
 def test_ctrl_c_where_the_user_types_leaves_the_chat(config, capsys, monkeypatch):

@@ -107,9 +107,10 @@ def run_seeds(
 
 def _require_all(tasks: Sequence[Task], engine: Engine | None) -> None:
     for number, error in do_all(tasks, engine):
-        if error is not None:
-            raise error
         task = tasks[number]
+        if error is not None:
+            log.error("seeds: seed %d failed", task.config.seed)
+            raise error
         ended = "trained" if task.until == "train" else "trained and judged"
         log.info("seeds: seed %d is %s", task.config.seed, ended)
 

@@ -19,6 +19,8 @@ RETRIES = 5
 """How often a call is made again after Ray lost its process; a run continues from what it saved."""
 ENDING_SECONDS = 60
 
+log = logging.getLogger("llmtune")
+
 
 def call_each(
     function: Callable[[T], R], values: Sequence[T], *, wants_gpu: bool
@@ -51,9 +53,15 @@ def call_each(
 def _ended(number: int, task: Any) -> Called[Any]:
     try:
         return Called(number, ray.get(task))
+    except ray.exceptions.RayTaskError as error:
+        log.error("%s", error)
+        return Called(number, lost=f"it failed in a way that is a bug: {_last_line(error)}")
     except ray.exceptions.RayError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return Called(number, lost=f"its process on Ray was lost: {lines[-1]}")
+        return Called(number, lost=f"its process on Ray was lost: {_last_line(error)}")
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _share(nodes: Sequence[dict[str, Any]], *, wants_gpu: bool) -> tuple[int, int]:

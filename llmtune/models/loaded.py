@@ -78,11 +78,23 @@ def _load_own(model: PreTrainedModel) -> Any:
     )
 
 
+def _render(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return all that makes token ids of a text, without how the last call padded and cut."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return str(tokenizer)
+    rendered = json.loads(backend.to_str())
+    return json.dumps({**rendered, "padding": None, "truncation": None}, sort_keys=True)
+
+
 def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    config = {key: each for key, each in model.config.to_dict().items() if key not in SET_BY_SAVING}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    rendered = getattr(tokenizer, "backend_tokenizer", None)
-    for text in (rendered.to_str() if rendered else tokenizer, tokenizer.chat_template):
+    digest = hashlib.sha256()
+    for part in (model.config, model.generation_config):
+        settings = {} if part is None else part.to_dict()
+        kept = {key: value for key, value in settings.items() if key not in SET_BY_SAVING}
+        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    special = sorted(tokenizer.special_tokens_map.items())
+    for text in (_render(tokenizer), special, tokenizer.chat_template):
         digest.update(str(text).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

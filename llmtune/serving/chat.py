@@ -64,6 +64,7 @@ class Chat:
         self.system = settings.system
         self.turns: dict[str, list[Message]] = {}
         self._encoder = PromptEncoder(live.tokenizer)
+        self._is_shown = sys.stdout.isatty()
         self._tools = None if settings.tools is None else _read_tools(settings.tools)
         self.clear()
 
@@ -83,7 +84,7 @@ class Chat:
         default = default_system(self.live.tokenizer)
         if default is None:
             return "no system prompt"
-        return f"the template's own system prompt: {shorten(default, SHOWN_CHARACTERS)}"
+        return _visible(f"the template's own system prompt: {shorten(default, SHOWN_CHARACTERS)}")
 
     def switch(self, arm: str) -> None:
         """Let `arm` answer from now on, with its own history."""
@@ -133,7 +134,7 @@ class Chat:
                 for piece in stream:
                     pieces.append(piece)
                     if not self.settings.as_json:
-                        click.echo(_visible(piece), nl=False)
+                        click.echo(_visible(piece) if self._is_shown else piece, nl=False)
                         sys.stdout.flush()
             except KeyboardInterrupt:
                 is_stopped = True
@@ -229,10 +230,12 @@ def _read_line(is_terminal: bool) -> str:
         return input(PROMPT).strip()
     if is_terminal:
         click.echo(PROMPT, nl=False, err=True)
-    line = sys.stdin.readline()
+    # as bytes, because a text stream cannot read on after one that is not UTF-8
+    raw = getattr(sys.stdin, "buffer", None)
+    line = sys.stdin.readline() if raw is None else raw.readline()
     if not line:
         raise EOFError
-    return line.strip()
+    return (line if isinstance(line, str) else line.decode("utf-8")).strip()
 
 
 def _read_tools(path: Path) -> list[dict[str, Any]] | None:
@@ -266,7 +269,7 @@ def _take(chat: Chat, line: str) -> None:
     command, _, rest = line[1:].partition(" ")
     rest = rest.strip()
     if rest and command in ("clear", "help", "quit", "exit", *MAIN_ARMS):
-        raise LlmtuneError(f"/{command}: takes nothing behind it; ask in a line of its own")
+        raise LlmtuneError(f"/{command}: takes nothing after it; ask on a separate line")
     said = None
     if command == "clear":
         chat.clear()

@@ -20,6 +20,7 @@ from llmtune.serving.openai_api import (
     SharedBody,
     chat_limit,
     check_shared,
+    read_messages,
     require_name,
     validate_body,
 )
@@ -54,8 +55,6 @@ TYPES: Mapping[str, Any] = {
 """What a value must be, of every parameter that an engine may follow beside those of all."""
 IN_COMPLETIONS: Mapping[str, Any] = {"logprobs": Count}
 """What is different in a request that continues a text."""
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -107,11 +106,12 @@ def read_for_engine(
     check_shared(read)
     if isinstance(read, ChatBody):
         chat_limit(read)
-        _check_messages(read.messages)
+        read_messages(read.messages)
     _check_choice(body)
     _check_form(body.get("response_format"))
     model = require_name(read.model, names)
-    given = {name: value for name, value in body.items() if value is not None}
+    fields_read = kind.model_fields  # what asks for nothing is not passed on
+    given = {key: value for key, value in body.items() if value is not None and key in fields_read}
     filled = {"temperature": temperature, **given, "model": model}
     if not is_chat:
         filled = {"max_tokens": COMPLETION_TOKENS, **filled}
@@ -119,28 +119,6 @@ def read_for_engine(
         filled = {**filled, **follows.if_repeatable}
     path = "/v1/chat/completions" if is_chat else "/v1/completions"
     return PassedOn(path, filled, model, bool(read.stream))
-
-
-def _check_messages(messages: Sequence[Any]) -> None:
-    """Refuse what a template would leave out without a word."""
-    for number, message in enumerate(messages, 1):
-        where = f"messages: message {number}"
-        if not isinstance(message, Mapping):
-            raise RefusedRequest(400, f"{where} is not an object", param="messages")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise RefusedRequest(
-                400,
-                f"{where} has the role {json.dumps(role)}; expected one of {', '.join(ROLES)}",
-                param="messages",
-            )
-        parts = content if isinstance(content, list) else []
-        kinds = {part.get("type") if isinstance(part, Mapping) else None for part in parts}
-        if not isinstance(content, str | list | None) or kinds - {"text"}:
-            raise RefusedRequest(
-                400, f"{where}: content is not text, which is all that is read here",
-                param="messages",
-            )  # fmt: skip
 
 
 def _check_choice(body: Mapping[str, Any]) -> None:

@@ -150,11 +150,20 @@ def read_chat(body: Any, temperature: float) -> AnswerRequest:
     """
     read = validate_body(ChatBody, body)
     limit = chat_limit(read)
+    question = read_messages(read.messages)
+    return replace(_shared(read, limit, temperature), question=question)
+
+
+def read_messages(messages: Sequence[Any]) -> Conversation:
+    """Return a chat that waits for an answer.
+
+    Raises:
+        RefusedRequest: it is not one, or holds what a template would leave out without a word.
+    """
     try:
-        question = ask(read.messages)
+        return ask(messages)
     except RowError as error:
         raise RefusedRequest(400, str(error), param="messages") from None
-    return replace(_shared(read, limit, temperature), question=question)
 
 
 def chat_limit(read: ChatBody) -> int | None:

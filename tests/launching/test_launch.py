@@ -502,7 +502,7 @@ class StandIn(ModuleType):
 
     def __init__(self, nodes):
         super().__init__("ray")
-        self.exceptions = SimpleNamespace(RayError=OSError)
+        self.exceptions = SimpleNamespace(RayError=OSError, RayTaskError=ArithmeticError)
         self.is_running, self.cancelled, self.taken = False, [], {}
         self.nodes = lambda: nodes
 
@@ -562,6 +562,8 @@ def test_ray_calls_a_function_on_a_gpu_or_a_whole_node_each(monkeypatch, nodes, 
         assert next(calls) == Called(2, 2)
         assert next(calls) == Called(1, lost="its process on Ray was lost: the worker died")
         calls.close()
+        (failed,) = ray_calls.call_each(lambda value: 1 // value, [0], wants_gpu=wants_gpu)
+        assert failed.lost.startswith("it failed in a way that is a bug: integer division")
     finally:
         logger.handlers, logger.level = kept
     assert (ray.taken["num_cpus"], ray.taken["num_gpus"]) == taken

@@ -177,6 +177,11 @@ def test_a_loaded_model_is_saved_as_it_is_now(base, tmp_path, monkeypatch, share
         model.lm_head.weight[0] += 1
     found.append(python.tune(model, tokenizer=tokenizer, **asked).config.model.base)
     assert found[0] == found[1] != found[2]
+    tokenizer(["short", "a longer text"], padding=True)  # leaves its way to pad in the tokenizer
+    found.append(python.tune(model, tokenizer=tokenizer, **asked).config.model.base)
+    model.generation_config.eos_token_id = 7
+    found.append(python.tune(model, tokenizer=tokenizer, **asked).config.model.base)
+    assert found[2] == found[3] != found[4]
     made = Checkpoint.open(Path(found[2]))
     assert made.tokenizer.chat_template == tokenizer.chat_template
     kept = AutoModelForCausalLM.from_pretrained(found[2])

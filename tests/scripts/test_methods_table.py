@@ -27,7 +27,7 @@ def finish(run, rate: str, loss: float) -> None:
 
 
 def test_the_best_rate_alone_is_evaluated_and_shown(tmp_path, monkeypatch):
-    place = tmp_path / "ia3" / "seed-0"
+    place = tmp_path / "ia3" / "seed-0-steps-30"
     commands: list[list[str]] = []
 
     def run(command, **_):
