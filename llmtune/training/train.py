@@ -95,6 +95,7 @@ def train_adapter(config: TrainConfig, request: TrainRequest) -> TrainResult:
         steps = trainer.state.global_step
         trainer.clock.stop(steps)
         if interruption.signal_name and not start.totals.is_done(steps, start.total_steps):
+            processes.meet()  # the first one may be writing the checkpoint still
             raise RunInterrupted(
                 f"stopped by {interruption.signal_name} after step {steps} of "
                 f"{start.total_steps}; saved in "
