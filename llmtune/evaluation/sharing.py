@@ -8,10 +8,12 @@ import heapq
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
+from socket import gethostname
 from typing import Any, TypedDict, cast
 
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.errors import LlmtuneError
 from llmtune.evaluation.prompt_file import PromptFile
 from llmtune.evaluation.results import ArmResult, ItemScore
 from llmtune.evaluation.run import (
@@ -23,9 +25,10 @@ from llmtune.evaluation.run import (
     summarize_items,
 )
 from llmtune.evaluation.tasks.base import Demonstration, Suite
+from llmtune.io.fingerprint import JsonObject
 from llmtune.io.processes import Processes
 from llmtune.models.hardware import release_memory
-from llmtune.models.live import LiveModel
+from llmtune.models.live import LiveModel, ModelIdentity
 from llmtune.scoring.live import as_arm
 
 
@@ -34,6 +37,8 @@ class Share(TypedDict, total=False):
 
     model: str
     """Which model is loaded: tuned (the base with its adapter), original or merged."""
+    identity: JsonObject
+    """Of that model in the first process."""
     dtype: str
     arm: str
     strength: float | None
@@ -58,7 +63,7 @@ class ItemSharing:
         settings, processes = plan.settings, self._processes
         dealt = deal_items(plan.suite, scored.tokenizer, processes.world_size)
         for rank in range(1, processes.world_size):
-            processes.send(rank, _describe(plan, dealt[rank], model, scored.identity.dtype))
+            processes.send(rank, _describe(plan, dealt[rank], model, scored.identity))
         total = len(plan.suite.items)
 
         def report(done: int) -> None:
@@ -101,6 +106,9 @@ def help_scoring(
         suites: the run's, with all their items.
         prompts: the user's own, by name.
         load: loads a model by its name and dtype.
+
+    Raises:
+        LlmtuneError: a model that is loaded here is not the one that the first process scores.
     """
     known = {suite.name: suite for suite in suites}
     live: LiveModel | None = None
@@ -111,6 +119,8 @@ def help_scoring(
             release_memory()
             loaded = share["model"]
             live = load(loaded, share["dtype"])
+        if live.identity.as_dict() != share["identity"]:
+            raise other_model(loaded)
         suite = known[share["suite"]].select(set(share["ids"]))
         references = zip(suite.items, share["references"], strict=True)
         asked = replace(
@@ -143,11 +153,21 @@ def deal_items(
     return shares
 
 
-def _describe(plan: ArmPlan, ids: Collection[str], model: str, dtype: str) -> Share:
+def other_model(name: str) -> LlmtuneError:
+    """Return what ends a process that does not have the model that the first one scores."""
+    return LlmtuneError(
+        f"on {gethostname()} the {name} model is missing, or differs from the one that the first "
+        "process scores (compared by content): all machines need the same base and one run_dir; "
+        "put run_dir on a disk that all machines share"
+    )
+
+
+def _describe(plan: ArmPlan, ids: Collection[str], model: str, identity: ModelIdentity) -> Share:
     settings, suite = plan.settings, plan.suite.select(set(ids))
     return {
         "model": model,
-        "dtype": dtype,
+        "identity": identity.as_dict(),
+        "dtype": identity.dtype,
         "arm": plan.arm,
         "strength": plan.strength,
         "suite": suite.name,

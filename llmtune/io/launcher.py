@@ -46,7 +46,8 @@ def take_out_accelerate() -> None:
         if os.environ.get(key, "false").lower() in ("1", "true"):
             raise LlmtuneError(
                 f"accelerate is set to use {engine}, and this run sums the gradients itself: start "
-                "it by `accelerate launch --multi_gpu`, or by torchrun"
+                "it by `accelerate launch --multi_gpu`, or by torchrun; to divide the base among "
+                "the processes, set train.shard=full"
             )
     for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
         del os.environ[key]

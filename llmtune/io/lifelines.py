@@ -10,11 +10,15 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 TOKEN_BYTES = 16
 OPEN_SECONDS = 600.0
 """How long the first process waits for the others' connections, and they for its address."""
+CONNECT_SECONDS = 60.0
+"""How long each of the first process's names is tried."""
+TOKEN_SECONDS = 10.0
+"""How long whoever connects may take to say who it is."""
 
 WATCH_SECONDS = 0.5
 NOTICED_SECONDS = 6.0
@@ -28,34 +32,54 @@ class Lifelines:
         self._lines: list[socket.socket] = []
         self._is_watching = False
 
-    def accept(self, count: int, publish: Callable[[dict[str, object]], None], host: str) -> None:
+    def accept(
+        self,
+        count: int,
+        publish: Callable[[dict[str, object]], None],
+        bound: str,
+        hosts: Sequence[str],
+    ) -> None:
         """Wait for so many others, and tell them where by `publish`.
 
+        Args:
+            count: how many.
+            publish: takes what `connect` needs.
+            bound: the address of this machine to listen on; empty is all of them.
+            hosts: what this machine may be called by the others.
+
         Raises:
-            OSError: they did not come, or there is no such host here.
+            OSError: they did not come, or there is no such address here.
         """
         token = secrets.token_hex(TOKEN_BYTES)
         until = time.monotonic() + OPEN_SECONDS
-        with socket.create_server((host, 0)) as server:
-            publish({"host": host, "port": server.getsockname()[1], "token": token})
+        with socket.create_server((bound, 0)) as server:
+            publish({"hosts": list(hosts), "port": server.getsockname()[1], "token": token})
             while len(self._lines) < count:
                 server.settimeout(max(until - time.monotonic(), 0.01))
                 line, _ = server.accept()
-                line.settimeout(max(until - time.monotonic(), 0.01))
+                line.settimeout(TOKEN_SECONDS)
                 if hmac.compare_digest(_read(line, len(token)), token.encode()):
                     self._lines.append(line)
                 else:
                     line.close()
 
-    def connect(self, host: str, port: int, token: str) -> None:
-        """Hold on to the first process.
+    def connect(self, hosts: Sequence[str], port: int, token: str) -> None:
+        """Hold on to the first process, by the first of its names that leads to it.
 
         Raises:
             OSError: it cannot be reached.
         """
-        line = socket.create_connection((host, port), timeout=OPEN_SECONDS)
-        line.sendall(token.encode())
-        self._lines.append(line)
+        failed = OSError("the first process has no name")
+        for host in hosts:
+            try:
+                line = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
+                line.sendall(token.encode())
+            except OSError as error:
+                failed = OSError(f"{host}:{port}: {error}")
+            else:
+                self._lines.append(line)
+                return
+        raise failed
 
     @property
     def is_cut(self) -> bool:

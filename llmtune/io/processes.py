@@ -124,11 +124,10 @@ class Processes:
 
     def send(self, to: int, value: Mapping[str, object]) -> None:
         """Leave a message for one of the others."""
-        assert self._store is not None
         key, text = self._next_key(f"mail/{self.rank}-{to}"), json.dumps(value)
         pieces = range(0, len(text), PIECE)
         for number, start in enumerate(pieces):
-            self._store.set(f"{key}/{number}", text[start : start + PIECE])
+            self._set(f"{key}/{number}", text[start : start + PIECE])
         self._put(key, {"pieces": len(pieces)})
 
     def receive(self, sender: int) -> JsonObject:
@@ -149,10 +148,12 @@ class Processes:
             OSError: they cannot reach each other.
         """
         if self.is_first:
+            if self.num_here == self.world_size:
+                bound, hosts = "127.0.0.1", ["127.0.0.1"]
+            else:  # what this machine calls itself may mean nothing to the others
+                bound, hosts = "", [os.environ["MASTER_ADDR"], socket.getfqdn()]
             self._lines.accept(
-                self.world_size - 1,
-                lambda address: self._put("lines", address),
-                "127.0.0.1" if self.num_here == self.world_size else self._host,
+                self.world_size - 1, lambda address: self._put("lines", address), bound, hosts
             )
         else:
             self._lines.connect(**parse_json(self._wait("lines")))
@@ -231,8 +232,14 @@ class Processes:
         return f"{kind}/{next(self._numbers.setdefault(kind, itertools.count()))}"
 
     def _put(self, key: str, value: Mapping[str, object]) -> None:
+        self._set(key, json.dumps(value))
+
+    def _set(self, key: str, text: str) -> None:
         assert self._store is not None
-        self._store.set(key, json.dumps(value))
+        try:
+            self._store.set(key, text)
+        except RuntimeError as error:
+            raise self._lost() from error
 
     def _wait(self, key: str) -> bytes:
         assert self._store is not None
@@ -298,9 +305,8 @@ class Processes:
 
     def _come_together(self) -> None:
         """Wait for the others, who may have much to do yet, and may be killed at it."""
-        assert self._store is not None
         key = self._next_key("here")
-        self._store.set(f"{key}/{self.rank}", "")
+        self._set(f"{key}/{self.rank}", "")
         for rank in range(self.world_size):
             self._wait(f"{key}/{rank}")
 

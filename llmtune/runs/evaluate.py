@@ -154,14 +154,15 @@ class EvaluateStage(Stage[EvaluateRecord]):
         """Score this process's share of the items of every arm.
 
         Raises:
-            LlmtuneError: this process reads other items than the first one.
+            LlmtuneError: this process has other items or models than the first one.
         """
         from llmtune.evaluation.prompt_file import read_prompt_file
         from llmtune.evaluation.session import TUNED, dequantize_once
-        from llmtune.evaluation.sharing import help_scoring
+        from llmtune.evaluation.sharing import help_scoring, other_model
         from llmtune.scoring.live import load_target
 
         config = self.config
+        written = {TUNED: config.run.adapter_dir, "merged": config.run.merged_dir}
         if {suite.name: suite.fingerprint for suite in self.suites} != order["suites"]:
             raise LlmtuneError(
                 f"on {gethostname()} the suites differ from what the first process has (compared "
@@ -169,6 +170,8 @@ class EvaluateStage(Stage[EvaluateRecord]):
             )
 
         def load(name: str, dtype: str) -> "LiveModel":
+            if name in written and not written[name].is_dir():
+                raise other_model(name)
             model = config.model.model_copy(update={"dtype": dtype})
             live = load_target(self._target(model), name)
             if name == TUNED:

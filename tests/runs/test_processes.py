@@ -5,6 +5,9 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +20,11 @@ from llmtune.config import load_config
 from llmtune.errors import LlmtuneError, ProcessLost
 from llmtune.evaluation import sharing
 from llmtune.evaluation.run import score_items
-from llmtune.io import processes
+from llmtune.io import lifelines, processes
+from llmtune.models.live import ModelIdentity
 from llmtune.runs import pipeline
+from llmtune.training import trainer
+from llmtune.training.checkpoint import write_checkpoint
 from tests.processes import fork, free_port, run_command, wait_for
 from tests.project import make_project
 
@@ -103,6 +109,20 @@ def test_a_run_that_is_killed_and_stopped_continues_on_any_number_of_processes(p
     ]
     for key in ("steps", "tokens", "trained_tokens", "order_hash"):
         assert manifests[0]["result"][key] == manifests[1]["result"][key]
+
+
+def test_all_that_are_stopped_wait_until_the_checkpoint_is_written(project, monkeypatch):
+    def write_slowly(*given):
+        time.sleep(1.5)
+        write_checkpoint(*given)
+
+    monkeypatch.setattr(trainer, "write_checkpoint", write_slowly)
+    monkeypatch.setattr(lifelines, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(lifelines, "NOTICED_SECONDS", 0.3)
+    stopped = train(project, 2, "slow", send(signal.SIGTERM, to=1, after=1))
+    assert stopped.wait() == [3, 3]
+    assert "ended without a message" not in stopped.output(0)
+    assert (project.parent / "slow/checkpoints/checkpoint-2").is_dir()
 
 
 def test_a_sharded_run_that_is_killed_continues_sharded_or_not(project, whole):
@@ -205,6 +225,27 @@ def test_what_the_cards_refuse_is_not_taken_for_a_killed_process(monkeypatch):
         raise dist.DistBackendError("NCCL error:\nDuplicate GPU detected")
 
 
+def test_a_store_that_has_ended_with_its_process_is_one_clear_failure(monkeypatch):
+    class EndedStore(dist.HashStore):
+        def set(self, *_):
+            raise RuntimeError("Broken pipe")
+
+    monkeypatch.setattr(processes, "FAILURE_SECONDS", 0.1)
+    one = processes.Processes(EndedStore(), rank=0, world_size=2, num_here=2)
+    for tell in (lambda: one.send(1, {"items": []}), one.end, one._come_together):
+        with pytest.raises(ProcessLost, match="ended without a message"):
+            tell()
+
+
+def test_a_process_that_loads_another_model_than_the_first_one_scores_is_refused():
+    first = ModelIdentity("base", "new", "float32", "none")
+    share = {"model": "tuned", "dtype": "float32", "identity": first.as_dict()}
+    asked: Any = SimpleNamespace(receive=lambda _: share)
+    loaded: Any = SimpleNamespace(identity=replace(first, adapter="old"))
+    with pytest.raises(LlmtuneError, match="put run_dir on a disk that all machines share"):
+        sharing.help_scoring(asked, [], {}, lambda name, dtype: loaded)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -256,6 +297,7 @@ def test_accelerate_launch_changes_nothing_but_the_number_of_processes(project, 
     refused = train(project, 2, "refused")
     assert refused.wait() == [2, 2]
     assert "accelerate is set to use FSDP" in refused.output(0)
+    assert "set train.shard=full" in refused.output(0)
 
 
 def start_agent(directory, node, port, arguments):
@@ -275,8 +317,7 @@ def start_agent(directory, node, port, arguments):
             start_method="fork",
             monitor_interval=0.1,
         )
-        elastic_launch(launch, cli.run_command)(arguments)
-        return 0
+        return max(elastic_launch(launch, cli.run_command)(arguments).values())
 
     return fork(directory / f"node-{node}.txt", work, {"OMP_NUM_THREADS": "1"})
 
