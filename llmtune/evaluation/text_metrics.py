@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from llmtune.errors import LlmtuneError
@@ -165,19 +166,30 @@ def load_own_metric(name: str) -> TextMetric:
 def fingerprint_own_metric(name: str) -> str:
     """Return a hash of the file that the user's function is in, so that changes are noticed.
 
-    A notebook's functions are in no file: the hash is of the function alone.
+    A notebook's functions are in no file: the hash is of the function alone. In a script the whole
+    file counts, too, since the function may call others there.
     """
     load_own_metric(name)
     module, _, attribute = name.partition(":")
     file = getattr(sys.modules[module], "__file__", None)
-    if file and module != "__main__":
+    if file and (module != "__main__" or Path(file).is_file()):
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()
     function = getattr(sys.modules[module], attribute)
     try:
         return hash_text(inspect.getsource(function))
     except (OSError, TypeError):
         code = getattr(function, "__code__", None)
-        return hash_text(repr((code.co_code, code.co_consts, code.co_names)) if code else name)
+        return hash_text(_render_code(code) if code else name)
+
+
+def _render_code(value: object) -> str:
+    """Return what a function does as text that is the same in every process."""
+    if isinstance(value, CodeType):
+        constants = ", ".join(map(_render_code, value.co_consts))
+        return f"({value.co_code!r}, ({constants}), {value.co_names!r})"
+    if isinstance(value, frozenset):
+        return f"{{{', '.join(sorted(map(repr, value)))}}}"
+    return repr(value)
 
 
 class _Words:

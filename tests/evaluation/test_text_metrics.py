@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import pytest
 import sacrebleu
@@ -11,7 +12,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.results import ItemScore
 from llmtune.evaluation.suite import load_suite
 from llmtune.evaluation.tasks.exact import ExactSuite
-from llmtune.evaluation.text_metrics import TEXT_METRICS, load_own_metric
+from llmtune.evaluation.text_metrics import TEXT_METRICS, fingerprint_own_metric, load_own_metric
 from tests.conftest import write_jsonl
 
 TEXTS = [("the cat sat on the mat", "a cat sat on a mat today"), ("dogs", "cats"), ("", "cats")]
@@ -176,3 +177,18 @@ def test_a_schema_needs_its_metric_and_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonschema.exceptions", None)
     with pytest.raises(LlmtuneError, match="pip install jsonschema"):
         load_suite(write_suite(tmp_path, "json_schema", answer_schema={}))
+
+
+def test_a_script_counts_whole_and_a_function_of_no_file_as_in_every_process(tmp_path, monkeypatch):
+    source = "def helper(): return {}\ndef mine(a, b):\n    return max(map(lambda x: x, [1]))\n"
+    script, hashes = types.ModuleType("__main__"), []
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    for number in range(2):
+        exec(source.format(number), vars(script))  # from no file: its code has no source
+        script.__file__ = None
+        hashes.append(fingerprint_own_metric("__main__:mine"))
+        script.__file__ = str(tmp_path / "script.py")
+        (tmp_path / "script.py").write_text(source.format(number))
+        hashes.append(fingerprint_own_metric("__main__:mine"))
+    assert hashes[0] == hashes[2]
+    assert hashes[1] != hashes[3]
