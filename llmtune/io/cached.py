@@ -30,8 +30,8 @@ def make_once(target: Path, write: Callable[[Path], None], *, marker: str, sourc
         made.mkdir()
         try:
             write(made)
-            for path in made.iterdir():  # some writers leave files that only their owner can read
-                path.chmod(0o644)
+            for path in made.rglob("*"):  # some writers leave files that only their owner can read
+                path.chmod(0o755 if path.is_dir() else 0o644)
             try:
                 made.rename(target)
             except OSError:

@@ -35,3 +35,15 @@ def test_full_disk_names_the_setting_and_leaves_nothing(tmp_path):
     with pytest.raises(LlmtuneError, match=r"made from a file could not be .* LLMTUNE_CACHE"):
         make_once(tmp_path / "abc", write, marker="config.json", source="a file")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_made_can_be_read_by_all_and_its_folders_entered(tmp_path):
+    def write(directory: Path) -> None:
+        (directory / "config.json").write_text("{}")
+        (directory / "code").mkdir(mode=0o700)
+        (directory / "code" / "model.py").touch(mode=0o600)
+
+    made = tmp_path / "abc"
+    make_once(made, write, marker="config.json", source="a file")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in made.rglob("*")}
+    assert modes == {"config.json": 0o644, "code": 0o755, "model.py": 0o644}
