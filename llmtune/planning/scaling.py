@@ -241,9 +241,10 @@ def _other_way(
     memory = plan_card(request, shape, rows, cards, parameters=parameters)
     base = memory.components["base"]
     if request.train.shard == "full":
+        most = max(MOST_SHARDS, request.train.batch_size)
         return (
-            f"even over {MOST_SHARDS} cards a part of the base and what is computed with it take "
-            f"more than one has; shorten rows, or lower the rank"
+            f"even over {most} cards a part of the base and what is computed with it take more "
+            "than one has; shorten rows, or lower the rank"
         )
     said = f"the base takes {format_size(base)}, and each card holds all of it"
     quantized = replace(request, model=request.model.model_copy(update={"quantization": SMALLEST}))

@@ -118,14 +118,20 @@ class Trial:
         Raises:
             DoesNotFitError: not even a short forward pass fits.
         """
-        for rows in (self._first_rows(MEASURED_TOKENS[0]), [self._piece(MEASURED_TOKENS[-1])]):
+        first = self._first_rows(MEASURED_TOKENS[0])
+        for rows in (first, [self._piece(MEASURED_TOKENS[-1])]):
             try:
                 return self._measure(rows)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.is_joint:
-                    break  # the others are in the middle of this forward pass
+                if self.is_joint:  # the others are in the middle of this forward pass
+                    tokens = sum(len(row.input_ids) for row in first)
+                    raise DoesNotFitError(
+                        f"this process has its part of the base, but a pass of {tokens} tokens "
+                        "does not fit beside it. Start more processes, so that each part is "
+                        "smaller, or shorten the rows (data.max_length)."
+                    ) from error
         raise DoesNotFitError(
             f"the model is loaded, but not even {MEASURED_TOKENS[-1]} tokens fit beside it. "
             f"Quantize it (model.quantization.method={SMALLEST.method}), or choose a smaller base."

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from llmtune.errors import LlmtuneError
+from llmtune.training.batch import StepCollator
+from llmtune.training.memory import dry_run
 from llmtune.training.memory.arithmetic import (
     UNLIMITED_TOKENS,
     ActivationCost,
@@ -15,6 +17,7 @@ from llmtune.training.memory.arithmetic import (
     plan_memory,
 )
 from llmtune.training.memory.dry_run import (
+    Trial,
     dry_run_save,
     dry_run_step,
     recomputable_layers,
@@ -107,6 +110,17 @@ def test_out_of_memory_names_the_length_and_two_settings(tmp_path):
 
     with pytest.raises(LlmtuneError, match="500 tokens.*max_length=250.*micro_batch_size=1"):
         dry_run_step(run_out, longest=500, plan=plan(1))
+
+
+def test_a_part_of_the_base_that_leaves_no_room_asks_for_what_sharding_takes(monkeypatch):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dry_run, "measure_activations", run_out)
+    collator = StepCollator(make_rows(4), BatchLimits(None, 512), packed=True, pad_token_id=0)
+    trial = Trial(make_adapter(), collator, lambda _: None, is_joint=True)
+    with pytest.raises(LlmtuneError, match=r"more processes.*data\.max_length"):
+        trial.measure()
 
 
 def run_out_above(model, tokens):
