@@ -27,6 +27,7 @@ from llmtune.evaluation.run import (
 )
 from llmtune.evaluation.sharing import ItemSharing
 from llmtune.evaluation.tasks.base import Suite
+from llmtune.io.processes import joined_processes
 from llmtune.io.run_dir import RunDir
 from llmtune.io.sizes import format_size
 from llmtune.models.checkpoint import Checkpoint
@@ -252,6 +253,8 @@ def dequantize_once(live: LiveModel) -> None:
     if not dense.bytes:
         return
     free = free_device(str(live.device)).memory_bytes
+    if live.device.type == "cpu":  # the others of this run on this computer do the same
+        free //= joined_processes().num_here
     is_held = dense.bytes <= DENSE_SHARE * free
     log.info(
         "evaluate: the quantized weights are dequantized %s: once takes %s, and %s are free",

@@ -34,7 +34,7 @@ def hash_json(value: JsonValue | Mapping[str, object]) -> str:
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
-    size = path.stat().st_size // READ_BYTES
+    size = -(-path.stat().st_size // READ_BYTES)
     with path.open("rb") as file, progress_bar(path.name, size, unit="MiB read") as bar:
         while piece := file.read(READ_BYTES):
             digest.update(piece)

@@ -4,7 +4,12 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 ROOM = 16
 """Tokens that a roomy layer can take before its keys and values are copied."""
@@ -75,15 +80,21 @@ PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer)
 
 
 def give_room(cache: Cache | None) -> Cache | None:
-    """Return a cache of the same keys and values that can grow in place; the given one stays."""
+    """Return a cache of the same keys and values that can grow in place.
+
+    The given one stays as it is, but for layers that have room already: both share those.
+    """
     if cache is None or not is_plain_cache(cache):
         return cache
     roomy = copy.copy(cache)
-    roomy.layers = [
-        RoomyLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer
-        for layer in cache.layers
-    ]
+    roomy.layers = [_with_own_state(layer) for layer in cache.layers]
     return roomy
+
+
+def _with_own_state(layer: CacheLayerMixin) -> CacheLayerMixin:
+    if type(layer) is DynamicLayer and layer.is_initialized:
+        return RoomyLayer(layer)
+    return layer if type(layer) is RoomyLayer else copy.copy(layer)
 
 
 def can_drop(cache: Cache | None) -> bool:

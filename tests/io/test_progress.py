@@ -8,6 +8,7 @@ import pytest
 
 from llmtune.cli import run_command
 from llmtune.io import progress
+from llmtune.io.fingerprint import hash_file
 from llmtune.io.progress import ProgressBar
 from tests.project import make_project
 
@@ -63,3 +64,14 @@ def test_a_bar_says_what_is_left_and_messages_stay_above_it(at_once, monkeypatch
     assert steps[2] == "[############--------]  60 % predict: 60 of 100 rows, 0:40, left 1:20"
     assert steps[3] == "row 7 is odd\n"
     assert steps[4] == steps[2] and steps[-1] == ""
+
+
+def test_the_bar_of_a_file_ends_at_its_size(tmp_path, at_once, caplog):
+    file = tmp_path / "weights"
+    file.write_bytes(b"0" * (3 * 2**20 // 2))
+    with caplog.at_level(logging.INFO, logger="llmtune"):
+        hash_file(file)
+    assert [line.split(",")[0] for line in caplog.messages] == [
+        "weights: 1 of 2 MiB read",
+        "weights: 2 of 2 MiB read",
+    ]

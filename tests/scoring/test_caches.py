@@ -1,6 +1,7 @@
 """Caches that grow and lose rows in place hold what transformers' own would."""
 
 import torch
+from transformers import LlamaConfig
 from transformers.cache_utils import DynamicCache
 
 from llmtune.scoring.caches import can_drop, drop_rows, give_room, select_rows
@@ -45,3 +46,14 @@ def test_rows_selected_of_a_roomy_cache_leave_it_as_it_was():
     drop_rows(other, [1])
     grow([other], rows=1, tokens=1)
     assert all(torch.equal(a, layer.keys) for a, layer in zip(before, roomy.layers, strict=True))
+
+
+def test_a_roomy_cache_leaves_the_one_it_was_made_of_as_it_was():
+    config = LlamaConfig(num_hidden_layers=2)
+    config.layer_types, config.sliding_window = ["full_attention", "sliding_attention"], 4
+    given = DynamicCache(config=config)
+    grow([given], rows=2, tokens=3)
+    before = [layer.keys.clone() for layer in given.layers]
+    grow([give_room(given)], rows=2, tokens=1)
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, given.layers, strict=True))
+    assert given.get_seq_length(1) == 3
