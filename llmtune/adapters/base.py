@@ -260,6 +260,11 @@ class Adapter(Section):
         return False
 
     @classmethod
+    def why_not_places(cls, values: "Tensor", num_out: int, num_in: int) -> str | None:
+        """Say why a tensor that counts cannot be one of a weight [out, in]; None if it can."""
+        return None
+
+    @classmethod
     @abstractmethod
     def part_of(cls, name: str) -> Part | None:
         """Return which part of which module a saved tensor is; None if it is not the method's.

@@ -208,9 +208,12 @@ class PeftUpdate(WeightUpdate):
         with blamed_on(first.path.parent, "peft", advice=COPY_AGAIN), torch.no_grad():
             layer = self._layer(rows)
             for name, entry in self.parts:
-                _set_part(layer, name, work.load(entry), entry, self.method)
+                values = work.load(entry)
+                _set_part(layer, name, values, entry, self.method)
+                self._check_places(values, entry)
             _require_all_set(layer, [name for name, _ in self.parts], first, self.method)
-            layer.merge()
+            with torch.sparse.check_sparse_tensor_invariants():
+                layer.merge()
         merged: Tensor = getattr(layer.get_base_layer(), self.leaf).detach().float()
         merged = merged.T if self.leaf == "weight" and self._is_turned else merged
         return merged.reshape(rows.shape)
@@ -226,6 +229,13 @@ class PeftUpdate(WeightUpdate):
     def _is_turned(self) -> bool:
         """Whether the stored weight is the transpose of the one that peft's layer has."""
         return self.place.is_transposed and not self.method.TAKES_TRANSPOSED
+
+    def _check_places(self, values: "Tensor", entry: TensorEntry) -> None:
+        if not self.method.counts(entry.name):
+            return
+        reason = self.method.why_not_places(values, self.place.num_out, self.place.num_in)
+        if reason is not None:
+            raise LlmtuneError(f"{entry.path}: {entry.name!r} {reason}; {COPY_AGAIN}")
 
     def _layer(self, rows: "Tensor") -> "BaseTunerLayer":
         """Return peft's layer of this module alone, around the base's rows."""

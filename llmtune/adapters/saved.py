@@ -16,6 +16,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -154,6 +155,7 @@ def _load_weights(model: PeftModel, directory: Path) -> None:
     problems = _differences(_without_base_copies(saved, expected, model), expected)
     if problems:
         raise LlmtuneError(f"{path}: does not fit this model.\n" + "\n".join(problems))
+    _check_places(saved, model, path)
     keep_own(model, _overwritten(saved, model))
     result = set_peft_model_state_dict(model, saved)
     if result.unexpected_keys:
@@ -162,6 +164,16 @@ def _load_weights(model: PeftModel, directory: Path) -> None:
             f"find them again, such as {result.unexpected_keys[0]!r}; leave their modules out of "
             "target_modules"
         )
+
+
+def _check_places(saved: Mapping[str, torch.Tensor], model: PeftModel, path: Path) -> None:
+    method = method_of(model.peft_config["default"].to_dict())
+    for name in filter(method.counts, saved):
+        layer = model.get_submodule(name.rpartition(".")[0])
+        assert isinstance(layer, BaseTunerLayer), name
+        reason = method.why_not_places(saved[name], layer.out_features, layer.in_features)
+        if reason is not None:
+            raise LlmtuneError(f"{path}: {name!r} {reason}; {COPY_AGAIN}")
 
 
 def _overwritten(saved: Mapping[str, torch.Tensor], model: PeftModel) -> Iterator[str]:

@@ -123,6 +123,16 @@ class ShiraAdapter(PeftMethod):
         """The chosen numbers' rows and columns do."""
         return name.endswith(".shira_indices")
 
+    @classmethod
+    def why_not_places(cls, values: "Tensor", num_out: int, num_in: int) -> str | None:
+        """Torch adds up what is beyond the weight, too, in memory that is not the weight's."""
+        rows, columns = values
+        is_inside = (rows >= 0) & (rows < num_out) & (columns >= 0) & (columns < num_in)
+        if not bool(is_inside.all()):
+            return f"names places outside a weight of {num_out} x {num_in}"
+        places = rows.long() * num_in + columns.long()
+        return "names a place twice" if places.unique().numel() < places.numel() else None
+
     def why_not_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """A layer must have as many numbers."""
         return [

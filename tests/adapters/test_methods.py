@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llmtune.adapters.config import METHODS, method_of
 from llmtune.adapters.inject import adapted_layers, inject_adapter
@@ -91,6 +91,37 @@ def test_a_weakened_layer_is_between_base_and_tuned_and_is_put_back(trained):
 
     assert not torch.allclose(half, tuned)
     assert torch.equal(logits(model), tuned)
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ((0, 64), "names places outside a weight of"),
+        ((1, -1), "names places outside a weight of"),
+        (None, "names a place twice"),
+    ],
+)
+def test_places_that_a_weight_does_not_have_are_refused(checkpoint, tmp_path, place, reason):
+    loaded = load(checkpoint())
+    model, _ = inject_adapter(loaded.model, ShiraAdapter(rank=4, target_modules=["q_proj"]))
+    directory = save_adapter(model, tmp_path / "adapter", manifest_of(loaded))
+    path = directory / "adapter_model.safetensors"
+    tensors = {
+        name: value if "indices" in name else value + 0.1 for name, value in load_file(path).items()
+    }
+    indices = next(value for name, value in tensors.items() if "shira_indices" in name)
+    if place is None:
+        indices[:, 0] = indices[:, 1]
+    else:
+        indices[place[0], 0] = place[1]
+    save_file(tensors, path)
+    (directory / "llmtune_adapter.json").unlink()
+
+    with pytest.raises(LlmtuneError, match=reason):
+        merge_adapter(loaded.source.directory, directory, tmp_path / "merged")
+    fresh = load(checkpoint())
+    with pytest.raises(LlmtuneError, match=reason):
+        load_adapter(fresh.model, directory, base_fingerprint=fresh.fingerprint)
 
 
 def test_a_type_that_no_method_owns_is_refused_with_those_that_are():
