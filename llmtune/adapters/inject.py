@@ -278,7 +278,7 @@ def _exclusions(names: ModuleNames, config: Adapter) -> Iterator[str]:
 
 def _unadapted_experts(names: ModuleNames, config: Adapter, chosen: list[str]) -> tuple[str, ...]:
     left_out = [name for name in names.experts if name not in chosen]
-    if not left_out:
+    if not left_out or "weights" not in config.trained_parts:
         return ()
     share = _num_weights(names, left_out) / _num_weights(names, names.adaptable)
     why = config.why_no_experts() or "they are not among the targets"

@@ -81,13 +81,8 @@ def choose_targets(config: Adapter, names: ModuleNames) -> list[str]:
     if not problems:
         shapes = names.offered_to(config)
         problems += config.why_not_shapes({name: shapes[name] for name in chosen})
-    if not chosen and not problems:
-        parts = " or ".join(sorted(config.trained_parts))
-        problems.append(
-            "adapter.target_modules: this model has no linear layer to adapt."
-            if config.trained_parts == {"weights"}
-            else f"adapter.parameters: this model has no {parts} in what was chosen."
-        )
+    if not problems:
+        problems += _parts_without_any(config, names, chosen)
     if problems:
         raise LlmtuneError("\n".join(problems))
     return chosen
@@ -231,6 +226,20 @@ def _unmatched_patterns(
             continue
         if not is_matched and chosen:
             yield f"{key}: {pattern!r} {_nearest(pattern, chosen, of='adapted module')}"
+
+
+def _parts_without_any(config: Adapter, names: ModuleNames, chosen: list[str]) -> Iterator[str]:
+    """Yield each part to train that nothing has in what was chosen."""
+    owners = {"weights": names.adaptable, "biases": names.biased, "norms": names.norms}
+    for part in sorted(config.trained_parts):
+        if any(name in owners[part] for name in chosen):
+            continue
+        yield (
+            "adapter.target_modules: this model has no linear layer to adapt."
+            if config.trained_parts == {"weights"}
+            else f"adapter.parameters: this model has no {part} in what was chosen. Leave {part} "
+            "out, or choose different target_modules or layers."
+        )
 
 
 def _why_not(name: str, names: ModuleNames, offered: Collection[str]) -> str:

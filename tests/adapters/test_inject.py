@@ -160,6 +160,22 @@ def test_a_layer_without_biases_cannot_have_them_trained():
         inject_adapter(make_model("llama"), LayersAdapter(target_modules=["q_proj"], **asked))
 
 
+@pytest.mark.parametrize(
+    ("parameters", "targets", "lacking"),
+    [
+        (["weights", "norms"], ["q_proj"], "norms"),
+        (["weights", "norms"], ".*norm", "weights"),
+        (["norms", "biases"], "all-linear", "biases"),
+    ],
+)
+def test_a_part_that_nothing_chosen_has_is_refused(parameters, targets, lacking):
+    config = LayersAdapter(parameters=parameters, target_modules=targets)
+    expected = rf"adapter\.parameters: this model has no {lacking} in what was chosen"
+    with pytest.raises(LlmtuneError, match=expected) as caught:
+        inject_adapter(make_model("llama"), config)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_experts_are_adapted_or_the_table_says_why_not():
     adapted = inject_adapter(make_model("mixtral"), LoraAdapter(rank=4)).table
     dropped = inject_adapter(make_model("mixtral"), LoraAdapter(rank=4, dropout=0.1)).table
@@ -170,6 +186,8 @@ def test_experts_are_adapted_or_the_table_says_why_not():
     assert "adapter.dropout=0" in dropped.notices[0]
     assert "DoRA cannot adapt them" in dora.notices[0]
     assert "not among the targets" in named.notices[0]
+    norms = inject_adapter(make_model("mixtral"), LayersAdapter(parameters=["norms"])).table
+    assert norms.notices == ()
 
 
 DEEPSEEK: dict[str, Any] = {
