@@ -171,11 +171,30 @@ class LowRankAdapter(SavedLowRank):
         for name, shape in shapes.items():
             rank = self.rank_of(name)
             fullest[rank] = max(fullest.get(rank, 0), min(shape[-2:]))
-        return [
+        problems = [
             f"adapter: rank {rank:,} is more than any layer that it is for can use, which is at "
             f"most {full:,}; common ranks are 8 to 64"
             for rank, full in fullest.items()
             if rank > full
+        ]
+        return problems or self._why_no_start(shapes)
+
+    def _why_no_start(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Name the first layer that has fewer directions to start from than its rank."""
+        if self.num_twins == 1 and self.init != "eva":
+            return []
+        tight: dict[str, tuple[str, int]] = {}
+        for name, shape in shapes.items():
+            most = shape[-1] if self.init == "eva" else min(shape)
+            if self.rank_of(name) > most:
+                tight.setdefault(name.rpartition(".")[2], (name, most))
+        if not tight:
+            return []
+        ranks = ", ".join(f"{last}: {most}" for last, (_, most) in tight.items())
+        name, most = next(iter(tight.values()))
+        return [
+            f"adapter.init={self.init} finds at most {most:,} directions in {name}, and its rank "
+            f"is {self.rank_of(name):,}; set adapter.rank_pattern={{{ranks}}}"
         ]
 
     def parameters_of(self, module: str, num_out: int, num_in: int) -> int:

@@ -155,3 +155,16 @@ def test_a_rank_that_no_layer_can_use_is_refused_and_a_full_one_is_not():
     assert choose(rank=64)
     assert "rank 65 is more than any layer that it is for can use" in problem(rank=65)
     assert "which is at most 32" in problem(rank_pattern={"v_proj": 33})
+
+
+@pytest.mark.parametrize(
+    ("init", "most"),
+    [("corda_kpm", 32), ("pissa", 32), ("pissa_niter_4", 32), ("olora", 32), ("eva", 64)],
+)
+def test_a_start_has_no_more_directions_than_the_layer(init, most):
+    shapes = {"0.q_proj": (128, 128), "0.k_proj": (32, 64), "0.v_proj": (32, 64)}
+    [said] = LoraAdapter(init=init, rank=most + 1).why_not_shapes(shapes)
+    assert f"at most {most} directions in 0.k_proj, and its rank is {most + 1}" in said
+    assert f"rank_pattern={{k_proj: {most}, v_proj: {most}}}" in said
+    assert LoraAdapter(init=init, rank=most).why_not_shapes(shapes) == []
+    assert LoraAdapter(rank=most + 1).why_not_shapes(shapes) == []
