@@ -68,6 +68,12 @@ class Sample:
         def listen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hear(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 inputs_TI = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+                num_heard = len(inputs_TI)
+                if num_heard == 0 or (only_trained and num_heard != len(kept)):
+                    raise LlmtuneError(
+                        f"adapter.init: {name} is given {num_heard} of the {len(kept)} tokens of a "
+                        "row; leave it out of target_modules, or choose adapter.init default"
+                    )
                 take(name, inputs_TI[kept].float() if only_trained else inputs_TI.float())
 
             return hear

@@ -16,12 +16,12 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 
-from llmtune.adapters.inject import inject_adapter
+from llmtune.adapters.inject import adapted_layers, inject_adapter
 from llmtune.adapters.lora import LoraAdapter
 from llmtune.adapters.manifest import read_adapter_config
 from llmtune.adapters.rslora import RsLoraAdapter
 from llmtune.adapters.saved import save_adapter
-from llmtune.adapters.starts import SampleRow, factors_of_weight
+from llmtune.adapters.starts import Sample, SampleRow, factors_of_weight, start_from_rows
 from llmtune.cli import run_command
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
@@ -133,6 +133,17 @@ def test_a_start_from_rows_needs_rows_enough(checkpoint):
         inject_adapter(load(checkpoint()).model, eva, rows=ROWS)
     with pytest.raises(LlmtuneError, match="init=eva starts from training rows, and there are no"):
         inject_adapter(load(checkpoint()).model, eva)
+
+
+@pytest.mark.parametrize(("init", "num_tokens"), [("eva", 5), ("corda", 0)])
+def test_a_layer_that_a_row_hardly_reaches_is_named(checkpoint, init, num_tokens):
+    model, _ = inject_adapter(load(checkpoint()).model, LoraAdapter(**KNOBS))
+    layers = adapted_layers(model)
+    name, layer = next(iter(layers.items()))
+    # as an expert, which is given some of a row's tokens
+    layer.get_base_layer().register_forward_pre_hook(lambda _, given: given[0][:, :num_tokens])
+    with pytest.raises(LlmtuneError, match=f"{name} is given {num_tokens} of the 12 tokens"):
+        start_from_rows(layers, init, Sample(model, ROWS))
 
 
 def test_fast_decomposition_is_nearly_the_best():
