@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import time
 from dataclasses import replace
@@ -23,7 +22,8 @@ from llmtune.evaluation.run import score_items
 from llmtune.io import lifelines, processes
 from llmtune.models.live import ModelIdentity
 from llmtune.runs import pipeline
-from llmtune.training import trainer
+from llmtune.training import adapt, trainer
+from llmtune.training import train as training
 from llmtune.training.checkpoint import write_checkpoint
 from tests.processes import fork, free_port, run_command, wait_for
 from tests.project import make_project
@@ -158,34 +158,39 @@ def test_an_error_in_one_process_ends_all_with_its_message_and_code(project):
     assert "error:" not in failed.output(0)
 
 
+def kill_in(rank, function):
+    """Return what ends one process where it would call a function."""
+
+    def killed(*given, **named):
+        if processes.joined_processes().rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*given, **named)
+
+    return killed
+
+
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_end_all_in_time_and_lose_nothing(project):
-    seed = random.randrange(1000)
-    chance = random.Random(seed)
-    began = time.monotonic()
+def test_kills_at_any_moment_end_all_and_lose_nothing(project, monkeypatch):
+    """In loading, in a step, in writing a checkpoint, and in saving the adapter."""
     assert train(project, 2, "twin").wait() == [0, 0]
-    length, wanted = time.monotonic() - began, adapter(project, "twin")
-    run = kills = 0
-    while kills < 10:
-        started = train(project, 2, f"killed-{run}")
-        time.sleep(chance.uniform(0.05, 0.95) * length)
-        victim = chance.randrange(2)
-        os.kill(started.pids[victim], signal.SIGKILL)  # not reaped yet: the number is still its own
-        killed = time.monotonic()
-        codes = started.wait(seconds=30)
-        said = f"seed {seed}, kill {kills}: {codes}\n{started.output(0)}\n{started.output(1)}"
-        assert time.monotonic() - killed < 15, said
-        if codes[victim] == 0:  # it had ended before
-            assert codes == [0, 0], said
-            run += 1
-            continue
+    kills = [
+        (1, training, "set_up", None),
+        (0, trainer, "atomic_write_json", None),  # the weights are written, the checkpoint is not
+        (0, None, "", send(signal.SIGKILL, to=0, after=6)),
+        (0, adapt, "save_adapter", None),
+    ]
+    for victim, module, name, before_step in kills:
+        with monkeypatch.context() as patch:
+            if module is not None:
+                patch.setattr(module, name, kill_in(victim, getattr(module, name)))
+            killed = train(project, 2, "killed", before_step)
+            codes = killed.wait()
+        said = f"{name} in process {victim}: {codes}\n{killed.output(0)}\n{killed.output(1)}"
         assert codes[victim] == -9 and codes[1 - victim] == 3, said
         assert "Traceback" not in said
-        kills += 1
-    assert train(project, 2, f"killed-{run}").wait() == [0, 0]
-    for number in range(run + 1):  # the very same bits, on as many processes
-        found = adapter(project, f"killed-{number}")
-        assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    assert train(project, 2, "killed").wait() == [0, 0]
+    wanted, found = adapter(project, "twin"), adapter(project, "killed")
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)  # the very same bits
 
 
 def test_a_call_from_python_in_several_processes_is_refused(project, monkeypatch):
