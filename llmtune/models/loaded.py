@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.cached import cache_dir, make_once
+from llmtune.io.json_files import blamed_on
 from llmtune.models.checkpoint import CONFIG_NAME
 
 SET_BY_SAVING = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
@@ -68,10 +70,8 @@ def _require_base(model: PreTrainedModel) -> None:
 def _load_own(model: PreTrainedModel) -> Any:
     name = getattr(model.config, "_name_or_path", "")
     if name:
-        try:
+        with suppress(LlmtuneError), blamed_on(Path(name), "transformers"):
             return AutoTokenizer.from_pretrained(name, local_files_only=True)
-        except (OSError, ValueError):
-            pass
     raise LlmtuneError(
         f"model is a {type(model).__name__} that is loaded already, and there is no tokenizer in "
         f"{name or 'its checkpoint'}; give the tokenizer, too: tokenizer=..."
