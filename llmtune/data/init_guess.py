@@ -252,7 +252,8 @@ def _refuse_unread_labels(source: SourceConfig) -> None:
     if len(rows) < FEWEST_ROWS or sum(map(len, texts)) > SHORT_TEXT * len(texts):
         return
     columns = dict.fromkeys(str(key) for row in rows for key in row)
-    beside = [name for name in columns if name != "text" and name.lower() not in METADATA]
+    unread = {"text", *source.ignore}
+    beside = [name for name in columns if name not in unread and name.lower() not in METADATA]
     labels = [name for name in beside if _hold_labels([row.get(name) for row in rows])]
     if labels:
         raise LlmtuneError(

@@ -285,3 +285,5 @@ def test_what_is_not_clear_is_asked_in_one_message(
     if "topic" in words:
         assert run_command(["init", name, "--task", "text"]) == 0
         assert "60 documents" in capsys.readouterr().out
+        unread = ["--ignore", "topic", "--ignore", "urgency", "--force"]
+        assert run_command(["init", name, *unread]) == 0, capsys.readouterr().err
