@@ -15,6 +15,8 @@ REAL_ANSWER = 5
 """From so many words of the base on, an answer of one word or none has collapsed."""
 LONG_ANSWER = 20
 """Only an answer of so many words can be called one that repeats itself."""
+SHORTER = 4
+"""So many times as long in characters is the base's answer: not all languages have spaces."""
 FEW_DISTINCT = 0.5
 """Share of distinct words, of the base's share, below which an answer repeats itself."""
 
@@ -38,7 +40,9 @@ class Generation:
         """
         before, after = self.base.split(), self.tuned.split()
         expected = len(self.reference.split()) if self.reference else REAL_ANSWER
-        if len(after) <= 1 < min(expected, len(before)) and len(before) >= REAL_ANSWER:
+        is_short = SHORTER * len(self.tuned.strip()) < len(self.base.strip())
+        is_word = len(after) <= 1 < min(expected, len(before)) and is_short
+        if is_word and len(before) >= REAL_ANSWER:
             return "one word" if after else "empty"
         if len(after) >= LONG_ANSWER and before:
             shares = [

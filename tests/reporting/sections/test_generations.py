@@ -45,7 +45,9 @@ def test_an_answer_that_collapsed_is_flagged():
             "Is it positive or negative?", "I think that it is positive.", "positive", "positive"
         ),
         Generation("Say yes.", "Yes.", ""),
+        Generation("A recipe for pancakes?", talk, "小麦粉と牛乳と卵を混ぜて、薄く焼きます。"),
+        Generation("The steps as JSON?", talk, '{"mix":["flour","milk","eggs"],"fry":true}'),
     ]
     flags = [each.collapse for each in found]
-    assert flags == ["empty", "one word", "repeats itself", "", "", ""]
+    assert flags == ["empty", "one word", "repeats itself", "", "", "", "", ""]
     assert show_generations(found)["num_collapsed"] == 3
