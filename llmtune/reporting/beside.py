@@ -121,7 +121,7 @@ def _compare_with_lenient(suite: SuiteReport) -> Disagreement | None:
             f"the gain on {suite.name} is one of format only ({whole}, {anywhere}): with the "
             "answer taken out of its text the model before may be as good"
         )
-    elif strict - lenient > CLEARLY:
+    elif strict - lenient > CLEARLY and _has_gained_whole_answers(suite, strict):
         sentence = (
             f"Much of what {suite.name} gains is format: the whole answer is right in "
             f"{format_points(strict)}, the right answer is somewhere in the text in "
@@ -131,6 +131,13 @@ def _compare_with_lenient(suite: SuiteReport) -> Disagreement | None:
     else:
         return None
     return Disagreement("lenient", strict, lenient, sentence, carried)
+
+
+def _has_gained_whole_answers(suite: SuiteReport, strict: float) -> bool:
+    """Return whether whole answers gained: clear of 0 if there is an interval of them."""
+    if suite.lenient is None or suite.change is None:
+        return strict > 0
+    return suite.gain(suite.change)[1] > 0
 
 
 def has_fewer_answers(suite: SuiteReport) -> bool:

@@ -62,6 +62,13 @@ def test_a_gain_of_format_alone_is_called_that():
     assert decide(Evidence((found_there,))).name == "INCONCLUSIVE"
 
 
+@pytest.mark.parametrize("lenient", [None, Change(-0.2, -0.4, 0.0, 0.05)])
+def test_whole_answers_that_were_lost_are_no_gain_of_format(lenient):
+    arms = ({"strict": 0.5, "lenient": 0.7}, {"strict": 0.45, "lenient": 0.5})
+    suite = make_suite(*arms, task="exact", metric="exact_match", difference=-0.05)
+    assert find_disagreements(replace(suite, lenient=lenient)) == ()
+
+
 @pytest.mark.parametrize(
     ("lenient", "verdict"),
     [

@@ -207,8 +207,9 @@ def _only_for_one_use(evidence: Evidence) -> Iterator[str]:
 def find_what_to_do(verdict: Verdict, evidence: Evidence) -> str:
     """Return what to do now."""
     to_do = TO_DO[verdict.kind]
-    targets = evidence.with_role("target")
-    if verdict.kind in SHIPPING and any(is_format_only(s) or has_fewer_answers(s) for s in targets):
+    # a suite that takes the answers out of the text itself has shown that score
+    whole = [suite for suite in evidence.with_role("target") if suite.lenient is not None]
+    if verdict.kind in SHIPPING and any(is_format_only(s) or has_fewer_answers(s) for s in whole):
         to_do = f"{EXTRACT_FIRST} {to_do}"
     if verdict.kind in SHIPPING and _unmeasured(evidence):
         command = "judge RUN evaluate.extent=full" if evidence.is_judged else "report RUN --full"
