@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.cached import cache_dir, make_once
-from llmtune.io.json_files import blamed_on
+from llmtune.io.json_files import blamed_on, parse_json
 from llmtune.models.checkpoint import CONFIG_NAME
 
 SET_BY_SAVING = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
@@ -83,7 +83,7 @@ def _render(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return str(tokenizer)
-    rendered = json.loads(backend.to_str())
+    rendered = parse_json(backend.to_str())
     return json.dumps({**rendered, "padding": None, "truncation": None}, sort_keys=True)
 
 
