@@ -106,8 +106,8 @@ def _load(arm: str, base: Path) -> dict[str, int | float]:
     import torch
     import transformers
 
+    from llmtune.io.cached import cache_dir
     from llmtune.models.config import ModelConfig
-    from llmtune.models.gguf import cache_dir
     from llmtune.models.load import load_model
     from llmtune.models.quantization.nf4 import Nf4Quantization
     from llmtune.models.resolve import resolve_base

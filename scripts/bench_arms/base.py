@@ -18,9 +18,9 @@ from transformers import (
 
 from bench_arms.job import Job
 from llmtune.errors import LlmtuneError
+from llmtune.io.cached import cache_dir
 from llmtune.io.safetensors import build_preamble
 from llmtune.models.config import ModelConfig
-from llmtune.models.gguf import cache_dir
 from llmtune.models.quantization.bnb import dequantize_four_bit
 from llmtune.models.quantization.describe import keep_differentiable
 from llmtune.models.resolve import resolve_base
