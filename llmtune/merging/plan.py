@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.adapters.manifest import check_adapter, has_effect
 from llmtune.errors import LlmtuneError
-from llmtune.io.safetensors import CheckpointIndex
+from llmtune.io.safetensors import STORED_FLOATS, CheckpointIndex
 from llmtune.merging.adapter_files import AdapterFiles
 from llmtune.merging.changes import (
     MergePlan,
@@ -25,8 +25,6 @@ from llmtune.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from llmtune.models.quantization.describe import QuantizedBase
-
-STORED_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def plan_combined_merge(
     planned, config_changes = settle_ties(base, config, changed, names)
     shards = _shards(base, planned, packed)
     if options.dtype is not None:
-        shards = tuple(_cast(shard, STORED_DTYPES[options.dtype]) for shard in shards)
+        shards = tuple(_cast(shard, STORED_FLOATS[options.dtype]) for shard in shards)
     return MergePlan(
         base_dir=base_dir,
         adapters=tuple(adapters),

@@ -8,10 +8,10 @@ from typing import Any
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import read_json_object
 from llmtune.io.own_files import copy_own
-from llmtune.io.safetensors import INDEX_FILE, tensor_bytes
+from llmtune.io.safetensors import INDEX_FILE, STORED_FLOATS, tensor_bytes
 from llmtune.merging.changes import MergePlan
 
-DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+DTYPE_NAMES = {stored: name for name, stored in STORED_FLOATS.items()}
 
 GENERATION_FILE = "generation_config.json"
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from llmtune.errors import LlmtuneError
 from llmtune.io.json_files import FETCH_AGAIN, parse_json
-from llmtune.io.safetensors import TensorEntry
+from llmtune.io.safetensors import STORED_FLOATS, TensorEntry
 from llmtune.models.quantization.config import packed_markers
 from llmtune.models.stored.base import read_bytes
 
 MOST_HEADER_BYTES = 1 << 16
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 STATE_PREFIX = "quant_state.bitsandbytes__"
 STATE_SUFFIXES = (
     "absmax",
@@ -69,7 +68,7 @@ def read_four_bit_header(header: TensorEntry, packed: TensorEntry) -> FourBitHea
     raw = read_bytes(header.path, header.start, min(header.num_bytes, MOST_HEADER_BYTES))
     try:
         state = parse_json(raw)
-        dtype, shape = DTYPES[state["dtype"]], tuple(state["shape"])
+        dtype, shape = STORED_FLOATS[state["dtype"]], tuple(state["shape"])
         if not all(type(size) is int and size > 0 for size in shape):
             raise ValueError(f"its shape is {shape!s:.80}")
         if (math.prod(shape) + 1) // 2 != packed.num_bytes:
