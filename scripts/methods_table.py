@@ -2,7 +2,8 @@
 
     python scripts/methods_table.py run ia3            # one method: about ten minutes on two cores
     python scripts/methods_table.py run ia3 --seed 1
-    python scripts/methods_table.py table
+    python scripts/methods_table.py table              # prints what is finished
+    python scripts/methods_table.py write              # puts it into docs/methods.md
 
 A method is trained once for each learning rate of a short list, every time with the same number of
 steps, rows and seed, without `protect`. The rate with the lowest loss on held-out rows is kept, and
@@ -12,6 +13,7 @@ not done again: repeat an interrupted call. `--seconds` begins nothing new after
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,9 @@ from typing import Any
 from llmtune.reporting.numbers import unit_of_metric
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/methods.md"
+BEGIN, END = "<!-- methods_table.py: begin -->", "<!-- methods_table.py: end -->"
+CPU_NAME = "cpu_seconds.json"
 LOW = ("1e-5", "3e-5", "1e-4")
 USUAL = ("1e-4", "3e-4", "1e-3")
 HIGH = ("1e-3", "3e-3", "1e-2")
@@ -69,20 +74,24 @@ SETTINGS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure one method, or print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("action", choices=("run", "table", "write"))
     parser.add_argument("methods", nargs="*", metavar="method", help=", ".join(METHODS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=540, help="begin nothing new after these")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/quickstart.yaml")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/methods")
+    parser.add_argument("--page", type=Path, default=PAGE, help="what `write` rewrites a part of")
     asked = parser.parse_args(arguments)
     asked.runs, asked.config = asked.runs.resolve(), asked.config.resolve()
     unknown = [name for name in asked.methods if name not in METHODS]
     if unknown or (asked.action == "run") != bool(asked.methods):
-        parser.error(f"expected `table`, or `run` with some of {', '.join(METHODS)}")
+        parser.error(f"expected `table`, `write`, or `run` with some of {', '.join(METHODS)}")
     if asked.action == "table":
-        print("\n".join(table_lines(asked.runs)))
+        print("\n".join(block_lines(asked.runs)))
+        return 0
+    if asked.action == "write":
+        write_block(asked.page, block_lines(asked.runs))
         return 0
     until = time.monotonic() + asked.seconds
     for name in asked.methods:
@@ -90,7 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if time.monotonic() > until:
                 print(f"{name}: not finished; call again", file=sys.stderr)
                 return 3
+            before = os.times()
             subprocess.run(command, check=True, cwd=ROOT)
+            after = os.times()
+            spent = sum(after[2:4]) - sum(before[2:4])  # of the children, in all their threads
+            if command[3] == "train":
+                _note_cpu_seconds(command, spent)
     return 0
 
 
@@ -133,30 +147,162 @@ def best_rate(place: Path, rates: Sequence[str]) -> str:
     return min(rates, key=lambda rate: float("inf") if losses[rate] is None else losses[rate])
 
 
-def table_lines(runs: Path) -> list[str]:
-    """Return the table's lines, in Markdown: every method that was measured to the end."""
-    heads = ["method", "learning rate", "held-out loss", "movies", "passages, nats/token"]
-    heads += ["chat, nats/token", "trained numbers", "seconds", "peak"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+def _note_cpu_seconds(command: Sequence[str], seconds: float) -> None:
+    """Keep what a training took, beside its manifest; a continued one adds to what it took."""
+    run_dir = next(one.partition("=")[2] for one in command if one.startswith("run_dir="))
+    path = Path(run_dir) / CPU_NAME
+    earlier = json.loads(path.read_text()) if path.is_file() else 0.0
+    path.write_text(json.dumps(earlier + seconds))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A method that was measured to the end with one seed."""
+
+    name: str
+    place: Path
+    rate: str
+
+    @property
+    def run(self) -> Path:
+        """The run of the best rate."""
+        return self.place / self.rate
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the run recorded."""
+        found: dict[str, Any] = json.loads((self.run / "manifest.json").read_text())
+        return found
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return int(self.place.name.split("-")[1])
+
+    @property
+    def steps(self) -> int:
+        """Its steps."""
+        return int(self.place.name.split("-")[3])
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        """What its training took; None if it was not measured."""
+        path = self.run / CPU_NAME
+        return float(json.loads(path.read_text())) if path.is_file() else None
+
+
+def finished_methods(runs: Path) -> list[Finished]:
+    """Return every method and seed that was measured to the end, in the order of `METHODS`."""
+    found = []
     for name, method in METHODS.items():
-        for place in sorted(runs.glob(f"{name}/seed-*")):
+        for place in sorted(runs.glob(f"{name}/seed-*-steps-*")):
             rate = best_rate(place, method.rates)
-            report = place / rate / "report.json"
-            if report.is_file():
-                lines.append(_row(name, rate, place / rate, json.loads(report.read_text())))
+            if (place / rate / "report.json").is_file():
+                found.append(Finished(name, place, rate))
+    return found
+
+
+def write_block(page: Path, lines: Sequence[str]) -> None:
+    """Replace what is between the two markers of a page."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{page}: expected the lines {BEGIN} and {END}, around what is rewritten")
+    block = "\n".join([begin, "", *lines, "", end])
+    page.write_text(before + block + after, encoding="utf-8")
+
+
+def block_lines(runs: Path) -> list[str]:
+    """Return what the page says: how it was measured, the table, and what is missing."""
+    finished = finished_methods(runs)
+    missing = [f"`{name}`" for name in METHODS if name not in {one.name for one in finished}]
+    left = [f"Not measured yet: {', '.join(missing)}."] if missing else []
+    if not finished:
+        return left
+    return [*_caption(finished), "", *table_lines(finished), "", *_notes(finished), *left]
+
+
+def _caption(finished: Sequence[Finished]) -> list[str]:
+    manifest = finished[0].manifest
+    dates = sorted({one.manifest["created"][:10] for one in finished})
+    machine = manifest["machine"]
+    seeds = sorted({one.seed for one in finished})
+    steps = sorted({one.steps for one in finished})
+    batch = manifest["config"]["train"]["batch_size"]
+    which = f"seed {seeds[0]} alone" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+    base = Path(manifest["base"]["origin"] or manifest["base"]["path"]).stem
+    limit = manifest["config"]["evaluate"]["limit"]
+    return [
+        f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} with "
+        f"`scripts/methods_table.py` on {machine['cores']} cores of an {machine['processor']}, "
+        f"shared with other work: {base},",
+        f"{' or '.join(map(str, steps))} steps of {batch} rows, {which}, at most {limit} items a "
+        "suite, 95 % intervals over items, each",
+        "minus the base. The learning rate is the one of three with the lowest held-out loss.",
+    ]
+
+
+def table_lines(finished: Sequence[Finished]) -> list[str]:
+    """Return the table's lines, in Markdown."""
+    heads = ["method", "learning rate", "held-out loss", "movies", "passages, nats/token"]
+    heads += ["chat, nats/token", "trained numbers", "file", "training", "peak memory"]
+    if len({one.seed for one in finished}) > 1:
+        heads.insert(1, "seed")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    first = next((one for one in finished if one.name == "lora"), None)
+    for one in finished:
+        cells = _cells(one, None if first is None else first.cpu_seconds)
+        if "seed" in heads:
+            cells.insert(1, str(one.seed))
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _row(name: str, rate: str, run: Path, report: Mapping[str, Any]) -> str:
-    training = training_of(run) or {}
-    cells = [f"`{name}`", rate, f"{training['final_eval_loss']:.3f}"]
+def _cells(one: Finished, cpu_seconds_of_lora: float | None) -> list[str]:
+    training = training_of(one.run) or {}
+    report = json.loads((one.run / "report.json").read_text())
+    edge = _edge(one)
+    cells = [f"`{one.name}`", one.rate + (f" ({edge} tried)" if edge else "")]
+    cells.append(f"{training['final_eval_loss']:.3f}")
     for suite in ("movies", "passages", "chat"):
         found = report["suites"][suite]
         unit = unit_of_metric(found["metric"])
         cells.append(f"{unit.difference(found['difference'])} {unit.interval(*found['interval'])}")
     cells.append(f"{training['injection']['trainable_parameters']:,}")
-    cells += [f"{training['seconds']:.0f}", f"{training['peak_bytes'] / 2**30:.2f} GiB"]
-    return "| " + " | ".join(cells) + " |"
+    cells.append(f"{training['adapter_bytes'] / 2**20:.1f} MiB")
+    spent = one.cpu_seconds
+    if spent is None:
+        cells.append(f"{training['seconds']:.0f} s by the clock")
+    else:
+        ratio = f", {spent / cpu_seconds_of_lora:.2f} x LoRA" if cpu_seconds_of_lora else ""
+        cells.append(f"{spent:.0f} CPU s{ratio}")
+    return [*cells, f"{training['peak_bytes'] / 2**30:.2f} GiB"]
+
+
+def _edge(one: Finished) -> str:
+    """Return where in its list the rate is, if at an end."""
+    rates = METHODS[one.name].rates
+    return {rates[0]: "lowest", rates[-1]: "highest"}.get(one.rate, "")
+
+
+def _notes(finished: Sequence[Finished]) -> list[str]:
+    notes = []
+    if any(_edge(one) for one in finished):
+        notes += [
+            "A rate marked as the lowest or highest tried is at the end of its list: a rate beyond "
+            "it may do better."
+        ]
+    if any(one.cpu_seconds is None for one in finished):
+        notes += [
+            "Seconds by the clock depend on what else the machine did at the time, so they cannot "
+            "be compared between rows."
+        ]
+    if len({one.seed for one in finished}) == 1:
+        notes += [
+            "One seed: intervals hold what a different choice of items would change, and nothing "
+            "of what a different seed would."
+        ]
+    return notes
 
 
 if __name__ == "__main__":

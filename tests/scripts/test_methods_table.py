@@ -1,6 +1,8 @@
 """The table of methods keeps the rate that fits held-out rows best, and does nothing twice."""
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import methods_table
-from methods_table import METHODS, main, table_lines
+from methods_table import METHODS, block_lines, finished_methods, main, table_lines
 
 from llmtune.config import load_config
 
@@ -19,23 +21,31 @@ def finish(run, rate: str, loss: float) -> None:
         "final_eval_loss": loss,
         "seconds": 61.0,
         "peak_bytes": 3 << 30,
+        "adapter_bytes": 3 << 19,
         "injection": {"trainable_parameters": 1234},
     }
     (run / rate).mkdir(parents=True)
-    manifest = {"stages": {"train": {"result": training}}}
+    manifest = {
+        "created": "2026-11-30T18:26:28+00:00",
+        "machine": {"processor": "AMD EPYC", "cores": 2},
+        "base": {"origin": "models/SmolLM2.gguf"},
+        "config": {"train": {"batch_size": 16}, "evaluate": {"limit": 100}},
+        "stages": {"train": {"result": training}},
+    }
     (run / rate / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_the_best_rate_alone_is_evaluated_and_shown(tmp_path, monkeypatch):
     place = tmp_path / "ia3" / "seed-0-steps-30"
     commands: list[list[str]] = []
+    losses = {"1e-3": 0.5, "3e-3": 0.3, "1e-2": 0.9}
 
     def run(command, **_):
         commands.append(command)
         verb, run_dir = command[3], next(x for x in command if x.startswith("run_dir="))
         rate = run_dir.rpartition("/")[2]
         if verb == "train":
-            finish(place, rate, {"1e-3": 0.5, "3e-3": 0.3, "1e-2": 0.9}[rate])
+            finish(place, rate, losses[rate])
             return
         suite = {"metric": "accuracy", "difference": 0.12, "interval": [0.02, 0.2]}
         prose = {"metric": "nll_per_token", "difference": 0.01, "interval": [0.0, 0.02]}
@@ -48,9 +58,39 @@ def test_the_best_rate_alone_is_evaluated_and_shown(tmp_path, monkeypatch):
     assert [one[3] for one in commands] == ["train"] * 3 + ["run"]
     assert main(["run", "ia3", "--runs", str(tmp_path)]) == 0
     assert len(commands) == 4, "what is finished is not done again"
-    (row,) = table_lines(tmp_path)[2:]
+    finished = finished_methods(tmp_path)
+    (row,) = table_lines(finished)[2:]
     assert row.startswith("| `ia3` | 3e-3 | 0.300 | +12.0")
-    assert row.endswith("| 1,234 | 61 | 3.00 GiB |")
+    assert re.search(r"\| 1,234 \| 1.5 MiB \| 0 CPU s \| 3.00 GiB \|$", row)
+    (place / "3e-3" / "cpu_seconds.json").unlink()
+    assert "| 61 s by the clock |" in table_lines(finished)[2]
+
+    said = "\n".join(block_lines(tmp_path))
+    assert "on 2 cores of an AMD EPYC" in said and "30 steps of 16 rows, seed 0 alone" in said
+    assert "One seed:" in said and "Seconds by the clock depend" in said
+    missing = said.partition("Not measured yet: ")[2]
+    assert "`lora`" in missing and "`vera`" in missing and "`ia3`" not in missing
+    assert "tried" not in said
+    finish(tmp_path / "ia3" / "seed-1-steps-30", "1e-2", 0.2)
+    shutil.copy(place / "3e-3/report.json", tmp_path / "ia3/seed-1-steps-30/1e-2/report.json")
+    said = "\n".join(block_lines(tmp_path))
+    assert "| `ia3` | 1 | 1e-2 (highest tried) |" in said and "end of its list" in said
+    assert "seeds 0, 1" in said and "One seed:" not in said
+
+
+def test_the_page_gets_what_is_finished_between_its_markers(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{methods_table.BEGIN}\nold\n{methods_table.END}\nbelow\n")
+    write = ["write", "--runs", str(tmp_path), "--page", str(page)]
+    assert main(write) == 0 and main(write) == 0
+    text = page.read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert text.count("Not measured yet: `lora`") == 1
+    page.write_text("no markers")
+    with pytest.raises(SystemExit, match="expected the lines"):
+        main(write)
+    markers = methods_table.PAGE.read_text()
+    assert markers.index(methods_table.BEGIN) < markers.index(methods_table.END)
 
 
 @pytest.mark.parametrize("name", METHODS)
