@@ -1,15 +1,18 @@
 """Runs that do not wait for each other: one after another here, or side by side on an engine."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from llmtune.config import RunConfig
-from llmtune.errors import CheckFailed, LlmtuneError, RunInterrupted
+from llmtune.errors import CheckFailed, LlmtuneError, ProcessLost, RunInterrupted
 from llmtune.io.processes import joined_processes
 from llmtune.launching.base import Engine
 from llmtune.launching.config import ENGINES
 from llmtune.runs import pipeline
+
+log = logging.getLogger("llmtune")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def do_all(
     Here they are done in their order, on an engine in any.
 
     Raises:
-        RunInterrupted: one was stopped; what it saved is kept.
+        RunInterrupted: one was stopped, or the engine lost its process and the others have ended;
+            what it saved is kept.
     """
     if engine is None:
         for number, task in enumerate(tasks):
@@ -72,12 +76,23 @@ def do_all(
                 yield number, None
         return
     wants_gpu = any(task.config.model.device != "cpu" for task in tasks)
+    lost: list[str] = []
     for called in engine.call_each(attempt, tasks, wants_gpu=wants_gpu):
-        lost = None if called.lost is None else LlmtuneError(called.lost)
-        failed = lost if called.value is None else called.value.error
+        if called.lost is not None:
+            lost.append(f"{tasks[called.number].config.run_dir}: {called.lost}")
+            log.warning("%s", lost[-1])
+            continue
+        failed = None if called.broken is None else LlmtuneError(called.broken)
+        if called.value is not None:
+            failed = called.value.error
         if isinstance(failed, RunInterrupted):
             raise failed
         yield called.number, failed
+    if lost:
+        raise ProcessLost(
+            f"{len(lost)} of {len(tasks)} runs were lost, and the others have ended; the same "
+            f"command continues from what is saved. The first: {lost[0]}"
+        )
 
 
 def do(task: Task) -> None:

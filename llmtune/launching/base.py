@@ -217,7 +217,9 @@ class Called(Generic[R]):
     """Of the value."""
     value: R | None = None
     lost: str | None = None
-    """Why it came to no end, if it did not."""
+    """Why it came to no end: its process or its machine was lost, and calling again may help."""
+    broken: str | None = None
+    """What the function failed by in a way that is a bug."""
 
 
 class Engine(ABC):

@@ -19,6 +19,7 @@ RETRIES = 5
 WAIT_SECONDS = 600
 ENDING_SECONDS = 60
 WRONG_INPUT = 2
+INTERRUPTED = 3
 PR_SET_PDEATHSIG = 1
 
 
@@ -36,8 +37,8 @@ def main(arguments: Sequence[str]) -> int:
             return run_once(given.config, given.nodes, given.gpus, given.env)
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
             _say(f"lost a node ({type(error).__name__}); attempt {attempt + 2} continues")
-    _say(f"lost a node {RETRIES + 1} times; giving up, and what is saved stays")
-    return 1
+    _say(f"lost a node {RETRIES + 1} times; giving up; the same job continues from what is saved")
+    return INTERRUPTED
 
 
 def run_once(config: str, nodes: int, gpus: int, env: Sequence[str]) -> int:
@@ -47,7 +48,7 @@ def run_once(config: str, nodes: int, gpus: int, env: Sequence[str]) -> int:
     try:
         if not group.wait(WAIT_SECONDS):
             _say(f"no {nodes} nodes with {bundle} were free within {WAIT_SECONDS} s")
-            return WRONG_INPUT
+            return INTERRUPTED
 
         def on_node(place: int, function: Any) -> Any:
             return ray.remote(

@@ -6,11 +6,13 @@ An engine tries again what was interrupted, and not what cannot succeed: it know
 import sys
 from collections.abc import Sequence
 from signal import Signals
+from socket import gaierror
 
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.launching.base import TEMPORARY_OPTION
 
 PERMANENT = (0, LlmtuneError.exit_code)
+WRONG_COMMAND = (FileNotFoundError, NotADirectoryError, PermissionError)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -18,6 +20,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Before them may be `--temporary-code N`: what to end with where trying again may help.
     """
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -35,8 +38,14 @@ def main(arguments: Sequence[str]) -> int:
     except SignalException as error:
         _say(f"stopped by {error.sigval.name}")
         code = RunInterrupted.exit_code
-    except (RendezvousError, RuntimeError, OSError) as error:
+    except WRONG_COMMAND as error:
+        _say(f"could not start the processes: {error}")
+        code = LlmtuneError.exit_code
+    except (RendezvousError, DistError, ConnectionError, TimeoutError, gaierror) as error:
         _say(f"the machines could not meet: {error}")
+        code = RunInterrupted.exit_code
+    except (RuntimeError, OSError) as error:
+        _say(f"could not start the processes, or lost sight of them: {error}")
         code = RunInterrupted.exit_code
     if temporary_code is not None and code not in PERMANENT:
         return temporary_code

@@ -75,20 +75,25 @@ def test_the_best_of_many_equal_runs_is_not_flattered(tmp_path):
 )
 def test_what_ended_on_a_machine_is_what_it_would_be_here(monkeypatch, outcome, kind):
     def call_each(self, function, values, *, wants_gpu):
-        yield Called(1, lost="its process was lost")
+        yield Called(2, lost="its process was lost")
+        yield Called(1, broken="a bug")
         yield Called(0, outcome)
 
     monkeypatch.setattr(RayEngine, "call_each", call_each)
-    task = Task(cast(Any, SimpleNamespace(model=SimpleNamespace(device="auto"))))
-    found = do_all([task, task], find_caller("ray"))
+    config = SimpleNamespace(model=SimpleNamespace(device="auto"), run_dir="runs/a")
+    found = do_all([Task(cast(Any, config))] * 3, find_caller("ray"))
     number, error = next(found)
-    assert number == 1 and "was lost" in str(error) and error.exit_code == 2
+    assert number == 1 and str(error) == "a bug" and error.exit_code == 2
     if kind is RunInterrupted:
         with pytest.raises(RunInterrupted, match="stopped"):
             next(found)
     else:
         number, error = next(found)
         assert number == 0 and type(error) is kind
+        # what was lost is not a run that failed: the same command does it
+        with pytest.raises(RunInterrupted, match="1 of 3 runs were lost.*runs/a: its") as lost:
+            next(found)
+        assert lost.value.exit_code == 3
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,11 @@ from types import ModuleType, SimpleNamespace
 import jsonschema
 import pytest
 import yaml
+from torch.distributed import DistNetworkError
 
 from llmtune.cli import run_command
 from llmtune.config import load_config
+from llmtune.errors import LlmtuneError
 from llmtune.launching import torchrun
 from llmtune.launching.base import Called
 from llmtune.launching.config import ENGINES
@@ -415,12 +417,19 @@ def handlers():
         signal.signal(number, handler)
 
 
+KILLED_BESIDE_ONE_THAT_SAYS_3 = """
+trap 'exit 3' TERM
+[ $RANK = 1 ] || { sleep 0.3; kill -9 $BASHPID; }
+sleep 5 & wait
+"""
+
+
 @pytest.mark.parametrize(
     ("given", "ends", "code"),
     [
         (("--temporary-code", "143"), "exit 2", 2),
-        (("--temporary-code", "143"), "[ $RANK = 0 ] && kill -9 $BASHPID; sleep 0.2; exit 3", 143),
-        ((), "kill -9 $BASHPID", 137),
+        ((), KILLED_BESIDE_ONE_THAT_SAYS_3, 3),
+        (("--temporary-code", "143"), "kill -9 $BASHPID", 143),
     ],
 )
 def test_torchrun_ends_with_the_exit_code_of_the_run(handlers, monkeypatch, given, ends, code):
@@ -428,6 +437,25 @@ def test_torchrun_ends_with_the_exit_code_of_the_run(handlers, monkeypatch, give
     shape = ("--nproc-per-node", "2", "--master-port", str(free_port()))
     quick = ("--monitor-interval", "0.05", "--no-python")
     assert torchrun.main([*given, *shape, *quick, "bash", "-c", ends]) == code
+    assert torchrun.exit_code([-9, -9]) == 137
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "code"),
+    [
+        (FileNotFoundError(2, "No such file", "gone"), "could not start the processes", 2),
+        (OSError(28, "No space left on device"), "could not start the processes, or lost", 3),
+        (ConnectionRefusedError(111, "Connection refused"), "the machines could not meet", 3),
+        (DistNetworkError("timed out"), "the machines could not meet", 3),
+    ],
+)
+def test_torchrun_says_what_it_failed_by(monkeypatch, capsys, error, said, code):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("torch.distributed.run.run", fail)
+    assert torchrun.main(["--standalone", "-m", "llmtune"]) == code
+    assert said in capsys.readouterr().err
 
 
 def test_kubernetes_gets_a_job_with_the_files_in_it(launch, monkeypatch):
@@ -498,12 +526,12 @@ def test_ray_gets_a_runtime_environment_with_the_wheel_in_it(launch, tmp_path):
 
 
 class StandIn(ModuleType):
-    """Ray as far as calls of a function need it: the last task ends first."""
+    """Ray as far as calls of a function need it: the task that was started last ends first."""
 
     def __init__(self, nodes):
         super().__init__("ray")
         self.exceptions = SimpleNamespace(RayError=OSError, RayTaskError=ArithmeticError)
-        self.is_running, self.cancelled, self.taken = False, [], {}
+        self.is_running, self.cancelled, self.started = False, [], []
         self.nodes = lambda: nodes
 
     def is_initialized(self):
@@ -516,10 +544,12 @@ class StandIn(ModuleType):
         self.is_running = False
 
     def remote(self, **options):
-        self.taken = options
-        return lambda function: SimpleNamespace(
-            remote=lambda *arguments: functools.partial(function, *arguments)
-        )
+        def start(function, *arguments):
+            node = options["scheduling_strategy"].node_id
+            self.started.append((arguments[1], node, options["num_cpus"], options["num_gpus"]))
+            return functools.partial(function, *arguments)
+
+        return lambda function: SimpleNamespace(remote=functools.partial(start, function))
 
     def wait(self, tasks, num_returns, timeout=None):
         return tasks[-num_returns:], tasks[:-num_returns]
@@ -531,40 +561,76 @@ class StandIn(ModuleType):
         self.cancelled.append(task)
 
 
-def node(cpus, gpus=0, *, is_alive=True):
-    return {"Alive": is_alive, "Resources": {"CPU": cpus, "GPU": gpus}}
+def node(name, cpus, gpus=0, *, is_alive=True):
+    return {"NodeID": name, "Alive": is_alive, "Resources": {"CPU": cpus, "GPU": gpus}}
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Return what makes a Ray of some nodes, and the module that calls it."""
+    logger = logging.getLogger("llmtune")
+    kept = logger.handlers, logger.level
+
+    def make(*nodes):
+        ray, strategies = StandIn(nodes), ModuleType("ray.util.scheduling_strategies")
+        vars(strategies)["NodeAffinitySchedulingStrategy"] = SimpleNamespace
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        monkeypatch.setitem(sys.modules, "ray.util", ModuleType("ray.util"))
+        monkeypatch.setitem(sys.modules, strategies.__name__, strategies)
+        monkeypatch.setitem(sys.modules, "llmtune.launching.ray_calls", None)
+        del sys.modules["llmtune.launching.ray_calls"]
+        return ray, importlib.import_module("llmtune.launching.ray_calls")
+
+    yield make
+    logger.handlers, logger.level = kept
 
 
 @pytest.mark.parametrize(
-    ("nodes", "wants_gpu", "taken"),
+    ("nodes", "wants_gpu", "started"),
     [
-        ([node(16, 4), node(64)], True, (4, 1)),
-        ([node(16, 4), node(8, 0, is_alive=False)], False, (16, 0)),
-        ([node(0), node(3), node(2)], True, (2, 0)),
+        ([node("a", 16, 2), node("b", 64)], True, [(0, "a", 8, 1), (1, "a", 8, 1), (2, "a", 8, 1)]),
+        (
+            [node("a", 16, 4), node("b", 8, is_alive=False)],
+            False,
+            [(n, "a", 16, 0) for n in (0, 1, 2)],
+        ),
+        (
+            [node("a", 0), node("b", 64), node("c", 2)],
+            True,
+            [(0, "b", 64, 0), (1, "c", 2, 0), (2, "c", 2, 0)],
+        ),
     ],
 )
-def test_ray_calls_a_function_on_a_gpu_or_a_whole_node_each(monkeypatch, nodes, wants_gpu, taken):
-    ray = StandIn(nodes)
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setitem(sys.modules, "llmtune.launching.ray_calls", None)
-    del sys.modules["llmtune.launching.ray_calls"]
-    ray_calls = importlib.import_module("llmtune.launching.ray_calls")
+def test_on_ray_one_call_at_a_time_has_a_gpu_or_a_whole_node(stand_in, nodes, wants_gpu, started):
+    ray, ray_calls = stand_in(*nodes)
+    found = list(ray_calls.call_each(str, [0, 1, 2], wants_gpu=wants_gpu))
+    assert ray.started == started and not ray.is_running
+    assert sorted(found, key=lambda each: each.number) == [Called(n, str(n)) for n in (0, 1, 2)]
 
-    def halve(value):
-        if value % 2:
+
+def test_on_ray_what_was_lost_is_called_again_and_a_bug_is_not(stand_in):
+    nodes = [node("a", 2), node("b", 2)]
+    ray, ray_calls = stand_in(*nodes)
+
+    def lose(value):
+        if value == "lost":
             raise OSError("noise\nthe worker died")
-        return value // 2
+        return 1 // value
 
-    logger = logging.getLogger("llmtune")
-    kept = logger.handlers, logger.level
-    try:
-        calls = ray_calls.call_each(halve, [2, 3, 4], wants_gpu=wants_gpu)
-        assert next(calls) == Called(2, 2)
-        assert next(calls) == Called(1, lost="its process on Ray was lost: the worker died")
-        calls.close()
-        (failed,) = ray_calls.call_each(lambda value: 1 // value, [0], wants_gpu=wants_gpu)
-        assert failed.lost.startswith("it failed in a way that is a bug: integer division")
-    finally:
-        logger.handlers, logger.level = kept
-    assert (ray.taken["num_cpus"], ray.taken["num_gpus"]) == taken
+    calls = ray_calls.call_each(lose, [1, "lost", 0, 1], wants_gpu=False)
+    assert [next(calls).number for _ in range(2)] == [2, 3]
+    assert next(calls) == Called(1, lost="its process on Ray was lost: the worker died")
+    assert [value for value, *_ in ray.started].count("lost") == 1 + ray_calls.RETRIES
+    calls.close()
     assert len(ray.cancelled) == 1 and not ray.is_running
+    (broken,) = ray_calls.call_each(lose, [0], wants_gpu=False)
+    assert broken.broken.startswith("it failed in a way that is a bug: integer division")
+
+    def end_cluster(value):
+        nodes[0]["Alive"] = nodes[1]["Alive"] = False
+        raise OSError("the node died")
+
+    (gone,) = ray_calls.call_each(end_cluster, [0], wants_gpu=False)
+    assert gone.lost == "the cluster lost its nodes"
+    with pytest.raises(LlmtuneError, match="no node of the cluster has a CPU"):
+        list(ray_calls.call_each(lose, [1], wants_gpu=False))
