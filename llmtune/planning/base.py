@@ -8,15 +8,13 @@ from types import MappingProxyType
 from typing import Any
 
 from llmtune.errors import LlmtuneError
-from llmtune.io.cached import cache_dir
 from llmtune.io.gguf_head import read_gguf_head
-from llmtune.io.json_files import read_json_object
 from llmtune.io.quiet import quieted
 from llmtune.io.stopping import call_within, first_line
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.dequantized import plan_dequantization
-from llmtune.models.gguf import RECORD_NAME
+from llmtune.models.gguf import converted_before
 from llmtune.models.hub import LOOKUP_SECONDS, no_such_base, reads_as_hub_id
 from llmtune.models.plausible import check_config
 from llmtune.models.stored.dense import dense_config, dense_dtype
@@ -88,7 +86,7 @@ def read_base(model: ModelConfig, opened: Checkpoint | None = None) -> BaseNumbe
     if path.is_dir():
         return _read_directory(opened or Checkpoint.open(path))
     if path.suffix == ".gguf" and path.is_file():
-        return BaseNumbers(read_gguf_config(path), str(path), None, _converted_before(path))
+        return BaseNumbers(read_gguf_config(path), str(path), None, converted_before(path))
     if path.exists():
         raise LlmtuneError(
             f"model.base={model.base}: a file, but not a .gguf file. Give a directory with "
@@ -122,20 +120,6 @@ def _dense_numbers(config: Mapping[str, Any], place: str) -> BaseNumbers:
         return BaseNumbers(config, place, None, None)
     notice = f"base: {format.title}, dequantized to {dense_dtype(config)} on first use"
     return BaseNumbers(dense_config(config), place, None, None, notice)
-
-
-def _converted_before(gguf_path: Path) -> Path | None:
-    """Return the checkpoint that an earlier run made from this GGUF file, if it is there."""
-    wanted = gguf_path.resolve()
-    for record in (cache_dir() / "bases").glob(f"*/{RECORD_NAME}"):
-        try:
-            made_from = Path(read_json_object(record)["gguf_path"])
-        except (LlmtuneError, KeyError, TypeError):
-            continue
-        is_newer = record.stat().st_mtime >= wanted.stat().st_mtime
-        if made_from.resolve() == wanted and is_newer:
-            return record.parent
-    return None
 
 
 def _read_hub(repo: str, revision: str | None) -> BaseNumbers:

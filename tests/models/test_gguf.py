@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.gguf_conversion import _check_sizes
 from llmtune.models.load import load_model
 from llmtune.models.resolve import resolve_base
+from llmtune.planning.base import read_base
 from tests.tiny import CHATML, VOCAB_SIZE, make_model, make_tokenizer
 
 TENSOR_NAMES = {
@@ -142,6 +144,21 @@ def test_second_use_converts_nothing(tiny_gguf, cache, monkeypatch):
     monkeypatch.setattr(gguf_room, "_convert", lambda *args: pytest.fail("converted again"))
 
     assert resolve_base(ModelConfig(base=str(path))) == first
+
+
+def test_plan_finds_the_checkpoint_of_a_copy_of_the_file(tiny_gguf, cache, tmp_path, monkeypatch):
+    # Made under a relative path, from a directory that is not the one the plan is asked in.
+    copied = tmp_path / "copied.gguf"
+    shutil.copy(tiny_gguf[0], copied)
+    assert read_base(ModelConfig(base=str(copied))).tokenizer_dir is None
+    monkeypatch.chdir(tiny_gguf[0].parent)
+    made = resolve_base(ModelConfig(base=tiny_gguf[0].name)).directory
+    monkeypatch.chdir(tmp_path)
+
+    assert read_base(ModelConfig(base="copied.gguf")).tokenizer_dir == made
+    with copied.open("ab") as file:
+        file.write(b"more")
+    assert read_base(ModelConfig(base="copied.gguf")).tokenizer_dir is None
 
 
 def test_converted_base_loads_with_a_pad_token_that_is_not_eos(tiny_gguf, cache):
