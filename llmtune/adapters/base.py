@@ -4,6 +4,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -109,6 +110,11 @@ class Adapter(Section):
     def patterns(self) -> Mapping[str, Mapping[str, float]]:
         """The knobs that name modules by patterns: {knob: {pattern: value}}."""
         return {}
+
+    @classmethod
+    def attaching(cls) -> AbstractContextManager[None]:
+        """Return what must be in force while peft makes the method's layers."""
+        return nullcontext()
 
     @classmethod
     def fit_quantized(cls, layer: "BaseTunerLayer") -> None:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from llmtune.adapters.base import Adapter, SavedConfig
 from llmtune.adapters.dora import DoraAdapter
 from llmtune.adapters.lora import LoraAdapter
-from llmtune.adapters.other_bases import FourierAdapter, OftAdapter
+from llmtune.adapters.other_bases import BoftAdapter, FourierAdapter, OftAdapter
 from llmtune.adapters.products import LoHaAdapter, LoKrAdapter, MissAdapter
 from llmtune.adapters.rslora import RsLoraAdapter
 from llmtune.adapters.vectors import Ia3Adapter, ShiraAdapter, VeraAdapter
@@ -36,8 +36,6 @@ UNOFFERED: Mapping[str, str] = {
     "also starts from the weights, over 4 bits too",
     "adalora": "its ranks are cut while it trains, which llmtune's steps do not do; use "
     "adapter.method: lora with adapter.rank_pattern",
-    "boft": "it needs a CUDA extension that is compiled on first use; adapter.method: oft is the "
-    "same idea without one",
     "prompt_tuning": VIRTUAL_TOKENS,
     "prefix_tuning": VIRTUAL_TOKENS,
     "p_tuning": VIRTUAL_TOKENS,
@@ -64,6 +62,7 @@ AdapterConfig = Annotated[
     | LoKrAdapter
     | VeraAdapter
     | OftAdapter
+    | BoftAdapter
     | MissAdapter
     | FourierAdapter
     | ShiraAdapter

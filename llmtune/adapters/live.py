@@ -41,11 +41,11 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     Raises:
         ValueError: the config's modules are not in the model.
     """
-    with warnings.catch_warnings():
+    method = method_of(config.to_dict())
+    with warnings.catch_warnings(), method.attaching():
         for message, category in UNWANTED:
             warnings.filterwarnings("ignore", message=message, category=category)
         adapted = PeftModelForCausalLM(model, config, autocast_adapter_dtype=True)
-    method = method_of(config.to_dict())
     for layer in adapted.modules():
         if isinstance(layer, BaseTunerLayer) and is_over_quantized(layer):
             method.fit_quantized(layer)

@@ -1,6 +1,7 @@
-"""Methods that see a weight in a different basis: OFT turns it, FourierFT trains frequencies."""
+"""Methods that see a weight in a different basis: turned (OFT, BOFT), or as frequencies."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -32,6 +33,61 @@ class OftAdapter(PeftMethod):
         """Return the angles of each block's rotation."""
         size = _nearest_divisor(num_in, self.block_size)
         return num_in // size * (size * (size - 1) // 2)
+
+
+class BoftAdapter(PeftMethod):
+    """BOFT (arXiv:2311.06243): OFT whose blocks overlap, as a product of several rotations."""
+
+    PEFT_TYPE: ClassVar[str] = "BOFT"
+    PEFT_CONFIG: ClassVar[str] = "BOFTConfig"
+    TENSOR_MARK: ClassVar[str] = ".boft_"
+    PARTS: ClassVar[tuple[SavedPart, ...]] = (SavedPart("boft_R", 0.0), SavedPart("boft_s", 1.0))
+    SHAPE_KNOBS: ClassVar[Mapping[str, str]] = {
+        "boft_block_size": "block_size",
+        "boft_n_butterfly_factor": "num_factors",
+    }
+    KEPT_OUTPUTS: ClassVar[int] = 3
+    """What two factors see, and the result that is scaled."""
+
+    method: Literal["boft"] = "boft"
+    block_size: Annotated[int, Field(gt=1)] = 8
+    """Inputs that one rotation turns together; must divide the widths."""
+    num_factors: Annotated[int, Field(gt=0)] = 2
+    """Rotations after each other; each doubles the inputs that reach an output."""
+
+    @classmethod
+    def attaching(cls) -> AbstractContextManager[None]:
+        """Have layers without dense tables made."""
+        from llmtune.adapters.butterfly import butterfly_layers
+
+        return butterfly_layers()
+
+    def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
+        """Return the blocks."""
+        return {
+            "boft_block_size": self.block_size,
+            "boft_n_butterfly_factor": self.num_factors,
+        }
+
+    def why_not_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """The blocks must fit every width."""
+        if self.num_factors > 1 and self.block_size % 2:
+            return [
+                f"adapter.block_size={self.block_size}: with adapter.num_factors="
+                f"{self.num_factors} it must be even"
+            ]
+        span = self.block_size * 2 ** (self.num_factors - 1)
+        return [
+            f"adapter: {self.num_factors} factors of blocks of {self.block_size} need a multiple "
+            f"of {span} inputs, and {name} has {shape[-1]:,}; choose a smaller block_size or "
+            "num_factors"
+            for name, shape in shapes.items()
+            if shape[-1] % span
+        ][:1]
+
+    def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
+        """Return the whole matrix of each block, as peft keeps it, and the scales."""
+        return self.num_factors * num_in * self.block_size + num_out
 
 
 class FourierAdapter(PeftMethod):

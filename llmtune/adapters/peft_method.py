@@ -265,7 +265,8 @@ class PeftUpdate(WeightUpdate):
         config = PeftConfig.from_peft_type(**settings, target_modules=[self.module])
         config.inference_mode = True
         root = _nest(self.module, base)
-        PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](root, config, adapter_name=ADAPTER)
+        with self.method.attaching():
+            PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](root, config, adapter_name=ADAPTER)
         layer: BaseTunerLayer = root.get_submodule(self.module)
         return layer
 

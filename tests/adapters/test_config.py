@@ -112,7 +112,6 @@ def test_a_section_without_a_method_is_lora():
     ("method", "advice"),
     [
         ("pissa", "adapter.init: pissa"),
-        ("boft", "adapter.method: oft"),
         ("AdaLoRA", "rank_pattern"),
         ("prompt_tuning", "no merged model"),
     ],

@@ -1,9 +1,14 @@
 """Every member of the union recognizes what it saved, and its updates are peft's own merge."""
 
+import copy
+
 import pytest
 import torch
+from peft import BOFTConfig, get_peft_model
+from peft.tuners import boft as stock_boft
 from safetensors.torch import load_file, save_file
 
+from llmtune.adapters.butterfly import ButterflyLinear, butterfly_layers
 from llmtune.adapters.config import METHODS, method_of
 from llmtune.adapters.inject import adapted_layers, inject_adapter
 from llmtune.adapters.live import adapter_strength
@@ -81,6 +86,51 @@ def test_over_a_quantized_base_it_computes_what_peft_does_over_the_same_weights(
     )
 
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+class BlockDiagonal:
+    """What peft's CUDA extension for BOFT computes."""
+
+    @staticmethod
+    def forward(blocks):
+        return [torch.stack([torch.block_diag(*each) for each in blocks])]
+
+    @staticmethod
+    def backward(gradient, blocks):
+        _, num, size, _ = blocks.shape
+        tables = gradient.unflatten(1, (num, size)).unflatten(3, (num, size))
+        return [tables.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()]
+
+
+@pytest.mark.parametrize("num_factors", [1, 2, 3])
+def test_butterflies_without_tables_are_what_peft_computes_with_them(num_factors, monkeypatch):
+    monkeypatch.setattr(stock_boft.layer, "_FBD_CUDA", BlockDiagonal)
+    settings = {"boft_block_size": 4, "boft_n_butterfly_factor": num_factors}
+    config = BOFTConfig(target_modules=["0"], **settings)
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(32, 24))
+    theirs = get_peft_model(copy.deepcopy(base), config)
+    with butterfly_layers():
+        ours = get_peft_model(base, config)
+    assert stock_boft.model.Linear is stock_boft.layer.Linear
+    assert type(ours.base_model.model[0]) is ButterflyLinear
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+                theirs.get_parameter(name).copy_(parameter)
+    inputs = torch.randn(3, 5, 32)
+    for model in (ours, theirs):
+        model(inputs).square().sum().backward()
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            expected = theirs.get_parameter(name).grad
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-4)
+    tuned = ours(inputs)
+    torch.testing.assert_close(tuned, theirs(inputs))
+    merged = [model.merge_and_unload() for model in (ours, theirs)]
+    torch.testing.assert_close(merged[0][0].weight, merged[1][0].weight)
+    torch.testing.assert_close(merged[0](inputs), tuned, rtol=1e-4, atol=1e-4)
 
 
 def test_a_weakened_layer_is_between_base_and_tuned_and_is_put_back(trained):

@@ -13,13 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 
+from llmtune.adapters.config import METHODS
+from llmtune.adapters.inject import inject_adapter
 from llmtune.errors import LlmtuneError, RunInterrupted
 from llmtune.io.run_dir import RunDir
 from llmtune.training import checkpoint as checkpoints
 from llmtune.training.step import TrainingStep
 from llmtune.training.train import train_adapter
 from llmtune.training.trainer import AdapterTrainer
+from tests.tiny import make_model
 from tests.training.tiny_runs import (
     adapter_weights,
     make_adapter,
@@ -75,6 +79,28 @@ def test_a_continued_run_equals_a_straight_one_bit_for_bit(step, tmp_path):
     assert losses == [
         (line["step"], line.get("loss"), line.get("eval_loss")) for line in metrics(tmp_path)
     ]
+
+
+METHOD_KNOBS = {"miss": {"rank": 24}, "shira": {"rank": 4}, "vera": {"rank": 16}}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name())
+def test_every_method_continues_bit_for_bit(method, tmp_path):
+    def train():
+        torch.manual_seed(0)
+        targets = {"layers": "last-1", "target_modules": ["q_proj", "down_proj"]}
+        adapter = method(**targets, **METHOD_KNOBS.get(method.name(), {}))
+        model, _ = inject_adapter(make_model("llama"), adapter)
+        config = make_config(max_steps=4, batch_size=2, save_every=2, keep_checkpoints=5)
+        train_adapter(config, make_request(model, tmp_path, train=make_rows(4, longest=12)))
+        return adapter_weights(model), get_peft_model_state_dict(model, save_embedding_layers=False)
+
+    straight, saved = train()
+    forget_after(tmp_path, 2)
+    continued, again = train()
+    assert straight.keys() == continued.keys() and saved.keys() == again.keys()
+    assert all(torch.equal(straight[name], continued[name]) for name in straight)
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
