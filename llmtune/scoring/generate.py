@@ -137,7 +137,7 @@ def find_rooms(model: nn.Module, prompts: Sequence[Sequence[int]], decoding: Dec
 class Texts:
     """What is written so far, by place; `rooms` says how much may be."""
 
-    def __init__(self, rooms: Sequence[int], stop_token_ids: Sequence[int]) -> None:
+    def __init__(self, rooms: list[int], stop_token_ids: Sequence[int]) -> None:
         self.rooms = rooms
         self._stops = stop_token_ids
         self._written: dict[int, list[int]] = {}
@@ -210,6 +210,18 @@ class _Waiting:
 
 
 @dataclass(frozen=True)
+class TokenShare:
+    """A chosen token, with the log-probabilities that the model gave to it and to the likeliest.
+
+    They are of the model itself, before `temperature` and `top_p`.
+    """
+
+    token_id: int
+    log_probability: float
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Piece:
     """The next text of a stream, never half a character; the last one says how it ended."""
 
@@ -219,35 +231,74 @@ class Piece:
     is_last: bool = False
     stopped: bool = False
     """Whether the model ended the text by itself; known of the last piece."""
+    place: int = 0
+    """Which of several answers to the prompt it is a piece of."""
+    token_ids: tuple[int, ...] = ()
+    """All tokens of the text so far, without the stop token."""
+    shares: tuple[TokenShare, ...] = ()
+    """If they are asked for: of the tokens since the last piece."""
 
 
-def stream_pieces(
+def stream_pieces(  # noqa: PLR0913 (what a text is, and how it is read while it is written)
     model: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
     prompt: Sequence[int],
     decoding: Decoding,
+    *,
+    places: Sequence[int] = (0,),
+    num_likeliest: int | None = None,
+    is_ended: Callable[[int], bool] = lambda _: False,
 ) -> Iterator[Piece]:
     """Yield a prompt's continuation as it is written: what `generate_texts` would return.
+
+    Args:
+        places: the answers that are written at once, 0, 1, ...; each draws with a seed of its own.
+        num_likeliest: how many likeliest tokens come with each chosen one; None: no shares.
+        is_ended: asked after each piece of a place whether its reader has enough of it.
 
     Raises:
         LlmtuneError: the prompt leaves the model no position for an answer.
     """
-    texts = Texts(find_rooms(model, [prompt], decoding), decoding.stop_token_ids)
-    shown = ""
+    texts = Texts(
+        find_rooms(model, [prompt] * (max(places) + 1), decoding), decoding.stop_token_ids
+    )
+    shown = dict.fromkeys(places, "")
+    waiting: dict[int, list[TokenShare]] = {place: [] for place in places}
+
+    def watch(rows: Sequence[int], logits: torch.Tensor, tokens: Sequence[int]) -> None:
+        for place, share in zip(rows, _shares(logits, tokens, num_likeliest or 0), strict=True):
+            waiting[place].append(share)
+
     with evaluation_mode(model), fused_inference(model):
         with torch.no_grad():
-            rows = open_rows(model, [prompt], [0], NO_PREFIX)
-        for place, token in write_rows(model, rows, decoding, texts.rooms):
-            if texts.add(place, token):
-                break
+            rows = open_rows(model, [prompt] * len(places), places, NO_PREFIX)
+        watched = None if num_likeliest is None else watch
+        for place, token in write_rows(model, rows, decoding, texts.rooms, watch=watched):
+            is_last = texts.add(place, token)
             so_far = texts.of(place, tokenizer)
-            text = so_far.text
-            if not text.endswith(UNFINISHED_CHARACTER) and len(text) > len(shown):
-                yield Piece(text[len(shown) :], len(so_far.token_ids))
-                shown = text
-    whole = texts.of(0, tokenizer)
-    rest = whole.text[len(shown) :]
-    yield Piece(rest, len(whole.token_ids), is_last=True, stopped=whole.stopped)
+            text, ids = so_far.text[len(shown[place]) :], so_far.token_ids
+            if not is_last and (not text or so_far.text.endswith(UNFINISHED_CHARACTER)):
+                continue
+            shown[place] = so_far.text
+            # a stop token is not part of the text
+            shares = waiting.pop(place)[: None if not so_far.stopped else -1]
+            waiting[place] = []
+            yield Piece(text, len(ids), is_last, so_far.stopped, place, ids, tuple(shares))
+            if is_ended(place):
+                texts.rooms[place] = 0
+
+
+def _shares(logits: torch.Tensor, tokens: Sequence[int], num_likeliest: int) -> list[TokenShare]:
+    """Return the shares of one step's tokens; `logits` is [R, V]."""
+    log_probs = logits.log_softmax(-1)
+    chosen = log_probs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
+    values, ids = log_probs.topk(min(num_likeliest, log_probs.shape[-1]), dim=-1)
+    return [
+        TokenShare(token, float(own), tuple(zip(top_ids, top, strict=True)))
+        for token, own, top_ids, top in zip(
+            tokens, chosen[:, 0].tolist(), ids.tolist(), values.tolist(), strict=True
+        )
+    ]
 
 
 def stream_text(

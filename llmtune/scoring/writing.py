@@ -137,6 +137,7 @@ def write_rows(
     rooms: Sequence[int],
     *,
     refill: Callable[[OpenRows | None], OpenRows | None] | None = None,
+    watch: Callable[[Sequence[int], torch.Tensor, Sequence[int]], None] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Yield (place, token) as they are chosen, stop tokens included.
 
@@ -144,8 +145,9 @@ def write_rows(
     to the end. Sampling draws from one generator a row, seeded by `decoding.seed` and its place.
 
     Args:
-        rooms: by place, how many tokens may be written.
+        rooms: by place, how many tokens may be written; one that is lowered ends its row.
         refill: given the rows that go on (None: none does), returns them with new ones joined.
+        watch: called before tokens are yielded: places, their logits [R, V], and the tokens.
     """
     generators: dict[int, torch.Generator] = {}
     written: Counter[int] = Counter()
@@ -155,7 +157,10 @@ def write_rows(
             if place not in generators:
                 generators[place] = _make_generator(decoding.seed, place)
         drawn = [generators[place] for place in left.places]
-        tokens = _choose_tokens(left.logits.float(), decoding, drawn)
+        logits = left.logits.float()
+        tokens = _choose_tokens(logits, decoding, drawn)
+        if watch is not None:
+            watch(left.places, logits, tokens)
         going = []
         for row, (place, token) in enumerate(zip(left.places, tokens, strict=True)):
             if written[place] >= rooms[place]:

@@ -8,24 +8,23 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from llmtune.errors import LlmtuneError
-from llmtune.scoring.generate import Piece
 from llmtune.serving.http_api import LOOK_SECONDS, Api, HttpServer, HttpSettings, render_event
 from llmtune.serving.listening import MAX_WAITING
 from llmtune.serving.live_models import LiveModels
 from llmtune.serving.openai_api import (
     AnswerRequest,
     RefusedRequest,
-    Shape,
-    finish_reason,
     read_chat,
     read_completion,
 )
+from llmtune.serving.shapes import Said, Shape, Whole
 
 log = logging.getLogger("llmtune")
 
@@ -42,7 +41,7 @@ class Worker:
 
     async def answer(
         self, request: AnswerRequest, is_gone: Callable[[], Awaitable[bool]]
-    ) -> AsyncIterator[int | Piece]:
+    ) -> AsyncIterator[int | Said]:
         """Yield what `LiveModels.answer` does; who stops listening stops the generation.
 
         Raises:
@@ -54,11 +53,11 @@ class Worker:
                 503, f"{self._max_waiting} requests are waiting already; try later", code="busy"
             )
         loop = asyncio.get_running_loop()
-        parts: asyncio.Queue[int | Piece | BaseException | None] = asyncio.Queue()
+        parts: asyncio.Queue[int | Said | BaseException | None] = asyncio.Queue()
         is_left = threading.Event()
         self._unfinished += 1
 
-        def tell(part: int | Piece | BaseException | None) -> None:
+        def tell(part: int | Said | BaseException | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(parts.put_nowait, part)
 
@@ -97,9 +96,9 @@ class Worker:
 
 
 async def _next(
-    parts: "asyncio.Queue[int | Piece | BaseException | None]",
+    parts: "asyncio.Queue[int | Said | BaseException | None]",
     is_gone: Callable[[], Awaitable[bool]],
-) -> int | Piece | BaseException | None:
+) -> int | Said | BaseException | None:
     while True:
         try:
             return await asyncio.wait_for(parts.get(), LOOK_SECONDS)
@@ -127,56 +126,60 @@ class LiveApi(Api):
         except StopAsyncIteration:
             raise RefusedRequest(503, "the server is being stopped") from None
         assert isinstance(length, int), "the prompt's length comes first"
-        shape = Shape(name, asked.is_chat, length)
+        shape = Shape(name, asked.is_chat, length, asked.num_likeliest is not None)
         if asked.stream:
-            events = _stream(parts, shape, asked.with_usage, started)
+            events = _stream(parts, shape, asked, started)
             return StreamingResponse(events, media_type="text/event-stream")
-        text, last = "", Piece("", 0)
+        answers = {place: Whole() for place in range(asked.num_answers)}
         async with contextlib.aclosing(parts):  # type: ignore[type-var]
             async for part in parts:
-                assert isinstance(part, Piece)
-                text, last = text + part.text, part
-        if not last.is_last:
+                assert isinstance(part, Said)
+                answers[part.place].add(part)
+        if not all(answer.finish for answer in answers.values()):
             raise RefusedRequest(503, "the server is being stopped")
-        _log_answer(shape, last, started)
-        return JSONResponse(shape.whole(text, finish_reason(last.stopped), last.num_tokens))
+        _log_answer(shape, sum(answer.num_tokens for answer in answers.values()), started)
+        return JSONResponse(shape.whole(answers))
 
 
 async def _stream(
-    parts: AsyncIterator[int | Piece], shape: Shape, with_usage: bool, started: float
+    parts: AsyncIterator[int | Said], shape: Shape, asked: AnswerRequest, started: float
 ) -> AsyncIterator[str]:
-    """Yield the answer as server-sent events; an answer that is broken off has no end mark."""
-    last = Piece("", 0)
+    """Yield the answers as server-sent events; one that is broken off has no end mark."""
+    lasts = {place: Said("", place=place) for place in range(asked.num_answers)}
     async with contextlib.aclosing(parts):  # type: ignore[type-var]
         if shape.is_chat:
-            yield render_event(shape.chunk("", is_first=True))
+            for each in lasts.values():
+                yield render_event(shape.chunk(each, is_first=True))
         try:
             async for part in parts:
-                assert isinstance(part, Piece)
-                last = part
-                if part.text:
-                    yield render_event(shape.chunk(part.text))
+                assert isinstance(part, Said)
+                lasts[part.place] = part
+                if part.text or part.tokens:
+                    yield render_event(shape.chunk(replace(part, finish=None)))
+                if part.finish:
+                    end = Said("", place=part.place, finish=part.finish)
+                    yield render_event(shape.chunk(end))
         except (RefusedRequest, LlmtuneError) as error:
             told = error if isinstance(error, RefusedRequest) else RefusedRequest(500, str(error))
             log.error("serve: %s", error)
             yield render_event(told.as_json())
             return
-    if not last.is_last:
+    if not all(last.finish for last in lasts.values()):
         yield render_event(RefusedRequest(503, "the server is being stopped").as_json())
         return
-    yield render_event(shape.chunk("", finish_reason(last.stopped)))
-    if with_usage:
-        yield render_event(shape.usage_chunk(last.num_tokens))
+    num_tokens = sum(last.num_tokens for last in lasts.values())
+    if asked.with_usage:
+        yield render_event(shape.usage_chunk(num_tokens))
     yield "data: [DONE]\n\n"
-    _log_answer(shape, last, started)
+    _log_answer(shape, num_tokens, started)
 
 
-def _log_answer(shape: Shape, last: Piece, started: float) -> None:
+def _log_answer(shape: Shape, num_tokens: int, started: float) -> None:
     log.info(
         "serve: %s read %d tokens and wrote %d in %.1f s",
         shape.model,
         shape.prompt_tokens,
-        last.num_tokens,
+        num_tokens,
         time.monotonic() - started,
     )
 

@@ -2,8 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
 
 from llmtune.data.problems import RowError
 from llmtune.data.prompts import PromptEncoder
@@ -11,58 +10,19 @@ from llmtune.data.render import encode_plain
 from llmtune.errors import LlmtuneError
 from llmtune.models.hardware import release_memory
 from llmtune.models.live import LiveModel
-from llmtune.models.resolve import Loadable
 from llmtune.models.turns import require_chat_template
-from llmtune.scoring.batches import position_limit
+from llmtune.scoring.batches import choose_token_budget, position_limit
 from llmtune.scoring.generate import Decoding, Piece, stream_pieces
 from llmtune.scoring.live import as_arm, load_target
+from llmtune.scoring.prefix import rows_at_once
+from llmtune.serving.names import ORIGINAL, ServedModel
 from llmtune.serving.openai_api import AnswerRequest, RefusedRequest, StopTexts, require_name
+from llmtune.serving.shapes import HALF_CHARACTER, Said, ShownToken
 
 log = logging.getLogger("llmtune")
 
-ORIGINAL = "original"
 MOST_TOKENS = 1 << 20
 """An answer's length if neither the request nor the model has a limit."""
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """One name of `/v1/models`: what is loaded for it, and as which arm that answers."""
-
-    name: str
-    target: Loadable
-    arm: str
-
-    @property
-    def is_live(self) -> bool:
-        """Whether it is the target's base, with or without its adapter, as it was trained."""
-        return self.arm in ("tuned", "base")
-
-
-def find_models(
-    target: Loadable, exports: Mapping[str, Loadable], chosen: Sequence[str] = ()
-) -> list[ServedModel]:
-    """Return what can be asked by name, the default first.
-
-    Args:
-        exports: checkpoints that were exported from the target, by name.
-        chosen: only these; empty is all.
-
-    Raises:
-        LlmtuneError: one of `chosen` is not there.
-    """
-    found = [ServedModel(arm, target, arm) for arm in target.arms]
-    if target.adapter_dir is not None or target.merged_dir is not None:
-        found.append(ServedModel(ORIGINAL, target, ORIGINAL))
-    found += [ServedModel(name, one, one.arms[0]) for name, one in exports.items()]
-    names = [one.name for one in found]
-    for name in chosen:
-        if name not in names:
-            raise LlmtuneError(
-                f"--model {name}: {target.name} has no such model; there is: {', '.join(names)}"
-            )
-    by_name = {one.name: one for one in found}
-    return [by_name[name] for name in chosen] if chosen else found
 
 
 class LiveModels:
@@ -109,8 +69,10 @@ class LiveModels:
 
     def answer(
         self, request: AnswerRequest, is_cancelled: Callable[[], bool] = lambda: False
-    ) -> Iterator[int | Piece]:
-        """Yield the prompt's length in tokens, then the answer as it is written.
+    ) -> Iterator[int | Said]:
+        """Yield the prompt's length in tokens, then the answers as they are written.
+
+        As many are written at once as memory allows.
 
         Raises:
             RefusedRequest: the request does not fit the model.
@@ -121,13 +83,25 @@ class LiveModels:
         ids = self._encode(live, request)
         yield len(ids)
         decoding = _decoding(live, request, len(ids))
-        stops = StopTexts(request.stop)
+        slots = len(ids) + decoding.max_new_tokens
         with as_arm(live, self._arm_of(wanted, live)) as arm:
-            for piece in stream_pieces(arm.model, arm.tokenizer, ids, decoding):
-                said = _cut(piece, stops)
-                yield said
-                if said.is_last or is_cancelled():
-                    return
+            budget = choose_token_budget(arm.model)
+            most = rows_at_once(arm.model, slots=slots, kept=1, token_budget=budget)
+            for start in range(0, request.num_answers, most):
+                places = range(start, min(start + most, request.num_answers))
+                tellers = {place: _Teller(request, live, ids) for place in places}
+                for piece in stream_pieces(
+                    arm.model,
+                    arm.tokenizer,
+                    ids,
+                    decoding,
+                    places=places,
+                    num_likeliest=request.num_likeliest,
+                    is_ended=lambda place, tellers=tellers: tellers[place].has_ended,  # type: ignore[misc]
+                ):
+                    yield tellers[piece.place].tell(piece)
+                    if is_cancelled():
+                        return
 
     def _answers(self, wanted: ServedModel) -> bool:
         """Whether what is loaded can answer as `wanted`."""
@@ -187,9 +161,47 @@ def _decoding(live: LiveModel, request: AnswerRequest, length: int) -> Decoding:
     )
 
 
-def _cut(piece: Piece, stops: StopTexts) -> Piece:
-    """Cut a piece at the request's own stops, of which the first ends the answer."""
-    text = stops.feed(piece.text, is_last=piece.is_last)
-    if stops.found:
-        return replace(piece, text=text, is_last=True, stopped=True)
-    return replace(piece, text=text)
+class _Teller:
+    """Says one answer: cut at the request's own stops, of which the first ends it."""
+
+    def __init__(self, request: AnswerRequest, live: LiveModel, prompt: Sequence[int]) -> None:
+        self.has_ended = False
+        self._stops = StopTexts(request.stop)
+        self._live = live
+        self._before = prompt[-1]
+        self._heard = self._told = 0
+        self._held: list[tuple[int, tuple[ShownToken, ...]]] = []
+        """Tokens whose text is held back, with the characters before them."""
+
+    def tell(self, piece: Piece) -> Said:
+        """Return what may be shown of the answer now."""
+        text = self._stops.feed(piece.text, is_last=piece.is_last)
+        self._held.append((self._heard, self._show(piece)))
+        self._heard += len(piece.text)
+        self._told += len(text)
+        self.has_ended = piece.is_last or self._stops.found
+        is_whole = piece.is_last and not self._stops.found
+        tokens: tuple[ShownToken, ...] = ()
+        while self._held and (is_whole or self._held[0][0] < self._told):
+            tokens += self._held.pop(0)[1]
+        finish = None
+        if self.has_ended:
+            finish = "stop" if piece.stopped or self._stops.found else "length"
+        return Said(text, piece.num_tokens, piece.place, finish, tokens)
+
+    def _show(self, piece: Piece) -> tuple[ShownToken, ...]:
+        shown = []
+        for share in piece.shares:
+            likeliest = [(self._text(token), log) for token, log in share.likeliest]
+            text = self._text(share.token_id)
+            shown.append(ShownToken(text, share.log_probability, tuple(likeliest)))
+            self._before = share.token_id
+        return tuple(shown)
+
+    def _text(self, token: int) -> str:
+        """Return a token's text behind the one before it, whose space may depend on it."""
+        decode = self._live.tokenizer.decode
+        before = str(decode([self._before]))
+        if before.endswith(HALF_CHARACTER):
+            return str(decode([token]))
+        return str(decode([self._before, token]))[len(before) :]

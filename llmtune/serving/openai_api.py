@@ -1,23 +1,22 @@
-"""The OpenAI protocol: requests read strictly, answers and errors in its shape (light)."""
+"""The OpenAI protocol: requests read strictly, refused in its shape (light)."""
 
 import json
-import math
-import secrets
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmtune.data.conversation import Conversation, ask
 from llmtune.data.problems import RowError, did_you_mean
-from llmtune.io.fingerprint import JsonObject, JsonValue
+from llmtune.io.fingerprint import JsonObject
 
 COMPLETION_TOKENS = 16
 """What the protocol writes to a bare prompt if the request does not say how much."""
 MAX_STOPS = 16
+MAX_ANSWERS = 128
+MAX_LIKELIEST = 20
 BEARER = "Bearer "
 
 NO_EFFECT = frozenset(
@@ -75,6 +74,9 @@ class AnswerRequest:
     stop: tuple[str, ...] = ()
     stream: bool = False
     with_usage: bool = False
+    num_answers: int = 1
+    num_likeliest: int | None = None
+    """How many likeliest tokens come with each one that is written; None: no log-probabilities."""
 
     @property
     def is_chat(self) -> bool:
@@ -139,6 +141,21 @@ class CompletionBody(SharedBody):
     prompt: str | list[str] | list[int] | list[list[int]]
 
 
+class LiveChatBody(ChatBody):
+    """What a chat with a loaded model is asked with."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LIKELIEST)] | None = None
+
+
+class LiveCompletionBody(CompletionBody):
+    """What a bare prompt is continued with by a loaded model."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LIKELIEST)] | None = None
+
+
 def read_chat(body: Any, temperature: float) -> AnswerRequest:
     """Read the body of `/v1/chat/completions`.
 
@@ -148,10 +165,16 @@ def read_chat(body: Any, temperature: float) -> AnswerRequest:
     Raises:
         RefusedRequest: it is not one, or asks for what would be dropped.
     """
-    read = validate_body(ChatBody, body)
+    read = validate_body(LiveChatBody, body)
     limit = chat_limit(read)
-    question = read_messages(read.messages)
-    return replace(_shared(read, limit, temperature), question=question)
+    if read.top_logprobs and not read.logprobs:
+        raise RefusedRequest(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    return replace(
+        _shared(read, limit, temperature),
+        question=read_messages(read.messages),
+        num_answers=read.n or 1,
+        num_likeliest=(read.top_logprobs or 0) if read.logprobs else None,
+    )
 
 
 def read_messages(messages: Sequence[Any]) -> Conversation:
@@ -189,7 +212,7 @@ def read_completion(body: Any, temperature: float) -> AnswerRequest:
     Raises:
         RefusedRequest: it is not one, or asks for what would be dropped.
     """
-    read = validate_body(CompletionBody, body)
+    read = validate_body(LiveCompletionBody, body)
     prompt: Any = read.prompt
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         if len(prompt) > 1:
@@ -201,7 +224,12 @@ def read_completion(body: Any, temperature: float) -> AnswerRequest:
         raise RefusedRequest(400, "prompt is empty; there is nothing to continue", param="prompt")
     prompt = prompt if isinstance(prompt, str) else tuple(prompt)
     limit = read.max_tokens or COMPLETION_TOKENS
-    return replace(_shared(read, limit, temperature), prompt=prompt)
+    return replace(
+        _shared(read, limit, temperature),
+        prompt=prompt,
+        num_answers=read.n or 1,
+        num_likeliest=read.logprobs,
+    )
 
 
 Body = TypeVar("Body", bound=SharedBody)
@@ -310,66 +338,6 @@ def _overlap(text: str, stop: str) -> int:
     """Return how much of the end of `text` begins `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-@dataclass
-class Shape:
-    """The JSON of one answer, whole or in chunks."""
-
-    model: str
-    is_chat: bool
-    prompt_tokens: int
-    id: str = field(default_factory=lambda: secrets.token_hex(12))
-    created: int = field(default_factory=lambda: math.floor(time.time()))
-
-    def whole(self, text: str, finish: str, num_tokens: int) -> dict[str, JsonValue]:
-        """Return the answer in one piece."""
-        choice: dict[str, JsonValue] = {"index": 0, "logprobs": None, "finish_reason": finish}
-        if self.is_chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        return {**self._head(kind), "choices": [choice], "usage": self.usage(num_tokens)}
-
-    def chunk(
-        self, text: str, finish: str | None = None, *, is_first: bool = False
-    ) -> dict[str, JsonValue]:
-        """Return the next piece of a stream."""
-        choice: dict[str, JsonValue] = {"index": 0, "logprobs": None, "finish_reason": finish}
-        if self.is_chat:
-            role = {"role": "assistant"} if is_first else {}
-            choice["delta"] = role | ({"content": text} if text or is_first else {})
-        else:
-            choice["text"] = text
-        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return {**self._head(kind), "choices": [choice]}
-
-    def usage_chunk(self, num_tokens: int) -> dict[str, JsonValue]:
-        """Return the last chunk of a stream that asks for its usage."""
-        return {**self.chunk(""), "choices": [], "usage": self.usage(num_tokens)}
-
-    def usage(self, num_tokens: int) -> dict[str, int]:
-        """Return what was read and written, in tokens."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": num_tokens,
-            "total_tokens": self.prompt_tokens + num_tokens,
-        }
-
-    def _head(self, kind: str) -> dict[str, JsonValue]:
-        lead = "chatcmpl" if self.is_chat else "cmpl"
-        return {
-            "id": f"{lead}-{self.id}",
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-        }
-
-
-def finish_reason(stopped: bool) -> Literal["stop", "length"]:
-    """Return why an answer ended, in the protocol's words."""
-    return "stop" if stopped else "length"
 
 
 def require_name(name: str | None, names: Sequence[str]) -> str:

@@ -68,7 +68,8 @@ def serve_live(served: Servable, settings: ServeSettings) -> None:
     key = read_api_key(settings)
     from llmtune.serving.http_api import HttpSettings
     from llmtune.serving.http_server import Server
-    from llmtune.serving.live_models import LiveModels, find_models
+    from llmtune.serving.live_models import LiveModels
+    from llmtune.serving.names import find_models
 
     models = LiveModels(find_models(served.target, served.exports, settings.names))
     taken = bind_socket(settings.host, settings.port)
@@ -85,8 +86,8 @@ def serve_live(served: Servable, settings: ServeSettings) -> None:
 
 
 def _check_live(models: "LiveModels", served: Servable, settings: ServeSettings) -> StartCheck:
-    from llmtune.scoring.generate import Piece
     from llmtune.serving.openai_api import AnswerRequest
+    from llmtune.serving.shapes import Said
 
     first = models.find(None)
     identity = models.load().identity_as("base" if first.arm == "base" else None).as_dict()
@@ -99,7 +100,7 @@ def _check_live(models: "LiveModels", served: Servable, settings: ServeSettings)
             temperature=0.0,
             stop=question.kept.stops,
         )
-        return "".join(part.text for part in models.answer(request) if isinstance(part, Piece))
+        return "".join(part.text for part in models.answer(request) if isinstance(part, Said))
 
     known = served.known if first.target is served.target else Known()
     return check_answers(Asked(first.name, first.arm, identity), known, settings.num_checked, ask)

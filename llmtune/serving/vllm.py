@@ -19,6 +19,7 @@ from llmtune.models.turns import as_ids, stop_token_ids
 from llmtune.serving.engine_process import EnginePlan
 from llmtune.serving.engine_requests import Follows
 from llmtune.serving.listening import ENGINE_HOST, ServeSettings
+from llmtune.serving.names import MERGED, ORIGINAL, is_alone, name_alone
 
 PROGRAM = "vllm"
 KEY_VARIABLE = "VLLM_API_KEY"
@@ -63,16 +64,18 @@ def plan_vllm(target: Loadable, settings: ServeSettings) -> EnginePlan:
 
 def plan_command(program: str, target: Loadable, settings: ServeSettings) -> EnginePlan:
     """Return what is started if vLLM is at `program`; raises as `plan_vllm`."""
-    names = settings.names or (_live_names(target) if target.adapter_dir else ("base",))
+    names = settings.names or _first_names(target)
+    known = _first_names(target) if is_alone(target) else ("tuned", "base", MERGED, ORIGINAL)
+    for name in names:
+        if name not in known:
+            raise LlmtuneError(f"--model {name}: vLLM serves {', '.join(known)}")
     whole = [name for name in names if name not in ("base", "tuned")]
     if whole and len(names) > 1:
         raise LlmtuneError(
             f"--model {' --model '.join(names)}: vLLM loads one base; serve {whole[0]} alone"
         )
-    if whole and whole[0] not in ("merged", "original"):
-        known = ", ".join(("tuned", "base", "merged", "original"))
-        raise LlmtuneError(f"--model {whole[0]}: vLLM serves {known}")
-    source = target.merged if names == ("merged",) else target.dense_base
+    is_merged = names == (MERGED,) and not is_alone(target)
+    source = target.merged if is_merged else target.dense_base
     command = [program, "serve", str(source.directory), "--host", ENGINE_HOST]
     command += ["--port", "{port}", "--dtype", _dtype(target)]
     # What the checkpoint proposes for sampling would apply to requests that do not say it.
@@ -99,7 +102,9 @@ def plan_command(program: str, target: Loadable, settings: ServeSettings) -> Eng
     return EnginePlan("vllm", command, tuple(names), first, FOLLOWS, KEY_VARIABLE, log_file=False)
 
 
-def _live_names(target: Loadable) -> tuple[str, ...]:
+def _first_names(target: Loadable) -> tuple[str, ...]:
+    if is_alone(target):
+        return (name_alone(target),)
     return tuple(name for name in target.arms if name in ("tuned", "base"))
 
 

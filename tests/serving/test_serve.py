@@ -24,6 +24,7 @@ from typing import Any
 import gguf
 import openai
 import pytest
+import torch
 
 from llmtune.checks.runtime import is_runtime_installed
 from llmtune.cli import run_command
@@ -32,19 +33,22 @@ from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.serve import find_servable
 from llmtune.runs.targets import resolve_target
+from llmtune.scoring.live import as_arm
 from llmtune.serving import llama_cpp
 from llmtune.serving.engine_process import _open, _started, _wait_until_ready
 from llmtune.serving.engine_requests import read_for_engine
 from llmtune.serving.http_api import HttpSettings
 from llmtune.serving.http_server import Server
 from llmtune.serving.listening import ServeSettings, bind_socket
-from llmtune.serving.live_models import LiveModels, find_models
+from llmtune.serving.live_models import LiveModels
+from llmtune.serving.names import find_models
 from llmtune.serving.openai_api import (
     RefusedRequest,
     StopTexts,
     read_chat,
     read_completion,
 )
+from llmtune.serving.shapes import Said
 from llmtune.serving.vllm import plan_command, refuse_dropped
 from tests.conftest import write_jsonl
 from tests.project import make_project
@@ -120,6 +124,28 @@ def test_the_models_of_a_run_are_listed_by_their_names(running, client):
         assert json.load(answer) == {"status": "ok"}
 
 
+def test_a_model_alone_is_the_original_and_a_merged_one_is_merged(run_dir):
+    run = resolve_target(str(run_dir))
+    base, merged = (
+        resolve_target(str(path)) for path in (run.dense_base.directory, run.merged_dir)
+    )
+    four_bit = resolve_target(base.name, ["model.quantization={method: nf4}"])
+    for target, names in [
+        (base, ["original"]),
+        (merged, ["merged"]),
+        (four_bit, ["base", "original"]),
+    ]:
+        assert [one.name for one in find_models(target, {})] == names
+    answer = LiveModels(find_models(base, {})).answer(read_chat({"messages": ASKED, **GREEDY}, 1))
+    assert "".join(part.text for part in answer if isinstance(part, Said))
+    for target, name in [(base, "original"), (merged, "merged")]:
+        plan = plan_command("/bin/vllm", target, ServeSettings())
+        assert plan.names == (name,) and target.name in plan.command
+        Path(plan.command[-1]).unlink()
+    with pytest.raises(LlmtuneError, match="--model base: vLLM serves original"):
+        plan_command("/bin/vllm", base, ServeSettings(names=("base",)))
+
+
 def test_every_model_answers_as_it_was_evaluated(run_dir, client):
     for arm in ("tuned", "base", "merged"):
         result = json.loads((run_dir / "evaluations" / f"written.{arm}.json").read_text())
@@ -180,11 +206,83 @@ def test_sampling_follows_the_request(client):
     assert answer.choices[0].finish_reason == "stop"
 
 
+def test_several_answers_are_those_of_one_request_each_with_its_own_seed(client, monkeypatch):
+    def draw(**how):
+        how = {"model": "base", "messages": ASKED, "max_tokens": 8, "seed": 3} | how
+        return client.chat.completions.create(**how)
+
+    answers = draw(n=3)
+    texts = [choice.message.content for choice in answers.choices]
+    assert [choice.index for choice in answers.choices] == [0, 1, 2] and len({*texts}) > 1
+    assert texts[0] == draw().choices[0].message.content
+    one = draw(max_tokens=8, n=1).usage
+    assert answers.usage.prompt_tokens == one.prompt_tokens
+    assert one.completion_tokens < answers.usage.completion_tokens <= 24
+    streamed = dict.fromkeys(range(3), "")
+    ends = {}
+    for chunk in draw(n=3, stream=True):
+        (choice,) = chunk.choices
+        streamed[choice.index] += choice.delta.content or ""
+        ends[choice.index] = choice.finish_reason
+    assert list(streamed.values()) == texts
+    assert list(ends.values()) == [choice.finish_reason for choice in answers.choices]
+    # a stop ends one answer, and the others are written to their end
+    stop = texts[0][1:3]
+    cut = draw(n=3, stop=stop).choices
+    wanted = [text.partition(stop)[0] for text in texts]
+    assert [choice.message.content for choice in cut] == wanted
+    monkeypatch.setattr("llmtune.serving.live_models.rows_at_once", lambda *_, **__: 2)
+    assert [choice.message.content for choice in draw(n=3).choices] == texts
+
+
+def test_log_probabilities_are_those_of_the_model(running, client):
+    asked = {"model": "base", "messages": ASKED, **GREEDY}
+    answer = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
+    (choice,) = answer.choices
+    tokens = choice.logprobs.content
+    assert len(tokens) == answer.usage.completion_tokens
+    whole = [token for token in tokens if token.bytes is not None]
+    assert len(whole) > 4 and bytes(whole[0].bytes).decode() == whole[0].token
+    if len(whole) == len(tokens):
+        assert "".join(token.token for token in tokens) == choice.message.content
+    # the model itself, asked without any of this
+    live = running.models.load("base")
+    prompt = live.tokenizer.apply_chat_template(ASKED, add_generation_prompt=True)["input_ids"]
+    with as_arm(live, "base") as arm, torch.no_grad():
+        logs = arm.model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    values, ids = logs.topk(3)
+    first = tokens[0]
+    assert first.logprob == pytest.approx(values[0].item(), abs=1e-4)
+    assert [top.logprob for top in first.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
+    assert first.top_logprobs[0].token == first.token == live.tokenizer.decode(ids[:1])
+    # temperature draws differently, and changes nothing of what the model finds likely
+    hot = client.chat.completions.create(
+        **asked | {"temperature": 2}, seed=1, logprobs=True, top_logprobs=1, n=2
+    )
+    for each in hot.choices:
+        likely = each.logprobs.content[0].top_logprobs[0]
+        assert likely.logprob == pytest.approx(values[0].item(), abs=1e-4)
+    # a stop text, and a stream: the tokens of what is shown
+    text = choice.message.content
+    cut = client.chat.completions.create(**asked, logprobs=True, stop=text[2:4]).choices[0]
+    shown = len(cut.logprobs.content)
+    assert 0 < shown < len(tokens) and cut.logprobs.content[0].token == first.token
+    chunks = client.chat.completions.create(**asked, logprobs=True, stream=True)
+    parts = [c.choices[0].logprobs.content for c in chunks if c.choices[0].logprobs]
+    assert [t.token for part in parts for t in part] == [t.token for t in tokens]
+    continued = client.completions.create(model="base", prompt="The film", logprobs=2, **GREEDY)
+    shares = continued.choices[0].logprobs
+    assert len(shares.tokens) == len(shares.token_logprobs) == 8
+    assert all(1 <= len(top) <= 3 for top in shares.top_logprobs), "two halves look the same"
+    assert shares.text_offset[:2] == [0, len(shares.tokens[0])]
+
+
 @pytest.mark.parametrize(
     ("change", "param", "words"),
     [
-        ({"logprobs": True}, "logprobs", "logprobs is not supported here"),
-        ({"n": 2}, "n", "n is not supported"),
+        ({"n": 0}, "n", "n is 0"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs is 21"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "take it out"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not constrained"),
         ({"tools": [{"type": "function"}]}, "tools", "not read back"),
@@ -223,8 +321,8 @@ def test_what_asks_for_nothing_is_taken():
 def test_errors_have_the_shape_that_the_client_knows(running, client):
     with pytest.raises(openai.NotFoundError, match="there is: tuned, base, merged, original"):
         client.chat.completions.create(model="gpt-4", messages=ASKED)
-    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
-        client.chat.completions.create(model="base", messages=ASKED, logprobs=True)
+    with pytest.raises(openai.BadRequestError, match="logit_bias is not supported"):
+        client.chat.completions.create(model="base", messages=ASKED, logit_bias={"1": 1})
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="base", prompt="word " * 5000)
     assert caught.value.code == "context_length_exceeded"

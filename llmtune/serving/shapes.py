@@ -1,0 +1,157 @@
+"""The JSON of answers in the OpenAI protocol: whole or in chunks, one or several (light)."""
+
+import math
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from llmtune.io.fingerprint import JsonObject, JsonValue
+
+HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class ShownToken:
+    """A token's text with its log-probability, and those of the likeliest tokens at its place."""
+
+    text: str
+    log_probability: float
+    likeliest: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Said:
+    """The next text of an answer; the last one says how the answer ended."""
+
+    text: str
+    num_tokens: int = 0
+    """Tokens written so far, without the stop token."""
+    place: int = 0
+    """Which of several answers it is of."""
+    finish: str | None = None
+    """Why the answer ended, in the protocol's words; None before its end."""
+    tokens: tuple[ShownToken, ...] = ()
+    """If they are asked for: the text's tokens."""
+
+
+@dataclass
+class Whole:
+    """One answer, put together from what is said."""
+
+    text: str = ""
+    num_tokens: int = 0
+    finish: str | None = None
+    tokens: list[ShownToken] = field(default_factory=list)
+
+    def add(self, said: Said) -> None:
+        """Take in the next text."""
+        self.text += said.text
+        self.tokens += said.tokens
+        self.num_tokens, self.finish = said.num_tokens, said.finish
+
+
+@dataclass
+class Shape:
+    """The JSON of the answers to one request, whole or in chunks."""
+
+    model: str
+    is_chat: bool
+    prompt_tokens: int
+    with_tokens: bool = False
+    """Whether log-probabilities were asked for."""
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: math.floor(time.time()))
+    offsets: dict[int, int] = field(default_factory=dict)
+    """By place: characters of the tokens that were shown."""
+
+    def whole(self, answers: Mapping[int, Whole]) -> JsonObject:
+        """Return all answers in one piece."""
+        choices = []
+        for place, answer in sorted(answers.items()):
+            choice = self._choice(place, answer.finish, answer.tokens)
+            if self.is_chat:
+                message = {"role": "assistant", "content": answer.text, "refusal": None}
+                choice["message"] = message
+            else:
+                choice["text"] = answer.text
+            choices.append(choice)
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        usage = self.usage(sum(answer.num_tokens for answer in answers.values()))
+        return {**self._head(kind), "choices": choices, "usage": usage}
+
+    def chunk(self, said: Said, *, is_first: bool = False) -> JsonObject:
+        """Return the next piece of a stream; the first of a chat's answer says whose it is."""
+        choice = self._choice(said.place, said.finish, said.tokens)
+        if self.is_chat:
+            role = {"role": "assistant"} if is_first else {}
+            choice["delta"] = role | ({"content": said.text} if said.text or is_first else {})
+        else:
+            choice["text"] = said.text
+        return {**self._chunk_head(), "choices": [choice]}
+
+    def usage_chunk(self, num_tokens: int) -> JsonObject:
+        """Return the last chunk of a stream that asks for its usage."""
+        return {**self._chunk_head(), "choices": [], "usage": self.usage(num_tokens)}
+
+    def usage(self, num_tokens: int) -> dict[str, int]:
+        """Return what was read and written, in tokens."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": num_tokens,
+            "total_tokens": self.prompt_tokens + num_tokens,
+        }
+
+    def _choice(
+        self, place: int, finish: str | None, tokens: Sequence[ShownToken]
+    ) -> dict[str, JsonValue]:
+        shares = None
+        if self.with_tokens and tokens:
+            shares = _chat_shares(tokens) if self.is_chat else self._text_shares(place, tokens)
+        return {"index": place, "logprobs": shares, "finish_reason": finish}
+
+    def _text_shares(self, place: int, tokens: Sequence[ShownToken]) -> JsonObject:
+        """Return what a continued text says of its tokens; places are counted in the answer."""
+        offsets = []
+        for token in tokens:
+            offsets.append(self.offsets.get(place, 0))
+            self.offsets[place] = offsets[-1] + len(token.text)
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.log_probability for token in tokens],
+            "top_logprobs": [
+                {token.text: token.log_probability} | dict(reversed(token.likeliest))
+                for token in tokens
+            ],
+            "text_offset": offsets,
+        }
+
+    def _chunk_head(self) -> dict[str, JsonValue]:
+        return self._head("chat.completion.chunk" if self.is_chat else "text_completion")
+
+    def _head(self, kind: str) -> dict[str, JsonValue]:
+        lead = "chatcmpl" if self.is_chat else "cmpl"
+        return {
+            "id": f"{lead}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
+
+
+def _chat_shares(tokens: Sequence[ShownToken]) -> JsonObject:
+    """Return what a chat says of its tokens."""
+    content = [
+        {
+            **_token_share(token.text, token.log_probability),
+            "top_logprobs": [_token_share(*likely) for likely in token.likeliest],
+        }
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token_share(text: str, log_probability: float) -> dict[str, JsonValue]:
+    """Return one token; the bytes of half a character are not known."""
+    known = None if HALF_CHARACTER in text else list(text.encode("utf-8", "surrogatepass"))
+    return {"token": text, "logprob": log_probability, "bytes": known}
