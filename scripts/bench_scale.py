@@ -142,7 +142,7 @@ def run(job: Job, processes: int, threads: int, work: Path) -> Answer:
 
 def summarize(arm: str, processes: int, warm_up: int, answers: list[Answer]) -> Measured:
     """Return an arm's medians over the steps after the warm-up, of all rounds together."""
-    rounds = [answer.step_seconds[warm_up:] for answer in answers]
+    rounds = [answer.times.seconds[warm_up:] for answer in answers]
     medians = list(map(statistics.median, rounds))
     reductions = [one for answer in answers for one in answer.reductions[warm_up:]]
     found = Measured(
@@ -152,7 +152,7 @@ def summarize(arm: str, processes: int, warm_up: int, answers: list[Answer]) -> 
         step_seconds_range=(min(medians), max(medians)),
         losses=tuple(answers[0].losses),
         moved_bytes=statistics.median(
-            moved for answer in answers for moved in answer.moved_bytes[warm_up:]
+            moved for answer in answers for moved in answer.times.moved_bytes[warm_up:]
         ),
     )
     if not reductions:

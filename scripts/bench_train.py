@@ -210,9 +210,10 @@ def summarize(job: Job, answers: list[Answer], *, holds: bool) -> dict:
     """Return the JSON object of an arm: medians over its warm steps, the range over processes.
 
     Medians over steps, because on a CPU a single step takes several times as long, in any arm,
-    when something else wakes up beside its threads.
+    when something else wakes up beside its threads. Processor time says more on a busy machine.
     """
-    seconds = [answer.step_seconds[job.warm_up :] for answer in answers]
+    seconds = [answer.times.seconds[job.warm_up :] for answer in answers]
+    processor = [answer.times.processor_seconds[job.warm_up :] for answer in answers]
     speeds = [
         [tokens / one for tokens, one in zip(answer.step_tokens[job.warm_up :], times, strict=True)]
         for answer, times in zip(answers, seconds, strict=True)
@@ -225,6 +226,7 @@ def summarize(job: Job, answers: list[Answer], *, holds: bool) -> dict:
         "tokens_per_second": statistics.median(chain.from_iterable(speeds)),
         "tokens_per_second_range": [min(of_processes), max(of_processes)],
         "step_seconds": statistics.median(chain.from_iterable(seconds)),
+        "step_processor_seconds": statistics.median(chain.from_iterable(processor)),
         "peak_bytes": max(answer.peak_bytes for answer in answers),
         "base_bytes": statistics.median([answer.base_bytes for answer in answers]),
         "parity": holds,
@@ -243,7 +245,7 @@ def show(job: Job, results: list[dict], parities: dict[str, Parity]) -> None:
         default=None,
     )
     print(
-        f"  {'arm':<22}{'tokens/s':>10}{'range':>14}{'s/step':>9}{'peak GB':>9}"
+        f"  {'arm':<22}{'tokens/s':>10}{'range':>14}{'s/step':>9}{'CPU s/step':>12}{'peak GB':>9}"
         f"{'over base':>11}{'x best stock':>14}"
     )
     for result in results:
@@ -256,8 +258,16 @@ def show(job: Job, results: list[dict], parities: dict[str, Parity]) -> None:
         print(
             f"  {result['arm']:<22}{result['tokens_per_second']:>10.0f}"
             f"{f'{low:.0f}-{high:.0f}':>14}{result['step_seconds']:>9.2f}"
+            f"{result['step_processor_seconds']:>12.2f}"
             f"{result['peak_bytes'] / 1e9:>9.2f}{above / 1e9:>11.2f}{ratio:>14.2f}"
         )
+    by_arm = {one["arm"]: one for one in results if one["parity"]}
+    if {"llmtune", "llmtune-whole-rows"} <= by_arm.keys():
+        shared, whole = by_arm["llmtune"], by_arm["llmtune-whole-rows"]
+        wall, processor = (
+            whole[name] / shared[name] for name in ("step_seconds", "step_processor_seconds")
+        )
+        print(f"  sharing beginnings: {wall:.2f} x as fast, {processor:.2f} x in processor time")
 
 
 def _find_base(name: str | None) -> Path:

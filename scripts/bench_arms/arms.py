@@ -22,7 +22,7 @@ from torch.optim.optimizer import (
 from trl import SFTConfig, SFTTrainer
 
 from bench_arms.base import dequantize_base, load_base, make_tokenizer, set_adapter
-from bench_arms.job import ALPHA, RANK, Answer, Job
+from bench_arms.job import ALPHA, RANK, Answer, Job, Times
 from bench_arms.reductions import loopback_bytes, timed_reductions
 from bench_arms.rows import LONGEST, MEAN_LENGTHS, make_rows, read_stream
 from llmtune.data.example import Example
@@ -98,18 +98,17 @@ def _run_stock(job: Job) -> Answer:
         )
         set_adapter(trainer.model)
         batch_tokens = _count_tokens(trainer)
-        with _watched_steps(job, trainer.model) as (step_seconds, moved_bytes):
+        with _watched_steps(job, trainer.model) as times:
             trainer.train()
     return Answer(
-        step_seconds=step_seconds,
+        times=times,
         step_tokens=_sum_runs(
-            batch_tokens, trainer.args.gradient_accumulation_steps, len(step_seconds)
+            batch_tokens, trainer.args.gradient_accumulation_steps, len(times.seconds)
         ),
         losses=[line["loss"] for line in trainer.state.log_history if "loss" in line],
         base_bytes=base_bytes,
         peak_bytes=peak_bytes(torch.device(job.device)),
         choices={"arm": name},
-        moved_bytes=moved_bytes,
     )
 
 
@@ -175,20 +174,19 @@ def _run_ours(job: Job) -> Answer:
             **OURS[job.arm],
         )
         watched, reducing = _watched_steps(job, adapted), timed_reductions()
-        with watched as (step_seconds, moved_bytes), reducing as reductions:
+        with watched as times, reducing as reductions:
             result = train_adapter(config, request)
         if not processes.is_first:
-            return Answer(step_seconds, [], [], base_bytes, result.peak_bytes)
+            return Answer(times, [], [], base_bytes, result.peak_bytes)
         lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     totals = [0, *(line["tokens"] for line in lines)]
     return Answer(
-        step_seconds=step_seconds,
+        times=times,
         step_tokens=[after - before for before, after in pairwise(totals)],
         losses=[line["loss"] for line in lines],
         base_bytes=base_bytes,
         peak_bytes=result.peak_bytes,
         choices=result.choices,
-        moved_bytes=moved_bytes,
         reductions=reductions,
     )
 
@@ -232,40 +230,37 @@ def _sum_runs(values: list[int], length: int, count: int) -> list[int]:
 
 
 @contextmanager
-def _watched_steps(job: Job, model: PeftModel) -> Iterator[tuple[list[float], list[int]]]:
+def _watched_steps(job: Job, model: PeftModel) -> Iterator[Times]:
     """Time the steps, from one optimizer step to the next; keep and save their gradients if asked.
-
-    Beside the seconds of each step are the bytes that the loopback carried in it.
 
     The same clock for every arm; what a step logs is in its time. The first has the start-up in it.
     """
-    seconds: list[float] = []
-    moved: list[int] = []
+    times = Times()
     gradients: dict[str, Tensor] = {}
-    started, sent = time.perf_counter(), loopback_bytes()
+    started, processed, sent = time.perf_counter(), time.process_time(), loopback_bytes()
 
     def keep_gradients(*_: object) -> None:
         if job.gradients_file is not None:
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
-                    gradients[f"{len(seconds)} {name}"] = parameter.grad.float().cpu().clone()
+                    gradients[f"{len(times.seconds)} {name}"] = parameter.grad.float().cpu().clone()
 
     def note_time(*_: object) -> None:
-        nonlocal started, sent
+        nonlocal started, processed, sent
         if job.device == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        seconds.append(now - started)
-        started = now
-        moved.append(loopback_bytes() - sent)
-        sent += moved[-1]
+        now, now_processed, now_sent = time.perf_counter(), time.process_time(), loopback_bytes()
+        times.seconds.append(now - started)
+        times.processor_seconds.append(now_processed - processed)
+        times.moved_bytes.append(now_sent - sent)
+        started, processed, sent = now, now_processed, now_sent
 
     hooks = (
         register_optimizer_step_pre_hook(keep_gradients),
         register_optimizer_step_post_hook(note_time),
     )
     try:
-        yield seconds, moved
+        yield times
     finally:
         for hook in hooks:
             hook.remove()

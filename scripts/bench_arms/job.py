@@ -45,24 +45,34 @@ class StepReduction:
 
 
 @dataclass(frozen=True)
+class Times:
+    """What the steps of a process took, one entry a step."""
+
+    seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
+    """Of all threads: other work on the machine makes them only a little longer."""
+    moved_bytes: list[int] = field(default_factory=list)
+    """Over the loopback, by all processes and whatever else runs on the machine."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a process measured; lists have one entry a step, the warm-up included."""
 
-    step_seconds: list[float]
+    times: Times
     step_tokens: list[int]
     """Without padding."""
     losses: list[float]
     base_bytes: int
     peak_bytes: int
     choices: dict[str, str] = field(default_factory=dict)
-    moved_bytes: list[int] = field(default_factory=list)
-    """Over the loopback, by all processes and whatever else runs on the machine."""
     reductions: list["StepReduction"] = field(default_factory=list)
     """Of llmtune's arms in several processes."""
 
     @staticmethod
     def read(path: Path) -> "Answer":
         values = json.loads(path.read_text())
+        values["times"] = Times(**values["times"])
         values["reductions"] = [StepReduction(**one) for one in values["reductions"]]
         return Answer(**values)
 

@@ -14,7 +14,7 @@ from tests.training.tiny_runs import make_adapter
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from bench_arms import reductions
-from bench_arms.job import Answer, Job, StepReduction
+from bench_arms.job import Answer, Job, StepReduction, Times
 from bench_scale import show, summarize
 
 
@@ -43,10 +43,10 @@ def test_a_reduction_is_timed_without_the_wait_for_the_slower_process(monkeypatc
 
 def test_the_table_has_the_share_of_a_step_that_the_reduction_takes(capsys):
     job = Job("", "", "chat", "none", "cpu", 8, 512, 1, 2)
-    alone = Answer([9.0, 4.0, 2.0, 4.0], [], [1.0], 0, 0, moved_bytes=[0, 0, 0, 0])
+    alone = Answer(Times([9.0, 4.0, 2.0, 4.0], moved_bytes=[0, 0, 0, 0]), [], [1.0], 0, 0)
     slow = StepReduction(5.0, 5.0, 1)
     steps = [slow, StepReduction(0.03, 0.5, 1 << 20), StepReduction(0.05, 0.5, 1 << 20)]
-    two = Answer([9.0, 2.0, 2.0], [], [1.0], 0, 0, moved_bytes=[7, 2 << 20, 2 << 20])
+    two = Answer(Times([9.0, 2.0, 2.0], moved_bytes=[7, 2 << 20, 2 << 20]), [], [1.0], 0, 0)
     measured = [
         summarize("llmtune", 1, 1, [alone]),
         summarize("llmtune", 2, 1, [Answer(**{**vars(two), "reductions": steps})]),
