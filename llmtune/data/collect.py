@@ -17,7 +17,7 @@ from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.data.example import ExampleTable, ExampleTableBuilder
 from llmtune.data.length import LengthCount, LengthRule, fit_row
 from llmtune.data.masks import LabelledRow, Labeller, PendingRows
-from llmtune.data.overlap import conversation_key, is_held_out
+from llmtune.data.overlap import is_held_out
 from llmtune.data.problems import RowError, RowProblem
 from llmtune.data.report import MAX_KEPT_PROBLEMS, DataReport, SourceReport
 from llmtune.data.rows import LoadedRow, open_source
@@ -61,7 +61,7 @@ def is_selected(row: LoadedRow, selection: str, config: DataConfig) -> bool:
     """Say whether a row is one of those that `choose_sources` takes of its source."""
     if selection == "all":
         return True
-    held_out = is_held_out(conversation_key(row.conversation), config.evaluation_share)
+    held_out = is_held_out(row.key, config.evaluation_share)
     return held_out == (selection == "held-out")
 
 
@@ -71,7 +71,7 @@ def read_evaluation_keys(config: DataConfig) -> dict[bytes, str]:
     for source in config.evaluation:
         for row in open_source(source).rows:
             if isinstance(row, LoadedRow):
-                keys.setdefault(conversation_key(row.conversation), f"{row.source}:{row.line}")
+                keys.setdefault(row.key, f"{row.source}:{row.line}")
     return keys
 
 
@@ -161,9 +161,8 @@ class SplitCollector:
         if not is_selected(row, selection, self.config):
             tally["held-out"] += 1
             return False
-        key = conversation_key(row.conversation)
-        if key in self.other_keys:
-            self.shared.append(SharedRow(f"{row.source}:{row.line}", self.other_keys[key]))
+        if self.other_keys and row.key in self.other_keys:
+            self.shared.append(SharedRow(f"{row.source}:{row.line}", self.other_keys[row.key]))
         return True
 
     def _add_problem(self, problem: RowProblem, index: int) -> None:

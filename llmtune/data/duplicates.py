@@ -15,8 +15,10 @@ NUM_HASHES = 64
 BAND_ROWS = 4
 """Signatures are cut into 16 bands of 4: a pair of similarity 0.8 is found with 99.98 %."""
 SHINGLE_BYTES = 9
-HASHED_WINDOWS = 1 << 20
+HASHED_WINDOWS = 1 << 18
 """Windows hashed at once: a long text then takes little more than its hashes."""
+LISTED_CHARACTERS = 1 << 18
+"""Of a longer text no list of all words is made."""
 MIN_SIMILARITY = 0.8
 MIN_SHINGLES = 24
 COMMON_SHARE = 0.1
@@ -31,6 +33,8 @@ FRAME_WORDS = 4
 Words = tuple[str, ...]
 
 _WORDS = re.compile(r"\w+")
+_GOLDEN = 0x9E3779B97F4A7C15
+_FNV = 0x100000001B3
 _GENERATOR = np.random.default_rng(20240229)
 _FACTORS = _GENERATOR.integers(1, 2**63, NUM_HASHES, dtype=np.uint64) * 2 + 1
 _SHIFTS = _GENERATOR.integers(0, 2**63, NUM_HASHES, dtype=np.uint64)
@@ -141,16 +145,47 @@ def _words(text: str) -> Words:
 
 def _window_hashes(text: str) -> np.ndarray:
     """Return a hash (uint64) of every 13 words in a row; no list is made of them all."""
-    found = (hash(word.group()) for word in _WORDS.finditer(text))
-    each = np.fromiter(found, dtype=np.int64).view(np.uint64)
-    count = len(each) - NGRAM_WORDS + 1
-    if count <= 0:
-        return np.empty(0, dtype=np.uint64)
-    hashes = np.zeros(count, dtype=np.uint64)
-    for offset in range(NGRAM_WORDS):
-        hashes *= np.uint64(0x9E3779B97F4A7C15)
-        hashes += each[offset : offset + count]
+    if len(text) <= LISTED_CHARACTERS:
+        found = map(hash, _WORDS.findall(text))
+    else:
+        found = (hash(word.group()) for word in _WORDS.finditer(text))
+    return _hash_windows(np.fromiter(found, dtype=np.int64).view(np.uint64), NGRAM_WORDS, _GOLDEN)
+
+
+def _hash_windows(values: np.ndarray, size: int, factor: int) -> np.ndarray:
+    """Return a hash (uint64) of every `size` of `values` in a row: a polynomial in `factor`."""
+    hashes = np.empty(max(len(values) - size + 1, 0), dtype=np.uint64)
+    for start in range(0, len(hashes), HASHED_WINDOWS):
+        part = hashes[start : start + HASHED_WINDOWS]
+        piece = values[start : start + len(part) + size - 1]
+        part[:] = _hash_piece(piece.astype(np.uint64, copy=False), size, factor)
     return hashes
+
+
+def _hash_piece(values: np.ndarray, size: int, factor: int) -> np.ndarray:
+    """Hash windows of 1, 2, 4, ... values and join them, from the highest bit of `size` down."""
+    parts = {1: values}
+    width = 1
+    while 2 * width <= size:
+        parts[2 * width] = _join_windows(parts[width], parts[width], width, width, factor)
+        width *= 2
+    hashes, done = parts.pop(width), width
+    while done < size:
+        width //= 2
+        if done + width <= size:
+            hashes = _join_windows(hashes, parts[width], done, width, factor)
+            done += width
+    return hashes
+
+
+def _join_windows(
+    left: np.ndarray, right: np.ndarray, start: int, width: int, factor: int
+) -> np.ndarray:
+    """Return the hashes of windows that go on with those of `width` values, `start` further on."""
+    count = len(right) - start
+    joined: np.ndarray = left[:count] * np.uint64(pow(factor, width, 1 << 64))
+    joined += right[start:]
+    return joined
 
 
 def _is_in(values: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -184,15 +219,9 @@ def _own_words(words: Words, frames: Counter[Words], limit: int) -> int:
 def _shingle(text: str) -> np.ndarray:
     """Return the distinct hashes (uint64) of every window of the text's bytes."""
     data = np.frombuffer(text.encode(), dtype=np.uint8)
-    count = len(data) - SHINGLE_BYTES + 1
-    if count <= 0:
-        return np.empty(0, dtype=np.uint64)
-    hashes = np.zeros(count, dtype=np.uint64)
-    for start in range(0, count, HASHED_WINDOWS):
+    hashes = _hash_windows(data, SHINGLE_BYTES, _FNV)
+    for start in range(0, len(hashes), HASHED_WINDOWS):
         part = hashes[start : start + HASHED_WINDOWS]
-        for offset in range(start, start + SHINGLE_BYTES):
-            part *= np.uint64(0x100000001B3)
-            part += data[offset : offset + len(part)]
         part ^= part >> np.uint64(29)
         part *= np.uint64(0xBF58476D1CE4E5B9)
         part ^= part >> np.uint64(32)
@@ -233,13 +262,14 @@ def _common_shingles(texts: Sequence[str]) -> np.ndarray:
 def _band_keys(values: np.ndarray) -> np.ndarray:
     """Return the MinHash signature of a set of shingles as one key a band, uint64 [16]."""
     signature = np.full(NUM_HASHES, np.iinfo(np.uint64).max, dtype=np.uint64)
-    for start in range(0, len(values), 4096):
-        hashed = values[start : start + 4096, None] * _FACTORS + _SHIFTS
-        np.minimum(signature, hashed.min(axis=0), out=signature)
+    for start in range(0, len(values), 1024):  # a row a hash function: contiguous minima
+        hashed = np.multiply.outer(_FACTORS, values[start : start + 1024])
+        hashed += _SHIFTS[:, None]
+        np.minimum(signature, hashed.min(axis=1), out=signature)
     bands = signature.reshape(-1, BAND_ROWS)
     keys = np.zeros(len(bands), dtype=np.uint64)
     for column in range(BAND_ROWS):
-        keys = keys * np.uint64(0x9E3779B97F4A7C15) + bands[:, column]
+        keys = keys * np.uint64(_GOLDEN) + bands[:, column]
     return keys
 
 

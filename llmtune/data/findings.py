@@ -18,7 +18,7 @@ from llmtune.data.conversation import Conversation
 from llmtune.data.duplicates import find_near_duplicates, find_shared_ngrams
 from llmtune.data.example import ExampleTable
 from llmtune.data.length import MAX_LOST_RATIO, find_beyond
-from llmtune.data.overlap import conversation_key, normalized_text, one_spaced, tool_texts
+from llmtune.data.overlap import normalized_text, one_spaced, tool_texts
 from llmtune.data.problems import RowProblem, shorten
 from llmtune.data.report import DataReport
 from llmtune.data.rows import LoadedRow
@@ -140,7 +140,7 @@ class SeenRows:
         """Keep what the checks need to know of a row."""
         conversation = row.conversation
         self.places.append(row.source, row.line)
-        self.keys += conversation_key(conversation)
+        self.keys += row.key
         text = _spoken_text(conversation)
         self.texts.append(text)
         self.row_scripts.append(main_script(text))

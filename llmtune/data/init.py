@@ -17,7 +17,6 @@ from llmtune.data.init_job import JOBS, Job, JobName, JobSurvey, have_own_instru
 from llmtune.data.init_splits import find_splits
 from llmtune.data.init_suite import CHARACTERS_PER_TOKEN, NoSuite, SuiteDraft, SuiteRows
 from llmtune.data.masks import LabelledRow, Labeller
-from llmtune.data.overlap import conversation_key
 from llmtune.data.problems import RowProblem, name_first
 from llmtune.data.rows import LoadedRow, open_source
 from llmtune.errors import LlmtuneError
@@ -231,7 +230,7 @@ def describe_data(
         notes += _describe_beyond(beyond, positions)
         if len(beyond) >= survey.num_rows - survey.num_bad:
             raise LlmtuneError(f"{notes[-1]}; no row is left to train on")
-    too_long = {conversation_key(row.conversation) for row, _ in beyond}
+    too_long = {row.key for row, _ in beyond}
     if held_out is None:
         suite = survey.suite.draft(share, job, without=too_long)
     else:

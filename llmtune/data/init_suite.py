@@ -11,7 +11,7 @@ from typing import Any
 
 from llmtune.data.conversation import Conversation
 from llmtune.data.init_job import Job, trained_places
-from llmtune.data.overlap import conversation_key, held_out_draw
+from llmtune.data.overlap import held_out_draw
 from llmtune.data.rows import LoadedRow
 
 FEWEST_ITEMS = 20
@@ -102,7 +102,7 @@ class SuiteRows:
 
     def add(self, row: LoadedRow, num_read: int) -> bytes:
         """Take a row and return its key; `num_read` rows were read so far, bad ones with them."""
-        key = conversation_key(row.conversation)
+        key = row.key
         draw = held_out_draw(key)
         self._draws = (min(self._draws[0], draw), max(self._draws[1], draw))
         share = 1.0 if self.holds_all else share_to_hold_out(num_read)

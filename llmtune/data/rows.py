@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from llmtune.data.config import SourceConfig
@@ -22,6 +23,7 @@ from llmtune.data.formats import (
     unread_columns,
 )
 from llmtune.data.hub import is_hub_id, iter_hub_rows, refuse_hub_knobs
+from llmtune.data.overlap import conversation_key
 from llmtune.data.problems import Parsed, RowError, RowProblem
 from llmtune.data.unread import UnreadColumns, unread_message_keys
 from llmtune.errors import LlmtuneError
@@ -36,6 +38,11 @@ class LoadedRow:
     conversation: Conversation
     source: str
     line: int
+
+    @cached_property
+    def key(self) -> bytes:
+        """16 bytes that two rows share exactly when they say the same (`conversation_key`)."""
+        return conversation_key(self.conversation)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from llmtune.data.collect import choose_sources, read_evaluation_keys
 from llmtune.data.config import DataConfig
 from llmtune.data.conversation import Conversation
-from llmtune.data.overlap import conversation_key, is_held_out
+from llmtune.data.overlap import is_held_out
 from llmtune.data.problems import RowProblem
 from llmtune.data.rows import LoadedRow, iter_raw_rows, open_source
 from llmtune.evaluation.requests import encode_prompts
@@ -118,7 +118,7 @@ def _iter_rows(config: DataConfig) -> Iterator[TrainingRow]:
         for (_, parsed), row in pairs:
             if isinstance(parsed, RowProblem) or not isinstance(row, LoadedRow):
                 continue
-            key = conversation_key(row.conversation)
+            key = row.key
             is_kept = selection == "all" or not is_held_out(key, config.evaluation_share)
             pair = _question_and_answer(row.conversation)
             if pair is not None and is_kept and key not in evaluation:

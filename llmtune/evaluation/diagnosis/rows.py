@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from llmtune.data.collect import Split, choose_sources
 from llmtune.data.config import DataConfig
 from llmtune.data.conversation import Conversation
-from llmtune.data.overlap import conversation_key, is_held_out
+from llmtune.data.overlap import is_held_out
 from llmtune.data.rows import LoadedRow, open_source
 
 FRAME_SAMPLE = 200
@@ -97,7 +97,7 @@ def _iter_source(
     for row in rows:
         if not isinstance(row, LoadedRow):
             continue
-        key = conversation_key(row.conversation)
+        key = row.key
         if selection != "all":
             is_wanted = selection == "held-out"
             if is_held_out(key, config.evaluation_share) != is_wanted:
