@@ -23,8 +23,14 @@ from itertools import chain
 from pathlib import Path
 
 from bench_arms.job import Answer, Job
-from bench_arms.parity import Parity, compare_gradients, compare_losses
-from bench_arms.rows import MIXES
+from bench_arms.parity import (
+    USUAL_TRAINED_TOKENS,
+    Parity,
+    allowed_loss_difference,
+    compare_gradients,
+    compare_losses,
+)
+from bench_arms.rows import MIXES, TASK_TRAINED
 
 from llmtune.errors import LlmtuneError
 
@@ -53,8 +59,8 @@ PARITY_STEPS = 32
 PARITY_ROWS = 2
 FULL_LENGTHS = {"cpu": 512, "cuda": 4096}
 # Rows a step as a share of the chat mix's: about as many tokens in every mix, because a loss of few
-# tokens differs by chance by more than the gate allows.
-BATCH_SHARES = {"short": 2.0, "chat": 1.0, "full": 0.5, "task": 3.0}
+# tokens differs by chance by more than the gate allows. The task mix has the quickstart's 16 rows.
+BATCH_SHARES = {"short": 2.0, "chat": 1.0, "full": 0.5, "task": 2.0}
 
 
 def main() -> int:
@@ -175,6 +181,11 @@ class Setting:
             median_error_ratio=statistics.median(ratios.values()),
             loss_difference=median,
             largest_loss_difference=largest,
+            allowed_loss_difference=allowed_loss_difference(
+                TASK_TRAINED * self.job.batch_size
+                if self.job.mix == "task"
+                else USUAL_TRAINED_TOKENS
+            ),
         )
 
     def _gradients_file(self, arm: str) -> Path:

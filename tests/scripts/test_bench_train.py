@@ -15,7 +15,12 @@ from tests.tiny import make_model
 SCRIPTS_DIR = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS_DIR))
 
-from bench_arms.parity import Parity, compare_gradients, compare_losses  # noqa: E402
+from bench_arms.parity import (  # noqa: E402
+    Parity,
+    allowed_loss_difference,
+    compare_gradients,
+    compare_losses,
+)
 from bench_arms.rows import IGNORE_INDEX, follow_rule, make_rows  # noqa: E402
 
 
@@ -64,6 +69,9 @@ def test_gate_judges_the_median_loss_and_reports_the_largest():
     assert (median, largest) == (pytest.approx(0.001), pytest.approx(0.5))
     assert Parity(1.0, 1.0, median, largest).holds
     assert not Parity(1.0, 1.0, 0.003, largest).holds
+    assert allowed_loss_difference(960) == allowed_loss_difference(2000) == 2e-3
+    assert allowed_loss_difference(240) == pytest.approx(4e-3)
+    assert Parity(1.0, 1.0, 0.003, largest, allowed_loss_difference(240)).holds
 
 
 @pytest.mark.slow
