@@ -15,7 +15,7 @@ NUM_HASHES = 64
 BAND_ROWS = 4
 """Signatures are cut into 16 bands of 4: a pair of similarity 0.8 is found with 99.98 %."""
 SHINGLE_BYTES = 9
-HASHED_WINDOWS = 1 << 18
+HASHED_WINDOWS = 1 << 16
 """Windows hashed at once: a long text then takes little more than its hashes."""
 LISTED_CHARACTERS = 1 << 18
 """Of a longer text no list of all words is made."""
