@@ -12,6 +12,8 @@ import numpy as np
 from llmtune.io.progress import iter_with_bar
 
 NUM_HASHES = 64
+HASHED_AT_ONCE = 1024
+"""Shingles of one text whose hashes exist at once."""
 BAND_ROWS = 4
 """Signatures are cut into 16 bands of 4: a pair of similarity 0.8 is found with 99.98 %."""
 SHINGLE_BYTES = 9
@@ -38,6 +40,8 @@ _FNV = 0x100000001B3
 _GENERATOR = np.random.default_rng(20240229)
 _FACTORS = _GENERATOR.integers(1, 2**63, NUM_HASHES, dtype=np.uint64) * 2 + 1
 _SHIFTS = _GENERATOR.integers(0, 2**63, NUM_HASHES, dtype=np.uint64)
+_ROOM = np.empty(NUM_HASHES * HASHED_AT_ONCE, dtype=np.uint64)
+"""For the hashes of one part of a text: new memory each time costs as much as they do."""
 
 
 @dataclass(frozen=True)
@@ -262,8 +266,11 @@ def _common_shingles(texts: Sequence[str]) -> np.ndarray:
 def _band_keys(values: np.ndarray) -> np.ndarray:
     """Return the MinHash signature of a set of shingles as one key a band, uint64 [16]."""
     signature = np.full(NUM_HASHES, np.iinfo(np.uint64).max, dtype=np.uint64)
-    for start in range(0, len(values), 1024):  # a row a hash function: contiguous minima
-        hashed = np.multiply.outer(_FACTORS, values[start : start + 1024])
+    for start in range(0, len(values), HASHED_AT_ONCE):
+        part = values[start : start + HASHED_AT_ONCE]
+        # a row a hash function: contiguous minima
+        hashed = _ROOM[: NUM_HASHES * len(part)].reshape(NUM_HASHES, -1)
+        np.multiply(_FACTORS[:, None], part, out=hashed)
         hashed += _SHIFTS[:, None]
         np.minimum(signature, hashed.min(axis=1), out=signature)
     bands = signature.reshape(-1, BAND_ROWS)
