@@ -149,6 +149,7 @@ def _words(text: str) -> Words:
 
 def _window_hashes(text: str) -> np.ndarray:
     """Return a hash (uint64) of every 13 words in a row; no list is made of them all."""
+    found: Iterable[int]
     if len(text) <= LISTED_CHARACTERS:
         found = map(hash, _WORDS.findall(text))
     else:
