@@ -179,6 +179,9 @@ def replace_paths(config: RunConfig, find: Callable[[str], str]) -> RunConfig:
                 }
             ),
             "protect": config.protect.model_copy(update=protected),
+            "export": config.export.model_copy(
+                update={"converter": find_file(config.export.converter)}
+            ),
             "evaluate": evaluate.model_copy(
                 update={
                     "suites": tuple(map(find, evaluate.suites)),

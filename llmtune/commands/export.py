@@ -16,7 +16,8 @@ from llmtune.commands.options import (
     show_progress,
     with_output_options,
 )
-from llmtune.exporting.config import EXPORT_TYPES, EXPORTERS, ExportSettings
+from llmtune.exporting.base import ExportSettings
+from llmtune.exporting.config import EXPORT_TYPES, EXPORTERS
 
 
 def _exporter_options(command: Callable[..., Any]) -> Callable[..., Any]:

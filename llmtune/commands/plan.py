@@ -67,13 +67,17 @@ def plan(  # noqa: PLR0913 - one argument for each option
     found = pipeline.plan(run, gpu=gpu, measure=measure, spread=spread)
     merged = pipeline.plan_merge(run) if merge else None
     num_merged = None if merged is None else merged.num_changed
+    exports = pipeline.plan_exports(run)
     values = {**found.as_json(), **({"merge": merged.to_dict()} if merged else {})}
-    print_result(values, as_json, lambda: _render(found, quiet, num_merged))
+    values |= {"exports": list(exports)} if exports else {}
+    print_result(values, as_json, lambda: _render(found, quiet, num_merged, exports))
     if not found.fits:
         raise click.exceptions.Exit(1)
 
 
-def _render(found: "Plan", quiet: bool, num_merged: int | None) -> RenderableType:
+def _render(
+    found: "Plan", quiet: bool, num_merged: int | None, exports: tuple[str, ...]
+) -> RenderableType:
     verdict = Text("fits" if found.fits else "does not fit", "green" if found.fits else "bold red")
     memory = found.memory
     needed, there = format_apart(memory.total_bytes, memory.memory_bytes)
@@ -85,6 +89,7 @@ def _render(found: "Plan", quiet: bool, num_merged: int | None) -> RenderableTyp
     parts += [Text(f"note         {notice}", "yellow") for notice in found.notices]
     if num_merged is not None:
         parts.append(Text(f"merge        {num_merged} tensors of the base would get the adapter"))
+    parts += [Text(f"export       {line}") for line in exports]
     if found.advice:
         parts.append(Text("\nWhat makes it fit:", "bold"))
         parts += [Text(f"  {line}") for line in found.advice]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.exporting.base import FileExporter, Written
+from llmtune.exporting.base import ExportSettings, FileExporter, Written
 from llmtune.exporting.gguf_writer.types import ADAPTER_TYPES, DEFAULT_ADAPTER_TYPE
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.gguf_head import is_gguf
@@ -22,11 +22,12 @@ class AdapterGgufExporter(FileExporter):
     default_type = DEFAULT_ADAPTER_TYPE
     product = "GGUF file"
 
-    def check_base(self, base: Checkpoint) -> None:
+    def find_route(self, base: Checkpoint, settings: ExportSettings) -> str:
         """Check that llama.cpp computes this base, and has its tokenizer."""
         from llmtune.exporting.gguf_writer.vocabulary import check_convertible
 
         check_convertible(base)
+        return super().find_route(base, settings)
 
     def output_name(self, stem: str) -> str:
         """Return the name of the file."""
@@ -43,7 +44,7 @@ class AdapterGgufExporter(FileExporter):
 
         assert job.type is not None
         adapter_dir, base = job.adapter_dir, job.base
-        self.check_base(base)
+        self.find_route(base, job.settings)
         check_adapter(adapter_dir, base_fingerprint=base.fingerprint)
         provenance = {
             **job.provenance(base),

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmtune.checks.provenance import EXPORT_FILE
 from llmtune.errors import LlmtuneError
@@ -35,6 +35,22 @@ class ExportOption:
     kind: Literal["text", "flag", "switch", "limit"]
     """A text; a flag that is given or not; a switch between --x and --no-x, None by default; a
     number that is not negative."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """One export as asked for, on the command line or by a config."""
+
+    to: str
+    """The name of an exporter."""
+    type: str | None = None
+    """One of the exporter's types; None is its default."""
+    out: Path | None = None
+    """The file or directory to make; None is `exports/` of the run."""
+    force: bool = False
+    """Replace what is there."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the exporter's own options, by their names."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,10 @@ class Exporter(ABC):
     """Whether `export.to` of a config may name it."""
     options: ClassVar[tuple[ExportOption, ...]] = ()
 
+    def has_option(self, name: str) -> bool:
+        """Whether the exporter reads the option of this name."""
+        return any(option.name == name for option in self.options)
+
     def choose_type(self, type: str | None) -> str | None:
         """Return the type to write, or None if there is nothing to choose.
 
@@ -111,15 +131,18 @@ class Exporter(ABC):
             raise LlmtuneError(f"--type {chosen}: --to {self.name} writes {', '.join(self.types)}")
         return chosen
 
-    def check_base(self, base: Checkpoint) -> None:  # noqa: B027
-        """Check that models of this base can be exported; reads its small files only.
+    def find_route(self, base: Checkpoint, settings: ExportSettings) -> str:
+        """Return in words how models of this base are exported; reads its small files only.
 
         Args:
             base: the 16-bit base, or a model merged from it.
+            settings: what is asked for; where it goes does not matter.
 
         Raises:
-            LlmtuneError: they cannot.
+            LlmtuneError: they cannot be exported so.
         """
+        self.choose_type(settings.type)
+        return "written by llmtune"
 
     def taken_from(self, report_path: Path) -> JsonValue:
         """Return what of a run's report.json gets into the export, as JSON values."""

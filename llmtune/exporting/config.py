@@ -1,13 +1,14 @@
 """The exporters, the config's `export` section, and the settings of one export (light)."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import model_validator
 
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.adapter_gguf import AdapterGgufExporter
-from llmtune.exporting.base import Exporter
+from llmtune.exporting.base import Exporter, ExportSettings
 from llmtune.exporting.gguf import GgufExporter
 from llmtune.exporting.hub import HubExporter
 from llmtune.exporting.nf4 import Nf4Exporter
@@ -53,28 +54,31 @@ class ExportConfig(Section):
     """gguf, ollama, adapter-gguf, nf4: any of them, into the run's `exports/`."""
     type: ConfiguredType | None = None
     """Numbers in the file, for gguf and ollama; null is q8_0."""
+    converter: Path | None = None
+    """llama.cpp's convert_hf_to_gguf.py or its directory: for gguf and ollama, writes the families
+    that llmtune does not write itself."""
 
-    def exports(self) -> Iterator[tuple[Exporter, str | None]]:
-        """Yield each exporter and the type that it is asked to write; None is its default."""
+    @model_validator(mode="after")
+    def _check_readers(self) -> Self:
+        if self.converter is not None and not any(one.options for one in self.exports()):
+            named = ", ".join(self.to) or "nothing"
+            raise ValueError(
+                f"converter is for exports to gguf or ollama, and `to` names {named}; leave "
+                "converter out"
+            )
+        return self
+
+    def exports(self) -> Iterator[ExportSettings]:
+        """Yield what each exporter is asked to make."""
         for name in self.to:
             exporter = find_exporter(name)
-            yield exporter, self.type if exporter.has_type_of_run else None
+            type = self.type if exporter.has_type_of_run else None
+            yield ExportSettings(name, type, options=self.options_of(exporter))
 
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """One export as asked for on the command line."""
-
-    to: str
-    """The name of an exporter."""
-    type: str | None = None
-    """One of the exporter's types; None is its default."""
-    out: Path | None = None
-    """The file or directory to make; None is `exports/` of the run."""
-    force: bool = False
-    """Replace what is there."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Values of the exporter's own options, by their names."""
+    def options_of(self, exporter: Exporter) -> dict[str, str]:
+        """Return the exporter's options that are set here, by their names."""
+        is_read = self.converter is not None and exporter.has_option("converter")
+        return {"converter": str(self.converter)} if is_read else {}
 
 
 def find_exporter(name: str) -> Exporter:
@@ -101,6 +105,16 @@ def check_exportable(base: Checkpoint, to: str, type: str | None = None) -> None
     Raises:
         LlmtuneError: an unknown exporter or type, or a base that cannot be exported so.
     """
-    exporter = find_exporter(to)
-    exporter.choose_type(type)
-    exporter.check_base(base)
+    find_route(base, ExportSettings(to, type))
+
+
+def find_route(base: Checkpoint, settings: ExportSettings) -> str:
+    """Return in one line how an export of this base will be made; reads its small files only.
+
+    Raises:
+        LlmtuneError: as `check_exportable`.
+    """
+    exporter = find_exporter(settings.to)
+    type = exporter.choose_type(settings.type)
+    named = settings.to if type is None else f"{settings.to} ({type})"
+    return f"{named}: {exporter.find_route(base, settings)}"

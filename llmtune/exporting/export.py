@@ -15,12 +15,13 @@ from llmtune.errors import LlmtuneError
 from llmtune.exporting.base import (
     DirectoryExporter,
     Exported,
+    ExportSettings,
     ExportSource,
     FileExporter,
     WritingExporter,
 )
 from llmtune.exporting.card import CARD_NAME, CardReport, read_report, render_card
-from llmtune.exporting.config import ExportSettings, find_exporter
+from llmtune.exporting.config import find_exporter
 from llmtune.io.environment import versions
 from llmtune.io.run_dir import RunDir, atomic_write_text
 from llmtune.io.unfinished import (

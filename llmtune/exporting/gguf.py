@@ -1,11 +1,18 @@
 """Export one GGUF file, for llama.cpp and the programs built on it."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.base import ExportOption, FileExporter, WritingExporter, Written
+from llmtune.exporting.base import (
+    ExportOption,
+    ExportSettings,
+    FileExporter,
+    WritingExporter,
+    Written,
+)
 from llmtune.exporting.gguf_writer.types import (
     DEFAULT_TYPE,
     GGUF_TYPES,
@@ -53,11 +60,25 @@ class GgufModelExporter(WritingExporter):
             require_quantizer(chosen)
         return chosen
 
-    def check_base(self, base: Checkpoint) -> None:
-        """Check that llama.cpp computes this model, and has this tokenizer."""
-        from llmtune.exporting.gguf_writer.vocabulary import check_convertible
+    def find_route(self, base: Checkpoint, settings: ExportSettings) -> str:
+        """Return who writes the file: llmtune what it covers, the converter everything else.
 
-        check_convertible(base)
+        Raises:
+            LlmtuneError: llmtune does not write this model, and there is no converter that does, or
+                nothing to check its file with.
+        """
+        converter = settings.options.get("converter")
+        problem = _why_not_written(base)
+        if problem is None:
+            return super().find_route(base, settings)
+        if converter is None:
+            raise problem
+        from llmtune.exporting.gguf_writer.converter import try_converter
+
+        _require_check(settings.options)
+        type = self.choose_type(settings.type)
+        assert type is not None
+        return try_converter(base, type, converter)
 
     def write_model(self, job: "ExportJob", path: Path, out: Path) -> JsonObject:
         """Write the GGUF file `path`, which will be `out`; return the result as JSON."""
@@ -66,7 +87,11 @@ class GgufModelExporter(WritingExporter):
         assert job.type is not None
         converter = job.option("converter")
         if converter is not None:
-            return {**self._convert(job, path, converter), "path": str(out)}
+            problem = _why_not_written(job.model)
+            if problem is not None:
+                log.info("export: left to llama.cpp's converter: %s", problem)
+                return {**self._convert(job, path, converter), "path": str(out)}
+            log.info("export: written by llmtune, which covers this model, not by %s", converter)
         result = write_model(
             GgufRequest(job.model, path, job.type, job.name, job.provenance(job.model))
         )
@@ -75,16 +100,10 @@ class GgufModelExporter(WritingExporter):
 
     def _convert(self, job: "ExportJob", path: Path, converter: str) -> JsonObject:
         """Let llama.cpp's converter write the file, if llama.cpp is here to check it."""
-        from llmtune.checks.runtime import is_runtime_installed
         from llmtune.exporting.gguf_writer.converter import convert
 
         assert job.type is not None
-        if job.option("runtime") is None and not is_runtime_installed():
-            raise LlmtuneError(
-                "--converter: what it writes is only known to be right once llama.cpp has answered "
-                "from it, and llama.cpp is not installed (pip install xllamacpp); or take the file "
-                "unchecked with --no-runtime"
-            )
+        _require_check(job.settings.options)
         return convert(job.model, path, job.type, converter)
 
     def check_model(self, job: "ExportJob", path: Path, written: Written) -> JsonObject:
@@ -99,6 +118,33 @@ class GgufModelExporter(WritingExporter):
         require_parity(parity, job.type, job.out, max_kl=job.option("max_kl"))
         notices = (*written.notices, *parity.notices)
         return {"notices": notices, "parity": parity.to_dict()}
+
+
+def _why_not_written(base: Checkpoint) -> LlmtuneError | None:
+    """Return what keeps llmtune from writing this model itself, if anything does."""
+    from llmtune.exporting.gguf_writer.vocabulary import check_convertible
+
+    try:
+        check_convertible(base)
+    except LlmtuneError as error:
+        return error
+    return None
+
+
+def _require_check(options: Mapping[str, Any]) -> None:
+    """Check that llama.cpp is here to check what its converter writes, unless that is waived.
+
+    Raises:
+        LlmtuneError: it is not installed.
+    """
+    from llmtune.checks.runtime import is_runtime_installed
+
+    if options.get("runtime") is None and not is_runtime_installed():
+        raise LlmtuneError(
+            "converter: what it writes is only known to be right once llama.cpp has answered "
+            "from it, and llama.cpp is not installed (pip install xllamacpp); or take the file "
+            "unchecked: llmtune export RUN --to gguf --converter PATH --no-runtime"
+        )
 
 
 class GgufExporter(GgufModelExporter, FileExporter):

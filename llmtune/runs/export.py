@@ -9,8 +9,8 @@ from typing import cast
 
 from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError
-from llmtune.exporting.base import Exported, Exporter, WritingExporter
-from llmtune.exporting.config import ExportSettings, find_exporter
+from llmtune.exporting.base import Exported, Exporter, ExportSettings, WritingExporter
+from llmtune.exporting.config import find_exporter
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.manifest import ExportRecord, Manifest, StageRecord, read_manifest
 from llmtune.models.checkpoint import Checkpoint
@@ -45,7 +45,17 @@ def export_target(name: str, overrides: Sequence[str], settings: ExportSettings)
     if is_given and settings.type is None and target.config is not None:
         settings = replace(settings, type=target.config.export.type)
     exporter.choose_type(settings.type)
+    if target.config is not None:
+        settings = _with_options_of(target.config, exporter, settings)
     return run_export(export_source(target), settings)
+
+
+def _with_options_of(
+    config: RunConfig, exporter: Exporter, settings: ExportSettings
+) -> ExportSettings:
+    """Fill the options that were not given with those that the run's config has."""
+    given = {name: value for name, value in settings.options.items() if value is not None}
+    return replace(settings, options={**config.export.options_of(exporter), **given})
 
 
 class ExportStage(Stage[ExportRecord]):
@@ -56,16 +66,15 @@ class ExportStage(Stage[ExportRecord]):
     def __init__(
         self,
         config: RunConfig,
-        exporter: Exporter,
-        type: str | None,
+        to: str,
         *,
         force: bool = False,
         opened: Checkpoint | None = None,
     ) -> None:
         super().__init__(config, force=force, opened=opened)
-        self.exporter = exporter
-        self.type = type
-        self.name = f"export {exporter.name}"
+        self.exporter = find_exporter(to)
+        self.settings = next(one for one in self.config.export.exports() if one.to == to)
+        self.name = f"export {to}"
         self._earlier: str | None = None
 
     def check(self) -> None:
@@ -85,7 +94,8 @@ class ExportStage(Stage[ExportRecord]):
         made_by = STAGE_OF[self.exporter.made_from]
         return {
             made_by: manifest.record(made_by).get("fingerprint"),
-            "type": self.type,
+            "type": self.settings.type,
+            **self.settings.options,
             "report": self.exporter.taken_from(self.config.run.report_json_path),
         }
 
@@ -99,8 +109,7 @@ class ExportStage(Stage[ExportRecord]):
 
         config = self.config
         source = export_source(run_target(str(config.run.path), config, opened=self.source))
-        settings = ExportSettings(self.exporter.name, self.type, force=True)
-        exported = run_export(source, settings)
+        exported = run_export(source, replace(self.settings, force=True))
         if self._earlier is not None:
             self._remove(Path(config.run.place(self._earlier)), but=Path(exported.out))
         return cast(ExportRecord, exported.to_dict())

@@ -11,6 +11,7 @@ from llmtune.config import RunConfig
 from llmtune.errors import LlmtuneError, MergeRefused
 from llmtune.evaluation.diagnosis.base import Extent
 from llmtune.evaluation.suite import load_suites
+from llmtune.exporting.config import find_route
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.manifest import ExportRecord, MergeRecord, TrainRecord
 from llmtune.io.processes import Processes
@@ -148,6 +149,24 @@ def plan(
     return make_plan(plan_request(config, device, measure=measure), spread)
 
 
+def plan_exports(config: RunConfig) -> tuple[str, ...]:
+    """Say how each export of the config will be made, one line each; nothing is loaded.
+
+    Raises:
+        LlmtuneError: one of them cannot be made of this base, which training refuses too.
+    """
+    if not config.export.to:
+        return ()
+    from llmtune.planning.base import read_base
+
+    directory = read_base(config.model).tokenizer_dir
+    base = None if directory is None else Checkpoint.open(directory, template=config.model.template)
+    if base is None or base.is_quantized:
+        when = "is checked before training, when the dense checkpoint of the base is there"
+        return tuple(f"{settings.to}: {when}" for settings in config.export.exports())
+    return tuple(find_route(base, settings) for settings in config.export.exports())
+
+
 def read_spread(
     gpus: int | None, nodes: int | None, link: float | None, step_seconds: float | None
 ) -> "Spread | None":
@@ -250,8 +269,8 @@ def _export(
     config: RunConfig, opened: Checkpoint | None, *, force: bool = False
 ) -> dict[str, ExportRecord]:
     return {
-        exporter.name: ExportStage(config, exporter, type, force=force, opened=opened).do()
-        for exporter, type in config.export.exports()
+        settings.to: ExportStage(config, settings.to, force=force, opened=opened).do()
+        for settings in config.export.exports()
     }
 
 

@@ -15,6 +15,7 @@ from llmtune.data.config import DataConfig, SourceConfig
 from llmtune.data.length import refuse_positions
 from llmtune.data.prepare import PreparedData, prepare_examples
 from llmtune.errors import LlmtuneError, RunInterrupted
+from llmtune.exporting.config import find_route
 from llmtune.io.fingerprint import JsonObject, hash_json
 from llmtune.io.manifest import BaseRecord, Manifest, StageRecord, TrainRecord
 from llmtune.io.processes import Processes, joined_processes, refuse_unjoined
@@ -55,9 +56,8 @@ class TrainStage(Stage[TrainRecord]):
         check_reporters(config.train.report_to)
         values = config.model_dump(mode="json")
         refuse_unusable(config.run, values, deciding_knobs_of, force=self.force)
-        for exporter, type in config.export.exports():
-            exporter.choose_type(type)
-            exporter.check_base(self.source)
+        for settings in config.export.exports():
+            log.info("export: %s", find_route(self.source, settings))
         self.data  # noqa: B018 (prepared here, before the run is opened)
 
     @cached_property

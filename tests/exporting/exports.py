@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from llmtune.exporting.config import ExportSettings
+from llmtune.exporting.base import ExportSettings
 from llmtune.merging.merge import merge_adapter
 from llmtune.runs.export import export_target
 

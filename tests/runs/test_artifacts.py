@@ -71,7 +71,7 @@ OWN = {"merge": "merged/", "evaluate": ("evaluations/", "diagnostics/"), "export
 
 
 def test_what_a_stage_reads_in_the_run_is_among_its_inputs(copied):
-    exports = [ExportStage(copied, *one, force=True) for one in copied.export.exports()]
+    exports = [ExportStage(copied, one.to, force=True) for one in copied.export.exports()]
     stages: list[Stage[Any]] = [MergeStage(copied, force=True), EvaluateStage(copied, force=True)]
     for stage in [*stages, *exports]:
         read = read_opened(stage.do, copied.run_dir)

@@ -45,8 +45,8 @@ def find_architecture(base: Checkpoint) -> Architecture:
     if architecture is None:
         raise LlmtuneError(
             f"{base.directory}: GGUF export does not support model type {model_type!r}; expected "
-            f"one of {', '.join(sorted(ARCHITECTURES))}; or, after training, llama.cpp's own "
-            "converter: llmtune export RUN --to gguf --converter LLAMA_CPP"
+            f"one of {', '.join(sorted(ARCHITECTURES))}; or name llama.cpp's own converter: "
+            "export.converter in the config, or llmtune export RUN --to gguf --converter LLAMA_CPP"
         )
     config = read_full_config(base)
     problems = list(_common_problems(config, architecture)) + list(architecture.problems(config))

@@ -54,8 +54,8 @@ def require_quantizer(type: str) -> str:
     found = shutil.which(PROGRAM)
     if found is None:
         raise LlmtuneError(
-            f"--type {type}: K-quants are made by llama.cpp's own {PROGRAM}, which is not on the "
-            "PATH; install llama.cpp, or choose q8_0, q5_1 or another type that needs no program"
+            f"--type {type}: is made by llama.cpp's own {PROGRAM}, which is not on the PATH; "
+            "install llama.cpp, or choose q8_0 or another type that needs no program"
         )
     return found
 
