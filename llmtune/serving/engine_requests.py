@@ -19,6 +19,7 @@ from llmtune.serving.openai_api import (
     RefusedRequest,
     SharedBody,
     chat_limit,
+    check_choice,
     check_shared,
     read_messages,
     require_name,
@@ -107,7 +108,7 @@ def read_for_engine(
     if isinstance(read, ChatBody):
         chat_limit(read)
         read_messages(read.messages)
-    _check_choice(body)
+    check_choice(body.get("tool_choice"), body.get("tools"))
     _check_form(body.get("response_format"))
     model = require_name(read.model, names)
     fields_read = kind.model_fields  # what asks for nothing is not passed on
@@ -119,12 +120,6 @@ def read_for_engine(
         filled = {**filled, **follows.if_repeatable}
     path = "/v1/chat/completions" if is_chat else "/v1/completions"
     return PassedOn(path, filled, model, bool(read.stream))
-
-
-def _check_choice(body: Mapping[str, Any]) -> None:
-    """Refuse a choice among tools if there are none."""
-    if body.get("tool_choice") not in (None, "none", "auto") and not body.get("tools"):
-        raise RefusedRequest(400, "tool_choice needs tools", param="tool_choice")
 
 
 def _check_form(form: Any) -> None:

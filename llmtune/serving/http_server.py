@@ -154,7 +154,7 @@ async def _stream(
             async for part in parts:
                 assert isinstance(part, Said)
                 lasts[part.place] = part
-                if part.text or part.tokens:
+                if part.text or part.tokens or part.calls:
                     yield render_event(shape.chunk(replace(part, finish=None)))
                 if part.finish:
                     end = Said("", place=part.place, finish=part.finish)

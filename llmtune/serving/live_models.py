@@ -1,5 +1,6 @@
 """The models of one target by name, one loaded at a time, answering requests of the protocol."""
 
+import json
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from llmtune.data.problems import RowError
 from llmtune.data.prompts import PromptEncoder
 from llmtune.data.render import encode_plain
+from llmtune.data.written_calls import find_call_form
 from llmtune.errors import LlmtuneError
 from llmtune.models.hardware import release_memory
 from llmtune.models.live import LiveModel
@@ -17,7 +19,7 @@ from llmtune.scoring.live import as_arm, load_target
 from llmtune.scoring.prefix import rows_at_once
 from llmtune.serving.names import ORIGINAL, ServedModel
 from llmtune.serving.openai_api import AnswerRequest, RefusedRequest, StopTexts, require_name
-from llmtune.serving.shapes import HALF_CHARACTER, Said, ShownToken
+from llmtune.serving.shapes import HALF_CHARACTER, Said, SaidCall, ShownToken
 
 log = logging.getLogger("llmtune")
 
@@ -81,6 +83,12 @@ class LiveModels:
         wanted = self.find(request.model)
         live = self.load(wanted.name)
         ids = self._encode(live, request)
+        if request.question and request.question.tools and not find_call_form(live.tokenizer):
+            log.warning(
+                "WARNING: the chat template of %s writes calls in a form that is not read back "
+                "here; an answer that calls a tool is sent as its text",
+                wanted.name,
+            )
         yield len(ids)
         decoding = _decoding(live, request, len(ids))
         slots = len(ids) + decoding.max_new_tokens
@@ -162,32 +170,66 @@ def _decoding(live: LiveModel, request: AnswerRequest, length: int) -> Decoding:
 
 
 class _Teller:
-    """Says one answer: cut at the request's own stops, of which the first ends it."""
+    """Says one answer: cut at the request's own stops, of which the first ends it.
+
+    If there are tools, what may be a call is held back until the answer's end.
+    """
 
     def __init__(self, request: AnswerRequest, live: LiveModel, prompt: Sequence[int]) -> None:
         self.has_ended = False
         self._stops = StopTexts(request.stop)
         self._live = live
         self._before = prompt[-1]
+        self._written = ""
+        """What the answer is so far, cut."""
         self._heard = self._told = 0
         self._held: list[tuple[int, tuple[ShownToken, ...]]] = []
         """Tokens whose text is held back, with the characters before them."""
+        tools = (request.question.tools if request.question else None) or []
+        self._names = [str(tool.get("function", tool)["name"]) for tool in tools]
+        self._form = find_call_form(live.tokenizer) if tools else None
+        self._is_marked = self._form is not None and _is_visible(self._form.mark, live)
 
     def tell(self, piece: Piece) -> Said:
         """Return what may be shown of the answer now."""
-        text = self._stops.feed(piece.text, is_last=piece.is_last)
+        self._written += self._stops.feed(piece.text, is_last=piece.is_last)
         self._held.append((self._heard, self._show(piece)))
         self._heard += len(piece.text)
-        self._told += len(text)
         self.has_ended = piece.is_last or self._stops.found
+        finish, calls = None, tuple[SaidCall, ...]()
+        whole = self._written if self._form is None else self._before_calls(self._form.mark)
+        if self.has_ended:
+            finish = "stop" if piece.stopped or self._stops.found else "length"
+            whole, calls = self._read_calls(piece)
+            finish = "tool_calls" if calls else finish
+        text = whole[self._told :]
+        self._told += len(text)
         is_whole = piece.is_last and not self._stops.found
         tokens: tuple[ShownToken, ...] = ()
         while self._held and (is_whole or self._held[0][0] < self._told):
             tokens += self._held.pop(0)[1]
-        finish = None
-        if self.has_ended:
-            finish = "stop" if piece.stopped or self._stops.found else "length"
-        return Said(text, piece.num_tokens, piece.place, finish, tokens)
+        return Said(text, piece.num_tokens, piece.place, finish, tokens, calls)
+
+    def _before_calls(self, mark: str) -> str:
+        """Return what cannot be a part of a call, whatever follows."""
+        if not self._is_marked:
+            return ""
+        return StopTexts([mark]).feed(self._written).rstrip()
+
+    def _read_calls(self, piece: Piece) -> tuple[str, tuple[SaidCall, ...]]:
+        """Return the answer's text and its calls, now that it is at its end."""
+        if self._form is None:
+            return self._written, ()
+        written: str = self._written
+        if not self._is_marked and not self._stops.found:
+            written = str(self._live.tokenizer.decode(piece.token_ids))
+        content, calls = self._form.read(written, self._names)
+        if not calls:
+            return self._written, ()
+        shown = [
+            SaidCall(call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in calls
+        ]
+        return content, tuple(shown)
 
     def _show(self, piece: Piece) -> tuple[ShownToken, ...]:
         shown = []
@@ -205,3 +247,9 @@ class _Teller:
         if before.endswith(HALF_CHARACTER):
             return str(decode([token]))
         return str(decode([self._before, token]))[len(before) :]
+
+
+def _is_visible(mark: str, live: LiveModel) -> bool:
+    """Whether a text holds a mark that was written: control tokens are left out of it."""
+    ids = live.tokenizer(mark, add_special_tokens=False)["input_ids"]
+    return bool(mark) and mark in str(live.tokenizer.decode(ids, skip_special_tokens=True))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -53,8 +53,6 @@ HINTS = {
     "chat_template_kwargs": "the template is called as the model was trained; "
     "set model.template_arguments and train again",
     "response_format": "answers are not constrained to a form",
-    "tools": "calls are not read back from what the model writes; "
-    "a GGUF file served by --engine llama.cpp does that",
     "top_k": "use top_p",
 }
 
@@ -147,6 +145,9 @@ class LiveChatBody(ChatBody):
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LIKELIEST)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class LiveCompletionBody(CompletionBody):
@@ -169,24 +170,45 @@ def read_chat(body: Any, temperature: float) -> AnswerRequest:
     limit = chat_limit(read)
     if read.top_logprobs and not read.logprobs:
         raise RefusedRequest(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    check_choice(read.tool_choice, read.tools)
+    if read.tools and read.tool_choice not in (None, "auto", "none"):
+        raise RefusedRequest(
+            400, "tool_choice: nothing makes the model call; send auto or none", param="tool_choice"
+        )
+    if read.tools and read.parallel_tool_calls is False:
+        raise RefusedRequest(
+            400,
+            "parallel_tool_calls: nothing keeps the model from several calls; take it out",
+            param="parallel_tool_calls",
+        )
+    tools = None if read.tool_choice == "none" else read.tools
     return replace(
         _shared(read, limit, temperature),
-        question=read_messages(read.messages),
+        question=read_messages(read.messages, tools),
         num_answers=read.n or 1,
         num_likeliest=(read.top_logprobs or 0) if read.logprobs else None,
     )
 
 
-def read_messages(messages: Sequence[Any]) -> Conversation:
+def check_choice(choice: Any, tools: Any) -> None:
+    """Refuse a choice among tools if there are none."""
+    if choice not in (None, "none", "auto") and not tools:
+        raise RefusedRequest(400, "tool_choice needs tools", param="tool_choice")
+
+
+def read_messages(
+    messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] | None = None
+) -> Conversation:
     """Return a chat that waits for an answer.
 
     Raises:
         RefusedRequest: it is not one, or holds what a template would leave out without a word.
     """
     try:
-        return ask(messages)
+        return ask(messages, None if tools is None else list(tools))
     except RowError as error:
-        raise RefusedRequest(400, str(error), param="messages") from None
+        param = "tools" if error.kind == "tools" else "messages"
+        raise RefusedRequest(400, str(error), param=param) from None
 
 
 def chat_limit(read: ChatBody) -> int | None:

@@ -21,6 +21,20 @@ class ShownToken:
 
 
 @dataclass(frozen=True)
+class SaidCall:
+    """A call of a tool, its arguments as JSON text."""
+
+    name: str
+    arguments: str
+    id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
+
+    def as_json(self) -> dict[str, JsonValue]:
+        """Return it as the protocol has it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(frozen=True)
 class Said:
     """The next text of an answer; the last one says how the answer ended."""
 
@@ -33,6 +47,8 @@ class Said:
     """Why the answer ended, in the protocol's words; None before its end."""
     tokens: tuple[ShownToken, ...] = ()
     """If they are asked for: the text's tokens."""
+    calls: tuple[SaidCall, ...] = ()
+    """Known at the answer's end."""
 
 
 @dataclass
@@ -43,11 +59,13 @@ class Whole:
     num_tokens: int = 0
     finish: str | None = None
     tokens: list[ShownToken] = field(default_factory=list)
+    calls: tuple[SaidCall, ...] = ()
 
     def add(self, said: Said) -> None:
         """Take in the next text."""
         self.text += said.text
         self.tokens += said.tokens
+        self.calls += said.calls
         self.num_tokens, self.finish = said.num_tokens, said.finish
 
 
@@ -71,8 +89,7 @@ class Shape:
         for place, answer in sorted(answers.items()):
             choice = self._choice(place, answer.finish, answer.tokens)
             if self.is_chat:
-                message = {"role": "assistant", "content": answer.text, "refusal": None}
-                choice["message"] = message
+                choice["message"] = _message(answer)
             else:
                 choice["text"] = answer.text
             choices.append(choice)
@@ -84,8 +101,13 @@ class Shape:
         """Return the next piece of a stream; the first of a chat's answer says whose it is."""
         choice = self._choice(said.place, said.finish, said.tokens)
         if self.is_chat:
-            role = {"role": "assistant"} if is_first else {}
-            choice["delta"] = role | ({"content": said.text} if said.text or is_first else {})
+            delta: dict[str, JsonValue] = {"role": "assistant"} if is_first else {}
+            if said.text or is_first:
+                delta["content"] = said.text
+            if said.calls:
+                calls = [{"index": at, **call.as_json()} for at, call in enumerate(said.calls)]
+                delta["tool_calls"] = calls
+            choice["delta"] = delta
         else:
             choice["text"] = said.text
         return {**self._chunk_head(), "choices": [choice]}
@@ -137,6 +159,16 @@ class Shape:
             "created": self.created,
             "model": self.model,
         }
+
+
+def _message(answer: Whole) -> JsonObject:
+    """Return an answer as a message; beside calls a text of spaces alone is none."""
+    is_empty = bool(answer.calls) and not answer.text.strip()
+    message: dict[str, JsonValue] = {"role": "assistant", "refusal": None}
+    message["content"] = None if is_empty else answer.text
+    if answer.calls:
+        message["tool_calls"] = [call.as_json() for call in answer.calls]
+    return message
 
 
 def _chat_shares(tokens: Sequence[ShownToken]) -> JsonObject:

@@ -51,9 +51,11 @@ from llmtune.serving.openai_api import (
 from llmtune.serving.shapes import Said
 from llmtune.serving.vllm import plan_command, refuse_dropped
 from tests.conftest import write_jsonl
+from tests.data.shapes import ITEM_CALLS, QWEN3
 from tests.project import make_project
 
 ASKED: Any = [{"role": "user", "content": "The film is warm. positive or negative?"}]
+TOOLS: Any = [{"type": "function", "function": {"name": "weather", "description": "Tells it."}}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 
 
@@ -277,6 +279,73 @@ def test_log_probabilities_are_those_of_the_model(running, client):
     assert shares.text_offset[:2] == [0, len(shares.tokens[0])]
 
 
+def test_tools_reach_the_template_and_calls_are_read_back(run_dir, tmp_path, monkeypatch, caplog):
+    base = tmp_path / "base"
+    shutil.copytree(run_dir / "merged", base)
+    (base / "chat_template.jinja").write_text(QWEN3)
+    server = Running(base)
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rom\\u00e9"}}\n</tool_call>'
+    written: list[str] = []
+
+    def write(model, rows, decoding, rooms, *, refill=None, watch=None):
+        """What a model would write that has learned to call."""
+        live = server.models.load()
+        ids = live.tokenizer(written[0], add_special_tokens=False)["input_ids"]
+        for token in (*ids, live.stop_token_ids[0]):
+            if watch is not None:
+                watch(rows.places, rows.logits.float(), [token] * len(rows.places))
+            yield from ((place, token) for place in rows.places)
+
+    monkeypatch.setattr("llmtune.scoring.generate.write_rows", write)
+    client = server.client()
+
+    def ask(text, **more):
+        written[:] = [text]
+        how = {"model": "original", "messages": ASKED, "tools": TOOLS, "temperature": 0} | more
+        return client.chat.completions.create(**how)
+
+    try:
+        answer = ask(f"Let me see.\n{call}\n{call}", logprobs=True, n=2)
+        for choice in answer.choices:
+            assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
+            one, two = choice.message.tool_calls
+            assert (one.function.name, one.id != two.id) == ("weather", True)
+            assert json.loads(one.function.arguments) == {"city": "Romé"}
+            assert len(choice.logprobs.content) * 2 == answer.usage.completion_tokens
+        asked = [*ASKED, answer.choices[0].message.model_dump(exclude_none=True)]
+        asked += [{"role": "tool", "tool_call_id": one.id, "content": "Warm."}] * 2
+        more = ask("It is warm.", messages=asked)
+        assert more.choices[0].message.content == "It is warm."
+        assert more.usage.prompt_tokens > answer.usage.prompt_tokens
+        chunks = [c.choices[0] for c in ask(f"Let me see.\n{call}", stream=True)]
+        said = "".join(c.delta.content or "" for c in chunks)
+        (found,) = [c.delta.tool_calls for c in chunks if c.delta.tool_calls]
+        assert said == "Let me see." and found[0].function.name == "weather"
+        assert chunks[-1].finish_reason == "tool_calls"
+        alone = ask(call).choices[0].message
+        assert alone.content is None and len(alone.tool_calls) == 1
+        torn = [c.choices[0] for c in ask(f"See: {call[:-20]}", stream=True)]
+        assert "".join(c.delta.content or "" for c in torn) == f"See: {call[:-20]}"
+        assert torn[-1].finish_reason == "stop"
+        plain = ask(call, tool_choice="none")
+        assert plain.choices[0].message.tool_calls is None
+        assert plain.usage.prompt_tokens < answer.usage.prompt_tokens
+        with pytest.raises(openai.BadRequestError, match="tools holds"):
+            ask(call, tools=[{"type": "function"}])
+        assert not caplog.records
+    finally:
+        server.stop()
+    (base / "chat_template.jinja").write_text(ITEM_CALLS)
+    text = "<tool_call>weather\n</tool_call>"
+    models = LiveModels(find_models(resolve_target(str(base)), {}))
+    monkeypatch.setattr(server, "models", models)
+    written[:] = [text]
+    request = read_chat({"messages": ASKED, "tools": TOOLS}, 0)
+    parts = [part for part in models.answer(request) if isinstance(part, Said)]
+    assert "".join(part.text for part in parts) == text and parts[-1].finish == "stop"
+    assert "writes calls in a form that is not read back" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "param", "words"),
     [
@@ -285,7 +354,10 @@ def test_log_probabilities_are_those_of_the_model(running, client):
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs is 21"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "take it out"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not constrained"),
-        ({"tools": [{"type": "function"}]}, "tools", "not read back"),
+        ({"tools": [{"type": "function"}]}, "tools", "tools holds"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", "nothing makes the model"),
+        ({"tools": TOOLS, "parallel_tool_calls": False}, "parallel_tool_calls", "nothing keeps"),
+        ({"tool_choice": "required"}, "tool_choice", "tool_choice needs tools"),
         ({"temprature": 0}, "temprature", 'did you mean "temperature"'),
         ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "template_arguments"),
         ({"temperature": 3}, "temperature", "temperature is 3"),
