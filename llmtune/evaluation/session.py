@@ -82,6 +82,8 @@ class EvaluationRequest:
     """Whether scores of the base alone are taken over from earlier runs, and kept for later."""
     sharing: ItemSharing | None = None
     """Other processes that take a share of the items of every arm; None is this one alone."""
+    num_parts: int = 1
+    """Of every layer of what is loaded; other processes have the other parts."""
 
 
 class Evaluation:
@@ -168,7 +170,7 @@ class Evaluation:
         if checkpoint.has_safetensors:
             size = ELEMENT_BYTES.get(dtype, 2)
             shapes = [entry.shape for entry in checkpoint.index.tensors.values()]
-            needed = size * sum(map(math.prod, shapes))
+            needed = size * sum(map(math.prod, shapes)) // self.request.num_parts
         free = free_device(self._device).memory_bytes
         reason = (
             f"its weights need {format_size(needed)}, and {format_size(free)} are free on "

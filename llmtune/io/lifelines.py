@@ -21,8 +21,11 @@ TOKEN_SECONDS = 10.0
 """How long whoever connects may take to say who it is."""
 
 WATCH_SECONDS = 0.5
-NOTICED_SECONDS = 6.0
+NOTICED_SECONDS = 4.0
 """How long the work of a process may go on that has lost another one."""
+
+KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
+"""Seconds of silence before a machine is asked whether it is there, between asking, how often."""
 
 
 class Lifelines:
@@ -59,6 +62,7 @@ class Lifelines:
                 line, _ = server.accept()
                 line.settimeout(TOKEN_SECONDS)
                 if hmac.compare_digest(_read(line, len(token)), token.encode()):
+                    _keep_alive(line)
                     self._lines.append(line)
                 else:
                     line.close()
@@ -77,6 +81,7 @@ class Lifelines:
             except OSError as error:
                 failed = OSError(f"{host}:{port}: {error}")
             else:
+                _keep_alive(line)
                 self._lines.append(line)
                 return
         raise failed
@@ -85,6 +90,11 @@ class Lifelines:
     def is_cut(self) -> bool:
         """Whether a process at the other end of a line has ended."""
         return any(map(_is_at_end, self._lines))
+
+    @property
+    def num_cut(self) -> int:
+        """How many of those at the other ends have ended."""
+        return sum(map(_is_at_end, self._lines))
 
     def watch(self, end: Callable[[], None]) -> None:
         """Call `end` some seconds after a line was cut if nobody has noticed it until then."""
@@ -102,6 +112,14 @@ class Lifelines:
             cut_for = cut_for + WATCH_SECONDS if self.is_cut else 0.0
         if self._is_watching:
             end()
+
+
+def _keep_alive(line: socket.socket) -> None:
+    """Let the line break, too, when the other machine is gone without a word."""
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        if hasattr(socket, name):  # elsewhere than on Linux, what the system does
+            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _is_at_end(line: socket.socket) -> bool:

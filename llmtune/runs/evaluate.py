@@ -6,7 +6,8 @@ Beside it, the scores of any target on suites or on tasks of lm-evaluation-harne
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -33,6 +34,8 @@ from llmtune.runs.stage import Stage
 from llmtune.runs.targets import resolve_target
 
 if TYPE_CHECKING:
+    from torch.nn import Parameter
+
     from llmtune.evaluation.diagnosis.subject import TrainedSteps
     from llmtune.evaluation.scores import Scores
     from llmtune.evaluation.session import EvaluationRequest
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from llmtune.models.live import LiveModel
 
 log = logging.getLogger("llmtune")
+
+LENT = "each of {} processes has a part of every layer, and the first one scores"
 
 
 class EvaluateStage(Stage[EvaluateRecord]):
@@ -130,17 +135,52 @@ class EvaluateStage(Stage[EvaluateRecord]):
     def run(self, inputs: JsonObject) -> EvaluateRecord:
         """Measure what is missing; what is finished for the same model and recipe is read."""
         from llmtune.evaluation.evaluate import evaluate_run
-        from llmtune.evaluation.sharing import ItemSharing
 
         seconds = read_manifest(self.config.run).trained.get("seconds")
         request, processes = self.request(inputs), joined_processes()
         if not processes.are_many:
             return evaluate_run(request, seconds)
-        with processes.ordering(self._order()):
+        with processes.ordering(self._order()), self._shared(request, processes) as shared:
+            return evaluate_run(shared, seconds)
+
+    @contextmanager
+    def _shared(
+        self, request: "EvaluationRequest", processes: Processes
+    ) -> Iterator["EvaluationRequest"]:
+        """Let the others score a share of the items, or lend their parts of a sharded base."""
+        if self.config.train.shard == "none":
+            from llmtune.evaluation.sharing import ItemSharing
+
             sharing = ItemSharing(processes)
-            record = evaluate_run(dataclasses.replace(request, sharing=sharing), seconds)
+            yield dataclasses.replace(request, sharing=sharing)
             sharing.end()
-        return record
+            return
+        from llmtune.evaluation.lending import Borrowing
+
+        with self._connected(processes):
+            borrowing = Borrowing(processes, partial(self._load_part, processes))
+            log.info("evaluate: %s", LENT.format(processes.world_size))
+            yield dataclasses.replace(request, load=borrowing.load, num_parts=processes.world_size)
+            borrowing.end()
+
+    @contextmanager
+    def _connected(self, processes: Processes) -> Iterator[None]:
+        from llmtune.models.hardware import choose_device
+
+        device = choose_device(self.config.model.device)
+        with processes.connected(device.type), processes.watching():
+            yield
+
+    def _load_part(self, processes: Processes, arm: str) -> "LiveModel":
+        """Load a model of which every process has a part of each layer."""
+        from llmtune.scoring.live import load_target
+        from llmtune.training.sharding import shard_base
+
+        def cut(live: "LiveModel", base: "Sequence[Parameter]") -> None:
+            model: Any = live.model.requires_grad_(False)
+            shard_base(model, live.device, processes, base)
+
+        return load_target(self._target(self.config.model), arm, cut)
 
     def _order(self) -> "EvaluateOrder":
         return {
@@ -161,6 +201,12 @@ class EvaluateStage(Stage[EvaluateRecord]):
         from llmtune.evaluation.sharing import help_scoring, other_model
         from llmtune.scoring.live import load_target
 
+        if self.config.train.shard == "full":
+            from llmtune.evaluation.lending import lend_parts
+
+            with self._connected(processes):
+                lend_parts(processes, partial(self._load_part, processes))
+            return
         config = self.config
         written = {TUNED: config.run.adapter_dir, "merged": config.run.merged_dir}
         if {suite.name: suite.fingerprint for suite in self.suites} != order["suites"]:

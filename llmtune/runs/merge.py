@@ -107,12 +107,16 @@ class MergeStage(Stage[MergeRecord]):
 def request_of_run(
     config: RunConfig, source: Checkpoint, out_dir: Path, settings: MergeSettings
 ) -> "MergeRequest":
-    """Return a merge of a run's adapter, checked on its held-out rows and its suites."""
+    """Return a merge of a run's adapter, checked on its held-out rows and its suites.
+
+    A base that is sharded to train need not fit on a card, so it is compared on the CPU.
+    """
     from llmtune.checks.prompts import HeldOut
     from llmtune.merging.one_adapter import MergeRequest
 
+    is_sharded = config.train.shard == "full"
     return MergeRequest(
-        model=config.model,
+        model=config.model.model_copy(update={"device": "cpu"}) if is_sharded else config.model,
         source=source,
         adapter_dir=config.run.adapter_dir,
         out_dir=out_dir,

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +33,17 @@ REMOTE_CODE = "transformers_modules."
 """Where transformers puts the modules of code that came with a checkpoint."""
 
 
+Cut = Callable[[LiveModel, Sequence[nn.Parameter]], None]
+"""Moves a model that is mapped from its files to its device, a part of the base's weights here."""
+
+
 def load_live(
-    config: ModelConfig, source: Checkpoint, adapter_dir: Path | None, *, is_dense: bool = False
+    config: ModelConfig,
+    source: Checkpoint,
+    adapter_dir: Path | None,
+    *,
+    is_dense: bool = False,
+    cut: Cut | None = None,
 ) -> LiveModel:
     """Load a base, and put a saved adapter on it.
 
@@ -43,23 +52,27 @@ def load_live(
         source: the base.
         adapter_dir: None for the base alone.
         is_dense: compute with the dense weights that a quantized base represents, exactly.
+        cut: keeps a part of the base in this process, if several share it.
 
     Raises:
         LlmtuneError: the base cannot be loaded, or the adapter was made for a different base or
             chat template.
     """
-    live = load_model(config, source)
+    live = load_model(config, source, stays_mapped=cut is not None)
+    base = list(live.model.parameters())
     if is_dense:
         compute_densely(live.model, live.dtype)
-    if adapter_dir is None:
-        return live
-    require_trained_template(live.tokenizer, adapter_dir)
-    return replace(
-        live,
-        model=load_adapter(live.model, adapter_dir, base_fingerprint=live.fingerprint),
-        identity=replace(live.identity, adapter=adapter_fingerprint(adapter_dir)),
-        arms=("tuned", "base"),
-    )
+    if adapter_dir is not None:
+        require_trained_template(live.tokenizer, adapter_dir)
+        live = replace(
+            live,
+            model=load_adapter(live.model, adapter_dir, base_fingerprint=live.fingerprint),
+            identity=replace(live.identity, adapter=adapter_fingerprint(adapter_dir)),
+            arms=("tuned", "base"),
+        )
+    if cut is not None:
+        cut(live, base)
+    return live
 
 
 @contextlib.contextmanager
@@ -88,7 +101,7 @@ def as_arm(
         yield replace(live, identity=live.identity_as(arm, strength))
 
 
-def load_target(target: Loadable, arm: str | None = None) -> LiveModel:
+def load_target(target: Loadable, arm: str | None = None, cut: Cut | None = None) -> LiveModel:
     """Load what `target` names so that it can answer as `arm` (default: its first).
 
     The merged model of a run, and `original`, the base of any target, are loaded as the base is,
@@ -109,7 +122,7 @@ def load_target(target: Loadable, arm: str | None = None) -> LiveModel:
     source = target.merged if wanted == "merged" else target.dense_base
     if is_whole:
         config = config.model_copy(update={"quantization": None})
-    live = load_live(config, source, None if is_whole else target.adapter_dir)
+    live = load_live(config, source, None if is_whole else target.adapter_dir, cut=cut)
     log.info("model: %s on %s, %s", live.source.origin, live.device, live.identity.dtype)
     if not is_whole:
         return live

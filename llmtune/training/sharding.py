@@ -7,7 +7,7 @@ outside of the layers (embeddings, LM head, last norm) and the adapter are whole
 as they are without sharding; the adapter's gradients are added up by `Reduction`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from peft.tuners.lora import ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import PreTrainedModel
 
 from llmtune.data.example import Example
 from llmtune.errors import LlmtuneError
@@ -53,43 +54,63 @@ class ShardTable:
         )
 
 
-def shard_base(model: PeftModel, device: torch.device, processes: Processes) -> ShardTable:
+def shard_base(
+    model: PeftModel | PreTrainedModel,
+    device: torch.device,
+    processes: Processes,
+    base: Collection[nn.Parameter] | None = None,
+) -> ShardTable:
     """Cut the layers of the frozen base over the processes, one by one, and move all to `device`.
 
     Args:
-        model: with its adapter; the base's weights may be mapped from their files.
+        model: with or without an adapter; the base's weights may be mapped from their files.
         device: where this process computes.
         processes: connected; all of them call this.
+        base: the base's own weights; None is those that are not trained.
 
     Raises:
         LlmtuneError: the architecture or the adapter is one whose layers cannot be cut.
     """
-    decoder = decoder_of(model.get_base_model())
+    decoder = decoder_of(_base_of(model))
     layers = _layers_to_shard(model, decoder)
+    if base is None:
+        base = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    adapter = set(model.parameters()) - set(base)
     mesh = init_device_mesh(device.type, (processes.world_size,))
     for layer in layers:
         # what is outside of the layers' own parameters must not be moved or cut with them
-        trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+        own = adapter.intersection(layer.parameters())
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=own)
     # The root of all layers has no parameters of its own: it lets the next layer be fetched early.
     fully_shard(decoder, mesh=mesh, ignored_params=set(_whole(decoder)))
     for tensor in (*_whole(model), *model.buffers()):
         tensor.data = tensor.data.to(device)
     cut = [parameter for parameter in model.parameters() if is_sharded(parameter)]
-    frozen = [parameter for parameter in _whole(model) if not parameter.requires_grad]
+    whole = [parameter for parameter in _whole(model) if parameter not in adapter]
     return ShardTable(
         num_layers=len(layers),
         layer_bytes=sum(parameter.nbytes for parameter in cut),
         own_bytes=sum(parameter.to_local().nbytes for parameter in cut),
-        whole_bytes=sum(parameter.nbytes for parameter in frozen),
+        whole_bytes=sum(parameter.nbytes for parameter in whole),
     )
+
+
+def cut_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that `shard_base` has cut, in their order."""
+    cut = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return cut[1:]  # the first one is the decoder, the root of all layers
+
+
+def _base_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
 
 
 def _whole(module: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for parameter in module.parameters() if not is_sharded(parameter))
 
 
-def _layers_to_shard(model: PeftModel, decoder: nn.Module) -> list[nn.Module]:
+def _layers_to_shard(model: PeftModel | PreTrainedModel, decoder: nn.Module) -> list[nn.Module]:
     """Return the decoder's layers, none of them inside of another."""
     inside: set[nn.Module] = set()
     layers: list[nn.Module] = []
@@ -98,7 +119,7 @@ def _layers_to_shard(model: PeftModel, decoder: nn.Module) -> list[nn.Module]:
         if layer in within and layer not in inside:
             layers.append(layer)
             inside.update(layer.modules())
-    name = type(model.get_base_model()).__name__
+    name = type(_base_of(model)).__name__
     if not layers:
         raise LlmtuneError(
             f"train.shard=full: {name} does not say what its layers are, so the base cannot be cut "

@@ -19,13 +19,13 @@ from llmtune.config import load_config
 from llmtune.errors import LlmtuneError, ProcessLost
 from llmtune.evaluation import sharing
 from llmtune.evaluation.run import score_items
-from llmtune.io import lifelines, processes
+from llmtune.io import lifelines, processes, store_talk
 from llmtune.models.live import ModelIdentity
 from llmtune.runs import pipeline
 from llmtune.training import adapt, trainer
 from llmtune.training import train as training
 from llmtune.training.checkpoint import write_checkpoint
-from tests.processes import fork, free_port, run_command, wait_for
+from tests.processes import Started, fork, free_port, run_command, wait_for
 from tests.project import make_project
 
 STEPS = {"learning_rate": 5e-3, "max_steps": 16, "batch_size": 6, "save_every": 4}
@@ -221,7 +221,7 @@ def test_launcher_variables_that_cannot_be_are_said_at_once(monkeypatch, capsys,
 
 
 def test_what_the_cards_refuse_is_not_taken_for_a_killed_process(monkeypatch):
-    monkeypatch.setattr(processes, "FAILURE_SECONDS", 0.1)
+    monkeypatch.setattr(store_talk, "FAILURE_SECONDS", 0.1)
     one = processes.Processes(dist.HashStore(), rank=0, world_size=2, num_here=2)
     with (
         pytest.raises(ProcessLost, match="could not work together .*Duplicate GPU detected"),
@@ -235,11 +235,38 @@ def test_a_store_that_has_ended_with_its_process_is_one_clear_failure(monkeypatc
         def set(self, *_):
             raise RuntimeError("Broken pipe")
 
-    monkeypatch.setattr(processes, "FAILURE_SECONDS", 0.1)
+    monkeypatch.setattr(store_talk, "FAILURE_SECONDS", 0.1)
     one = processes.Processes(EndedStore(), rank=0, world_size=2, num_here=2)
     for tell in (lambda: one.send(1, {"items": []}), one.end, one._come_together):
         with pytest.raises(ProcessLost, match="ended without a message"):
             tell()
+
+
+def test_nobody_waits_at_the_end_for_what_is_gone(tmp_path, monkeypatch):
+    """The first process for another one that was killed, and that one for the first's machine."""
+
+    def end():
+        joined = processes.join_processes()
+        monkeypatch.setattr(joined, "_leave", lambda: os.kill(os.getpid(), signal.SIGKILL))
+        joined.end() if joined.is_first else list(joined.orders())
+        return 0
+
+    started = time.monotonic()
+    assert Started(tmp_path / "killed", 2, end).wait() == [0, -9]
+    assert time.monotonic() - started < 15
+
+    class StoreOfGoneMachine(dist.HashStore):
+        def check(self, *_):
+            time.sleep(60)
+
+    def notice():
+        processes.Processes(StoreOfGoneMachine(), 1, 2, 1)._end_at_once()
+
+    monkeypatch.setattr(store_talk, "FAILURE_SECONDS", 0.1)
+    monkeypatch.setattr(store_talk, "STORE_SECONDS", 0.1)
+    gone = fork(tmp_path / "gone.txt", notice, {})
+    assert wait_for([gone], 30) == [3]
+    assert "ended without a message" in (tmp_path / "gone.txt").read_text()
 
 
 def test_a_process_that_loads_another_model_than_the_first_one_scores_is_refused():
@@ -363,7 +390,12 @@ def test_the_items_of_all_arms_are_shared_and_scored_as_in_one_process(project, 
         assert killed.wait() == [3, -9]
         assert "ended without a message" in killed.output(0)
 
-    pipeline.evaluate(load_config(project, settings), force=True)
+    assert_as_in_one_process(run, found, load_config(project, settings))
+
+
+def assert_as_in_one_process(run, found, config):
+    """Evaluate a run again in this process, and compare with what was found."""
+    pipeline.evaluate(config, force=True)
     arms = {name.split(".", 1)[1].removesuffix(".json") for name in found}
     assert arms >= {"base", "tuned", "merged", "few-shot-1", "prompt-mine", "strength-0.5"}
     for name, result in found.items():
@@ -377,3 +409,31 @@ def test_the_items_of_all_arms_are_shared_and_scored_as_in_one_process(project, 
         for changing in ("items", "seconds", "mean", "standard_error", "also"):
             del result[changing], alone[changing]
         assert result == alone
+
+
+def test_a_sharded_base_is_scored_as_in_one_process(project):
+    """Every arm, written answers and diagnoses: the other process lends its part of each layer."""
+    run, prompt = project.parent / "lent", project.parent / "mine.jinja"
+    prompt.write_text("Decide. {{ prompt }}")
+    settings = [
+        f"run_dir={run}",
+        "train.max_steps=1",
+        "train.shard=full",
+        "evaluate.extent=full",
+        "evaluate.strengths=[0.5]",
+        "evaluate.few_shot.measure=true",
+        f"evaluate.prompts={{mine: {prompt}}}",
+        "evaluate.reuse_base=false",
+    ]
+    lent = run_command(project.parent / "lent-out", 2, ["run", str(project), *settings])
+    assert lent.wait() == [0, 0], lent.output(0) + lent.output(1)
+    assert "has a part of every layer, and the first one scores" in lent.output(0)
+    found = {path.name: json.loads(path.read_text()) for path in run.glob("evaluations/*.json")}
+    texts, diagnostics = (run / "generations.json").read_text(), list_names(run / "diagnostics")
+    assert_as_in_one_process(run, found, load_config(project, settings))
+    assert json.loads((run / "generations.json").read_text()) == json.loads(texts)
+    assert list_names(run / "diagnostics") == diagnostics
+
+
+def list_names(folder):
+    return sorted(path.name for path in folder.iterdir())

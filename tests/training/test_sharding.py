@@ -1,6 +1,9 @@
 """A base that is cut over two processes trains what one process trains."""
 
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from llmtune.io.stopping import Interruption
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
 from llmtune.models.load import load_model
+from llmtune.scoring.live import load_live
 from llmtune.training.reduction import Reduction, Stopping
 from llmtune.training.rows import name_sources
 from llmtune.training.setup import add_protection, set_up
@@ -152,6 +156,58 @@ def test_what_a_sharded_base_cannot_do_is_refused_in_the_config(tmp_path, settin
     with pytest.raises(LlmtuneError, match=message) as refused:
         load_config(config, ["train.shard=full", *settings])
     assert "train.shard=none" in str(refused.value)
+
+
+def private_bytes():
+    """Return the memory that this process shares with nobody; mapped files are everybody's."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def watched_memory():
+    """Yield a list that gets, at the end, by how much the private memory grew at most."""
+    before, seen, is_done, grown = private_bytes(), [0], Event(), []
+
+    def watch():
+        while not is_done.wait(0.002):
+            seen.append(private_bytes() - before)
+
+    watching = Thread(target=watch)
+    watching.start()
+    try:
+        yield grown
+    finally:
+        is_done.set()
+        watching.join()
+        grown.append(max(*seen, private_bytes() - before))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory")
+def test_no_process_ever_has_the_whole_base_to_itself(tmp_path):
+    """100 MB in 24 layers and seven files: a process gets its half and little more."""
+    made = make_model(
+        "llama", tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=24
+    )
+    made.save_pretrained(tmp_path, max_shard_size="16MB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 5
+    layers = sum(parameter.nbytes for parameter in made.model.layers.parameters())
+    config = ModelConfig.model_validate({"base": str(tmp_path), "dtype": "float32"})
+    source = Checkpoint.open(tmp_path)
+
+    def load(processes):
+        with processes.connected("cpu"), watched_memory() as grown:
+            load_live(
+                config,
+                source,
+                None,
+                cut=lambda live, base: shard_base(live.model, live.device, processes, base),
+            )
+        return grown[0]
+
+    for grown in call_in_processes(tmp_path / "out", 2, load):
+        assert layers / 2 < grown < layers / 2 + 5 * layers / 24, f"{grown:,} of {layers:,}"
 
 
 def test_a_base_that_would_be_converted_whole_in_every_process_is_refused(tmp_path):

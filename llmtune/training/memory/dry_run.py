@@ -236,7 +236,7 @@ def _write_everything(
         ) from error
 
 
-def recomputable_layers(model: PeftModel) -> list[nn.Module]:
+def recomputable_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers whose activations can be recomputed, in the order of the forward pass."""
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
