@@ -33,7 +33,7 @@ REMOTE_CODE = "transformers_modules."
 """Where transformers puts the modules of code that came with a checkpoint."""
 
 
-Cut = Callable[[LiveModel, Sequence[nn.Parameter]], None]
+Cut = Callable[[LiveModel, Sequence[nn.Parameter]], object]
 """Moves a model that is mapped from its files to its device, a part of the base's weights here."""
 
 
