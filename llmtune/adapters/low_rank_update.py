@@ -73,6 +73,8 @@ class LowRankUpdate(AdditiveUpdate):
             a = a.view(place.num_experts, -1, a.shape[1])[place.expert]
             b = b.view(b.shape[0], -1, place.num_experts)[:, :, place.expert]
         b = b[place.first_out : place.first_out + place.num_out]
+        if place.is_interleaved:
+            b = b.view(2, -1, b.shape[1]).transpose(0, 1).reshape(b.shape)
         return b.contiguous(), a
 
 

@@ -63,6 +63,8 @@ class Place:
     num_experts: int = 1
     first_out: int = 0
     """The first of the layer's outputs that this tensor holds."""
+    is_interleaved: bool = False
+    """The first and the second half of the outputs take turns in the tensor."""
 
 
 class Factors(NamedTuple):

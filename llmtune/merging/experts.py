@@ -39,6 +39,19 @@ class _Layout:
     whole: Place
     tensors: tuple[tuple[TensorEntry, tuple[_Rows, ...]], ...]
 
+    def interleaved(self) -> "_Layout":
+        """Return it with the halves of each expert's outputs taking turns."""
+        return _Layout(
+            self.whole,
+            tuple(
+                (
+                    entry,
+                    tuple(replace(p, place=replace(p.place, is_interleaved=True)) for p in parts),
+                )
+                for entry, parts in self.tensors
+            ),
+        )
+
 
 def plan_experts(
     group: ModuleTensors,
@@ -115,6 +128,12 @@ def _layouts(
             yield _fused_layout(
                 key, base[fused], widths, is_square_transposed=module in names.transposed
             )
+            continue
+        if key in names.interleaved:
+            entry = base[names.converted[key][0]]
+            taking_turns = _fused_layout(key, entry, widths, is_square_transposed=False)
+            if not taking_turns.whole.is_transposed:
+                yield taking_turns.interleaved()
             continue
         for linears in EXPERT_LINEARS.get(leaf, ()):
             layout = _per_expert_layout(key, module, linears, base, names)

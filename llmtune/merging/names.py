@@ -48,6 +48,8 @@ class BaseNames:
     """{parameter in memory: tensor in the checkpoint}, as transformers loads the base."""
     converted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """{parameter in memory: the tensors that transformers makes it of}."""
+    interleaved: frozenset[str] = frozenset()
+    """Those of one tensor in which the two halves take turns, output by output."""
     parameters: tuple[str, ...] = ()
     """All of them in memory, in the model's order."""
     embedding: str | None = None
@@ -71,6 +73,7 @@ class BaseNames:
             checkpoint,
             stored.renamed,
             stored.converted,
+            stored.interleaved,
             tuple(name for name, _ in skeleton.named_parameters(remove_duplicate=False)),
             parameter_of(skeleton, skeleton.get_input_embeddings()),
             parameter_of(skeleton, skeleton.get_output_embeddings()),

@@ -74,6 +74,8 @@ class StoredNames:
     """{parameter in memory: the one tensor that is it}."""
     converted: Mapping[str, tuple[str, ...]]
     """{parameter in memory: the tensors that it is made of, or the one that is reshaped}."""
+    interleaved: frozenset[str] = frozenset()
+    """Stacked parameters whose two halves take turns, output by output, in the one tensor."""
 
 
 def stored_names(skeleton: PreTrainedModel, checkpoint: Iterable[str]) -> StoredNames:
@@ -84,6 +86,7 @@ def stored_names(skeleton: PreTrainedModel, checkpoint: Iterable[str]) -> Stored
     parameters: dict[str, Any] = skeleton.state_dict()
     renamed: dict[str, str] = {}
     converted: dict[str, list[str]] = defaultdict(list)
+    interleaved: set[str] = set()
     for tensor in checkpoint:
         name, conversion = rename_source_key(
             tensor, renamings, converters, skeleton.base_model_prefix, parameters
@@ -92,7 +95,19 @@ def stored_names(skeleton: PreTrainedModel, checkpoint: Iterable[str]) -> Stored
             renamed[name] = tensor
         elif conversion is not None:
             converted[name].append(tensor)
-    return StoredNames(renamed, {name: tuple(parts) for name, parts in converted.items()})
+            if any(_interleaves(one) for one in converters if conversion in one.source_patterns):
+                interleaved.add(name)
+    made_of = {name: tuple(parts) for name, parts in converted.items()}
+    return StoredNames(renamed, made_of, frozenset(interleaved))
+
+
+def _interleaves(converter: WeightConverter) -> bool:
+    """Whether all it does is to part rows that take turns, in each matrix of a stack."""
+    names = [type(operation).__name__ for operation in converter.operations]
+    if names != ["Interleave"]:
+        return False
+    (operation,) = converter.operations
+    return (operation.dim, operation.inverse) == (1, False)
 
 
 def parameter_of(skeleton: PreTrainedModel, module: torch.nn.Module | None) -> str | None:

@@ -21,6 +21,7 @@ CELLS = {
     ("jetmoe", "experts"): RIGHT,  # a stack that is called weight
     ("gptj", "lora on both"): RIGHT,  # a head with a bias, which peft saves along
     ("granitemoe", "experts"): RIGHT,
+    ("inkling2_text", "experts"): RIGHT,  # gate and up take turns in the file
     ("ctrl", "tokens"): REFUSED,  # peft leaves out the tied head's bias
     ("laguna", "lora"): REFUSED,  # peft loses names
     ("jamba", "lora"): BLOCKED,  # reads dt_proj past the adapter
