@@ -18,7 +18,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 # On a CPU the float32 copy of the logits is made in tiles that stay in the cache (measured on a
 # 49k vocabulary, 256-row chunks: 0.77 of the time of one float32 copy of the whole chunk).
-CPU_TILE_BYTES = 8 << 20
+CPU_TILE_BYTES = 16 << 20
+"""Of all float32 buffers of a tile together."""
 
 
 class FrozenHead(NamedTuple):
@@ -97,7 +98,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         labels_T, weights_T, losses_out_T = labelled
         needs_gradient = ctx.needs_input_grad[0]
-        loss = hidden_TD.new_zeros((), dtype=_accumulation_dtype(hidden_TD.dtype))
+        loss = hidden_TD.new_zeros((), dtype=accumulation_dtype(hidden_TD.dtype))
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_gradient else None
         is_weighted_late = torch.float16 in (hidden_TD.dtype, head.weight_VD.dtype)
         with torch.autocast(hidden_TD.device.type, enabled=False):
@@ -166,8 +167,8 @@ def _reduce_chunk(
     the gradient is that of the unweighted loss.
     """
     labels_C, weights_C, losses_C = labelled_C
-    dtype = _accumulation_dtype(logits_CV.dtype)
-    tile_rows = _tile_rows(logits_CV, dtype)
+    dtype = accumulation_dtype(logits_CV.dtype)
+    tile_rows = count_tile_rows(logits_CV, dtype, 2)
     # Both are reused by every tile: new memory of this size costs more than the arithmetic.
     wide_RV, probs_RV = logits_CV.new_empty(2, tile_rows, logits_CV.shape[1], dtype=dtype)
     loss = logits_CV.new_zeros((), dtype=dtype)
@@ -175,7 +176,7 @@ def _reduce_chunk(
         tile = slice(start, start + tile_rows)
         raw_RV, labels_R1 = logits_CV[tile], labels_C[tile, None]
         logits_RV = wide_RV[: len(raw_RV)].copy_(raw_RV)
-        slope_RV = _shape_logits_(logits_RV, head)
+        slope_RV = shape_logits_(logits_RV, head)
         grad_RV = probs_RV[: len(raw_RV)]
         torch.softmax(logits_RV, dim=-1, out=grad_RV)
         # The largest probability is 1 / sum(exp(logit - largest)): its logarithm is always finite.
@@ -196,7 +197,7 @@ def _reduce_chunk(
     return loss
 
 
-def _shape_logits_(logits_RV: Tensor, head: FrozenHead) -> Tensor | None:
+def shape_logits_(logits_RV: Tensor, head: FrozenHead) -> Tensor | None:
     """Bias, scale and soft cap in place; returns the slope of the cap, None without one."""
     if head.bias_V is not None:
         logits_RV.add_(head.bias_V)
@@ -210,15 +211,16 @@ def _shape_logits_(logits_RV: Tensor, head: FrozenHead) -> Tensor | None:
     return slope_RV
 
 
-def _tile_rows(logits_CV: Tensor, dtype: torch.dtype) -> int:
-    """Rows converted at a time: what fits the cache on a CPU, the whole chunk elsewhere."""
+def count_tile_rows(logits_CV: Tensor, dtype: torch.dtype, num_buffers: int) -> int:
+    """Return the rows converted at a time: on a CPU what its cache holds, elsewhere all."""
     if logits_CV.device.type != "cpu":
         return len(logits_CV)
-    row_bytes = logits_CV.shape[1] * dtype.itemsize
+    row_bytes = logits_CV.shape[1] * dtype.itemsize * num_buffers
     return min(len(logits_CV), max(1, int(CPU_TILE_BYTES // row_bytes)))
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what losses of such states are summed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -4,14 +4,21 @@ Only a chunk of positions has logits at a time, and the gradient of the tuned mo
 is known as soon as a chunk's logits are, so the forward pass computes it and the backward pass
 merely scales it (as in `linear_cross_entropy`).
 
-Shape suffixes: T positions, C positions of a chunk, D hidden width, V vocabulary.
+Shape suffixes: T positions, C positions of a chunk, R positions of a tile, D hidden width,
+V vocabulary.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from llmtune.ops.linear_cross_entropy import FrozenHead, scale_rows
+from llmtune.ops.linear_cross_entropy import (
+    FrozenHead,
+    accumulation_dtype,
+    count_tile_rows,
+    scale_rows,
+    shape_logits_,
+)
 
 CHUNK_BYTES = 64 << 20
 """Bytes of one float32 copy of a chunk's logits; about four exist at a time."""
@@ -54,23 +61,32 @@ class _FrozenHeadKl(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, hidden_TD: Tensor, reference_TD: Tensor, head: FrozenHead, chunk: int
     ) -> Tensor:
-        exact = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=exact, device=hidden_TD.device)
+        dtype = accumulation_dtype(hidden_TD.dtype)
+        total = torch.zeros((), dtype=dtype, device=hidden_TD.device)
         needs_gradient = ctx.needs_input_grad[0]
         gradient_TD = torch.zeros_like(hidden_TD) if needs_gradient else None
-        for start in range(0, len(hidden_TD), chunk):
-            part = slice(start, start + chunk)
-            logits_CV = _logits(hidden_TD[part], head, exact)
-            log_p1 = logits_CV.log_softmax(-1)
-            log_p0 = _logits(reference_TD[part], head, exact).log_softmax(-1)
-            p0 = log_p0.exp()
-            total += (p0 * (log_p0 - log_p1)).sum()
-            if gradient_TD is not None:
-                slope_CV = log_p1.exp_().sub_(p0)
-                if head.logit_softcap is not None:
-                    slope_CV *= 1 - (logits_CV / head.logit_softcap) ** 2
-                slope_CV *= head.logit_scale
-                gradient_TD[part] = slope_CV.to(head.weight_VD.dtype) @ head.weight_VD
+        weight_VD = head.weight_VD
+        size = min(chunk, len(hidden_TD))
+        # All chunks and tiles reuse the same memory: new memory of this size costs more than the
+        # arithmetic.
+        raw_CV, base_CV = weight_VD.new_empty(2, size, len(weight_VD))
+        tile_rows = max(count_tile_rows(raw_CV, dtype, num_buffers=4), 1)
+        buffers_4RV = raw_CV.new_empty(4, tile_rows, len(weight_VD), dtype=dtype)
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            for start in range(0, len(hidden_TD), chunk):
+                part = slice(start, start + chunk)
+                logits_CV, reference_CV = (
+                    torch.mm(states_TD[part].to(weight_VD.dtype), weight_VD.t(), out=out_CV)
+                    for states_TD, out_CV in (
+                        (hidden_TD, raw_CV[: len(hidden_TD[part])]),
+                        (reference_TD, base_CV[: len(hidden_TD[part])]),
+                    )
+                )
+                for first in range(0, len(logits_CV), tile_rows):
+                    tile = slice(first, first + tile_rows)
+                    total += _reduce_tile(logits_CV[tile], reference_CV[tile], buffers_4RV, head)
+                if gradient_TD is not None:  # the logits are their gradient by now
+                    gradient_TD[part] = logits_CV @ weight_VD
         ctx.save_for_backward(*(() if gradient_TD is None else (gradient_TD,)))
         return total
 
@@ -83,12 +99,26 @@ class _FrozenHeadKl(torch.autograd.Function):
         return gradient_TD * outer.to(gradient_TD.dtype), None, None, None
 
 
-def _logits(hidden_CD: Tensor, head: FrozenHead, exact: torch.dtype) -> Tensor:
-    with torch.autocast(hidden_CD.device.type, enabled=False):
-        logits_CV = hidden_CD.to(head.weight_VD.dtype) @ head.weight_VD.T
-    if head.bias_V is not None:
-        logits_CV = logits_CV + head.bias_V
-    logits_CV = logits_CV.to(exact) * head.logit_scale
-    if head.logit_softcap is not None:
-        logits_CV = torch.tanh(logits_CV / head.logit_softcap) * head.logit_softcap
-    return logits_CV
+def _reduce_tile(
+    raw_RV: Tensor, reference_RV: Tensor, buffers_4RV: Tensor, head: FrozenHead
+) -> Tensor:
+    """Return the KL of a tile of raw logits, and overwrite `raw_RV` with their gradient."""
+    z1_RV, z0_RV, p1_RV, p0_RV = buffers_4RV[:, : len(raw_RV)]
+    slope_RV = shape_logits_(z1_RV.copy_(raw_RV), head)
+    shape_logits_(z0_RV.copy_(reference_RV), head)
+    torch.softmax(z1_RV, dim=-1, out=p1_RV)
+    torch.softmax(z0_RV, dim=-1, out=p0_RV)
+    # log sum(exp(z)) = max(z) - log(max(p)): the largest probability is never 0
+    sum1_R1, sum0_R1 = (
+        z_RV.amax(-1, keepdim=True) - p_RV.amax(-1, keepdim=True).log()
+        for z_RV, p_RV in ((z1_RV, p1_RV), (z0_RV, p0_RV))
+    )
+    log_ratio_RV = z0_RV.sub_(z1_RV).sub_(sum0_R1 - sum1_R1)
+    divergence = log_ratio_RV.mul_(p0_RV).sum()
+    gradient_RV = p1_RV.sub_(p0_RV)
+    if slope_RV is not None:
+        gradient_RV.mul_(slope_RV)
+    if head.logit_scale != 1.0:
+        gradient_RV.mul_(head.logit_scale)
+    raw_RV.copy_(gradient_RV)
+    return divergence

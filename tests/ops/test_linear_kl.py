@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmtune.ops import linear_cross_entropy
 from llmtune.ops.linear_cross_entropy import FrozenHead
 from llmtune.ops.linear_kl import linear_kl_divergence
 
@@ -45,6 +46,19 @@ def test_value_and_gradient_are_those_of_plain_torch(dtype, bias, softcap, scale
     )
     scale_of = hidden.grad.abs().max().clamp(min=1e-9)
     assert ((found - hidden.grad).abs().max() / scale_of).item() < close
+
+
+def test_tiles_within_a_chunk_change_nothing(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    head = FrozenHead(torch.randn(23, 8, generator=generator).double(), None, 5.0, 0.5)
+    reference, hidden = torch.randn(2, 7, 8, generator=generator).double()
+    hidden.requires_grad_()
+    whole = linear_kl_divergence(hidden, reference, head)
+    (gradient,) = torch.autograd.grad(whole, hidden)
+    monkeypatch.setattr(linear_cross_entropy, "CPU_TILE_BYTES", 3 * 23 * 8 * 4)  # three rows
+    tiled = linear_kl_divergence(hidden, reference, head)
+    torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(tiled, hidden)[0], gradient)
 
 
 def test_equal_states_have_no_divergence_and_no_gradient():
