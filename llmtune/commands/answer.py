@@ -110,7 +110,7 @@ def chat(  # noqa: PLR0913 (one argument an option)
     type=click.Choice(["error", "skip"]),
     default="error",
     show_default=True,
-    help="What happens if a row leaves the model no position for an answer.",
+    help="What happens if a row is too long for the model, or --server refuses it.",
 )
 @click.option("--choices", metavar="A,B,...", help="Choose one of these labels; write nothing.")
 @click.option("--suite", help="Choose one of a suite's labels, asked by the suite's prompt.")
@@ -196,7 +196,8 @@ def predict(  # noqa: PLR0913 (one argument an option)
         if model is None:
             raise LlmtuneError(f"--server {server}: name who answers there with --model")
         made = ask_server(server, model, api_key_env, settings)
-    skipped = f"; {made.skipped} rows are too long and have none" if made.skipped else ""
+    why = settings.columns[2]
+    skipped = f"; {made.skipped} rows have none, and column {why} says why" if made.skipped else ""
     print_result(
         asdict(made),
         as_json,

@@ -4,10 +4,12 @@ The key is read from an environment variable when a request is made; it is in no
 log.
 """
 
+import contextlib
 import http.client
 import json
 import logging
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -33,6 +35,8 @@ Name = TypeVar("Name")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TRIES = 4
 RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
+REFUSED = frozenset({400, 413, 422})
+"""What a question is refused with that would be refused again."""
 LONGEST_WAIT = 60.0
 MOST_BYTES = 8 << 20
 SHOWN_CHARACTERS = 200
@@ -112,6 +116,14 @@ def _mean(counts: Sequence[int | None]) -> float | None:
     return sum(known) / len(known) if len(known) == len(counts) else None
 
 
+class RefusedQuestion(LlmtuneError):
+    """The endpoint answers that it will not answer this question; a different one it may."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.reason = reason
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would take the key along."""
 
@@ -122,24 +134,34 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class Endpoint:
     """One endpoint, checked; it is asked when `ask` is called."""
 
-    def __init__(self, where: str, config: EndpointConfig) -> None:
-        """Check the settings of an endpoint, whose place in the config is `where`."""
+    def __init__(
+        self, where: str, config: EndpointConfig, *, names: tuple[str, str] | None = None
+    ) -> None:
+        """Check the settings of an endpoint.
+
+        Args:
+            where: its place in the config, or the option that names it.
+            names: what sets its address and its key; None: the keys of a config.
+        """
         self.where = where
         self.config = config
+        url_name, self._key_name = names or (f"{where}.url", f"{where}.key_env")
+        self._has_answered = False
+        self._is_given_up = threading.Event()
         parts = urlsplit(config.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
             raise LlmtuneError(
-                f"{self.where}.url: {config.url!r}: expected http(s)://HOST/v1, without a user"
+                f"{url_name}: {config.url!r}: expected http(s)://HOST/v1, without a user"
             )
         if config.key_env is not None:
             if not os.environ.get(config.key_env):
                 raise LlmtuneError(
-                    f"{self.where}.key_env: the environment variable {config.key_env} is not set; "
+                    f"{self._key_name}: the environment variable {config.key_env} is not set; "
                     "it must hold the key"
                 )
             if parts.scheme == "http" and parts.hostname not in LOOPBACK:
                 raise LlmtuneError(
-                    f"{self.where}.url: {config.url}: a key would be sent unencrypted; use https"
+                    f"{url_name}: {config.url}: a key would be sent unencrypted; use https"
                 )
         self._opener = urllib.request.build_opener(_NoRedirect)
 
@@ -180,24 +202,47 @@ class Endpoint:
             wait = 2.0 ** (number - 1)
             try:
                 with self._opener.open(request, timeout=self.config.timeout_seconds) as answer:
-                    return parse_json(answer.read(MOST_BYTES).decode("utf-8"))
+                    found = parse_json(answer.read(MOST_BYTES).decode("utf-8"))
+                self._has_answered = True
+                return found
             except urllib.error.HTTPError as error:
                 text = error.read(MOST_BYTES).decode("utf-8", "replace")
-                problem = f"{error.code} {_hide(' '.join(text.split()), key)[:SHOWN_CHARACTERS]}"
+                problem = f"{error.code} {_hide(_reason(text), key)[:SHOWN_CHARACTERS]}"
+                if error.code in REFUSED:
+                    raise RefusedQuestion(f"{self.where}: {url}", problem) from None
                 if error.code not in RETRIED:
-                    break
+                    raise LlmtuneError(
+                        f"{self.where}: {url}: {problem}{self._hint(error.code)}"
+                    ) from None
                 wait = _wait_of(error.headers.get("Retry-After"), wait)
             except (OSError, http.client.HTTPException) as error:
                 problem = f"no answer ({_hide(str(error), key)})"
+                if _is_closed(error) and not self._has_answered:
+                    raise LlmtuneError(
+                        f"{self.where}: {url}: nothing listens there (connection refused); start "
+                        "the server, or correct the address"
+                    ) from None
             except ValueError as error:
-                problem = f"not JSON ({error})"
-                break
+                raise LlmtuneError(f"{self.where}: {url}: not JSON ({error})") from None
             if number < TRIES:
                 log.info("%s: %s; once more in %.0f s", self.where, problem, wait)
-                time.sleep(wait)
+                if self._is_given_up.wait(wait):
+                    break
         raise LlmtuneError(
             f"{self.where}: {url}: {problem}; answers so far are kept, the same command continues"
         )
+
+    def give_up(self) -> None:
+        """Wait for nothing any more: whoever asked has failed or was stopped."""
+        self._is_given_up.set()
+
+    def _hint(self, status: int) -> str:
+        """Return what to do about an answer that every question would get."""
+        if status in (401, 403):
+            says = "holds a different one" if self.config.key_env else "is not given"
+            return f"; it asks for a key, and {self._key_name} {says}"
+        is_short = not urlsplit(self.config.url).path.strip("/")
+        return "; an address usually ends in /v1" if status == 404 and is_short else ""
 
     def _read(self, answer: Any, seconds: float) -> Reply:
         try:
@@ -260,6 +305,8 @@ def ask_all(
         if _is_cut_off(path):
             file.write("\n")
         for key, reply in replies:
+            if isinstance(reply, RefusedQuestion):
+                raise reply
             known[key] = reply
             file.write(json.dumps({"question": key, **asdict(reply)}) + "\n")
             file.flush()
@@ -268,21 +315,39 @@ def ask_all(
 
 def iter_replies(
     endpoint: Endpoint, questions: Mapping[Name, Question]
-) -> Generator[tuple[Name, Reply]]:
+) -> Generator[tuple[Name, Reply | RefusedQuestion]]:
     """Yield the name of each question with its reply, as they come; several are asked at a time.
 
+    A question that is refused comes with the refusal.
+
     Raises:
-        LlmtuneError: the endpoint fails; questions that it was not asked yet are dropped.
+        LlmtuneError: the endpoint fails; questions that it was not asked yet are dropped, and
+            replies that came before are yielded first.
     """
+
+    def ask(question: Question) -> Reply | RefusedQuestion:
+        try:
+            return endpoint.ask(question.messages, question.max_tokens, question.tools or None)
+        except RefusedQuestion as refusal:
+            return refusal
+
     pool = ThreadPoolExecutor(endpoint.config.parallel_requests)
+    is_done = False
     try:
-        asked = {
-            pool.submit(endpoint.ask, each.messages, each.max_tokens, each.tools or None): name
-            for name, each in questions.items()
-        }
-        for done in as_completed(asked):
-            yield asked[done], done.result()
+        left = {pool.submit(ask, each): name for name, each in questions.items()}
+        for done in as_completed(tuple(left)):
+            name = left.pop(done)
+            if done.exception() is not None:
+                endpoint.give_up()
+                pool.shutdown(cancel_futures=True)
+                for other, other_name in left.items():
+                    if not other.cancelled() and other.exception() is None:
+                        yield other_name, other.result()
+            yield name, done.result()
+        is_done = True
     finally:
+        if not is_done:
+            endpoint.give_up()
         pool.shutdown(cancel_futures=True)
 
 
@@ -320,6 +385,21 @@ def _is_cut_off(path: Path) -> bool:
     """Whether a stop left a last line without its end."""
     content = path.read_bytes()
     return bool(content) and not content.endswith(b"\n")
+
+
+def _is_closed(error: Exception) -> bool:
+    """Whether nothing listens at the address."""
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    return isinstance(reason, ConnectionRefusedError)
+
+
+def _reason(text: str) -> str:
+    """Return what an answer says of its error, on one line: its message if it has one."""
+    message: Any = None
+    with contextlib.suppress(ValueError, AttributeError):
+        found = parse_json(text).get("error")
+        message = found.get("message") if isinstance(found, Mapping) else found
+    return " ".join((message if isinstance(message, str) else text).split())
 
 
 def _hide(text: str, key: str | None) -> str:

@@ -26,7 +26,10 @@ class PartialLines:
     def __init__(self, descriptor: int, path: Path, header: Mapping[str, Any], out: Path) -> None:
         self._descriptor = descriptor
         self._path = path
+        self.is_empty = True
+        """Whether it holds the header alone."""
         self.found = self._read(dict(header), out)
+        self.is_empty = not self.found
 
     def append(self, value: Any) -> None:
         """Write one value.
@@ -45,6 +48,7 @@ class PartialLines:
                 f"{self._path}: the disk ran full ({os.strerror(error.errno or errno.ENOSPC)}); "
                 "what was written is kept: free some space and give the same command again"
             ) from error
+        self.is_empty = False
 
     def remove(self) -> None:
         """Take the file away: its values are in their place."""
@@ -63,6 +67,10 @@ class PartialLines:
         except ValueError:
             known, values = None, []
         wanted = json.loads(json.dumps(header))
+        if known != wanted and isinstance(known, dict) and not values:  # killed before any value
+            os.ftruncate(self._descriptor, 0)
+            self.append(header)
+            return []
         if known != wanted:
             has_keys = isinstance(known, dict) and known.keys() == wanted.keys()
             other = [key for key in wanted if has_keys and known[key] != wanted[key]]
@@ -78,13 +86,20 @@ class PartialLines:
 def partial_lines(out: Path, header: Mapping[str, Any]) -> Iterator[PartialLines]:
     """Open the partial file beside `out`, whose first line is `header`, and hold it.
 
+    One that no value was written to is taken away again.
+
     Raises:
         LlmtuneError: another process is writing it, or it was begun under a different header.
     """
     path = out.with_name(out.name + SUFFIX)
     descriptor = _open_locked(path)
     try:
-        yield PartialLines(descriptor, path, header, out)
+        partial = PartialLines(descriptor, path, header, out)
+        try:
+            yield partial
+        finally:
+            if partial.is_empty:
+                path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 

@@ -5,11 +5,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from llmtune.data.problems import RowProblem
 from llmtune.data.prompts import PromptRow, encode_questions, prompts_error
-from llmtune.evaluation.endpoint import Endpoint, Question, iter_replies
+from llmtune.errors import LlmtuneError
+from llmtune.evaluation.endpoint import Endpoint, Question, RefusedQuestion, iter_replies
 from llmtune.evaluation.tasks.base import Scoring, Suite
 from llmtune.io.fingerprint import JsonValue
 from llmtune.io.progress import progress_bar
@@ -22,6 +23,9 @@ log = logging.getLogger("llmtune")
 
 LABELLED_AT_ONCE = 256
 """Rows whose labels are kept together: fewer are lost if the command is stopped."""
+
+REFUSED_AT_FIRST = 8
+"""Rows that an endpoint refuses, none answered, after which it is not asked more."""
 
 
 class Answerer(Protocol):
@@ -171,7 +175,9 @@ class Asker:
     rows: Sequence[PromptRow]
     path: Path
     max_new_tokens: int
-    skipped: Mapping[int, str] = field(default_factory=dict)
+    is_strict: bool = True
+    """Whether a row that the endpoint refuses is an error; else it is left unanswered."""
+    skipped: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = [
@@ -199,14 +205,43 @@ class Asker:
         return {"input": asked, "model": config, "length or temperature": [self.max_new_tokens]}
 
     def answer(self, done: Collection[int]) -> Iterator[tuple[int, list[JsonValue]]]:
-        """Yield replies as they come."""
+        """Yield replies as they come.
+
+        Raises:
+            LlmtuneError: rows are refused (all of them by file and line, when the others are
+                answered), or the endpoint fails.
+        """
         left = {
             place: Question(row.question.messages, self.max_new_tokens, row.question.tools or ())
             for place, row in enumerate(self.rows)
             if place not in done
         }
         shown = progress_bar("predict", len(left), unit="rows")
+        refused: dict[int, str] = {}
+        num_answered = len(done)
         with closing(iter_replies(self.endpoint, left)) as replies, shown as bar:
             for number, (place, reply) in enumerate(replies, 1):
-                yield place, [reply.text, reply.stopped]
+                if isinstance(reply, RefusedQuestion):
+                    refused[place] = f"{self.endpoint.config.url} refuses it: {reply.reason}"
+                else:
+                    num_answered += 1
+                    yield place, [reply.text, reply.stopped]
                 bar.update(number)
+                if len(refused) == REFUSED_AT_FIRST and not num_answered:
+                    break
+        if refused and (self.is_strict or not num_answered):
+            self._raise(refused, num_answered)
+        self.skipped.update(refused)
+
+    def _raise(self, refused: Mapping[int, str], num_answered: int) -> NoReturn:
+        problems = [
+            RowProblem(str(self.path), self.rows[place].line, refused[place])
+            for place in sorted(refused)
+        ]
+        kept = ""
+        if num_answered:
+            kept = (
+                f"\n{num_answered} answers are kept; the same command with --too-long skip leaves "
+                "rows that are refused unanswered"
+            )
+        raise LlmtuneError(f"{prompts_error(problems)}{kept}")

@@ -113,10 +113,11 @@ def ask_server(url: str, model: str, key_env: str | None, settings: PredictSetti
     if settings.temperature:
         extra = {"temperature": settings.temperature}
         config = config.model_copy(update={"extra": extra})
-    endpoint = Endpoint("--server", config)
+    endpoint = Endpoint("--server", config, names=("--server", "--api-key-env"))
     rows, _ = _read(settings)
     _check_places(rows, settings)
-    asker = Asker(endpoint, rows, settings.input_path, settings.max_new_tokens)
+    is_strict = settings.too_long == "error"
+    asker = Asker(endpoint, rows, settings.input_path, settings.max_new_tokens, is_strict)
     return _predict(rows, asker, settings)
 
 

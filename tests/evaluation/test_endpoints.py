@@ -70,6 +70,7 @@ def test_what_is_wrong_is_said_before_anything_is_sent_and_never_the_key(monkeyp
         with pytest.raises(LlmtuneError, match="401") as raised:
             endpoint.ask([{"role": "user", "content": "Hi"}], 8)
     assert KEY not in str(raised.value) and "***" in str(raised.value)
+    assert "it asks for a key, and api.key_env holds a different one" in str(raised.value)
 
 
 def test_the_request_holds_what_was_asked_for_and_a_redirect_is_not_followed():

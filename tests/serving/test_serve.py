@@ -757,8 +757,8 @@ def test_predict_asks_a_server_and_continues(run_dir, running, tmp_path, capsys)
     assert run_command(["predict", str(run_dir), *how, str(own)]) == 0
     ask = ["predict", "--server", running.url, "--model"]
     assert run_command([*ask, "gpt", *how, str(remote)]) == 2
-    assert "404" in capsys.readouterr().err and not remote.exists()
-    (tmp_path / "remote.jsonl.partial").unlink()
+    assert "404 no model 'gpt' here; there is: tuned, base" in capsys.readouterr().err
+    assert not [*tmp_path.glob("remote*")], "a command that failed at once leaves nothing"
     assert run_command([*ask, "tuned", *how, str(remote)]) == 0
     assert remote.read_text() == own.read_text()
     assert run_command(["predict", *how, str(tmp_path / "x.jsonl")]) == 2
@@ -767,6 +767,42 @@ def test_predict_asks_a_server_and_continues(run_dir, running, tmp_path, capsys)
     how[1] = str(texts)
     assert run_command([*ask, "tuned", *how, str(tmp_path / "x.jsonl")]) == 2
     assert "texts.jsonl:1: is continued as it is" in capsys.readouterr().err
+
+
+def test_predict_names_rows_that_a_server_refuses_and_keeps_the_rest(running, tmp_path, capsys):
+    asked = [{"prompt": f"The film {i} is warm."} for i in range(6)]
+    asked[1], asked[4] = {"prompt": "word " * 5000}, {"prompt": "a <|im_end|> b"}
+    prompts, out = write_jsonl(tmp_path / "asked.jsonl", asked), tmp_path / "out.jsonl"
+    files = ["--input", str(prompts), "--output", str(out), "--max-new-tokens", "2", "--quiet"]
+    ask = ["predict", "--server", running.url, "--model", "tuned", *files]
+    running.server.worker._max_waiting, before = 16, running.server.worker._max_waiting
+    try:
+        assert run_command(ask) == 2
+        err = capsys.readouterr().err
+        assert "asked.jsonl:2: " in err and "positions; shorten it" in err
+        assert "asked.jsonl:5: " in err and "holds the control token" in err
+        assert "4 answers are kept; the same command with --too-long skip" in err
+        assert not out.exists()
+        assert run_command([*ask, "--too-long", "skip"]) == 0
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["answer"] is None for row in rows] == [i in (1, 4) for i in range(6)]
+        assert "positions" in rows[1]["skipped"] and not out.with_name("out.jsonl.partial").exists()
+        out.unlink()
+        write_jsonl(prompts, [asked[1]] * 12)
+        assert run_command([*ask, "--too-long", "skip"]) == 2
+        assert not [*tmp_path.glob("out*")] and "positions; shorten it" in capsys.readouterr().err
+    finally:
+        running.server.worker._max_waiting = before
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        ask[2] = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
+        assert run_command(ask) == 2
+    assert "nothing listens there (connection refused)" in capsys.readouterr().err
+    ask[2] = running.url.removesuffix("/v1")
+    assert run_command(ask) == 2
+    assert "an address usually ends in /v1" in capsys.readouterr().err
+    assert run_command([*ask, "--api-key-env", "NOT_SET_HERE"]) == 2
+    assert "--api-key-env: the environment variable NOT_SET_HERE" in capsys.readouterr().err
 
 
 def test_vllm_is_started_with_what_was_trained(run_dir, capsys):
