@@ -15,7 +15,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.schema import Section
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import Tensor, nn
 
@@ -47,10 +47,14 @@ class Adapter(Section):
     """What must be equal for a saved adapter to be a start: {peft's name: the config's}."""
     ZERO_SETTINGS: ClassVar[frozenset[str]] = frozenset()
     """Settings that are 0 where other methods have a size."""
+    CHOICE_SETTINGS: ClassVar[frozenset[str]] = frozenset()
+    """Settings that list which parts of a module are there, where other methods have numbers."""
     KEPT_OUTPUTS: ClassVar[int] = 0
     """Results as wide as the layer's output that its forward pass keeps for the backward pass."""
     DENSE_COPIES: ClassVar[int] = 0
     """Float32 tables of a weight's size that its forward pass makes."""
+    STATE_NUMBERS: ClassVar[int] = 0
+    """Float32 numbers that `after_step` keeps for each trained one."""
 
     method: str  # each method narrows it to its own name
     target_modules: str | list[str] = "all-linear"
@@ -133,6 +137,28 @@ class Adapter(Section):
 
         `sample` is the training rows that were asked for, and the model; None without rows.
         """
+
+    @classmethod
+    def begin_steps(cls, model: "PeftModel", total_steps: int) -> None:
+        """Prepare a live model for a run of so many optimizer steps, or for the rest of one."""
+
+    @classmethod
+    def penalty(cls, model: "PeftModel") -> "Tensor | None":
+        """Return what a live model's adapter adds to the loss of every step; None if nothing."""
+        return None
+
+    @classmethod
+    def after_step(cls, model: "PeftModel", step: int) -> None:
+        """Do what the method does after an optimizer step (from 1), with its gradients there."""
+
+    @classmethod
+    def step_state(cls, model: "PeftModel") -> "dict[str, Tensor]":
+        """Return what `after_step` continues from and the adapter's file does not hold."""
+        return {}
+
+    @classmethod
+    def restore_step_state(cls, model: "PeftModel", state: "Mapping[str, Tensor]") -> None:
+        """Continue from what `step_state` returned."""
 
     @classmethod
     def layer_settings(cls, layer: "BaseTunerLayer") -> dict[str, float]:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field
 
+from llmtune.adapters.adalora import AdaLoraAdapter
 from llmtune.adapters.base import Adapter, SavedConfig
 from llmtune.adapters.dora import DoraAdapter
 from llmtune.adapters.lora import LoraAdapter
@@ -34,8 +35,6 @@ UNOFFERED: Mapping[str, str] = {
     "corda": STARTS.format("corda"),
     "loftq": "it corrects what quantization lost, which llmtune measures; adapter.init: pissa "
     "also starts from the weights, over 4 bits too",
-    "adalora": "its ranks are cut while it trains, which llmtune's steps do not do; use "
-    "adapter.method: lora with adapter.rank_pattern",
     "prompt_tuning": VIRTUAL_TOKENS,
     "prefix_tuning": VIRTUAL_TOKENS,
     "p_tuning": VIRTUAL_TOKENS,
@@ -66,6 +65,7 @@ AdapterConfig = Annotated[
     | MissAdapter
     | FourierAdapter
     | ShiraAdapter
+    | AdaLoraAdapter
     | LayersAdapter,
     Field(discriminator="method"),
     BeforeValidator(_with_method),

@@ -98,11 +98,14 @@ def _check_settings(config: Mapping[str, Any], path: Path) -> None:
             value = config.get(name)
             is_set = value is not None or (name in config and name in NEEDED_SETTINGS)
             is_zero = name in zeros and value == 0 and not isinstance(value, bool)
+            if owner is not None and name in owner.CHOICE_SETTINGS:
+                expected, is_right = "lists of true and false by module", _are_choices
             if is_set and not is_zero and not is_right(value):
                 raise LlmtuneError(
                     f"{path}: {name} is {str(value)!r:.80}; expected {expected}. {COPY_AGAIN}"
                 )
-    patterns = [key for name in PATTERN_SETTINGS for key in config.get(name) or ()]
+    names = [one for one in PATTERN_SETTINGS if not owner or one not in owner.CHOICE_SETTINGS]
+    patterns = [key for name in names for key in config.get(name) or ()]
     named = [config.get(name) for name in NAME_SETTINGS]
     patterns += [value for value in named if isinstance(value, str) and value != ALL_LINEAR]
     if patterns:
@@ -111,6 +114,13 @@ def _check_settings(config: Mapping[str, Any], path: Path) -> None:
 
 def _is_whole(value: object) -> bool:
     return type(value) is int and 0 < value <= MOST_RANK
+
+
+def _are_choices(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(chosen, list) and all(isinstance(one, bool) for one in chosen)
+        for chosen in value.values()
+    )
 
 
 def _is_number(value: object) -> bool:
@@ -124,7 +134,7 @@ def _are_names(value: object) -> bool:
 NAME_SETTINGS = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
 PATTERN_SETTINGS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")
 SETTINGS: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    f"a whole number from 1 to {MOST_RANK:,}": (_is_whole, ("r",)),
+    f"a whole number from 1 to {MOST_RANK:,}": (_is_whole, ("r", "init_r", "target_r")),
     "a number": (_is_number, ("lora_alpha", "lora_dropout")),
     "true or false": (
         lambda value: isinstance(value, bool),

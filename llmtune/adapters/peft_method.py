@@ -53,6 +53,8 @@ class PeftMethod(Adapter):
     """The tensors of a module; what is between `|` in a name are alternatives."""
     SHARED_PARTS: ClassVar[Mapping[str, str]] = {}
     """Tensors that all modules have in common, {their whole saved name: part}."""
+    UNSAVED_PARTS: ClassVar[frozenset[str]] = frozenset()
+    """Parameters of peft's layer that follow from its config, and are in no file."""
     TAKES_TRANSPOSED: ClassVar[bool] = False
     """Whether peft also adapts layers that store their weight as [in, out] (GPT-2's Conv1D)."""
 
@@ -323,7 +325,7 @@ def _require_all_set(
     own = [name for name, _ in layer.named_parameters() if not name.startswith("base_layer.")]
     own += [part.name for part in method.PARTS if part.is_late]
     for name in own:
-        if name.replace(f".{ADAPTER}", "") not in names:
+        if name.replace(f".{ADAPTER}", "") not in (*names, *method.UNSAVED_PARTS):
             raise LlmtuneError(
                 f"{first.path.parent}: beside {first.name!r} there is no {name.split('.')[0]!r}; "
                 f"{COPY_AGAIN}"

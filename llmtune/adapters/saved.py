@@ -151,7 +151,8 @@ def _load_weights(model: PeftModel, directory: Path) -> None:
     path = directory / WEIGHTS_NAME
     with blamed_on(path, "safetensors", advice=COPY_AGAIN):
         saved = load_file(path)
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with blamed_on(directory / CONFIG_NAME, "peft", advice=COPY_AGAIN):
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     problems = _differences(_without_base_copies(saved, expected, model), expected)
     if problems:
         raise LlmtuneError(f"{path}: does not fit this model.\n" + "\n".join(problems))

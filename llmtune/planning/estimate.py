@@ -72,6 +72,8 @@ class Workload:
     """Different lengths among the rows; None if they are not known."""
     kept_state_bytes: int = 0
     """Hidden states of the base that `protect.kl_to_base` keeps."""
+    state_numbers: int = 0
+    """Float32 numbers that the adapter method keeps for each trained one."""
     shards: int = 1
     """Devices that have a part each of the base's layers."""
 
@@ -199,6 +201,7 @@ def _fixed_components(work: Workload, base: Mapping[str, int], device_type: str)
         "dequantization": _dequantization_bytes(work),
         "the base's states": work.kept_state_bytes,
         "gathered layers": _gathered_bytes(work),
+        "scores": FLOAT32 * work.state_numbers * work.adapter_parameters,
     }
     return {name: size for name, size in components.items() if size}
 

@@ -98,6 +98,7 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
         steps=steps,
         num_tokens=num_tokens,
         num_lengths=rows.num_lengths,
+        state_numbers=adapter.STATE_NUMBERS,
         shards=request.cards if train.shard == "full" else 1,
     )
 

@@ -210,6 +210,32 @@ class InterruptionStop(TrainerCallback):
             control.should_evaluate = False
 
 
+class MethodSteps(TrainerCallback):
+    """Does what the adapter's method does beside learning by gradients (`Adapter.after_step`)."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PeftModel,
+        **kwargs: Any,
+    ) -> None:
+        """Tell the method how many steps there are."""
+        live_method(model).begin_steps(model, state.max_steps)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PeftModel,
+        **kwargs: Any,
+    ) -> None:
+        """Let it act while the step's gradients are there; the trainer counts the step later."""
+        live_method(model).after_step(model, state.global_step + 1)
+
+
 class Pacing(TrainerCallback):
     """Starts the clock at the first step, not at the start-up before it, and paces the log.
 

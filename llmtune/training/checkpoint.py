@@ -15,6 +15,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from llmtune.adapters.live import live_method
 from llmtune.adapters.manifest import CONFIG_NAME, WEIGHTS_NAME
 from llmtune.adapters.saved import settle_config
 from llmtune.errors import LlmtuneError
@@ -27,6 +28,8 @@ PREFIX = "checkpoint-"
 WRITING_PREFIX = ".writing-"
 CHECKSUMS_NAME = "checksums.json"
 PROGRESS_NAME = "llmtune.json"
+STATE_NAME = "adapter_steps.safetensors"
+"""What the adapter's method has kept of the steps so far, if anything."""
 
 
 class DamagedCheckpointError(Exception):
@@ -284,6 +287,9 @@ def save_weights(model: PeftModel, directory: Path) -> None:
     """Write the adapter in stock PEFT's format, without asking the hub about the base."""
     state = {name: tensor.contiguous().cpu() for name, tensor in _state(model).items()}
     save_file(state, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+    steps = {key: value.cpu() for key, value in live_method(model).step_state(model).items()}
+    if steps:
+        save_file(steps, directory / STATE_NAME)
     model.peft_config[model.active_adapter].save_pretrained(str(directory))
     settle_config(directory / CONFIG_NAME)
 
@@ -308,6 +314,8 @@ def load_weights(model: PeftModel, directory: Path) -> None:
             "use another run_dir, or train.resume=never to start over."
         )
     set_peft_model_state_dict(model, state, adapter_name=model.active_adapter)
+    steps = directory / STATE_NAME
+    live_method(model).restore_step_state(model, load_file(steps) if steps.is_file() else {})
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmtune.adapters.live import live_method
 from llmtune.io.processes import ALONE, Processes
 from llmtune.training.batch import SMALLEST_WEIGHT, StepRows, move_to
 from llmtune.training.objectives.base import OpenSums
@@ -91,6 +92,9 @@ class TrainingStep:
             backward(setup.loss(setup.idle) * 0)
         if setup.protection is not None:
             setup.protection.add_gradients(steps_done, setup.autocast, scale=loss_scale)
+        penalty = live_method(setup.model).penalty(setup.model)
+        if penalty is not None and self._processes.is_first:
+            (penalty * loss_scale).backward()
         self.recent.append(StepRecord(steps_done + 1, inputs["rows"], losses))
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=setup.device)
         return loss if self._reduction is None else self._reduction.add_up(loss)

@@ -28,6 +28,7 @@ from llmtune.training.batch import StepRows
 from llmtune.training.callbacks import (
     BestCheckpoint,
     InterruptionStop,
+    MethodSteps,
     NoGradientStop,
     NotFiniteStop,
     Pacing,
@@ -102,6 +103,7 @@ def build_trainer(
     early = config.early_stopping
     for callback in (
         NoGradientStop(),
+        MethodSteps(),
         *([BestCheckpoint(start.totals, early)] if early else []),
         Pacing(trainer.clock, trainer.reopen_window),
         # after Pacing: a step has the line of metrics that it has without an interruption

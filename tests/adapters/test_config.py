@@ -112,7 +112,7 @@ def test_a_section_without_a_method_is_lora():
     ("method", "advice"),
     [
         ("pissa", "adapter.init: pissa"),
-        ("AdaLoRA", "rank_pattern"),
+        ("LoftQ", "adapter.init: pissa"),
         ("prompt_tuning", "no merged model"),
     ],
 )

@@ -50,7 +50,7 @@ VARIANTS: dict[str, tuple[str, str, dict]] = {
     "norms and biases": ("layers", "gpt_oss", {"parameters": ["norms", "biases"]}),
     "biases alone": ("layers", "gpt2", {"parameters": ["biases"], "layers": "last-1"}),
 }
-ON_TRANSPOSED = {"layers", "lora", "rslora", "dora", "ia3", "vera", "fourierft"}
+ON_TRANSPOSED = {"layers", "lora", "rslora", "dora", "ia3", "vera", "fourierft", "adalora"}
 NAMES = [method.name() for method in METHODS]
 ON_QUANTIZED = set(NAMES) - {"layers"}
 SHORT = {("llama", "nf4"), ("gpt2", "dense"), ("qwen3_moe", "dense")}
