@@ -11,6 +11,7 @@ from llmtune.io.fingerprint import JsonObject
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import Tensor
 
 UNKNOWN_STEPS = 1000
@@ -104,6 +105,13 @@ class AdaLoraAdapter(PeftMethod):
     def drops_inputs(self) -> bool:
         """Whether there is dropout."""
         return self.dropout > 0
+
+    @classmethod
+    def fit(cls, layer: "BaseTunerLayer") -> None:
+        """Keep the rank a constant: over 16 bits peft rounds it and gives it a gradient."""
+        for name, rank in getattr(layer, "ranknum", {}).items():
+            rank.requires_grad_(False)
+            rank.data = rank.data.float().fill_(float(layer.r[name]))
 
     @classmethod
     def begin_steps(cls, model: "PeftModel", total_steps: int) -> None:

@@ -121,6 +121,10 @@ class Adapter(Section):
         return nullcontext()
 
     @classmethod
+    def fit(cls, layer: "BaseTunerLayer") -> None:
+        """Put right what peft's fresh layer gets wrong over any weight."""
+
+    @classmethod
     def fit_quantized(cls, layer: "BaseTunerLayer") -> None:
         """Put right what peft's fresh layer lacks over a quantized weight."""
 

@@ -36,16 +36,18 @@ class ButterflyLinear(Linear):
         if reason is not None:
             raise ValueError(reason)
         num_blocks = width // size
-        orders = [
-            self.block_butterfly_perm(width, num_blocks // 2**n, size // 2, num_factors - 1)
-            for n in range(num_factors)
-        ]
-        with torch.device(self.get_base_layer().weight.device):
+        device = self.get_base_layer().weight.device
+        with torch.device("cpu"):  # it reads the places one by one
+            orders = [
+                self.block_butterfly_perm(width, num_blocks // 2**n, size // 2, num_factors - 1)
+                for n in range(num_factors)
+            ]
+        with torch.device(device):
             self.boft_R[adapter_name] = nn.Parameter(
                 torch.zeros(num_factors, num_blocks, size, size)
             )
             self.boft_s[adapter_name] = nn.Parameter(torch.ones(self.out_features, 1))
-        self.register_buffer("places_NI", torch.stack(orders), persistent=False)
+        self.register_buffer("places_NI", torch.stack(orders).to(device), persistent=False)
         self.boft_dropout[adapter_name] = nn.Identity()
         self.boft_block_size[adapter_name] = size
         self.boft_block_num[adapter_name] = num_blocks

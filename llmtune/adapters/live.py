@@ -47,8 +47,10 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             warnings.filterwarnings("ignore", message=message, category=category)
         adapted = PeftModelForCausalLM(model, config, autocast_adapter_dtype=True)
     for layer in adapted.modules():
-        if isinstance(layer, BaseTunerLayer) and is_over_quantized(layer):
-            method.fit_quantized(layer)
+        if isinstance(layer, BaseTunerLayer):
+            method.fit(layer)
+            if is_over_quantized(layer):
+                method.fit_quantized(layer)
     return adapted
 
 

@@ -127,6 +127,15 @@ def _saved_base(place):
     return place / "base"
 
 
+def test_the_rank_is_no_trained_number_over_16_bits():
+    """peft's own layer rounds it to them and gives it a gradient."""
+    base = make_model("llama", dtype=torch.bfloat16)
+    model, _ = inject_adapter(base, AdaLoraAdapter(first_rank=12, rank=4))
+    ranks = [parameter for name, parameter in model.named_parameters() if "ranknum" in name]
+    assert ranks and not any(rank.requires_grad for rank in ranks)
+    assert all(rank.dtype == torch.float32 and rank == 12 for rank in ranks)
+
+
 def test_a_course_needs_steps_and_directions_to_cut():
     model, _ = inject_adapter(make_model("llama"), AdaLoraAdapter())
     with pytest.raises(LlmtuneError, match="train.max_steps must be 2 or more"):
