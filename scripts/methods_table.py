@@ -53,6 +53,8 @@ METHODS: Mapping[str, Measured] = {
     "lora-corda": Measured({"method": "lora", "init": "corda"}, USUAL),
     "miss": Measured({"method": "miss"}, USUAL),
     "oft": Measured({"method": "oft"}, USUAL),
+    "boft": Measured({"method": "boft"}, USUAL),
+    "adalora": Measured({"method": "adalora"}, USUAL),
     "loha": Measured({"method": "loha"}, USUAL),
     "lokr": Measured({"method": "lokr"}, HIGH),
     "vera": Measured({"method": "vera"}, HIGH),
@@ -244,8 +246,8 @@ def _caption(finished: Sequence[Finished]) -> list[str]:
 
 def table_lines(finished: Sequence[Finished]) -> list[str]:
     """Return the table's lines, in Markdown."""
-    heads = ["method", "learning rate", "held-out loss", "movies", "passages, nats/token"]
-    heads += ["chat, nats/token", "trained numbers", "file", "training", "peak memory"]
+    heads = ["method", "learning rate", "held-out loss", "movies", "passages", "chat"]
+    heads += ["trained numbers", "file", "training", "peak memory"]
     if len({one.seed for one in finished}) > 1:
         heads.insert(1, "seed")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]

@@ -74,9 +74,7 @@ class AdaLoraAdapter(PeftMethod):
     def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
         """Return ranks and course, in steps of a run whose length is not known yet."""
         return {
-            "target_r": self.rank,
-            "init_r": self.first_rank,
-            "lora_alpha": self.alpha,
+            **super().peft_settings(target_modules),
             "lora_dropout": self.dropout,
             "tinit": round(self.cut_from * UNKNOWN_STEPS),
             "tfinal": UNKNOWN_STEPS - round(self.cut_until * UNKNOWN_STEPS),

@@ -33,8 +33,8 @@ UNOFFERED: Mapping[str, str] = {
     "and train.learning_rates: {lora_B: ...}",
     "eva": STARTS.format("eva"),
     "corda": STARTS.format("corda"),
-    "loftq": "it corrects what quantization lost, which llmtune measures; adapter.init: pissa "
-    "also starts from the weights, over 4 bits too",
+    "loftq": "its factors hold what quantization lost, so they are wrong over any other weights "
+    "than the quantized ones; adapter.init: pissa also starts from the weights, over 4 bits too",
     "prompt_tuning": VIRTUAL_TOKENS,
     "prefix_tuning": VIRTUAL_TOKENS,
     "p_tuning": VIRTUAL_TOKENS,

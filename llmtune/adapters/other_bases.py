@@ -1,6 +1,6 @@
 """Methods that see a weight in a different basis: turned (OFT, BOFT), or as frequencies."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Annotated, ClassVar, Literal
 
@@ -18,16 +18,13 @@ class OftAdapter(PeftMethod):
     TENSOR_MARK: ClassVar[str] = ".oft_"
     PARTS: ClassVar[tuple[SavedPart, ...]] = (SavedPart("oft_R.weight", 0.0),)
     SHAPE_KNOBS: ClassVar[Mapping[str, str]] = {"oft_block_size": "block_size"}
+    PEFT_CONSTANTS: ClassVar[JsonObject] = {"r": 0}
     ZERO_SETTINGS: ClassVar[frozenset[str]] = frozenset({"r"})
     KEPT_OUTPUTS: ClassVar[int] = 1
 
     method: Literal["oft"] = "oft"
     block_size: Annotated[int, Field(gt=1)] = 32
     """Inputs that are rotated together; a width that it does not divide takes the nearest size."""
-
-    def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
-        """Return the size of a block."""
-        return {"r": 0, "oft_block_size": self.block_size}
 
     def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
         """Return the angles of each block's rotation."""
@@ -62,13 +59,6 @@ class BoftAdapter(PeftMethod):
 
         return butterfly_layers()
 
-    def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
-        """Return the blocks."""
-        return {
-            "boft_block_size": self.block_size,
-            "boft_n_butterfly_factor": self.num_factors,
-        }
-
     def why_not_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """The blocks must fit every width."""
         if self.num_factors > 1 and self.block_size % 2:
@@ -102,6 +92,8 @@ class FourierAdapter(PeftMethod):
         "scaling": "scaling",
         "random_loc_seed": "method",
     }
+    PEFT_CONSTANTS: ClassVar[JsonObject] = {"init_weights": True}
+    """A start without effect."""
     TAKES_TRANSPOSED: ClassVar[bool] = True
     KEPT_OUTPUTS: ClassVar[int] = 1
     DENSE_COPIES: ClassVar[int] = 4
@@ -112,14 +104,6 @@ class FourierAdapter(PeftMethod):
     """Trained numbers of each adapted layer."""
     scaling: Annotated[float, Field(gt=0)] = 150.0
     """Factor of the update; about 300 for instructions in the paper."""
-
-    def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
-        """Return the number and the scaling, and start without effect."""
-        return {
-            "n_frequency": self.num_frequencies,
-            "scaling": self.scaling,
-            "init_weights": True,
-        }
 
     def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
         """Return the number of frequencies."""

@@ -1,7 +1,6 @@
 """Methods that peft alone computes: its layers in training, its own merge, one module at a time."""
 
 import re
-from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +50,8 @@ class PeftMethod(Adapter):
     """The name of its config's class in peft."""
     PARTS: ClassVar[tuple[SavedPart, ...]]
     """The tensors of a module; what is between `|` in a name are alternatives."""
+    PEFT_CONSTANTS: ClassVar[JsonObject] = {}
+    """Settings of peft's config that no knob decides."""
     SHARED_PARTS: ClassVar[Mapping[str, str]] = {}
     """Tensors that all modules have in common, {their whole saved name: part}."""
     UNSAVED_PARTS: ClassVar[frozenset[str]] = frozenset()
@@ -58,9 +59,13 @@ class PeftMethod(Adapter):
     TAKES_TRANSPOSED: ClassVar[bool] = False
     """Whether peft also adapts layers that store their weight as [in, out] (GPT-2's Conv1D)."""
 
-    @abstractmethod
     def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
-        """Return the method's own settings of peft's config."""
+        """Return the method's own settings of peft's config: its shape, and its constants."""
+        knobs = {name: knob for name, knob in self.SHAPE_KNOBS.items() if knob != "method"}
+        return {
+            **self.PEFT_CONSTANTS,
+            **{name: getattr(self, knob) for name, knob in knobs.items()},
+        }
 
     def to_peft(
         self,

@@ -1,13 +1,12 @@
 """Methods whose update is a product of small parts other than B A: LoHa, LoKr, MiSS."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from llmtune.adapters.peft_method import PeftMethod, SavedPart
-from llmtune.io.fingerprint import JsonObject
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -42,10 +41,6 @@ class LoHaAdapter(PeftMethod):
         from llmtune.adapters.over_quantized import shape_update
 
         shape_update(layer)
-
-    def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
-        """Return rank and alpha."""
-        return {"r": self.rank, "alpha": self.alpha}
 
     def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
         """Return the numbers in two pairs of factors."""
@@ -82,10 +77,6 @@ class LoKrAdapter(PeftMethod):
 
         shape_update(layer)
 
-    def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
-        """Return rank and alpha."""
-        return {"r": self.rank, "alpha": self.alpha}
-
     def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
         """Return the small matrix and the larger one, which is whole if its rank would be high."""
         (small_out, large_out), (small_in, large_in) = _near_square(num_out), _near_square(num_in)
@@ -107,10 +98,6 @@ class MissAdapter(PeftMethod):
     method: Literal["miss"] = "miss"
     rank: Annotated[int, Field(gt=0)] = 32
     """Inputs of a block; at most those of the narrowest adapted layer."""
-
-    def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
-        """Return the rank."""
-        return {"r": self.rank}
 
     def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
         """Return a row for each input of a block."""

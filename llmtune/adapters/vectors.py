@@ -86,16 +86,14 @@ class ShiraAdapter(PeftMethod):
         SavedPart("shira_indices", is_late=True),
     )
     SHAPE_KNOBS: ClassVar[Mapping[str, str]] = {"r": "rank"}
+    PEFT_CONSTANTS: ClassVar[JsonObject] = {"random_seed": 0}
+    """Which numbers it draws is saved too."""
     DENSE_COPIES: ClassVar[int] = 2
     """The weight and what is added to it."""
 
     method: Literal["shira"] = "shira"
     rank: Annotated[int, Field(gt=0)] = 16
     """Trained numbers of a layer, in parts of the sum of its widths."""
-
-    def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
-        """Return the rank and a seed; which numbers they are is saved too."""
-        return {"r": self.rank, "random_seed": 0}
 
     def to_peft(
         self,
@@ -162,16 +160,14 @@ class VeraAdapter(PeftMethod):
         "base_model.vera_B": "vera_B",
     }
     SHAPE_KNOBS: ClassVar[Mapping[str, str]] = {"r": "rank"}
+    PEFT_CONSTANTS: ClassVar[JsonObject] = {"save_projection": True}
+    """The random factors are saved too, so that they can be read anywhere."""
     TAKES_TRANSPOSED: ClassVar[bool] = True
     KEPT_OUTPUTS: ClassVar[int] = 1
 
     method: Literal["vera"] = "vera"
     rank: Annotated[int, Field(gt=0)] = 256
     """Rows of the shared A; the vectors are small, so it is chosen large."""
-
-    def peft_settings(self, target_modules: Sequence[str]) -> JsonObject:
-        """Return the rank; the random factors are saved too, so that they can be read anywhere."""
-        return {"r": self.rank, "save_projection": True}
 
     def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
         """Return one for each output and each row of A."""

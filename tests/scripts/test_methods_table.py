@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import methods_table
 from methods_table import METHODS, block_lines, finished_methods, main, table_lines
 
+from llmtune.adapters.config import METHODS as UNION
 from llmtune.config import load_config
 
 
@@ -91,6 +92,12 @@ def test_the_page_gets_what_is_finished_between_its_markers(tmp_path):
         main(write)
     markers = methods_table.PAGE.read_text()
     assert markers.index(methods_table.BEGIN) < markers.index(methods_table.END)
+
+
+def test_every_method_of_the_union_has_a_row():
+    assert {str(one.adapter["method"]) for one in METHODS.values()} == {
+        method.name() for method in UNION
+    }
 
 
 @pytest.mark.parametrize("name", METHODS)
