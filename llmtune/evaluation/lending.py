@@ -1,24 +1,21 @@
 """A sharded base that the first process scores, while the others lend it their parts.
 
-The first process does all that an evaluation does, in its own order. Before one of the model's
-layers runs it says which one; the others bring their parts of that layer together with its own, and
-drop them again. So answers, diagnoses and caches are those of one process, and so is the time.
+The first process does all that an evaluation does, in its own order. So answers, diagnoses and
+caches are those of one process, and so is the time.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from contextlib import ExitStack
 
 import torch
-from torch import nn
 
 from llmtune.evaluation.sharing import other_model
 from llmtune.io.processes import Processes
 from llmtune.models.live import LiveModel
-from llmtune.training.sharding import cut_layers
+from llmtune.training.sharding import borrowing, lend
 
 FIRST_TOKENS = 8
 """Of the pass that all processes run together when a model is loaded."""
-NO_MORE = -1
 
 
 class Borrowing:
@@ -27,7 +24,7 @@ class Borrowing:
     def __init__(self, processes: Processes, load: Callable[[str], LiveModel]) -> None:
         self._processes = processes
         self._load = load
-        self._has_borrowed = False
+        self._borrowed = ExitStack()
 
     def load(self, arm: str) -> LiveModel:
         """Load a model, a part in every process; the one before it answers no more.
@@ -35,29 +32,18 @@ class Borrowing:
         Raises:
             LlmtuneError: it cannot be loaded, or its layers cannot be cut.
         """
-        self._give_back()
+        self._borrowed.close()
         self._tell_all({"model": arm})
         live = self._load(arm)
         self._tell_all(live.identity.as_dict())
         _run_together(live)
-        for number, layer in enumerate(cut_layers(live.model)):
-            layer.register_forward_pre_hook(partial(self._ask, number), prepend=True)
-        self._has_borrowed = True
+        self._borrowed.enter_context(borrowing(live.model, self._processes))
         return live
 
     def end(self) -> None:
         """Let the others go: there is nothing more to score."""
-        self._give_back()
+        self._borrowed.close()
         self._tell_all({})
-
-    def _ask(self, number: int, layer: nn.Module, _: object) -> None:
-        layer.reshard()  # whole still if memory ran out in the last pass
-        self._processes.copy_first(torch.tensor([number]))
-
-    def _give_back(self) -> None:
-        if self._has_borrowed:
-            self._processes.copy_first(torch.tensor([NO_MORE]))
-        self._has_borrowed = False
 
     def _tell_all(self, message: Mapping[str, object]) -> None:
         for rank in range(1, self._processes.world_size):
@@ -76,15 +62,8 @@ def lend_parts(processes: Processes, load: Callable[[str], LiveModel]) -> None:
         if live.identity.as_dict() != processes.receive(0):
             raise other_model(arm)
         _run_together(live)
-        layers, wanted = cut_layers(live.model), torch.tensor([NO_MORE])
-        while True:
-            processes.copy_first(wanted)
-            if wanted.item() == NO_MORE:
-                break
-            layer = layers[int(wanted)]
-            layer.unshard()
-            layer.reshard()
-        del live, layers
+        lend(live.model, processes)
+        del live
 
 
 def _run_together(live: LiveModel) -> None:

@@ -108,7 +108,8 @@ class TrainStage(Stage[TrainRecord]):
             if not is_shared:
                 processes.share(lambda: {"own text": adapted.own_text_hash()})
             result = train_adapter(config.train, adapted.request)
-        record = adapted.save(result, config.model_dump(mode="json"), config.train.batch_size)
+            values = config.model_dump(mode="json")
+            record = adapted.save(result, values, config.train.batch_size)
         recorded = {**dataclasses.asdict(result), "estimate": estimate, **record}
         seen = result.steps * config.train.batch_size
         counted = count_rows(config.run.metrics_path, len(rows["train"].examples), seen)
@@ -154,6 +155,7 @@ class TrainStage(Stage[TrainRecord]):
                     "take the text that `protect` needs from a file"
                 )
             train_adapter(self.config.train, adapted.request)
+            adapted.help_saving()
 
     @contextmanager
     def _sharing_base(self, processes: Processes) -> Iterator[bool]:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
@@ -38,7 +39,7 @@ from llmtune.training.protect.config import ProtectConfig
 from llmtune.training.protect.prepare import PreparedProtection, prepare_protection
 from llmtune.training.request import Technique, TrainRequest, TrainResult
 from llmtune.training.rows import hash_epochs
-from llmtune.training.sharding import shard_base
+from llmtune.training.sharding import borrowing, lend, shard_base
 from llmtune.training.trainable import require_trainable
 
 NUM_PROMPTS = 8
@@ -126,14 +127,18 @@ class AdaptedBase:
         }
 
     def _check_stops(self) -> StopCheck | None:
-        if self.request.is_sharded:
-            log.info("stop check: left out, because no process has the whole base")
-            return None
         train, evaluation = self.rows.train.examples, self.rows.evaluation.examples
         asked: Sequence[Example] = evaluation if len(evaluation) else train
-        return check_stops(
-            self.request.model, self.loaded.tokenizer, asked, self.loaded.stop_token_ids
-        )
+        request, loaded = self.request, self.loaded
+        with ExitStack() as stack:
+            if request.is_sharded:
+                stack.enter_context(borrowing(request.model, request.processes))
+            return check_stops(request.model, loaded.tokenizer, asked, loaded.stop_token_ids)
+
+    def help_saving(self) -> None:
+        """Lend this process's part of a sharded base to the first one, which checks the answers."""
+        if self.request.is_sharded:
+            lend(self.request.model, self.request.processes)
 
     def own_text_hash(self) -> str:
         """Return the hash of the rows that protection added or holds the model to."""

@@ -8,7 +8,10 @@ as they are without sharding; the adapter's gradients are added up by `Reduction
 """
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -29,6 +32,8 @@ from llmtune.training.batch import StepCollator
 from llmtune.training.memory.dry_run import recomputable_layers
 from llmtune.training.objectives.base import MicroBatch
 
+NO_LAYER = -1
+"""What ends the lending."""
 IDLE_TOKENS = 8
 """Tokens that a process without work runs on."""
 
@@ -99,6 +104,39 @@ def cut_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers that `shard_base` has cut, in their order."""
     cut = [module for module in model.modules() if isinstance(module, FSDPModule)]
     return cut[1:]  # the first one is the decoder, the root of all layers
+
+
+@contextmanager
+def borrowing(model: nn.Module, processes: Processes) -> Iterator[None]:
+    """Let the first process alone run the model inside, while the others are in `lend`.
+
+    Before a layer runs it says which; the others bring their parts of it together with its own.
+    """
+
+    def ask(number: int, layer: FSDPModule, _: object) -> None:
+        layer.reshard()  # whole still if memory ran out in the last pass
+        processes.copy_first(torch.tensor([number]))
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(ask, number), prepend=True)
+        for number, layer in enumerate(cut_layers(model))
+    ]
+    yield  # after an error the process ends, and the others with it
+    for hook in hooks:
+        hook.remove()
+    processes.copy_first(torch.tensor([NO_LAYER]))
+
+
+def lend(model: nn.Module, processes: Processes) -> None:
+    """Lend this process's part of every layer that the first one asks for, until it is done."""
+    layers, wanted = cut_layers(model), torch.tensor([NO_LAYER])
+    while True:
+        processes.copy_first(wanted)
+        if wanted.item() == NO_LAYER:
+            return
+        layer: Any = layers[int(wanted)]
+        layer.unshard()
+        layer.reshard()
 
 
 def _base_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:

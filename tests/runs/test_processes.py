@@ -125,7 +125,9 @@ def test_all_that_are_stopped_wait_until_the_checkpoint_is_written(project, monk
     assert (project.parent / "slow/checkpoints/checkpoint-2").is_dir()
 
 
-def test_a_sharded_run_that_is_killed_continues_sharded_or_not(project, whole):
+def test_a_sharded_run_that_is_killed_continues_sharded_or_not_and_is_scored_by_parts(
+    project, whole
+):
     killed = train(project, 2, "cut", send(signal.SIGKILL, to=1, after=5), "train.shard=full")
     assert killed.wait() == [3, -9]
     assert "ended without a message" in killed.output(0)
@@ -136,7 +138,20 @@ def test_a_sharded_run_that_is_killed_continues_sharded_or_not(project, whole):
     assert stopped.wait() == [3]
     assert "continuing after step 4 of 16" in stopped.output(0)
 
-    assert train(project, 2, "cut", None, "train.shard=full").wait() == [0, 0]
+    # the second process lends its part of every layer to what the first one scores and writes
+    run = project.parent / "cut"
+    settings = [f"run_dir={run}", "train.shard=full", "evaluate.reuse_base=false"]
+    ended = run_command(project.parent / "cut-out", 2, ["run", str(project), *settings])
+    assert ended.wait() == [0, 0], ended.output(0) + ended.output(1)
+    assert "has a part of every layer, and the first one scores" in ended.output(0)
+    assert "answers ended by themselves" in ended.output(0)
+    found = {path.name: json.loads(path.read_text()) for path in run.glob("evaluations/*.json")}
+    texts, diagnostics = (run / "generations.json").read_text(), list_names(run / "diagnostics")
+    arms = assert_as_in_one_process(run, found, load_config(project, settings))
+    assert arms >= {"base", "tuned", "merged"}
+    assert json.loads((run / "generations.json").read_text()) == json.loads(texts)
+    assert list_names(run / "diagnostics") == diagnostics
+
     cut = adapter(project, "cut")
     assert max((whole[key] - cut[key]).abs().max().item() for key in whole) < 1e-5
     for one, other in zip(
@@ -390,14 +405,13 @@ def test_the_items_of_all_arms_are_shared_and_scored_as_in_one_process(project, 
         assert killed.wait() == [3, -9]
         assert "ended without a message" in killed.output(0)
 
-    assert_as_in_one_process(run, found, load_config(project, settings))
+    arms = assert_as_in_one_process(run, found, load_config(project, settings))
+    assert arms >= {"base", "tuned", "merged", "few-shot-1", "prompt-mine", "strength-0.5"}
 
 
 def assert_as_in_one_process(run, found, config):
-    """Evaluate a run again in this process, and compare with what was found."""
+    """Evaluate a run again in this process, and compare with what was found; return the arms."""
     pipeline.evaluate(config, force=True)
-    arms = {name.split(".", 1)[1].removesuffix(".json") for name in found}
-    assert arms >= {"base", "tuned", "merged", "few-shot-1", "prompt-mine", "strength-0.5"}
     for name, result in found.items():
         alone = json.loads((run / "evaluations" / name).read_text())
         assert [item["id"] for item in result["items"]] == [item["id"] for item in alone["items"]]
@@ -409,30 +423,7 @@ def assert_as_in_one_process(run, found, config):
         for changing in ("items", "seconds", "mean", "standard_error", "also"):
             del result[changing], alone[changing]
         assert result == alone
-
-
-def test_a_sharded_base_is_scored_as_in_one_process(project):
-    """Every arm, written answers and diagnoses: the other process lends its part of each layer."""
-    run, prompt = project.parent / "lent", project.parent / "mine.jinja"
-    prompt.write_text("Decide. {{ prompt }}")
-    settings = [
-        f"run_dir={run}",
-        "train.max_steps=1",
-        "train.shard=full",
-        "evaluate.extent=full",
-        "evaluate.strengths=[0.5]",
-        "evaluate.few_shot.measure=true",
-        f"evaluate.prompts={{mine: {prompt}}}",
-        "evaluate.reuse_base=false",
-    ]
-    lent = run_command(project.parent / "lent-out", 2, ["run", str(project), *settings])
-    assert lent.wait() == [0, 0], lent.output(0) + lent.output(1)
-    assert "has a part of every layer, and the first one scores" in lent.output(0)
-    found = {path.name: json.loads(path.read_text()) for path in run.glob("evaluations/*.json")}
-    texts, diagnostics = (run / "generations.json").read_text(), list_names(run / "diagnostics")
-    assert_as_in_one_process(run, found, load_config(project, settings))
-    assert json.loads((run / "generations.json").read_text()) == json.loads(texts)
-    assert list_names(run / "diagnostics") == diagnostics
+    return {name.split(".", 1)[1].removesuffix(".json") for name in found}
 
 
 def list_names(folder):
