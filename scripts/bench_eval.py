@@ -3,6 +3,7 @@
     python scripts/bench_eval.py count run configs/quickstart.yaml run_dir=runs/counted
     python scripts/bench_eval.py compare RUN --against CHECKOUT --limit 40
     python scripts/bench_eval.py compare RUN --lm-eval --suite general
+    python scripts/bench_eval.py compare RUN --lm-eval --suite general --shots 5
 
 `count` runs any llmtune command and says which tokens went forward for what. `compare` scores the
 suites of a run in fresh processes that take turns: this checkout, another one (an older version),
@@ -23,7 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,7 @@ def _run_apart(way: str, checkout: Path, given: argparse.Namespace) -> dict[str,
         out = Path(place) / "found.json"
         command = [sys.executable, __file__, "child", way, given.run, str(out)]
         command += ["--limit", str(given.limit), "--arms", given.arms]
+        command += ["--shots", str(given.shots)]
         command += [part for name in given.suite or [] for part in ("--suite", name)]
         environment = {**os.environ, "PYTHONPATH": str(checkout)}
         subprocess.run(command, env=environment, check=True, cwd=ROOT)
@@ -205,7 +207,10 @@ def child(given: argparse.Namespace) -> None:
     load_target = _find_loader()
     target = resolve_target(given.run, [])
     names = given.suite or target.config.evaluate.suites
-    suites = [load_suite(name, seed=0, limit=given.limit) for name in names]
+    suites = [
+        with_shots(load_suite(name, seed=0, limit=given.limit + given.shots), given)
+        for name in names
+    ]
     costs: dict[str, dict[str, Any]] = {}
     items: dict[str, list[Any]] = {}
     loaded: dict[str, Any] = {}
@@ -228,6 +233,15 @@ def child(given: argparse.Namespace) -> None:
                 total.head += each.head
             costs[key] = asdict(total)
     Path(given.out).write_text(json.dumps({"costs": costs, "items": items}), encoding="utf-8")
+
+
+def with_shots(suite: Any, given: argparse.Namespace) -> Any:
+    """Put the first items of a choice suite with raw prompts, solved, before each of the others."""
+    if not given.shots:
+        return suite
+    solved, asked = suite.items[: given.shots], suite.items[given.shots :]
+    lead = "".join(f"{item.prompt} {item.choices[item.answer]}\n\n" for item in solved)
+    return replace(suite, items=tuple(replace(item, prompt=lead + item.prompt) for item in asked))
 
 
 def _find_loader() -> Any:
@@ -275,6 +289,7 @@ def main() -> None:
     kinds.add_parser("count", help="Run an llmtune command and count its forward tokens.")
     both = argparse.ArgumentParser(add_help=False)
     both.add_argument("--limit", type=int, default=40, help="Items of each suite at most.")
+    both.add_argument("--shots", type=int, default=0, help="Solved items before each prompt.")
     both.add_argument("--arms", default="base,tuned", help="Of base, tuned, merged.")
     both.add_argument("--suite", action="append", help="A suite by file or name; else the run's.")
     ask = kinds.add_parser("compare", parents=[both], help="Score a run's suites in turns.")

@@ -1,6 +1,5 @@
 """The stages of a run in order; each leaves an artifact on disk and can be rerun alone."""
 
-import gc
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from llmtune.evaluation.suite import load_suites
 from llmtune.exporting.config import find_route
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.manifest import ExportRecord, MergeRecord, TrainRecord
+from llmtune.io.native_libraries import release_memory
 from llmtune.io.processes import Processes
 from llmtune.io.run_dir import RunDir
 from llmtune.io.validation import validate_section
@@ -57,6 +57,7 @@ def run(config: RunConfig, *, force: bool = False) -> "Report":
         MergeStage(config, opened=opened).plan_before_training()
     for stage in _stages_before_report(config, opened, force=force):
         stage.do()
+        release_memory()  # the next one loads its own models
     built = report(config.run_dir)
     _export(config, opened)
     return built
@@ -239,7 +240,7 @@ def follow_orders(processes: Processes) -> None:
             EvaluateStage(config, opened=opened).follow(cast(EvaluateOrder, order), processes)
         else:
             TrainStage(config, opened=opened).follow(cast(TrainOrder, order), processes)
-        gc.collect()  # the model is held in circles, and the first process needs the memory
+        release_memory()  # the first process needs it
 
 
 def report(run_dir: str | Path) -> "Report":
