@@ -1,15 +1,17 @@
 """The knobs of the merge."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmtune.schema import Section
 
 MergeBase = Literal["original", "dequantized", "auto"]
 MERGE_BASES: tuple[MergeBase, ...] = ("original", "dequantized", "auto")
 MERGE_DTYPES = ("float32", "float16", "bfloat16")
+FORMAT_WISHES = frozenset({"format", "quantization", "quantize", "save_method", "bits"})
+"""Keys with which other tools ask for a merged model that is quantized."""
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,16 @@ class MergeConfig(Section):
     max_kl: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     """Largest KL(base + adapter || merged), in nats per token, with which a merge is kept.
     Rounding the sum to 16 bits alone costs about 0.01 on a 135M model and less on larger ones."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_formats(cls, values: Any) -> Any:
+        wished = FORMAT_WISHES & values.keys() if isinstance(values, dict) else ()
+        if wished:
+            raise ValueError(
+                f"{', '.join(sorted(wished))}: a merged model is written in 16 or 32 bits (llmtune "
+                "merge RUN --dtype), never back into a quantized format, which would round the "
+                "adapter away (docs/bases.md); for fewer bits export what was merged: llmtune "
+                "export --help"
+            )
+        return values

@@ -3,12 +3,12 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator
 
 from llmtune.models.quantization.base import Quantization
-from llmtune.models.quantization.config import DENSE, QuantizationConfig
+from llmtune.models.quantization.config import DENSE, QuantizationConfig, members
 from llmtune.schema import Section
 
 TemplateArgument = bool | int | float | str | None
@@ -21,6 +21,10 @@ def _check_device(device: str) -> str:
         untried = f"; llmtune was not tried on {device} and does not run there" if is_other else ""
         raise ValueError(f"expected auto, cpu, cuda or cuda:N, found {device!r}{untried}")
     return device
+
+
+WEIGHT_ONLY = frozenset({"int8_weight_only", "float8_weight_only", "int4_weight_only", "quanto"})
+"""What other tools train over, beside the formats that a base is stored in; not offered here."""
 
 
 class ModelConfig(Section):
@@ -53,6 +57,22 @@ class ModelConfig(Section):
     """`any` also reads pickled .bin weights, through PyTorch's restricted unpickler."""
 
     _system: str | None = PrivateAttr(default=None)
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _refuse_not_offered(cls, value: Any) -> Any:
+        """Name a quantization that is known, and not offered for training, with what is."""
+        from llmtune.models.stored.formats import FORMATS
+
+        named = value.get("method") if isinstance(value, dict) else value
+        stored = {name for format in FORMATS for name in (format.method, *format.aliases)}
+        if isinstance(named, str) and named in stored | WEIGHT_ONLY:
+            offered = [one.model_fields["method"].default for one in members() if one.is_quantized]
+            raise ValueError(
+                f"{named} is not offered for training; give {{method: {' | '.join(offered)}}}. A "
+                "base that is stored quantized needs none: it is made 16-bit first (docs/bases.md)"
+            )
+        return value
 
     def with_system(self, system: str | None) -> "ModelConfig":
         """Return the section with the system prompt that the data asks for."""

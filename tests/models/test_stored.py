@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from llmtune.cli import run_command
 from llmtune.errors import LlmtuneError
 from llmtune.models import dequantized
 from llmtune.models.checkpoint import Checkpoint
@@ -21,6 +23,8 @@ from tests.tiny import make_model
 
 EXAMPLES = sorted((Path(__file__).parent / "stored").glob("*.safetensors"))
 """What the libraries packed and read back; `stored/make_examples.py` made them."""
+ANSWERED = sorted((Path(__file__).parent / "stored" / "logits").glob("*.safetensors"))
+"""Models and what the libraries answer from them; `stored/make_logits.py` made them."""
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +61,34 @@ def test_dense_weight_is_the_one_that_the_library_reads(example, tmp_path):
     assert list(dense) == ["proj.weight"]
     assert dense["proj.weight"].dtype == expected.dtype
     torch.testing.assert_close(dense["proj.weight"], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("example", ANSWERED, ids=lambda path: path.stem)
+def test_the_dense_base_answers_as_the_library_does(example, tmp_path):
+    """A whole model, quantized; the dense weights are float16, the library's are not rounded."""
+    with safe_open(example, "pt") as file:
+        about = file.metadata()
+    tensors = load_file(example)
+    expected = tensors.pop("logits")
+    stored = {name.removeprefix("stored/"): tensor for name, tensor in tensors.items()}
+    directory = tmp_path / "stored"
+    directory.mkdir()
+    config, ids = about.pop("config"), json.loads(about.pop("ids"))
+    save_file(stored, directory / "model.safetensors", about)
+    (directory / "config.json").write_text(config)
+
+    plan = plan_dequantization(Checkpoint.open(directory))
+    assert plan is not None
+    dense = dequantize(plan).directory
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-3)
+
+
+def test_every_format_has_answers_of_its_library():
+    assert {path.stem for path in ANSWERED} == {*PACKERS, "mxfp4"}
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +209,27 @@ def test_variants_that_are_not_read_are_refused_from_the_config_alone(base, knob
     with pytest.raises(LlmtuneError, match=message) as raised:
         resolve_base(ModelConfig(base=str(base)))
     assert "give the 16-bit checkpoint" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ("model.quantization=hqq", "hqq is not offered for training; give {method: nf4 | fp4"),
+        ("model.quantization={method: torchao}", "torchao is not offered for training"),
+        ("merge.format=gptq", "format: a merged model is written in 16 or 32 bits"),
+    ],
+)
+def test_quantizations_that_are_only_read_are_refused_by_name(
+    base, tmp_path, wish, message, capsys
+):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"run_dir: run\nmodel: {{base: {base}}}\ndata: {{train: [{{path: a.jsonl}}]}}\n"
+    )
+    assert run_command(["config", "show", str(config)]) == 0
+    capsys.readouterr()
+    assert run_command(["config", "show", str(config), wish]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_pickled_quantized_weights_are_refused_with_what_to_do(base):
