@@ -86,16 +86,16 @@ def measure_divergence(
         budget = rows_budget(model, token_budget)
         for indices in batch_by_length(lengths, budget, switch=length_switch(model)):
             batch = pad_rows([sequences[i] for i in indices], model_device(model), left=False)
-            mask = batch.attention_mask.bool()
-            row_of = np.repeat(indices, mask.sum(1).cpu().numpy())
             with adapter_disabled(model):
-                base = run_forward(model, batch).logits[mask]
+                base = run_forward(model, batch).logits
             for place, enter in enumerate(variants.values()):
                 with enter():
-                    tuned = run_forward(model, batch).logits[mask]
-                kl, flipped = compare_distributions(base, tuned)
-                np.add.at(kl_sums[place], row_of, kl)
-                np.add.at(flips[place], row_of, flipped)
+                    tuned = run_forward(model, batch).logits
+                for row, index in enumerate(indices):  # views: all logits are there twice, no more
+                    part = row, slice(lengths[index])
+                    kl, flipped = compare_distributions(base[part], tuned[part])
+                    kl_sums[place, index], flips[place, index] = kl.sum(), flipped.sum()
+                del tuned
             done += len(indices)
             if on_progress is not None:
                 on_progress(done)
