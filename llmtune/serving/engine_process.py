@@ -51,6 +51,8 @@ class EnginePlan:
     key_variable: str
     """The environment variable in which the engine reads its key."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    rounding: str | None = None
+    """The numbers of a file that holds less than the model it was made of."""
     log_file: bool = True
     """Whether its messages go to a file, of which an error shows the end; else to stderr."""
 
@@ -81,7 +83,7 @@ def run_engine(plan: EnginePlan, known: Known, settings: ServeSettings) -> None:
         def ask(question: KnownQuestion) -> str:
             return _ask(process, plan, question)
 
-        asked = Asked(plan.names[0], plan.arm)
+        asked = Asked(plan.names[0], plan.arm, rounding=plan.rounding)
         checked = check_answers(asked, known, settings.num_checked, ask)
         announce(settings, taken.getsockname()[1], plan.engine, plan.names, checked)
         upstream = Upstream(plan.engine, process.port, process.key, plan.names, plan.follows)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmtune.checks.runtime import require_runtime
 from llmtune.errors import LlmtuneError
+from llmtune.exporting.gguf_writer.types import read_file_type
 from llmtune.io.gguf_head import GGUF_SUFFIX, read_gguf_head
 from llmtune.models.resolve import Loadable
 from llmtune.models.template_date import fix_clock
@@ -18,6 +19,7 @@ KEY_VARIABLE = "LLMTUNE_SERVE_KEY"
 KIND = "general.type"
 WHOLE = "model"
 TEMPLATE = "tokenizer.chat_template"
+WHOLE_NUMBERS = ("f32", "bf16", "f16")
 SAMPLING = frozenset(
     {
         "frequency_penalty",
@@ -81,7 +83,16 @@ def plan_llama_cpp(
         "template": _dated_template(template, target.template_date),
     }
     command = [sys.executable, "-m", "llmtune.serving.llama_cpp_worker", json.dumps(question)]
-    return EnginePlan("llama.cpp", [*command, "{port}"], (shown,), "merged", follows, KEY_VARIABLE)
+    numbers = read_file_type(file)
+    return EnginePlan(
+        "llama.cpp",
+        [*command, "{port}"],
+        (shown,),
+        "merged",
+        follows,
+        KEY_VARIABLE,
+        rounding=None if numbers in WHOLE_NUMBERS else numbers,
+    )
 
 
 def _dated_template(template: object, date: str | None) -> str | None:

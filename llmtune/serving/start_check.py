@@ -42,6 +42,8 @@ class Asked:
     arm: str
     identity: Mapping[str, Any] | None = None
     """Of the loaded model; None if it is a file made of it."""
+    rounding: str | None = None
+    """The numbers of such a file, if they hold less than the model's."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class StartCheck:
     """How many known questions were asked, and which answers differ; else why none was."""
 
     model: str
+    compared_with: str = ""
+    """Whose answers in the report they are compared with."""
+    rounding: str | None = None
     asked: int = 0
     differences: tuple[Difference, ...] = ()
     why_not: str | None = None
@@ -81,20 +86,29 @@ class StartCheck:
             log.info("serve: not compared with a report: %s", self.why_not)
             return
         same = self.asked - len(self.differences)
+        is_other = self.compared_with not in ("", self.model, "base")
+        whose = f"the report's {self.compared_with} model" if is_other else "the report"
         if not self.differences:
-            log.info("serve: %s gives %d of %d answers of the report", self.model, same, self.asked)
+            log.info("serve: %s gives %d of %d answers of %s", self.model, same, self.asked, whose)
             return
+        why = "so what it says of the model may not hold here"
+        if self.rounding is not None:
+            why = (
+                f"whose weights this file holds in {self.rounding}: some answers differ for that "
+                "alone, and llmtune verify and llmtune eval say how much it costs"
+            )
         lines = [
             f"  {one.question}: serves {shorten(one.served, SHOWN_CHARACTERS)}, the report has "
             f"{shorten(one.reported, SHOWN_CHARACTERS)}"
             for one in self.differences
         ]
         log.warning(
-            "WARNING: %s gives only %d of %d answers of the report, so what it says of the model "
-            "may not hold here:\n%s",
+            "WARNING: %s gives only %d of %d answers of %s, %s:\n%s",
             self.model,
             same,
             self.asked,
+            whose,
+            why,
             "\n".join(lines),
         )
 
@@ -121,7 +135,7 @@ def check_answers(
         served = ask(question)
         if not question.kept.is_said_by(served):
             differences.append(Difference(question.where, served, question.kept.text))
-    return StartCheck(name, len(questions), tuple(differences))
+    return StartCheck(name, asked.arm, asked.rounding, len(questions), tuple(differences))
 
 
 def _find_questions(known: Known, asked: Asked, count: int) -> list[KnownQuestion]:

@@ -49,6 +49,7 @@ from llmtune.serving.openai_api import (
     read_completion,
 )
 from llmtune.serving.shapes import Said
+from llmtune.serving.start_check import Asked, check_answers
 from llmtune.serving.vllm import plan_command, refuse_dropped
 from tests.conftest import write_jsonl
 from tests.data.shapes import ITEM_CALLS, QWEN3
@@ -552,7 +553,7 @@ def test_llama_cpp_serves_an_exported_file_with_its_own_server(run_dir, running)
         endless = ask(stream=True, temperature=2, max_tokens=4000, logit_bias={"2": -100})
         next(iter(endless))
     assert ended["code"] == 0, ended["err"]
-    assert facts["check"]["asked"] == 3
+    assert facts["check"]["asked"] == 3 and facts["check"]["rounding"] is None
     assert "secret" not in ended["err"] and "Traceback" not in ended["err"]
 
 
@@ -651,6 +652,19 @@ def test_a_file_that_llama_cpp_cannot_serve_is_one_line(run_dir, tmp_path, capsy
     writer.close()
     assert run_command(["serve", str(tmp_path / "empty.gguf"), "--port", "0"]) == 2
     assert "llama.cpp ended by itself" in capsys.readouterr().err
+
+
+def test_a_rounded_file_is_not_called_a_fault(run_dir, caplog):
+    served = find_servable(str(run_dir))
+    for rounding, words in [
+        ("q8_0", "the report's merged model, whose weights this file holds in q8_0: some answers"),
+        (None, "the report's merged model, so what it says of the model may not hold here"),
+    ]:
+        asked = Asked("tiny", "merged", rounding=rounding)
+        checked = check_answers(asked, served.known, 2, lambda _: "something else")
+        checked.say()
+        assert f"WARNING: tiny gives only 0 of 2 answers of {words}" in caplog.text
+        caplog.clear()
 
 
 def test_the_command_checks_serves_and_ends_with_zero(run_dir):
