@@ -242,7 +242,7 @@ def _by_content(
 
 
 def _refuse_unread_labels(source: SourceConfig) -> None:
-    """Ask what short texts are for if a column beside them seems to hold their labels.
+    """Ask what short texts are for if a column beside them holds objects or seems to hold labels.
 
     Raises:
         LlmtuneError: it names the columns, and the options that decide.
@@ -254,11 +254,16 @@ def _refuse_unread_labels(source: SourceConfig) -> None:
     columns = dict.fromkeys(str(key) for row in rows for key in row)
     unread = {"text", *source.ignore}
     beside = [name for name in columns if name not in unread and name.lower() not in METADATA]
-    labels = [name for name in beside if _hold_labels([row.get(name) for row in rows])]
-    if labels:
+    objects, labels = (
+        [name for name in beside if holds([row.get(name) for row in rows])]
+        for holds in (_hold_json, _hold_labels)
+    )
+    if objects or labels:
+        what = "objects to extract" if objects else "labels to learn"
+        found = objects or labels
         raise LlmtuneError(
-            f"{source.path}: {' or '.join(labels)} beside text could be labels to learn; say so "
-            f"with --columns text=text,label={labels[0]}, or --task text to train on the texts "
+            f"{source.path}: {' or '.join(found)} beside text could be {what}; say so "
+            f"with --columns text=text,label={found[0]}, or --task text to train on the texts "
             "alone"
         )
 

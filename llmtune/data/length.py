@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -166,9 +167,14 @@ def _fit(
 
 
 def _split(sequence: LabelledSequence, max_length: int) -> list[LabelledSequence]:
+    """Return pieces that hold every token; none is one token, behind which nothing is predicted."""
+    length = len(sequence.input_ids)
+    edges = [*range(0, length, max_length), length]
+    if edges[-1] - edges[-2] == 1 and max_length > 2:
+        edges[-2] -= 1
     pieces = []
-    for start in range(0, len(sequence.input_ids), max_length):
-        ids = sequence.input_ids[start : start + max_length]
+    for start, end in pairwise(edges):
+        ids = sequence.input_ids[start:end]
         pieces.append(LabelledSequence(ids, [(0, len(ids))], sequence.weight))
     return pieces
 

@@ -164,6 +164,19 @@ def test_the_job_is_understood_and_its_files_pass_their_check(
         assert len({item.cluster for item in suite.items}) < len(suite.items)
 
 
+def test_objects_beside_a_text_are_not_left_unread(tmp_path, monkeypatch, capsys, base):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"{i} teas to Rome, please", "object": {"count": i}} for i in range(60)]
+    write_jsonl(tmp_path / "orders.jsonl", rows)
+    ask = ["init", "orders.jsonl", "--base", str(base), "--out", "orders.yaml"]
+    assert run_command(ask) == 2
+    assert "object beside text could be objects to extract; say so with --columns" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert run_command([*ask, "--columns", "text=text,label=object"]) == 0
+    assert "text as prompt, object as completion" in capsys.readouterr().out
+
+
 def save_split(name: str):
     """Return how `datasets` writes one split of labeled texts, in a folder layout of hub sets."""
     names = ["sadness", "joy", "love"]

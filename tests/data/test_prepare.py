@@ -182,6 +182,11 @@ def test_split_text_loses_no_token(tmp_path):
     assert sum(len(piece.input_ids) for piece in pieces) == len(whole.input_ids)
     assert whole.input_ids[-1] == tokenizer.eos_token_id == pieces[-1].input_ids[-1]
     assert data.report.stop_row_ratio == 1.0
+    length = len(whole.input_ids)
+    one_left = next(n for n in range(3, length) if length % n == 1)
+    data = prepare(train=[{"path": path}], max_length=one_left, length_policy="split")
+    lengths = [len(piece.input_ids) for piece in data.examples]
+    assert sum(lengths) == length and min(lengths) == 2, "one token alone cannot be trained"
 
 
 def len_of_ids(example) -> int:
