@@ -147,6 +147,13 @@ FAMILIES = MappingProxyType(
             feed_forward_bias=True,
         ),
         "mixtral": Family(_SPLIT_ATTENTION, _GATED, experts_key="num_local_experts"),
+        "phimoe": Family(
+            _SPLIT_ATTENTION,
+            _GATED,
+            has_layer_norm=True,
+            attention_bias="attention_bias",
+            experts_key="num_local_experts",
+        ),
         "minimax_m2": Family(
             _SPLIT_ATTENTION, _GATED, head_norms="width", experts_key="num_local_experts"
         ),

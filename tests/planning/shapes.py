@@ -19,7 +19,7 @@ def small_config(family: str, *, layers: int = 2) -> dict:
         config |= {"num_key_value_heads": 2, "head_dim": 16}
     if family in {"gemma2", "gemma3_text"}:
         config["query_pre_attn_scalar"] = 16
-    if family in {"mixtral", "minimax_m2"}:
+    if family in {"mixtral", "minimax_m2", "phimoe"}:
         config |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     if family == "qwen3_moe":
         config |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
