@@ -192,11 +192,11 @@ def _read_like(given: Mapping[str, Any], like: SourceConfig | None) -> Conversat
     """Return what a row asks, read as training rows are; None if it lacks their column."""
     if like is None or like.format not in FORMATS:
         return None
-    row, member = rename_columns(given, like.columns), FORMATS[like.format]
-    if not all(row.get(key) is not None for key in member.asked):
+    member = FORMATS[like.format]
+    if not all(given.get(like.columns.get(key, key)) is not None for key in member.asked):
         return None
     try:
-        return member.of(like).to_prompt(row)
+        return member.of(like).to_prompt(rename_columns(given, like.columns))
     except RowError as error:
         raise name_columns(error, like.columns) from None
 

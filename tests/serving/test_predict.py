@@ -79,6 +79,24 @@ def test_other_kinds_of_files_and_columns_are_read_as_for_training(tmp_path):
             read(table, **choice)
 
 
+@pytest.mark.parametrize("column", ["text", "prompt"])
+def test_an_instruction_stands_once_before_what_is_asked(tmp_path, column):
+    # The items of a suite that init wrote are asked in `prompt`, with the instruction in it.
+    trained = SourceConfig(
+        path="rows.csv",
+        format="completion",
+        columns={"prompt": column, "completion": "label"},
+        instruction="Name the label.",
+    )
+    asked = "Name the label.\n\nlost card"
+    rows = [{column: "lost card"}, {column: asked}, {"prompt": asked}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert [row.messages[-1]["content"] for row in read(path, like=trained)] == [asked] * 3
+    if column == "text":  # a row of its own, not one with the column that was trained on
+        (question,) = read(write_jsonl(tmp_path / "own.jsonl", [{"prompt": "Hi"}]), like=trained)
+        assert question.messages[-1]["content"] == "Hi"
+
+
 @pytest.mark.parametrize(
     ("row", "roles"),
     [

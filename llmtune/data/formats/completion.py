@@ -99,14 +99,16 @@ class CompletionFormat(DatasetFormat):
         return ask(put_system_first(prompt, row.get("system")), row.get("tools"))
 
     def _read_prompt(self, row: Row) -> Any:
-        """Return the prompt, behind the source's instruction."""
+        """Return the prompt behind the source's instruction, unless it begins with it already."""
         prompt = _read_side(row["prompt"])
         if not self.instruction:
             return prompt
         if isinstance(prompt, list):
             raise RowError("prompt is messages; instruction is for prompts that are text")
-        asked = f"{self.instruction}\n\n{_require_prompt(prompt)}"
-        return f"{asked}\nAnswer:" if self.is_plain else asked
+        asked = _require_prompt(prompt)
+        if not asked.startswith(f"{self.instruction}\n\n"):
+            asked = f"{self.instruction}\n\n{asked}"
+        return f"{asked}\nAnswer:" if self.is_plain and not asked.endswith("\nAnswer:") else asked
 
     def _name_label(self, value: Any) -> Any:
         """Return the name of a whole-number label."""
