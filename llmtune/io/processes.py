@@ -31,6 +31,9 @@ JOIN_TIMEOUT = timedelta(minutes=10)
 """How long the first processes wait for the last one to start."""
 STEP_TIMEOUT = timedelta(hours=1)
 """How long a process waits in training for one that does not answer and has not ended."""
+LEND_TIMEOUT = timedelta(days=14)
+"""How long one that lends its part of a base waits for the first, which may ask an endpoint or a
+judge for hours meanwhile; that the first one has ended it notices at once."""
 
 
 class Processes(StoreTalk):
@@ -89,10 +92,10 @@ class Processes(StoreTalk):
     # Connected: inside a training
 
     @contextlib.contextmanager
-    def connected(self, device_type: str) -> Iterator[None]:
+    def connected(self, device_type: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[None]:
         """Connect the processes inside; all of them enter and leave together.
 
-        Inside of a connection this does nothing more.
+        Inside of a connection this does nothing more. Each call waits at most `timeout`.
         """
         if not self.are_many:
             yield
@@ -110,7 +113,7 @@ class Processes(StoreTalk):
                 store=dist.PrefixStore(self._next_key("group"), self._store),
                 rank=self.rank,
                 world_size=self.world_size,
-                timeout=STEP_TIMEOUT,
+                timeout=timeout,
             )
         yield  # after an error the process ends; taking the group down could wait for the others
         with self._heeding():

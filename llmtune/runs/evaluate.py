@@ -26,7 +26,7 @@ from llmtune.evaluation.suite import load_suites
 from llmtune.evaluation.tasks.base import Suite
 from llmtune.io.fingerprint import JsonObject, JsonValue, hash_file
 from llmtune.io.manifest import EvaluateRecord, Manifest, StageRecord, read_manifest
-from llmtune.io.processes import Processes, joined_processes
+from llmtune.io.processes import LEND_TIMEOUT, Processes, joined_processes
 from llmtune.models.config import ModelConfig
 from llmtune.models.resolve import Loadable
 from llmtune.runs.merge import MergeStage
@@ -168,7 +168,7 @@ class EvaluateStage(Stage[EvaluateRecord]):
         from llmtune.models.hardware import choose_device
 
         device = choose_device(self.config.model.device)
-        with processes.connected(device.type), processes.watching():
+        with processes.connected(device.type, LEND_TIMEOUT), processes.watching():
             yield
 
     def _load_part(self, processes: Processes, arm: str) -> "LiveModel":
