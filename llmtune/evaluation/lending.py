@@ -9,8 +9,10 @@ from contextlib import ExitStack
 
 import torch
 
+from llmtune.errors import LlmtuneError, ProcessLost
 from llmtune.evaluation.sharing import other_model
 from llmtune.io.processes import Processes
+from llmtune.models.hardware import release_memory
 from llmtune.models.live import LiveModel
 from llmtune.training.sharding import borrowing, lend
 
@@ -30,11 +32,16 @@ class Borrowing:
         """Load a model, a part in every process; the one before it answers no more.
 
         Raises:
-            LlmtuneError: it cannot be loaded, or its layers cannot be cut.
+            ProcessLost: it cannot be loaded, or its layers cannot be cut.
         """
         self._borrowed.close()
+        release_memory()  # of the one before it
         self._tell_all({"model": arm})
-        live = self._load(arm)
+        try:
+            live = self._load(arm)
+        except LlmtuneError as error:
+            # nobody may go on without it: the others have their parts, and wait for this one's
+            raise ProcessLost(str(error), error.exit_code) from error
         self._tell_all(live.identity.as_dict())
         _run_together(live)
         self._borrowed.enter_context(borrowing(live.model, self._processes))
@@ -64,6 +71,7 @@ def lend_parts(processes: Processes, load: Callable[[str], LiveModel]) -> None:
         _run_together(live)
         lend(live.model, processes)
         del live
+        release_memory()  # for the next one
 
 
 def _run_together(live: LiveModel) -> None:

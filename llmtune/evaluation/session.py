@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -45,6 +46,8 @@ TUNED = "tuned"
 NEEDS_ROWS = "needs the rows that were trained on; give them: data.train='[{path: FILE}]'"
 DENSE_SHARE = 0.5
 """Of the free memory, what the dequantized weights of a quantized base may take."""
+LAYER_NAME = re.compile(r"\.\d+\.")
+"""In the name of a layer's weight: which layer it is."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -169,8 +172,7 @@ class Evaluation:
         needed = 0
         if checkpoint.has_safetensors:
             size = ELEMENT_BYTES.get(dtype, 2)
-            shapes = [entry.shape for entry in checkpoint.index.tensors.values()]
-            needed = size * sum(map(math.prod, shapes)) // self.request.num_parts
+            needed = size * count_part(checkpoint, self.request.num_parts)
         free = free_device(self._device).memory_bytes
         reason = (
             f"its weights need {format_size(needed)}, and {format_size(free)} are free on "
@@ -247,6 +249,17 @@ class Evaluation:
             )
             for plan in self.missing(plans)
         ]
+
+
+def count_part(checkpoint: Checkpoint, num_parts: int) -> int:
+    """Return the weights that a process has of a checkpoint: all that are outside of its layers."""
+    whole = in_layers = 0
+    for name, entry in checkpoint.index.tensors.items():
+        if LAYER_NAME.search(name):
+            in_layers += math.prod(entry.shape)
+        else:
+            whole += math.prod(entry.shape)
+    return whole + in_layers // num_parts
 
 
 def dequantize_once(live: LiveModel) -> None:

@@ -74,7 +74,8 @@ def shard_base(
         base: the base's own weights; None is those that are not trained.
 
     Raises:
-        LlmtuneError: the architecture or the adapter is one whose layers cannot be cut.
+        LlmtuneError: the architecture or the adapter is one whose layers cannot be cut, or this
+            process's part does not fit on `device`.
     """
     decoder = decoder_of(_base_of(model))
     layers = _layers_to_shard(model, decoder)
@@ -82,14 +83,16 @@ def shard_base(
         base = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     adapter = set(model.parameters()) - set(base)
     mesh = init_device_mesh(device.type, (processes.world_size,))
-    for layer in layers:
-        # what is outside of the layers' own parameters must not be moved or cut with them
-        own = adapter.intersection(layer.parameters())
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=own)
-    # The root of all layers has no parameters of its own: it lets the next layer be fetched early.
-    fully_shard(decoder, mesh=mesh, ignored_params=set(_whole(decoder)))
-    for tensor in (*_whole(model), *model.buffers()):
-        tensor.data = tensor.data.to(device)
+    with _too_large_is_an_error(device, processes.world_size):
+        for layer in layers:
+            # what is outside of the layers' own parameters must not be moved or cut with them
+            own = adapter.intersection(layer.parameters())
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=own)
+        # The root of all layers has no parameters of its own: it lets the next layer be fetched
+        # early.
+        fully_shard(decoder, mesh=mesh, ignored_params=set(_whole(decoder)))
+        for tensor in (*_whole(model), *model.buffers()):
+            tensor.data = tensor.data.to(device)
     cut = [parameter for parameter in model.parameters() if is_sharded(parameter)]
     whole = [parameter for parameter in _whole(model) if parameter not in adapter]
     return ShardTable(
@@ -121,6 +124,7 @@ def borrowing(model: nn.Module, processes: Processes) -> Iterator[None]:
         layer.register_forward_pre_hook(partial(ask, number), prepend=True)
         for number, layer in enumerate(cut_layers(model))
     ]
+    del model  # whoever has it inside may let go of it
     yield  # after an error the process ends, and the others with it
     for hook in hooks:
         hook.remove()
@@ -137,6 +141,18 @@ def lend(model: nn.Module, processes: Processes) -> None:
         layer: Any = layers[int(wanted)]
         layer.unshard()
         layer.reshard()
+
+
+@contextmanager
+def _too_large_is_an_error(device: torch.device, world_size: int) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise LlmtuneError(
+            f"train.shard=full: the base does not fit into the memory of {device}: 1/{world_size} "
+            "of its layers, one whole layer, and all of its embeddings. Start more processes, "
+            "choose a smaller base, or free the GPU."
+        ) from error
 
 
 def _base_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
