@@ -6,8 +6,8 @@ Ray finds a running cluster itself (`RAY_ADDRESS` names one).
 import logging
 import os
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,11 @@ from llmtune.launching.base import Called, R, T
 
 RETRIES = 5
 """How often a call is made again after Ray lost its process; a run continues from what it saved."""
+NODE_LOSSES = 2
+"""Calls that a node may lose in a row before it is avoided, as long as others are there."""
 ENDING_SECONDS = 60
+SILENT_SECONDS = 60
+"""How long no call ends before it is said, once, what may hold them up."""
 
 log = logging.getLogger("llmtune")
 
@@ -50,6 +54,7 @@ def call_each(
     if is_ours:
         ray.init(log_to_driver=True)
     waiting, losses = deque(range(len(values))), Counter[int]()
+    lost_at, has_said = defaultdict[str, set[int]](set), False
     running: dict[Any, tuple[int, Slot]] = {}
     try:
         on_gpus = wants_gpu and bool(_slots(on_gpus=True))
@@ -57,16 +62,27 @@ def call_each(
             raise LlmtuneError("--on ray: no node of the cluster has a CPU for it")
         while waiting or running:
             taken = {slot for _, slot in running.values()}
-            free = [slot for slot in _slots(on_gpus=on_gpus) if slot not in taken]
-            for slot in free[: len(waiting)]:
-                number = waiting.popleft()
-                running[_start(function, values[number], slot)] = number, slot
+            slots = _kept(_slots(on_gpus=on_gpus), lost_at)
+            for slot in slots:
+                next_one = None if slot in taken else _next_for(slot, waiting, slots, lost_at)
+                if next_one is not None:
+                    waiting.remove(next_one)
+                    running[_start(function, values[next_one], slot)] = next_one, slot
             if not running:
                 yield from (Called(number, lost="the cluster lost its nodes") for number in waiting)
                 return
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            number, _ = running.pop(done)
-            called = _ended(number, done)
+            ended, _ = ray.wait(list(running), num_returns=1, timeout=SILENT_SECONDS)
+            if not ended:
+                if not has_said:
+                    _say_pending([slot for _, slot in running.values()])
+                has_said = True
+                continue  # nodes may have come
+            number, slot = running.pop(ended[0])
+            called = _ended(number, ended[0])
+            if called.lost is None:
+                lost_at[slot.node].clear()
+            else:
+                lost_at[slot.node].add(number)
             if called.lost is not None and losses[number] < RETRIES:
                 losses[number] += 1
                 log.warning("%s; it is called again", called.lost)
@@ -88,11 +104,42 @@ def _slots(*, on_gpus: bool) -> list[Slot]:
     for node in ray.nodes():
         cpus, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
         if node["Alive"] and on_gpus:
-            each = max(1, cpus // max(gpus, 1))
+            each = cpus // max(gpus, 1)  # 0 if the node gives none
             slots += [Slot(node["NodeID"], number, each, 1) for number in range(gpus)]
         elif node["Alive"] and cpus:
             slots.append(Slot(node["NodeID"], 0, cpus, 0))
     return slots
+
+
+def _kept(slots: list[Slot], lost_at: Mapping[str, set[int]]) -> list[Slot]:
+    """Return the room of the nodes that do not lose all that they are given; if all do, of all."""
+    return [slot for slot in slots if len(lost_at[slot.node]) < NODE_LOSSES] or slots
+
+
+def _next_for(
+    slot: Slot, waiting: Iterable[int], slots: Sequence[Slot], lost_at: Mapping[str, set[int]]
+) -> int | None:
+    """Return the first call that waits for this room: one that was lost goes to a different node.
+
+    Unless every node has lost it.
+    """
+    for number in waiting:
+        is_lost_by_all = all(number in lost_at[each.node] for each in slots)
+        if is_lost_by_all or number not in lost_at[slot.node]:
+            return number
+    return None
+
+
+def _say_pending(slots: Sequence[Slot]) -> None:
+    """Say what is called; whether Ray has begun with it only its dashboard knows."""
+    nodes = ", ".join(sorted({slot.node for slot in slots}))
+    log.info(
+        "on Ray, %d calls run or wait, on the nodes %s: one begins when its CPUs there (%s) are "
+        "free; `ray status -v` says whether something else holds them",
+        len(slots),
+        nodes,
+        " or ".join(sorted({str(slot.cpus) for slot in slots})),
+    )
 
 
 def _start(function: Callable[[Any], Any], value: Any, slot: Slot) -> Any:

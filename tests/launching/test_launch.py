@@ -532,6 +532,7 @@ class StandIn(ModuleType):
         super().__init__("ray")
         self.exceptions = SimpleNamespace(RayError=OSError, RayTaskError=ArithmeticError)
         self.is_running, self.cancelled, self.started = False, [], []
+        self.silent_waits = 0
         self.nodes = lambda: nodes
 
     def is_initialized(self):
@@ -552,6 +553,10 @@ class StandIn(ModuleType):
         return lambda function: SimpleNamespace(remote=functools.partial(start, function))
 
     def wait(self, tasks, num_returns, timeout=None):
+        if self.silent_waits:
+            assert timeout
+            self.silent_waits -= 1
+            return [], tasks
         return tasks[-num_returns:], tasks[:-num_returns]
 
     def get(self, task):
@@ -599,6 +604,7 @@ def stand_in(monkeypatch):
             True,
             [(0, "b", 64, 0), (1, "c", 2, 0), (2, "c", 2, 0)],
         ),
+        ([node("a", 0, 2)], True, [(0, "a", 0, 1), (1, "a", 0, 1), (2, "a", 0, 1)]),
     ],
 )
 def test_on_ray_one_call_at_a_time_has_a_gpu_or_a_whole_node(stand_in, nodes, wants_gpu, started):
@@ -609,7 +615,7 @@ def test_on_ray_one_call_at_a_time_has_a_gpu_or_a_whole_node(stand_in, nodes, wa
 
 
 def test_on_ray_what_was_lost_is_called_again_and_a_bug_is_not(stand_in):
-    nodes = [node("a", 2), node("b", 2)]
+    nodes = [node("a", 2, 2)]
     ray, ray_calls = stand_in(*nodes)
 
     def lose(value):
@@ -617,7 +623,7 @@ def test_on_ray_what_was_lost_is_called_again_and_a_bug_is_not(stand_in):
             raise OSError("noise\nthe worker died")
         return 1 // value
 
-    calls = ray_calls.call_each(lose, [1, "lost", 0, 1], wants_gpu=False)
+    calls = ray_calls.call_each(lose, [1, "lost", 0, 1], wants_gpu=True)
     assert [next(calls).number for _ in range(2)] == [2, 3]
     assert next(calls) == Called(1, lost="its process on Ray was lost: the worker died")
     assert [value for value, *_ in ray.started].count("lost") == 1 + ray_calls.RETRIES
@@ -627,10 +633,50 @@ def test_on_ray_what_was_lost_is_called_again_and_a_bug_is_not(stand_in):
     assert broken.broken.startswith("it failed in a way that is a bug: integer division")
 
     def end_cluster(value):
-        nodes[0]["Alive"] = nodes[1]["Alive"] = False
+        nodes[0]["Alive"] = False
         raise OSError("the node died")
 
     (gone,) = ray_calls.call_each(end_cluster, [0], wants_gpu=False)
     assert gone.lost == "the cluster lost its nodes"
     with pytest.raises(LlmtuneError, match="no node of the cluster has a CPU"):
         list(ray_calls.call_each(lose, [1], wants_gpu=False))
+
+
+def test_on_ray_a_node_that_loses_its_calls_is_avoided_while_another_is_there(stand_in):
+    ray, ray_calls = stand_in(node("good", 2), node("bad", 2))
+
+    def work(value):
+        if ray.last_node == "bad":
+            raise OSError("the worker died")
+        return value
+
+    get = ray.get
+
+    def get_where_it_ran(task):
+        ray.last_node = next(at for one, at, *_ in reversed(ray.started) if one == task.args[1])
+        return get(task)
+
+    ray.get = get_where_it_ran
+    found = list(ray_calls.call_each(work, [0, 1, 2, 3], wants_gpu=False))
+    assert [each.lost for each in found] == [None] * 4
+    assert [at for _, at, *_ in ray.started].count("bad") == ray_calls.NODE_LOSSES
+
+
+def test_on_ray_a_lost_call_goes_to_a_different_node(stand_in):
+    ray, ray_calls = stand_in(node("a", 2), node("b", 2), node("c", 2))
+
+    def lose(_value):
+        raise OSError("the worker died")
+
+    (lost,) = ray_calls.call_each(lose, [0], wants_gpu=False)
+    assert lost.lost
+    assert [at for _, at, *_ in ray.started] == ["a", "b", "c", "a", "a", "a"]
+
+
+def test_on_ray_it_is_said_once_that_no_call_ends(stand_in, caplog):
+    ray, ray_calls = stand_in(node("a", 4), node("b", 2))
+    ray.silent_waits = 3
+    with caplog.at_level("INFO", "llmtune"):
+        assert len(list(ray_calls.call_each(str, [0, 1], wants_gpu=False))) == 2
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "2 calls run or wait, on the nodes a, b: one begins when its CPUs there (2 or 4)" in said
