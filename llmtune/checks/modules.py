@@ -219,11 +219,25 @@ def _count_wrong_weights(module: nn.Module, merged: nn.Module, stored_dtype: tor
     """Count a module's merged weights that are not the exact sum, but for their rounding.
 
     None are counted if the layer's weights cannot be had from peft alone: single token rows, and
-    layers that are blended at a strength.
+    layers that are blended at a strength. A method that mixes weights also mixes what rounding the
+    base before does to each, so such a base is tried too.
     """
     if module._forward_hooks:
         return 0
-    before, exact = _exact_parameters(module)
+    wrong = _count_off(module, merged, stored_dtype)
+    if wrong:
+        wrong = min(wrong, _count_off(module, merged, stored_dtype, is_base_rounded=True))
+    return wrong
+
+
+def _count_off(
+    module: nn.Module,
+    merged: nn.Module,
+    stored_dtype: torch.dtype,
+    *,
+    is_base_rounded: bool = False,
+) -> int:
+    before, exact = _exact_parameters(module, base_dtype=stored_dtype if is_base_rounded else None)
     found = dict(merged.named_parameters())
     is_turned = isinstance(merged, Conv1D) and not isinstance(_innermost(module), Conv1D)
     wrong = 0
@@ -241,8 +255,15 @@ def _count_wrong_weights(module: nn.Module, merged: nn.Module, stored_dtype: tor
     return wrong
 
 
-def _exact_parameters(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the parameters of a module's base and of base + adapter, added in float32 by peft."""
+def _exact_parameters(
+    module: nn.Module, *, base_dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the parameters of a module's base and of base + adapter, added in float32 by peft.
+
+    Args:
+        module: a module of the live model.
+        base_dtype: what its base is rounded to first; None leaves it as it is.
+    """
     if isinstance(module, ModulesToSaveWrapper):
         (active,) = module.active_adapters
         saved = _parameters(module.modules_to_save[active])
@@ -250,6 +271,8 @@ def _exact_parameters(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, T
     if not isinstance(module, BaseTunerLayer) or not hasattr(module, "merge"):
         return {}, {}
     own = copy.deepcopy(module).float()
+    if base_dtype is not None:
+        _innermost(own).to(base_dtype).float()
     before = {name: weight.clone() for name, weight in _parameters(_innermost(own)).items()}
     for layer in own.modules():
         if isinstance(layer, BaseTunerLayer):

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import OFTConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from llmtune.checks.merged import verify_merge
 from llmtune.checks.prompts import ComparedPrompts
 from llmtune.merging.merge import merge_adapter
 from llmtune.scoring.generate import Decoding
-from tests.merging.adapters import PROMPTS, load_adapter, make_adapter, make_base
+from tests.merging.adapters import PROMPTS, load_adapter, load_base, make_adapter, make_base
 from tests.tiny import make_model
 from tests.training.test_trainable import MODELS, SMALL
 
@@ -44,6 +45,26 @@ def test_a_transposed_delta_is_found_in_its_module_alone(tmp_path, dtype, scale)
     kl, found = wrong_modules(tmp_path, live)
     assert found == [WEIGHT.removesuffix(".weight")]
     assert kl < 0.05 or scale > 0.05
+
+
+def test_a_rotation_mixes_what_rounding_the_base_before_did_to_its_weights(tmp_path):
+    base, rounded = make_base(tmp_path / "base"), make_base(tmp_path / "rounded")
+    model = load_base(base).bfloat16()
+    model.save_pretrained(rounded)
+    turned = get_peft_model(load_base(base), OFTConfig(target_modules=["o_proj"], r=0))
+    with torch.no_grad():
+        for name, parameter in turned.named_parameters():
+            if "oft_R" in name:
+                parameter.normal_(0, 0.3)
+    turned.save_pretrained(tmp_path / "adapter")
+    merge_adapter(rounded, tmp_path / "adapter", tmp_path / "merged")
+    live = load_adapter(base, tmp_path / "adapter")
+    assert wrong_modules(tmp_path, live)[1] == []
+    path = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[WEIGHT][0, 0] *= 1.1
+    save_file(tensors, path, {"format": "pt"})
+    assert wrong_modules(tmp_path, live)[1] == [WEIGHT.removesuffix(".weight")]
 
 
 def test_a_head_that_was_left_tied_is_found(tmp_path):
