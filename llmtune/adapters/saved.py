@@ -158,10 +158,24 @@ def _load_weights(model: PeftModel, directory: Path) -> None:
         raise LlmtuneError(f"{path}: does not fit this model.\n" + "\n".join(problems))
     _check_places(saved, model, path)
     keep_own(model, _overwritten(saved, model))
+    _set_weights(model, saved, str(path))
+
+
+def check_found_again(model: PeftModel) -> None:
+    """Check that peft finds the tensors of this adapter again, once it has saved them.
+
+    Raises:
+        LlmtuneError: it renames some as it loads them, and then has no place for them.
+    """
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _set_weights(model, saved, "adapter.target_modules")
+
+
+def _set_weights(model: PeftModel, saved: Mapping[str, torch.Tensor], where: str) -> None:
     result = set_peft_model_state_dict(model, saved)
     if result.unexpected_keys:
         raise LlmtuneError(
-            f"{path}: peft {version('peft')} renames tensors of this kind of model and does not "
+            f"{where}: peft {version('peft')} renames tensors of this kind of model and does not "
             f"find them again, such as {result.unexpected_keys[0]!r}; leave their modules out of "
             "target_modules"
         )

@@ -299,6 +299,13 @@ class Planner:
         )
 
     def _unmatched(self, adapter_name: str, name: str) -> LlmtuneError:
+        parts = self.names.converted.get(name)
+        if parts is not None:
+            return LlmtuneError(
+                f"{self.adapter.directory}: {adapter_name!r} changes {name!r}, which transformers "
+                f"makes of {parts[0]!r} as it loads this base. Merging does not undo that: leave "
+                "it out of target_modules"
+            )
         return LlmtuneError(
             f"{self.adapter.directory}: {adapter_name!r} has no place in the base: no tensor is "
             f"named {name!r}; {near_misses(name, self.base)}"

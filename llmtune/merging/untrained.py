@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from llmtune.adapters.base import Adapter
 from llmtune.adapters.inject import inject_adapter
 from llmtune.adapters.manifest import WEIGHTS_NAME
+from llmtune.adapters.saved import check_found_again
 from llmtune.errors import LlmtuneError, MergeRefused
 from llmtune.io.safetensors import build_preamble, tensor_bytes
 from llmtune.io.unfinished import require_space
@@ -32,7 +33,7 @@ def plan_untrained(request: MergeRequest, adapter: Adapter) -> PlannedMerges | N
         None if the model is of code that is not trusted, and cannot be loaded either.
 
     Raises:
-        LlmtuneError: the adapter cannot be put on this model.
+        LlmtuneError: the adapter cannot be put on this model, or could not be loaded again.
         MergeRefused: it could not be merged then, or the merged model would not fit on the disk.
     """
     skeleton = build_skeleton(request.source, trust_remote_code=request.model.trust_remote_code)
@@ -40,6 +41,7 @@ def plan_untrained(request: MergeRequest, adapter: Adapter) -> PlannedMerges | N
         return None
     with torch.device("meta"):
         adapted = inject_adapter(skeleton, adapter.model_copy(update={"init_from": None})).model
+        check_found_again(adapted)
     with tempfile.TemporaryDirectory(prefix="llmtune-merge-") as place:
         directory = Path(place)
         _write_names(adapted, directory)

@@ -1,7 +1,7 @@
 """The model that a checkpoint is loaded into, without any weights, to ask it what it is made of."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,11 +94,26 @@ def stored_names(skeleton: PreTrainedModel, checkpoint: Iterable[str]) -> Stored
         if conversion is None and name in parameters:
             renamed[name] = tensor
         elif conversion is not None:
-            converted[name].append(tensor)
-            if any(_interleaves(one) for one in converters if conversion in one.source_patterns):
+            used = [one for one in converters if conversion in one.source_patterns]
+            for made in _made_at_once(name, used, parameters):
+                converted[made].append(tensor)
+            if any(map(_interleaves, used)):
                 interleaved.add(name)
     made_of = {name: tuple(parts) for name, parts in converted.items()}
     return StoredNames(renamed, made_of, frozenset(interleaved))
+
+
+def _made_at_once(
+    name: str, converters: Iterable[WeightConverter], parameters: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield a parameter, the first of a conversion, and all others that it makes of one tensor."""
+    yield name
+    for converter in converters:
+        first, *others = converter.target_patterns
+        for other in others:
+            made = name.replace(first, other)
+            if made != name and made in parameters:
+                yield made
 
 
 def _interleaves(converter: WeightConverter) -> bool:

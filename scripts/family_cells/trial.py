@@ -142,7 +142,10 @@ def try_family(name: str, scratch: Path, stages: Sequence[str] = ()) -> Trial:
 
 
 def _train_straight(trial: Trial, scratch: Path) -> None:
-    record = pipeline.train(_config(scratch, "straight"))
+    """Train as `run` does, which asks first whether the adapter could be merged."""
+    config = _config(scratch, "straight")
+    pipeline.plan_merge(config)
+    record = pipeline.train(config)
     trial.rows = record["choices"]["rows"]
     trial.shared = record["choices"]["shared beginnings"]
     trial.notes = list(record["injection"]["notices"])

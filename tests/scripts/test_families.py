@@ -38,6 +38,23 @@ def test_a_family_works_and_its_rows_have_the_losses_of_rows_alone(tmp_path, mon
     assert ("is padding" in trial.rows) == trial.rows.startswith("padded")
 
 
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("laguna", "renames tensors of this kind of model"),
+        ("hrm_text", "self_attn.q_proj.weight', which transformers makes of 'model.L_module"),
+    ],
+)
+def test_what_could_not_be_merged_or_loaded_again_is_refused_before_training(
+    tmp_path, family, reason
+):
+    trial = try_family(family, tmp_path / "run", ("train",))
+    assert trial.outcome == REFUSED
+    assert reason in trial.line
+    assert "target_modules" in trial.line
+    assert not (tmp_path / "run" / "straight" / "metrics.jsonl").exists()
+
+
 def test_a_family_that_ends_otherwise_is_a_fault(tmp_path, monkeypatch):
     def refuse(_trial, _scratch):
         raise LlmtuneError("no")
