@@ -9,10 +9,14 @@ KEY = "sk-not-to-be-written"
 
 
 class StandIn:
-    """A server on this machine that answers what `answer` says; it keeps what it was asked."""
+    """A server on this machine that answers what `answer` says; it keeps what it was asked.
+
+    An answer is a text, or a message; the chat `refused` is refused.
+    """
 
     def __init__(self, answer, statuses=()):
         self.answer, self.statuses, self.asked = answer, list(statuses), []
+        self.refused = None
 
     @contextmanager
     def serve(self):
@@ -25,10 +29,12 @@ class StandIn:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 stand_in.asked.append((self.path, self.headers.get("Authorization"), body))
-                status = stand_in.statuses.pop(0) if stand_in.statuses else 200
-                text = stand_in.answer(body["messages"])
+                usual = 400 if body["messages"] == stand_in.refused else 200
+                status = stand_in.statuses.pop(0) if stand_in.statuses else usual
+                said = stand_in.answer(body["messages"])
+                message = said if isinstance(said, dict) else {"content": said}
                 reply = {
-                    "choices": [{"message": {"role": "assistant", "content": text}}],
+                    "choices": [{"message": {"role": "assistant", **message}}],
                     "usage": {"prompt_tokens": 100, "completion_tokens": 10},
                 }
                 content = json.dumps(reply if status == 200 else {"error": f"key {KEY}"}).encode()

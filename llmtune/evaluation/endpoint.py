@@ -201,20 +201,18 @@ class Endpoint:
             request = urllib.request.Request(url, content, headers)
             wait = 2.0 ** (number - 1)
             try:
-                with self._opener.open(request, timeout=self.config.timeout_seconds) as answer:
-                    found = parse_json(answer.read(MOST_BYTES).decode("utf-8"))
-                self._has_answered = True
-                return found
-            except urllib.error.HTTPError as error:
-                text = error.read(MOST_BYTES).decode("utf-8", "replace")
-                problem = f"{error.code} {_hide(_reason(text), key)[:SHOWN_CHARACTERS]}"
-                if error.code in REFUSED:
-                    raise RefusedQuestion(f"{self.where}: {url}", problem) from None
-                if error.code not in RETRIED:
-                    raise LlmtuneError(
-                        f"{self.where}: {url}: {problem}{self._hint(error.code)}"
-                    ) from None
-                wait = _wait_of(error.headers.get("Retry-After"), wait)
+                status, retry_after, answer = self._send(request)
+                if status is None:
+                    found = parse_json(answer.decode("utf-8"))
+                    self._has_answered = True
+                    return found
+                text = _hide(_reason(answer.decode("utf-8", "replace")), key)
+                problem = f"{status} {text[:SHOWN_CHARACTERS]}"
+                if status in REFUSED:
+                    raise RefusedQuestion(f"{self.where}: {url}", problem)
+                if status not in RETRIED:
+                    raise LlmtuneError(f"{self.where}: {url}: {problem}{self._hint(status)}")
+                wait = _wait_of(retry_after, wait)
             except (OSError, http.client.HTTPException) as error:
                 problem = f"no answer ({_hide(str(error), key)})"
                 if _is_closed(error) and not self._has_answered:
@@ -232,6 +230,15 @@ class Endpoint:
             f"{self.where}: {url}: {problem}; answers so far are kept, the same command continues"
         )
 
+    def _send(self, request: urllib.request.Request) -> tuple[int | None, str | None, bytes]:
+        """Return the status of an error (None: it is none), when to ask again, and the body."""
+        try:
+            with self._opener.open(request, timeout=self.config.timeout_seconds) as answer:
+                return None, None, answer.read(MOST_BYTES)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.headers.get("Retry-After"), error.read(MOST_BYTES)
+
     def give_up(self) -> None:
         """Wait for nothing any more: whoever asked has failed or was stopped."""
         self._is_given_up.set()
@@ -239,26 +246,29 @@ class Endpoint:
     def _hint(self, status: int) -> str:
         """Return what to do about an answer that every question would get."""
         if status in (401, 403):
-            says = "holds a different one" if self.config.key_env else "is not given"
-            return f"; it asks for a key, and {self._key_name} {says}"
+            refuses, asks = ("refuses", "asks") if status == 401 else ("may refuse", "may ask")
+            if self.config.key_env:
+                return f"; it {refuses} the key in ${self.config.key_env}"
+            return f"; it {asks} for a key, and {self._key_name} is not given"
         is_short = not urlsplit(self.config.url).path.strip("/")
         return "; an address usually ends in /v1" if status == 404 and is_short else ""
 
     def _read(self, answer: Any, seconds: float) -> Reply:
         try:
-            text = answer["choices"][0]["message"]["content"] or ""
+            text = _text_of(answer["choices"][0]["message"])
             usage = answer.get("usage") or {}
         except (KeyError, IndexError, TypeError, AttributeError):
             text, usage = None, {}
         if not isinstance(text, str):
             raise LlmtuneError(f"{self.where}: {self.config.url}: answered without a message")
+        reason = answer["choices"][0].get("finish_reason")
         read, written = (usage.get(key) for key in ("prompt_tokens", "completion_tokens"))
         return Reply(
             text,
             read if isinstance(read, int) else None,
             written if isinstance(written, int) else None,
             seconds,
-            {"stop": True, "length": False}.get(answer["choices"][0].get("finish_reason")),
+            {"stop": True, "tool_calls": True, "length": False}.get(reason),
         )
 
 
@@ -293,7 +303,7 @@ def ask_all(
         is_new: whether all are asked again.
 
     Raises:
-        LlmtuneError: the endpoint fails; the replies so far are kept.
+        LlmtuneError: the endpoint fails or refuses a question; the replies so far are kept.
     """
     known = {} if is_new else dict(_read_kept(path))
     keys = {name: question.key(endpoint.config) for name, question in questions.items()}
@@ -301,24 +311,34 @@ def ask_all(
     if left:
         log.info("evaluate: %s is asked %d items of %s", endpoint.where, len(left), what)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file, closing(iter_replies(endpoint, left)) as replies:
+    with (
+        path.open("a", encoding="utf-8") as file,
+        closing(iter_replies(endpoint, left, is_ended_by_refusal=True)) as replies,
+    ):
         if _is_cut_off(path):
             file.write("\n")
+        refusals = []
         for key, reply in replies:
             if isinstance(reply, RefusedQuestion):
-                raise reply
+                refusals.append(reply)
+                continue
             known[key] = reply
             file.write(json.dumps({"question": key, **asdict(reply)}) + "\n")
             file.flush()
+        if refusals:
+            raise LlmtuneError(f"{refusals[0]}; answers so far are kept")
     return {name: known[key] for name, key in keys.items()}
 
 
 def iter_replies(
-    endpoint: Endpoint, questions: Mapping[Name, Question]
+    endpoint: Endpoint, questions: Mapping[Name, Question], *, is_ended_by_refusal: bool = False
 ) -> Generator[tuple[Name, Reply | RefusedQuestion]]:
     """Yield the name of each question with its reply, as they come; several are asked at a time.
 
     A question that is refused comes with the refusal.
+
+    Args:
+        is_ended_by_refusal: whether nothing more is asked once a question is refused.
 
     Raises:
         LlmtuneError: the endpoint fails; questions that it was not asked yet are dropped, and
@@ -337,18 +357,33 @@ def iter_replies(
         left = {pool.submit(ask, each): name for name, each in questions.items()}
         for done in as_completed(tuple(left)):
             name = left.pop(done)
-            if done.exception() is not None:
+            is_last = done.exception() is not None or (
+                is_ended_by_refusal and isinstance(done.result(), RefusedQuestion)
+            )
+            if is_last:
                 endpoint.give_up()
                 pool.shutdown(cancel_futures=True)
                 for other, other_name in left.items():
                     if not other.cancelled() and other.exception() is None:
                         yield other_name, other.result()
             yield name, done.result()
+            if is_last:
+                break
         is_done = True
     finally:
         if not is_done:
             endpoint.give_up()
         pool.shutdown(cancel_futures=True)
+
+
+def _text_of(message: Mapping[str, Any]) -> Any:
+    """Return what a message says; calls of tools follow as JSON text, without their random ids."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message["content"] or ""
+    sent = [{key: value for key, value in call.items() if key != "id"} for call in calls]
+    text = json.dumps(sent, ensure_ascii=False)
+    return "\n".join(part for part in (message.get("content"), text) if part)
 
 
 def _as_openai(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ LABELLED_AT_ONCE = 256
 """Rows whose labels are kept together: fewer are lost if the command is stopped."""
 
 REFUSED_AT_FIRST = 8
-"""Rows that an endpoint refuses, none answered, after which it is not asked more."""
+"""Rows that an endpoint refuses, none answered, after which it is not asked more; where such rows
+are to be skipped, it is asked all."""
 
 
 class Answerer(Protocol):
@@ -227,7 +228,7 @@ class Asker:
                     num_answered += 1
                     yield place, [reply.text, reply.stopped]
                 bar.update(number)
-                if len(refused) == REFUSED_AT_FIRST and not num_answered:
+                if self.is_strict and len(refused) == REFUSED_AT_FIRST and not num_answered:
                     break
         if refused and (self.is_strict or not num_answered):
             self._raise(refused, num_answered)

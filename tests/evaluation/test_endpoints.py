@@ -1,6 +1,10 @@
 """A model behind an endpoint is asked once per item, from a key that is written nowhere."""
 
 import json
+import socket
+import struct
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +14,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.endpoint import (
     Endpoint,
     EndpointConfig,
+    Question,
     Reply,
     ask_all,
     describe_cost,
@@ -70,7 +75,13 @@ def test_what_is_wrong_is_said_before_anything_is_sent_and_never_the_key(monkeyp
         with pytest.raises(LlmtuneError, match="401") as raised:
             endpoint.ask([{"role": "user", "content": "Hi"}], 8)
     assert KEY not in str(raised.value) and "***" in str(raised.value)
-    assert "it asks for a key, and api.key_env holds a different one" in str(raised.value)
+    assert "it refuses the key in $STAND_IN_KEY" in str(raised.value)
+    stand_in.statuses = [403, 403]
+    with stand_in.serve() as url:
+        for key, said in (("STAND_IN_KEY", "may refuse the key in"), (None, "may ask for a key")):
+            endpoint = Endpoint("api", EndpointConfig(url=url, model="big", key_env=key))
+            with pytest.raises(LlmtuneError, match=said):
+                endpoint.ask([{"role": "user", "content": "Hi"}], 8)
 
 
 def test_the_request_holds_what_was_asked_for_and_a_redirect_is_not_followed():
@@ -127,3 +138,54 @@ def test_an_answer_behind_a_line_that_was_cut_off_is_kept(tmp_path, monkeypatch)
         ask_all(endpoint, questions, kept, what=suite.name)
         ask_all(endpoint, questions, kept, what=suite.name)
     assert len(stand_in.asked) == len(suite.items) + 1
+
+
+@pytest.mark.parametrize(("content", "before"), [(None, ""), ("Let me see.", "Let me see.\n")])
+def test_calls_that_an_endpoint_answers_with_are_its_text(content, before):
+    function = {"name": "look", "arguments": '{"at": "é"}'}
+    call = {"id": "call_1", "type": "function", "function": function}
+    stand_in = StandIn(lambda _: {"content": content, "tool_calls": [call]})
+    with stand_in.serve() as url:
+        endpoint = Endpoint("api", EndpointConfig(url=url, model="big"))
+        text = endpoint.ask([{"role": "user", "content": "Hi"}], 8).text
+    assert text.startswith(before)
+    assert json.loads(text[len(before) :]) == [{"type": "function", "function": function}]
+
+
+def test_answers_that_are_written_while_one_is_refused_are_kept(tmp_path):
+    together = threading.Barrier(4)
+
+    def answer(messages):
+        together.wait(5)
+        time.sleep(0 if messages[0]["content"] == "0" else 0.2)
+        return "yes"
+
+    stand_in, kept = StandIn(answer), tmp_path / "kept.jsonl"
+    stand_in.refused = [{"role": "user", "content": "0"}]
+    with stand_in.serve() as url:
+        endpoint = Endpoint("api", EndpointConfig(url=url, model="big"))
+        asked = {str(i): Question([{"role": "user", "content": str(i)}], 8) for i in range(4)}
+        with pytest.raises(LlmtuneError, match="400 .*answers so far are kept"):
+            ask_all(endpoint, asked, kept, what="tests")
+    assert len(kept.read_text().splitlines()) == 3
+
+
+def test_an_error_whose_body_is_cut_off_is_asked_again(monkeypatch):
+    monkeypatch.setattr("llmtune.evaluation.endpoint.TRIES", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def reset():
+            connection, _ = server.accept()
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 400 no\r\nContent-Length: 99\r\n\r\n{")
+            time.sleep(0.1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+
+        thread = threading.Thread(target=reset)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        endpoint = Endpoint("api", EndpointConfig(url=url, model="big"))
+        with pytest.raises(LlmtuneError, match=r"api: .*no answer \(.*reset.*the same command"):
+            endpoint.ask([{"role": "user", "content": "Hi"}], 8)
+        thread.join()
