@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,15 @@ from weakref import WeakKeyDictionary
 from llmtune.data.problems import RowError
 from llmtune.data.render import render_text
 from llmtune.data.row_values import DECODER
+from llmtune.data.tools import read_tool_calls
 from llmtune.errors import LlmtuneError
 from llmtune.models.thinking import THINKING
-from llmtune.models.turns import CALL, QUESTION, TOOL, find_turn_ending
+from llmtune.models.turns import CALL, QUESTION, TOOL, find_turn_ending, shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FRAME = re.compile(r"(?:\[/?[A-Z_]+\]|</?[^<>\s{}]+>|[\s\[\],;])*")
+FRAME = re.compile(rf"(?:(?!{THINKING.pattern})(?:\[/?[A-Z_]+\]|</?[^<>\s{{}}]+>|[\s\[\],;]))*")
 """What a template may write around and between calls that are JSON objects."""
 MARK = re.compile(r"(<[^<>\s]+>|\[[A-Z_]+\])[\s\[]*\Z")
 
@@ -50,14 +50,15 @@ class CallForm:
             names: the tools that there are, which decide whether an object without a mark is a
                 call; None: any.
         """
-        if self.mark:
-            content, mark, rest = text.partition(self.mark)
-        else:
-            closings = [found.end() for found in THINKING.finditer(text)]
-            content, mark, rest = "", "", text[max(closings, default=0) :]
-        calls = self._read_all(mark + rest)
-        is_known = names is None or self.mark or all(call.name in names for call in calls)
-        return (content.rstrip(), calls) if calls and is_known else (text, ())
+        thought = max((found.end() for found in THINKING.finditer(text)), default=0)
+        starts = [thought]
+        if self.mark:  # an argument may hold a mark of thinking, and a thought may mention this one
+            starts = [text.find(self.mark), text.find(self.mark, thought)]
+        for start in starts:
+            calls = self._read_all(text[start:]) if start >= 0 else ()
+            if calls and (names is None or self.mark or all(call.name in names for call in calls)):
+                return text[:start].rstrip(), calls
+        return text, ()
 
     def _read_all(self, text: str) -> tuple[WrittenCall, ...]:
         """Return the calls if the text holds nothing else."""
@@ -80,6 +81,10 @@ class CallForm:
         name, arguments = value.get(self.name_key), value.get(self.arguments_key)
         if not isinstance(name, str) or not isinstance(arguments, Mapping):
             return None
+        try:
+            read_tool_calls([{"function": {"name": name, "arguments": arguments}}], "")
+        except RowError:
+            return None  # infinity, half a character, nesting without end: it could not be sent
         return WrittenCall(name, arguments)
 
 
@@ -116,7 +121,8 @@ def _ask(tokenizer: PreTrainedTokenizerFast) -> CallForm | None:
         stops = find_turn_ending(tokenizer).stop_texts
     except (RowError, LlmtuneError):
         return None
-    turn = text[len(os.path.commonprefix([prompt, text])) :]
+    # neither a mark that the prompt ends with nor one that the call begins with is cut in two
+    turn = text[min(shared_length(tokenizer, *pair) for pair in ((prompt, text), (text, prompt))) :]
     for start in (found.start() for found in re.finditer("{", turn)):
         try:
             value, end = DECODER.raw_decode(turn, start)

@@ -234,15 +234,15 @@ def _find_opening(
     """
     prompt, text = (known[known.rindex(QUESTION) + len(QUESTION) :] for known in texts)
     before = text[: text.rindex(ANSWER)]
-    end = _shared_length(tokenizer, alone[alone.rindex(QUESTION) + len(QUESTION) :], before)
+    end = shared_length(tokenizer, alone[alone.rindex(QUESTION) + len(QUESTION) :], before)
     prompt, before = prompt[end:], before[end:]
-    shared = before[: _shared_length(tokenizer, prompt, before)]
+    shared = before[: shared_length(tokenizer, prompt, before)]
     thinking = THINKING.search(shared)
     opening = shared[: thinking.start()] if thinking else shared
     return opening, before[len(opening) :]
 
 
-def _shared_length(tokenizer: PreTrainedTokenizerFast, one: str, other: str) -> int:
+def shared_length(tokenizer: PreTrainedTokenizerFast, one: str, other: str) -> int:
     """Return how many characters two texts share from the start, without half a token."""
     length = len(os.path.commonprefix([one, other]))
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]

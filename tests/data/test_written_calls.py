@@ -9,6 +9,7 @@ from tests.data.shapes import SHAPES, make_shape
 
 ROME = WrittenCall("weather", {"city": "Rome"})
 CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
+HM = "<think>\nI write <tool_call> and then it.\n</think>"
 BARE = (
     "{{ bos_token }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
     "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}{% if m['tool_calls'] %}"
@@ -17,6 +18,13 @@ BARE = (
     "{% else %}{{ m['content'] }}{% endif %}{{ '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+OPENED = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' }}{% for c in m['tool_calls'] or [] %}"
+    "{{ '<tool_call>' + c.function | tojson + '</tool_call>' }}{% endfor %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 LISTED = (
     "{{ bos_token }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
@@ -35,6 +43,9 @@ def _template(monkeypatch, name, template):
 def test_a_template_is_asked_how_it_writes_calls(monkeypatch):
     assert find_call_form(make_shape("qwen3")) == CallForm("<tool_call>", "name", "arguments")
     assert _template(monkeypatch, "llama3", BARE) == CallForm("", "name", "parameters")
+    for name in ("qwen3", "chatml"):  # whose mark is a token, and is none
+        opened = CallForm("<tool_call>", "name", "arguments")
+        assert _template(monkeypatch, name, OPENED) == opened
     listed = CallForm("[TOOL_CALLS]", "name", "arguments")
     assert _template(monkeypatch, "mistral", LISTED) == listed
     for name in ("chatml", "item-calls", "text-calls", "id-calls", "bare-calls"):
@@ -48,11 +59,16 @@ def test_a_template_is_asked_how_it_writes_calls(monkeypatch):
         ("<tool_call>", f"Let me see.\n<tool_call>{CALL}</tool_call>", "Let me see.", 1),
         ("<tool_call>", f"<tool_call>\n{CALL}\n</tool_call>\n" * 2, "", 2),
         ("[TOOL_CALLS]", f"[TOOL_CALLS] [{CALL}, {CALL}]", "", 2),
-        ("", f"<think>\nHm.\n</think>\n\n{CALL}", "", 1),
+        ("", f"<think>\nHm.\n</think>\n\n{CALL}", "<think>\nHm.\n</think>", 1),
+        ("<tool_call>", f"{HM}\n<tool_call>{CALL}</tool_call>", HM, 1),
+        ("<tool_call>", f"{HM}\n<tool_call>{CALL}</tool_call> Done.", None, 0),
+        ("<tool_call>", f"<think><tool_call>{CALL}</tool_call></think>It is sunny.", None, 0),
         # an answer that cannot be read as calls, whole, is text
         ("<tool_call>", f"<tool_call>\n{CALL}\n</tool_call> Done.", None, 0),
         ("<tool_call>", f"<tool_call>\n{CALL[:-1]}", None, 0),
         ("<tool_call>", '<tool_call>{"name": "weather"}</tool_call>', None, 0),
+        ("<tool_call>", '<tool_call>{"name": "a", "arguments": {"b": "\\ud83d"}}', None, 0),
+        ("<tool_call>", '<tool_call>{"name": "a", "arguments": {"b": 1e999}}', None, 0),
         ("<tool_call>", CALL, None, 0),
         ("", "It is sunny.", None, 0),
         ("", '{"name": "Rome", "arguments": {}}', None, 0),
@@ -62,3 +78,9 @@ def test_a_template_is_asked_how_it_writes_calls(monkeypatch):
 def test_calls_are_read_whole_or_are_text(mark, text, content, count):
     found = CallForm(mark, "name", "arguments").read(text, ["weather"])
     assert found == (text if content is None else content, (ROME,) * count)
+
+
+def test_an_argument_may_hold_a_mark_of_thinking():
+    text = '<tool_call>{"name": "write", "arguments": {"html": "</think>"}}</tool_call>'
+    calls = (WrittenCall("write", {"html": "</think>"}),) * 2
+    assert CallForm("<tool_call>", "name", "arguments").read(f"{text}\n{text}") == ("", calls)
