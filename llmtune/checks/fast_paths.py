@@ -289,7 +289,7 @@ class _Trial:
         loaded = load_model(self.config, Checkpoint.open(Path(self.config.base)))
         base = loaded.model
         if is_exact:
-            compute_densely(base, torch.float32)
+            compute_densely(base, torch.float32, of=base)
         model = inject_adapter(base, DEFAULT_ADAPTER).model
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():

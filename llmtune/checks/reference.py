@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
@@ -10,9 +11,10 @@ from llmtune.adapters.manifest import adapter_fingerprint, has_strengths
 from llmtune.checks.prompts import HeldOut
 from llmtune.checks.provenance import MergeRecord, strength_of
 from llmtune.errors import LlmtuneError
+from llmtune.io.safetensors import STORED_FLOATS
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.models.config import ModelConfig
-from llmtune.models.hardware import choose_device
+from llmtune.models.hardware import choose_device, choose_dtype
 from llmtune.models.live import LiveModel
 from llmtune.models.resolve import Loadable
 from llmtune.scoring.live import load_live
@@ -34,16 +36,45 @@ class Reference(Loadable):
     """A run's held-out rows and suites; without any the open prompts are compared."""
 
 
-def comparison_config(model: ModelConfig, dtype: str, *, is_quantized: bool) -> ModelConfig:
-    """Return how a base is loaded to be compared with what was made of it and its adapter.
+def load_comparable(
+    model: ModelConfig,
+    source: Checkpoint,
+    adapter_dir: Path | None,
+    dtype: str,
+    *,
+    is_quantized: bool,
+    is_dense: bool = True,
+) -> LiveModel:
+    """Load a base and its adapter to be compared with what was made of them.
 
     Args:
         model: the base as the adapter was trained on it.
+        source: that base.
+        adapter_dir: None for the base alone.
         dtype: float32 or bfloat16, for everything that is not quantized.
-        is_quantized: as in training; else the base is loaded as it is on the disk.
+        is_quantized: as in training, from weights rounded as they were there; else the base is
+            loaded as it is on the disk.
+        is_dense: compute with the weights that a quantized base represents, exactly.
     """
-    quantization = model.storage.for_comparison() if is_quantized else None
-    return model.model_copy(update={"quantization": quantization, "dtype": dtype})
+    if not is_quantized:
+        config = model.model_copy(update={"quantization": None, "dtype": dtype})
+        return load_live(config, source, adapter_dir, is_dense=is_dense)
+    trained = choose_dtype(model.dtype, choose_device(model.device), source.model_type)
+    is_wider = getattr(torch, dtype).itemsize > trained.itemsize
+    name = str(trained).removeprefix("torch.")
+    is_rounded = is_dense and is_wider and not _is_stored_in(source, name)
+    config = model.model_copy(
+        update={"quantization": model.storage.for_comparison(), "dtype": dtype}
+    )
+    rounded_to = name if is_rounded else None
+    return load_live(config, source, adapter_dir, is_dense=is_dense, rounded_to=rounded_to)
+
+
+def _is_stored_in(source: Checkpoint, dtype: str) -> bool:
+    """Whether all of a checkpoint is stored in `dtype`; of `.bin` files that is not known."""
+    if not source.has_safetensors:
+        return False
+    return {one.dtype for one in source.index.tensors.values()} == {STORED_FLOATS[dtype]}
 
 
 def comparison_dtype(source: Checkpoint, *, num_models: int = 2, device: str = "cpu") -> str:
@@ -86,8 +117,9 @@ def load_reference(reference: Reference, record: MergeRecord | None, dtype: str)
             f"{reference.name}: merged at strength {strength:g}, and an adapter with "
             "biases or single token rows has no live model of that strength to compare with"
         )
-    config = comparison_config(reference.model, dtype, is_quantized=is_dequantized(record))
-    return load_live(config, reference.base, adapter_dir, is_dense=True)
+    return load_comparable(
+        reference.model, reference.base, adapter_dir, dtype, is_quantized=is_dequantized(record)
+    )
 
 
 def is_dequantized(record: MergeRecord | None) -> bool:

@@ -9,7 +9,7 @@ from llmtune.adapters.manifest import has_strengths
 from llmtune.checks.merge_result import VerifyResult
 from llmtune.checks.merged import verify_merge
 from llmtune.checks.prompts import NUM_NEW_TOKENS, ComparedPrompts, HeldOut, build_prompts
-from llmtune.checks.reference import comparison_config, comparison_dtype
+from llmtune.checks.reference import comparison_dtype, load_comparable
 from llmtune.data.template import require_trained_template
 from llmtune.errors import LlmtuneError
 from llmtune.merging.changes import MergePlan
@@ -28,7 +28,7 @@ from llmtune.models.hardware import release_memory
 from llmtune.models.live import LiveModel
 from llmtune.models.quantization.describe import QuantizedBase, describe_quantized_base
 from llmtune.scoring.generate import Decoding
-from llmtune.scoring.live import as_arm, load_live
+from llmtune.scoring.live import as_arm
 
 log = logging.getLogger("llmtune")
 
@@ -150,7 +150,7 @@ def _judge(
     kept, scores, live_kl = written[0], {}, None
     is_rounding = not request.model.storage.is_exact
     if len(written) > 1 or (_is_dequantized(kept) and is_rounding and request.has_live_model):
-        live = _load_live(request, kept, is_quantized=True, is_dense=False)
+        live = _load_live(request, kept, is_quantized=True, is_dense=not is_rounding)
         scores = _score(request, live, written, replace(prompts, open_prompts=()))
         kept = min(written, key=lambda one: scores[one.plan.base].kl)
         del live
@@ -176,10 +176,12 @@ def _load_live(
 ) -> LiveModel:
     """Load base and adapter, or the base alone at a strength that the live adapter cannot have."""
     dtype = comparison_dtype(Checkpoint.open(written.directory), device=request.model.device)
-    return load_live(
-        comparison_config(request.model, dtype, is_quantized=is_quantized),
+    return load_comparable(
+        request.model,
         request.source,
         request.adapter_dir if request.has_live_model else None,
+        dtype,
+        is_quantized=is_quantized,
         is_dense=is_dense,
     )
 

@@ -22,7 +22,7 @@ from llmtune.adapters.manifest import (
 from llmtune.checks.merge_result import VerifyResult
 from llmtune.checks.merged import load_merged, verify_merge
 from llmtune.checks.prompts import NUM_NEW_TOKENS, build_prompts
-from llmtune.checks.reference import comparison_config, comparison_dtype
+from llmtune.checks.reference import comparison_dtype, load_comparable
 from llmtune.errors import LlmtuneError
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.json_files import blamed_on
@@ -43,7 +43,6 @@ from llmtune.models.hardware import release_memory
 from llmtune.models.quantization.describe import describe_quantized_base
 from llmtune.models.resolve import Loadable
 from llmtune.scoring.generate import Decoding
-from llmtune.scoring.live import load_live
 
 log = logging.getLogger("llmtune")
 
@@ -223,11 +222,8 @@ def _compare(request: SeveralRequest, merged_dir: Path) -> VerifyResult:
     first, *others = request.adapters
     dtype = comparison_dtype(Checkpoint.open(merged_dir), device=model.device)
     is_quantized = request.knobs.base == "dequantized"
-    live = load_live(
-        comparison_config(model, dtype, is_quantized=is_quantized),
-        request.base.base,
-        first.directory,
-        is_dense=True,
+    live = load_comparable(
+        model, request.base.base, first.directory, dtype, is_quantized=is_quantized
     )
     assert isinstance(live.model, PeftModel)
     add_adapters(

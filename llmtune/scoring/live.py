@@ -43,6 +43,7 @@ def load_live(
     adapter_dir: Path | None,
     *,
     is_dense: bool = False,
+    rounded_to: str | None = None,
     cut: Cut | None = None,
 ) -> LiveModel:
     """Load a base, and put a saved adapter on it.
@@ -52,16 +53,22 @@ def load_live(
         source: the base.
         adapter_dir: None for the base alone.
         is_dense: compute with the dense weights that a quantized base represents, exactly.
+        rounded_to: what those weights are rounded to before they are quantized; None is the dtype
+            of `config`, in which all else is loaded.
         cut: keeps a part of the base in this process, if several share it.
 
     Raises:
         LlmtuneError: the base cannot be loaded, or the adapter was made for a different base or
             chat template.
     """
-    live = load_model(config, source, stays_mapped=cut is not None)
+    quantized_from = config.model_copy(update={"dtype": rounded_to or config.dtype})
+    live = quantized = load_model(quantized_from, source, stays_mapped=cut is not None)
+    if rounded_to is not None:
+        live = load_model(config.model_copy(update={"quantization": None}), source)
     base = list(live.model.parameters())
     if is_dense:
-        compute_densely(live.model, live.dtype)
+        compute_densely(live.model, live.dtype, of=quantized.model)
+        del quantized
     if adapter_dir is not None:
         require_trained_template(live.tokenizer, adapter_dir)
         live = replace(

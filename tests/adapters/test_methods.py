@@ -79,7 +79,7 @@ def test_over_a_quantized_base_it_computes_what_peft_does_over_the_same_weights(
     assert logits(model).dtype == torch.bfloat16
     loaded, dense = load(checkpoint(), **nf4), load(checkpoint(), **nf4)
     saved = save_adapter(model, tmp_path / "adapter", manifest_of(loaded))
-    compute_densely(dense.model, torch.float32)
+    compute_densely(dense.model, torch.float32, of=dense.model)
     ours, theirs = (
         logits(load_adapter(one.model, saved, base_fingerprint=one.fingerprint))
         for one in (loaded, dense)

@@ -118,7 +118,7 @@ def check(directory: Path, base: str, name: str, knobs: dict, place: Path) -> No
     found = AutoModelForCausalLM.from_pretrained(place / "merged", dtype=torch.float32)
 
     live = load_model(config, source)
-    compute_densely(live.model, torch.float32)
+    compute_densely(live.model, torch.float32, of=live.model)
     live.model.is_loaded_in_4bit = False  # peft's IA3 asks for that, not for its layers
     expected = load_adapter(live.model, adapter, base_fingerprint=live.fingerprint)
     expected = expected.merge_and_unload()

@@ -206,6 +206,26 @@ def test_command_merges_and_checks_such_bases(adapter, tmp_path, capsys, form):
     assert result["check"]["kl"] < 1e-2
 
 
+@pytest.mark.parametrize("stored", ["float32", "float16", "pickled float32"])
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_a_base_of_more_digits_is_quantized_as_it_was_for_training(
+    tmp_path, capsys, stored, method
+):
+    # Rounded to bfloat16 before it is quantized; what is not quantized stays as it is stored.
+    base = make_base(tmp_path / "base", dtype=getattr(torch, stored.split()[-1]))
+    adapter = make_adapter(base, tmp_path / "adapter")
+    if "pickled" in stored:
+        pickle_base(base, 1)
+    model = [f"model.quantization={{method: {method}}}", "model.dtype=bfloat16"]
+    model += ["model.weights=any", f"model.base={base}"]
+    out = str(tmp_path / "out")
+    command = ["merge", str(adapter), *model, "--base", "dequantized", "--out", out]
+    assert run_command([*command, "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)["check"]["kl"] < 1e-6
+    command = ["verify", out, *model, "--against", str(adapter), "--max-kl", "1e-6"]
+    assert run_command([*command, "--json", "-q"]) == 0
+
+
 def test_verify_compares_a_dequantized_merge_with_the_quantized_model(adapter, tmp_path, capsys):
     nf4 = "model.quantization={method: nf4}"
     out = str(tmp_path / "out")

@@ -131,20 +131,20 @@ def dense_weight(layer: nn.Module) -> Callable[[], Tensor] | None:
     return next(filter(None, (member.dense_weight(layer) for member in members())), None)
 
 
-def compute_densely(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Put plain layers of the same weights in place of a freshly loaded model's quantized ones.
+def compute_densely(model: PreTrainedModel, dtype: torch.dtype, *, of: PreTrainedModel) -> None:
+    """Put plain layers of the same weights in place of quantized ones of a freshly loaded model.
 
     What is computed is then exact in `dtype`. Layers whose method does not give its dense weights
-    are left as they are.
+    are left as they are. `of` has the quantized layers: `model` itself, or the same base again.
     """
-    for name, layer in list(model.named_modules()):
+    for name, layer in list(of.named_modules()):
         read = dense_weight(layer)
         if read is None:
             continue
         weight = read().to(dtype)
         dense = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         dense.weight = nn.Parameter(weight, requires_grad=False)
-        dense.bias = getattr(layer, "bias", None)
+        dense.bias = getattr(model.get_submodule(name), "bias", None)
         model.set_submodule(name, dense, strict=True)
     for parameter in model.parameters():  # a base stored in 4 bits comes with the rest in its own
         if parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize:
