@@ -5,8 +5,6 @@ ones in its primitive cache. Rows differ in length, so almost every micro-batch 
 never come again; what pays is that the layers of one micro-batch share theirs. A cache that holds a
 few micro-batches keeps that, for a quarter of the memory of oneDNN's own.
 
-**Freed memory.** glibc keeps what is freed for later; `release_memory` returns it to the system.
-
 **Spinning threads.** GNU OpenMP's threads wait for each other by spinning, 300,000 rounds long
 (some milliseconds), before they sleep. With one of them off its processor because of other work,
 the others burn theirs at the end of every operation: on two cores beside one busy process, a step
@@ -14,8 +12,6 @@ of small products was up to 40 times slower than with threads that sleep. Thread
 are 17 % slower at small products on an idle machine, with a short spin 10 %; large ones are equal.
 """
 
-import ctypes
-import gc
 import os
 import sys
 from collections.abc import Mapping, MutableMapping
@@ -66,14 +62,3 @@ def read_capacity(environ: Mapping[str, str] = os.environ) -> int:
     """Return how many products are kept, as oneDNN reads the environment."""
     given = next((environ[name] for name in VARIABLES if environ.get(name)), "")
     return int(given) if given.isdecimal() else ONEDNN_CAPACITY
-
-
-def release_memory() -> None:
-    """Free what only circles hold, such as a model, and return free memory to the system.
-
-    Where the C library is not glibc, it decides by itself what it returns.
-    """
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -1,10 +1,10 @@
 """What this machine can do: the device, the precision and the attention a base is loaded with."""
 
 import ctypes
-import ctypes.util
 import gc
 import importlib.util
 import os
+import sys
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -194,9 +194,8 @@ def release_memory() -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        name = ctypes.util.find_library("c")
-        libc = ctypes.CDLL(name) if name else None
-        if libc is not None and hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        if trim is not None:
+            trim(0)
     if interruption.signal_name:
         raise KeyboardInterrupt

@@ -1,6 +1,7 @@
 """The stages of a run in order; each leaves an artifact on disk and can be rerun alone."""
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from llmtune.evaluation.suite import load_suites
 from llmtune.exporting.config import find_route
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.manifest import ExportRecord, MergeRecord, TrainRecord
-from llmtune.io.native_libraries import release_memory
 from llmtune.io.processes import Processes
 from llmtune.io.run_dir import RunDir
 from llmtune.io.validation import validate_section
@@ -57,10 +57,17 @@ def run(config: RunConfig, *, force: bool = False) -> "Report":
         MergeStage(config, opened=opened).plan_before_training()
     for stage in _stages_before_report(config, opened, force=force):
         stage.do()
-        release_memory()  # the next one loads its own models
+        _release_memory()  # the next one loads its own models
     built = report(config.run_dir)
     _export(config, opened)
     return built
+
+
+def _release_memory() -> None:
+    if "torch" in sys.modules:  # else every stage was skipped, and no model was loaded
+        from llmtune.models.hardware import release_memory
+
+        release_memory()
 
 
 def _check_evaluation(config: RunConfig, *, force: bool) -> Checkpoint:
@@ -240,7 +247,7 @@ def follow_orders(processes: Processes) -> None:
             EvaluateStage(config, opened=opened).follow(cast(EvaluateOrder, order), processes)
         else:
             TrainStage(config, opened=opened).follow(cast(TrainOrder, order), processes)
-        release_memory()  # the first process needs it
+        _release_memory()  # the first process needs it
 
 
 def report(run_dir: str | Path) -> "Report":

@@ -131,25 +131,3 @@ def test_whether_threads_sleep_is_read_as_openmp_does(environ, sleeps):
     before = dict(environ)
     limit_spinning(environ)
     assert environ == (before or {"GOMP_SPINCOUNT": str(SPIN_ROUNDS)})
-
-
-def test_released_memory_goes_back_to_the_system():
-    code = """
-import psutil
-from llmtune.io.native_libraries import release_memory
-
-rss = psutil.Process().memory_info
-begun = rss().rss
-circle = [bytearray(60_000) for _ in range(2_000)]
-circle.append(circle)
-last = bytearray(60_000)  # above them in the heap, which can therefore not shrink
-held = rss().rss
-del circle
-freed = rss().rss
-release_memory()
-print(held - begun, freed - begun, rss().rss - begun)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    held, freed, released = map(int, done.stdout.split())
-    assert held > 100e6 and freed > 100e6
-    assert released < 20e6

@@ -1,7 +1,10 @@
 """Memory is given back, and a Ctrl-C meanwhile is not lost."""
 
 import os
+import platform
 import signal
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -33,3 +36,26 @@ def test_a_signal_in_a_finalizer_is_raised_after_the_collection(number):
     with pytest.raises(KeyboardInterrupt):
         release_memory()
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc to return memory")
+def test_released_memory_goes_back_to_the_system():
+    code = """
+import psutil
+from llmtune.models.hardware import release_memory
+
+rss = psutil.Process().memory_info
+begun = rss().rss
+circle = [bytearray(60_000) for _ in range(2_000)]
+circle.append(circle)
+last = bytearray(60_000)  # above them in the heap, which can therefore not shrink
+held = rss().rss
+del circle
+freed = rss().rss
+release_memory()
+print(held - begun, freed - begun, rss().rss - begun)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    held, freed, released = map(int, done.stdout.split())
+    assert held > 100e6 and freed > 100e6
+    assert released < 20e6
