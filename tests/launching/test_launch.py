@@ -419,7 +419,8 @@ def handlers():
 
 KILLED_BESIDE_ONE_THAT_SAYS_3 = """
 trap 'exit 3' TERM
-[ $RANK = 1 ] || { sleep 0.3; kill -9 $BASHPID; }
+[ $RANK = 1 ] || { until [ -e "$TRAP_IS_SET" ]; do sleep 0.02; done; kill -9 $BASHPID; }
+touch "$TRAP_IS_SET"
 sleep 5 & wait
 """
 
@@ -432,8 +433,11 @@ sleep 5 & wait
         (("--temporary-code", "143"), "kill -9 $BASHPID", 143),
     ],
 )
-def test_torchrun_ends_with_the_exit_code_of_the_run(handlers, monkeypatch, given, ends, code):
+def test_torchrun_ends_with_the_exit_code_of_the_run(
+    handlers, tmp_path, monkeypatch, given, ends, code
+):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TRAP_IS_SET", str(tmp_path / "set"))
     shape = ("--nproc-per-node", "2", "--master-port", str(free_port()))
     quick = ("--monitor-interval", "0.05", "--no-python")
     assert torchrun.main([*given, *shape, *quick, "bash", "-c", ends]) == code
