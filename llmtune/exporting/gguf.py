@@ -61,20 +61,20 @@ class GgufModelExporter(WritingExporter):
         return chosen
 
     def find_route(self, base: Checkpoint, settings: ExportSettings) -> str:
-        """Return who writes the file: llmtune what it covers, the converter everything else.
+        """Return who writes the file: llmtune its own families, the converter all others.
 
         Raises:
-            LlmtuneError: llmtune does not write this model, and there is no converter that does, or
-                nothing to check its file with.
+            LlmtuneError: llama.cpp would not compute this model as transformers does; or llmtune
+                does not write its family, and there is no converter that does, or nothing to check
+                its file with.
         """
-        converter = settings.options.get("converter")
-        problem = _why_not_written(base)
-        if problem is None:
-            return super().find_route(base, settings)
-        if converter is None:
-            raise problem
         from llmtune.exporting.gguf_writer.converter import try_converter
+        from llmtune.exporting.gguf_writer.vocabulary import check_convertible
 
+        converter = settings.options.get("converter")
+        if converter is None or _is_own_family(base):
+            check_convertible(base)
+            return super().find_route(base, settings)
         _require_check(settings.options)
         type = self.choose_type(settings.type)
         assert type is not None
@@ -87,11 +87,11 @@ class GgufModelExporter(WritingExporter):
         assert job.type is not None
         converter = job.option("converter")
         if converter is not None:
-            problem = _why_not_written(job.model)
-            if problem is not None:
-                log.info("export: left to llama.cpp's converter: %s", problem)
+            family = job.model.model_type
+            if not _is_own_family(job.model):
+                log.info("export: llmtune does not write %s models, %s does", family, converter)
                 return {**self._convert(job, path, converter), "path": str(out)}
-            log.info("export: written by llmtune, which covers this model, not by %s", converter)
+            log.info("export: llmtune writes %s models itself, not %s", family, converter)
         result = write_model(
             GgufRequest(job.model, path, job.type, job.name, job.provenance(job.model))
         )
@@ -120,15 +120,11 @@ class GgufModelExporter(WritingExporter):
         return {"notices": notices, "parity": parity.to_dict()}
 
 
-def _why_not_written(base: Checkpoint) -> LlmtuneError | None:
-    """Return what keeps llmtune from writing this model itself, if anything does."""
-    from llmtune.exporting.gguf_writer.vocabulary import check_convertible
+def _is_own_family(model: Checkpoint) -> bool:
+    """Whether llmtune writes this family itself: what it refuses of it no converter is given."""
+    from llmtune.exporting.gguf_writer.architectures import ARCHITECTURES
 
-    try:
-        check_convertible(base)
-    except LlmtuneError as error:
-        return error
-    return None
+    return model.model_type in ARCHITECTURES
 
 
 def _require_check(options: Mapping[str, Any]) -> None:

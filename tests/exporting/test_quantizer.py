@@ -148,6 +148,9 @@ def test_a_config_names_the_converter_and_hears_before_training_which_way_it_goe
         ("gpt2", {"n_inner": None, "scale_attn_weights": False}, "scaled differently"),
         ("gpt_neox", {"hidden_act": "relu"}, "activation 'relu', expected 'gelu'"),
         ("gpt_neox", {"attention_bias": False}, "attention_bias is off"),
+        # llmtune's own families: what it refuses of them is not the converter's
+        ("phi", {"qk_layernorm": True}, "qk_layernorm is on"),
+        ("llama", {"hidden_act": "relu"}, "activation 'relu', expected silu"),
     ],
 )
 def test_what_the_converter_would_drop_without_a_word_is_refused(
@@ -158,6 +161,26 @@ def test_what_the_converter_would_drop_without_a_word_is_refused(
     options = {"converter": str(script), "runtime": False}
     with pytest.raises(LlmtuneError, match=message):
         find_route(Checkpoint.open(tmp_path / "base"), ExportSettings("gguf", options=options))
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_more_stops_than_a_file_can_name_are_refused_with_a_converter_too(family, tmp_path):
+    script = write_converter(tmp_path / "checkout", tmp_path / "none")
+    make_model(family, tmp_path / "base")
+    stops = json.dumps({"eos_token_id": [0, 1, 2, 3]})
+    (tmp_path / "base/generation_config.json").write_text(stops)
+    options = {"converter": str(script), "runtime": False}
+    with pytest.raises(LlmtuneError, match="tokens end an answer"):
+        find_route(Checkpoint.open(tmp_path / "base"), ExportSettings("gguf", options=options))
+
+
+def test_a_base_without_safetensors_is_not_tried(tmp_path):
+    script = write_converter(tmp_path / "checkout", tmp_path / "none")
+    make_model("gpt_neox", tmp_path / "base")
+    (tmp_path / "base/model.safetensors").rename(tmp_path / "base/pytorch_model.bin")
+    options = {"converter": str(script), "runtime": False}
+    route = find_route(Checkpoint.open(tmp_path / "base"), ExportSettings("gguf", options=options))
+    assert route.endswith("not tried, because the base's weights are not here as safetensors")
 
 
 @needs_quantizer

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from llmtune.errors import LlmtuneError
 from llmtune.exporting.gguf_writer.architectures import GELU_TANH, Config, read_full_config
 from llmtune.exporting.gguf_writer.types import quantize_file, require_quantizer
+from llmtune.exporting.gguf_writer.vocabulary import require_room_for_stops
 from llmtune.io.fingerprint import JsonObject
 from llmtune.io.stopping import last_lines
 from llmtune.models.checkpoint import CONFIG_NAME, Checkpoint
@@ -53,7 +54,7 @@ def converter_command(place: str) -> list[str]:
 def try_converter(base: Checkpoint, type: str, place: str) -> str:
     """Let the converter try a base without writing anything; return in words what it will do.
 
-    If the base's weights are not here, only the converter's own presence is checked.
+    If the base's weights are not here as safetensors, only the converter's presence is checked.
 
     Raises:
         LlmtuneError: the converter or the quantizer is not there, or cannot write this family; its
@@ -65,7 +66,7 @@ def try_converter(base: Checkpoint, type: str, place: str) -> str:
     _require_convertible(base)
     route = f"by llama.cpp's converter {command[-1]}, then compared in llama.cpp"
     if not base.has_safetensors:
-        return f"{route}; not tried, because the base's weights are not here"
+        return f"{route}; not tried, because the base's weights are not here as safetensors"
     with tempfile.TemporaryDirectory() as folder:
         _run_converter(command, base, Path(folder) / "tried.gguf", "f32", "--dry-run")
     return f"{route}; tried on the base"
@@ -149,8 +150,9 @@ def _require_convertible(source: Checkpoint) -> None:
     """Check what the converter writes without a word, and llama.cpp then computes differently.
 
     Raises:
-        LlmtuneError: the model has a setting that the file has no room for.
+        LlmtuneError: the model has a setting, or more stop tokens, than the file has room for.
     """
+    require_room_for_stops(source)
     find_problems = SILENT_PROBLEMS.get(source.model_type)
     if find_problems is None:
         return

@@ -106,6 +106,21 @@ def read_vocabulary(base: Checkpoint) -> Vocabulary:
     )
 
 
+def require_room_for_stops(base: Checkpoint) -> None:
+    """Check that a file can name every token that ends an answer.
+
+    Raises:
+        LlmtuneError: there are too many.
+    """
+    tokenizer, stops = base.tokenizer, base.stop_token_ids
+    if len({*stops} - {tokenizer.eos_token_id}) >= NUM_STOPS:
+        named = tokenizer.convert_ids_to_tokens(list(stops))
+        raise LlmtuneError(
+            f"{base.directory}: {len(stops)} tokens end an answer ({', '.join(named)}), and a GGUF "
+            f"file can name {NUM_STOPS}. Shorten eos_token_id in generation_config.json."
+        )
+
+
 def _tokens(
     content: Mapping[str, Any], rows: int, *, is_sentencepiece: bool
 ) -> tuple[tuple[str, ...], tuple[TokenKind, ...]]:
@@ -189,13 +204,8 @@ def _special_ids(base: Checkpoint) -> dict[str, int]:
         "unk": tokenizer.unk_token_id,
         "pad": tokenizer.pad_token_id,
     }
+    require_room_for_stops(base)
     others = [stop for stop in stops if stop != tokenizer.eos_token_id]
-    if len(others) >= NUM_STOPS:
-        named = tokenizer.convert_ids_to_tokens(list(stops))
-        raise LlmtuneError(
-            f"{base.directory}: {len(stops)} tokens end an answer ({', '.join(named)}), and a GGUF "
-            f"file can name {NUM_STOPS}. Shorten eos_token_id in generation_config.json."
-        )
     ids |= dict(zip(("eot", "eom"), others, strict=False))
     return {role: id for role, id in ids.items() if id is not None}
 
