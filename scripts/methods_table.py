@@ -93,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(block_lines(asked.runs)))
         return 0
     if asked.action == "write":
+        if not finished_methods(asked.runs):
+            raise SystemExit(f"{asked.runs}: no method is finished; {asked.page} is left as it is")
         write_block(asked.page, block_lines(asked.runs))
         return 0
     until = time.monotonic() + asked.seconds
@@ -102,11 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name}: not finished; call again", file=sys.stderr)
                 return 3
             before = os.times()
-            subprocess.run(command, check=True, cwd=ROOT)
-            after = os.times()
-            spent = sum(after[2:4]) - sum(before[2:4])  # of the children, in all their threads
-            if command[3] == "train":
-                _note_cpu_seconds(command, spent)
+            try:
+                subprocess.run(command, check=True, cwd=ROOT)
+            finally:  # of an interrupted training too: it is continued from its last checkpoint
+                after = os.times()
+                spent = sum(after[2:4]) - sum(before[2:4])  # of the children, in all their threads
+                if command[3] == "train":
+                    _note_cpu_seconds(command, spent)
     return 0
 
 
@@ -153,6 +157,8 @@ def _note_cpu_seconds(command: Sequence[str], seconds: float) -> None:
     """Keep what a training took, beside its manifest; a continued one adds to what it took."""
     run_dir = next(one.partition("=")[2] for one in command if one.startswith("run_dir="))
     path = Path(run_dir) / CPU_NAME
+    if not path.parent.is_dir():  # it was refused before it began
+        return
     earlier = json.loads(path.read_text()) if path.is_file() else 0.0
     path.write_text(json.dumps(earlier + seconds))
 
@@ -232,7 +238,7 @@ def _caption(finished: Sequence[Finished]) -> list[str]:
     steps = sorted({one.steps for one in finished})
     batch = manifest["config"]["train"]["batch_size"]
     which = f"seed {seeds[0]} alone" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
-    base = Path(manifest["base"]["origin"] or manifest["base"]["path"]).stem
+    base = Path(manifest["base"]["origin"] or manifest["base"]["path"]).name.removesuffix(".gguf")
     limit = manifest["config"]["evaluate"]["limit"]
     return [
         f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} with "

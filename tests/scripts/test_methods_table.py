@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from llmtune.adapters.config import METHODS as UNION
 from llmtune.config import load_config
 
 
-def finish(run, rate: str, loss: float) -> None:
+def finish(run, rate: str, loss: float, *, origin: str = "models/SmolLM2.gguf") -> None:
     training = {
         "final_eval_loss": loss,
         "seconds": 61.0,
@@ -29,7 +30,7 @@ def finish(run, rate: str, loss: float) -> None:
     manifest = {
         "created": "2026-11-30T18:26:28+00:00",
         "machine": {"processor": "AMD EPYC", "cores": 2},
-        "base": {"origin": "models/SmolLM2.gguf"},
+        "base": {"origin": origin},
         "config": {"train": {"batch_size": 16}, "evaluate": {"limit": 100}},
         "stages": {"train": {"result": training}},
     }
@@ -82,16 +83,43 @@ def test_the_best_rate_alone_is_evaluated_and_shown(tmp_path, monkeypatch):
 def test_the_page_gets_what_is_finished_between_its_markers(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"above\n{methods_table.BEGIN}\nold\n{methods_table.END}\nbelow\n")
+    before = page.read_text()
     write = ["write", "--runs", str(tmp_path), "--page", str(page)]
+    with pytest.raises(SystemExit, match="no method is finished"):
+        main(write)
+    assert page.read_text() == before, (
+        "a fresh clone has no runs, and keeps the rows that are there"
+    )
+
+    place = tmp_path / "ia3" / "seed-0-steps-30"
+    finish(place, "3e-3", 0.3, origin="org/SmolLM2-1.7B")
+    suite = {"metric": "accuracy", "difference": 0.12, "interval": [0.02, 0.2]}
+    report = {"suites": dict.fromkeys(("movies", "passages", "chat"), suite)}
+    (place / "3e-3/report.json").write_text(json.dumps(report))
     assert main(write) == 0 and main(write) == 0
     text = page.read_text()
-    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
-    assert text.count("Not measured yet: `lora`") == 1
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "\nold\n" not in text
+    assert text.count("Not measured yet: `lora`") == 1 and text.count("| `ia3` |") == 1
+    assert "shared with other work: SmolLM2-1.7B," in text
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="expected the lines"):
         main(write)
     markers = methods_table.PAGE.read_text()
     assert markers.index(methods_table.BEGIN) < markers.index(methods_table.END)
+
+
+def test_what_a_broken_off_training_took_counts_too(tmp_path, monkeypatch):
+    place = tmp_path / "ia3" / "seed-0-steps-30" / "1e-3"
+
+    def run(command, **_):
+        place.mkdir(parents=True, exist_ok=True)
+        raise subprocess.CalledProcessError(130, command)
+
+    monkeypatch.setattr(methods_table.subprocess, "run", run)
+    for _ in range(2):
+        with pytest.raises(subprocess.CalledProcessError):
+            main(["run", "ia3", "--runs", str(tmp_path)])
+    assert json.loads((place / "cpu_seconds.json").read_text()) == 0.0
 
 
 def test_every_method_of_the_union_has_a_row():
