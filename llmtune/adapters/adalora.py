@@ -1,7 +1,8 @@
 """AdaLoRA (arXiv:2303.10512): LoRA as B diag(E) A, whose least useful directions are cut."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -110,6 +111,27 @@ class AdaLoraAdapter(PeftMethod):
         for name, rank in getattr(layer, "ranknum", {}).items():
             rank.requires_grad_(False)
             rank.data = rank.data.float().fill_(float(layer.r[name]))
+
+    @classmethod
+    @contextmanager
+    def loading(cls, model: "PeftModel") -> Iterator[None]:
+        """Size the layers as a file without cut directions has them, in float32.
+
+        peft does so as it loads one, and over 16 bits rounds every value of the file to them.
+        """
+        from llmtune.adapters.rank_budget import resize_layers
+
+        config: Any = model.peft_config["default"]
+        pattern = config.rank_pattern
+        if pattern is None:
+            yield
+            return
+        resize_layers(model)
+        config.rank_pattern = None
+        try:
+            yield
+        finally:
+            config.rank_pattern = pattern
 
     @classmethod
     def begin_steps(cls, model: "PeftModel", total_steps: int) -> None:

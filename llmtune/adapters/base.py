@@ -128,6 +128,11 @@ class Adapter(Section):
     def fit_quantized(cls, layer: "BaseTunerLayer") -> None:
         """Put right what peft's fresh layer lacks over a quantized weight."""
 
+    @classmethod
+    def loading(cls, model: "PeftModel") -> AbstractContextManager[None]:
+        """Return what must be in force while peft puts a file's values into a live model."""
+        return nullcontext()
+
     def check_layer(self, name: str, layer: "BaseTunerLayer") -> None:
         """Assert that peft adapted the module of this full name as the knobs say."""
 
@@ -196,6 +201,11 @@ class Adapter(Section):
 
     def thin_width(self, module: str) -> int:
         """Return the width of the product that a layer keeps beside its input; 0 without one."""
+        return 0
+
+    @property
+    def kept_inputs(self) -> int:
+        """How many tensors as wide as a layer's input it keeps in its place; 0: the input."""
         return 0
 
     @property

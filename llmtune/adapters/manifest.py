@@ -98,11 +98,12 @@ def _check_settings(config: Mapping[str, Any], path: Path) -> None:
             value = config.get(name)
             is_set = value is not None or (name in config and name in NEEDED_SETTINGS)
             is_zero = name in zeros and value == 0 and not isinstance(value, bool)
+            wanted, fits = expected, is_right
             if owner is not None and name in owner.CHOICE_SETTINGS:
-                expected, is_right = "lists of true and false by module", _are_choices
-            if is_set and not is_zero and not is_right(value):
+                wanted, fits = "lists of true and false by module", _are_choices
+            if is_set and not is_zero and not fits(value):
                 raise LlmtuneError(
-                    f"{path}: {name} is {str(value)!r:.80}; expected {expected}. {COPY_AGAIN}"
+                    f"{path}: {name} is {str(value)!r:.80}; expected {wanted}. {COPY_AGAIN}"
                 )
     names = [one for one in PATTERN_SETTINGS if not owner or one not in owner.CHOICE_SETTINGS]
     patterns = [key for name in names for key in config.get(name) or ()]

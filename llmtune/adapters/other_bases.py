@@ -43,8 +43,8 @@ class BoftAdapter(PeftMethod):
         "boft_block_size": "block_size",
         "boft_n_butterfly_factor": "num_factors",
     }
-    KEPT_OUTPUTS: ClassVar[int] = 3
-    """What two factors see, and the result that is scaled."""
+    KEPT_OUTPUTS: ClassVar[int] = 1
+    """The result that is scaled."""
 
     method: Literal["boft"] = "boft"
     block_size: Annotated[int, Field(gt=1)] = 8
@@ -78,6 +78,11 @@ class BoftAdapter(PeftMethod):
     def parameters_of(self, module: str, num_out: int, num_in: int) -> int:
         """Return the whole matrix of each block, as peft keeps it, and the scales."""
         return self.num_factors * num_in * self.block_size + num_out
+
+    @property
+    def kept_inputs(self) -> int:
+        """Return one for each factor: what it turns."""
+        return self.num_factors
 
 
 class FourierAdapter(PeftMethod):

@@ -5,15 +5,19 @@ they go into checkpoints here; and peft would leave cut directions out of every 
 then on, which no running optimizer could be continued from, so they stay in it, as zeros.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
 from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora import AdaLoraModel, RankAllocator
+from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
 
 from llmtune.errors import LlmtuneError
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = "default"
 SCORES = ("exp_avg_ipt", "exp_avg_unc")
@@ -65,7 +69,14 @@ class RankBudget(RankAllocator):
         settled = cast(int, self._config.total_step) - self._config.tfinal
         if step < settled:
             self.update_and_allocate(self._model, step)
-        elif self.exp_avg_ipt:
+        else:
+            if not self.exp_avg_ipt:
+                logger.warning(
+                    "adalora: float16 left every step before %d out, so directions are cut by what "
+                    "they are worth in this one alone; bfloat16 leaves none out",
+                    step,
+                )
+                self.update_ipt(self._model)
             _, self._kept = self.update_and_allocate(self._model, step, force_mask=True)
             self.reset_ipt()
 
@@ -102,6 +113,20 @@ def rank_budget(model: PeftModel) -> RankBudget:
         tuner.rankallocator = RankBudget(tuner, cast(AdaLoraConfig, model.peft_config[ADAPTER]))
     budget: RankBudget = tuner.rankallocator
     return budget
+
+
+def resize_layers(model: PeftModel) -> None:
+    """Leave each layer the directions its config's rank pattern names, in float32."""
+    config = cast(AdaLoraConfig, model.peft_config[ADAPTER])
+    cast(AdaLoraModel, model.base_model).resize_modules_by_rank_pattern(
+        config.rank_pattern, ADAPTER
+    )
+    for layer in model.modules():
+        if isinstance(layer, AdaLoraLayer):
+            for part in (layer.lora_A, layer.lora_B, layer.lora_E, layer.ranknum):
+                part[ADAPTER].data = part[ADAPTER].data.float()  # peft took the base's precision
+            # the update is still divided by the rank it began with, which is no trained number
+            layer.ranknum[ADAPTER].requires_grad_(False).fill_(float(config.init_r))
 
 
 def orthogonality_penalty(model: PeftModel) -> Tensor | None:

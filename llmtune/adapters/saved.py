@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llmtune.adapters.config import method_of
-from llmtune.adapters.live import attach, keep_own
+from llmtune.adapters.live import attach, keep_own, live_method
 from llmtune.adapters.manifest import (
     CONFIG_NAME,
     COPY_AGAIN,
@@ -172,7 +172,8 @@ def check_found_again(model: PeftModel) -> None:
 
 
 def _set_weights(model: PeftModel, saved: Mapping[str, torch.Tensor], where: str) -> None:
-    result = set_peft_model_state_dict(model, saved)
+    with live_method(model).loading(model):
+        result = set_peft_model_state_dict(model, saved)
     if result.unexpected_keys:
         raise LlmtuneError(
             f"{where}: peft {version('peft')} renames tensors of this kind of model and does not "

@@ -14,7 +14,8 @@ the feed-forward width:
     adapted input  b width, once where linears share it and are fused, else once a linear
     adapters       b rank: the thin products
     dropout        a mask an input: 4 bytes on a CPU, 1 on a GPU
-    other methods  b out for every result of that width that is kept (`Adapter.KEPT_OUTPUTS`)
+    other methods  b out for every result of that width that is kept (`Adapter.KEPT_OUTPUTS`);
+                   some b in several times (`Adapter.kept_inputs`) in place of the adapted input
 
 A layer that is recomputed keeps its input, b W.
 """
@@ -70,6 +71,8 @@ class Adapted:
     """Of one input feature; 0 without dropout."""
     kept_outputs: int = 0
     """Results as wide as a layer's output that are kept."""
+    kept_inputs: int = 0
+    """Tensors as wide as a layer's input that are kept in its place; 0: the input itself."""
     dense_copies: int = 0
     """Float32 tables of a weight's size that a layer makes."""
 
@@ -159,7 +162,7 @@ def _layer_bytes(layer: _Layer) -> float:
         kept += b * (query + kv)  # values are a view of the whole projection
     down = layer.size(family.feed_forward[-1])
     kept += _expert_bytes(layer) if down is None else b * _inner_elements(layer, down[1])
-    for members, width in _adapted_inputs(layer):
+    for members, width in () if layer.adapted.kept_inputs else _adapted_inputs(layer):
         kept += b * width * (1 if _shares_inputs(layer) else len(members))
     return kept + _adapter_bytes(layer)
 
@@ -220,7 +223,7 @@ def _adapter_bytes(layer: _Layer) -> float:
         if size is not None:
             num_out, num_in = size
             kept += b * rank + adapted.dropout_mask_bytes * num_in
-            kept += adapted.kept_outputs * b * num_out
+            kept += b * (adapted.kept_outputs * num_out + adapted.kept_inputs * num_in)
     return kept
 
 

@@ -82,6 +82,7 @@ def build_workload(request: PlanRequest, shape: ModelShape, rows: RowFacts) -> W
             is_fused=adapter.is_fusable and model.storage.fusable_layer is not None,
             dropout_mask_bytes=MASK_BYTES[request.device.kind] if adapter.drops_inputs else 0,
             kept_outputs=adapter.KEPT_OUTPUTS,
+            kept_inputs=adapter.kept_inputs,
             dense_copies=adapter.DENSE_COPIES,
         ),
         adapter_parameters=adapter.num_parameters(

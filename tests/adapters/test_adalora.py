@@ -122,8 +122,41 @@ def test_a_file_of_stock_peft_without_cut_directions_merges_as_peft_merges(stock
             load_adapter(fresh.model, tmp_path / "adapter", base_fingerprint=fresh.fingerprint)
 
 
-def _saved_base(place):
-    make_model("llama", place / "base")
+def test_over_16_bits_a_file_of_stock_peft_is_not_rounded(stock, tmp_path):
+    trained(stock, is_stock=True)
+    stock.save_pretrained(str(tmp_path / "adapter"))
+    _saved_base(tmp_path, dtype=torch.bfloat16)
+    fresh = load(tmp_path / "base", dtype="bfloat16")
+    model = load_adapter(fresh.model, tmp_path / "adapter", base_fingerprint=fresh.fingerprint)
+    own = {n: p for n, p in model.named_parameters() if ".lora_" in n}
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert len(own) == len(saved)
+    for name, parameter in own.items():
+        assert torch.equal(parameter, saved[name.replace(".default", "")]), name
+        assert parameter.dtype == torch.float32 and not parameter.requires_grad
+    ranks = [parameter for name, parameter in model.named_parameters() if "ranknum" in name]
+    assert all(rank.dtype == torch.float32 and rank == 6 for rank in ranks)
+    assert not any(rank.requires_grad for rank in ranks)
+    assert model.peft_config["default"].rank_pattern, "it is saved again as it was"
+
+
+def test_directions_are_cut_though_float16_left_every_step_before_out(caplog):
+    model, _ = inject_adapter(make_model("llama"), AdaLoraAdapter(rank=3, first_rank=6))
+    budget = rank_budget(model)
+    budget.spread_over(STEPS)
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for step in range(1, STEPS + 1):
+        for parameter in own.values():
+            parameter.data.normal_()
+            parameter.grad = torch.full_like(parameter, torch.inf if step <= SETTLED else 0.1)
+        budget.after_step(step)
+    left = [int((p != 0).sum()) for n, p in own.items() if "lora_E" in n]
+    assert sum(left) == 3 * len(left)
+    assert caplog.text.count("float16 left every step before 7 out") == 1
+
+
+def _saved_base(place, **knobs):
+    make_model("llama", place / "base", **knobs)
     return place / "base"
 
 

@@ -11,6 +11,7 @@ from llmtune.adapters.dora import DoraAdapter
 from llmtune.adapters.fused import fused_lora
 from llmtune.adapters.inject import adapted_layers, inject_adapter
 from llmtune.adapters.lora import LoraAdapter
+from llmtune.adapters.other_bases import BoftAdapter
 from llmtune.data.example import Example
 from llmtune.planning.activations import Adapted, activation_cost, merged_expert_bytes
 from llmtune.planning.families import FAMILIES
@@ -57,13 +58,14 @@ def compare(family, adapter, *, dtype=torch.bfloat16, is_fused=True):
             for rows in (4, 8)
         }
     measured = 2 * costs[8].layer_bytes - costs[4].layer_bytes
-    ranks = {name: layer.r["default"] for name, layer in adapted_layers(injected).items()}
+    ranks = {name: adapter.thin_width(name) for name in adapted_layers(injected)}
     shape = read_shape({**model.config.to_dict(), **config, "model_type": family}, "here")
     adapted = Adapted(
         ranks,
         is_fused=is_fused,
-        dropout_mask_bytes=4 if adapter.dropout else 0,
+        dropout_mask_bytes=4 if adapter.drops_inputs else 0,
         kept_outputs=adapter.KEPT_OUTPUTS,
+        kept_inputs=adapter.kept_inputs,
         dense_copies=adapter.DENSE_COPIES,
     )
     b = dtype.itemsize
@@ -71,6 +73,10 @@ def compare(family, adapter, *, dtype=torch.bfloat16, is_fused=True):
     assert cost.other_bytes == pytest.approx(costs[8].other_bytes, rel=0.05)
     assert merged_expert_bytes(shape, adapted, b) == b * shape.expert_parameters
     return cost.layer_bytes, measured
+
+
+def butterflies(num_factors: int) -> BoftAdapter:
+    return BoftAdapter(num_factors=num_factors)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,7 +87,9 @@ def test_every_familys_cost_is_the_measured_one(family):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    "adapter", [LoraAdapter(rank=4, dropout=0.1), DoraAdapter(rank=4)], ids=["dropout", "dora"]
+    "adapter",
+    [LoraAdapter(rank=4, dropout=0.1), DoraAdapter(rank=4), *map(butterflies, (1, 4))],
+    ids=["dropout", "dora", "boft", "boft-4"],
 )
 def test_what_pefts_own_layers_keep_is_computed_too(adapter, dtype):
     computed, measured = compare("llama", adapter, dtype=dtype, is_fused=False)
