@@ -197,7 +197,8 @@ def predict(  # noqa: PLR0913 (one argument an option)
             raise LlmtuneError(f"--server {server}: name who answers there with --model")
         made = ask_server(server, model, api_key_env, settings)
     why = settings.columns[2]
-    skipped = f"; {made.skipped} rows have none, and column {why} says why" if made.skipped else ""
+    rows_have = "row has" if made.skipped == 1 else "rows have"
+    skipped = f"; {made.skipped} {rows_have} none, and column {why} says why" * bool(made.skipped)
     print_result(
         asdict(made),
         as_json,

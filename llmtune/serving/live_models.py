@@ -95,6 +95,7 @@ class LiveModels:
         with as_arm(live, self._arm_of(wanted, live)) as arm:
             budget = choose_token_budget(arm.model)
             most = rows_at_once(arm.model, slots=slots, kept=1, token_budget=budget)
+            most = min(most, max(1, budget // len(ids)))  # the prompt runs once for each
             for start in range(0, request.num_answers, most):
                 places = range(start, min(start + most, request.num_answers))
                 tellers = {place: _Teller(request, live, ids) for place in places}
@@ -201,7 +202,7 @@ class _Teller:
         if self.has_ended:
             finish = "stop" if piece.stopped or self._stops.found else "length"
             whole, calls = self._read_calls(piece)
-            finish = "tool_calls" if calls else finish
+            finish = "tool_calls" if calls and finish == "stop" else finish
         text = whole[self._told :]
         self._told += len(text)
         is_whole = piece.is_last and not self._stops.found

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from llmtune.data.conversation import Conversation, ask
 from llmtune.data.problems import RowError, did_you_mean
@@ -31,7 +31,7 @@ NO_EFFECT = frozenset(
         "user",
     }
 )
-"""Parameters of the protocol that change no answer of a model without tools."""
+"""Parameters of the protocol that change no answer, or none where tools are not followed."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
@@ -155,6 +155,12 @@ class LiveCompletionBody(CompletionBody):
 
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LIKELIEST)] | None = None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _read_false(cls, value: Any) -> Any:
+        """Take false, which chats send, for null."""
+        return None if value is False else value
 
 
 def read_chat(body: Any, temperature: float) -> AnswerRequest:

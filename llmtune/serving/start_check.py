@@ -92,10 +92,11 @@ class StartCheck:
             log.info("serve: %s gives %d of %d answers of %s", self.model, same, self.asked, whose)
             return
         why = "so what it says of the model may not hold here"
-        if self.rounding is not None:
+        if self.rounding is not None and same:
+            numbers = "numbers of an unknown type" if self.rounding == "other" else self.rounding
             why = (
-                f"whose weights this file holds in {self.rounding}: some answers differ for that "
-                "alone, and llmtune verify and llmtune eval say how much it costs"
+                f"whose weights this file holds in {numbers}: some answers differ for that alone, "
+                "and llmtune verify and llmtune eval say how much it costs"
             )
         lines = [
             f"  {one.question}: serves {shorten(one.served, SHOWN_CHARACTERS)}, the report has "

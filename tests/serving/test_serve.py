@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ from llmtune.serving.openai_api import (
     read_completion,
 )
 from llmtune.serving.shapes import Said
-from llmtune.serving.start_check import Asked, check_answers
+from llmtune.serving.start_check import Asked, KnownQuestion, check_answers
 from llmtune.serving.vllm import plan_command, refuse_dropped
 from tests.conftest import write_jsonl
 from tests.data.shapes import ITEM_CALLS, QWEN3
@@ -292,7 +293,7 @@ def test_tools_reach_the_template_and_calls_are_read_back(run_dir, tmp_path, mon
         """What a model would write that has learned to call."""
         live = server.models.load()
         ids = live.tokenizer(written[0], add_special_tokens=False)["input_ids"]
-        for token in (*ids, live.stop_token_ids[0]):
+        for token in (*ids, live.stop_token_ids[0])[: decoding.max_new_tokens]:
             if watch is not None:
                 watch(rows.places, rows.logits.float(), [token] * len(rows.places))
             yield from ((place, token) for place in rows.places)
@@ -328,6 +329,10 @@ def test_tools_reach_the_template_and_calls_are_read_back(run_dir, tmp_path, mon
         torn = [c.choices[0] for c in ask(f"See: {call[:-20]}", stream=True)]
         assert "".join(c.delta.content or "" for c in torn) == f"See: {call[:-20]}"
         assert torn[-1].finish_reason == "stop"
+        begun = f"{call}\n<tool_call>"
+        tokens = server.models.load().tokenizer(begun, add_special_tokens=False)["input_ids"]
+        endless = ask(f"{begun} Rome", max_tokens=len(tokens)).choices[0]
+        assert endless.finish_reason == "length", "what was cut off is not told as whole"
         plain = ask(call, tool_choice="none")
         assert plain.choices[0].message.tool_calls is None
         assert plain.usage.prompt_tokens < answer.usage.prompt_tokens
@@ -386,6 +391,7 @@ def test_what_asks_for_nothing_is_taken():
     assert (asked.temperature, asked.top_p, asked.max_tokens) == (0.25, 1.0, None)
     assert read_completion({"prompt": [[1, 2]]}, 1.0).prompt == (1, 2)
     assert read_completion({"prompt": ["a"]}, 1.0).max_tokens == 16
+    assert read_completion({"prompt": "a", "logprobs": False}, 1.0).num_likeliest is None
     for prompt in ("", [], ["a", "b"], [["a"]]):
         with pytest.raises(RefusedRequest, match="prompt"):
             read_completion({"prompt": prompt}, 1.0)
@@ -656,14 +662,23 @@ def test_a_file_that_llama_cpp_cannot_serve_is_one_line(run_dir, tmp_path, capsy
 
 def test_a_rounded_file_is_not_called_a_fault(run_dir, caplog):
     served = find_servable(str(run_dir))
-    for rounding, words in [
-        ("q8_0", "the report's merged model, whose weights this file holds in q8_0: some answers"),
-        (None, "the report's merged model, so what it says of the model may not hold here"),
+    fault = "so what it says of the model may not hold here"
+    for rounding, same, words in [
+        ("q8_0", 1, "whose weights this file holds in q8_0: some answers"),
+        ("other", 1, "whose weights this file holds in numbers of an unknown type: some answers"),
+        ("q8_0", 0, fault),  # rounding alone leaves some as they are
+        (None, 1, fault),
     ]:
         asked = Asked("tiny", "merged", rounding=rounding)
-        checked = check_answers(asked, served.known, 2, lambda _: "something else")
+        right = iter([True] * same + [False] * 2)
+
+        def answer(one: KnownQuestion, right: Iterator[bool] = right) -> str:
+            return one.kept.text if next(right) else "something else"
+
+        checked = check_answers(asked, served.known, 2, answer)
         checked.say()
-        assert f"WARNING: tiny gives only 0 of 2 answers of {words}" in caplog.text
+        said = f"WARNING: tiny gives only {same} of 2 answers of the report's merged model, {words}"
+        assert said in caplog.text
         caplog.clear()
 
 
