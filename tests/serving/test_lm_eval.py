@@ -31,7 +31,7 @@ def test_both_arms_are_run_on_one_base_and_joined_into_the_report(project):
     live: Any = importlib.import_module("llmtune.scoring.live")
 
     original = live.load_model
-    live.load_model = lambda *given: loads.append(given) or original(*given)
+    live.load_model = lambda *given, **how: loads.append(given) or original(*given, **how)
     try:
         called = CliRunner().invoke(
             cli,
