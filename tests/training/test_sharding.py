@@ -207,7 +207,8 @@ def test_no_process_ever_has_the_whole_base_to_itself(tmp_path):
         return grown[0]
 
     for grown in call_in_processes(tmp_path / "out", 2, load):
-        assert layers / 2 < grown < layers / 2 + 5 * layers / 24, f"{grown:,} of {layers:,}"
+        # Room that was free already may hold a little of it.
+        assert 0.4 * layers < grown < layers / 2 + 5 * layers / 24, f"{grown:,} of {layers:,}"
 
 
 def test_a_base_that_would_be_converted_whole_in_every_process_is_refused(tmp_path):
