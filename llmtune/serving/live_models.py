@@ -233,12 +233,16 @@ class _Teller:
         return content, tuple(shown)
 
     def _show(self, piece: Piece) -> tuple[ShownToken, ...]:
-        shown = []
+        shown, offset = [], self._heard
         for share in piece.shares:
             likeliest = [(self._text(token), log) for token, log in share.likeliest]
             text = self._text(share.token_id)
-            shown.append(ShownToken(text, share.log_probability, tuple(likeliest)))
+            place = piece.text.find(text, offset - self._heard)
+            if HALF_CHARACTER not in text and place >= 0:
+                offset = self._heard + place  # behind parts that make up nothing
+            shown.append(ShownToken(text, share.log_probability, tuple(likeliest), offset))
             self._before = share.token_id
+            offset += len(text.replace(HALF_CHARACTER, ""))  # what parts make up ends the piece
         return tuple(shown)
 
     def _text(self, token: int) -> str:

@@ -18,6 +18,8 @@ class ShownToken:
     text: str
     log_probability: float
     likeliest: tuple[tuple[str, float], ...] = ()
+    offset: int = 0
+    """Where it begins in the answer, in characters; parts of one character begin where it does."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,6 @@ class Shape:
     """Whether log-probabilities were asked for."""
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: math.floor(time.time()))
-    offsets: dict[int, int] = field(default_factory=dict)
-    """By place: characters of the tokens that were shown."""
 
     def whole(self, answers: Mapping[int, Whole]) -> JsonObject:
         """Return all answers in one piece."""
@@ -129,24 +129,8 @@ class Shape:
     ) -> dict[str, JsonValue]:
         shares = None
         if self.with_tokens and tokens:
-            shares = _chat_shares(tokens) if self.is_chat else self._text_shares(place, tokens)
+            shares = _chat_shares(tokens) if self.is_chat else _text_shares(tokens)
         return {"index": place, "logprobs": shares, "finish_reason": finish}
-
-    def _text_shares(self, place: int, tokens: Sequence[ShownToken]) -> JsonObject:
-        """Return what a continued text says of its tokens; places are counted in the answer."""
-        offsets = []
-        for token in tokens:
-            offsets.append(self.offsets.get(place, 0))
-            self.offsets[place] = offsets[-1] + len(token.text)
-        return {
-            "tokens": [token.text for token in tokens],
-            "token_logprobs": [token.log_probability for token in tokens],
-            "top_logprobs": [
-                {token.text: token.log_probability} | dict(reversed(token.likeliest))
-                for token in tokens
-            ],
-            "text_offset": offsets,
-        }
 
     def _chunk_head(self) -> dict[str, JsonValue]:
         return self._head("chat.completion.chunk" if self.is_chat else "text_completion")
@@ -169,6 +153,19 @@ def _message(answer: Whole) -> JsonObject:
     if answer.calls:
         message["tool_calls"] = [call.as_json() for call in answer.calls]
     return message
+
+
+def _text_shares(tokens: Sequence[ShownToken]) -> JsonObject:
+    """Return what a continued text says of its tokens."""
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.log_probability for token in tokens],
+        "top_logprobs": [
+            {token.text: token.log_probability} | dict(reversed(token.likeliest))
+            for token in tokens
+        ],
+        "text_offset": [token.offset for token in tokens],
+    }
 
 
 def _chat_shares(tokens: Sequence[ShownToken]) -> JsonObject:

@@ -34,6 +34,7 @@ from llmtune.exporting.gguf_writer.write import GgufRequest, write_gguf
 from llmtune.models.checkpoint import Checkpoint
 from llmtune.runs.serve import find_servable
 from llmtune.runs.targets import resolve_target
+from llmtune.scoring.generate import Piece, TokenShare
 from llmtune.scoring.live import as_arm
 from llmtune.serving import llama_cpp
 from llmtune.serving.engine_process import _open, _started, _wait_until_ready
@@ -41,7 +42,7 @@ from llmtune.serving.engine_requests import read_for_engine
 from llmtune.serving.http_api import HttpSettings
 from llmtune.serving.http_server import Server
 from llmtune.serving.listening import ServeSettings, bind_socket
-from llmtune.serving.live_models import LiveModels
+from llmtune.serving.live_models import LiveModels, _Teller
 from llmtune.serving.names import find_models
 from llmtune.serving.openai_api import (
     RefusedRequest,
@@ -278,7 +279,23 @@ def test_log_probabilities_are_those_of_the_model(running, client):
     shares = continued.choices[0].logprobs
     assert len(shares.tokens) == len(shares.token_logprobs) == 8
     assert all(1 <= len(top) <= 3 for top in shares.top_logprobs), "two halves look the same"
-    assert shares.text_offset[:2] == [0, len(shares.tokens[0])]
+    text = continued.choices[0].text
+    for token, offset in zip(shares.tokens, shares.text_offset, strict=True):
+        assert "\ufffd" in token or text[offset:].startswith(token)
+
+
+def test_parts_of_a_character_are_where_it_is(running):
+    live = running.models.load("base")
+    request = read_completion({"prompt": "a", "logprobs": 0}, 1.0)
+    pieces = []
+    for text in ("a", "\N{GRINNING FACE}", "b"):
+        ids = live.tokenizer(text, add_special_tokens=False)["input_ids"]
+        shares = tuple(TokenShare(token, 0.0, ()) for token in ids)
+        pieces.append(Piece(text, len(ids), False, False, 0, ids, shares))
+    teller = _Teller(request, live, live.tokenizer("a")["input_ids"])
+    told = [token for piece in pieces for token in teller.tell(piece).tokens]
+    assert [told[0].offset, told[1].offset, told[-1].offset] == [0, 1, 2]
+    assert len(told) > 3 and {token.offset for token in told[1:-1]} == {1}
 
 
 def test_tools_reach_the_template_and_calls_are_read_back(run_dir, tmp_path, monkeypatch, caplog):
