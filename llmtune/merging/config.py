@@ -78,8 +78,8 @@ class MergeConfig(Section):
         if wished:
             raise ValueError(
                 f"{', '.join(sorted(wished))}: a merged model is written in 16 or 32 bits (llmtune "
-                "merge RUN --dtype), never back into a quantized format, which would round the "
-                "adapter away (docs/bases.md); for fewer bits export what was merged: llmtune "
-                "export --help"
+                "merge RUN --dtype), never back into a quantized format, which would round "
+                "every weight again (docs/bases.md); for fewer bits export what was merged: "
+                "llmtune export --help"
             )
         return values

@@ -21,7 +21,8 @@ from llmtune.ops.linear_cross_entropy import (
 )
 
 CHUNK_BYTES = 64 << 20
-"""Bytes of one float32 copy of a chunk's logits; about four exist at a time."""
+"""Bytes of one float32 copy of a chunk's logits. Beside both models' in the head's dtype, four such
+copies exist at a time; on a CPU only of the rows of a tile."""
 SCALED_ROWS = 1024
 """Rows of a float16 gradient that exist in float32 at a time."""
 

@@ -54,7 +54,7 @@ def require_quantizer(type: str) -> str:
     found = shutil.which(PROGRAM)
     if found is None:
         raise LlmtuneError(
-            f"--type {type}: is made by llama.cpp's own {PROGRAM}, which is not on the PATH; "
+            f"type {type} needs llama.cpp's own {PROGRAM}, which is not on the PATH; "
             "install llama.cpp, or choose q8_0 or another type that needs no program"
         )
     return found

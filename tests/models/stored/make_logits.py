@@ -5,9 +5,9 @@ compressed-tensors, bitsandbytes, gptqmodel and optimum installed:
 
     python tests/models/stored/make_logits.py [FORMAT ...]
 
-hqq, torchao and bitsandbytes quantize the model themselves; the others, which need calibration rows
-or a GPU for that, load what `tests/quantized.py` packed. All answers are computed on the CPU in
-float32.
+hqq, torchao, bitsandbytes and compressed-tensors quantize the model themselves; the others, which
+need calibration rows or a GPU for that, load what `tests/quantized.py` packed. All answers are
+computed on the CPU in float32.
 """
 
 import json
