@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llmtune.cli import run_command
+from llmtune.data.prompts import PromptChoice, read_prompt_rows
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.endpoint import (
     Endpoint,
@@ -21,6 +22,8 @@ from llmtune.evaluation.endpoint import (
 )
 from llmtune.evaluation.endpoints import _question
 from llmtune.evaluation.suite import load_suite
+from llmtune.serving.answerers import Asker
+from tests.conftest import write_jsonl
 from tests.project import make_project
 from tests.stand_in import KEY, StandIn
 
@@ -189,3 +192,19 @@ def test_an_error_whose_body_is_cut_off_is_asked_again(monkeypatch):
         with pytest.raises(LlmtuneError, match=r"api: .*no answer \(.*reset.*the same command"):
             endpoint.ask([{"role": "user", "content": "Hi"}], 8)
         thread.join()
+
+
+def test_refused_rows_that_are_to_be_skipped_keep_no_other_from_being_asked(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"warm {i}"} for i in range(12)])
+    rows = read_prompt_rows(path, PromptChoice())
+    for is_strict, number in ((False, 12), (True, 8)):
+        stand_in = StandIn(label, statuses=[400] * 9)
+        with stand_in.serve() as url:
+            config = EndpointConfig(url=url, model="big", parallel_requests=1)
+            asker = Asker(Endpoint("api", config), rows, path, 8, is_strict=is_strict)
+            if is_strict:
+                with pytest.raises(LlmtuneError, match="400"):
+                    list(asker.answer(()))
+            else:
+                assert len(list(asker.answer(()))) == 3 and len(asker.skipped) == 9
+        assert number <= len(stand_in.asked) <= number + 1
