@@ -14,6 +14,7 @@ not done again: repeat an interrupted call. `--seconds` begins nothing new after
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from llmtune.reporting.numbers import unit_of_metric
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/methods.md"
 BEGIN, END = "<!-- methods_table.py: begin -->", "<!-- methods_table.py: end -->"
+ROW = re.compile(r"^\| `([\w-]+)` \|", re.MULTILINE)
 CPU_NAME = "cpu_seconds.json"
 LOW = ("1e-5", "3e-5", "1e-4")
 USUAL = ("1e-4", "3e-4", "1e-3")
@@ -211,11 +213,17 @@ def finished_methods(runs: Path) -> list[Finished]:
 
 
 def write_block(page: Path, lines: Sequence[str]) -> None:
-    """Replace what is between the two markers of a page."""
+    """Replace what is between the two markers of a page, unless a row of it would be lost."""
     before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
+    written, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"{page}: expected the lines {BEGIN} and {END}, around what is rewritten")
+    old, new = (set(ROW.findall(text)) for text in (written, "\n".join(lines)))
+    if lost := sorted(old - new):
+        raise SystemExit(
+            f"{page}: has rows of {', '.join(lost)}, whose runs are not here; nothing was written. "
+            "Measure them here too (`run`), or give their runs with --runs"
+        )
     block = "\n".join([begin, "", *lines, "", end])
     page.write_text(before + block + after, encoding="utf-8")
 

@@ -101,6 +101,9 @@ def test_the_page_gets_what_is_finished_between_its_markers(tmp_path):
     assert text.startswith("above\n") and text.endswith("\nbelow\n") and "\nold\n" not in text
     assert text.count("Not measured yet: `lora`") == 1 and text.count("| `ia3` |") == 1
     assert "shared with other work: SmolLM2-1.7B," in text
+    page.write_text(text.replace("| `ia3` |", "| `lora` |"))
+    with pytest.raises(SystemExit, match="has rows of lora, whose runs are not here"):
+        main(write)
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="expected the lines"):
         main(write)
