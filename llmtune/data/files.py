@@ -29,6 +29,8 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 UTF8 = "utf-8"
 FIRST_SPLIT = "train"
+TEXT_KINDS = (".txt", ".md")
+"""Files that are one document each."""
 DELIMITERS = (",", ";", "\t", "|")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.data.config import SourceConfig
-from llmtune.data.files import file_kind, list_splits
+from llmtune.data.files import TEXT_KINDS, file_kind, list_splits
 from llmtune.data.hub import is_hub_id
 from llmtune.data.init_guess import open_file
 from llmtune.data.rows import find_files, walk_files
@@ -44,6 +44,11 @@ def find_splits(path: str) -> Places:
     files = [file for file in find_files(path) if not _is_about_a_set(file)]
     notes = tuple(_note_unread(here))
     roles = {file: _role(file.relative_to(here)) for file in files}
+    named = [file for file in files if roles[file] is not None]
+    are_texts = all(file_kind(file) in TEXT_KINDS for file in files)
+    if named and are_texts and 2 * len(named) < len(files):
+        roles = dict.fromkeys(files)  # documents, of which a few are called as splits are
+        notes += (f"{path}: {len(files)} documents; {named[0].name} is one of them, not a split",)
     train = [file for file in files if roles[file] == "train"] or [
         file for file in files if roles[file] is None
     ]

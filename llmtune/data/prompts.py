@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.data.config import SourceConfig
 from llmtune.data.context import ContextGuard
 from llmtune.data.conversation import Conversation
-from llmtune.data.files import file_kind, iter_file, sniff_reading
+from llmtune.data.files import TEXT_KINDS, file_kind, iter_file, sniff_reading
 from llmtune.data.formats import FORMATS, name_columns, rename_columns
 from llmtune.data.masks import refuse_control_text
 from llmtune.data.problems import Parsed, RowError, RowProblem, did_you_mean, list_first
@@ -21,9 +21,6 @@ from llmtune.models.turns import control_pattern, require_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-TEXT_KINDS = (".txt", ".md")
-"""Files that are one document: a prompt for each line has to be said."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import yaml
 from llmtune.data.config import DataConfig
 from llmtune.data.init import describe_data
 from llmtune.data.init_config import render_config
+from llmtune.data.init_splits import find_splits
 from llmtune.data.prepare import prepare_examples
 from llmtune.errors import LlmtuneError
 from tests.data.shapes import make_shape, turns, write_jsonl
@@ -57,6 +58,24 @@ def test_base_without_template_gets_plain_completions(tmp_path):
     bare = shape.__class__(tokenizer_object=shape.backend_tokenizer, eos_token="<|im_end|>")
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": " b"}])
     assert "render: plain" in render_config(describe_data(path, tokenizer=bare))
+
+
+def test_documents_that_are_called_as_splits_are(tmp_path):
+    """Two of five pages are no splits; three of four files are."""
+    pages, sets = tmp_path / "pages", tmp_path / "sets"
+    for folder in (pages, sets):
+        folder.mkdir()
+    for name in ("training", "evaluation", "merge", "export", "plan"):
+        (pages / f"{name}.md").write_text(f"# About {name}\n\nA page of its own.\n")
+    for name in ("train", "valid", "test", "README"):
+        (sets / f"{name}.txt").write_text(f"The {name} text.\n")
+
+    found = find_splits(str(pages))
+    assert (found.train.path, found.evaluation, found.left_out) == (str(pages), None, ())
+    assert "5 documents; evaluation.md is one of them, not a split" in found.notes[-1]
+    found = find_splits(str(sets))
+    assert found.train.path.endswith("train.txt") and found.test.path.endswith("test.txt")
+    assert found.left_out == (str(sets / "README.txt"),)
 
 
 def test_unknown_columns_and_bad_rows_are_clear_errors(tmp_path):
