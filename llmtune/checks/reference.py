@@ -52,17 +52,21 @@ def load_comparable(
         source: that base.
         adapter_dir: None for the base alone.
         dtype: float32 or bfloat16, for everything that is not quantized.
-        is_quantized: as in training, from weights rounded as they were there; else the base is
-            loaded as it is on the disk.
+        is_quantized: as in training, from weights rounded as they were there if the method gives
+            dense weights; else the base is loaded as it is on the disk.
         is_dense: compute with the weights that a quantized base represents, exactly.
     """
     if not is_quantized:
         config = model.model_copy(update={"quantization": None, "dtype": dtype})
         return load_live(config, source, adapter_dir, is_dense=is_dense)
     trained = choose_dtype(model.dtype, choose_device(model.device), source.model_type)
-    is_wider = getattr(torch, dtype).itemsize > trained.itemsize
     name = str(trained).removeprefix("torch.")
-    is_rounded = is_dense and is_wider and not _is_stored_in(source, name)
+    is_rounded = (
+        is_dense
+        and model.storage.gives_dense_weights()
+        and getattr(torch, dtype).itemsize > trained.itemsize
+        and not _is_stored_in(source, name)
+    )
     config = model.model_copy(
         update={"quantization": model.storage.for_comparison(), "dtype": dtype}
     )

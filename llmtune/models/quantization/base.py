@@ -93,6 +93,11 @@ class Quantization(Section):
         """Return a function that gives the dense weight [out, in] of a layer of this method."""
         return None
 
+    @classmethod
+    def gives_dense_weights(cls) -> bool:
+        """Say whether the method has a `dense_weight` of its own."""
+        return cls.dense_weight.__func__ is not Quantization.dense_weight.__func__  # type: ignore[attr-defined]
+
     def for_comparison(self) -> "Quantization":
         """Return the same weights with products in the model's own dtype."""
         return self
