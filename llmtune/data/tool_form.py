@@ -10,9 +10,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
-from llmtune.models.chat_template import TEMPLATE_ERRORS, apply_chat_template
+from llmtune.models.chat_template import TEMPLATE_ERRORS, apply_chat_template, asked_once
 from llmtune.models.turns import ANSWER, CALL, QUESTION, TOOL
 
 if TYPE_CHECKING:
@@ -75,9 +74,7 @@ class ToolForm:
         return shaped
 
 
-_FORMS: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[object, ToolForm]] = WeakKeyDictionary()
-
-
+@asked_once
 def find_tool_form(tokenizer: PreTrainedTokenizerFast) -> ToolForm:
     """Return the form of tools and calls that the tokenizer's template takes.
 
@@ -85,15 +82,6 @@ def find_tool_form(tokenizer: PreTrainedTokenizerFast) -> ToolForm:
     is the template's. A template that prints none of them gets the usual form, and what it leaves
     out is refused where a row needs it.
     """
-    template = tokenizer.chat_template
-    known = _FORMS.get(tokenizer)
-    if known is None or known[0] != template:
-        known = (template, _ask(tokenizer))
-        _FORMS[tokenizer] = known
-    return known[1]
-
-
-def _ask(tokenizer: PreTrainedTokenizerFast) -> ToolForm:
     wraps = next((w for w in (True, False) if _prints_tool(tokenizer, ToolForm(w))), True)
     for needs_ids, lacks, has_text in itertools.product((False, True), repeat=3):
         form = ToolForm(wraps, has_text, lacks, needs_ids)

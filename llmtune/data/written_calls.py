@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from llmtune.data.problems import RowError
 from llmtune.data.render import render_text
 from llmtune.data.row_values import DECODER
 from llmtune.data.tools import read_tool_calls
 from llmtune.errors import LlmtuneError
+from llmtune.models.chat_template import asked_once
 from llmtune.models.thinking import THINKING
 from llmtune.models.turns import CALL, QUESTION, TOOL, find_turn_ending, shared_length
 
@@ -93,26 +93,13 @@ def _behind_frame(text: str, position: int) -> int:
     return found.end() if found else position
 
 
-_FORMS: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[object, CallForm | None]] = (
-    WeakKeyDictionary()
-)
-
-
+@asked_once
 def find_call_form(tokenizer: PreTrainedTokenizerFast) -> CallForm | None:
     """Return how the tokenizer's template writes calls; None if they are not read back here.
 
     A known call is rendered, and the form is taken only if it reads that call from what the
     template wrote.
     """
-    template = tokenizer.chat_template
-    known = _FORMS.get(tokenizer)
-    if known is None or known[0] != template:
-        known = (template, _ask(tokenizer))
-        _FORMS[tokenizer] = known
-    return known[1]
-
-
-def _ask(tokenizer: PreTrainedTokenizerFast) -> CallForm | None:
     asked: list[dict[str, Any]] = [{"role": "user", "content": QUESTION}]
     calling = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     try:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date as Date
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache, wraps
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from jinja2 import nodes
 from jinja2.exceptions import TemplateError
@@ -42,6 +43,27 @@ MARK = "Which number comes after twelve?"
 Chat = Sequence[Mapping[str, Any]]
 
 _refused: dict[str, str] = {}
+
+
+Found = TypeVar("Found")
+
+
+def asked_once(
+    ask: Callable[[PreTrainedTokenizerFast], Found],
+) -> Callable[[PreTrainedTokenizerFast], Found]:
+    """Keep what is found out about a tokenizer's chat template, until it has a different one."""
+    known: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[object, Found]] = WeakKeyDictionary()
+
+    @wraps(ask)
+    def answer(tokenizer: PreTrainedTokenizerFast) -> Found:
+        template = tokenizer.chat_template
+        found = known.get(tokenizer)
+        if found is None or found[0] != template:
+            found = (template, ask(tokenizer))
+            known[tokenizer] = found
+        return found[1]
+
+    return answer
 
 
 def apply_chat_template(
