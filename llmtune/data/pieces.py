@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmtune")
 
+HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+"""What a token that ends inside of a character is decoded to."""
 PIECE_CHARACTERS = 1 << 18
 """A longer text is cut; a tokenizer takes some 130 bytes for each character of what it is given."""
 SEARCHED_CHARACTERS = 1 << 14

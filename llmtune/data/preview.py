@@ -17,6 +17,7 @@ from llmtune.data.collect import Split, choose_sources, is_selected
 from llmtune.data.config import DataConfig
 from llmtune.data.example import IGNORE_INDEX
 from llmtune.data.masks import LabelledRow, Labeller
+from llmtune.data.pieces import HALF_CHARACTER
 from llmtune.data.problems import RowError, RowProblem
 from llmtune.data.rows import LoadedRow, open_source
 from llmtune.errors import LlmtuneError
@@ -173,8 +174,8 @@ def split_tokens(
         known, both = decode(before), decode([*before, *ids])
         text = both.removeprefix(known) if both.startswith(known) else decode(ids)
         is_last = end == len(input_ids)
-        # A piece of a character decodes to the replacement character: wait for the rest of it.
-        if text.endswith("\ufffd") and end - start < 8 and not is_last:
+        # wait for the rest of the character
+        if text.endswith(HALF_CHARACTER) and end - start < 8 and not is_last:
             continue
         yield PreviewToken(text, tuple(ids), labels[start] != IGNORE_INDEX)
         start, before = end, ids

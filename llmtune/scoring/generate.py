@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.adapters.fused import fused_inference
+from llmtune.data.pieces import HALF_CHARACTER
 from llmtune.scoring.batches import (
     batch_by_length,
     evaluation_mode,
@@ -17,8 +18,6 @@ from llmtune.scoring.batches import (
 )
 from llmtune.scoring.prefix import NO_PREFIX, rows_at_once, share_prefix
 from llmtune.scoring.writing import OpenRows, can_join, join_rows, open_rows, write_rows
-
-UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -277,7 +276,7 @@ def stream_pieces(  # noqa: PLR0913 (what a text is, and how it is read while it
             is_last = texts.add(place, token)
             so_far = texts.of(place, tokenizer)
             text, ids = so_far.text[len(shown[place]) :], so_far.token_ids
-            if not is_last and (not text or so_far.text.endswith(UNFINISHED_CHARACTER)):
+            if not is_last and (not text or so_far.text.endswith(HALF_CHARACTER)):
                 continue
             shown[place] = so_far.text
             # a stop token is not part of the text

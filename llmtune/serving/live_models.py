@@ -5,6 +5,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 
+from llmtune.data.pieces import HALF_CHARACTER
 from llmtune.data.problems import RowError
 from llmtune.data.prompts import PromptEncoder
 from llmtune.data.render import encode_plain
@@ -19,7 +20,7 @@ from llmtune.scoring.live import as_arm, load_target
 from llmtune.scoring.prefix import rows_at_once
 from llmtune.serving.names import ORIGINAL, ServedModel
 from llmtune.serving.openai_api import AnswerRequest, RefusedRequest, StopTexts, require_name
-from llmtune.serving.shapes import HALF_CHARACTER, Said, SaidCall, ShownToken
+from llmtune.serving.shapes import Said, SaidCall, ShownToken
 
 log = logging.getLogger("llmtune")
 

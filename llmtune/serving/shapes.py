@@ -6,9 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from llmtune.data.pieces import HALF_CHARACTER
 from llmtune.io.fingerprint import JsonObject, JsonValue
-
-HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
