@@ -65,10 +65,10 @@ def load_live(
     live = quantized = load_model(quantized_from, source, stays_mapped=cut is not None)
     if rounded_to is not None:
         live = load_model(config.model_copy(update={"quantization": None}), source)
-    base = list(live.model.parameters())
     if is_dense:
         compute_densely(live.model, live.dtype, of=quantized.model)
-        del quantized
+    del quantized
+    base = list(live.model.parameters()) if cut is not None else []
     if adapter_dir is not None:
         require_trained_template(live.tokenizer, adapter_dir)
         live = replace(
