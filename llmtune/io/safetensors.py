@@ -19,10 +19,10 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
-# Bits an element takes, by the dtype's name in the header (safetensors 0.6, `Dtype::bitsize`).
 STORED_FLOATS = MappingProxyType({"float32": "F32", "float16": "F16", "bfloat16": "BF16"})
 """A dtype as torch calls it -> as safetensors does."""
 
+# Bits an element takes, by the dtype's name in the header (safetensors 0.6, `Dtype::bitsize`).
 DTYPE_BITS = MappingProxyType(
     {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32}
     | {"U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F8_E4M3": 8}

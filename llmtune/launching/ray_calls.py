@@ -83,11 +83,11 @@ def call_each(
                 lost_at[slot.node].clear()
             else:
                 lost_at[slot.node].add(number)
-            if called.lost is not None and losses[number] < RETRIES:
-                losses[number] += 1
-                log.warning("%s; it is called again", called.lost)
-                waiting.append(number)
-                continue
+                if losses[number] < RETRIES:
+                    losses[number] += 1
+                    log.warning("%s; it is called again", called.lost)
+                    waiting.append(number)
+                    continue
             yield called
     finally:
         for task in running:
